@@ -1,0 +1,41 @@
+"""KV deviation: how far a token's fresh keys and values are from its cached ones."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def kv_deviation(
+    k_fresh: Float[Array, "tokens kv_heads head_dim"],
+    v_fresh: Float[Array, "tokens kv_heads head_dim"],
+    k_cached: Float[Array, "tokens kv_heads head_dim"],
+    v_cached: Float[Array, "tokens kv_heads head_dim"],
+    valid: Bool[Array, "tokens"],
+    part: str = "kv",
+) -> Float[Array, "tokens"]:
+    """Returns each token's squared L2 distance in float32, K (before RoPE) plus V.
+
+    Each is divided by its layer's mean squared norm, taken over the fresh rows of the `valid` tokens, so that neither
+    drowns the other. `part` `"k"` or `"v"` measures one alone.
+
+    Source: CacheBlend (arXiv 2405.16444) §4.2, definition 1; before RoPE the distance does not depend on the place.
+    """
+    deviation = jnp.zeros(k_fresh.shape[0], jnp.float32)
+    for name, fresh, cached in (("k", k_fresh, k_cached), ("v", v_fresh, v_cached)):
+        if name in part:
+            deviation += relative_squared_distance(fresh, cached, valid)
+    return deviation
+
+
+def relative_squared_distance(
+    fresh: Float[Array, "tokens kv_heads head_dim"],
+    cached: Float[Array, "tokens kv_heads head_dim"],
+    valid: Bool[Array, "tokens"],
+) -> Float[Array, "tokens"]:
+    """Squared L2 distance of each token's rows over the mean squared norm of the `valid` fresh ones, in float32."""
+    fresh, cached = fresh.astype(jnp.float32), cached.astype(jnp.float32)
+    norms = jnp.where(valid, jnp.square(fresh).sum(axis=(1, 2)), 0.0)
+    mean_norm = norms.sum() / jnp.maximum(valid.sum(), 1)
+    distance = jnp.square(fresh - cached).sum(axis=(1, 2))
+    return distance / jnp.maximum(mean_norm, jnp.finfo(jnp.float32).tiny)

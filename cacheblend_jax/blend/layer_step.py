@@ -1,0 +1,158 @@
+"""The layer step of every prefill: project, blend into the cached KV, (score and select,) attend, finish.
+
+Both executors, stand-alone chunks and full prefill run this one step over the model's one layer definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from cacheblend_jax.blend.selectors import Evidence
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.transformer import DecoderLayer, Params, Rows, attend, layer_at, layer_starts
+from pallas_kernels import apply_rope, blend_kv, selective_attention
+
+
+@struct.dataclass
+class Sequence:
+    """The prompt as all layers see it: its true length, and the angles of every position of the cache."""
+
+    length: Int[Array, ""]
+    cos: Float[Array, "keys half"]
+    sin: Float[Array, "keys half"]
+
+
+@struct.dataclass
+class LayerKV:
+    """One layer's keys and values, `[keys, kv_heads, head_dim]`."""
+
+    k: Float[Array, "keys kv_heads head_dim"]
+    v: Float[Array, "keys kv_heads head_dim"]
+
+
+def blend_layer(layer: DecoderLayer, rows: Rows, cached: LayerKV | None, sequence: Sequence) -> tuple[LayerKV, LayerKV]:
+    """Computes the rows' K, V and puts them in their places.
+
+    Returns the fresh ones (before RoPE) and the whole layer's, keys rotated. Without cached KV the rows are all keys.
+    """
+    k, v = layer.keys_values(rows.hidden)
+    fresh = LayerKV(k, v)
+    if cached is None:
+        return fresh, LayerKV(apply_rope(k, rows.cos, rows.sin), v)
+    blended = blend_kv(cached.k, cached.v, k, v, rows.positions, cos=sequence.cos, sin=sequence.sin)
+    return fresh, LayerKV(*blended)
+
+
+class Step(NamedTuple):
+    """A layer step's results: the rows that go on, the layer's blended KV, and the attention as seen from outside."""
+
+    rows: Rows
+    blended: LayerKV
+    fresh: LayerKV  # of the rows that came in, keys before RoPE
+    q: Float[Array, "rows heads head_dim"]
+    lse: Float[Array, "rows heads"]
+
+
+def layer_step(
+    params: Params,
+    config: ModelConfig,
+    index: Int[Array, ""] | int,
+    rows: Rows,
+    cached: LayerKV | None,
+    sequence: Sequence,
+    narrow: Callable[[LayerKV], Rows] | None = None,
+) -> Step:
+    """One layer, for one set of rows. At a stage's border `narrow` shrinks it between the K, V and the attention.
+
+    All rows' fresh K, V go into the layer; `narrow(fresh)` returns those that attend and go on.
+    """
+    layer = layer_at(params, config, index)
+    fresh, blended = blend_layer(layer, rows, cached, sequence)
+    rows = rows if narrow is None else narrow(fresh)
+    starts = layer_starts(config, index, rows.positions)
+    attended = attend(layer, rows, blended.k, blended.v, starts=starts, kv_length=sequence.length)
+    return Step(attended.rows, blended, fresh, attended.q, attended.lse)
+
+
+@struct.dataclass
+class Survivors:
+    """Indices, ascending, of the rows that go on, and which of them are real."""
+
+    indices: Int[Array, "kept"]
+    valid: Bool[Array, "kept"]
+
+
+def highest(scores: Float[Array, "rows"], forced: Bool[Array, "rows"], valid: Bool[Array, "rows"], keep, room: int):
+    """Returns as `Survivors` the `keep` (traced) rows of highest score in `room` (static) places, forced ones first.
+
+    Equal scores are decided by place, the earlier first.
+    """
+    with jax.named_scope("select"):
+        scores = jnp.nan_to_num(scores, nan=0.0, posinf=jnp.finfo(jnp.float32).max)
+        scores = jnp.where(forced, jnp.inf, scores)
+        scores = jnp.where(valid, scores, -jnp.inf)
+        _, order = lax.top_k(scores, room)
+        chosen = jnp.arange(room) < jnp.minimum(keep, valid.sum())
+        beyond = scores.shape[0]
+        indices = jnp.sort(jnp.where(chosen, order, beyond))
+        return Survivors(jnp.minimum(indices, beyond - 1), indices < beyond)
+
+
+def last_row(rows: Rows, sequence: Sequence) -> Survivors:
+    """Returns as `Survivors` the prompt's last token, the only one that the last layer's output is needed of."""
+    is_last = rows.positions == sequence.length - 1
+    return Survivors(jnp.argmax(is_last)[None].astype(jnp.int32), is_last.any()[None])
+
+
+def cross_mass(
+    step: Step,
+    chunk_starts: Int[Array, "rows"],
+    context_length: Int[Array, ""],
+    sequence: Sequence,
+    window_starts: Int[Array, "rows"] | None,
+) -> Float[Array, "rows"]:
+    """Attention that each row paid in this step to what its stand-alone KV has not seen: other chunks, say.
+
+    1 − (exp(lse_own) + exp(lse_context)) / exp(lse_all), mean over heads, from three log-sum-exps; no scores are
+    kept. The context is the tokens that each chunk was precomputed after.
+    """
+    with jax.named_scope("cross_mass"):
+        positions = step.rows.positions
+        is_row = positions < sequence.length
+
+        def log_sum_exp(last_visible: jax.Array, starts: jax.Array | None) -> jax.Array:
+            k, v = step.blended.k, step.blended.v
+            seen = {"q_starts": starts, "kv_length": sequence.length, "return_lse": True}
+            return selective_attention(step.q, k, v, last_visible, **seen)[1]
+
+        own_starts = chunk_starts if window_starts is None else jnp.maximum(chunk_starts, window_starts)
+        own = log_sum_exp(positions, own_starts)
+        context = log_sum_exp(jnp.where(is_row, context_length - 1, positions), window_starts)
+        seen = jnp.exp(own - step.lse) + jnp.exp(context - step.lse)
+        return jnp.where(is_row, 1.0 - seen.mean(axis=1), 0.0)
+
+
+def evidence_of(fresh: LayerKV, cached: LayerKV, rows: Rows, shared: Evidence, index: Int[Array, "rows"]) -> Evidence:
+    """Narrows the evidence of all active tokens (`shared`) to the current rows and adds this layer's K, V."""
+    num_keys = cached.k.shape[0]
+    at = jnp.minimum(rows.positions, num_keys - 1)
+    return shared.replace(
+        valid=rows.positions < num_keys,
+        positions=rows.positions,
+        chunk_starts=shared.chunk_starts[index],
+        index=index,
+        k_fresh=fresh.k,
+        v_fresh=fresh.v,
+        k_cached=cached.k[at],
+        v_cached=cached.v[at],
+        cross_mass=shared.cross_mass[index],
+        question_mass=shared.question_mass[index],
+        oracle=shared.oracle[index],
+    )

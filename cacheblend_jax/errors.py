@@ -1,0 +1,13 @@
+"""The errors that users cause and can mend; the command line prints them as one line and exits with code 2."""
+
+
+class CacheBlendError(ValueError):
+    """Bad usage or bad input: the message names the value, what was expected, and what to do."""
+
+
+class CheckpointError(CacheBlendError):
+    """A checkpoint cannot be loaded: unsupported, incomplete, or not a checkpoint at all."""
+
+
+class PromptError(CacheBlendError):
+    """A prompt cannot be laid out: empty, too long, with unknown token ids, or text without a tokenizer."""

@@ -1,0 +1,7 @@
+"""One config-driven decoder for the Llama form: Llama 2/3.x, Mistral, Qwen2/2.5, Qwen3 and what shares it."""
+
+from cacheblend_jax.model.config import ModelConfig, RopeConfig
+from cacheblend_jax.model.model import Model, random_model
+from cacheblend_jax.model.weights import load_model
+
+__all__ = ["Model", "ModelConfig", "RopeConfig", "load_model", "random_model"]

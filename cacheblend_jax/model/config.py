@@ -1,0 +1,185 @@
+"""The decoder's configuration: frozen, hashable, read from Hugging Face configurations of every supported family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cacheblend_jax.errors import CheckpointError
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """RoPE of one of the types `default`, `linear`, `llama3`, `yarn`; fields that a type does not read stay at 0.
+
+    `attention_factor`, `mscale` and `mscale_all_dim` of 0 mean "not given", as an absent key does in a Hugging Face
+    configuration.
+    """
+
+    type: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and options of a Llama-form decoder. `windows` holds each layer's sliding window, `None` for none."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    rope: RopeConfig = RopeConfig()
+    rms_norm_eps: float = 1e-6
+    activation: str = "silu"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    windows: tuple[int | None, ...] = ()
+    dtype: str = "float32"
+    check_layer: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.num_layers)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"config: {name} must be at least 1, got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise CheckpointError(
+                f"config: num_attention_heads must be a multiple of num_key_value_heads, "
+                f"got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_dim % 2 or self.head_dim < 2:
+            raise CheckpointError(f"config: head_dim must be even and positive, got {self.head_dim}")
+        if len(self.windows) != self.num_layers:
+            raise CheckpointError(f"config: {len(self.windows)} layer types for {self.num_layers} layers")
+
+    @property
+    def uniform_window(self) -> bool:
+        """Whether every layer has the same sliding window (or none has)."""
+        return len(set(self.windows)) == 1
+
+    @classmethod
+    def from_hugging_face(cls, raw: Mapping[str, Any], dtype: str | None = None) -> ModelConfig:
+        """Reads a Hugging Face configuration as its `config.json` or `to_dict()` gives it, of transformers 4 or 5.
+
+        `dtype` overrides the stored one.
+
+        Raises:
+            CheckpointError: the architecture, RoPE type, activation or a value is not supported; it is named.
+        """
+        architecture = _architecture(raw)
+        hidden, heads = _require(raw, "hidden_size"), _require(raw, "num_attention_heads")
+        num_layers = _require(raw, "num_hidden_layers")
+        qwen2, qwen3 = architecture.startswith("Qwen2"), architecture.startswith("Qwen3")
+        attention_bias = bool(raw.get("attention_bias", False)) and not architecture.startswith("Mistral")
+        activation = raw.get("hidden_act", "silu")
+        if activation not in ACTIVATIONS:
+            raise CheckpointError(
+                f"config: hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+            )
+        return cls(
+            architecture=architecture,
+            vocab_size=_require(raw, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_require(raw, "intermediate_size"),
+            num_layers=num_layers,
+            num_heads=heads,
+            num_kv_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or (128 if qwen3 else hidden // heads),
+            max_positions=raw.get("max_position_embeddings") or 2048,
+            rope=_rope(raw),
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            activation=activation,
+            qkv_bias=qwen2 or attention_bias,
+            output_bias=attention_bias,
+            mlp_bias=bool(raw.get("mlp_bias", False)) and architecture.startswith("Llama"),
+            qk_norm=qwen3,
+            tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            windows=_windows(raw, architecture, num_layers),
+            dtype=dtype or _stored_dtype(raw),
+        )
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    named = raw.get("architectures") or []
+    by_type = {name.removesuffix("ForCausalLM").lower(): name for name in ARCHITECTURES}
+    architecture = named[0] if named else by_type.get(raw.get("model_type", ""))
+    if architecture not in ARCHITECTURES:
+        got = architecture or raw.get("model_type") or "none"
+        raise CheckpointError(f"config: architecture {got!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    return architecture
+
+
+def _require(raw: Mapping[str, Any], key: str) -> int:
+    value = raw.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise CheckpointError(f"config: {key} must be an integer, got {value!r}")
+    return value
+
+
+def _stored_dtype(raw: Mapping[str, Any]) -> str:
+    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
+def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+    # transformers 5 writes rope_parameters; before it were rope_theta and rope_scaling, whose type was once "type".
+    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        raise CheckpointError("config: rope_parameters that differ between layer types are not supported")
+    if rope_type not in ROPE_TYPES:
+        raise CheckpointError(f"config: RoPE type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if raw.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
+        raise CheckpointError("config: partial_rotary_factor other than 1 is not supported")
+    if rope_type != "default" and "factor" not in parameters:
+        raise CheckpointError(f"config: RoPE type {rope_type!r} needs a factor")
+    original = parameters.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+    return RopeConfig(
+        type=rope_type,
+        theta=float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+        factor=float(parameters.get("factor") or 1.0),
+        original_max_positions=int(original or raw.get("max_position_embeddings") or 0),
+        low_freq_factor=float(parameters.get("low_freq_factor") or 0.0),
+        high_freq_factor=float(parameters.get("high_freq_factor") or 0.0),
+        beta_fast=float(parameters.get("beta_fast") or 32.0),
+        beta_slow=float(parameters.get("beta_slow") or 1.0),
+        attention_factor=float(parameters.get("attention_factor") or 0.0),
+        mscale=float(parameters.get("mscale") or 0.0),
+        mscale_all_dim=float(parameters.get("mscale_all_dim") or 0.0),
+        truncate=bool(parameters.get("truncate", True)),
+    )
+
+
+def _windows(raw: Mapping[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window")
+    if window is None or (architecture.startswith("Qwen") and not raw.get("use_sliding_window", False)):
+        return (None,) * num_layers
+    if architecture.startswith("Llama"):
+        return (None,) * num_layers
+    if layer_types := raw.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+    first = raw.get("max_window_layers", 28) if architecture.startswith("Qwen") else 0
+    return tuple(window if layer >= first else None for layer in range(num_layers))

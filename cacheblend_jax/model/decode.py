@@ -1,0 +1,99 @@
+"""Decoding after a prefill: one token through the layers over a growing cache, and how the next one is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.transformer import Params, Rows, attend, embedder, layer_at, layer_starts
+from pallas_kernels import apply_rope
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: greedily at `temperature` 0, else from the softmax, cut by `top_k` and `top_p`.
+
+    Attributes:
+        temperature: divides the logits.
+        top_k: keep the `top_k` likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens until their probabilities sum to `top_p`; 1 keeps all (arXiv 1904.09751).
+        seed: the same seed draws the same tokens.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise CacheBlendError(f"temperature must be at least 0 and finite, got {self.temperature!r}")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise CacheBlendError(f"top_k must be a whole number of at least 0, got {self.top_k!r}")
+        if not 0 < self.top_p <= 1:
+            raise CacheBlendError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise CacheBlendError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+
+
+def sample(
+    logits: Float[Array, "vocab"], key: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
+) -> Int[Array, ""]:
+    """Draws one token id; `temperature` must be positive, `top_k` 0 means no limit."""
+    scaled = logits.astype(jnp.float32) / temperature
+    order = jnp.argsort(scaled, descending=True)
+    ranked = scaled[order]
+    vocab_size = logits.shape[0]
+    rank = jnp.arange(vocab_size)
+    ranked = jnp.where(rank < jnp.where(top_k == 0, vocab_size, top_k), ranked, -jnp.inf)
+    probabilities = jax.nn.softmax(ranked)
+    # A token stays if those before it do not reach top_p by themselves: the first one always stays.
+    before = jnp.cumsum(probabilities) - probabilities
+    ranked = jnp.where((before < top_p) | (rank == 0), ranked, -jnp.inf)
+    return order[jax.random.categorical(key, ranked)].astype(jnp.int32)
+
+
+def decode_step(
+    params: Params,
+    k: Float[Array, "layers keys kv_heads head_dim"],
+    v: Float[Array, "layers keys kv_heads head_dim"],
+    token_id: Int[Array, ""],
+    position: Int[Array, ""],
+    cos: Float[Array, "keys half"],
+    sin: Float[Array, "keys half"],
+    *,
+    config: ModelConfig,
+) -> tuple[Float[Array, "vocab"], Int[Array, ""], jax.Array, jax.Array]:
+    """Runs one token at `position` over the cache (keys rotated), which it extends by that token's K, V.
+
+    Returns float32 logits, the greedy next token, and the cache; callers donate `k` and `v`.
+    """
+    at = jnp.reshape(position, (1,))
+    rows = Rows(embedder(params, config).embed(token_id[None]), at, cos[at], sin[at])
+
+    def body(carry: tuple[Rows, jax.Array, jax.Array], index: jax.Array) -> tuple[tuple, None]:
+        rows, k, v = carry
+        layer = layer_at(params, config, index)
+        k_fresh, v_fresh = layer.keys_values(rows.hidden)
+        k_fresh = apply_rope(k_fresh, rows.cos, rows.sin)
+        k = lax.dynamic_update_slice(k, k_fresh[None], (index, position, 0, 0))
+        v = lax.dynamic_update_slice(v, v_fresh[None], (index, position, 0, 0))
+        attended = attend(
+            layer,
+            rows,
+            lax.dynamic_index_in_dim(k, index, keepdims=False),
+            lax.dynamic_index_in_dim(v, index, keepdims=False),
+            starts=layer_starts(config, index, at),
+            kv_length=position + 1,
+        )
+        return (attended.rows, k, v), None
+
+    (rows, k, v), _ = lax.scan(body, (rows, k, v), jnp.arange(config.num_layers, dtype=jnp.int32))
+    logits = embedder(params, config).logits(rows.hidden)[0]
+    return logits, jnp.argmax(logits).astype(jnp.int32), k, v

@@ -1,0 +1,72 @@
+"""RoPE angles: inverse frequencies of every supported type, and the float32 cosine and sine tables made from them."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacheblend_jax.model.config import ModelConfig, RopeConfig
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
+    """Returns float32 `inv_freq [head_dim // 2]` and the attention factor by which cosine and sine are multiplied.
+
+    Source: `modeling_rope_utils.py` of Hugging Face transformers 5; YaRN (arXiv 2309.00071) for `yarn`.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    plain = (1.0 / np.power(np.float32(rope.theta), exponent)).astype(np.float32)
+    if rope.type == "linear":
+        return (plain / np.float32(rope.factor)).astype(np.float32), 1.0
+    if rope.type == "llama3":
+        return _llama3(plain, rope), 1.0
+    if rope.type == "yarn":
+        return _yarn(plain, rope, head_dim), _yarn_attention_factor(rope)
+    return plain, 1.0
+
+
+def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
+    wavelength = 2 * math.pi / plain
+    low, high = rope.low_freq_factor or 1.0, rope.high_freq_factor or 4.0
+    smooth = np.clip((rope.original_max_positions / wavelength - low) / (high - low), 0.0, 1.0)
+    return ((1 - smooth) * plain / rope.factor + smooth * plain).astype(np.float32)
+
+
+def _yarn(plain: np.ndarray, rope: RopeConfig, head_dim: int) -> np.ndarray:
+    def dimension_of(rotations: float) -> float:
+        return head_dim * math.log(rope.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
+    interpolated = np.clip(ramp, 0.0, 1.0)
+    return (plain / np.float32(rope.factor) * interpolated + plain * (1 - interpolated)).astype(np.float32)
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    def scale(mscale: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return scale(rope.mscale) / scale(rope.mscale_all_dim)
+    return scale(1.0)
+
+
+@lru_cache(maxsize=16)
+def rope_tables(config: ModelConfig, num_positions: int) -> tuple[jax.Array, jax.Array]:
+    """Returns float32 `cos` and `sin`, each `[num_positions, head_dim // 2]`, of positions 0 … num_positions - 1.
+
+    Angles are products of float32 position and float32 inverse frequency, as transformers computes them; they are
+    made once on the host, so that fresh, cached and blended keys of every program agree.
+    """
+    frequencies, attention_factor = inverse_frequencies(config.rope, config.head_dim)
+    angles = np.arange(num_positions, dtype=np.float32)[:, None] * frequencies[None, :]
+    factor = np.float32(attention_factor)
+    return jnp.asarray(np.cos(angles) * factor), jnp.asarray(np.sin(angles) * factor)

@@ -1,0 +1,247 @@
+"""The one definition of the decoder layer, and the pure functions over its stacked state that everything runs.
+
+`nnx` modules declare parameters, initialisers, names and sharding; they are split once into a static graph definition
+and a state whose leaves are stacked `[layers, …]`, and a layer is put together again at trace time only.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from cacheblend_jax.model.config import ModelConfig
+from pallas_kernels import apply_rope, selective_attention
+
+NO_WINDOW = 2**30
+ACTIVATION_FUNCTIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "gelu_new": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
+
+
+@struct.dataclass
+class Params:
+    """A model's parameters: plain nested dicts of arrays. The leaves of `layers` are stacked, `[layers, …]`."""
+
+    embedder: dict[str, Any]
+    layers: dict[str, Any]
+
+
+def _linear(config: ModelConfig, inputs: int, outputs: int, *, bias: bool, split: str, rngs: nnx.Rngs) -> nnx.Linear:
+    """A projection that a mesh with the axis `model` splits by its `outputs` or its `inputs`."""
+    by_outputs = split == "outputs"
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=bias,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.dtype),
+        kernel_metadata={"out_sharding": (None, "model") if by_outputs else ("model", None), "eager_sharding": False},
+        bias_metadata={"out_sharding": ("model",) if by_outputs else (None,), "eager_sharding": False},
+        rngs=rngs,
+    )
+
+
+def _norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    dtype = jnp.dtype(config.dtype)
+    return nnx.RMSNorm(size, epsilon=config.rms_norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+class DecoderLayer(nnx.Module):
+    """A pre-norm decoder layer of the Llama form, as the steps around attention: keys and values, queries, finish."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        hidden, head_dim = config.hidden_size, config.head_dim
+        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        linear = partial(_linear, config, rngs=rngs)
+        self.head_dim = head_dim
+        self.activation = config.activation
+        self.input_norm = _norm(config, hidden, rngs)
+        self.q_proj = linear(hidden, q_size, bias=config.qkv_bias, split="outputs")
+        self.k_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
+        self.v_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
+        self.o_proj = linear(q_size, hidden, bias=config.output_bias, split="inputs")
+        self.q_norm = _norm(config, head_dim, rngs) if config.qk_norm else None
+        self.k_norm = _norm(config, head_dim, rngs) if config.qk_norm else None
+        self.mlp_norm = _norm(config, hidden, rngs)
+        self.gate_proj = linear(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
+        self.up_proj = linear(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
+        self.down_proj = linear(config.intermediate_size, hidden, bias=config.mlp_bias, split="inputs")
+
+    def keys_values(
+        self, hidden: Float[Array, "tokens hidden"]
+    ) -> tuple[Float[Array, "tokens kv_heads head_dim"], Float[Array, "tokens kv_heads head_dim"]]:
+        """Returns the tokens' keys, after qk-norm and before RoPE, and their values: what a store keeps."""
+        with jax.named_scope("keys_values"):
+            normed = self.input_norm(hidden)
+            k = self._heads(self.k_proj(normed))
+            k = k if self.k_norm is None else self.k_norm(k)
+            return k, self._heads(self.v_proj(normed))
+
+    def queries(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens heads head_dim"]:
+        """Returns the tokens' queries, after qk-norm and before RoPE."""
+        with jax.named_scope("queries"):
+            q = self._heads(self.q_proj(self.input_norm(hidden)))
+            return q if self.q_norm is None else self.q_norm(q)
+
+    def finish(
+        self, hidden: Float[Array, "tokens hidden"], attended: Float[Array, "tokens heads head_dim"]
+    ) -> Float[Array, "tokens hidden"]:
+        """Adds the output projection of `attended`, then the MLP."""
+        with jax.named_scope("finish"):
+            hidden = hidden + self.o_proj(attended.reshape(attended.shape[0], -1))
+            normed = self.mlp_norm(hidden)
+            gate = ACTIVATION_FUNCTIONS[self.activation](self.gate_proj(normed))
+            return hidden + self.down_proj(gate * self.up_proj(normed))
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0], -1, self.head_dim)
+
+
+class Embedder(nnx.Module):
+    """What stands around the layers: token embedding, final norm, and the projection to logits (tied or not)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        self.embedding = nnx.Param(
+            nnx.initializers.normal(0.02)(rngs.params(), (config.vocab_size, config.hidden_size), dtype),
+            out_sharding=("model", None),
+            eager_sharding=False,
+        )
+        self.final_norm = _norm(config, config.hidden_size, rngs)
+        if config.tied_embeddings:
+            self.lm_head = None
+        else:
+            self.lm_head = _linear(
+                config, config.hidden_size, config.vocab_size, bias=False, split="outputs", rngs=rngs
+            )
+
+    def embed(self, token_ids: Int[Array, "tokens"]) -> Float[Array, "tokens hidden"]:
+        """Looks the tokens' embeddings up."""
+        return self.embedding[...][token_ids]
+
+    def logits(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
+        """Returns float32 next-token logits."""
+        with jax.named_scope("logits"):
+            normed = self.final_norm(hidden)
+            kernel = self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+            return jnp.matmul(normed, kernel, preferred_element_type=jnp.float32)
+
+
+class _Graph(NamedTuple):
+    definition: Any
+    abstract: dict[str, Any]  # shapes and dtypes of one module's state
+    partitions: dict[str, Any]  # PartitionSpec of each leaf, over the mesh axis "model"
+
+
+@lru_cache(maxsize=32)
+def _graph(module: type[nnx.Module], config: ModelConfig) -> _Graph:
+    definition, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
+    return _Graph(definition, nnx.to_pure_dict(state), nnx.to_pure_dict(nnx.get_partition_spec(state)))
+
+
+def embedder(params: Params, config: ModelConfig) -> Embedder:
+    """Puts the embedder together (at trace time)."""
+    return nnx.merge(_graph(Embedder, config).definition, nnx.State(params.embedder))
+
+
+def layer_at(params: Params, config: ModelConfig, index: Int[Array, ""] | int) -> DecoderLayer:
+    """Puts layer `index`, traced or not, together (at trace time)."""
+    state = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), params.layers)
+    return nnx.merge(_graph(DecoderLayer, config).definition, nnx.State(state))
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Returns the parameters' shapes and dtypes, as `jax.ShapeDtypeStruct`."""
+    stacked = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype),
+        _graph(DecoderLayer, config).abstract,
+    )
+    return Params(embedder=_graph(Embedder, config).abstract, layers=stacked)
+
+
+def partition_specs(config: ModelConfig) -> Params:
+    """Returns each parameter's `PartitionSpec` for tensor parallelism over a mesh axis named `model`."""
+    stacked = jax.tree.map(
+        lambda spec: jax.P(None, *spec),
+        _graph(DecoderLayer, config).partitions,
+        is_leaf=lambda leaf: isinstance(leaf, jax.P),
+    )
+    return Params(embedder=_graph(Embedder, config).partitions, layers=stacked)
+
+
+def init_params(key: jax.Array, config: ModelConfig) -> Params:
+    """Draws random parameters (traceable: under `jax.jit` they are made on the device)."""
+
+    def draw(module: type[nnx.Module], module_key: jax.Array) -> dict[str, Any]:
+        return nnx.to_pure_dict(nnx.split(module(config, rngs=nnx.Rngs(module_key)))[1])
+
+    embedder_key, layers_key = jax.random.split(key)
+    return Params(
+        embedder=draw(Embedder, embedder_key),
+        layers=jax.vmap(partial(draw, DecoderLayer))(jax.random.split(layers_key, config.num_layers)),
+    )
+
+
+@struct.dataclass
+class Rows:
+    """The tokens that a layer step computes: their hidden states, places, and the angles that rotate them.
+
+    `positions` ascend; a position of the cache's length or more marks a padding row.
+    """
+
+    hidden: Float[Array, "rows hidden"]
+    positions: Int[Array, "rows"]
+    cos: Float[Array, "rows half"]
+    sin: Float[Array, "rows half"]
+
+    def take(self, indices: Int[Array, "kept"], valid: Array, padding_position: int) -> Rows:
+        """Keeps the rows at `indices`; those not `valid` become padding."""
+        positions = jnp.where(valid, self.positions[indices], padding_position)
+        return Rows(self.hidden[indices], positions, self.cos[indices], self.sin[indices])
+
+
+def rows_at(hidden: jax.Array, positions: jax.Array, cos: jax.Array, sin: jax.Array) -> Rows:
+    """Builds `Rows` whose angles are gathered from tables of all positions (padding reads the last row)."""
+    at = jnp.minimum(positions, cos.shape[0] - 1)
+    return Rows(hidden, positions, cos[at], sin[at])
+
+
+def layer_starts(config: ModelConfig, index: Int[Array, ""] | int, positions: Int[Array, "rows"]) -> jax.Array | None:
+    """Returns the first key that the layer's sliding window lets each query see; `None` where no layer has one."""
+    if all(window is None for window in config.windows):
+        return None
+    windows = jnp.asarray([NO_WINDOW if window is None else window for window in config.windows], jnp.int32)
+    return jnp.maximum(positions - (windows[index] - 1), 0)
+
+
+class Attended(NamedTuple):
+    """What the second half of a layer step gives: the rows after it, and its attention as seen from outside."""
+
+    rows: Rows
+    q: Float[Array, "rows heads head_dim"]  # rotated
+    lse: Float[Array, "rows heads"]  # log-sum-exp of each query's visible scores, float32
+
+
+def attend(
+    layer: DecoderLayer,
+    rows: Rows,
+    k: Float[Array, "keys kv_heads head_dim"],
+    v: Float[Array, "keys kv_heads head_dim"],
+    *,
+    starts: Int[Array, "rows"] | None,
+    kv_length: Int[Array, ""] | int,
+) -> Attended:
+    """The second half of every layer step: attention of the rows over rotated keys, output projection, MLP."""
+    q = apply_rope(layer.queries(rows.hidden), rows.cos, rows.sin)
+    attended, lse = selective_attention(q, k, v, rows.positions, q_starts=starts, kv_length=kv_length, return_lse=True)
+    return Attended(rows.replace(hidden=layer.finish(rows.hidden, attended)), q, lse)

@@ -1,0 +1,187 @@
+"""Prompts as the parts that are tokenised apart: a prefix, reusable chunks, and a suffix; chat templates included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cacheblend_jax.errors import PromptError
+
+TextOrIds = str | Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A RAG prompt: `prefix` (system prompt), `chunks` (retrieved texts, reused), `suffix` (question).
+
+    Each part is text or token ids. Parts are tokenised separately and their ids concatenated, so that a chunk's ids
+    never depend on its neighbours. A text prefix, empty ones too, gets the tokenizer's own opening (BOS); token ids are
+    taken as they are. Special tokens spelled out in chunk text stay plain text; in prefix and suffix they are
+    recognised, since chat templates write them there.
+    """
+
+    prefix: TextOrIds = ""
+    chunks: Sequence[TextOrIds] = ()
+    suffix: TextOrIds = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.chunks, str | bytes):
+            raise PromptError("chunks must be a sequence of chunks, got one string; write chunks=[text]")
+
+    @classmethod
+    def from_chat_template(
+        cls,
+        tokenizer: Any,
+        *,
+        chunks: Sequence[str],
+        question: str,
+        system: str | None = None,
+        separator: str = "\n\n",
+    ) -> Prompt:
+        """Builds the prompt of one chat turn: a system message, then a user message of the chunks and the question.
+
+        The template is rendered once around a placeholder and split there. What stands before it is the prefix, what
+        comes after follows the question in the suffix; each chunk is followed by `separator`. A template that refuses
+        system messages gets the system text at the head of the user's message.
+
+        Raises:
+            PromptError: the tokenizer has no chat template, or the template does not print the user's message once.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise PromptError("the tokenizer has no chat template; build Prompt(prefix=…, chunks=…, suffix=…) instead")
+        before, after = _render_around_placeholder(tokenizer, system)
+
+        def encode(text: str, *, plain: bool) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
+
+        return cls(
+            prefix=encode(before, plain=False),
+            chunks=[encode(chunk + separator, plain=True) for chunk in chunks],
+            suffix=encode(question, plain=True) + encode(after, plain=False),
+        )
+
+
+def _render_around_placeholder(tokenizer: Any, system: str | None) -> tuple[str, str]:
+    placeholder = "[[cacheblend:user message]]"
+
+    def render(messages: list[dict[str, str]]) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    user = {"role": "user", "content": placeholder}
+    if system is None:
+        rendered = render([user])
+    else:
+        try:
+            rendered = render([{"role": "system", "content": system}, user])
+            refused = system.strip() not in rendered
+        except Exception:  # templates raise whatever they like to refuse a role
+            refused = True
+        if refused:
+            rendered = render([{"role": "user", "content": f"{system}\n\n{placeholder}"}])
+    if rendered.count(placeholder) != 1:
+        raise PromptError("the tokenizer's chat template does not print the user's message exactly once")
+    before, _, after = rendered.partition(placeholder)
+    return before, after
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt's parts as int32 token ids, checked against the model."""
+
+    prefix: np.ndarray
+    chunks: tuple[np.ndarray, ...]
+    suffix: np.ndarray
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """All ids, int32 `[tokens]`."""
+        return np.concatenate([self.prefix, *self.chunks, self.suffix])
+
+
+def tokenize_prompt(prompt: Prompt, tokenizer: Any, *, vocab_size: int, max_tokens: int) -> TokenizedPrompt:
+    """Tokenises each part on its own and checks the whole.
+
+    Raises:
+        PromptError: the prompt is empty or longer than `max_tokens`, a chunk has no tokens, an id is not in the
+            vocabulary, or there is text and no tokenizer; the part is named.
+    """
+    tokenized = TokenizedPrompt(
+        prefix=tokenize_prefix(prompt.prefix, tokenizer, vocab_size),
+        chunks=tuple(
+            tokenize_chunk(chunk, tokenizer, vocab_size, f"chunk {i}") for i, chunk in enumerate(prompt.chunks)
+        ),
+        suffix=_token_ids(prompt.suffix, "suffix", tokenizer, vocab_size),
+    )
+    total = tokenized.prefix.size + sum(chunk.size for chunk in tokenized.chunks) + tokenized.suffix.size
+    if total == 0:
+        raise PromptError("the prompt is empty: prefix, chunks and suffix have no tokens; give at least one token")
+    check_length(total, max_tokens)
+    return tokenized
+
+
+def check_length(total: int, max_tokens: int, what: str = "the prompt") -> None:
+    """Raises `PromptError` where `total` tokens are more than the model takes."""
+    if total > max_tokens:
+        raise PromptError(
+            f"{what} has {total} tokens, the model takes at most {max_tokens}; use fewer or shorter chunks"
+        )
+
+
+def tokenize_prefix(prefix: TextOrIds, tokenizer: Any, vocab_size: int) -> np.ndarray:
+    """Returns a prefix's ids; text gets the tokenizer's opening special tokens (BOS)."""
+    if not isinstance(prefix, str) or (prefix == "" and tokenizer is None):
+        return _token_ids(prefix, "prefix", tokenizer, vocab_size)
+    _require_tokenizer(tokenizer, "prefix")
+    ids = list(tokenizer.encode(prefix, add_special_tokens=True))
+    plain = tokenizer.encode(prefix, add_special_tokens=False)
+    # Some tokenizers also close a text; a prefix goes on.
+    while ids and ids[-1] == tokenizer.eos_token_id and (not plain or plain[-1] != tokenizer.eos_token_id):
+        ids.pop()
+    return _checked(ids, "prefix", vocab_size)
+
+
+def tokenize_chunk(chunk: TextOrIds, tokenizer: Any, vocab_size: int, name: str) -> np.ndarray:
+    """Returns a chunk's ids; special tokens in its text stay text.
+
+    Raises:
+        PromptError: as `tokenize_prompt`; a chunk without tokens too.
+    """
+    if isinstance(chunk, str):
+        _require_tokenizer(tokenizer, name)
+        chunk = tokenizer.encode(chunk, add_special_tokens=False, split_special_tokens=True)
+    ids = _checked(chunk, name, vocab_size)
+    if ids.size == 0:
+        raise PromptError(f"{name} has no tokens; leave it out")
+    return ids
+
+
+def _token_ids(part: TextOrIds, name: str, tokenizer: Any, vocab_size: int) -> np.ndarray:
+    if isinstance(part, str):
+        if part == "":
+            return np.zeros(0, np.int32)
+        _require_tokenizer(tokenizer, name)
+        part = tokenizer.encode(part, add_special_tokens=False)
+    return _checked(part, name, vocab_size)
+
+
+def _require_tokenizer(tokenizer: Any, name: str) -> None:
+    if tokenizer is None:
+        raise PromptError(f"{name} is text, but the model has no tokenizer; give token ids")
+
+
+def _checked(ids: Sequence[int] | np.ndarray, name: str, vocab_size: int) -> np.ndarray:
+    try:
+        array = np.asarray(ids)
+    except (ValueError, OverflowError) as error:
+        raise PromptError(f"{name} must be text or a flat sequence of token ids: {error}") from error
+    if array.size == 0:
+        array = array.astype(np.int32)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise PromptError(f"{name} must be text or a flat sequence of token ids, got {array.dtype}{list(array.shape)}")
+    if array.size and not (array.min() >= 0 and array.max() < vocab_size):
+        wrong = array[(array < 0) | (array >= vocab_size)][0]
+        raise PromptError(f"{name} has token id {wrong}, which is not in the vocabulary [0, {vocab_size - 1}]")
+    return array.astype(np.int32)

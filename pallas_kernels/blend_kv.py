@@ -1,0 +1,66 @@
+"""KV blending: cached keys are rotated to their places and the recomputed tokens' rows replaced, in one pass."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import resolve_implementation
+from pallas_kernels.rotary import apply_rope
+
+
+def blend_kv(
+    k_cached: Float[Array, "keys kv_heads head_dim"],
+    v_cached: Float[Array, "keys kv_heads head_dim"],
+    k_fresh: Float[Array, "tokens kv_heads head_dim"],
+    v_fresh: Float[Array, "tokens kv_heads head_dim"],
+    indices: Int[Array, "tokens"],
+    *,
+    cos: Float[Array, "keys half"],
+    sin: Float[Array, "keys half"],
+    implementation: str | None = None,
+) -> tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"]]:
+    """Returns one layer's blended `(k rotated, v)`: the cached rows, those at `indices` replaced by the fresh ones.
+
+    `k_cached` and `k_fresh` are before RoPE; `cos` and `sin` (float32) hold every key's angles. `indices` ascend;
+    an index of `keys` or more is padding and writes nothing. `implementation`: `None` (best) or `"xla"`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+
+    Source: CacheBlend (arXiv 2405.16444) §4.2, with keys cached before RoPE.
+    """
+    _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)
+    resolve_implementation(implementation, "blend_kv")
+    with jax.named_scope("blend_kv"):
+        return _blend_kv_xla(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)
+
+
+def _blend_kv_xla(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin):
+    num_keys, num_fresh = k_cached.shape[0], k_fresh.shape[0]
+    # A gather through the inverse map fuses with the rotation into one pass over the keys; a scatter of rows would
+    # write them a second time.
+    source = jnp.full(num_keys, num_fresh, jnp.int32)
+    source = source.at[indices].set(jnp.arange(num_fresh, dtype=jnp.int32), mode="drop")
+    is_fresh = (source < num_fresh)[:, None, None]
+    row = jnp.minimum(source, num_fresh - 1)
+    k = jnp.where(is_fresh, k_fresh[row], k_cached)
+    v = jnp.where(is_fresh, v_fresh[row], v_cached)
+    return apply_rope(k, cos, sin), v
+
+
+def _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin) -> None:
+    for name, array, wanted in (
+        ("v_cached", v_cached, k_cached.shape),
+        ("k_fresh", k_fresh, (*k_fresh.shape[:1], *k_cached.shape[1:])),
+        ("v_fresh", v_fresh, k_fresh.shape),
+        ("indices", indices, k_fresh.shape[:1]),
+        ("cos", cos, (k_cached.shape[0], k_cached.shape[2] // 2)),
+        ("sin", sin, (k_cached.shape[0], k_cached.shape[2] // 2)),
+    ):
+        if array.shape != wanted:
+            raise ValueError(f"blend_kv: {name} must have shape {wanted}, got {array.shape}")
+    for name, array in (("v_cached", v_cached), ("k_fresh", k_fresh), ("v_fresh", v_fresh)):
+        if array.dtype != k_cached.dtype:
+            raise ValueError(f"blend_kv: {name} must have k_cached's dtype {k_cached.dtype}, got {array.dtype}")
