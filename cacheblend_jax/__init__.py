@@ -1,1 +1,32 @@
 """CacheBlend for JAX: answer RAG prompts from precomputed, position-free chunk KV caches at full quality."""
+
+from cacheblend_jax.blend import SELECTORS, BlendConfig, Evidence, register_selector
+from cacheblend_jax.engine import Engine
+from cacheblend_jax.errors import CacheBlendError, CheckpointError, PromptError
+from cacheblend_jax.model import Model, ModelConfig, load_model, random_model
+from cacheblend_jax.model.decode import Sampling
+from cacheblend_jax.prompt import Prompt
+from cacheblend_jax.results import Generation, KVCache, PrefillResult
+from cacheblend_jax.store import ChunkEntry, ChunkStore
+
+__all__ = [
+    "SELECTORS",
+    "BlendConfig",
+    "CacheBlendError",
+    "CheckpointError",
+    "ChunkEntry",
+    "ChunkStore",
+    "Engine",
+    "Evidence",
+    "Generation",
+    "KVCache",
+    "Model",
+    "ModelConfig",
+    "PrefillResult",
+    "Prompt",
+    "PromptError",
+    "Sampling",
+    "load_model",
+    "random_model",
+    "register_selector",
+]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,13 +35,15 @@ class ProgramCache:
     ) -> Any:
         """Returns `function` compiled for these static keyword arguments; compiles it the first time.
 
+        A static argument that `function` does not take (`rows=` of a shape, say) only tells programs apart.
         `arguments()` gives the shapes, dtypes and shardings of the traced arguments; they must follow from `static`.
         """
         key = (function, donate, tuple(sorted(static.items())))
         with self._lock:
             if key not in self._programs:
                 began = time.perf_counter()
-                jitted = jax.jit(function, static_argnames=tuple(static), donate_argnums=donate)
-                self._programs[key] = jitted.lower(*arguments(), **static).compile()
+                taken = {name: static[name] for name in inspect.signature(function).parameters if name in static}
+                jitted = jax.jit(partial(function, **taken), donate_argnums=donate)
+                self._programs[key] = jitted.lower(*arguments()).compile()
                 self.compile_s += time.perf_counter() - began
             return self._programs[key]

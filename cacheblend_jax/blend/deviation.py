@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import apply_rope
 
 
 def kv_deviation(
@@ -39,3 +43,27 @@ def relative_squared_distance(
     mean_norm = norms.sum() / jnp.maximum(valid.sum(), 1)
     distance = jnp.square(fresh - cached).sum(axis=(1, 2))
     return distance / jnp.maximum(mean_norm, jnp.finfo(jnp.float32).tiny)
+
+
+def total_deviation(
+    k_full: Float[Array, "layers keys kv_heads head_dim"],
+    v_full: Float[Array, "layers keys kv_heads head_dim"],
+    k_cached: Float[Array, "layers keys kv_heads head_dim"],
+    v_cached: Float[Array, "layers keys kv_heads head_dim"],
+    cos: Float[Array, "keys half"],
+    sin: Float[Array, "keys half"],
+    length: Int[Array, ""] | int,
+) -> Float[Array, "keys"]:
+    """Returns each token's KV deviation summed over all layers, from the cache of a full prefill (`k_full` rotated).
+
+    `k_cached` is before RoPE. Rotation keeps distances but for YaRN's attention factor, which both sides carry.
+    """
+    valid = jnp.arange(k_full.shape[1]) < length
+
+    def add_layer(total: jax.Array, layer: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        k, v, k_stored, v_stored = layer
+        k_stored = apply_rope(k_stored, cos, sin)
+        total += relative_squared_distance(k, k_stored, valid) + relative_squared_distance(v, v_stored, valid)
+        return total, None
+
+    return lax.scan(add_layer, jnp.zeros(k_full.shape[1], jnp.float32), (k_full, v_full, k_cached, v_cached))[0]

@@ -1,0 +1,521 @@
+"""The facade: prompt to layout, store, plan, prefill, decode; missing chunks are stored after the first token."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.blend.deviation import total_deviation
+from cacheblend_jax.blend.flops import prefill_flops
+from cacheblend_jax.blend.layer_step import LayerKV
+from cacheblend_jax.blend.resident import Request, prefill, standalone
+from cacheblend_jax.blend.schedule import Plan, full_plan, length_bucket, make_plan, survivor_counts
+from cacheblend_jax.blend.selectors import get_selector
+from cacheblend_jax.errors import CacheBlendError, PromptError
+from cacheblend_jax.host_memory import aligned_empty
+from cacheblend_jax.layout import MODES, Layout, Missing, context_of, lay_out, spans_of
+from cacheblend_jax.model.decode import Sampling, decode_step, sample
+from cacheblend_jax.model.model import Model
+from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.programs import ProgramCache
+from cacheblend_jax.prompt import (
+    Prompt,
+    TextOrIds,
+    TokenizedPrompt,
+    check_length,
+    tokenize_chunk,
+    tokenize_prefix,
+    tokenize_prompt,
+)
+from cacheblend_jax.results import GenerateStats, Generation, KVCache, PrefillResult, PrefillStats
+from cacheblend_jax.store import ChunkEntry, ChunkStore
+
+MOST_PENDING = 256  # missing chunks waiting to be computed; a flood beyond that is not stored
+
+
+class Engine:
+    """Answers prompts from stored chunk KV.
+
+    Args:
+        model: what `load_model` returned.
+        store: where chunk KV is kept; a memory-only one of default size if `None`.
+        blend: how the blend chooses the tokens to recompute.
+        context_tokens: how many of the prefix's first tokens a chunk is precomputed after; `None`: all of them.
+
+    Raises:
+        CacheBlendError: a check layer the model does not have, or a `context_tokens` that is no count.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        store: ChunkStore | None = None,
+        blend: BlendConfig | None = None,
+        *,
+        context_tokens: int | None = 4,
+    ) -> None:
+        if context_tokens is not None and (not isinstance(context_tokens, int) or context_tokens < 0):
+            raise CacheBlendError(f"context_tokens must be None or a whole number of at least 0, got {context_tokens!r}")
+        self.model = model
+        self.store = ChunkStore() if store is None else store
+        self.blend = BlendConfig() if blend is None else blend
+        self.context_tokens = context_tokens
+        self.programs = ProgramCache()
+        self._check_layer = self._resolve_check_layer()
+        self._staging = _Staging()
+        self._lock = threading.RLock()
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-store")
+        self._pending: dict[str, Future] = {}
+        self._placement = _placement(model)
+        self._on_cpu = jax.tree.leaves(model.params)[0].devices().pop().platform == "cpu"
+
+    def precompute(
+        self,
+        prompt: Prompt | Sequence[TextOrIds],
+        *,
+        prefix: TextOrIds = "",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Computes and stores the KV of a prompt's chunks, or of `chunks` to be used after `prefix`; skips those stored.
+
+        Returns the chunks' keys, in order. `progress` is called with the chunks done and their total.
+
+        Raises:
+            PromptError: as `prefill`; before anything is computed.
+        """
+        if isinstance(prompt, Prompt):
+            chunks, prefix = prompt.chunks, prompt.prefix
+        elif isinstance(prompt, str | bytes):
+            raise PromptError("chunks must be a sequence of chunks, got one string; write [text]")
+        else:
+            chunks = prompt
+        config, tokenizer = self.model.config, self.model.tokenizer
+        tokenized = TokenizedPrompt(
+            prefix=tokenize_prefix(prefix, tokenizer, config.vocab_size),
+            chunks=tuple(tokenize_chunk(c, tokenizer, config.vocab_size, f"chunk {i}") for i, c in enumerate(chunks)),
+            suffix=np.zeros(0, np.int32),
+        )
+        context = context_of(tokenized.prefix, self.context_tokens)
+        for i, chunk in enumerate(tokenized.chunks):
+            check_length(context.size + chunk.size, config.max_positions, f"chunk {i} with its context")
+        spans = spans_of(tokenized, self.context_tokens, self.model.fingerprint, self.store.salt)
+        for done, span in enumerate(spans):
+            self._wait_for([span.missing.key])
+            if span.missing.key not in self.store:
+                self.store.put(span.missing.key, self._standalone(span.missing))
+            if progress is not None:
+                progress(done + 1, len(spans))
+        return [span.missing.key for span in spans if not span.is_prefix]
+
+    def prefill(self, prompt: Prompt, mode: str = "blend") -> PrefillResult:
+        """Prefills a prompt; what the store lacks is computed in place, and stored after the first token is out.
+
+        Args:
+            mode: `"full"` (full recompute), `"prefix"` (exact entries only: prefix caching), `"reuse"` (full KV reuse)
+                or `"blend"`.
+
+        Raises:
+            PromptError: see `tokenize_prompt`; an unknown mode.
+        """
+        config = self.model.config
+        tokenized = tokenize_prompt(
+            prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
+        )
+        return self._prefill(tokenized, mode)
+
+    def _prefill(self, tokenized: TokenizedPrompt, mode: str) -> PrefillResult:
+        fingerprint = self.model.fingerprint  # computed once a model, not a part of any request
+        with self._lock:
+            if self._pending and mode != "full":
+                spans = spans_of(tokenized, self.context_tokens, fingerprint, self.store.salt)
+                self._wait_for([span.missing.key for span in spans])
+            began = time.perf_counter()
+            layout = lay_out(
+                tokenized, self.store, mode=mode, context_tokens=self.context_tokens, fingerprint=fingerprint
+            )
+            plan, request = self._plan(layout, mode)
+            oracle_s = self._add_oracle(plan, request, layout, tokenized)
+            compiled_before = self.programs.compile_s
+            program = self._prefill_program(plan)
+            cos, sin = rope_tables(self.model.config, plan.cache_length)
+            compile_s = self.programs.compile_s - compiled_before
+            load_began = time.perf_counter()
+            cached = None if plan.nothing_cached else self._load(layout, plan)
+            load_s = time.perf_counter() - load_began
+            dispatched = time.perf_counter()
+            out = program(self.model.params, request, cached, *self._put((cos, sin)))
+            next_token = int(out.next_token)
+            ended = time.perf_counter()
+            logits = np.asarray(out.logits)
+        for missing in layout.to_store:
+            self._store_later(missing)
+        computed = _computed_positions(plan, out.stage_positions)
+        ttft_s = ended - began - compile_s - oracle_s
+        stats = PrefillStats(
+            mode=mode,
+            tokens=layout.token_ids.size,
+            ttft_s=ttft_s,
+            host_s=dispatched - began - compile_s - oracle_s - load_s,
+            load_s=load_s,
+            compile_s=compile_s,
+            hits=layout.hits,
+            misses=layout.misses,
+            exact=int(layout.exact.sum()),
+            candidates=int(layout.candidate.sum()),
+            forced=int((~layout.exact & ~layout.candidate).sum()),
+            recompute_ratio=_ratio(layout, computed, self._check_layer),
+            flops=prefill_flops(self.model.config, computed),
+        )
+        return PrefillResult(logits, layout.token_ids, next_token, stats, KVCache(out.k, out.v), computed)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        mode: str = "blend",
+        *,
+        max_new_tokens: int = 32,
+        sampling: Sampling | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        on_token: Callable[[int, str], None] | None = None,
+    ) -> Generation:
+        """Prefills and decodes, greedily unless `sampling` says otherwise.
+
+        Args:
+            max_new_tokens: at most this many, the first one included; the model's maximal length bounds it too.
+            stop_token_ids: decoding ends before any of these; the model's own by default.
+            on_token: called with each token's id and the text it adds, as soon as it is known.
+
+        Raises:
+            PromptError: as `prefill`, or no room is left for a single token.
+        """
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise PromptError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
+        out = self.prefill(prompt, mode)
+        stops = set(self.model.stop_token_ids if stop_token_ids is None else stop_token_ids)
+        room = min(max_new_tokens, self.model.config.max_positions - out.token_ids.size + 1)
+        token_ids: list[int] = []
+        text, reason = "", "length"
+        began = time.perf_counter()
+        for token in self._decode(out, room, sampling or Sampling()):
+            if token in stops:
+                reason = "stop"
+                break
+            token_ids.append(token)
+            grown = self._decode_text(token_ids)
+            if on_token is not None:
+                on_token(token, grown[len(text) :])
+            text = grown
+            if len(token_ids) == 1:
+                began = time.perf_counter()
+        decoded = max(len(token_ids) - 1, 0)
+        seconds = (time.perf_counter() - began) / decoded if decoded else 0.0
+        return Generation(text, token_ids, GenerateStats(out.stats, decoded, seconds, reason))
+
+    def warmup(
+        self, max_tokens: int, *, modes: Sequence[str] = ("blend",), prefix_tokens: int = 0, suffix_tokens: int = 64
+    ) -> int:
+        """Compiles what prompts of up to `max_tokens` need, so that none of them waits for a compiler.
+
+        For prompts whose chunks are all stored: with and without a stored prefix of `prefix_tokens`, and questions of
+        up to `suffix_tokens`. Returns how many programs were compiled. The command line keeps them on disk.
+
+        Raises:
+            CacheBlendError: `max_tokens` is beyond the model's maximum, or another value makes no sense.
+        """
+        if not isinstance(max_tokens, int) or not 1 <= max_tokens <= self.model.config.max_positions:
+            raise CacheBlendError(f"max_tokens must be in [1, {self.model.config.max_positions}], got {max_tokens!r}")
+        if unknown := [mode for mode in modes if mode not in MODES]:
+            raise CacheBlendError(f"unknown mode {unknown[0]!r}; expected among {', '.join(MODES)}")
+        if prefix_tokens < 0 or suffix_tokens < 1:
+            raise CacheBlendError("prefix_tokens must be at least 0 and suffix_tokens at least 1")
+        before = self.programs.count
+        plans: dict[Plan, None] = {}
+        for mode in modes:
+            for length in range(1, max_tokens + 1):
+                for exact in {0, prefix_tokens}:
+                    for suffix in range(1, suffix_tokens + 1, 16):
+                        if exact + suffix <= length:
+                            candidates = 0 if mode in ("full", "prefix") else length - exact - suffix
+                            plans[self._plan_of(mode, length, exact, candidates)] = None
+        for plan in plans:
+            self._prefill_program(plan)
+        return self.programs.count - before
+
+    def flush(self) -> None:
+        """Waits until every missing chunk seen so far is stored."""
+        self._wait_for(list(self._pending))
+
+    def close(self) -> None:
+        """Finishes what is being stored and stops the background thread."""
+        self._background.shutdown(wait=True)
+
+    def _resolve_check_layer(self) -> int:
+        layers = self.model.config.num_layers
+        chosen = self.blend.check_layer
+        if chosen is not None and not 1 <= chosen <= max(layers - 1, 1):
+            raise CacheBlendError(f"check_layer must be in [1, {max(layers - 1, 1)}] for {layers} layers, got {chosen}")
+        return self.model.config.check_layer if chosen is None else chosen
+
+    def _plan_of(self, mode: str, length: int, exact: int, candidates: int) -> Plan:
+        config = self.model.config
+        if mode == "full":
+            return full_plan(config.num_layers, length)
+        blends = mode == "blend" and self.blend.recompute_ratio > 0
+        forced = length - exact - candidates
+        return make_plan(
+            num_layers=config.num_layers,
+            length=length,
+            active=length - exact if blends else forced,
+            forced=forced,
+            blend=self.blend if blends else None,
+            check_layer=self._check_layer,
+        )
+
+    def _plan(self, layout: Layout, mode: str) -> tuple[Plan, Request]:
+        """Chooses the program and fills its traced inputs in."""
+        length = layout.token_ids.size
+        candidates = int(layout.candidate.sum())
+        plan = self._plan_of(mode, length, int(layout.exact.sum()), candidates)
+        skipped = layout.exact if plan.selector is not None or not candidates else layout.exact | layout.candidate
+        if mode == "blend" and self.blend.recompute_ratio > 0:
+            skipped = layout.exact
+        positions = np.flatnonzero(~skipped).astype(np.int32)
+        forced = ~layout.candidate[positions]
+        forced_rows = np.flatnonzero(forced).astype(np.int32)[: plan.forced]
+        keep = survivor_counts(plan, self.blend.recompute_ratio, positions.size - int(forced.sum()), int(forced.sum()))
+
+        def padded(array: np.ndarray, size: int, fill: int | bool) -> np.ndarray:
+            out = np.full(size, fill, array.dtype)
+            out[: array.size] = array
+            return out
+
+        request = Request(
+            token_ids=padded(layout.token_ids[positions], plan.active, 0),
+            positions=padded(positions, plan.active, plan.cache_length),
+            length=np.int32(length),
+            forced=padded(forced, plan.active, False),
+            chunk_starts=padded(layout.chunk_starts[positions], plan.active, 0),
+            context_length=np.int32(layout.context_length),
+            keep=np.asarray(keep, np.int32),
+            forced_rows=padded(forced_rows, plan.forced, plan.active),
+            is_question=padded(positions[forced_rows] >= layout.suffix_start, plan.forced, False),
+            oracle=np.zeros(plan.active, np.float32),
+            seed=np.int32(self.blend.seed),
+        )
+        return plan, request
+
+    def _prefill_program(self, plan: Plan) -> Any:
+        def arguments() -> tuple[Any, ...]:
+            config = self.model.config
+            shape = (config.num_layers, plan.cache_length, config.num_kv_heads, config.head_dim)
+            cached = None if plan.nothing_cached else LayerKV(*2 * [self._abstract(shape, config.dtype)])
+            table = self._abstract((plan.cache_length, config.head_dim // 2), jnp.float32)
+            return self.model.params, _abstract_request(plan), cached, table, table
+
+        # A CPU takes host buffers over as they are: they stay ours, and the staging area is used again.
+        donate = () if self._on_cpu or plan.nothing_cached else (2,)
+        return self.programs.get(prefill, arguments, donate=donate, config=self.model.config, plan=plan)
+
+    def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._placement)
+
+    def _put(self, tree: Any) -> Any:
+        return jax.device_put(tree, self._placement)
+
+    def _load(self, layout: Layout, plan: Plan) -> LayerKV:
+        """Assembles the stored KV at its places, rows of forced tokens left as they are: they are always overwritten."""
+        config = self.model.config
+        shape = (config.num_layers, plan.cache_length, config.num_kv_heads, config.head_dim)
+        k, v = self._staging.arrays(shape, jnp.dtype(config.dtype))
+        for span, entry in layout.loaded:
+            k[:, span.start : span.stop] = entry.k
+            v[:, span.start : span.stop] = entry.v
+        cached = LayerKV(*self._put((k, v)))
+        jax.block_until_ready(cached)
+        return cached
+
+    def _add_oracle(self, plan: Plan, request: Request, layout: Layout, tokenized: TokenizedPrompt) -> float:
+        """Fills the oracle's scores in from a full prefill, if the selector wants them; returns the seconds it took."""
+        if plan.selector is None or "oracle" not in get_selector(plan.selector).needs:
+            return 0.0
+        began = time.perf_counter()
+        full = self._prefill(tokenized, "full").padded_cache
+        rows = min(full.k.shape[1], plan.cache_length)
+        cos, sin = rope_tables(self.model.config, plan.cache_length)
+        cached = self._load(layout, plan)
+        scores = jax.jit(total_deviation)(
+            *(x[:, :rows] for x in (full.k, full.v, cached.k, cached.v)), cos[:rows], sin[:rows], layout.token_ids.size
+        )
+        count = int(np.sum(request.positions < plan.cache_length))
+        request.oracle[:count] = np.asarray(scores)[request.positions[:count]]
+        return time.perf_counter() - began
+
+    def _standalone(self, missing: Missing) -> ChunkEntry:
+        """Computes a chunk's KV after its context alone."""
+        config = self.model.config
+        ids = np.concatenate([missing.context_ids, missing.token_ids])
+        size = length_bucket(ids.size)
+        padded = np.zeros(size, np.int32)
+        padded[: ids.size] = ids
+        cos, sin = rope_tables(config, size)
+
+        def arguments() -> tuple[Any, ...]:
+            table = self._abstract(cos.shape, jnp.float32)
+            scalar = jax.ShapeDtypeStruct((), jnp.int32)
+            return self.model.params, jax.ShapeDtypeStruct((size,), jnp.int32), scalar, table, table
+
+        program = self.programs.get(standalone, arguments, config=config, rows=size)
+        kv = program(self.model.params, padded, np.int32(ids.size), *self._put((cos, sin)))
+        begin = missing.context_ids.size
+        k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : ids.size]) for x in (kv.k, kv.v))
+        return ChunkEntry(k, v)
+
+    def _store_later(self, missing: Missing) -> None:
+        if missing.key in self._pending or len(self._pending) >= MOST_PENDING:
+            return
+
+        def work() -> None:
+            try:
+                if missing.key not in self.store:
+                    self.store.put(missing.key, self._standalone(missing))
+            finally:
+                self._pending.pop(missing.key, None)
+
+        started = threading.Event()  # the task must not end before it is noted
+
+        def run() -> None:
+            started.wait()
+            work()
+
+        self._pending[missing.key] = self._background.submit(run)
+        started.set()
+
+    def _wait_for(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            future = self._pending.get(key)
+            if future is not None:
+                future.result()
+
+    def _decode(self, out: PrefillResult, room: int, sampling: Sampling):
+        """Yields up to `room` token ids; the first needs no decoding step."""
+        if room < 1:
+            return
+        config = self.model.config
+        length = out.token_ids.size
+        key = jax.random.key(sampling.seed)
+        draw = jax.jit(sample)
+
+        def choose(logits: jax.Array, likeliest: jax.Array | int, step: int) -> int:
+            if sampling.temperature == 0:
+                return int(likeliest)
+            step_key = jax.random.fold_in(key, step)
+            return int(draw(logits, step_key, sampling.temperature, sampling.top_k, sampling.top_p))
+
+        token = choose(jnp.asarray(out.logits), out.next_token, 0)
+        yield token
+        if room == 1:
+            return
+        size = length_bucket(length + room - 1)
+        k, v = (_resized(x, size) for x in (out.padded_cache.k, out.padded_cache.v))
+        cos, sin = self._put(rope_tables(config, size))
+
+        def arguments() -> tuple[Any, ...]:
+            scalar = jax.ShapeDtypeStruct((), jnp.int32)
+            return self.model.params, k, v, scalar, scalar, cos, sin
+
+        program = self.programs.get(decode_step, arguments, donate=(1, 2), config=config, keys=size)
+        for step in range(1, room):
+            logits, likeliest, k, v = program(
+                self.model.params, k, v, np.int32(token), np.int32(length + step - 1), cos, sin
+            )
+            token = choose(logits, likeliest, step)
+            yield token
+
+    def _decode_text(self, token_ids: list[int]) -> str:
+        if self.model.tokenizer is None:
+            return ""
+        text = self.model.tokenizer.decode(token_ids, skip_special_tokens=True)
+        # A character may span tokens: what is not whole yet is held back.
+        return text.rstrip("\ufffd")
+
+
+class _Staging:
+    """A host buffer for K and V that is used again from request to request, and grows."""
+
+    def __init__(self) -> None:
+        self._buffers: tuple[np.ndarray, np.ndarray] | None = None
+
+    def arrays(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        size = int(np.prod(shape))
+        if self._buffers is None or self._buffers[0].size < size:
+            self._buffers = tuple(aligned_empty((size,), dtype) for _ in range(2))
+            for buffer in self._buffers:
+                buffer[:] = 0
+        return tuple(buffer[:size].reshape(shape) for buffer in self._buffers)
+
+
+def _placement(model: Model) -> jax.sharding.Sharding | None:
+    sharding = jax.tree.leaves(model.params)[0].sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.P())
+    return sharding
+
+
+def _resized(x: jax.Array, size: int) -> jax.Array:
+    """A copy of the cache with room for `size` tokens: decoding donates it, the prefill's result keeps its own."""
+    length = min(x.shape[1], size)
+    return jnp.zeros((x.shape[0], size, *x.shape[2:]), x.dtype).at[:, :length].set(x[:, :length])
+
+
+def _abstract_request(plan: Plan) -> Request:
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    active, forced = plan.active, plan.forced
+    return Request(
+        token_ids=array(jnp.int32, active),
+        positions=array(jnp.int32, active),
+        length=array(jnp.int32),
+        forced=array(jnp.bool_, active),
+        chunk_starts=array(jnp.int32, active),
+        context_length=array(jnp.int32),
+        keep=array(jnp.int32, len(plan.stages) - 1),
+        forced_rows=array(jnp.int32, forced),
+        is_question=array(jnp.bool_, forced),
+        oracle=array(jnp.float32, active),
+        seed=array(jnp.int32),
+    )
+
+
+def _computed_positions(plan: Plan, stage_positions: Sequence[jax.Array]) -> list[np.ndarray]:
+    """Returns, for each layer, the positions whose K, V it computed."""
+    computed = []
+    for stage, padded in zip(plan.stages, stage_positions, strict=True):
+        positions = np.asarray(padded)
+        positions = positions[positions < plan.cache_length]
+        computed += [positions] * (stage.border - stage.first + 1)
+    return computed
+
+
+def _ratio(layout: Layout, computed: list[np.ndarray], check_layer: int) -> float:
+    candidates = int(layout.candidate.sum())
+    later = computed[check_layer + 1 :] or computed[-1:]
+    if candidates == 0:
+        return 0.0
+    return float(np.mean([layout.candidate[positions].sum() / candidates for positions in later]))
+
+
+def with_blend(engine: Engine, **changes: Any) -> Engine:
+    """Returns an engine over the same model and store whose blend differs by `changes`."""
+    return Engine(
+        engine.model, engine.store, replace(engine.blend, **changes), context_tokens=engine.context_tokens
+    )

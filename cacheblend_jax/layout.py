@@ -1,0 +1,125 @@
+"""Where every token of a prompt stands, and which of them the store already knows: the input of a prefill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cacheblend_jax.errors import PromptError
+from cacheblend_jax.prompt import TokenizedPrompt
+from cacheblend_jax.store import ChunkEntry, ChunkStore, chunk_key
+
+MODES = ("full", "prefix", "reuse", "blend")
+NO_CONTEXT = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A chunk (or prefix) whose stand-alone KV is to be computed, and the context it is computed after."""
+
+    key: str
+    context_ids: np.ndarray
+    token_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Span:
+    """A prefix or chunk at its place: its key, what is computed where it is missing, and its entry where it is not."""
+
+    start: int
+    missing: Missing
+    exact: bool
+    is_prefix: bool
+
+    @property
+    def stop(self) -> int:
+        """Position after the last token."""
+        return self.start + self.missing.token_ids.size
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A prompt's tokens in place. `loaded` are the entries to reuse; masks and starts are `[tokens]`."""
+
+    token_ids: np.ndarray
+    loaded: list[tuple[Span, ChunkEntry]]
+    to_store: list[Missing]
+    exact: np.ndarray
+    candidate: np.ndarray
+    chunk_starts: np.ndarray
+    context_length: int
+    suffix_start: int
+    hits: int
+    misses: int
+
+
+def context_of(prefix_ids: np.ndarray, context_tokens: int | None) -> np.ndarray:
+    """Returns the ids that chunks are precomputed after: the first `context_tokens` of the prefix, or all (`None`)."""
+    return prefix_ids if context_tokens is None else prefix_ids[:context_tokens]
+
+
+def spans_of(prompt: TokenizedPrompt, context_tokens: int | None, fingerprint: str, salt: str) -> list[Span]:
+    """Lays prefix and chunks out.
+
+    A span is exact where its context is precisely the ids that stand before it: a prefix always, the first chunk where
+    the context is the whole prefix.
+    """
+    context = context_of(prompt.prefix, context_tokens)
+
+    def span(start: int, context_ids: np.ndarray, ids: np.ndarray, is_prefix: bool) -> Span:
+        missing = Missing(chunk_key(fingerprint, context_ids, ids, salt), context_ids, ids)
+        return Span(start, missing, exact=context_ids.size == start, is_prefix=is_prefix)
+
+    spans = [span(0, NO_CONTEXT, prompt.prefix, True)] if prompt.prefix.size else []
+    start = prompt.prefix.size
+    for chunk in prompt.chunks:
+        spans.append(span(start, context, chunk, False))
+        start += chunk.size
+    return spans
+
+
+def lay_out(
+    prompt: TokenizedPrompt, store: ChunkStore, *, mode: str, context_tokens: int | None, fingerprint: str
+) -> Layout:
+    """Looks every span up and says of every token whether it is exact, a candidate, or forced (neither).
+
+    `full` uses no entry, `prefix` only exact ones. The suffix is forced; without one, the prompt's last token is.
+
+    Raises:
+        PromptError: an unknown mode.
+    """
+    if mode not in MODES:
+        raise PromptError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    token_ids = prompt.token_ids
+    exact, candidate = np.zeros(token_ids.size, bool), np.zeros(token_ids.size, bool)
+    chunk_starts = np.zeros(token_ids.size, np.int32)
+    loaded, to_store, hits, misses = [], {}, 0, 0
+    spans = [] if mode == "full" else spans_of(prompt, context_tokens, fingerprint, store.salt)
+    for span in spans:
+        chunk_starts[span.start : span.stop] = span.start
+        if mode == "prefix" and not span.exact:
+            continue
+        entry = store.get(span.missing.key)
+        if entry is not None:
+            loaded.append((span, entry))
+            (exact if span.exact else candidate)[span.start : span.stop] = True
+        else:
+            to_store[span.missing.key] = span.missing
+        hits += entry is not None and not span.is_prefix
+        misses += entry is None and not span.is_prefix
+    suffix_start = token_ids.size - prompt.suffix.size
+    chunk_starts[suffix_start:] = suffix_start
+    exact[-1] = candidate[-1] = False
+    return Layout(
+        token_ids,
+        loaded,
+        list(to_store.values()),
+        exact,
+        candidate,
+        chunk_starts,
+        context_of(prompt.prefix, context_tokens).size,
+        min(suffix_start, token_ids.size - 1),
+        hits,
+        misses,
+    )
