@@ -18,8 +18,8 @@ class Prompt:
     """A RAG prompt: `prefix` (system prompt), `chunks` (retrieved texts, reused), `suffix` (question).
 
     Each part is text or token ids. Parts are tokenised separately and their ids concatenated, so that a chunk's ids
-    never depend on its neighbours. A text prefix, empty ones too, gets the tokenizer's own opening (BOS); token ids are
-    taken as they are. Special tokens spelled out in chunk text stay plain text; in prefix and suffix they are
+    never depend on its neighbours. A text prefix, the empty one too, gets the tokenizer's own opening (BOS); token ids
+    are taken as they are, so `prefix=[]` is no prefix at all. Special tokens spelled out in chunk text stay plain text; in prefix and suffix they are
     recognised, since chat templates write them there.
     """
 

@@ -1,0 +1,72 @@
+"""Switches jaxtyping's shape checks on (beartype) for the whole suite, and shares small models between tests."""
+
+from __future__ import annotations
+
+import functools
+
+from jaxtyping import install_import_hook
+
+# Records are left out: flax rebuilds them with stacked and abstract leaves.
+install_import_hook(["pallas_kernels", "cacheblend_jax.blend.deviation"], "beartype.beartype")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+import cacheblend_jax as cb  # noqa: E402
+from cacheblend_jax.model.config import ModelConfig, RopeConfig  # noqa: E402
+
+SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_layers": 6, "num_heads": 4}
+SHAPE |= {"num_kv_heads": 2, "head_dim": 8, "max_positions": 2048}
+LLAMA3_ROPE = RopeConfig("llama3", 10000.0, 8.0, 32, 1.0, 4.0)
+FAMILIES = {
+    "llama2": ModelConfig(architecture="LlamaForCausalLM", **SHAPE | {"num_kv_heads": 4}),
+    "llama3": ModelConfig(architecture="LlamaForCausalLM", **SHAPE, rope=LLAMA3_ROPE, tied_embeddings=True),
+    "mistral": ModelConfig(architecture="MistralForCausalLM", **SHAPE, windows=(24,) * 6),
+    "qwen2": ModelConfig(architecture="Qwen2ForCausalLM", **SHAPE, qkv_bias=True, windows=(None,) * 3 + (20,) * 3),
+    "qwen3": ModelConfig(
+        architecture="Qwen3ForCausalLM",
+        **SHAPE | {"head_dim": 12},
+        qk_norm=True,
+        rope=RopeConfig("yarn", 10000.0, 4.0, 32),
+    ),
+}
+
+
+@functools.cache
+def family_model(name: str) -> cb.Model:
+    return cb.random_model(FAMILIES[name], seed=7)
+
+
+@functools.cache
+def shared_engine(
+    family: str, ratio: float = 0.15, selector: str = "hkvd", context_tokens: int | None = 4
+) -> cb.Engine:
+    """An engine whose compiled programs tests share; its store is emptied by `fresh_engine`."""
+    blend = cb.BlendConfig(ratio, selector=selector)
+    return cb.Engine(family_model(family), blend=blend, context_tokens=context_tokens)
+
+
+def fresh_engine(*args, **options) -> cb.Engine:
+    engine = shared_engine(*args, **options)
+    engine.flush()
+    engine.store.clear()
+    return engine
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request) -> str:
+    return request.param
+
+
+def random_prompt(seed: int, chunk_lengths=(30, 40, 1, 25), prefix=9, suffix=7) -> cb.Prompt:
+    rng = np.random.default_rng(seed)
+
+    def ids(size: int) -> np.ndarray:
+        return rng.integers(0, SHAPE["vocab_size"], size).astype(np.int32)
+
+    return cb.Prompt(ids(prefix), [ids(size) for size in chunk_lengths], ids(suffix))
+
+
+def relative_error(actual, wanted) -> float:
+    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
+    return float(np.abs(actual - wanted).max() / np.abs(wanted).max())

@@ -1,0 +1,244 @@
+"""DESIGN's invariants I1 to I8 of the resident executor, on every family."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import FAMILIES, family_model, fresh_engine, random_prompt, relative_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import cacheblend_jax as cb
+from cacheblend_jax.model.rope import rope_tables
+from pallas_kernels import apply_rope
+
+SELECTORS = sorted(cb.SELECTORS)
+
+
+def assert_full(out, full, tolerance=1e-5):
+    assert relative_error(out.logits, full.logits) < tolerance
+    assert relative_error(out.cache.k, full.cache.k) < tolerance
+    assert relative_error(out.cache.v, full.cache.v) < tolerance
+
+
+def rotated(engine, entry_k, start):
+    config = engine.model.config
+    cos, sin = rope_tables(config, start + entry_k.shape[1])
+    return np.asarray(jax.vmap(apply_rope, in_axes=(0, None, None))(entry_k, cos[start:], sin[start:]))
+
+
+def entries(engine, prompt):
+    return [engine.store.get(key) for key in engine.precompute(prompt)]
+
+
+def spans(prompt):
+    start = len(prompt.prefix)
+    for chunk in prompt.chunks:
+        yield start, start + len(chunk)
+        start += len(chunk)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_i1_ratio_one_is_full_prefill(family, selector):
+    engine, prompt = fresh_engine(family, 1.0, selector), random_prompt(1)
+    engine.precompute(prompt)
+    assert_full(engine.prefill(prompt), engine.prefill(prompt, "full"))
+
+
+def test_i1_bfloat16_within_rounding(family):
+    model = cb.random_model(dataclasses.replace(FAMILIES[family], dtype="bfloat16"), seed=7)
+    engine, prompt = cb.Engine(model, blend=cb.BlendConfig(1.0)), random_prompt(1)
+    engine.precompute(prompt)
+    out, full = engine.prefill(prompt), engine.prefill(prompt, "full")
+    assert relative_error(out.logits, full.logits) < 0.05
+    assert relative_error(out.cache.k, full.cache.k) < 0.05
+
+
+def test_i2_reuse_returns_what_is_stored(family):
+    engine, prompt = fresh_engine(family), random_prompt(2)
+    stored = entries(engine, prompt)
+    out = engine.prefill(prompt, "reuse")
+    assert out.stats.hits == 4
+    for (start, stop), entry in zip(spans(prompt), stored, strict=True):
+        np.testing.assert_array_equal(np.asarray(out.cache.v)[:, start:stop], entry.v)
+        np.testing.assert_allclose(np.asarray(out.cache.k)[:, start:stop], rotated(engine, entry.k, start), atol=1e-6)
+    assert not out.recomputed[:, 9:-7].any()
+
+
+def test_i2_ratio_zero_is_reuse(family):
+    engine, prompt = fresh_engine(family, 0.0), random_prompt(2)
+    engine.precompute(prompt)
+    reuse, blend = engine.prefill(prompt, "reuse"), engine.prefill(prompt)
+    np.testing.assert_array_equal(reuse.logits, blend.logits)
+    np.testing.assert_array_equal(reuse.cache.k, blend.cache.k)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.15, 1.0])
+def test_i3_exact_chunk_is_prefix_caching(family, ratio):
+    engine, prompt = fresh_engine(family, ratio, context_tokens=None), random_prompt(3)
+    first = entries(engine, prompt)[0]
+    start, stop = next(spans(prompt))
+    out = engine.prefill(prompt)
+    assert out.stats.exact == stop
+    assert not out.recomputed[:, :stop].any()
+    np.testing.assert_array_equal(np.asarray(out.cache.v)[:, start:stop], first.v)
+    np.testing.assert_allclose(np.asarray(out.cache.k)[:, start:stop], rotated(engine, first.k, start), atol=1e-6)
+    cached, full = engine.prefill(prompt, "prefix"), engine.prefill(prompt, "full")
+    assert cached.stats.exact == stop
+    assert_full(cached, full)
+
+
+def test_i3_a_prefix_is_exact_after_its_first_use(family):
+    engine, prompt = fresh_engine(family), random_prompt(4)
+    assert engine.prefill(prompt).stats.exact == 0
+    engine.flush()
+    assert engine.prefill(prompt).stats.exact == 9
+
+
+@pytest.mark.parametrize("mode", ["full", "reuse", "blend"])
+def test_i4_a_later_token_never_changes_earlier_kv(family, mode):
+    # `epic` selects by place alone: the recomputed sets stay as they are when a token changes.
+    engine, prompt = fresh_engine(family, 0.4, "epic"), random_prompt(5)
+    changed_suffix = prompt.suffix.copy()
+    changed_suffix[3] = (changed_suffix[3] + 1) % 97
+    changed_chunk = prompt.chunks[1].copy()
+    changed_chunk[20] = (changed_chunk[20] + 1) % 97
+    chunks = [prompt.chunks[0], changed_chunk, *prompt.chunks[2:]]
+    out = _after_precompute(engine, prompt, mode)
+    for changed, place in (
+        (cb.Prompt(prompt.prefix, prompt.chunks, changed_suffix), 9 + 96 + 3),
+        (cb.Prompt(prompt.prefix, chunks, prompt.suffix), 9 + 30 + 20),
+    ):
+        other = _after_precompute(engine, changed, mode)
+        np.testing.assert_array_equal(out.recomputed, other.recomputed)
+        np.testing.assert_array_equal(np.asarray(out.cache.k)[:, :place], np.asarray(other.cache.k)[:, :place])
+        np.testing.assert_array_equal(np.asarray(out.cache.v)[:, :place], np.asarray(other.cache.v)[:, :place])
+        assert not np.array_equal(np.asarray(out.cache.v)[:, place], np.asarray(other.cache.v)[:, place])
+
+
+def _after_precompute(engine, prompt, mode):
+    engine.precompute(prompt)
+    return engine.prefill(prompt, mode)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_i5_question_and_missed_chunks_are_forced(family, selector):
+    engine, prompt = fresh_engine(family, 0.15, selector), random_prompt(6)
+    engine.precompute([prompt.chunks[0], prompt.chunks[3]], prefix=prompt.prefix)
+    out = engine.prefill(prompt)
+    (_, first), (_, second), (_, third), _ = spans(prompt)
+    assert (out.stats.hits, out.stats.misses) == (2, 2)
+    assert out.recomputed[:, first:third].all()
+    assert second < third
+    assert out.recomputed[:, -7:].all()
+    assert not out.recomputed[:, :9].any()
+    assert not out.recomputed[-1, 9:first].all()
+
+
+@pytest.mark.parametrize("mode", ["prefix", "reuse", "blend"])
+def test_i7_no_hits_is_exact(family, mode):
+    engine, prompt = fresh_engine(family), random_prompt(7)
+    assert_full(engine.prefill(prompt, mode), engine.prefill(prompt, "full"))
+
+
+SHAPES = {
+    "no chunks": ((), 9, 7),
+    "no prefix": ((20, 30), 0, 7),
+    "no suffix": ((20, 30), 9, 0),
+    "chunks alone": ((20, 30), 0, 0),
+    "one token chunks": ((1, 1, 1), 9, 1),
+    "one token": ((), 0, 1),
+    "prefix alone": ((), 9, 0),
+    "prefix shorter than the context": ((20, 30), 2, 5),
+}
+
+
+@pytest.mark.parametrize("ratio", [0.15, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_i7_odd_shapes(shape, ratio):
+    prompt = random_prompt(8, *SHAPES[shape])
+    engine = fresh_engine("llama3", ratio)
+    full = engine.prefill(prompt, "full")
+    for _ in range(2):  # without, then with stored KV
+        for mode in ("prefix", "blend", "reuse"):
+            out = engine.prefill(prompt, mode)
+            assert np.isfinite(out.logits).all()
+            assert out.recomputed[:, -1].all()
+            if mode == "prefix" or (mode == "blend" and ratio == 1.0) or out.stats.candidates == 0:
+                assert_full(out, full)
+        engine.flush()
+
+
+def test_i7_order_and_repeats():
+    engine, prompt = fresh_engine("qwen2", 1.0), random_prompt(9)
+    engine.precompute(prompt)
+    chunks = [prompt.chunks[i] for i in (3, 0, 0, 2, 1, 0)]
+    shuffled = cb.Prompt(prompt.prefix, chunks, prompt.suffix)
+    out = engine.prefill(shuffled)
+    assert out.stats.hits == 6
+    assert_full(out, engine.prefill(shuffled, "full"))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=6),
+    stored=st.sets(st.integers(0, 5)),
+    prefix=st.integers(0, 12),
+    suffix=st.integers(1, 20),
+    ratio=st.sampled_from([0.0, 0.05, 0.15, 0.5, 1.0]),
+    selector=st.sampled_from(SELECTORS),
+    seed=st.integers(0, 3),
+)
+def test_any_mix_of_hits_and_misses_is_budgeted_and_right(lengths, stored, prefix, suffix, ratio, selector, seed):
+    engine = fresh_engine("llama3", ratio, selector)
+    prompt = random_prompt(seed, lengths, prefix, suffix)
+    hits = [chunk for i, chunk in enumerate(prompt.chunks) if i in stored]
+    engine.precompute(hits, prefix=prompt.prefix)
+    out, full = engine.prefill(prompt), engine.prefill(prompt, "full")
+    stats = out.stats
+    assert stats.exact + stats.candidates + stats.forced == out.token_ids.size
+    assert out.recomputed[:, -suffix:].all()
+    if stats.candidates and ratio > 0:
+        assert abs(stats.recompute_ratio - ratio) <= 1 / stats.candidates + 1e-9
+    if ratio == 1.0 or not stats.candidates:
+        assert_full(out, full)
+    # what an earlier layer dropped, no later layer computes again
+    assert (out.recomputed[1:] <= out.recomputed[:-1]).all()
+    engine.flush()
+
+
+def test_stored_kv_does_not_depend_on_where_it_was_first_used():
+    prompt = random_prompt(10)
+    engine = fresh_engine("qwen3")
+    keys = engine.precompute(prompt)
+    computed = {key: engine.store.get(key) for key in keys}
+    engine.store.clear()
+    engine.prefill(prompt)  # all missing: stored after the first token
+    engine.flush()
+    for key in keys:
+        np.testing.assert_array_equal(engine.store.get(key).k, computed[key].k)
+        np.testing.assert_array_equal(engine.store.get(key).v, computed[key].v)
+
+
+def test_another_model_finds_nothing():
+    store, prompt = cb.ChunkStore(), random_prompt(11)
+    cb.Engine(family_model("llama3"), store).precompute(prompt)
+    other = cb.random_model(FAMILIES["llama3"], seed=8)
+    assert cb.Engine(other, store).prefill(prompt).stats.hits == 0
+    assert cb.Engine(family_model("llama3"), store).prefill(prompt).stats.hits == 4
+
+
+def test_no_compile_for_another_prompt_of_the_same_bucket():
+    engine = cb.Engine(family_model("llama2"))
+    assert engine.warmup(256, modes=("blend", "full"), prefix_tokens=9, suffix_tokens=32) > 0
+    prompts = [random_prompt(seed, lengths, 9, 20) for seed, lengths in ((1, (30, 60)), (2, (45, 33)), (3, (99, 99)))]
+    for prompt in prompts:
+        engine.precompute(prompt)
+    count = engine.programs.count
+    for prompt in prompts:
+        for mode in ("blend", "full"):
+            assert engine.prefill(prompt, mode).stats.compile_s == 0
+    assert engine.programs.count == count
