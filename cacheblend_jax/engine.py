@@ -64,7 +64,9 @@ class Engine:
         context_tokens: int | None = 4,
     ) -> None:
         if context_tokens is not None and (not isinstance(context_tokens, int) or context_tokens < 0):
-            raise CacheBlendError(f"context_tokens must be None or a whole number of at least 0, got {context_tokens!r}")
+            raise CacheBlendError(
+                f"context_tokens must be None or a whole number of at least 0, got {context_tokens!r}"
+            )
         self.model = model
         self.store = ChunkStore() if store is None else store
         self.blend = BlendConfig() if blend is None else blend
@@ -516,6 +518,4 @@ def _ratio(layout: Layout, computed: list[np.ndarray], check_layer: int) -> floa
 
 def with_blend(engine: Engine, **changes: Any) -> Engine:
     """Returns an engine over the same model and store whose blend differs by `changes`."""
-    return Engine(
-        engine.model, engine.store, replace(engine.blend, **changes), context_tokens=engine.context_tokens
-    )
+    return Engine(engine.model, engine.store, replace(engine.blend, **changes), context_tokens=engine.context_tokens)

@@ -1,0 +1,221 @@
+"""The command line: `cacheblend-jax ask` and `cacheblend-jax bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+from platformdirs import user_cache_path
+from tqdm import tqdm
+
+from cacheblend_jax.blend import SELECTORS, BlendConfig
+from cacheblend_jax.documents import chunk_documents, read_documents, select_top_k
+from cacheblend_jax.engine import Engine
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.layout import MODES
+from cacheblend_jax.model import Model, load_model
+from cacheblend_jax.model.decode import Sampling
+from cacheblend_jax.model.demo import NOTICE
+from cacheblend_jax.prompt import Prompt
+from cacheblend_jax.results import Generation, PrefillStats
+from cacheblend_jax.store import ChunkStore
+
+SYSTEM = "Answer the question from the passages."
+SEPARATOR = "\n\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, or 2 for bad usage or input."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        if not parsed.no_compile_cache:
+            _keep_compiled_programs()
+        report = parsed.run(parsed)
+        if parsed.json is not None:
+            _write_json(parsed.json, report)
+    except CacheBlendError as error:
+        print(f"cacheblend-jax: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cacheblend-jax", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_ask(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the weights (as stored)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--no-compile-cache", action="store_true", help="do not keep compiled programs on disk")
+
+
+def _add_ask(commands: Any) -> None:
+    ask = commands.add_parser("ask", help="answer a question from text files")
+    ask.add_argument("question")
+    ask.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="checkpoint directory or hub id (demo)")
+    ask.add_argument("--docs", nargs="+", required=True, metavar="PATH", help=".txt and .md files, or directories")
+    ask.add_argument("--chunk-tokens", type=int, default=512, metavar="N", help="longest chunk (512)")
+    ask.add_argument("--top-k", type=int, default=5, metavar="K", help="chunks to use, picked by BM25 (5)")
+    ask.add_argument("--all", action="store_true", help="use all chunks")
+    ask.add_argument("--system", default=SYSTEM, help="system text")
+    ask.add_argument("--mode", choices=MODES, default="blend")
+    ask.add_argument("--compare", action="store_true", help="answer in all four modes and print a table")
+    ask.add_argument("--ratio", type=float, default=0.15, help="recompute ratio (0.15)")
+    ask.add_argument("--selector", default="hkvd", help=f"one of {', '.join(sorted(SELECTORS))} (hkvd)")
+    ask.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    ask.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
+    ask.add_argument("--top-p", type=float, default=1.0)
+    ask.add_argument("--seed", type=int, default=0)
+    ask.add_argument("--store-bytes", type=int, default=4 * 2**30, metavar="N", help="memory for chunk KV (4 GiB)")
+    _add_shared(ask)
+    ask.set_defaults(run=run_ask)
+
+
+def _add_bench(commands: Any) -> None:
+    from cacheblend_jax.evaluation.bench import SHAPES, run_bench
+
+    bench = commands.add_parser("bench", help="time the modes against each other")
+    source = bench.add_mutually_exclusive_group()
+    source.add_argument("--model", metavar="DIR_OR_ID")
+    source.add_argument("--shape", choices=sorted(SHAPES), default="bench-16l", help="random weights (bench-16l)")
+    bench.add_argument("--tokens", type=int, nargs="+", default=[4096], metavar="N", help="tokens in chunks (4096)")
+    bench.add_argument("--chunks", type=int, default=8, help="equal chunks (8)")
+    bench.add_argument("--prefix-tokens", type=int, default=32)
+    bench.add_argument("--question-tokens", type=int, default=32)
+    bench.add_argument("--ratios", type=float, nargs="+", default=[0.15])
+    bench.add_argument("--selector", default="hkvd")
+    bench.add_argument("--repeats", type=int, default=7)
+    bench.add_argument("--peer", choices=("torch",), help="also time transformers + torch full prefill")
+    _add_shared(bench)
+    bench.set_defaults(run=lambda parsed: run_bench(parsed, _say))
+
+
+def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Answers one question; returns what `--json` writes."""
+    blend = BlendConfig(parsed.ratio, selector=parsed.selector)
+    sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
+    store = ChunkStore(host_bytes=parsed.store_bytes)
+    documents = read_documents(parsed.docs)
+    model = _load(parsed.model, parsed.dtype)
+    if model.tokenizer is None:
+        raise CacheBlendError(f"model {parsed.model!r} has no tokenizer; ask needs one")
+    prompt, sources = _prompt(parsed, model, documents)
+    engine = Engine(model, store, blend)
+    bar = _bar(total=None, desc="precompute")
+    engine.precompute(prompt, progress=lambda done, total: _advance(bar, done, total))
+    bar.close()
+    if parsed.model == "demo":
+        _say(f"note: {NOTICE}")
+    modes = MODES if parsed.compare else (parsed.mode,)
+    answers = {}
+    for mode in modes:
+        engine.prefill(prompt, mode)  # compiles; the answer's own prefill is timed warm
+        answers[mode] = engine.generate(prompt, mode, max_new_tokens=parsed.max_new_tokens, sampling=sampling)
+    if parsed.compare:
+        _print_comparison(answers)
+    else:
+        print(answers[parsed.mode].text)
+        print(_summary(answers[parsed.mode].stats.prefill))
+    engine.close()
+    return {
+        "question": parsed.question,
+        "model": parsed.model,
+        "chunks": sources,
+        "answers": {mode: _answer_json(answer) for mode, answer in answers.items()},
+    }
+
+
+def _prompt(parsed: argparse.Namespace, model: Model, documents: list) -> tuple[Prompt, list[dict[str, Any]]]:
+    tokenizer = model.tokenizer
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer.encode(text + SEPARATOR, add_special_tokens=False, split_special_tokens=True))
+
+    def progress(items: Iterable) -> Iterable:
+        return tqdm(items, desc="split", disable=not sys.stderr.isatty())
+
+    chunks = chunk_documents(documents, parsed.chunk_tokens, count_tokens, progress)
+    if not parsed.all:
+        chunks = select_top_k(chunks, parsed.question, parsed.top_k)
+    texts = [chunk.text for chunk in chunks]
+    if tokenizer.chat_template:
+        prompt = Prompt.from_chat_template(
+            tokenizer, system=parsed.system, chunks=texts, question=parsed.question, separator=SEPARATOR
+        )
+    else:
+        suffix = f"Question: {parsed.question}\nAnswer:"
+        prompt = Prompt(parsed.system + SEPARATOR, [text + SEPARATOR for text in texts], suffix)
+    return prompt, [{"source": chunk.source, "index": chunk.index} for chunk in chunks]
+
+
+def _load(name: str, dtype: str | None) -> Model:
+    bar = _bar(total=None, desc="load", unit="B", unit_scale=True)
+    model = load_model(name, dtype=dtype, progress=lambda done, total: _advance(bar, done, total))
+    bar.close()
+    return model
+
+
+def _bar(**options: Any) -> tqdm:
+    return tqdm(disable=not sys.stderr.isatty(), leave=False, **options)
+
+
+def _advance(bar: tqdm, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _summary(stats: PrefillStats) -> str:
+    return (
+        f"[{stats.mode}: {stats.tokens} tokens, {stats.reused} reused, {stats.recompute_ratio:.0%} of "
+        f"{stats.candidates} candidates and {stats.forced} others computed; TTFT {stats.ttft_s * 1e3:.0f} ms]"
+    )
+
+
+def _print_comparison(answers: dict[str, Generation]) -> None:
+    print(f"{'mode':8}{'TTFT ms':>9}{'speed-up':>10}{'reused':>8}{'recomputed':>12}{'GFLOP':>8}  answer")
+    full = answers["full"].stats.ttft_s
+    for mode, answer in answers.items():
+        stats = answer.stats.prefill
+        recomputed = stats.forced + round(stats.recompute_ratio * stats.candidates)
+        text = " ".join(answer.text.split())
+        print(
+            f"{mode:8}{stats.ttft_s * 1e3:9.1f}{full / stats.ttft_s:9.2f}x{stats.reused:8}{recomputed:12}"
+            f"{stats.flops / 1e9:8.1f}  {text[:60]}"
+        )
+
+
+def _answer_json(answer: Generation) -> dict[str, Any]:
+    prefill = asdict(answer.stats.prefill) | {"reused": answer.stats.prefill.reused}
+    decode = {
+        "tokens": answer.stats.decoded,
+        "seconds_per_token": answer.stats.seconds_per_token,
+        "finish_reason": answer.stats.finish_reason,
+    }
+    return {"text": answer.text, "token_ids": answer.token_ids, "prefill": prefill, "decode": decode}
+
+
+def _write_json(path: Path, report: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CacheBlendError(f"cannot write --json {path}: {error.strerror}; choose another path") from error
+
+
+def _keep_compiled_programs() -> None:
+    """Turns JAX's persistent compilation cache on, in the user's cache directory, unless the user chose one."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(user_cache_path("cacheblend-jax") / "compiled"))

@@ -1,0 +1,1 @@
+"""Measuring: speed of the modes against each other."""

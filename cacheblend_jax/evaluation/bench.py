@@ -1,0 +1,225 @@
+"""`bench`: the modes timed against each other in one process, interleaved, on the same prompts."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.engine import Engine
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model import Model, ModelConfig, RopeConfig, load_model, random_model
+from cacheblend_jax.prompt import Prompt
+from cacheblend_jax.store import ChunkStore
+
+SHAPES = {
+    "bench-16l": ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_layers=16,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=64,
+        max_positions=32768,
+    ),
+    "llama-3-8b": ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_positions=131072,
+        rope=RopeConfig("llama3", 500000.0, 8.0, 8192, 1.0, 4.0),
+        dtype="bfloat16",
+    ),
+    "qwen3-4b": ModelConfig(
+        architecture="Qwen3ForCausalLM",
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_layers=36,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_positions=40960,
+        rope=RopeConfig(theta=1e6),
+        qk_norm=True,
+        tied_embeddings=True,
+        dtype="bfloat16",
+    ),
+}
+
+
+def run_bench(parsed: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """Times every mode and ratio at every length; prints a table and returns what `--json` writes."""
+    _check_sizes(parsed)
+    if parsed.model is not None:
+        model = load_model(parsed.model, dtype=parsed.dtype)
+    else:
+        shape = SHAPES[parsed.shape]
+        model = random_model(shape if parsed.dtype is None else _with_dtype(shape, parsed.dtype))
+    rows = []
+    for tokens in parsed.tokens:
+        rows += _bench_length(parsed, model, tokens, say)
+    _print_table(rows)
+    device = jax.tree.leaves(model.params)[0].devices().pop()
+    return {"model": parsed.model or parsed.shape, "device": device.device_kind, "jax": jax.__version__, "rows": rows}
+
+
+def _check_sizes(parsed: argparse.Namespace) -> None:
+    for name in ("chunks", "repeats", "question_tokens"):
+        if getattr(parsed, name) < 1:
+            raise CacheBlendError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(parsed, name)}")
+    if parsed.prefix_tokens < 0:
+        raise CacheBlendError(f"--prefix-tokens must be at least 0, got {parsed.prefix_tokens}")
+    if short := [tokens for tokens in parsed.tokens if tokens < parsed.chunks]:
+        raise CacheBlendError(f"--tokens must be at least --chunks ({parsed.chunks}), got {short[0]}")
+
+
+def _with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
+    from dataclasses import replace
+
+    return replace(config, dtype=dtype)
+
+
+def _prompt(parsed: argparse.Namespace, vocab_size: int, tokens: int) -> Prompt:
+    rng = np.random.default_rng(tokens)
+
+    def ids(size: int) -> np.ndarray:
+        return rng.integers(0, vocab_size, size).astype(np.int32)
+
+    chunks = [ids(len(part)) for part in np.array_split(np.arange(tokens), parsed.chunks)]
+    return Prompt(ids(parsed.prefix_tokens), chunks, ids(parsed.question_tokens))
+
+
+def _bench_length(parsed: argparse.Namespace, model: Model, tokens: int, say: Callable[[str], None]) -> list[dict]:
+    prompt = _prompt(parsed, model.config.vocab_size, tokens)
+    store = ChunkStore(host_bytes=64 * 2**30)
+    engines = {ratio: Engine(model, store, BlendConfig(ratio, parsed.selector)) for ratio in parsed.ratios}
+    first = engines[parsed.ratios[0]]
+    say(f"{tokens} tokens: precomputing and compiling")
+    first.precompute(prompt)
+    cases: dict[str, Callable[[], Any]] = {
+        mode: (lambda mode=mode: first.prefill(prompt, mode).stats) for mode in ("full", "prefix", "reuse")
+    }
+    for ratio, engine in engines.items():
+        cases[f"blend {ratio:g}"] = lambda engine=engine: engine.prefill(prompt).stats
+    compile_s = {}
+    for name, run in cases.items():
+        compile_s[name] = run().compile_s
+    peer = _torch_peer(model, prompt) if parsed.peer else None
+    samples: dict[str, list] = {name: [] for name in cases}
+    peer_seconds: list[float] = []
+    compiled = sum(engine.programs.count for engine in engines.values())
+    for repeat in range(parsed.repeats):
+        say(f"{tokens} tokens: round {repeat + 1} of {parsed.repeats}")
+        for name, run in cases.items():
+            samples[name].append(run())
+        if peer is not None:
+            peer_seconds.append(peer())
+    recompiled = sum(engine.programs.count for engine in engines.values()) - compiled
+    rows = [_row(name, tokens, stats, samples["full"], compile_s[name]) for name, stats in samples.items()]
+    for row in rows:
+        row["compiles_after_warmup"] = recompiled
+    if peer_seconds:
+        median = statistics.median(peer_seconds)
+        rows.append({"tokens": tokens, "mode": "torch full", "ttft_s": median, "spread_s": _spread(peer_seconds)})
+        rows[0]["over_torch"] = rows[0]["ttft_s"] / median
+    return rows
+
+
+def _row(name: str, tokens: int, stats: list, full: list, compile_s: float) -> dict[str, Any]:
+    seconds = [run.ttft_s for run in stats]
+    median, full_median = statistics.median(seconds), statistics.median(run.ttft_s for run in full)
+    speed_up, ideal = full_median / median, full[0].flops / stats[0].flops
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "tokens": tokens,
+        "mode": name,
+        "ttft_s": median,
+        "spread_s": _spread(seconds),
+        "tokens_per_s": stats[0].tokens / median,
+        "speed_up": speed_up,
+        "ideal_speed_up": ideal,
+        "efficiency": speed_up / ideal,
+        "recompute_ratio": stats[0].recompute_ratio,
+        "host_share": statistics.median(run.host_s / run.ttft_s for run in stats),
+        "load_share": statistics.median(run.load_s / run.ttft_s for run in stats),
+        "flops": stats[0].flops,
+        "compile_s": compile_s,
+        "peak_memory_bytes": memory.get("peak_bytes_in_use"),
+    }
+
+
+def _spread(seconds: list[float]) -> float:
+    """Half the distance between the quartiles."""
+    lower, upper = np.percentile(seconds, [25, 75])
+    return float(upper - lower) / 2
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    print(
+        f"{'tokens':>7} {'mode':12}{'TTFT ms':>10}{'±':>7}{'speed-up':>10}{'ideal':>7}{'efficiency':>12}"
+        f"{'host':>7}{'load':>7}{'compile s':>11}{'peak GB':>9}"
+    )
+    for row in rows:
+        line = f"{row['tokens']:7} {row['mode']:12}{row['ttft_s'] * 1e3:10.1f}{row['spread_s'] * 1e3:7.1f}"
+        if "speed_up" in row:
+            peak = row["peak_memory_bytes"]
+            line += (
+                f"{row['speed_up']:9.2f}x{row['ideal_speed_up']:6.2f}x{row['efficiency']:12.3f}"
+                f"{row['host_share']:7.1%}{row['load_share']:7.1%}{row['compile_s']:11.1f}"
+                + (f"{peak / 1e9:9.2f}" if peak else f"{'-':>9}")
+            )
+        print(line)
+    for row in rows:
+        if "over_torch" in row:
+            print(f"full / torch at {row['tokens']} tokens: {row['over_torch']:.2f}")
+
+
+def _torch_peer(model: Model, prompt: Prompt) -> Callable[[], float]:
+    """Full prefill by transformers + torch (sdpa) of the same shape, on random weights, CPU threads as torch has them."""
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise CacheBlendError(f"--peer torch needs torch: pip install torch ({error})") from error
+    c = model.config
+    config = AutoConfig.for_model(
+        {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}.get(c.architecture, "llama"),
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        max_position_embeddings=c.max_positions,
+        tie_word_embeddings=c.tied_embeddings,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, c.dtype)
+    peer = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+    parts = [prompt.prefix, *prompt.chunks, prompt.suffix]
+    ids = np.concatenate([np.asarray(part, np.int64) for part in parts])[None]
+
+    @torch.no_grad()
+    def run() -> float:
+        began = time.perf_counter()
+        out = peer(torch.from_numpy(ids).to(device), use_cache=True, logits_to_keep=1)
+        int(out.logits[0, -1].argmax())
+        return time.perf_counter() - began
+
+    run()
+    return run
