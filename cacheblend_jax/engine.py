@@ -32,8 +32,7 @@ from cacheblend_jax.prompt import (
     TextOrIds,
     TokenizedPrompt,
     check_length,
-    tokenize_chunk,
-    tokenize_prefix,
+    tokenize_parts,
     tokenize_prompt,
 )
 from cacheblend_jax.results import GenerateStats, Generation, KVCache, PrefillResult, PrefillStats
@@ -94,18 +93,13 @@ class Engine:
         Raises:
             PromptError: as `prefill`; before anything is computed.
         """
+        config = self.model.config
         if isinstance(prompt, Prompt):
-            chunks, prefix = prompt.chunks, prompt.prefix
-        elif isinstance(prompt, str | bytes):
-            raise PromptError("chunks must be a sequence of chunks, got one string; write [text]")
+            tokenized = self._tokenize(prompt)
         else:
-            chunks = prompt
-        config, tokenizer = self.model.config, self.model.tokenizer
-        tokenized = TokenizedPrompt(
-            prefix=tokenize_prefix(prefix, tokenizer, config.vocab_size),
-            chunks=tuple(tokenize_chunk(c, tokenizer, config.vocab_size, f"chunk {i}") for i, c in enumerate(chunks)),
-            suffix=np.zeros(0, np.int32),
-        )
+            tokenized = tokenize_parts(
+                Prompt(prefix, prompt, np.zeros(0, np.int32)), self.model.tokenizer, config.vocab_size
+            )
         context = context_of(tokenized.prefix, self.context_tokens)
         for i, chunk in enumerate(tokenized.chunks):
             check_length(context.size + chunk.size, config.max_positions, f"chunk {i} with its context")
@@ -128,11 +122,13 @@ class Engine:
         Raises:
             PromptError: see `tokenize_prompt`; an unknown mode.
         """
+        return self._prefill(self._tokenize(prompt), mode)
+
+    def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         config = self.model.config
-        tokenized = tokenize_prompt(
+        return tokenize_prompt(
             prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
         )
-        return self._prefill(tokenized, mode)
 
     def _prefill(self, tokenized: TokenizedPrompt, mode: str) -> PrefillResult:
         fingerprint = self.model.fingerprint  # computed once a model, not a part of any request

@@ -19,8 +19,8 @@ class Prompt:
 
     Each part is text or token ids. Parts are tokenised separately and their ids concatenated, so that a chunk's ids
     never depend on its neighbours. A text prefix, the empty one too, gets the tokenizer's own opening (BOS); token ids
-    are taken as they are, so `prefix=[]` is no prefix at all. Special tokens spelled out in chunk text stay plain text; in prefix and suffix they are
-    recognised, since chat templates write them there.
+    are taken as they are, so `prefix=[]` is no prefix at all. Special tokens spelled out in chunk text stay plain
+    text; in prefix and suffix they are recognised, since chat templates write them there.
     """
 
     prefix: TextOrIds = ""
@@ -108,18 +108,23 @@ def tokenize_prompt(prompt: Prompt, tokenizer: Any, *, vocab_size: int, max_toke
         PromptError: the prompt is empty or longer than `max_tokens`, a chunk has no tokens, an id is not in the
             vocabulary, or there is text and no tokenizer; the part is named.
     """
-    tokenized = TokenizedPrompt(
-        prefix=tokenize_prefix(prompt.prefix, tokenizer, vocab_size),
-        chunks=tuple(
-            tokenize_chunk(chunk, tokenizer, vocab_size, f"chunk {i}") for i, chunk in enumerate(prompt.chunks)
-        ),
-        suffix=_token_ids(prompt.suffix, "suffix", tokenizer, vocab_size),
-    )
-    total = tokenized.prefix.size + sum(chunk.size for chunk in tokenized.chunks) + tokenized.suffix.size
+    tokenized = tokenize_parts(prompt, tokenizer, vocab_size)
+    total = tokenized.token_ids.size
     if total == 0:
         raise PromptError("the prompt is empty: prefix, chunks and suffix have no tokens; give at least one token")
     check_length(total, max_tokens)
     return tokenized
+
+
+def tokenize_parts(prompt: Prompt, tokenizer: Any, vocab_size: int) -> TokenizedPrompt:
+    """Tokenises each part on its own and checks its ids, whatever the length of the whole."""
+    return TokenizedPrompt(
+        prefix=_tokenize_prefix(prompt.prefix, tokenizer, vocab_size),
+        chunks=tuple(
+            _tokenize_chunk(chunk, f"chunk {i}", tokenizer, vocab_size) for i, chunk in enumerate(prompt.chunks)
+        ),
+        suffix=_token_ids(prompt.suffix, "suffix", tokenizer, vocab_size),
+    )
 
 
 def check_length(total: int, max_tokens: int, what: str = "the prompt") -> None:
@@ -130,7 +135,7 @@ def check_length(total: int, max_tokens: int, what: str = "the prompt") -> None:
         )
 
 
-def tokenize_prefix(prefix: TextOrIds, tokenizer: Any, vocab_size: int) -> np.ndarray:
+def _tokenize_prefix(prefix: TextOrIds, tokenizer: Any, vocab_size: int) -> np.ndarray:
     """Returns a prefix's ids; text gets the tokenizer's opening special tokens (BOS)."""
     if not isinstance(prefix, str) or (prefix == "" and tokenizer is None):
         return _token_ids(prefix, "prefix", tokenizer, vocab_size)
@@ -143,12 +148,8 @@ def tokenize_prefix(prefix: TextOrIds, tokenizer: Any, vocab_size: int) -> np.nd
     return _checked(ids, "prefix", vocab_size)
 
 
-def tokenize_chunk(chunk: TextOrIds, tokenizer: Any, vocab_size: int, name: str) -> np.ndarray:
-    """Returns a chunk's ids; special tokens in its text stay text.
-
-    Raises:
-        PromptError: as `tokenize_prompt`; a chunk without tokens too.
-    """
+def _tokenize_chunk(chunk: TextOrIds, name: str, tokenizer: Any, vocab_size: int) -> np.ndarray:
+    """Returns a chunk's ids; special tokens in its text stay text."""
     if isinstance(chunk, str):
         _require_tokenizer(tokenizer, name)
         chunk = tokenizer.encode(chunk, add_special_tokens=False, split_special_tokens=True)

@@ -37,7 +37,7 @@ def family_model(name: str) -> cb.Model:
     return cb.random_model(FAMILIES[name], seed=7)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)  # each keeps its compiled programs, and a process may map only so many
 def shared_engine(
     family: str, ratio: float = 0.15, selector: str = "hkvd", context_tokens: int | None = 4
 ) -> cb.Engine:
@@ -53,7 +53,7 @@ def fresh_engine(*args, **options) -> cb.Engine:
     return engine
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=sorted(FAMILIES), scope="session")  # pytest then runs a family's tests together
 def family(request) -> str:
     return request.param
 

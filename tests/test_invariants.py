@@ -16,6 +16,10 @@ from cacheblend_jax.model.rope import rope_tables
 from pallas_kernels import apply_rope
 
 SELECTORS = sorted(cb.SELECTORS)
+# every selector on two families, one of them with sliding windows; the default on all
+CASES = [(family, "hkvd") for family in FAMILIES]
+CASES += [(family, selector) for family in ("qwen2", "qwen3") for selector in SELECTORS if selector != "hkvd"]
+each_selector = pytest.mark.parametrize(("family", "selector"), CASES, scope="session")
 
 
 def assert_full(out, full, tolerance=1e-5):
@@ -41,7 +45,7 @@ def spans(prompt):
         start += len(chunk)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@each_selector
 def test_i1_ratio_one_is_full_prefill(family, selector):
     engine, prompt = fresh_engine(family, 1.0, selector), random_prompt(1)
     engine.precompute(prompt)
@@ -124,7 +128,7 @@ def _after_precompute(engine, prompt, mode):
     return engine.prefill(prompt, mode)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@each_selector
 def test_i5_question_and_missed_chunks_are_forced(family, selector):
     engine, prompt = fresh_engine(family, 0.15, selector), random_prompt(6)
     engine.precompute([prompt.chunks[0], prompt.chunks[3]], prefix=prompt.prefix)

@@ -125,7 +125,8 @@ def _run_stage(
     ends = number == len(plan.stages) - 1
     watched = number == 0 and not ends and "cross_mass" in get_selector(plan.selector).needs
     layers = jnp.arange(stage.first, stage.border - watched, dtype=jnp.int32)
-    state, _ = lax.scan(lambda state, index: (step_at(state, index)[0], None), state, layers)
+    if layers.size:  # an empty loop would be compiled all the same
+        state, _ = lax.scan(lambda state, index: (step_at(state, index)[0], None), state, layers)
     if watched:
         state, step = step_at(state, stage.border - 1)
         starts = layer_starts(config, stage.border - 1, state.rows.positions)

@@ -78,9 +78,6 @@ def run_bench(parsed: argparse.Namespace, say: Callable[[str], None]) -> dict[st
 
 
 def _check_sizes(parsed: argparse.Namespace) -> None:
-    for name in ("chunks", "repeats", "question_tokens"):
-        if getattr(parsed, name) < 1:
-            raise CacheBlendError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(parsed, name)}")
     if parsed.prefix_tokens < 0:
         raise CacheBlendError(f"--prefix-tokens must be at least 0, got {parsed.prefix_tokens}")
     if short := [tokens for tokens in parsed.tokens if tokens < parsed.chunks]:
@@ -189,7 +186,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def _torch_peer(model: Model, prompt: Prompt) -> Callable[[], float]:
-    """Full prefill by transformers + torch (sdpa) of the same shape, on random weights, CPU threads as torch has them."""
+    """Full prefill by transformers + torch (sdpa) of the model's shape, on random weights; torch's own threads."""
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM

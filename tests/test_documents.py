@@ -1,0 +1,114 @@
+"""Reading, splitting and selecting documents."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cacheblend_jax.documents import (
+    Chunk,
+    Document,
+    DocumentError,
+    chunk_documents,
+    read_documents,
+    select_top_k,
+    split_into_chunks,
+)
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def test_reads_named_files_in_order_and_directories_sorted(tmp_path):
+    for name in ("b.txt", "a.md", "c.png", ".hidden.txt", "deep/d.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"text of {name}")
+    documents = read_documents([tmp_path / "b.txt", tmp_path])
+    assert [os.path.relpath(document.path, tmp_path) for document in documents] == ["b.txt", "a.md", "deep/d.txt"]
+    assert documents[1].text == "text of a.md"
+
+
+def test_reads_utf8_with_byte_order_mark_and_any_line_ends(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9\r\nline\rend")
+    assert read_documents([tmp_path / "a.txt"])[0].text == "café\nline\nend"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"binary\0data", "NUL at byte offset 6"),
+        ("a.txt", b"caf\xe9 au lait", "byte 0xe9 at byte offset 3"),
+        ("a.txt", b" \n", "is empty"),
+        ("a.pdf", b"%PDF", "suffix '.pdf'"),
+    ],
+)
+def test_what_is_not_text_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DocumentError, match=message) as error:
+        read_documents([tmp_path / name])
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_paths_and_empty_directories_are_named(tmp_path):
+    with pytest.raises(DocumentError, match="nowhere' does not exist"):
+        read_documents([tmp_path / "nowhere"])
+    with pytest.raises(DocumentError, match="in directory"):
+        read_documents([tmp_path])
+
+
+def test_splits_at_paragraph_borders():
+    text = "one two three\n\nfour five\n\nsix seven eight nine\n\nten"
+    assert split_into_chunks(text, 5, words) == ["one two three\n\nfour five", "six seven eight nine\n\nten"]
+
+
+def test_a_heading_stays_with_its_paragraph():
+    text = "one two three four\n\n# Heading\n\nfive six"
+    assert split_into_chunks(text, 5, words) == ["one two three four", "# Heading\n\nfive six"]
+
+
+def test_a_long_paragraph_is_split_at_sentences_then_words_then_characters():
+    assert split_into_chunks("One two. Three four. Five six.", 4, words) == ["One two. Three four.", "Five six."]
+    assert split_into_chunks("a b c d e", 2, words) == ["a b", "c d", "e"]
+    assert split_into_chunks("abcdefgh", 3, len) == ["abc", "def", "gh"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet=st.sampled_from("ab .\n#é"), max_size=200), st.integers(4, 40))
+def test_chunks_fit_and_lose_nothing_but_white_space(text, chunk_tokens):
+    chunks = split_into_chunks(text, chunk_tokens, lambda part: len(part.encode()))
+    assert all(0 < len(chunk.encode()) <= chunk_tokens for chunk in chunks)
+    assert all(chunk in text for chunk in chunks)
+    assert "".join("".join(chunks).split()) == "".join(text.split())
+
+
+def test_chunks_never_mix_documents():
+    chunks = chunk_documents([Document("a", "x y"), Document("b", "z\n\nw")], 1, words)
+    assert chunks == [Chunk("x", "a", 0), Chunk("y", "a", 1), Chunk("z", "b", 0), Chunk("w", "b", 1)]
+
+
+def test_bm25_picks_the_telling_chunks_in_document_order():
+    texts = ["cats purr at night", "the Cobalt team works in Oslo", "dogs bark", "Ana joined the Cobalt team"]
+    chunks = [Chunk(text, "doc", i) for i, text in enumerate(texts)]
+    picked = select_top_k(chunks, "Where does the Cobalt team of Ana work?", 2)
+    assert [chunk.index for chunk in picked] == [1, 3]
+    assert [chunk.index for chunk in select_top_k(chunks, "zebra?", 2)] == [0, 1]
+    assert select_top_k(chunks, "Cobalt", 10) == chunks
+
+
+@pytest.mark.parametrize("size", [0, -3, True, 2.5])
+def test_sizes_that_make_no_sense_are_refused(size):
+    with pytest.raises(DocumentError, match="at least 1"):
+        split_into_chunks("text", size, words)
+    with pytest.raises(DocumentError, match="at least 1"):
+        select_top_k([Chunk("text", "doc", 0)], "text", size)
+
+
+def test_a_character_larger_than_a_chunk_is_an_error():
+    with pytest.raises(DocumentError, match="raise chunk_tokens"):
+        split_into_chunks("é", 1, lambda text: len(text.encode()))

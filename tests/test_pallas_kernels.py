@@ -1,0 +1,228 @@
+"""The kernels against their references in float64, over shapes, positions, windows and poisoned padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import apply_rope, attention_mass, blend_kv, selective_attention
+from pallas_kernels.selective_attention import selective_attention_reference
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
+LENGTHS = (1, 40, 300, 700)  # few, since each is compiled
+
+
+@dataclass(frozen=True)
+class Case:
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    starts: jax.Array | None
+    kv_length: int
+    window: int | None
+
+    @property
+    def masks(self) -> dict:
+        return {"q_starts": self.starts, "kv_length": self.kv_length, "window": self.window}
+
+    def reference(self) -> tuple[np.ndarray, np.ndarray]:
+        """Output and log-sum-exp in float64."""
+        with jax.enable_x64(True):
+            q, k, v = (jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64) for x in (self.q, self.k, self.v))
+            out, lse = selective_attention_reference(q, k, v, self.positions, **self.masks)
+            return np.asarray(out), np.asarray(lse)
+
+
+@st.composite
+def cases(draw) -> Case:
+    num_keys = draw(st.sampled_from(LENGTHS))
+    num_queries = draw(st.sampled_from((1, 24, num_keys)))
+    kv_heads, group = draw(st.sampled_from(((1, 1), (2, 3))))
+    head_dim = draw(st.sampled_from((8, 80)))
+    dtype = draw(st.sampled_from(sorted(TOLERANCE)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    kv_length = draw(st.sampled_from((num_keys, max(num_keys // 2, 1), max(num_keys - 3, 1))))
+    if draw(st.booleans()) and num_queries <= num_keys:
+        positions = np.sort(rng.choice(num_keys, num_queries, replace=False))
+    else:  # ties, and positions at block borders
+        positions = np.sort(rng.choice([0, num_keys // 2, num_keys - 1, 255, 256, 511, 512], num_queries))
+    starts = rng.integers(0, positions + 2) if draw(st.booleans()) else None
+
+    def array(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    return Case(
+        array(num_queries, kv_heads * group, head_dim),
+        array(num_keys, kv_heads, head_dim),
+        array(num_keys, kv_heads, head_dim),
+        jnp.asarray(positions, jnp.int32),
+        None if starts is None else jnp.asarray(starts, jnp.int32),
+        kv_length,
+        draw(st.sampled_from((None, 1, 33))),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_selective_attention_equals_its_reference(case):
+    out, lse = selective_attention(case.q, case.k, case.v, case.positions, return_lse=True, **case.masks)
+    wanted, wanted_lse = case.reference()
+    tolerance = TOLERANCE[str(case.q.dtype)]
+    np.testing.assert_allclose(np.asarray(out, np.float64), wanted, atol=tolerance * 4, rtol=tolerance)
+    np.testing.assert_allclose(np.asarray(lse), wanted_lse, atol=tolerance * 4, rtol=tolerance)
+    assert out.dtype == case.q.dtype
+    assert lse.dtype == jnp.float32
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases())
+def test_poisoned_padding_never_reaches_a_result(case):
+    poison = (jnp.arange(case.k.shape[0]) >= case.kv_length)[:, None, None]
+    k, v = (jnp.where(poison, jnp.nan, x) for x in (case.k, case.v))
+    clean = selective_attention(case.q, case.k, case.v, case.positions, return_lse=True, **case.masks)
+    poisoned = selective_attention(case.q, k, v, case.positions, return_lse=True, **case.masks)
+    for one, other in zip(clean, poisoned, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_keys_after_the_last_visible_one_are_not_computed():
+    # NaN in every key block past the last that the query needs: it is skipped, not masked.
+    keys, q = jnp.zeros((2048, 1, 8)), jnp.ones((1, 1, 8))
+    poisoned = keys.at[512:].set(jnp.nan)
+    positions = jnp.asarray([300], jnp.int32)
+    assert np.isfinite(np.asarray(selective_attention(q, poisoned, poisoned, positions))).all()
+    assert np.isnan(np.asarray(selective_attention(q, poisoned, poisoned, positions + 300))).any()
+
+
+def test_padding_queries_give_zeros():
+    q, k = jnp.ones((3, 2, 8)), jnp.ones((16, 1, 8))
+    out, lse = selective_attention(q, k, k, jnp.asarray([3, 12, 16], jnp.int32), kv_length=10, return_lse=True)
+    assert (np.asarray(out[0]) == 1).all()
+    assert (np.asarray(out[1:]) == 0).all()
+    assert np.isneginf(np.asarray(lse[1:])).all()
+
+
+@pytest.mark.parametrize("kv_length", [None, 40])
+def test_attention_works_under_vmap_and_with_a_traced_length(kv_length):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((3, tokens, 2, 8)), jnp.float32) for tokens in (5, 50, 50))
+    positions = jnp.asarray(np.sort(rng.integers(0, 50, (3, 5)), axis=1), jnp.int32)
+
+    def one(q, k, v, positions, length):
+        return selective_attention(q, k, v, positions, kv_length=length)
+
+    lengths = jnp.full(3, 50 if kv_length is None else kv_length, jnp.int32)
+    batched = jax.jit(jax.vmap(one))(q, k, v, positions, lengths)
+    for i in range(3):
+        alone = selective_attention(q[i], k[i], v[i], positions[i], kv_length=kv_length)
+        np.testing.assert_allclose(batched[i], alone, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases())
+def test_attention_mass_is_the_column_sum_of_the_weights(case):
+    _, lse = selective_attention(case.q, case.k, case.v, case.positions, return_lse=True, **case.masks)
+    mass = attention_mass(case.q, case.k, lse, case.positions, **case.masks)
+    num_keys, kv_heads, _ = case.k.shape
+    # With one-hot values the output of attention is its weights.
+    one_hot = jnp.broadcast_to(jnp.eye(num_keys)[:, None, :], (num_keys, kv_heads, num_keys))
+    with jax.enable_x64(True):
+        as_float64 = [jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64) for x in (case.q, case.k)]
+        padded = [jnp.pad(x, ((0, 0), (0, 0), (0, max(num_keys - x.shape[2], 0)))) for x in as_float64]
+        values = jnp.pad(jnp.asarray(one_hot, jnp.float64), ((0, 0), (0, 0), (0, padded[1].shape[2] - num_keys)))
+        scale = case.q.shape[2] ** -0.5
+        weights, _ = selective_attention_reference(
+            *padded, values, case.positions, scale=scale, **case.masks
+        )
+        wanted = np.asarray(weights.sum(axis=(0, 1)))[:num_keys]
+    tolerance = TOLERANCE[str(case.q.dtype)] * 10
+    np.testing.assert_allclose(np.asarray(mass), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.zeros((2, 3, 8))}, "multiple of k's 2 kv_heads"),
+        ({"k": jnp.zeros((5, 2, 8))}, "v must be of k's shape"),
+        ({"q": jnp.zeros((2, 4, 16))}, "head_dim 8"),
+        ({"q": jnp.zeros((2, 4, 8), jnp.bfloat16)}, "one dtype"),
+        ({"q_positions": jnp.zeros(3, jnp.int32)}, "integers of shape"),
+        ({"q_positions": jnp.zeros(2)}, "integers of shape"),
+        ({"kv_length": 7}, r"in \[0, 6\]"),
+        ({"window": 0}, "at least 1"),
+        ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
+        ({"implementation": "pallas"}, "not in this version"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    arguments = {"q": jnp.zeros((2, 4, 8)), "k": jnp.zeros((6, 2, 8)), "v": jnp.zeros((6, 2, 8))}
+    arguments |= {"q_positions": jnp.zeros(2, jnp.int32)} | change
+    q, k, v, positions = (arguments.pop(name) for name in ("q", "k", "v", "q_positions"))
+    unchecked = selective_attention.__wrapped__ if hasattr(selective_attention, "__wrapped__") else selective_attention
+    with pytest.raises(ValueError, match=message):
+        unchecked(q, k, v, positions, **arguments)
+
+
+# --- blend_kv ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_keys=st.sampled_from((1, 16, 130)),
+    num_fresh=st.sampled_from((1, 8)),
+    padding=st.integers(0, 8),
+    head_dim=st.sampled_from((8, 80)),
+    dtype=st.sampled_from(sorted(TOLERANCE)),
+    seed=st.integers(0, 2**16),
+)
+def test_blend_kv_rotates_once_and_replaces_rows(num_keys, num_fresh, padding, head_dim, dtype, seed):
+    rng = np.random.default_rng(seed)
+    real = max(min(num_fresh - padding, num_keys), 0)
+    indices = np.full(num_fresh, num_keys, np.int32)
+    indices[:real] = np.sort(rng.choice(num_keys, real, replace=False))
+    k_cached, v_cached = (rng.standard_normal((num_keys, 2, head_dim)) for _ in range(2))
+    k_fresh, v_fresh = (rng.standard_normal((num_fresh, 2, head_dim)) for _ in range(2))
+    k_cached, v_cached, k_fresh, v_fresh = (jnp.asarray(x, dtype) for x in (k_cached, v_cached, k_fresh, v_fresh))
+    angles = rng.uniform(0, 1000, (num_keys, head_dim // 2))
+    cos, sin = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+
+    k, v = blend_kv(k_cached, v_cached, k_fresh, v_fresh, jnp.asarray(indices), cos=cos, sin=sin)
+
+    wanted_k, wanted_v = (np.asarray(x.astype(jnp.float32)).copy() for x in (k_cached, v_cached))
+    wanted_k[indices[:real]] = np.asarray(k_fresh.astype(jnp.float32))[:real]
+    wanted_v[indices[:real]] = np.asarray(v_fresh.astype(jnp.float32))[:real]
+    pairs = wanted_k[..., : head_dim // 2] + 1j * wanted_k[..., head_dim // 2 :]
+    turned = pairs * (np.asarray(cos, np.float64) + 1j * np.asarray(sin))[:, None]
+    wanted_k = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_array_equal(np.asarray(v.astype(jnp.float32)), wanted_v)
+    np.testing.assert_allclose(np.asarray(k, np.float64), wanted_k, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert k.dtype == v.dtype == k_cached.dtype
+
+
+def test_padding_rows_are_never_written_not_even_nan():
+    cached, fresh = jnp.ones((4, 1, 8)), jnp.full((3, 1, 8), jnp.nan)
+    cos, sin = jnp.ones((4, 4)), jnp.zeros((4, 4))
+    k, v = blend_kv(cached, cached, fresh, fresh, jnp.full(3, 4, jnp.int32), cos=cos, sin=sin)
+    assert (np.asarray(k) == 1).all()
+    assert (np.asarray(v) == 1).all()
+
+
+def test_rotated_keys_and_queries_see_only_their_distance():
+    rng = np.random.default_rng(3)
+    x, y = (jnp.asarray(rng.standard_normal((1, 1, 16)), jnp.float32) for _ in range(2))
+    frequency = 10000.0 ** -(np.arange(8) / 8)
+
+    def product(i: int, j: int) -> float:
+        angles = [jnp.asarray(p * frequency, jnp.float32)[None] for p in (i, j)]
+        turned = [apply_rope(z, jnp.cos(a), jnp.sin(a)) for z, a in zip((x, y), angles, strict=True)]
+        return float((turned[0] * turned[1]).sum())
+
+    assert product(7, 3) == pytest.approx(product(107, 103), abs=1e-4)
+    assert product(7, 3) != pytest.approx(product(7, 5), abs=1e-2)

@@ -1,0 +1,100 @@
+"""The memory store: bounded, least recently used out first, and keys that mix nothing up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cacheblend_jax as cb
+from cacheblend_jax.store import ChunkEntry, chunk_key
+
+ENTRY_BYTES = 2 * 2 * 3 * 1 * 4 * 4
+
+
+def entry(fill: float = 0.0, tokens: int = 3) -> ChunkEntry:
+    return ChunkEntry(*(np.full((2, tokens, 1, 4), fill, np.float32) for _ in range(2)))
+
+
+def test_the_least_recently_used_goes_first():
+    store = cb.ChunkStore(host_bytes=2 * ENTRY_BYTES)
+    assert store.put("a", entry())
+    assert store.put("b", entry())
+    assert store.get("a") is not None
+    assert store.put("c", entry())
+    assert store.keys() == ["a", "c"]
+    assert store.get("b") is None
+    stats = store.stats
+    assert (stats.hits, stats.misses, stats.evicted, stats.entries, stats.bytes) == (1, 1, 1, 2, 2 * ENTRY_BYTES)
+
+
+def test_what_is_larger_than_the_store_evicts_nothing():
+    store = cb.ChunkStore(host_bytes=2 * ENTRY_BYTES)
+    store.put("a", entry())
+    assert not store.put("huge", entry(tokens=9))
+    assert store.keys() == ["a"]
+    assert store.stats.rejected == 1
+
+
+def test_entries_are_read_only():
+    store = cb.ChunkStore()
+    store.put("a", entry())
+    with pytest.raises(ValueError, match="read-only"):
+        store.get("a").k[:] = 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 6), st.booleans()), max_size=40))
+def test_the_store_never_holds_more_than_its_bytes(steps):
+    store = cb.ChunkStore(host_bytes=4 * ENTRY_BYTES)
+    for key, tokens, reads in steps:
+        if reads:
+            store.get(key)
+        else:
+            store.put(key, entry(tokens=tokens))
+        held = sum(store._entries[name].num_bytes for name in store.keys())
+        assert store.stats.bytes == held <= 4 * ENTRY_BYTES
+        assert store.stats.entries == len(store)
+
+
+@pytest.mark.parametrize("size", [0, -1, True, 1.5])
+def test_a_capacity_that_makes_no_sense_is_refused(size):
+    with pytest.raises(cb.CacheBlendError, match="host_bytes must be"):
+        cb.ChunkStore(host_bytes=size)
+
+
+def test_a_directory_is_refused_by_name():
+    with pytest.raises(cb.CacheBlendError, match="'kv/'"):
+        cb.ChunkStore("kv/")
+
+
+def test_an_entry_of_two_shapes_is_refused():
+    with pytest.raises(ValueError, match="one shape"):
+        ChunkEntry(entry().k, entry(tokens=4).v)
+
+
+ids = st.lists(st.integers(0, 1000), max_size=4)
+fields = st.tuples(st.text(max_size=3), ids, ids, st.text(max_size=3))
+
+
+@given(fields, fields)
+def test_keys_are_equal_only_for_equal_fields(one, other):
+    def key(fields):
+        fingerprint, context, chunk, salt = fields
+        return chunk_key(fingerprint, np.asarray(context, np.int64), np.asarray(chunk, np.int32), salt)
+
+    assert (key(one) == key(other)) == (one == other)
+
+
+def test_a_salt_separates_tenants():
+    prompt = cb.Prompt([1, 2], [[3, 4, 5]], [6])
+    model = cb.random_model(_tiny())
+    mine, theirs = cb.ChunkStore(salt="mine"), cb.ChunkStore(salt="theirs")
+    assert not set(cb.Engine(model, mine).precompute(prompt)) & set(cb.Engine(model, theirs).precompute(prompt))
+
+
+def _tiny():
+    from conftest import FAMILIES
+
+    return FAMILIES["llama3"]
