@@ -225,5 +225,5 @@ def _write_json(path: Path, report: dict[str, Any]) -> None:
 
 def _keep_compiled_programs() -> None:
     """Turns JAX's persistent compilation cache on, in the user's cache directory, unless the user chose one."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache_path("cacheblend-jax") / "compiled"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -18,15 +19,20 @@ from cacheblend_jax.blend.deviation import total_deviation
 from cacheblend_jax.blend.flops import prefill_flops
 from cacheblend_jax.blend.layer_step import LayerKV
 from cacheblend_jax.blend.resident import Request, prefill, standalone
-from cacheblend_jax.blend.schedule import Plan, full_plan, length_bucket, make_plan, survivor_counts
+from cacheblend_jax.blend.schedule import (
+    Plan,
+    length_bucket,
+)
 from cacheblend_jax.blend.selectors import get_selector
+from cacheblend_jax.decoding import decode
 from cacheblend_jax.errors import CacheBlendError, PromptError
 from cacheblend_jax.host_memory import aligned_empty
 from cacheblend_jax.layout import MODES, Layout, Missing, context_of, lay_out, spans_of
-from cacheblend_jax.model.decode import Sampling, decode_step, sample
+from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
-from cacheblend_jax.programs import ProgramCache
+from cacheblend_jax.planner import Planner, abstract_request, computed_positions
+from cacheblend_jax.programs import Program, ProgramCache
 from cacheblend_jax.prompt import (
     Prompt,
     TextOrIds,
@@ -38,6 +44,7 @@ from cacheblend_jax.prompt import (
 from cacheblend_jax.results import GenerateStats, Generation, KVCache, PrefillResult, PrefillStats
 from cacheblend_jax.store import ChunkEntry, ChunkStore
 
+logger = logging.getLogger(__name__)
 MOST_PENDING = 256  # missing chunks waiting to be computed; a flood beyond that is not stored
 
 
@@ -71,12 +78,11 @@ class Engine:
         self.blend = BlendConfig() if blend is None else blend
         self.context_tokens = context_tokens
         self.programs = ProgramCache()
-        self._check_layer = self._resolve_check_layer()
-        self._staging = _Staging()
+        self._planner = Planner(model.config, self.blend)
+        self._staging = _Staging(jnp.dtype(model.config.dtype))
         self._lock = threading.RLock()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-store")
         self._pending: dict[str, Future] = {}
-        self._placement = _placement(model)
         self._on_cpu = jax.tree.leaves(model.params)[0].devices().pop().platform == "cpu"
 
     def precompute(
@@ -86,7 +92,7 @@ class Engine:
         prefix: TextOrIds = "",
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Computes and stores the KV of a prompt's chunks, or of `chunks` to be used after `prefix`; skips those stored.
+        """Computes and stores the KV of a prompt's chunks, or of chunks to be used after `prefix`; skips those stored.
 
         Returns the chunks' keys, in order. `progress` is called with the chunks done and their total.
 
@@ -140,12 +146,10 @@ class Engine:
             layout = lay_out(
                 tokenized, self.store, mode=mode, context_tokens=self.context_tokens, fingerprint=fingerprint
             )
-            plan, request = self._plan(layout, mode)
+            plan, request = self._planner.plan_layout(layout, mode)
             oracle_s = self._add_oracle(plan, request, layout, tokenized)
-            compiled_before = self.programs.compile_s
-            program = self._prefill_program(plan)
+            program, compile_s = self._prefill_program(plan)
             cos, sin = rope_tables(self.model.config, plan.cache_length)
-            compile_s = self.programs.compile_s - compiled_before
             load_began = time.perf_counter()
             cached = None if plan.nothing_cached else self._load(layout, plan)
             load_s = time.perf_counter() - load_began
@@ -156,7 +160,7 @@ class Engine:
             logits = np.asarray(out.logits)
         for missing in layout.to_store:
             self._store_later(missing)
-        computed = _computed_positions(plan, out.stage_positions)
+        computed = computed_positions(plan, out.stage_positions)
         ttft_s = ended - began - compile_s - oracle_s
         stats = PrefillStats(
             mode=mode,
@@ -170,7 +174,7 @@ class Engine:
             exact=int(layout.exact.sum()),
             candidates=int(layout.candidate.sum()),
             forced=int((~layout.exact & ~layout.candidate).sum()),
-            recompute_ratio=_ratio(layout, computed, self._check_layer),
+            recompute_ratio=self._planner.recompute_ratio(layout, computed),
             flops=prefill_flops(self.model.config, computed),
         )
         return PrefillResult(logits, layout.token_ids, next_token, stats, KVCache(out.k, out.v), computed)
@@ -201,9 +205,8 @@ class Engine:
         stops = set(self.model.stop_token_ids if stop_token_ids is None else stop_token_ids)
         room = min(max_new_tokens, self.model.config.max_positions - out.token_ids.size + 1)
         token_ids: list[int] = []
-        text, reason = "", "length"
-        began = time.perf_counter()
-        for token in self._decode(out, room, sampling or Sampling()):
+        text, reason, decode_s = "", "length", 0.0
+        for token, seconds in decode(self.model, self.programs, out, room, sampling or Sampling()):
             if token in stops:
                 reason = "stop"
                 break
@@ -212,19 +215,26 @@ class Engine:
             if on_token is not None:
                 on_token(token, grown[len(text) :])
             text = grown
-            if len(token_ids) == 1:
-                began = time.perf_counter()
+            decode_s += seconds
         decoded = max(len(token_ids) - 1, 0)
-        seconds = (time.perf_counter() - began) / decoded if decoded else 0.0
-        return Generation(text, token_ids, GenerateStats(out.stats, decoded, seconds, reason))
+        per_token = decode_s / decoded if decoded else 0.0
+        return Generation(text, token_ids, GenerateStats(out.stats, decoded, per_token, reason))
 
     def warmup(
-        self, max_tokens: int, *, modes: Sequence[str] = ("blend",), prefix_tokens: int = 0, suffix_tokens: int = 64
+        self,
+        max_tokens: int,
+        *,
+        modes: Sequence[str] = ("blend",),
+        prefix_tokens: int = 0,
+        suffix_tokens: int = 64,
+        progress: Callable[[int, int], None] | None = None,
     ) -> int:
         """Compiles what prompts of up to `max_tokens` need, so that none of them waits for a compiler.
 
         For prompts whose chunks are all stored: with and without a stored prefix of `prefix_tokens`, and questions of
-        up to `suffix_tokens`. Returns how many programs were compiled. The command line keeps them on disk.
+        up to `suffix_tokens`. Returns how many programs were compiled, several at a time; `progress` is called with
+        the programs done and their total. With JAX's persistent compilation cache on, the next process only reads
+        them.
 
         Raises:
             CacheBlendError: `max_tokens` is beyond the model's maximum, or another value makes no sense.
@@ -234,18 +244,15 @@ class Engine:
         if unknown := [mode for mode in modes if mode not in MODES]:
             raise CacheBlendError(f"unknown mode {unknown[0]!r}; expected among {', '.join(MODES)}")
         if prefix_tokens < 0 or suffix_tokens < 1:
-            raise CacheBlendError("prefix_tokens must be at least 0 and suffix_tokens at least 1")
+            raise CacheBlendError(
+                f"prefix_tokens must be at least 0 and suffix_tokens at least 1, got {prefix_tokens}, {suffix_tokens}"
+            )
         before = self.programs.count
-        plans: dict[Plan, None] = {}
-        for mode in modes:
-            for length in range(1, max_tokens + 1):
-                for exact in {0, prefix_tokens}:
-                    for suffix in range(1, suffix_tokens + 1, 16):
-                        if exact + suffix <= length:
-                            candidates = 0 if mode in ("full", "prefix") else length - exact - suffix
-                            plans[self._plan_of(mode, length, exact, candidates)] = None
-        for plan in plans:
-            self._prefill_program(plan)
+        plans = self._planner.plans_up_to(max_tokens, modes, prefix_tokens, suffix_tokens)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for done, _ in enumerate(pool.map(self._prefill_program, plans), 1):
+                if progress is not None:
+                    progress(done, len(plans))
         return self.programs.count - before
 
     def flush(self) -> None:
@@ -253,87 +260,39 @@ class Engine:
         self._wait_for(list(self._pending))
 
     def close(self) -> None:
-        """Finishes what is being stored and stops the background thread."""
+        """Finishes what is being stored and stops the background thread; later misses are answered, but not stored."""
         self._background.shutdown(wait=True)
 
-    def _resolve_check_layer(self) -> int:
-        layers = self.model.config.num_layers
-        chosen = self.blend.check_layer
-        if chosen is not None and not 1 <= chosen <= max(layers - 1, 1):
-            raise CacheBlendError(f"check_layer must be in [1, {max(layers - 1, 1)}] for {layers} layers, got {chosen}")
-        return self.model.config.check_layer if chosen is None else chosen
+    def __enter__(self) -> Engine:
+        return self
 
-    def _plan_of(self, mode: str, length: int, exact: int, candidates: int) -> Plan:
-        config = self.model.config
-        if mode == "full":
-            return full_plan(config.num_layers, length)
-        blends = mode == "blend" and self.blend.recompute_ratio > 0
-        forced = length - exact - candidates
-        return make_plan(
-            num_layers=config.num_layers,
-            length=length,
-            active=length - exact if blends else forced,
-            forced=forced,
-            blend=self.blend if blends else None,
-            check_layer=self._check_layer,
-        )
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    def _plan(self, layout: Layout, mode: str) -> tuple[Plan, Request]:
-        """Chooses the program and fills its traced inputs in."""
-        length = layout.token_ids.size
-        candidates = int(layout.candidate.sum())
-        plan = self._plan_of(mode, length, int(layout.exact.sum()), candidates)
-        skipped = layout.exact if plan.selector is not None or not candidates else layout.exact | layout.candidate
-        if mode == "blend" and self.blend.recompute_ratio > 0:
-            skipped = layout.exact
-        positions = np.flatnonzero(~skipped).astype(np.int32)
-        forced = ~layout.candidate[positions]
-        forced_rows = np.flatnonzero(forced).astype(np.int32)[: plan.forced]
-        keep = survivor_counts(plan, self.blend.recompute_ratio, positions.size - int(forced.sum()), int(forced.sum()))
-
-        def padded(array: np.ndarray, size: int, fill: int | bool) -> np.ndarray:
-            out = np.full(size, fill, array.dtype)
-            out[: array.size] = array
-            return out
-
-        request = Request(
-            token_ids=padded(layout.token_ids[positions], plan.active, 0),
-            positions=padded(positions, plan.active, plan.cache_length),
-            length=np.int32(length),
-            forced=padded(forced, plan.active, False),
-            chunk_starts=padded(layout.chunk_starts[positions], plan.active, 0),
-            context_length=np.int32(layout.context_length),
-            keep=np.asarray(keep, np.int32),
-            forced_rows=padded(forced_rows, plan.forced, plan.active),
-            is_question=padded(positions[forced_rows] >= layout.suffix_start, plan.forced, False),
-            oracle=np.zeros(plan.active, np.float32),
-            seed=np.int32(self.blend.seed),
-        )
-        return plan, request
-
-    def _prefill_program(self, plan: Plan) -> Any:
+    def _prefill_program(self, plan: Plan) -> Program:
         def arguments() -> tuple[Any, ...]:
             config = self.model.config
             shape = (config.num_layers, plan.cache_length, config.num_kv_heads, config.head_dim)
-            cached = None if plan.nothing_cached else LayerKV(*2 * [self._abstract(shape, config.dtype)])
+            stacked: Any = self._abstract(shape, config.dtype)
+            cached = None if plan.nothing_cached else LayerKV(stacked, stacked)
             table = self._abstract((plan.cache_length, config.head_dim // 2), jnp.float32)
-            return self.model.params, _abstract_request(plan), cached, table, table
+            return self.model.params, abstract_request(plan), cached, table, table
 
         # A CPU takes host buffers over as they are: they stay ours, and the staging area is used again.
         donate = () if self._on_cpu or plan.nothing_cached else (2,)
         return self.programs.get(prefill, arguments, donate=donate, config=self.model.config, plan=plan)
 
     def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._placement)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self.model.placement)
 
     def _put(self, tree: Any) -> Any:
-        return jax.device_put(tree, self._placement)
+        return jax.device_put(tree, self.model.placement)
 
     def _load(self, layout: Layout, plan: Plan) -> LayerKV:
-        """Assembles the stored KV at its places, rows of forced tokens left as they are: they are always overwritten."""
+        """Assembles the stored KV at its places; rows of forced tokens stay as they are, to be overwritten."""
         config = self.model.config
         shape = (config.num_layers, plan.cache_length, config.num_kv_heads, config.head_dim)
-        k, v = self._staging.arrays(shape, jnp.dtype(config.dtype))
+        k, v = self._staging.arrays(shape)
         for span, entry in layout.loaded:
             k[:, span.start : span.stop] = entry.k
             v[:, span.start : span.stop] = entry.v
@@ -372,7 +331,7 @@ class Engine:
             return self.model.params, jax.ShapeDtypeStruct((size,), jnp.int32), scalar, table, table
 
         program = self.programs.get(standalone, arguments, config=config, rows=size)
-        kv = program(self.model.params, padded, np.int32(ids.size), *self._put((cos, sin)))
+        kv = program.run(self.model.params, padded, np.int32(ids.size), *self._put((cos, sin)))
         begin = missing.context_ids.size
         k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : ids.size]) for x in (kv.k, kv.v))
         return ChunkEntry(k, v)
@@ -381,62 +340,26 @@ class Engine:
         if missing.key in self._pending or len(self._pending) >= MOST_PENDING:
             return
 
+        noted = threading.Event()  # the task must not end before it is noted
+
         def work() -> None:
+            noted.wait()
             try:
                 if missing.key not in self.store:
                     self.store.put(missing.key, self._standalone(missing))
+            except Exception:  # costs a later request its hit, never an answer
+                logger.exception("a chunk of %d tokens could not be stored", missing.token_ids.size)
             finally:
                 self._pending.pop(missing.key, None)
 
-        started = threading.Event()  # the task must not end before it is noted
-
-        def run() -> None:
-            started.wait()
-            work()
-
-        self._pending[missing.key] = self._background.submit(run)
-        started.set()
+        try:
+            self._pending[missing.key] = self._background.submit(work)
+        except RuntimeError:  # closed
+            return
+        noted.set()
 
     def _wait_for(self, keys: Sequence[str]) -> None:
-        for key in keys:
-            future = self._pending.get(key)
-            if future is not None:
-                future.result()
-
-    def _decode(self, out: PrefillResult, room: int, sampling: Sampling):
-        """Yields up to `room` token ids; the first needs no decoding step."""
-        if room < 1:
-            return
-        config = self.model.config
-        length = out.token_ids.size
-        key = jax.random.key(sampling.seed)
-        draw = jax.jit(sample)
-
-        def choose(logits: jax.Array, likeliest: jax.Array | int, step: int) -> int:
-            if sampling.temperature == 0:
-                return int(likeliest)
-            step_key = jax.random.fold_in(key, step)
-            return int(draw(logits, step_key, sampling.temperature, sampling.top_k, sampling.top_p))
-
-        token = choose(jnp.asarray(out.logits), out.next_token, 0)
-        yield token
-        if room == 1:
-            return
-        size = length_bucket(length + room - 1)
-        k, v = (_resized(x, size) for x in (out.padded_cache.k, out.padded_cache.v))
-        cos, sin = self._put(rope_tables(config, size))
-
-        def arguments() -> tuple[Any, ...]:
-            scalar = jax.ShapeDtypeStruct((), jnp.int32)
-            return self.model.params, k, v, scalar, scalar, cos, sin
-
-        program = self.programs.get(decode_step, arguments, donate=(1, 2), config=config, keys=size)
-        for step in range(1, room):
-            logits, likeliest, k, v = program(
-                self.model.params, k, v, np.int32(token), np.int32(length + step - 1), cos, sin
-            )
-            token = choose(logits, likeliest, step)
-            yield token
+        wait([future for key in keys if (future := self._pending.get(key)) is not None])
 
     def _decode_text(self, token_ids: list[int]) -> str:
         if self.model.tokenizer is None:
@@ -449,69 +372,12 @@ class Engine:
 class _Staging:
     """A host buffer for K and V that is used again from request to request, and grows."""
 
-    def __init__(self) -> None:
-        self._buffers: tuple[np.ndarray, np.ndarray] | None = None
+    def __init__(self, dtype: np.dtype) -> None:
+        self._k, self._v = (aligned_empty((0,), dtype) for _ in range(2))
 
-    def arrays(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    def arrays(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         size = int(np.prod(shape))
-        if self._buffers is None or self._buffers[0].size < size:
-            self._buffers = tuple(aligned_empty((size,), dtype) for _ in range(2))
-            for buffer in self._buffers:
-                buffer[:] = 0
-        return tuple(buffer[:size].reshape(shape) for buffer in self._buffers)
-
-
-def _placement(model: Model) -> jax.sharding.Sharding | None:
-    sharding = jax.tree.leaves(model.params)[0].sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.sharding.NamedSharding(sharding.mesh, jax.P())
-    return sharding
-
-
-def _resized(x: jax.Array, size: int) -> jax.Array:
-    """A copy of the cache with room for `size` tokens: decoding donates it, the prefill's result keeps its own."""
-    length = min(x.shape[1], size)
-    return jnp.zeros((x.shape[0], size, *x.shape[2:]), x.dtype).at[:, :length].set(x[:, :length])
-
-
-def _abstract_request(plan: Plan) -> Request:
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    active, forced = plan.active, plan.forced
-    return Request(
-        token_ids=array(jnp.int32, active),
-        positions=array(jnp.int32, active),
-        length=array(jnp.int32),
-        forced=array(jnp.bool_, active),
-        chunk_starts=array(jnp.int32, active),
-        context_length=array(jnp.int32),
-        keep=array(jnp.int32, len(plan.stages) - 1),
-        forced_rows=array(jnp.int32, forced),
-        is_question=array(jnp.bool_, forced),
-        oracle=array(jnp.float32, active),
-        seed=array(jnp.int32),
-    )
-
-
-def _computed_positions(plan: Plan, stage_positions: Sequence[jax.Array]) -> list[np.ndarray]:
-    """Returns, for each layer, the positions whose K, V it computed."""
-    computed = []
-    for stage, padded in zip(plan.stages, stage_positions, strict=True):
-        positions = np.asarray(padded)
-        positions = positions[positions < plan.cache_length]
-        computed += [positions] * (stage.border - stage.first + 1)
-    return computed
-
-
-def _ratio(layout: Layout, computed: list[np.ndarray], check_layer: int) -> float:
-    candidates = int(layout.candidate.sum())
-    later = computed[check_layer + 1 :] or computed[-1:]
-    if candidates == 0:
-        return 0.0
-    return float(np.mean([layout.candidate[positions].sum() / candidates for positions in later]))
-
-
-def with_blend(engine: Engine, **changes: Any) -> Engine:
-    """Returns an engine over the same model and store whose blend differs by `changes`."""
-    return Engine(engine.model, engine.store, replace(engine.blend, **changes), context_tokens=engine.context_tokens)
+        if self._k.size < size:
+            self._k, self._v = (aligned_empty((size,), self._k.dtype) for _ in range(2))
+            self._k[:] = self._v[:] = 0
+        return self._k[:size].reshape(shape), self._v[:size].reshape(shape)

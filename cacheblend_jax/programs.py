@@ -6,19 +6,29 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 
+class Program(NamedTuple):
+    """A compiled program, and the seconds that this caller waited for its compilation: 0 where it was ready."""
+
+    run: Callable[..., Any]
+    compile_s: float
+
+
 class ProgramCache:
-    """Programs compiled ahead of time, by name and static arguments. Safe to use from several threads."""
+    """Programs compiled ahead of time, by name and static arguments. Safe to use from several threads.
+
+    Different programs compile at the same time; a program that two threads want is compiled once.
+    """
 
     def __init__(self) -> None:
-        self._programs: dict[Hashable, Any] = {}
-        self._lock = threading.RLock()
-        self.compile_s = 0.0
+        self._programs: dict[Hashable, Future] = {}
+        self._lock = threading.Lock()
 
     @property
     def count(self) -> int:
@@ -32,7 +42,7 @@ class ProgramCache:
         *,
         donate: tuple[int, ...] = (),
         **static: Hashable,
-    ) -> Any:
+    ) -> Program:
         """Returns `function` compiled for these static keyword arguments; compiles it the first time.
 
         A static argument that `function` does not take (`rows=` of a shape, say) only tells programs apart.
@@ -40,10 +50,20 @@ class ProgramCache:
         """
         key = (function, donate, tuple(sorted(static.items())))
         with self._lock:
-            if key not in self._programs:
-                began = time.perf_counter()
-                taken = {name: static[name] for name in inspect.signature(function).parameters if name in static}
+            made = self._programs.get(key)
+            ours = made is None
+            if made is None:
+                made = self._programs[key] = Future()
+        if made.done() and not ours:
+            return Program(made.result(), 0.0)
+        began = time.perf_counter()
+        if ours:
+            taken = {name: static[name] for name in inspect.signature(function).parameters if name in static}
+            try:
                 jitted = jax.jit(partial(function, **taken), donate_argnums=donate)
-                self._programs[key] = jitted.lower(*arguments()).compile()
-                self.compile_s += time.perf_counter() - began
-            return self._programs[key]
+                made.set_result(jitted.lower(*arguments()).compile())
+            except BaseException as error:
+                with self._lock:
+                    del self._programs[key]  # the next caller tries again
+                made.set_exception(error)
+        return Program(made.result(), time.perf_counter() - began)

@@ -152,8 +152,9 @@ def _tokenize_chunk(chunk: TextOrIds, name: str, tokenizer: Any, vocab_size: int
     """Returns a chunk's ids; special tokens in its text stay text."""
     if isinstance(chunk, str):
         _require_tokenizer(tokenizer, name)
-        chunk = tokenizer.encode(chunk, add_special_tokens=False, split_special_tokens=True)
-    ids = _checked(chunk, name, vocab_size)
+        ids = _checked(tokenizer.encode(chunk, add_special_tokens=False, split_special_tokens=True), name, vocab_size)
+    else:
+        ids = _checked(chunk, name, vocab_size)
     if ids.size == 0:
         raise PromptError(f"{name} has no tokens; leave it out")
     return ids
@@ -164,7 +165,7 @@ def _token_ids(part: TextOrIds, name: str, tokenizer: Any, vocab_size: int) -> n
         if part == "":
             return np.zeros(0, np.int32)
         _require_tokenizer(tokenizer, name)
-        part = tokenizer.encode(part, add_special_tokens=False)
+        return _checked(tokenizer.encode(part, add_special_tokens=False), name, vocab_size)
     return _checked(part, name, vocab_size)
 
 

@@ -15,7 +15,7 @@ def blend_kv(
     v_cached: Float[Array, "keys kv_heads head_dim"],
     k_fresh: Float[Array, "tokens kv_heads head_dim"],
     v_fresh: Float[Array, "tokens kv_heads head_dim"],
-    indices: Int[Array, "tokens"],
+    indices: Int[Array, " tokens"],
     *,
     cos: Float[Array, "keys half"],
     sin: Float[Array, "keys half"],

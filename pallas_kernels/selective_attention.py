@@ -21,9 +21,9 @@ def selective_attention(
     q: Float[Array, "queries heads head_dim"],
     k: Float[Array, "keys kv_heads head_dim"],
     v: Float[Array, "keys kv_heads head_dim"],
-    q_positions: Int[Array, "queries"],
+    q_positions: Int[Array, " queries"],
     *,
-    q_starts: Int[Array, "queries"] | None = None,
+    q_starts: Int[Array, " queries"] | None = None,
     kv_length: Int[Array, ""] | int | None = None,
     window: int | None = None,
     scale: float | None = None,
@@ -192,13 +192,13 @@ def attention_mass(
     q: Float[Array, "queries heads head_dim"],
     k: Float[Array, "keys kv_heads head_dim"],
     lse: Float[Array, "queries heads"],
-    q_positions: Int[Array, "queries"],
+    q_positions: Int[Array, " queries"],
     *,
-    q_starts: Int[Array, "queries"] | None = None,
+    q_starts: Int[Array, " queries"] | None = None,
     kv_length: Int[Array, ""] | int | None = None,
     window: int | None = None,
     scale: float | None = None,
-) -> Float[Array, "keys"]:
+) -> Float[Array, " keys"]:
     """Attention that each key receives from all the queries: the sum of its softmax weights over queries and heads.
 
     `lse` is what `selective_attention(..., return_lse=True)` returned for the same arguments; queries whose `lse` is
@@ -247,9 +247,9 @@ def selective_attention_reference(
     q: Float[Array, "queries heads head_dim"],
     k: Float[Array, "keys kv_heads head_dim"],
     v: Float[Array, "keys kv_heads head_dim"],
-    q_positions: Int[Array, "queries"],
+    q_positions: Int[Array, " queries"],
     *,
-    q_starts: Int[Array, "queries"] | None = None,
+    q_starts: Int[Array, " queries"] | None = None,
     kv_length: Int[Array, ""] | int | None = None,
     window: int | None = None,
     scale: float | None = None,

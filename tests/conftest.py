@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
+from pathlib import Path
 
-from jaxtyping import install_import_hook
+# The suite is mostly compilation: what one test has compiled, the others (and the next run) need not compile again.
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 # Records are left out: flax rebuilds them with stacked and abstract leaves.
 install_import_hook(["pallas_kernels", "cacheblend_jax.blend.deviation"], "beartype.beartype")
@@ -15,6 +23,7 @@ import pytest  # noqa: E402
 import cacheblend_jax as cb  # noqa: E402
 from cacheblend_jax.model.config import ModelConfig, RopeConfig  # noqa: E402
 
+HF = Path(__file__).parent / "data" / "hf"  # tiny checkpoints: scripts/make_hf_goldens.py
 SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_layers": 6, "num_heads": 4}
 SHAPE |= {"num_kv_heads": 2, "head_dim": 8, "max_positions": 2048}
 LLAMA3_ROPE = RopeConfig("llama3", 10000.0, 8.0, 32, 1.0, 4.0)

@@ -16,9 +16,9 @@ from cacheblend_jax.model.rope import rope_tables
 from pallas_kernels import apply_rope
 
 SELECTORS = sorted(cb.SELECTORS)
-# every selector on two families, one of them with sliding windows; the default on all
-CASES = [(family, "hkvd") for family in FAMILIES]
-CASES += [(family, selector) for family in ("qwen2", "qwen3") for selector in SELECTORS if selector != "hkvd"]
+# The default on every family, the ones that watch attention also where windows slide, all on one.
+CASES = [(family, "hkvd") for family in FAMILIES] + [("qwen2", "cross"), ("qwen2", "query")]
+CASES += [("qwen3", selector) for selector in SELECTORS if selector != "hkvd"]
 each_selector = pytest.mark.parametrize(("family", "selector"), CASES, scope="session")
 
 

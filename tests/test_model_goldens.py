@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import HF
 
 import cacheblend_jax as cb
 
-HF = Path(__file__).parent / "data" / "hf"
 CASES = sorted(path.name for path in HF.iterdir())
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_hf_goldens.py"
 

@@ -15,9 +15,9 @@ def kv_deviation(
     v_fresh: Float[Array, "tokens kv_heads head_dim"],
     k_cached: Float[Array, "tokens kv_heads head_dim"],
     v_cached: Float[Array, "tokens kv_heads head_dim"],
-    valid: Bool[Array, "tokens"],
+    valid: Bool[Array, " tokens"],
     part: str = "kv",
-) -> Float[Array, "tokens"]:
+) -> Float[Array, " tokens"]:
     """Returns each token's squared L2 distance in float32, K (before RoPE) plus V.
 
     Each is divided by its layer's mean squared norm, taken over the fresh rows of the `valid` tokens, so that neither
@@ -35,8 +35,8 @@ def kv_deviation(
 def relative_squared_distance(
     fresh: Float[Array, "tokens kv_heads head_dim"],
     cached: Float[Array, "tokens kv_heads head_dim"],
-    valid: Bool[Array, "tokens"],
-) -> Float[Array, "tokens"]:
+    valid: Bool[Array, " tokens"],
+) -> Float[Array, " tokens"]:
     """Squared L2 distance of each token's rows over the mean squared norm of the `valid` fresh ones, in float32."""
     fresh, cached = fresh.astype(jnp.float32), cached.astype(jnp.float32)
     norms = jnp.where(valid, jnp.square(fresh).sum(axis=(1, 2)), 0.0)
@@ -53,7 +53,7 @@ def total_deviation(
     cos: Float[Array, "keys half"],
     sin: Float[Array, "keys half"],
     length: Int[Array, ""] | int,
-) -> Float[Array, "keys"]:
+) -> Float[Array, " keys"]:
     """Returns each token's KV deviation summed over all layers, from the cache of a full prefill (`k_full` rotated).
 
     `k_cached` is before RoPE. Rotation keeps distances but for YaRN's attention factor, which both sides carry.

@@ -6,7 +6,8 @@ Both executors, stand-alone chunks and full prefill run this one step over the m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +51,19 @@ def blend_layer(layer: DecoderLayer, rows: Rows, cached: LayerKV | None, sequenc
     return fresh, LayerKV(*blended)
 
 
+@struct.dataclass
+class Survivors:
+    """Indices, ascending, of the rows that go on, and which of them are real."""
+
+    indices: Int[Array, " kept"]
+    valid: Bool[Array, " kept"]
+
+
 class Step(NamedTuple):
     """A layer step's results: the rows that go on, the layer's blended KV, and the attention as seen from outside."""
 
     rows: Rows
+    kept: Int[Array, " rows"]  # which of the rows that came in these are
     blended: LayerKV
     fresh: LayerKV  # of the rows that came in, keys before RoPE
     q: Float[Array, "rows heads head_dim"]
@@ -67,29 +77,26 @@ def layer_step(
     rows: Rows,
     cached: LayerKV | None,
     sequence: Sequence,
-    narrow: Callable[[LayerKV], Rows] | None = None,
+    narrow: Callable[[LayerKV], Survivors] | None = None,
 ) -> Step:
     """One layer, for one set of rows. At a stage's border `narrow` shrinks it between the K, V and the attention.
 
-    All rows' fresh K, V go into the layer; `narrow(fresh)` returns those that attend and go on.
+    All rows' fresh K, V go into the layer; those that `narrow(fresh)` names attend and go on.
     """
     layer = layer_at(params, config, index)
     fresh, blended = blend_layer(layer, rows, cached, sequence)
-    rows = rows if narrow is None else narrow(fresh)
+    if narrow is None:
+        kept = jnp.arange(rows.positions.shape[0], dtype=jnp.int32)
+    else:
+        survivors = narrow(fresh)
+        kept = survivors.indices
+        rows = rows.take(kept, survivors.valid, blended.k.shape[0])
     starts = layer_starts(config, index, rows.positions)
     attended = attend(layer, rows, blended.k, blended.v, starts=starts, kv_length=sequence.length)
-    return Step(attended.rows, blended, fresh, attended.q, attended.lse)
+    return Step(attended.rows, kept, blended, fresh, attended.q, attended.lse)
 
 
-@struct.dataclass
-class Survivors:
-    """Indices, ascending, of the rows that go on, and which of them are real."""
-
-    indices: Int[Array, "kept"]
-    valid: Bool[Array, "kept"]
-
-
-def highest(scores: Float[Array, "rows"], forced: Bool[Array, "rows"], valid: Bool[Array, "rows"], keep, room: int):
+def highest(scores: Float[Array, " rows"], forced: Bool[Array, " rows"], valid: Bool[Array, " rows"], keep, room: int):
     """Returns as `Survivors` the `keep` (traced) rows of highest score in `room` (static) places, forced ones first.
 
     Equal scores are decided by place, the earlier first.
@@ -113,11 +120,11 @@ def last_row(rows: Rows, sequence: Sequence) -> Survivors:
 
 def cross_mass(
     step: Step,
-    chunk_starts: Int[Array, "rows"],
+    chunk_starts: Int[Array, " rows"],
     context_length: Int[Array, ""],
     sequence: Sequence,
-    window_starts: Int[Array, "rows"] | None,
-) -> Float[Array, "rows"]:
+    window_starts: Int[Array, " rows"] | None,
+) -> Float[Array, " rows"]:
     """Attention that each row paid in this step to what its stand-alone KV has not seen: other chunks, say.
 
     1 − (exp(lse_own) + exp(lse_context)) / exp(lse_all), mean over heads, from three log-sum-exps; no scores are
@@ -129,7 +136,7 @@ def cross_mass(
 
         def log_sum_exp(last_visible: jax.Array, starts: jax.Array | None) -> jax.Array:
             k, v = step.blended.k, step.blended.v
-            seen = {"q_starts": starts, "kv_length": sequence.length, "return_lse": True}
+            seen: dict[str, Any] = {"q_starts": starts, "kv_length": sequence.length, "return_lse": True}
             return selective_attention(step.q, k, v, last_visible, **seen)[1]
 
         own_starts = chunk_starts if window_starts is None else jnp.maximum(chunk_starts, window_starts)
@@ -139,11 +146,12 @@ def cross_mass(
         return jnp.where(is_row, 1.0 - seen.mean(axis=1), 0.0)
 
 
-def evidence_of(fresh: LayerKV, cached: LayerKV, rows: Rows, shared: Evidence, index: Int[Array, "rows"]) -> Evidence:
+def evidence_of(fresh: LayerKV, cached: LayerKV, rows: Rows, shared: Evidence, index: Int[Array, " rows"]) -> Evidence:
     """Narrows the evidence of all active tokens (`shared`) to the current rows and adds this layer's K, V."""
     num_keys = cached.k.shape[0]
     at = jnp.minimum(rows.positions, num_keys - 1)
-    return shared.replace(
+    return replace(
+        shared,
         valid=rows.positions < num_keys,
         positions=rows.positions,
         chunk_starts=shared.chunk_starts[index],

@@ -6,6 +6,7 @@ over fewer and fewer HKVD tokens, and the logits of the last one. Nothing return
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -26,7 +27,7 @@ from cacheblend_jax.blend.layer_step import (
     layer_step,
 )
 from cacheblend_jax.blend.schedule import Plan, Stage
-from cacheblend_jax.blend.selectors import Evidence, get_selector
+from cacheblend_jax.blend.selectors import Evidence, Selector, get_selector
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.transformer import Params, Rows, embedder, layer_at, layer_starts, rows_at
 from pallas_kernels import attention_mass
@@ -36,16 +37,16 @@ from pallas_kernels import attention_mass
 class Request:
     """A prefill's traced half. Active tokens are those that are not exact; padding rows have `positions` = keys."""
 
-    token_ids: Int[Array, "active"]
-    positions: Int[Array, "active"]
+    token_ids: Int[Array, " active"]
+    positions: Int[Array, " active"]
     length: Int[Array, ""]
-    forced: Bool[Array, "active"]
-    chunk_starts: Int[Array, "active"]
+    forced: Bool[Array, " active"]
+    chunk_starts: Int[Array, " active"]
     context_length: Int[Array, ""]
-    keep: Int[Array, "borders"]  # survivors of each border but the last, forced ones included
-    forced_rows: Int[Array, "forced"]  # indices into the active tokens; `active` is padding
-    is_question: Bool[Array, "forced"]
-    oracle: Float[Array, "active"]
+    keep: Int[Array, " borders"]  # survivors of each border but the last, forced ones included
+    forced_rows: Int[Array, " forced"]  # indices into the active tokens; `active` is padding
+    is_question: Bool[Array, " forced"]
+    oracle: Float[Array, " active"]
     seed: Int[Array, ""]
 
 
@@ -53,17 +54,17 @@ class Request:
 class Prefilled:
     """What a prefill returns: logits, the greedy next token, the blended cache, and each stage's tokens."""
 
-    logits: Float[Array, "vocab"]
+    logits: Float[Array, " vocab"]
     next_token: Int[Array, ""]
     k: Float[Array, "layers keys kv_heads head_dim"]  # rotated
     v: Float[Array, "layers keys kv_heads head_dim"]
-    stage_positions: tuple[Int[Array, "rows"], ...]
+    stage_positions: tuple[Int[Array, " rows"], ...]
 
 
 @struct.dataclass
 class _State:
     rows: Rows
-    index: Int[Array, "rows"]  # of each row, among the active tokens
+    index: Int[Array, " rows"]  # of each row, among the active tokens
     kv: LayerKV  # [layers, …]: cached before the layer was computed, blended after
 
 
@@ -92,9 +93,7 @@ def prefill(
         index=jnp.arange(plan.active, dtype=jnp.int32),
         kv=cached if cached is not None else LayerKV(jnp.zeros(shape, hidden.dtype), jnp.zeros(shape, hidden.dtype)),
     )
-    shared = None
-    if plan.selector is not None:
-        shared = _shared_evidence(params, config, plan, request, state, sequence)
+    shared = _shared_evidence(params, config, plan, request, state, sequence)
     run = partial(_run_stage, params, config, plan, request, sequence)
     stage_positions = []
     for number, stage in enumerate(plan.stages):
@@ -113,17 +112,17 @@ def _run_stage(
     number: int,
     stage: Stage,
     state: _State,
-    shared: Evidence | None,
-) -> tuple[_State, Evidence | None]:
+    shared: Evidence,
+) -> tuple[_State, Evidence]:
     """Scans a stage's layers, then takes the border's step, where the rows shrink to the next stage's."""
 
     def step_at(state: _State, index: jax.Array | int, narrow=None) -> tuple[_State, Step]:
         cached = None if plan.nothing_cached else _layer_of(state.kv, index)
         step = layer_step(params, config, index, state.rows, cached, sequence, narrow)
-        return state.replace(rows=step.rows, kv=_write(state.kv, step.blended, index)), step
+        return replace(state, rows=step.rows, kv=_write(state.kv, step.blended, index)), step
 
-    ends = number == len(plan.stages) - 1
-    watched = number == 0 and not ends and "cross_mass" in get_selector(plan.selector).needs
+    selector = None if number == len(plan.stages) - 1 else _selector(plan)
+    watched = number == 0 and selector is not None and "cross_mass" in selector.needs
     layers = jnp.arange(stage.first, stage.border - watched, dtype=jnp.int32)
     if layers.size:  # an empty loop would be compiled all the same
         state, _ = lax.scan(lambda state, index: (step_at(state, index)[0], None), state, layers)
@@ -131,25 +130,22 @@ def _run_stage(
         state, step = step_at(state, stage.border - 1)
         starts = layer_starts(config, stage.border - 1, state.rows.positions)
         mass = cross_mass(step, request.chunk_starts, request.context_length, sequence, starts)
-        shared = shared.replace(cross_mass=mass)
+        shared = replace(shared, cross_mass=mass)
 
     def choose(fresh: LayerKV) -> Survivors:
-        if ends:
+        if selector is None:
             return last_row(state.rows, sequence)
         evidence = evidence_of(fresh, _layer_of(state.kv, stage.border), state.rows, shared, state.index)
-        scores = get_selector(plan.selector).score(evidence)
+        scores = selector.score(evidence)
         room = plan.stages[number + 1].rows
         return highest(scores, request.forced[state.index], evidence.valid, request.keep[number], room)
 
-    survivors = None
+    after, step = step_at(state, stage.border, choose)
+    return replace(after, index=state.index[step.kept]), shared
 
-    def narrow(fresh: LayerKV) -> Rows:
-        nonlocal survivors
-        survivors = choose(fresh)
-        return state.rows.take(survivors.indices, survivors.valid, plan.cache_length)
 
-    after, _ = step_at(state, stage.border, narrow)
-    return after.replace(index=state.index[survivors.indices]), shared
+def _selector(plan: Plan) -> Selector | None:
+    return None if plan.selector is None else get_selector(plan.selector)
 
 
 def _layer_of(kv: LayerKV, index: jax.Array | int) -> LayerKV:
@@ -164,7 +160,8 @@ def _shared_evidence(params, config, plan: Plan, request: Request, state: _State
     """What is known of the active tokens before the first layer; the borders add their K, V."""
     zeros = jnp.zeros(plan.active, jnp.float32)
     question_mass = zeros
-    if "question_mass" in get_selector(plan.selector).needs:
+    selector = _selector(plan)
+    if selector is not None and "question_mass" in selector.needs:
         mass = _question_mass(params, config, request, state, sequence)
         question_mass = mass[jnp.minimum(request.positions, plan.cache_length - 1)]
     nothing = jnp.zeros((plan.active, config.num_kv_heads, config.head_dim), state.kv.k.dtype)
@@ -185,7 +182,7 @@ def _shared_evidence(params, config, plan: Plan, request: Request, state: _State
     )
 
 
-def _question_mass(params, config, request: Request, state: _State, sequence: Sequence) -> Float[Array, "keys"]:
+def _question_mass(params, config, request: Request, state: _State, sequence: Sequence) -> Float[Array, " keys"]:
     """Attention that the question pays to every key, summed over layers: a pass of the forced tokens over cached KV.
 
     The pass writes no cache: it is full KV reuse, watched.
@@ -213,7 +210,7 @@ def _question_mass(params, config, request: Request, state: _State, sequence: Se
 
 def standalone(
     params: Params,
-    token_ids: Int[Array, "tokens"],
+    token_ids: Int[Array, " tokens"],
     length: Int[Array, ""],
     cos: jax.Array,
     sin: jax.Array,

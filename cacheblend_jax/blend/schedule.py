@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -76,15 +77,17 @@ def forced_bucket(count: int) -> int:
     return size
 
 
+def buckets_up_to(bucket: Callable[[int], int], most: int) -> list[int]:
+    """Returns the sizes that `bucket` gives for 1 … `most`, ascending."""
+    sizes: list[int] = []
+    while not sizes or sizes[-1] < most:
+        sizes.append(bucket(sizes[-1] + 1 if sizes else 1))
+    return sizes
+
+
 def _smallest_in_bucket(bucket: int) -> int:
     """Returns the smallest count that `forced_bucket` maps to `bucket`."""
-    if bucket == SMALLEST_FORCED:
-        return 1
-    two_thirds, half = bucket * 2 // 3, bucket // 2
-    below = two_thirds if forced_bucket(two_thirds) != bucket else half
-    while below + 1 < bucket and forced_bucket(below + 1) != bucket:
-        below += 1
-    return below + 1
+    return ([0, *buckets_up_to(forced_bucket, bucket)][-2]) + 1
 
 
 @dataclass(frozen=True)

@@ -22,21 +22,21 @@ class Evidence:
     configuration's choice of K, V or both.
     """
 
-    valid: Bool[Array, "tokens"]
-    positions: Int[Array, "tokens"]
-    chunk_starts: Int[Array, "tokens"]  # position of the first token of its chunk
-    index: Int[Array, "tokens"]  # among the active tokens of the prompt: the same at every border
+    valid: Bool[Array, " tokens"]
+    positions: Int[Array, " tokens"]
+    chunk_starts: Int[Array, " tokens"]  # position of the first token of its chunk
+    index: Int[Array, " tokens"]  # among the active tokens of the prompt: the same at every border
     k_fresh: Float[Array, "tokens kv_heads head_dim"]  # before RoPE
     v_fresh: Float[Array, "tokens kv_heads head_dim"]
     k_cached: Float[Array, "tokens kv_heads head_dim"]
     v_cached: Float[Array, "tokens kv_heads head_dim"]
-    cross_mass: Float[Array, "tokens"]
-    question_mass: Float[Array, "tokens"]
-    oracle: Float[Array, "tokens"]
+    cross_mass: Float[Array, " tokens"]
+    question_mass: Float[Array, " tokens"]
+    oracle: Float[Array, " tokens"]
     seed: Int[Array, ""]
     part: str = struct.field(pytree_node=False, default="kv")
 
-    def deviation(self) -> Float[Array, "tokens"]:
+    def deviation(self) -> Float[Array, " tokens"]:
         """KV deviation at this layer."""
         return kv_deviation(self.k_fresh, self.v_fresh, self.k_cached, self.v_cached, self.valid, self.part)
 

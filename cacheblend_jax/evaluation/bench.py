@@ -6,6 +6,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from cacheblend_jax.engine import Engine
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model, ModelConfig, RopeConfig, load_model, random_model
 from cacheblend_jax.prompt import Prompt
+from cacheblend_jax.results import PrefillStats
 from cacheblend_jax.store import ChunkStore
 
 SHAPES = {
@@ -85,8 +88,6 @@ def _check_sizes(parsed: argparse.Namespace) -> None:
 
 
 def _with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
-    from dataclasses import replace
-
     return replace(config, dtype=dtype)
 
 
@@ -107,11 +108,12 @@ def _bench_length(parsed: argparse.Namespace, model: Model, tokens: int, say: Ca
     first = engines[parsed.ratios[0]]
     say(f"{tokens} tokens: precomputing and compiling")
     first.precompute(prompt)
-    cases: dict[str, Callable[[], Any]] = {
-        mode: (lambda mode=mode: first.prefill(prompt, mode).stats) for mode in ("full", "prefix", "reuse")
-    }
-    for ratio, engine in engines.items():
-        cases[f"blend {ratio:g}"] = lambda engine=engine: engine.prefill(prompt).stats
+
+    def prefill(engine: Engine, mode: str) -> PrefillStats:
+        return engine.prefill(prompt, mode).stats
+
+    cases = {mode: partial(prefill, first, mode) for mode in ("full", "prefix", "reuse")}
+    cases |= {f"blend {ratio:g}": partial(prefill, engine, "blend") for ratio, engine in engines.items()}
     compile_s = {}
     for name, run in cases.items():
         compile_s[name] = run().compile_s

@@ -43,7 +43,7 @@ class Sampling:
 
 
 def sample(
-    logits: Float[Array, "vocab"], key: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
+    logits: Float[Array, " vocab"], key: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
 ) -> Int[Array, ""]:
     """Draws one token id; `temperature` must be positive, `top_k` 0 means no limit."""
     scaled = logits.astype(jnp.float32) / temperature
@@ -69,7 +69,7 @@ def decode_step(
     sin: Float[Array, "keys half"],
     *,
     config: ModelConfig,
-) -> tuple[Float[Array, "vocab"], Int[Array, ""], jax.Array, jax.Array]:
+) -> tuple[Float[Array, " vocab"], Int[Array, ""], jax.Array, jax.Array]:
     """Runs one token at `position` over the cache (keys rotated), which it extends by that token's K, V.
 
     Returns float32 logits, the greedy next token, and the cache; callers donate `k` and `v`.

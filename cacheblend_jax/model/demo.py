@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from platformdirs import user_cache_path
@@ -19,7 +20,7 @@ from cacheblend_jax.errors import CheckpointError
 NOTICE = "the demo model is untrained (random weights): times and token counts are real, answers are noise"
 VERSION = "demo-untrained-1"
 SPECIAL_TOKENS = ("<s>", "</s>")
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 256 + len(SPECIAL_TOKENS),

@@ -40,6 +40,14 @@ class Model:
         return digest.hexdigest()
 
     @property
+    def placement(self) -> jax.sharding.Sharding:
+        """Where what is not a parameter goes: the parameters' device, or all of their mesh."""
+        sharding = jax.tree.leaves(self.params)[0].sharding
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            return jax.sharding.NamedSharding(sharding.mesh, jax.P())
+        return sharding
+
+    @property
     def num_parameters(self) -> int:
         """How many parameters there are."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))

@@ -6,6 +6,8 @@ and a state whose leaves are stacked `[layers, …]`, and a layer is put togethe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from cacheblend_jax.model.config import ModelConfig
 from pallas_kernels import apply_rope, selective_attention
 
 NO_WINDOW = 2**30
-ACTIVATION_FUNCTIONS = {
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": jax.nn.gelu,
@@ -125,7 +127,7 @@ class Embedder(nnx.Module):
                 config, config.hidden_size, config.vocab_size, bias=False, split="outputs", rngs=rngs
             )
 
-    def embed(self, token_ids: Int[Array, "tokens"]) -> Float[Array, "tokens hidden"]:
+    def embed(self, token_ids: Int[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
         """Looks the tokens' embeddings up."""
         return self.embedding[...][token_ids]
 
@@ -144,7 +146,7 @@ class _Graph(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def _graph(module: type[nnx.Module], config: ModelConfig) -> _Graph:
+def _graph(module: Callable[..., nnx.Module], config: ModelConfig) -> _Graph:
     definition, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
     return _Graph(definition, nnx.to_pure_dict(state), nnx.to_pure_dict(nnx.get_partition_spec(state)))
 
@@ -182,7 +184,7 @@ def partition_specs(config: ModelConfig) -> Params:
 def init_params(key: jax.Array, config: ModelConfig) -> Params:
     """Draws random parameters (traceable: under `jax.jit` they are made on the device)."""
 
-    def draw(module: type[nnx.Module], module_key: jax.Array) -> dict[str, Any]:
+    def draw(module: Callable[..., nnx.Module], module_key: jax.Array) -> dict[str, Any]:
         return nnx.to_pure_dict(nnx.split(module(config, rngs=nnx.Rngs(module_key)))[1])
 
     embedder_key, layers_key = jax.random.split(key)
@@ -200,11 +202,11 @@ class Rows:
     """
 
     hidden: Float[Array, "rows hidden"]
-    positions: Int[Array, "rows"]
+    positions: Int[Array, " rows"]
     cos: Float[Array, "rows half"]
     sin: Float[Array, "rows half"]
 
-    def take(self, indices: Int[Array, "kept"], valid: Array, padding_position: int) -> Rows:
+    def take(self, indices: Int[Array, " kept"], valid: Array, padding_position: int) -> Rows:
         """Keeps the rows at `indices`; those not `valid` become padding."""
         positions = jnp.where(valid, self.positions[indices], padding_position)
         return Rows(self.hidden[indices], positions, self.cos[indices], self.sin[indices])
@@ -216,7 +218,7 @@ def rows_at(hidden: jax.Array, positions: jax.Array, cos: jax.Array, sin: jax.Ar
     return Rows(hidden, positions, cos[at], sin[at])
 
 
-def layer_starts(config: ModelConfig, index: Int[Array, ""] | int, positions: Int[Array, "rows"]) -> jax.Array | None:
+def layer_starts(config: ModelConfig, index: Int[Array, ""] | int, positions: Int[Array, " rows"]) -> jax.Array | None:
     """Returns the first key that the layer's sliding window lets each query see; `None` where no layer has one."""
     if all(window is None for window in config.windows):
         return None
@@ -238,10 +240,10 @@ def attend(
     k: Float[Array, "keys kv_heads head_dim"],
     v: Float[Array, "keys kv_heads head_dim"],
     *,
-    starts: Int[Array, "rows"] | None,
+    starts: Int[Array, " rows"] | None,
     kv_length: Int[Array, ""] | int,
 ) -> Attended:
     """The second half of every layer step: attention of the rows over rotated keys, output projection, MLP."""
     q = apply_rope(layer.queries(rows.hidden), rows.cos, rows.sin)
     attended, lse = selective_attention(q, k, v, rows.positions, q_starts=starts, kv_length=kv_length, return_lse=True)
-    return Attended(rows.replace(hidden=layer.finish(rows.hidden, attended)), q, lse)
+    return Attended(replace(rows, hidden=layer.finish(rows.hidden, attended)), q, lse)

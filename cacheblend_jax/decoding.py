@@ -1,0 +1,61 @@
+"""The decoding loop: after a prefill, one token at a time over a cache that grows in place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacheblend_jax.blend.schedule import length_bucket
+from cacheblend_jax.model.decode import Sampling, decode_step, sample
+from cacheblend_jax.model.model import Model
+from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.programs import ProgramCache
+from cacheblend_jax.results import PrefillResult
+
+_draw = jax.jit(sample)
+
+
+def decode(
+    model: Model, programs: ProgramCache, out: PrefillResult, room: int, sampling: Sampling
+) -> Iterator[tuple[int, float]]:
+    """Yields up to `room` token ids and the seconds that each one's decoding step took; the first needs none."""
+    config = model.config
+    length = out.token_ids.size
+    key = jax.random.key(sampling.seed)
+
+    def choose(logits: jax.Array, likeliest: jax.Array | int, step: int) -> int:
+        if sampling.temperature == 0:
+            return int(likeliest)
+        step_key = jax.random.fold_in(key, step)
+        return int(_draw(logits, step_key, sampling.temperature, sampling.top_k, sampling.top_p))
+
+    token = choose(jnp.asarray(out.logits), out.next_token, 0)
+    yield token, 0.0
+    if room == 1:
+        return
+    size = length_bucket(length + room - 1)
+    k, v = (_resized(x, size) for x in (out.padded_cache.k, out.padded_cache.v))
+    cos, sin = jax.device_put(rope_tables(config, size), model.placement)
+
+    def arguments() -> tuple[Any, ...]:
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        return model.params, k, v, scalar, scalar, cos, sin
+
+    program = programs.get(decode_step, arguments, donate=(1, 2), config=config, keys=size)
+    for step in range(1, room):
+        began = time.perf_counter()
+        place = np.int32(length + step - 1)
+        logits, likeliest, k, v = program.run(model.params, k, v, np.int32(token), place, cos, sin)
+        token = choose(logits, likeliest, step)
+        yield token, time.perf_counter() - began
+
+
+def _resized(x: jax.Array, size: int) -> jax.Array:
+    """A copy of the cache with room for `size` tokens: decoding donates it, the prefill's result keeps its own."""
+    length = min(x.shape[1], size)
+    return jnp.zeros((x.shape[0], size, *x.shape[2:]), x.dtype).at[:, :length].set(x[:, :length])

@@ -1,0 +1,218 @@
+"""Loading checkpoints: what is missing, extra, misshapen or not supported is named; memory stays bounded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import HF
+from safetensors.numpy import load_file, save_file
+
+import cacheblend_jax as cb
+from cacheblend_jax.model.config import ModelConfig
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of a single-file checkpoint, to be damaged."""
+    return shutil.copytree(HF / "llama2", tmp_path / "model")
+
+
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+def edit_tensors(directory, change):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_weights_keep_their_dtype_unless_cast():
+    assert cb.load_model(HF / "llama2").params.embedder["embedding"].dtype == ml_dtypes.bfloat16
+    for dtype in ("float32", "float16"):
+        model = cb.load_model(HF / "llama2", dtype=dtype)
+        assert model.config.dtype == dtype
+        assert model.params.layers["q_proj"]["kernel"].dtype == dtype
+
+
+def test_weights_are_stacked_and_transposed():
+    tensors = load_file(HF / "llama2" / "model.safetensors")
+    kernel = np.asarray(cb.load_model(HF / "llama2").params.layers["down_proj"]["kernel"])
+    for layer in range(4):
+        np.testing.assert_array_equal(kernel[layer], tensors[f"model.layers.{layer}.mlp.down_proj.weight"].T)
+
+
+def test_progress_ends_at_the_total():
+    seen = []
+    cb.load_model(HF / "llama3", progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] == max(seen)[0]
+    assert len(seen) > 5
+
+
+TENSOR = "model.layers.2.mlp.up_proj.weight"
+DAMAGES = {
+    "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(TENSOR)), rf"missing, among them {TENSOR}"),
+    "extra tensor": (lambda d: edit_tensors(d, lambda t: t.update(extra=t[TENSOR])), "among them extra"),
+    "misshapen tensor": (
+        lambda d: edit_tensors(d, lambda t: t.update({TENSOR: t[TENSOR][:, 1:].copy()})),
+        rf"{TENSOR} has shape \[48, 31\], the configuration asks for \[48, 32\]",
+    ),
+    "integer tensor": (
+        lambda d: edit_tensors(d, lambda t: t.update({TENSOR: np.zeros((48, 32), np.int8)})),
+        rf"{TENSOR} has dtype I8",
+    ),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
+    "pickled weights": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        "pytorch_model.bin is pickle, which is not loaded",
+    ),
+    "truncated weights": (
+        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:1000]),
+        "not a readable safetensors file",
+    ),
+    "no configuration": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+    "broken configuration": (lambda d: (d / "config.json").write_text("{"), "not readable JSON"),
+    "list configuration": (lambda d: (d / "config.json").write_text("[]"), "must hold a JSON object, got list"),
+    "architecture": (
+        lambda d: edit_config(d, architectures=["GemmaForCausalLM"]),
+        "architecture 'GemmaForCausalLM' is not supported; supported: LlamaForCausalLM, Mistral",
+    ),
+    "RoPE type": (
+        lambda d: edit_config(d, rope_parameters={"rope_type": "longrope", "factor": 2.0}),
+        "RoPE type 'longrope' is not supported; supported: default, linear, llama3, yarn",
+    ),
+    "old RoPE type": (
+        lambda d: edit_config(d, rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "RoPE type 'dynamic' is not supported",
+    ),
+    "RoPE factor": (lambda d: edit_config(d, rope_parameters={"rope_type": "linear"}), "needs a factor"),
+    "activation": (lambda d: edit_config(d, hidden_act="mish"), "hidden_act 'mish' is not supported"),
+    "no size": (lambda d: edit_config(d, hidden_size=None), "hidden_size must be an integer, got None"),
+    "heads": (lambda d: edit_config(d, num_key_value_heads=3), "multiple of num_key_value_heads, got 4 and 3"),
+    "layers": (lambda d: edit_config(d, num_hidden_layers=5), "missing, among them model.layers.4."),
+    "fewer layers": (lambda d: edit_config(d, num_hidden_layers=3), "among them model.layers.3."),
+    "tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "its tokenizer does not load"),
+    "check layer": (
+        lambda d: (d / "cacheblend.json").write_text('{"check_layer": 9}'),
+        r"check_layer must be in \[1, 3\], got 9",
+    ),
+    "missing shard": (
+        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard-1.safetensors"}}'),
+        "shard-1.safetensors is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(checkpoint, damage):
+    make, message = DAMAGES[damage]
+    make(checkpoint)
+    with pytest.raises(cb.CheckpointError, match=message) as error:
+        cb.load_model(checkpoint)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "nowhere"])
+def test_a_missing_directory_is_named(name):
+    with pytest.raises(cb.CheckpointError, match=f"'{name}' is not a directory; pass"):
+        cb.load_model(name)
+
+
+def test_an_unknown_dtype_is_named():
+    with pytest.raises(cb.CheckpointError, match="dtype must be one of float32, bfloat16, float16, got 'int8'"):
+        cb.load_model(HF / "llama2", dtype="int8")
+
+
+def test_a_directory_without_a_tokenizer_serves_token_ids():
+    model = cb.load_model(HF / "llama2")
+    assert model.tokenizer is None
+    assert cb.Engine(model).prefill(cb.Prompt([1], [[2, 3]], [4])).logits.shape == (160,)
+
+
+def test_a_calibrated_check_layer_is_the_models(checkpoint):
+    (checkpoint / "cacheblend.json").write_text('{"check_layer": 2}')
+    assert cb.load_model(checkpoint).config.check_layer == 2
+    assert cb.load_model(HF / "llama2").config.check_layer == 1
+
+
+def test_the_stop_tokens_are_the_checkpoints(checkpoint):
+    assert cb.load_model(checkpoint).stop_token_ids == (2,)
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert cb.load_model(checkpoint).stop_token_ids == (2, 7, 9)
+
+
+OLD = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+OLD |= {"num_attention_heads": 2}
+
+
+def test_configurations_of_transformers_4_and_5_read_alike():
+    old = OLD | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "bfloat16"}
+    new = OLD | {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}, "dtype": "bfloat16"}
+    read = ModelConfig.from_hugging_face(old)
+    assert read == ModelConfig.from_hugging_face(new)
+    assert (read.rope.type, read.rope.theta, read.rope.factor, read.dtype) == ("linear", 5e5, 2.0, "bfloat16")
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_windows_as_transformers_reads_them(architecture):
+    from transformers import AutoConfig
+
+    raw = OLD | {"model_type": architecture.lower(), "sliding_window": 5, "use_sliding_window": True}
+    raw |= {"max_window_layers": 1}
+    theirs = AutoConfig.for_model(**raw)
+    layer_types = getattr(theirs, "layer_types", None)
+    if architecture == "Mistral":
+        wanted = (5, 5)
+    elif layer_types is None:
+        wanted = (None, None)
+    else:
+        wanted = tuple(5 if kind == "sliding_attention" else None for kind in layer_types)
+    assert ModelConfig.from_hugging_face(raw).windows == wanted
+
+
+PEAK = """
+import re, sys
+import jax, numpy as np
+import cacheblend_jax as cb
+jax.block_until_ready(jax.numpy.zeros(8) + 1)
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+model = cb.load_model(sys.argv[1], dtype=sys.argv[2] or None)
+weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+print((peak() - before) / weights)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
+@pytest.mark.parametrize("dtype", ["", "float32"])
+def test_peak_host_memory_is_at_most_one_and_a_third_of_the_weights(tmp_path, dtype):
+    hidden, layers, vocabulary = 512, 24, 1000
+    rng = np.random.default_rng(0)
+
+    def matrix(*shape):
+        return rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+
+    names = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, hidden)}
+    names |= {"self_attn.v_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
+    names |= {"mlp.gate_proj": (2048, hidden), "mlp.up_proj": (2048, hidden), "mlp.down_proj": (hidden, 2048)}
+    names |= {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    tensors = {
+        f"model.layers.{i}.{name}.weight": matrix(*shape) for i in range(layers) for name, shape in names.items()
+    }
+    tensors |= {"model.embed_tokens.weight": matrix(vocabulary, hidden), "model.norm.weight": matrix(hidden)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = OLD | {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 2048}
+    config |= {"num_hidden_layers": layers, "num_attention_heads": 8, "tie_word_embeddings": True, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-c", PEAK, str(tmp_path), dtype]
+    ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 0.9 < ratio < 1.33
