@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, or 2 for bad usage or input."""
     parsed = _parser().parse_args(arguments)
     try:
+        if parsed.json is not None and not parsed.json.parent.is_dir():
+            raise CacheBlendError(f"cannot write --json {parsed.json}: {parsed.json.parent} is not a directory")
         if not parsed.no_compile_cache:
             _keep_compiled_programs()
         report = parsed.run(parsed)
@@ -61,9 +63,11 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 
 def _add_ask(commands: Any) -> None:
     ask = commands.add_parser("ask", help="answer a question from text files")
-    ask.add_argument("question")
+    ask.add_argument("question", nargs="?")
     ask.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="checkpoint directory or hub id (demo)")
-    ask.add_argument("--docs", nargs="+", required=True, metavar="PATH", help=".txt and .md files, or directories")
+    ask.add_argument(
+        "--docs", nargs="+", action="extend", required=True, metavar="PATH", help=".txt and .md files, or directories"
+    )
     ask.add_argument("--chunk-tokens", type=_count, default=512, metavar="N", help="longest chunk (512)")
     ask.add_argument("--top-k", type=_count, default=5, metavar="K", help="chunks to use, picked by BM25 (5)")
     ask.add_argument("--all", action="store_true", help="use all chunks")
@@ -109,6 +113,7 @@ def _count(text: str) -> int:
 
 def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
     """Answers one question; returns what `--json` writes."""
+    _take_question_from_docs(parsed)
     blend = BlendConfig(parsed.ratio, selector=parsed.selector)
     sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
     store = ChunkStore(host_bytes=parsed.store_bytes)
@@ -141,6 +146,16 @@ def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
         "chunks": sources,
         "answers": {mode: _answer_json(answer) for mode, answer in answers.items()},
     }
+
+
+def _take_question_from_docs(parsed: argparse.Namespace) -> None:
+    """In `--docs PATH… "question"` argparse gives the question to `--docs`, its last value."""
+    if parsed.question is None:
+        if len(parsed.docs) < 2 or Path(parsed.docs[-1]).exists():
+            raise CacheBlendError('a question is missing; write it last: ask --docs PATH… "question"')
+        parsed.question = parsed.docs.pop()
+    if not parsed.question.strip():
+        raise CacheBlendError("the question is empty; write it last")
 
 
 def _prompt(parsed: argparse.Namespace, model: Model, documents: list) -> tuple[Prompt, list[dict[str, Any]]]:
@@ -225,5 +240,6 @@ def _write_json(path: Path, report: dict[str, Any]) -> None:
 
 def _keep_compiled_programs() -> None:
     """Turns JAX's persistent compilation cache on, in the user's cache directory, unless the user chose one."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(user_cache_path("cacheblend-jax") / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

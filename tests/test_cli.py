@@ -1,0 +1,149 @@
+"""The command line, run in this process on tiny checkpoints and real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import HF
+
+from cacheblend_jax.cli import main
+
+MODEL = ["--model", str(HF / "llama3"), "--no-compile-cache"]
+TEXT = "The Cobalt team works in Oslo.\n\nAna joined the Cobalt team.\n\nCats purr at night."
+
+
+@pytest.fixture
+def docs(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "company.md").write_text(TEXT)
+    return str(tmp_path / "docs")
+
+
+def ask(docs, *options, question="Where does Ana of the Cobalt team work?"):
+    common = ["--chunk-tokens", "40", "--max-new-tokens", "4"]
+    return main(["ask", *MODEL, "--docs", docs, *common, *options, question])
+
+
+def test_ask_answers_and_says_what_was_reused(docs, capsys, tmp_path):
+    report = tmp_path / "report.json"
+    assert ask(docs, "--top-k", "2", "--json", str(report)) == 0
+    printed = capsys.readouterr().out
+    assert "TTFT" in printed
+    assert "reused" in printed
+    content = json.loads(report.read_text())
+    assert [chunk["index"] for chunk in content["chunks"]] == [0, 1]
+    prefill = content["answers"]["blend"]["prefill"]
+    assert prefill["hits"] == 2
+    assert prefill["misses"] == 0
+    assert 0 < prefill["recompute_ratio"] < 0.3
+    assert prefill["reused"] == prefill["exact"] + prefill["candidates"]
+
+
+def test_ask_compares_the_four_modes(docs, capsys, tmp_path):
+    report = tmp_path / "report.json"
+    assert ask(docs, "--all", "--compare", "--json", str(report)) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["mode", "full", "prefix", "reuse", "blend"]
+    answers = json.loads(report.read_text())["answers"]
+    assert answers["prefix"]["token_ids"] == answers["full"]["token_ids"]
+    assert answers["full"]["prefill"]["flops"] > answers["blend"]["prefill"]["flops"]
+    assert answers["blend"]["prefill"]["flops"] > answers["reuse"]["prefill"]["flops"]
+
+
+def test_ask_without_a_chat_template(docs, tmp_path, capsys):
+    model = shutil.copytree(HF / "llama3", tmp_path / "plain")
+    path = model / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["chat_template"]
+    path.write_text(json.dumps(config))
+    assert (
+        main(["ask", "--model", str(model), "--no-compile-cache", "--docs", docs, "--max-new-tokens", "2", "Why?"]) == 0
+    )
+    assert "TTFT" in capsys.readouterr().out
+
+
+def test_the_question_may_follow_the_paths(docs, capsys):
+    options = [*MODEL, "--max-new-tokens", "2"]
+    assert main(["ask", *options, "--docs", docs, docs + "/company.md", "Where is Oslo?"]) == 0
+    assert "TTFT" in capsys.readouterr().out
+    for without in (["--docs", docs], ["--docs", docs, docs]):
+        assert main(["ask", *options, *without]) == 2
+        assert "a question is missing" in capsys.readouterr().err
+    assert main(["ask", *options, "--docs", docs, "--top-k", "1", " "]) == 2
+    assert "the question is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ratio", "1.5"], "recompute_ratio must be in [0, 1], got 1.5"),
+        (["--ratio", "nan"], "got nan"),
+        (["--selector", "best"], "unknown selector 'best'; known: cross"),
+        (["--temperature", "-1"], "temperature must be"),
+        (["--docs", "/nowhere"], "'/nowhere' does not exist"),
+        (["--model", "/nowhere"], "model '/nowhere' is not a directory"),
+        (["--model", str(HF / "llama2")], "has no tokenizer"),
+        (["--store-bytes", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--chunk-tokens", "-5"], "must be a whole number of at least 1, got '-5'"),
+        (["--top-k", "many"], "must be a whole number of at least 1, got 'many'"),
+        (["--mode", "fast"], "invalid choice: 'fast'"),
+        (["--json", "/nowhere/report.json"], "/nowhere/report.json"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(docs, capsys, options, message):
+    try:
+        code = ask(docs, *options)
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    assert code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in last
+
+
+def test_a_prompt_too_long_is_an_error_before_anything_is_stored(tmp_path, capsys):
+    (tmp_path / "long.txt").write_text("\n\n".join([TEXT] * 20))
+    assert ask(str(tmp_path), "--all") == 2
+    assert "the model takes at most 512; use fewer or shorter chunks" in capsys.readouterr().err
+
+
+def test_bench_prints_a_table_and_writes_json(tmp_path, capsys):
+    report = tmp_path / "bench.json"
+    sizes = ["--tokens", "64", "--chunks", "2", "--prefix-tokens", "8", "--question-tokens", "8", "--repeats", "2"]
+    options = ["--ratios", "0.2", "0.5", "--json", str(report), "--no-compile-cache"]
+    assert main(["bench", "--model", str(HF / "qwen3"), "--dtype", "float32", *sizes, *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    rows = {row["mode"]: row for row in json.loads(report.read_text())["rows"]}
+    assert list(rows) == ["full", "prefix", "reuse", "blend 0.2", "blend 0.5"]
+    assert all(row["compiles_after_warmup"] == 0 for row in rows.values())
+    assert rows["full"]["efficiency"] == 1
+    assert rows["blend 0.2"]["ideal_speed_up"] > rows["blend 0.5"]["ideal_speed_up"] > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "4", "--chunks", "8"], "--tokens must be at least --chunks (8), got 4"),
+        (["--tokens", "100000"], "the model takes at most 32768"),
+        (["--ratios", "2"], "recompute_ratio must be in [0, 1], got 2.0"),
+        (["--prefix-tokens", "-1"], "--prefix-tokens"),
+    ],
+)
+def test_bench_names_what_makes_no_sense(capsys, options, message):
+    assert main(["bench", "--no-compile-cache", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_demo_command_of_the_readme_runs_as_a_module(tmp_path, docs):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("JAX_COMPILATION_CACHE_DIR")
+    command = [sys.executable, "-m", "cacheblend_jax", "ask", "--docs", docs, "--max-new-tokens", "2", "Where is Ana?"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "untrained" in done.stderr
+    assert "TTFT" in done.stdout
+    assert list((tmp_path / "cache" / "cacheblend-jax" / "compiled").iterdir())
