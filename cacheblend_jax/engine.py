@@ -83,7 +83,6 @@ class Engine:
         self._lock = threading.RLock()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-store")
         self._pending: dict[str, Future] = {}
-        self._on_cpu = jax.tree.leaves(model.params)[0].devices().pop().platform == "cpu"
 
     def precompute(
         self,
@@ -278,9 +277,7 @@ class Engine:
             table = self._abstract((plan.cache_length, config.head_dim // 2), jnp.float32)
             return self.model.params, abstract_request(plan), cached, table, table
 
-        # A CPU takes host buffers over as they are: they stay ours, and the staging area is used again.
-        donate = () if self._on_cpu or plan.nothing_cached else (2,)
-        return self.programs.get(prefill, arguments, donate=donate, config=self.model.config, plan=plan)
+        return self.programs.get(prefill, arguments, config=self.model.config, plan=plan)
 
     def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self.model.placement)

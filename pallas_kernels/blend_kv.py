@@ -38,16 +38,16 @@ def blend_kv(
 
 
 def _blend_kv_xla(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin):
-    num_keys, num_fresh = k_cached.shape[0], k_fresh.shape[0]
-    # A gather through the inverse map fuses with the rotation into one pass over the keys; a scatter of rows would
-    # write them a second time.
-    source = jnp.full(num_keys, num_fresh, jnp.int32)
-    source = source.at[indices].set(jnp.arange(num_fresh, dtype=jnp.int32), mode="drop")
-    is_fresh = (source < num_fresh)[:, None, None]
-    row = jnp.minimum(source, num_fresh - 1)
-    k = jnp.where(is_fresh, k_fresh[row], k_cached)
-    v = jnp.where(is_fresh, v_fresh[row], v_cached)
-    return apply_rope(k, cos, sin), v
+    # Few rows are fresh: one pass over the keys and a scatter beat a gather of a row for every key.
+    num_keys = k_cached.shape[0]
+    at = jnp.minimum(indices, num_keys - 1)
+    places = jnp.where(indices < num_keys, indices, num_keys + jnp.arange(indices.shape[0], dtype=indices.dtype))
+
+    def replace_rows(array: jax.Array, rows: jax.Array) -> jax.Array:
+        return array.at[places].set(rows, mode="drop", indices_are_sorted=True, unique_indices=True)
+
+    k = replace_rows(apply_rope(k_cached, cos, sin), apply_rope(k_fresh, cos[at], sin[at]))
+    return k, replace_rows(v_cached, v_fresh)
 
 
 def _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin) -> None:

@@ -65,7 +65,7 @@ class Prefilled:
 class _State:
     rows: Rows
     index: Int[Array, " rows"]  # of each row, among the active tokens
-    kv: LayerKV  # [layers, …]: cached before the layer was computed, blended after
+    blended: LayerKV  # [layers, …], filled layer by layer
 
 
 def prefill(
@@ -82,25 +82,28 @@ def prefill(
 
     Args:
         cached: stored K (before RoPE) and V of all layers, `[layers, keys, kv_heads, head_dim]`, zeros where nothing
-            is stored; donated by callers that do not need them again. `None` for a plan with `nothing_cached`.
+            is stored; only read. `None` for a plan with `nothing_cached`.
         cos: float32 `[keys, head_dim // 2]`, as `rope_tables` gives them, and `sin` alike.
     """
     sequence = Sequence(request.length, cos, sin)
     hidden = embedder(params, config).embed(request.token_ids)
-    shape = (config.num_layers, plan.cache_length, config.num_kv_heads, config.head_dim)
+    # Written into a buffer of its own: one that is read and overwritten in turn would be copied whole between stages.
+    empty = jnp.zeros((config.num_layers, plan.cache_length, config.num_kv_heads, config.head_dim), hidden.dtype)
     state = _State(
         rows=rows_at(hidden, request.positions, cos, sin),
         index=jnp.arange(plan.active, dtype=jnp.int32),
-        kv=cached if cached is not None else LayerKV(jnp.zeros(shape, hidden.dtype), jnp.zeros(shape, hidden.dtype)),
+        blended=LayerKV(empty, empty),
     )
-    shared = _shared_evidence(params, config, plan, request, state, sequence)
-    run = partial(_run_stage, params, config, plan, request, sequence)
+    shared = _shared_evidence(params, config, plan, request, cached, state, sequence)
+    run = partial(_run_stage, params, config, plan, request, cached, sequence)
     stage_positions = []
     for number, stage in enumerate(plan.stages):
         stage_positions.append(state.rows.positions)
         state, shared = run(number, stage, state, shared)
     logits = embedder(params, config).logits(state.rows.hidden)[0]
-    return Prefilled(logits, jnp.argmax(logits).astype(jnp.int32), state.kv.k, state.kv.v, tuple(stage_positions))
+    return Prefilled(
+        logits, jnp.argmax(logits).astype(jnp.int32), state.blended.k, state.blended.v, tuple(stage_positions)
+    )
 
 
 def _run_stage(
@@ -108,6 +111,7 @@ def _run_stage(
     config: ModelConfig,
     plan: Plan,
     request: Request,
+    cached: LayerKV | None,
     sequence: Sequence,
     number: int,
     stage: Stage,
@@ -117,11 +121,11 @@ def _run_stage(
     """Scans a stage's layers, then takes the border's step, where the rows shrink to the next stage's."""
 
     def step_at(state: _State, index: jax.Array | int, narrow=None) -> tuple[_State, Step]:
-        cached = None if plan.nothing_cached else _layer_of(state.kv, index)
-        step = layer_step(params, config, index, state.rows, cached, sequence, narrow)
-        return replace(state, rows=step.rows, kv=_write(state.kv, step.blended, index)), step
+        layer = None if cached is None else _layer_of(cached, index)
+        step = layer_step(params, config, index, state.rows, layer, sequence, narrow)
+        return replace(state, rows=step.rows, blended=_write(state.blended, step.blended, index)), step
 
-    selector = None if number == len(plan.stages) - 1 else _selector(plan)
+    selector = None if cached is None or number == len(plan.stages) - 1 else _selector(plan)
     watched = number == 0 and selector is not None and "cross_mass" in selector.needs
     layers = jnp.arange(stage.first, stage.border - watched, dtype=jnp.int32)
     if layers.size:  # an empty loop would be compiled all the same
@@ -133,9 +137,9 @@ def _run_stage(
         shared = replace(shared, cross_mass=mass)
 
     def choose(fresh: LayerKV) -> Survivors:
-        if selector is None:
+        if selector is None or cached is None:
             return last_row(state.rows, sequence)
-        evidence = evidence_of(fresh, _layer_of(state.kv, stage.border), state.rows, shared, state.index)
+        evidence = evidence_of(fresh, _layer_of(cached, stage.border), state.rows, shared, state.index)
         scores = selector.score(evidence)
         room = plan.stages[number + 1].rows
         return highest(scores, request.forced[state.index], evidence.valid, request.keep[number], room)
@@ -156,15 +160,23 @@ def _write(kv: LayerKV, layer: LayerKV, index: jax.Array | int) -> LayerKV:
     return jax.tree.map(lambda stack, x: lax.dynamic_update_index_in_dim(stack, x, index, 0), kv, layer)
 
 
-def _shared_evidence(params, config, plan: Plan, request: Request, state: _State, sequence: Sequence) -> Evidence:
+def _shared_evidence(
+    params: Params,
+    config: ModelConfig,
+    plan: Plan,
+    request: Request,
+    cached: LayerKV | None,
+    state: _State,
+    sequence: Sequence,
+) -> Evidence:
     """What is known of the active tokens before the first layer; the borders add their K, V."""
     zeros = jnp.zeros(plan.active, jnp.float32)
     question_mass = zeros
     selector = _selector(plan)
-    if selector is not None and "question_mass" in selector.needs:
-        mass = _question_mass(params, config, request, state, sequence)
+    if cached is not None and selector is not None and "question_mass" in selector.needs:
+        mass = _question_mass(params, config, request, cached, state, sequence)
         question_mass = mass[jnp.minimum(request.positions, plan.cache_length - 1)]
-    nothing = jnp.zeros((plan.active, config.num_kv_heads, config.head_dim), state.kv.k.dtype)
+    nothing = jnp.zeros((plan.active, config.num_kv_heads, config.head_dim), state.blended.k.dtype)
     return Evidence(
         valid=request.positions < plan.cache_length,
         positions=request.positions,
@@ -182,7 +194,9 @@ def _shared_evidence(params, config, plan: Plan, request: Request, state: _State
     )
 
 
-def _question_mass(params, config, request: Request, state: _State, sequence: Sequence) -> Float[Array, " keys"]:
+def _question_mass(
+    params: Params, config: ModelConfig, request: Request, cached: LayerKV, state: _State, sequence: Sequence
+) -> Float[Array, " keys"]:
     """Attention that the question pays to every key, summed over layers: a pass of the forced tokens over cached KV.
 
     The pass writes no cache: it is full KV reuse, watched.
@@ -195,7 +209,7 @@ def _question_mass(params, config, request: Request, state: _State, sequence: Se
 
         def body(carry: tuple[Rows, jax.Array], index: jax.Array) -> tuple[tuple[Rows, jax.Array], None]:
             rows, mass = carry
-            step = layer_step(params, config, index, rows, _layer_of(state.kv, index), sequence)
+            step = layer_step(params, config, index, rows, _layer_of(cached, index), sequence)
             starts = layer_starts(config, index, rows.positions)
             lse = jnp.where(request.is_question[:, None], step.lse, -jnp.inf)
             mass += attention_mass(
