@@ -94,7 +94,7 @@ def _add_bench(commands: Any) -> None:
     source.add_argument("--shape", choices=sorted(SHAPES), default="bench-16l", help="random weights (bench-16l)")
     bench.add_argument("--tokens", type=_count, nargs="+", default=[4096], metavar="N", help="tokens in chunks (4096)")
     bench.add_argument("--chunks", type=_count, default=8, help="equal chunks (8)")
-    bench.add_argument("--prefix-tokens", type=int, default=32)
+    bench.add_argument("--prefix-tokens", type=int, default=0, metavar="N", help="tokens before the chunks (0)")
     bench.add_argument("--question-tokens", type=_count, default=32)
     bench.add_argument("--ratios", type=float, nargs="+", default=[0.15])
     bench.add_argument("--selector", default="hkvd")

@@ -77,7 +77,7 @@ class Engine:
         self.store = ChunkStore() if store is None else store
         self.blend = BlendConfig() if blend is None else blend
         self.context_tokens = context_tokens
-        self.programs = ProgramCache()
+        self.programs = ProgramCache(model.platform)
         self._planner = Planner(model.config, self.blend)
         self._staging = _Staging(jnp.dtype(model.config.dtype))
         self._lock = threading.RLock()

@@ -14,6 +14,7 @@ from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.resident import Request
 from cacheblend_jax.blend.schedule import (
     Plan,
+    active_bucket,
     buckets_up_to,
     forced_bucket,
     full_plan,
@@ -100,7 +101,7 @@ class Planner:
         They have no stored prefix or one of `prefix_tokens`, and a question of up to `suffix_tokens`. A plan changes
         only where a count passes from one bucket to the next: those borders are all that is tried.
         """
-        borders = [0, *buckets_up_to(length_bucket, most)]
+        borders = {0, *buckets_up_to(length_bucket, most), *buckets_up_to(active_bucket, most)}
         suffixes = {count + 1 for count in [0, *buckets_up_to(forced_bucket, suffix_tokens), *borders]}
         plans: dict[Plan, None] = {}
         for mode, exact in itertools.product(modes, {0, prefix_tokens}):

@@ -65,30 +65,28 @@ def selective_attention(
     tile_size, blocks = block_sizes(num_queries, num_keys)
 
     with jax.named_scope("selective_attention"):
-        # Heads that share a KV head become rows of one matrix product: [tiles, kv_heads, group * tile, head_dim].
         group = num_heads // num_kv_heads
         num_tiles = -(-num_queries // tile_size)
         padding = num_tiles * tile_size - num_queries
-        rows = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
-        rows = rows.reshape(num_tiles, tile_size, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
-        rows = rows.reshape(num_tiles, num_kv_heads, group * tile_size, head_dim)
         tiles = _Tile(
-            rows=rows,
+            q=jnp.pad(q, ((0, padding), (0, 0), (0, 0))).reshape(num_tiles, tile_size, num_heads, head_dim),
             positions=jnp.pad(q_positions, (0, padding), constant_values=num_keys).reshape(num_tiles, tile_size),
             starts=None if starts is None else jnp.pad(starts, (0, padding)).reshape(num_tiles, tile_size),
         )
         keys, values = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
 
         def attend_tile(_: None, tile: _Tile) -> tuple[None, tuple[jax.Array, jax.Array]]:
-            return None, _attend_tile(tile, keys, values, kv_length, scale, blocks)
+            # Heads that share a KV head become rows of one matrix product: [kv_heads, group * tile, head_dim].
+            rows = tile.q.reshape(tile_size, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
+            rows = rows.reshape(num_kv_heads, group * tile_size, head_dim)
+            out, lse = _attend_tile(tile, rows, keys, values, kv_length, scale, blocks)
+            out = out.reshape(num_kv_heads, group, tile_size, head_dim).transpose(2, 0, 1, 3)
+            lse = lse.reshape(num_kv_heads, group, tile_size).transpose(2, 0, 1)
+            return None, (out.reshape(tile.q.shape), lse.reshape(tile_size, num_heads))
 
         _, (out, lse) = lax.scan(attend_tile, None, tiles)
-        out = out.reshape(num_tiles, num_kv_heads, group, tile_size, head_dim).transpose(0, 3, 1, 2, 4)
-        out = out.reshape(num_tiles * tile_size, num_heads, head_dim)[:num_queries].astype(q.dtype)
-        if not return_lse:
-            return out
-        lse = lse.reshape(num_tiles, num_kv_heads, group, tile_size).transpose(0, 3, 1, 2)
-        return out, lse.reshape(num_tiles * tile_size, num_heads)[:num_queries]
+        out = out.reshape(-1, num_heads, head_dim)[:num_queries]
+        return (out, lse.reshape(-1, num_heads)[:num_queries]) if return_lse else out
 
 
 class BlockSizes(NamedTuple):
@@ -99,17 +97,22 @@ class BlockSizes(NamedTuple):
 
 
 def block_sizes(num_queries: int, num_keys: int) -> tuple[int, BlockSizes]:
-    """Returns queries a tile and keys a step, for the XLA implementation (tuned on a CPU by `scripts/tune_xla.py`)."""
-    tile = min(256, -(-num_queries // 8) * 8)
-    if num_queries * 2 <= num_keys:
-        # Scattered queries: a tile spans several times its size in positions, and all of it is edge.
-        tile = min(tile, 64)
-    edge = min(256, num_keys)
-    return tile, BlockSizes(inner=512 if num_keys >= 512 else edge, edge=edge)
+    """Returns queries a tile and keys a step of the XLA implementation, as they were fastest on a CPU.
+
+    Tiles are equal, so that the last one is not mostly padding: its queries see the most keys. Steps are large, since
+    each operation of a step has its own cost. Scattered queries span several times their number in positions: little
+    of what a tile sees is common to all of it, and its tiles are smaller.
+    """
+    dense = num_queries * 2 > num_keys
+    tiles = max(round(num_queries / (352 if dense else 224)), 1)
+    tile = -(-num_queries // tiles)
+    tile = -(-tile // 8) * 8
+    edge = min(tile if dense else max(num_keys // (2 * tiles), 512), 768, num_keys)
+    return tile, BlockSizes(inner=2 * edge if dense and 2 * edge <= num_keys else edge, edge=edge)
 
 
 class _Tile(NamedTuple):
-    rows: jax.Array  # [kv_heads, group * tile, head_dim]
+    q: jax.Array  # [tile, heads, head_dim]
     positions: jax.Array  # [tile]
     starts: jax.Array | None  # [tile]
 
@@ -123,13 +126,19 @@ class _Softmax(NamedTuple):
 
 
 def _attend_tile(
-    tile: _Tile, keys: jax.Array, values: jax.Array, kv_length: jax.Array, scale: float, blocks: BlockSizes
+    tile: _Tile,
+    rows: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    kv_length: jax.Array,
+    scale: float,
+    blocks: BlockSizes,
 ) -> tuple[jax.Array, jax.Array]:
-    num_kv_heads, num_rows, head_dim = tile.rows.shape
+    num_kv_heads, num_rows, head_dim = rows.shape
     group = num_rows // tile.positions.shape[0]
     num_keys = keys.shape[1]
-    float32_rows = tile.rows.dtype == jnp.float32
-    query_rows = tile.rows * scale if float32_rows else tile.rows  # low precision scales the float32 scores instead
+    float32_rows = rows.dtype == jnp.float32
+    query_rows = rows * scale if float32_rows else rows  # low precision scales the float32 scores instead
 
     valid = tile.positions < kv_length
     starts = jnp.zeros_like(tile.positions) if tile.starts is None else tile.starts

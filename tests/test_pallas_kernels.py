@@ -94,11 +94,11 @@ def test_poisoned_padding_never_reaches_a_result(case):
 
 def test_keys_after_the_last_visible_one_are_not_computed():
     # NaN in every key block past the last that the query needs: it is skipped, not masked.
-    keys, q = jnp.zeros((2048, 1, 8)), jnp.ones((1, 1, 8))
-    poisoned = keys.at[512:].set(jnp.nan)
+    keys, q = jnp.zeros((4096, 1, 8)), jnp.ones((1, 1, 8))
+    poisoned = keys.at[2048:].set(jnp.nan)
     positions = jnp.asarray([300], jnp.int32)
     assert np.isfinite(np.asarray(selective_attention(q, poisoned, poisoned, positions))).all()
-    assert np.isnan(np.asarray(selective_attention(q, poisoned, poisoned, positions + 300))).any()
+    assert np.isnan(np.asarray(selective_attention(q, poisoned, poisoned, positions + 2000))).any()
 
 
 def test_padding_queries_give_zeros():

@@ -33,7 +33,7 @@ def test_length_buckets_hold_their_lengths_and_waste_little(length):
     assert length_bucket(bucket) == bucket
     assert bucket % 8 == 0
     if length > 1024:
-        assert bucket <= length * 1.0625 + 1
+        assert bucket <= length * 33 / 32 + 1
 
 
 @given(st.integers(1, 100_000))

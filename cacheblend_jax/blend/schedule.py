@@ -10,7 +10,7 @@ from itertools import pairwise
 from cacheblend_jax.errors import CacheBlendError
 
 SMALL_STEP = 128  # lengths up to 1024 are padded to a multiple of this
-STEPS_PER_OCTAVE = 16  # above: at most 1/16 is padding
+STEPS_PER_OCTAVE = 32  # above: at most 1/32 is padding
 SMALLEST_FORCED = 32
 TAPER = 0.15  # the first stage's ratio is up to this much above the mean, the last as much below
 
@@ -57,7 +57,7 @@ def _is_integer(value: object) -> bool:
 
 
 def length_bucket(length: int) -> int:
-    """Returns the padded length: multiples of 128 up to 1024, then 16 steps an octave (at most 6.25 % padding)."""
+    """Returns the padded length: multiples of 128 up to 1024, then 32 steps an octave (at most 3.1 % padding)."""
     if length <= 8 * SMALL_STEP:
         return max(-(-length // SMALL_STEP), 1) * SMALL_STEP
     step = 2 ** (math.ceil(math.log2(length)) - 1) // STEPS_PER_OCTAVE
@@ -75,6 +75,11 @@ def forced_bucket(count: int) -> int:
             return size * 3 // 2
         size *= 2
     return size
+
+
+def active_bucket(count: int) -> int:
+    """Returns the room for active tokens: few of them, a question over reused chunks, get less than a whole length."""
+    return min(length_bucket(count), forced_bucket(count))
 
 
 def buckets_up_to(bucket: Callable[[int], int], most: int) -> list[int]:
@@ -122,7 +127,7 @@ def make_plan(
 
     Without candidates (`forced == active`) or with `blend=None` all active tokens are computed at every layer.
     """
-    cache_length, active_rows = length_bucket(length), length_bucket(active)
+    cache_length, active_rows = length_bucket(length), active_bucket(active)
     everything = Plan(cache_length, active_rows, (Stage(0, num_layers - 1, active_rows),))
     if blend is None or forced == active or check_layer >= num_layers - 1:
         return everything

@@ -21,6 +21,7 @@ from cacheblend_jax.prompt import Prompt
 from cacheblend_jax.results import PrefillStats
 from cacheblend_jax.store import ChunkStore
 
+PAUSE_S = 0.3  # before each run: a runtime's threads keep spinning for a while after their last work
 SHAPES = {
     "bench-16l": ModelConfig(
         architecture="LlamaForCausalLM",
@@ -124,8 +125,10 @@ def _bench_length(parsed: argparse.Namespace, model: Model, tokens: int, say: Ca
     for repeat in range(parsed.repeats):
         say(f"{tokens} tokens: round {repeat + 1} of {parsed.repeats}")
         for name, run in cases.items():
+            time.sleep(PAUSE_S)
             samples[name].append(run())
         if peer is not None:
+            time.sleep(PAUSE_S)
             peer_seconds.append(peer())
     recompiled = sum(engine.programs.count for engine in engines.values()) - compiled
     rows = [_row(name, tokens, stats, samples["full"], compile_s[name]) for name, stats in samples.items()]

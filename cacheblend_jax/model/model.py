@@ -48,6 +48,12 @@ class Model:
         return sharding
 
     @property
+    def platform(self) -> str:
+        """What the parameters live on: `"cpu"`, `"gpu"` or `"tpu"`."""
+        device: Any = next(iter(self.placement.device_set))
+        return device.platform
+
+    @property
     def num_parameters(self) -> int:
         """How many parameters there are."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
