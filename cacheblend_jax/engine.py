@@ -147,13 +147,14 @@ class Engine:
             )
             plan, request = self._planner.plan_layout(layout, mode)
             oracle_s = self._add_oracle(plan, request, layout, tokenized)
-            program, compile_s = self._prefill_program(plan)
+            program = self._prefill_program(plan)
+            compile_s = program.compile_s
             cos, sin = rope_tables(self.model.config, plan.cache_length)
             load_began = time.perf_counter()
             cached = None if plan.nothing_cached else self._load(layout, plan)
             load_s = time.perf_counter() - load_began
             dispatched = time.perf_counter()
-            out = program(self.model.params, request, cached, *self._put((cos, sin)))
+            out = program.run(self.model.params, request, cached, *self._put((cos, sin)))
             next_token = int(out.next_token)
             ended = time.perf_counter()
             logits = np.asarray(out.logits)
@@ -175,6 +176,7 @@ class Engine:
             forced=int((~layout.exact & ~layout.candidate).sum()),
             recompute_ratio=self._planner.recompute_ratio(layout, computed),
             flops=prefill_flops(self.model.config, computed),
+            peak_memory_bytes=program.peak_memory_bytes,
         )
         return PrefillResult(logits, layout.token_ids, next_token, stats, KVCache(out.k, out.v), computed)
 

@@ -14,9 +14,16 @@ import jax
 
 
 class Program(NamedTuple):
-    """A compiled program, and the seconds that this caller waited for its compilation: 0 where it was ready."""
+    """A compiled program.
 
-    run: Callable[..., Any]
+    Attributes:
+        run: calls it.
+        peak_memory_bytes: device memory that a run takes by the compiler's account: arguments, results, temporaries.
+        compile_s: seconds that this caller waited for the compilation; 0 where the program was ready.
+    """
+
+    run: Any
+    peak_memory_bytes: int
     compile_s: float
 
 
@@ -42,6 +49,10 @@ class ProgramCache:
         """Programs compiled so far."""
         return len(self._programs)
 
+    def texts(self) -> list[str]:
+        """The compiled programs' HLO: what really runs, buffers and all."""
+        return [made.result().run.as_text() for made in list(self._programs.values())]
+
     def get(
         self,
         function: Callable[..., Any],
@@ -62,15 +73,22 @@ class ProgramCache:
             if made is None:
                 made = self._programs[key] = Future()
         if made.done() and not ours:
-            return Program(made.result(), 0.0)
+            return made.result()
         began = time.perf_counter()
         if ours:
             taken = {name: static[name] for name in inspect.signature(function).parameters if name in static}
             try:
                 jitted = jax.jit(partial(function, **taken), donate_argnums=donate)
-                made.set_result(jitted.lower(*arguments()).compile(compiler_options=self._compiler_options))
+                compiled = jitted.lower(*arguments()).compile(compiler_options=self._compiler_options)
+                made.set_result(Program(compiled, _peak_memory_bytes(compiled), 0.0))
             except BaseException as error:
                 with self._lock:
                     del self._programs[key]  # the next caller tries again
                 made.set_exception(error)
-        return Program(made.result(), time.perf_counter() - began)
+        return made.result()._replace(compile_s=time.perf_counter() - began)
+
+
+def _peak_memory_bytes(compiled: Any) -> int:
+    sizes = compiled.memory_analysis()
+    total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    return total - sizes.alias_size_in_bytes

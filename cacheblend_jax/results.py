@@ -34,6 +34,7 @@ class PrefillStats:
         forced: tokens computed at every layer.
         recompute_ratio: candidates computed afresh / candidates, mean over the layers after the check layer.
         flops: floating-point operations of the useful work (see `prefill_flops`).
+        peak_memory_bytes: device memory that the prefill's program takes, weights and KV included.
     """
 
     mode: str
@@ -49,6 +50,7 @@ class PrefillStats:
     forced: int
     recompute_ratio: float
     flops: int
+    peak_memory_bytes: int
 
     @property
     def reused(self) -> int:

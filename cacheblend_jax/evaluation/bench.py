@@ -72,7 +72,7 @@ def run_bench(parsed: argparse.Namespace, say: Callable[[str], None]) -> dict[st
         model = load_model(parsed.model, dtype=parsed.dtype)
     else:
         shape = SHAPES[parsed.shape]
-        model = random_model(shape if parsed.dtype is None else _with_dtype(shape, parsed.dtype))
+        model = random_model(shape if parsed.dtype is None else replace(shape, dtype=parsed.dtype))
     rows = []
     for tokens in parsed.tokens:
         rows += _bench_length(parsed, model, tokens, say)
@@ -86,10 +86,6 @@ def _check_sizes(parsed: argparse.Namespace) -> None:
         raise CacheBlendError(f"--prefix-tokens must be at least 0, got {parsed.prefix_tokens}")
     if short := [tokens for tokens in parsed.tokens if tokens < parsed.chunks]:
         raise CacheBlendError(f"--tokens must be at least --chunks ({parsed.chunks}), got {short[0]}")
-
-
-def _with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
-    return replace(config, dtype=dtype)
 
 
 def _prompt(parsed: argparse.Namespace, vocab_size: int, tokens: int) -> Prompt:
@@ -145,7 +141,6 @@ def _row(name: str, tokens: int, stats: list, full: list, compile_s: float) -> d
     seconds = [run.ttft_s for run in stats]
     median, full_median = statistics.median(seconds), statistics.median(run.ttft_s for run in full)
     speed_up, ideal = full_median / median, full[0].flops / stats[0].flops
-    memory = jax.local_devices()[0].memory_stats() or {}
     return {
         "tokens": tokens,
         "mode": name,
@@ -160,7 +155,7 @@ def _row(name: str, tokens: int, stats: list, full: list, compile_s: float) -> d
         "load_share": statistics.median(run.load_s / run.ttft_s for run in stats),
         "flops": stats[0].flops,
         "compile_s": compile_s,
-        "peak_memory_bytes": memory.get("peak_bytes_in_use"),
+        "peak_memory_bytes": stats[0].peak_memory_bytes,
     }
 
 
@@ -178,11 +173,10 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         line = f"{row['tokens']:7} {row['mode']:12}{row['ttft_s'] * 1e3:10.1f}{row['spread_s'] * 1e3:7.1f}"
         if "speed_up" in row:
-            peak = row["peak_memory_bytes"]
             line += (
                 f"{row['speed_up']:9.2f}x{row['ideal_speed_up']:6.2f}x{row['efficiency']:12.3f}"
                 f"{row['host_share']:7.1%}{row['load_share']:7.1%}{row['compile_s']:11.1f}"
-                + (f"{peak / 1e9:9.2f}" if peak else f"{'-':>9}")
+                f"{row['peak_memory_bytes'] / 1e9:9.2f}"
             )
         print(line)
     for row in rows:
