@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +15,9 @@ from hypothesis import strategies as st
 
 import cacheblend_jax as cb
 from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.model.transformer import embedder, layer_at
 from pallas_kernels import apply_rope
+from pallas_kernels.selective_attention import selective_attention_reference
 
 SELECTORS = sorted(cb.SELECTORS)
 # The default on every family, the ones that watch attention also where windows slide, all on one.
@@ -225,6 +229,73 @@ def test_stored_kv_does_not_depend_on_where_it_was_first_used():
     for key in keys:
         np.testing.assert_array_equal(engine.store.get(key).k, computed[key].k)
         np.testing.assert_array_equal(engine.store.get(key).v, computed[key].v)
+
+
+def recall_prompt(seed: int) -> cb.Prompt:
+    """Chunks of pairs that share one dictionary: a key's value is known from other chunks."""
+    rng = np.random.default_rng(seed)
+    keys, values = rng.choice(32, 10, replace=False), rng.integers(32, 64, 10)
+    picks = rng.integers(0, 10, (6, 16))
+    chunks = [np.stack([keys[pick], values[pick]], axis=1).reshape(-1).astype(np.int32) for pick in picks]
+    return cb.Prompt([], chunks, keys[:1].astype(np.int32))
+
+
+def attention_of(engine: cb.Engine, out: cb.PrefillResult) -> np.ndarray:
+    """What every token, as a full prefill has it, attends to in this cache: `[layers, heads, queries, keys]`."""
+    config, params = engine.model.config, engine.model.params
+    full = engine.prefill(cb.Prompt([], [], out.token_ids), "full").cache
+    cos, sin = rope_tables(config, out.token_ids.size)
+    hidden = embedder(params, config).embed(out.token_ids)
+    positions = np.arange(out.token_ids.size)
+    weights = []
+    for index in range(config.num_layers):
+        layer = layer_at(params, config, index)
+        q = apply_rope(layer.queries(hidden), cos, sin)
+        k = np.repeat(np.asarray(out.cache.k[index]), config.num_heads // config.num_kv_heads, axis=1)
+        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(config.head_dim)
+        weights.append(np.asarray(jax.nn.softmax(np.where(positions <= positions[:, None], scores, -np.inf), axis=-1)))
+        attended, _ = selective_attention_reference(q, full.k[index], full.v[index], jax.numpy.asarray(positions))
+        hidden = layer.finish(hidden, attended)
+    return np.stack(weights)
+
+
+def test_i8_hkvd_lowers_the_deviation_of_kv_and_of_attention_more_than_random():
+    model = cb.load_model(Path(__file__).parent / "data" / "recall", dtype="float32")
+    store = cb.ChunkStore()
+    engines = {name: cb.Engine(model, store, cb.BlendConfig(0.2, name)) for name in ("hkvd", "random")}
+    deviations: dict[str, list] = {name: [] for name in engines}
+    for seed in range(12):
+        prompt = recall_prompt(seed)
+        engines["hkvd"].precompute(prompt)
+        true = engines["hkvd"].prefill(prompt, "full")
+        true_attention = attention_of(engines["hkvd"], true)
+        for name, engine in engines.items():
+            out = engine.prefill(prompt)
+            kv = sum(
+                np.square(np.asarray(one) - np.asarray(other)).sum()
+                for one, other in ((out.cache.k, true.cache.k), (out.cache.v, true.cache.v))
+            )
+            attention = np.square(attention_of(engine, out) - true_attention).sum()
+            assert out.stats.recompute_ratio == pytest.approx(0.2, abs=0.01)
+            deviations[name].append((kv, attention))
+    means = {name: np.mean(rows, axis=0) for name, rows in deviations.items()}
+    assert (means["hkvd"] < means["random"]).all(), means
+    assert means["hkvd"][0] < 0.7 * means["random"][0], means
+
+
+def test_no_array_is_tokens_by_tokens():
+    tokens = 2048
+    engine = cb.Engine(family_model("llama3"))
+    prompt = random_prompt(12, (900, 1000), 48, 100)
+    engine.precompute(prompt)
+    for mode in ("full", "blend"):
+        assert engine.prefill(prompt, mode).token_ids.size == tokens
+    shapes = [
+        [int(size) for size in shape.split(",") if size]
+        for program in engine.programs.texts()
+        for shape in re.findall(r"\w\[([\d,]*)\]", program)
+    ]
+    assert max(sum(size >= tokens // 2 for size in shape) for shape in shapes) == 1
 
 
 def test_another_model_finds_nothing():
