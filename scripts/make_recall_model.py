@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.transformer import Params, embedder, init_params, layer_at
-from cacheblend_jax.model.weights import EMBEDDER_NAMES, LAYER_MODULES
+from cacheblend_jax.model.weights import hugging_face_tensors
 from pallas_kernels import apply_rope
 from pallas_kernels.selective_attention import selective_attention_reference
 
@@ -86,7 +86,7 @@ def train(steps: int) -> Params:
     params = init_params(jax.random.key(0), CONFIG)
     # Recall emerges early only from embeddings of standard deviation 1.
     params = params.replace(embedder=params.embedder | {"embedding": params.embedder["embedding"] / 0.02})
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 100, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(100, steps // 2), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
     state = optimizer.init(params)
 
@@ -107,15 +107,8 @@ def train(steps: int) -> Params:
 
 def write_checkpoint(params: Params, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for path, leaf in jax.tree.leaves_with_path(params.embedder):
-        name = EMBEDDER_NAMES[".".join(entry.key for entry in path)]
-        tensors[name] = leaf.T if name == "lm_head.weight" else leaf
-    for path, leaf in jax.tree.leaves_with_path(params.layers):
-        module = LAYER_MODULES[path[0].key]
-        for layer in range(CONFIG.num_layers):
-            tensors[f"model.layers.{layer}.{module}.weight"] = leaf[layer].T
-    stored = {name: np.ascontiguousarray(jnp.asarray(leaf, jnp.bfloat16)) for name, leaf in tensors.items()}
+    tensors = hugging_face_tensors(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
+    stored = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(HUGGING_FACE, indent=1) + "\n")
     # Layer 1 is the first that can have looked at another chunk for a key's value.

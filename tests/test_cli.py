@@ -117,7 +117,7 @@ def test_bench_prints_a_table_and_writes_json(tmp_path, capsys):
     options = ["--ratios", "0.2", "0.5", "--json", str(report), "--no-compile-cache"]
     assert main(["bench", "--model", str(HF / "qwen3"), "--dtype", "float32", *sizes, *options]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     rows = {row["mode"]: row for row in json.loads(report.read_text())["rows"]}
     assert list(rows) == ["full", "prefix", "reuse", "blend 0.2", "blend 0.5"]
     assert all(row["compiles_after_warmup"] == 0 for row in rows.values())

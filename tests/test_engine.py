@@ -196,16 +196,21 @@ def test_threads_share_an_engine():
     assert max(errors) < 1e-5
 
 
-def test_a_mesh_of_one_device_gives_the_same(tmp_path):
+def test_a_mesh_gives_what_one_device_gives():
     import jax
 
-    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     plain = cb.Engine(cb.load_model(HF / "qwen3", dtype="float32"))
     meshed = cb.Engine(cb.load_model(HF / "qwen3", dtype="float32", mesh=mesh))
     prompt = random_prompt(28)
     for engine in (plain, meshed):
         engine.precompute(prompt)
-    np.testing.assert_allclose(meshed.prefill(prompt).logits, plain.prefill(prompt).logits, atol=1e-4)
+    for mode in ("full", "blend"):
+        out, wanted = meshed.prefill(prompt, mode), plain.prefill(prompt, mode)
+        assert relative_error(out.logits, wanted.logits) < 1e-5
+        np.testing.assert_array_equal(out.recomputed, wanted.recomputed)
+    kernel = meshed.model.params.layers["q_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[2] == kernel.shape[2] // 2
 
 
 BAD_CALLS = {

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.weights import hugging_face_tensors
 
 
 @pytest.fixture
@@ -150,6 +151,17 @@ def test_the_stop_tokens_are_the_checkpoints(checkpoint):
     assert cb.load_model(checkpoint).stop_token_ids == (2, 7, 9)
 
 
+@pytest.mark.parametrize("case", sorted(path.name for path in HF.iterdir()))
+def test_configuration_and_weights_go_back_to_hugging_face(case):
+    model = cb.load_model(HF / case)
+    assert ModelConfig.from_hugging_face(model.config.to_hugging_face()) == model.config
+    written = hugging_face_tensors(model.params)
+    stored = {name: array for file in (HF / case).glob("*.safetensors") for name, array in load_file(file).items()}
+    assert written.keys() == stored.keys()
+    for name, array in stored.items():
+        np.testing.assert_array_equal(written[name], array)
+
+
 OLD = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
 OLD |= {"num_attention_heads": 2}
 
@@ -194,7 +206,7 @@ print((peak() - before) / weights)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 @pytest.mark.parametrize("dtype", ["", "float32"])
-def test_peak_host_memory_is_at_most_one_and_a_third_of_the_weights(tmp_path, dtype):
+def test_peak_host_memory_stays_near_the_weights(tmp_path, dtype):
     hidden, layers, vocabulary = 512, 24, 1000
     rng = np.random.default_rng(0)
 
@@ -215,4 +227,4 @@ def test_peak_host_memory_is_at_most_one_and_a_third_of_the_weights(tmp_path, dt
     (tmp_path / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-c", PEAK, str(tmp_path), dtype]
     ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert 0.9 < ratio < 1.33
+    assert 0.9 < ratio < 1.3

@@ -17,6 +17,7 @@ from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.engine import Engine
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model, ModelConfig, RopeConfig, load_model, random_model
+from cacheblend_jax.model.weights import hugging_face_tensors
 from cacheblend_jax.prompt import Prompt
 from cacheblend_jax.results import PrefillStats
 from cacheblend_jax.store import ChunkStore
@@ -88,8 +89,8 @@ def _check_sizes(parsed: argparse.Namespace) -> None:
         raise CacheBlendError(f"--tokens must be at least --chunks ({parsed.chunks}), got {short[0]}")
 
 
-def _prompt(parsed: argparse.Namespace, vocab_size: int, tokens: int) -> Prompt:
-    rng = np.random.default_rng(tokens)
+def _prompt(parsed: argparse.Namespace, vocab_size: int, tokens: int, seed: int = 0) -> Prompt:
+    rng = np.random.default_rng([tokens, seed])
 
     def ids(size: int) -> np.ndarray:
         return rng.integers(0, vocab_size, size).astype(np.int32)
@@ -114,7 +115,7 @@ def _bench_length(parsed: argparse.Namespace, model: Model, tokens: int, say: Ca
     compile_s = {}
     for name, run in cases.items():
         compile_s[name] = run().compile_s
-    peer = _torch_peer(model, prompt) if parsed.peer else None
+    peer = _torch_peer(model, prompt, first.prefill(prompt, "full").next_token) if parsed.peer else None
     samples: dict[str, list] = {name: [] for name in cases}
     peer_seconds: list[float] = []
     compiled = sum(engine.programs.count for engine in engines.values())
@@ -126,9 +127,15 @@ def _bench_length(parsed: argparse.Namespace, model: Model, tokens: int, say: Ca
         if peer is not None:
             time.sleep(PAUSE_S)
             peer_seconds.append(peer())
+    # Another prompt of the same lengths: nothing is left to compile.
+    prompt = _prompt(parsed, model.config.vocab_size, tokens, seed=1)
+    first.precompute(prompt)
+    for run in cases.values():
+        run()
     recompiled = sum(engine.programs.count for engine in engines.values()) - compiled
     rows = [_row(name, tokens, stats, samples["full"], compile_s[name]) for name, stats in samples.items()]
     for row in rows:
+        row["programs"] = compiled
         row["compiles_after_warmup"] = recompiled
     if peer_seconds:
         median = statistics.median(peer_seconds)
@@ -180,42 +187,48 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             )
         print(line)
     for row in rows:
+        if row["mode"] == "full":
+            print(
+                f"{row['tokens']} tokens: {row['programs']} programs compiled; "
+                f"{row['compiles_after_warmup']} more for the rounds and for another prompt"
+            )
         if "over_torch" in row:
             print(f"full / torch at {row['tokens']} tokens: {row['over_torch']:.2f}")
 
 
-def _torch_peer(model: Model, prompt: Prompt) -> Callable[[], float]:
-    """Full prefill by transformers + torch (sdpa) of the model's shape, on random weights; torch's own threads."""
+def _torch_peer(model: Model, prompt: Prompt, next_token: int) -> Callable[[], float]:
+    """Full prefill by transformers + torch (sdpa) of the same weights and prompt, on torch's own threads or GPU.
+
+    Raises:
+        CacheBlendError: torch is missing, or its next token is not ours.
+    """
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise CacheBlendError(f"--peer torch needs torch: pip install torch ({error})") from error
-    c = model.config
-    config = AutoConfig.for_model(
-        {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}.get(c.architecture, "llama"),
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        max_position_embeddings=c.max_positions,
-        tie_word_embeddings=c.tied_embeddings,
-    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, c.dtype)
+    dtype = getattr(torch, model.config.dtype)
+    config = AutoConfig.for_model(**model.config.to_hugging_face())
     peer = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device).eval()
-    parts = [prompt.prefix, *prompt.chunks, prompt.suffix]
-    ids = np.concatenate([np.asarray(part, np.int64) for part in parts])[None]
+    tensors = {
+        name: torch.from_numpy(array.astype(np.float32)).to(dtype)
+        for name, array in hugging_face_tensors(model.params).items()
+    }
+    peer.load_state_dict(tensors, strict=not model.config.tied_embeddings)
+    ids = torch.from_numpy(np.concatenate([prompt.prefix, *prompt.chunks, prompt.suffix]).astype(np.int64)[None])
 
     @torch.no_grad()
+    def first_token() -> int:
+        out = peer(ids.to(device), use_cache=True, logits_to_keep=1)
+        return int(out.logits[0, -1].argmax())
+
     def run() -> float:
         began = time.perf_counter()
-        out = peer(torch.from_numpy(ids).to(device), use_cache=True, logits_to_keep=1)
-        int(out.logits[0, -1].argmax())
+        first_token()
         return time.perf_counter() - began
 
-    run()
+    token = first_token()
+    if model.config.dtype == "float32" and token != next_token:
+        raise CacheBlendError(f"torch's next token is {token}, ours {next_token}: the two do not compute the same")
     return run

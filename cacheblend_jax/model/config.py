@@ -122,6 +122,44 @@ class ModelConfig:
             dtype=dtype or _stored_dtype(raw),
         )
 
+    def to_hugging_face(self) -> dict[str, Any]:
+        """Returns the configuration as `from_hugging_face` reads it, under transformers 5's names."""
+        rope = self.rope
+        parameters: dict[str, Any] = {"rope_type": rope.type, "rope_theta": rope.theta}
+        if rope.type != "default":
+            parameters["factor"] = rope.factor
+        if rope.type in ("llama3", "yarn"):
+            parameters["original_max_position_embeddings"] = rope.original_max_positions
+        if rope.type == "llama3":
+            parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+        if rope.type == "yarn":
+            parameters |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+            given = ("attention_factor", "mscale", "mscale_all_dim")
+            parameters |= {name: getattr(rope, name) for name in given if getattr(rope, name)}
+        window = next((window for window in self.windows if window is not None), None)
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.architecture.removesuffix("ForCausalLM").lower(),
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_positions,
+            "rope_parameters": parameters,
+            "rms_norm_eps": self.rms_norm_eps,
+            "hidden_act": self.activation,
+            "attention_bias": self.output_bias or (self.qkv_bias and not self.architecture.startswith("Qwen2")),
+            "mlp_bias": self.mlp_bias,
+            "tie_word_embeddings": self.tied_embeddings,
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "layer_types": ["full_attention" if w is None else "sliding_attention" for w in self.windows],
+            "dtype": self.dtype,
+        }
+
 
 def _architecture(raw: Mapping[str, Any]) -> str:
     named = raw.get("architectures") or []

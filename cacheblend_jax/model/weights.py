@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,13 +178,29 @@ def load_params(
     return jax.tree.map(load, names, wanted, partition_specs(config))
 
 
+def hugging_face_tensors(params: Params) -> dict[str, np.ndarray]:
+    """Returns the parameters under their Hugging Face names and in their shapes: what `load_params` reads."""
+    tensors = {}
+    for path, leaf in jax.tree.leaves_with_path(params.embedder):
+        name = EMBEDDER_NAMES[_dotted(path)]
+        tensors[name] = np.asarray(leaf.T if name == "lm_head.weight" else leaf)
+    for path, leaf in jax.tree.leaves_with_path(params.layers):
+        name = _layer_tensor_name(_dotted(path))
+        tensors |= {name.format(layer): np.asarray(array.T) for layer, array in enumerate(leaf)}
+    return tensors
+
+
 def _layer_tensor_name(path: str) -> str:
     module, leaf = path.rsplit(".", 1)
     return f"model.layers.{{}}.{LAYER_MODULES[module]}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
 def _map_paths(tree: dict[str, Any], name: Callable[[str], str]) -> dict[str, Any]:
-    return jax.tree.map_with_path(lambda path, _: name(".".join(entry.key for entry in path)), tree)
+    return jax.tree.map_with_path(lambda path, _: name(_dotted(path)), tree)
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return ".".join(entry.key for entry in path)
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
