@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 NUM_TOKENS, NUM_GREEDY = 48, 12
 ROWS = (16, 47)  # the fixtures keep the logits of these tokens
@@ -103,6 +104,31 @@ def write_case(case: str, directory: Path) -> None:
         write_old_style_config(directory / "config.json")
 
 
+ROPE_CASES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama-3.1": LLAMA3_ROPE | {"rope_theta": 500000.0, "original_max_position_embeddings": 8192},
+    "llama-3.2": LLAMA3_ROPE | {"rope_theta": 500000.0, "factor": 32.0, "original_max_position_embeddings": 8192},
+    "qwen2.5-yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+    },
+    "yarn-mscale": YARN | {"mscale": 0.707, "mscale_all_dim": 1.0, "factor": 40.0, "truncate": False},
+}
+
+
+def write_rope(path: Path) -> None:
+    """Writes the inverse frequencies (head_dim 128) and attention factors of published RoPE settings."""
+    arrays = {}
+    for name, parameters in ROPE_CASES.items():
+        config = LlamaConfig(hidden_size=256, num_attention_heads=2, head_dim=128, rope_parameters=dict(parameters))
+        frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
+        arrays |= {f"{name}/frequencies": frequencies.numpy(), f"{name}/factor": np.float64(factor)}
+    np.savez(path, **arrays)
+    path.with_suffix(".json").write_text(json.dumps(ROPE_CASES, indent=1) + "\n")
+
+
 def write_old_style_config(path: Path) -> None:
     """Rewrites a configuration as transformers 4 wrote it."""
     config = json.loads(path.read_text())
@@ -140,6 +166,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for case in arguments.cases:
         write_case(case, arguments.out / case)
+    write_rope(arguments.out.parent / "rope.npz")
 
 
 if __name__ == "__main__":
