@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cacheblend-jax", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="cacheblend-jax",
+        description="Answers from texts whose KV is computed once and blended (CacheBlend).",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('cacheblend-jax')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_ask(commands)
     _add_bench(commands)
@@ -63,7 +68,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 
 def _add_ask(commands: Any) -> None:
     ask = commands.add_parser("ask", help="answer a question from text files")
-    ask.add_argument("question", nargs="?")
+    ask.add_argument("question", nargs="?", help="what to ask; write it last")
     ask.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="checkpoint directory or hub id (demo)")
     ask.add_argument(
         "--docs", nargs="+", action="extend", required=True, metavar="PATH", help=".txt and .md files, or directories"
@@ -71,15 +76,15 @@ def _add_ask(commands: Any) -> None:
     ask.add_argument("--chunk-tokens", type=_count, default=512, metavar="N", help="longest chunk (512)")
     ask.add_argument("--top-k", type=_count, default=5, metavar="K", help="chunks to use, picked by BM25 (5)")
     ask.add_argument("--all", action="store_true", help="use all chunks")
-    ask.add_argument("--system", default=SYSTEM, help="system text")
-    ask.add_argument("--mode", choices=MODES, default="blend")
+    ask.add_argument("--system", default=SYSTEM, help="system text before the chunks")
+    ask.add_argument("--mode", choices=MODES, default="blend", help="how to prefill (blend)")
     ask.add_argument("--compare", action="store_true", help="answer in all four modes and print a table")
     ask.add_argument("--ratio", type=float, default=0.15, help="recompute ratio (0.15)")
-    ask.add_argument("--selector", default="hkvd", help=f"one of {', '.join(sorted(SELECTORS))} (hkvd)")
+    ask.add_argument("--selector", default="hkvd", help=f"{', '.join(sorted(SELECTORS))} (hkvd)")
     ask.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="longest answer (64)")
     ask.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
-    ask.add_argument("--top-p", type=float, default=1.0)
-    ask.add_argument("--seed", type=int, default=0)
+    ask.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P (1: all)")
+    ask.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     ask.add_argument("--store-bytes", type=_count, default=4 * 2**30, metavar="N", help="memory for chunk KV (4 GiB)")
     _add_shared(ask)
     ask.set_defaults(run=run_ask)
@@ -90,15 +95,15 @@ def _add_bench(commands: Any) -> None:
 
     bench = commands.add_parser("bench", help="time the modes against each other")
     source = bench.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="DIR_OR_ID")
+    source.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory or hub id")
     source.add_argument("--shape", choices=sorted(SHAPES), default="bench-16l", help="random weights (bench-16l)")
     bench.add_argument("--tokens", type=_count, nargs="+", default=[4096], metavar="N", help="tokens in chunks (4096)")
-    bench.add_argument("--chunks", type=_count, default=8, help="equal chunks (8)")
+    bench.add_argument("--chunks", type=_count, default=8, metavar="N", help="equal chunks (8)")
     bench.add_argument("--prefix-tokens", type=int, default=0, metavar="N", help="tokens before the chunks (0)")
-    bench.add_argument("--question-tokens", type=_count, default=32)
-    bench.add_argument("--ratios", type=float, nargs="+", default=[0.15])
-    bench.add_argument("--selector", default="hkvd")
-    bench.add_argument("--repeats", type=_count, default=7)
+    bench.add_argument("--question-tokens", type=_count, default=32, metavar="N", help="tokens after the chunks (32)")
+    bench.add_argument("--ratios", type=float, nargs="+", default=[0.15], metavar="R", help="recompute ratios (0.15)")
+    bench.add_argument("--selector", default="hkvd", help="which tokens to recompute (hkvd)")
+    bench.add_argument("--repeats", type=_count, default=7, metavar="N", help="interleaved rounds (7)")
     bench.add_argument("--peer", choices=("torch",), help="also time transformers + torch full prefill")
     _add_shared(bench)
     bench.set_defaults(run=lambda parsed: run_bench(parsed, _say))
