@@ -73,13 +73,14 @@ def selective_attention(
             positions=jnp.pad(q_positions, (0, padding), constant_values=num_keys).reshape(num_tiles, tile_size),
             starts=None if starts is None else jnp.pad(starts, (0, padding)).reshape(num_tiles, tile_size),
         )
-        keys, values = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
+        # One tile reads each key once, where it lies; several share a copy in the order that their products want.
+        stored = _Stored(k, v) if num_tiles == 1 else _Stored(k.transpose(1, 0, 2), v.transpose(1, 0, 2), True)
 
         def attend_tile(_: None, tile: _Tile) -> tuple[None, tuple[jax.Array, jax.Array]]:
             # Heads that share a KV head become rows of one matrix product: [kv_heads, group * tile, head_dim].
             rows = tile.q.reshape(tile_size, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
             rows = rows.reshape(num_kv_heads, group * tile_size, head_dim)
-            out, lse = _attend_tile(tile, rows, keys, values, kv_length, scale, blocks)
+            out, lse = _attend_tile(tile, rows, stored, kv_length, scale, blocks)
             out = out.reshape(num_kv_heads, group, tile_size, head_dim).transpose(2, 0, 1, 3)
             lse = lse.reshape(num_kv_heads, group, tile_size).transpose(2, 0, 1)
             return None, (out.reshape(tile.q.shape), lse.reshape(tile_size, num_heads))
@@ -117,6 +118,23 @@ class _Tile(NamedTuple):
     starts: jax.Array | None  # [tile]
 
 
+class _Stored(NamedTuple):
+    """Keys and values, `[keys, kv_heads, head_dim]` or, if `head_major`, `[kv_heads, keys, head_dim]`."""
+
+    k: jax.Array
+    v: jax.Array
+    head_major: bool = False
+
+    @property
+    def num_keys(self) -> int:
+        return self.k.shape[int(self.head_major)]
+
+    def block(self, begin: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        """Returns `size` keys and values from `begin` on, `[kv_heads, size, head_dim]`."""
+        k, v = (lax.dynamic_slice_in_dim(x, begin, size, axis=int(self.head_major)) for x in (self.k, self.v))
+        return (k, v) if self.head_major else (k.transpose(1, 0, 2), v.transpose(1, 0, 2))
+
+
 class _Softmax(NamedTuple):
     """The online softmax's state of one tile's rows."""
 
@@ -128,15 +146,14 @@ class _Softmax(NamedTuple):
 def _attend_tile(
     tile: _Tile,
     rows: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    stored: _Stored,
     kv_length: jax.Array,
     scale: float,
     blocks: BlockSizes,
 ) -> tuple[jax.Array, jax.Array]:
     num_kv_heads, num_rows, head_dim = rows.shape
     group = num_rows // tile.positions.shape[0]
-    num_keys = keys.shape[1]
+    num_keys = stored.num_keys
     float32_rows = rows.dtype == jnp.float32
     query_rows = rows * scale if float32_rows else rows  # low precision scales the float32 scores instead
 
@@ -153,8 +170,7 @@ def _attend_tile(
     def step(block: int, masked: bool, index: jax.Array, state: _Softmax) -> _Softmax:
         # A block that would stick out of the array is moved back; the keys seen before are masked.
         begin = jnp.minimum(index * block, num_keys - block)
-        key_block = lax.dynamic_slice_in_dim(keys, begin, block, axis=1)
-        value_block = lax.dynamic_slice_in_dim(values, begin, block, axis=1)
+        key_block, value_block = stored.block(begin, block)
         scores = jnp.einsum("hqd,hkd->hqk", query_rows, key_block, preferred_element_type=jnp.float32)
         if not float32_rows:
             scores = scores * scale
@@ -194,7 +210,7 @@ def _attend_tile(
     sees_any = (row_valid & (row_starts <= row_positions))[..., 0]
     total = jnp.where(sees_any, state.total, 1.0)
     out = jnp.where(sees_any[..., None], state.weighted / total[..., None], 0.0)
-    return out.astype(values.dtype), jnp.where(sees_any, state.maximum + jnp.log(total), -jnp.inf)
+    return out.astype(rows.dtype), jnp.where(sees_any, state.maximum + jnp.log(total), -jnp.inf)
 
 
 def attention_mass(
