@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, family_model, fresh_engine, random_prompt
+from conftest import family_model, fresh_engine, random_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -227,7 +227,6 @@ def test_deviation_weighs_k_and_v_alike():
 def test_selectors_serve_sliding_windows():
     # Only that the window reaches the cross mass: what a query cannot see is no attention to others.
     model = family_model("mistral")
-    assert FAMILIES["mistral"].uniform_window
     engine = fresh_engine("mistral", 0.2, "cross")
     prompt = the_prompt()
     engine.precompute(prompt)

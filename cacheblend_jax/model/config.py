@@ -76,11 +76,6 @@ class ModelConfig:
         if len(self.windows) != self.num_layers:
             raise CheckpointError(f"config: {len(self.windows)} layer types for {self.num_layers} layers")
 
-    @property
-    def uniform_window(self) -> bool:
-        """Whether every layer has the same sliding window (or none has)."""
-        return len(set(self.windows)) == 1
-
     @classmethod
     def from_hugging_face(cls, raw: Mapping[str, Any], dtype: str | None = None) -> ModelConfig:
         """Reads a Hugging Face configuration as its `config.json` or `to_dict()` gives it, of transformers 4 or 5.

@@ -53,11 +53,6 @@ class Model:
         device: Any = next(iter(self.placement.device_set))
         return device.platform
 
-    @property
-    def num_parameters(self) -> int:
-        """How many parameters there are."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
-
 
 def random_model(config: ModelConfig, seed: int = 0) -> Model:
     """Returns a model with random weights, drawn on the device: for benchmarks and tests of shape and speed."""
