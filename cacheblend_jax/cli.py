@@ -1,4 +1,4 @@
-"""The command line: `cacheblend-jax ask` and `cacheblend-jax bench`."""
+"""The command line: `cacheblend-jax` with its commands."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.layout import MODES
 from cacheblend_jax.model import Model, load_model
 from cacheblend_jax.model.decode import Sampling
-from cacheblend_jax.model.demo import NOTICE
 from cacheblend_jax.prompt import Prompt
 from cacheblend_jax.results import Generation, PrefillStats
 from cacheblend_jax.store import ChunkStore
 
-SYSTEM = "Answer the question from the passages."
 SEPARATOR = "\n\n"
 
 
@@ -55,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('cacheblend-jax')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
     _add_ask(commands)
+    _add_evaluate(commands)
     _add_bench(commands)
     return parser
 
@@ -76,7 +76,7 @@ def _add_ask(commands: Any) -> None:
     ask.add_argument("--chunk-tokens", type=_count, default=512, metavar="N", help="longest chunk (512)")
     ask.add_argument("--top-k", type=_count, default=5, metavar="K", help="chunks to use, picked by BM25 (5)")
     ask.add_argument("--all", action="store_true", help="use all chunks")
-    ask.add_argument("--system", default=SYSTEM, help="system text before the chunks")
+    ask.add_argument("--system", help="system text before the chunks")
     ask.add_argument("--mode", choices=MODES, default="blend", help="how to prefill (blend)")
     ask.add_argument("--compare", action="store_true", help="answer in all four modes and print a table")
     ask.add_argument("--ratio", type=float, default=0.15, help="recompute ratio (0.15)")
@@ -88,6 +88,59 @@ def _add_ask(commands: Any) -> None:
     ask.add_argument("--store-bytes", type=_count, default=4 * 2**30, metavar="N", help="memory for chunk KV (4 GiB)")
     _add_shared(ask)
     ask.set_defaults(run=run_ask)
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser("demo", help="see reuse fail and blend not, on the bundled model")
+    demo.add_argument("--plot", type=Path, metavar="DIR", help="also draw quality against ratio, and deviation")
+    _add_shared(demo)
+    demo.set_defaults(run=_run_demo)
+
+
+def _run_demo(parsed: argparse.Namespace) -> dict[str, Any]:
+    from cacheblend_jax.evaluation.demo import run_demo
+
+    return run_demo(parsed, _load("demo", parsed.dtype), _progress)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="measure quality on a data set, in modes, selectors and ratios")
+    evaluate.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="checkpoint directory or hub id (demo)")
+    evaluate.add_argument(
+        "--data", default="bundled", metavar="FILE", help="JSON of question, answers, ctxs; LongBench jsonl; (bundled)"
+    )
+    evaluate.add_argument("--limit", type=_count, metavar="N", help="first N rows; of the bundled: of each kind (200)")
+    evaluate.add_argument(
+        "--modes", nargs="+", choices=MODES, default=["full", "reuse", "blend"], help="(full reuse blend)"
+    )
+    evaluate.add_argument("--selectors", nargs="+", default=["hkvd", "random", "epic"], help="(hkvd random epic)")
+    evaluate.add_argument(
+        "--ratios", type=float, nargs="+", default=[0.15], metavar="R", help="recompute ratios (0.15)"
+    )
+    evaluate.add_argument("--deviations", nargs="+", choices=("kv", "k", "v"), default=["kv"], help="measured on (kv)")
+    evaluate.add_argument("--stages", type=_count, nargs="+", default=[4], metavar="N", help="filtering stages (4)")
+    evaluate.add_argument("--check-layer", type=_count, metavar="L", help="the layer of selection (the model's)")
+    evaluate.add_argument("--check-layers", action="store_true", help="find the model's check layer and save it")
+    evaluate.add_argument(
+        "--chunk-tokens", type=_count, default=512, metavar="N", help="chunks of LongBench texts (512)"
+    )
+    evaluate.add_argument("--max-new-tokens", type=_count, default=16, metavar="N", help="longest answer (16)")
+    evaluate.add_argument("--system", help="system text before the chunks")
+    evaluate.add_argument("--out", type=Path, metavar="FILE", help="results, a line each; an interrupted run goes on")
+    evaluate.add_argument("--plot", type=Path, metavar="DIR", help="draw quality against ratio, and deviation")
+    _add_shared(evaluate)
+    evaluate.set_defaults(run=_run_evaluate)
+
+
+def _run_evaluate(parsed: argparse.Namespace) -> dict[str, Any]:
+    from cacheblend_jax.evaluation.evaluate import run_evaluate, settings_of
+
+    settings_of(parsed)
+    return run_evaluate(parsed, _load(parsed.model, parsed.dtype), _progress)
+
+
+def _progress(items: Iterable, what: str) -> Iterable:
+    return tqdm(items, desc=what, disable=not sys.stderr.isatty(), leave=False)
 
 
 def _add_bench(commands: Any) -> None:
@@ -131,8 +184,6 @@ def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
     bar = _bar(total=None, desc="precompute")
     engine.precompute(prompt, progress=lambda done, total: _advance(bar, done, total))
     bar.close()
-    if parsed.model == "demo":
-        _say(f"note: {NOTICE}")
     modes = MODES if parsed.compare else (parsed.mode,)
     answers = {}
     for mode in modes:
@@ -176,13 +227,7 @@ def _prompt(parsed: argparse.Namespace, model: Model, documents: list) -> tuple[
     if not parsed.all:
         chunks = select_top_k(chunks, parsed.question, parsed.top_k)
     texts = [chunk.text for chunk in chunks]
-    if tokenizer.chat_template:
-        prompt = Prompt.from_chat_template(
-            tokenizer, system=parsed.system, chunks=texts, question=parsed.question, separator=SEPARATOR
-        )
-    else:
-        suffix = f"Question: {parsed.question}\nAnswer:"
-        prompt = Prompt(parsed.system + SEPARATOR, [text + SEPARATOR for text in texts], suffix)
+    prompt = Prompt.to_answer(tokenizer, texts, parsed.question, system=parsed.system, separator=SEPARATOR)
     return prompt, [{"source": chunk.source, "index": chunk.index} for chunk in chunks]
 
 

@@ -200,9 +200,26 @@ class Engine:
         Raises:
             PromptError: as `prefill`, or no room is left for a single token.
         """
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise PromptError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
-        out = self.prefill(prompt, mode)
+        _check_max_new_tokens(max_new_tokens)
+        return self.complete(
+            self.prefill(prompt, mode),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_token_ids=stop_token_ids,
+            on_token=on_token,
+        )
+
+    def complete(
+        self,
+        out: PrefillResult,
+        *,
+        max_new_tokens: int = 32,
+        sampling: Sampling | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        on_token: Callable[[int, str], None] | None = None,
+    ) -> Generation:
+        """Decodes from a prefill; what `generate` does after it, with the same arguments. `out` stays as it is."""
+        _check_max_new_tokens(max_new_tokens)
         stops = set(self.model.stop_token_ids if stop_token_ids is None else stop_token_ids)
         room = min(max_new_tokens, self.model.config.max_positions - out.token_ids.size + 1)
         token_ids: list[int] = []
@@ -380,3 +397,8 @@ class _Staging:
             self._k, self._v = (aligned_empty((size,), self._k.dtype) for _ in range(2))
             self._k[:] = self._v[:] = 0
         return self._k[:size].reshape(shape), self._v[:size].reshape(shape)
+
+
+def _check_max_new_tokens(max_new_tokens: int) -> None:
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise PromptError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")

@@ -12,6 +12,8 @@ from cacheblend_jax.errors import PromptError
 
 TextOrIds = str | Sequence[int] | np.ndarray
 
+SYSTEM = "Answer the question from the passages."
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -30,6 +32,23 @@ class Prompt:
     def __post_init__(self) -> None:
         if isinstance(self.chunks, str | bytes):
             raise PromptError("chunks must be a sequence of chunks, got one string; write chunks=[text]")
+
+    @classmethod
+    def to_answer(
+        cls, tokenizer: Any, chunks: Sequence[str], question: str, *, system: str | None = None, separator: str = "\n\n"
+    ) -> Prompt:
+        """Builds the prompt that asks `question` of `chunks`: by the tokenizer's chat template, or plainly without one.
+
+        `system` is what stands before the chunks; `None`: the tokenizer's own (`system_text`), or a general one.
+        """
+        if system is None:
+            system = getattr(tokenizer, "init_kwargs", {}).get("system_text") or SYSTEM
+        if getattr(tokenizer, "chat_template", None):
+            return cls.from_chat_template(
+                tokenizer, system=system, chunks=chunks, question=question, separator=separator
+            )
+        suffix = f"Question: {question}\nAnswer:"
+        return cls(system + separator, [chunk + separator for chunk in chunks], suffix)
 
     @classmethod
     def from_chat_template(

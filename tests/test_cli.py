@@ -11,7 +11,9 @@ import sys
 import pytest
 from conftest import HF
 
+import cacheblend_jax as cb
 from cacheblend_jax.cli import main
+from cacheblend_jax.model.demo import demo_directory
 
 MODEL = ["--model", str(HF / "llama3"), "--no-compile-cache"]
 TEXT = "The Cobalt team works in Oslo.\n\nAna joined the Cobalt team.\n\nCats purr at night."
@@ -139,11 +141,87 @@ def test_bench_names_what_makes_no_sense(capsys, options, message):
     assert message in capsys.readouterr().err
 
 
-def test_the_demo_command_of_the_readme_runs_as_a_module(tmp_path, docs):
+def test_the_package_runs_as_a_module_and_keeps_compiled_programs(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment.pop("JAX_COMPILATION_CACHE_DIR")
-    command = [sys.executable, "-m", "cacheblend_jax", "ask", "--docs", docs, "--max-new-tokens", "2", "Where is Ana?"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert "untrained" in done.stderr
+    (tmp_path / "team.md").write_text("Ana leads the Cobalt team. The green car was given to the Cobalt chemist.")
+    command = [sys.executable, "-m", "cacheblend_jax", "ask", "--docs", str(tmp_path / "team.md")]
+    done = subprocess.run([*command, "Which car was given to Ana?"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("green\n")
     assert "TTFT" in done.stdout
     assert list((tmp_path / "cache" / "cacheblend-jax" / "compiled").iterdir())
+
+
+def evaluate(*options):
+    return main(["evaluate", "--no-compile-cache", *options])
+
+
+def test_evaluate_goes_on_where_it_was_stopped(tmp_path, capsys):
+    out, report = tmp_path / "results.jsonl", tmp_path / "report.json"
+    passages = [{"title": "Teams", "text": "Ana leads the Cobalt team."}, {"text": "Lima is the birthplace of Emil."}]
+    rows = [
+        {"question": "Whose team is Cobalt?", "answers": ["Ana"], "ctxs": passages},
+        {"question": "Where is the birthplace of Emil?", "answers": ["Oslo", "Lima"], "ctxs": passages},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    common = ["--data", str(tmp_path / "rows.json"), "--out", str(out), "--max-new-tokens", "2"]
+    assert evaluate(*common, "--modes", "full", "--limit", "1") == 0
+    first = out.read_text()
+    assert len(first.splitlines()) == 2
+    out.write_text(first + '{"row": "rows/1", "set')  # killed while writing
+    assert evaluate(*common, "--modes", "full", "blend", "--selectors", "hkvd", "--json", str(report)) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert out.read_text().startswith(first)
+    done = [(line["row"], line["setting"]) for line in lines[1:]]
+    assert sorted(done) == sorted((f"rows/{i}", setting) for i in (0, 1) for setting in ("full", "hkvd 0.15"))
+    summary = {line["setting"]: line for line in json.loads(report.read_text())["summary"]}
+    assert summary["full"]["rows"] == 2
+    assert summary["full"]["kl"] == 0.0
+    assert "hkvd 0.15" in capsys.readouterr().out
+    assert evaluate(*common, "--max-new-tokens", "3") == 2
+    assert "holds results of another model, data set or length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nowhere.json"], "data set 'nowhere.json' is neither a file nor 'bundled'"),
+        (["--ratios", "1.5"], "recompute_ratio must be in [0, 1], got 1.5"),
+        (["--selectors", "best"], "unknown selector 'best'; known: cross, "),
+        (["--check-layer", "20"], "check_layer"),
+        (["--out", "/nowhere/results.jsonl"], "cannot write --out /nowhere/results.jsonl"),
+    ],
+)
+def test_evaluate_names_what_makes_no_sense(capsys, options, message):
+    assert evaluate(*options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_check_layers_are_measured_and_saved(tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(demo_directory(), model)
+    (model / "cacheblend.json").unlink()
+    assert cb.load_model(model).config.check_layer == 1
+    assert evaluate("--model", str(model), "--check-layers", "--limit", "2") == 0
+    assert "check layer: " in capsys.readouterr().out
+    assert cb.load_model(model).config.check_layer == cb.load_model("demo").config.check_layer > 1
+
+
+def test_demo_shows_blend_right_where_reuse_is_wrong(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    report, plots = tmp_path / "demo.json", tmp_path / "plots"
+    assert main(["demo", "--no-compile-cache", "--json", str(report), "--plot", str(plots)]) == 0
+    printed = capsys.readouterr().out
+    assert "For instance: " in printed
+    right = {line["setting"]: line for line in json.loads(report.read_text())["summary"] if line["kind"] == "reference"}
+    assert right["full"]["exact_match"] == 1.0
+    assert right["reuse"]["exact_match"] <= 0.6
+    assert right["hkvd 0.15"]["exact_match"] >= 0.8
+    assert sorted(path.name for path in plots.iterdir()) == [
+        "deviation.png",
+        "insights.png",
+        "layers.png",
+        "quality.png",
+    ]
+    assert all(path.stat().st_size > 10_000 for path in plots.iterdir())

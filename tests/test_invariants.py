@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cacheblend_jax as cb
+from cacheblend_jax.evaluation.corpus import Difficulty, examples
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.transformer import embedder, layer_at
 from pallas_kernels import apply_rope
@@ -231,15 +231,6 @@ def test_stored_kv_does_not_depend_on_where_it_was_first_used():
         np.testing.assert_array_equal(engine.store.get(key).v, computed[key].v)
 
 
-def recall_prompt(seed: int) -> cb.Prompt:
-    """Chunks of pairs that share one dictionary: a key's value is known from other chunks."""
-    rng = np.random.default_rng(seed)
-    keys, values = rng.choice(32, 10, replace=False), rng.integers(32, 64, 10)
-    picks = rng.integers(0, 10, (6, 16))
-    chunks = [np.stack([keys[pick], values[pick]], axis=1).reshape(-1).astype(np.int32) for pick in picks]
-    return cb.Prompt([], chunks, keys[:1].astype(np.int32))
-
-
 def attention_of(engine: cb.Engine, out: cb.PrefillResult) -> np.ndarray:
     """What every token, as a full prefill has it, attends to in this cache: `[layers, heads, queries, keys]`."""
     config, params = engine.model.config, engine.model.params
@@ -260,12 +251,13 @@ def attention_of(engine: cb.Engine, out: cb.PrefillResult) -> np.ndarray:
 
 
 def test_i8_hkvd_lowers_the_deviation_of_kv_and_of_attention_more_than_random():
-    model = cb.load_model(Path(__file__).parent / "data" / "recall", dtype="float32")
+    model = cb.load_model("demo", dtype="float32")
     store = cb.ChunkStore()
     engines = {name: cb.Engine(model, store, cb.BlendConfig(0.2, name)) for name in ("hkvd", "random")}
     deviations: dict[str, list] = {name: [] for name in engines}
-    for seed in range(12):
-        prompt = recall_prompt(seed)
+    short = Difficulty(num_chunks=(6, 6), chunk_words=(32, 40))
+    for example in examples("reference", 12, 5, short):
+        prompt = cb.Prompt.to_answer(model.tokenizer, example.chunks, example.question.text)
         engines["hkvd"].precompute(prompt)
         true = engines["hkvd"].prefill(prompt, "full")
         true_attention = attention_of(engines["hkvd"], true)

@@ -2,6 +2,6 @@
 
 from cacheblend_jax.model.config import ModelConfig, RopeConfig
 from cacheblend_jax.model.model import Model, random_model
-from cacheblend_jax.model.weights import load_model
+from cacheblend_jax.model.weights import load_model, save_check_layer
 
-__all__ = ["Model", "ModelConfig", "RopeConfig", "load_model", "random_model"]
+__all__ = ["Model", "ModelConfig", "RopeConfig", "load_model", "random_model", "save_check_layer"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ class Model:
     tokenizer: Any = None
     name: str = ""
     stop_token_ids: tuple[int, ...] = ()
+    directory: Path | None = None  # the checkpoint's, if it has one
 
     @cached_property
     def fingerprint(self) -> str:

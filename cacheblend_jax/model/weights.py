@@ -74,7 +74,7 @@ def load_model(
     params = load_params(directory, config, mesh=mesh, progress=progress)
     tokenizer = load_tokenizer(directory)
     stops = _stop_token_ids(directory, raw, tokenizer)
-    return Model(config, params, tokenizer, name=str(name_or_path), stop_token_ids=stops)
+    return Model(config, params, tokenizer, name=str(name_or_path), stop_token_ids=stops, directory=directory)
 
 
 def _resolve(name_or_path: str | Path) -> Path:
@@ -115,6 +115,25 @@ def _read_json(path: Path, hint: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def save_check_layer(model: Model, check_layer: int) -> Path | None:
+    """Saves a measured check layer beside the model, where `load_model` finds it; returns the file.
+
+    `None` for a model that came from no directory.
+
+    Raises:
+        CheckpointError: the directory cannot be written.
+    """
+    if model.directory is None:
+        return None
+    path = model.directory / CALIBRATION_FILE
+    known = _read_json(path, "") if path.exists() else {}
+    try:
+        path.write_text(json.dumps(known | {"check_layer": check_layer}) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot save the check layer in {path}: {error.strerror}") from error
+    return path
 
 
 def _with_check_layer(config: ModelConfig, directory: Path) -> ModelConfig:

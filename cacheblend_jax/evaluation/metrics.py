@@ -1,0 +1,178 @@
+"""How good an answer is, how near a prefill comes to full recompute, and how sure a mean is."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+from scipy.stats import bootstrap, spearmanr
+
+from cacheblend_jax.blend.deviation import relative_squared_distance
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model import Model, ModelConfig
+from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.model.transformer import Params, Rows, attend, embedder, layer_at, layer_starts, rows_at
+from cacheblend_jax.results import KVCache
+
+QUERY_PADDING = 32  # questions are padded to a multiple of it: few shapes to compile
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without punctuation, articles and surplus blanks. Source: SQuAD's evaluation script."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction is one of the answers after normalisation, else 0."""
+    return float(normalize_answer(prediction) in {normalize_answer(answer) for answer in answers})
+
+
+def token_f1(prediction: str, answers: Sequence[str]) -> float:
+    """The best F1 of normalised words over the answers, in [0, 1]; two empty texts agree."""
+    return max(_f1(normalize_answer(prediction).split(), normalize_answer(answer).split()) for answer in answers)
+
+
+def _f1(predicted: list[str], wanted: list[str]) -> float:
+    if not predicted or not wanted:
+        return float(predicted == wanted)
+    common = sum((Counter(predicted) & Counter(wanted)).values())
+    return 2 * common / (len(predicted) + len(wanted))
+
+
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """The best Rouge-L F-measure over the answers, in [0, 1].
+
+    Raises:
+        CacheBlendError: rouge-score is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise CacheBlendError(
+            f"Rouge-L needs rouge-score: pip install 'cacheblend-jax[evaluation]' ({error})"
+        ) from error
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    return max(scorer.score(answer, prediction)["rougeL"].fmeasure for answer in answers)
+
+
+def kl_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
+    """KL(reference ‖ logits) in nats, of the next-token distributions that two rows of logits give."""
+    log_p, log_q = (x - np.logaddexp.reduce(x) for x in (reference.astype(np.float64), logits.astype(np.float64)))
+    return float(np.sum(np.exp(log_p) * (log_p - log_q)))
+
+
+@jax.jit
+def kv_deviation_by_layer(
+    cache: KVCache, reference: KVCache, length: Int[Array, ""] | int
+) -> Float[Array, "layers tokens"]:
+    """KV deviation of each layer and token from another cache of the same prompt (a full prefill's).
+
+    Both caches may be padded beyond `length`; padding gives zeros. Keys are rotated in both, which keeps distances.
+    Same scale as the selectors' deviation: squared L2, K plus V, each over its layer's mean squared norm in
+    `reference`.
+    """
+    valid = jnp.arange(cache.k.shape[1]) < length
+
+    def of_layer(k: jax.Array, v: jax.Array, k_true: jax.Array, v_true: jax.Array) -> jax.Array:
+        deviation = relative_squared_distance(k_true, k, valid) + relative_squared_distance(v_true, v, valid)
+        return jnp.where(valid, deviation, 0.0)
+
+    return jax.vmap(of_layer)(cache.k, cache.v, reference.k, reference.v)
+
+
+def attention_deviation_by_layer(
+    model: Model, token_ids: np.ndarray, first_query: int, cache: KVCache, reference: KVCache
+) -> np.ndarray:
+    """Attention deviation of each layer, float32 `[layers]`: how far the question's attention is from full prefill's.
+
+    L2 distance of the attention matrices of the tokens from `first_query` on (all heads), over the L2 norm of the
+    true one; both caches may be padded. Source: CacheBlend (arXiv 2405.16444) §4.2, definition 2.
+    """
+    keys, length = cache.k.shape[1], token_ids.size
+    queries = -(-(length - first_query) // QUERY_PADDING) * QUERY_PADDING
+    positions = np.full(queries, keys, np.int32)
+    positions[: length - first_query] = np.arange(first_query, length)
+    question = np.zeros(queries, np.int32)
+    question[: length - first_query] = token_ids[first_query:]
+    tables = rope_tables(model.config, keys)
+    return np.asarray(
+        _attention_deviation(model.params, model.config, question, positions, length, cache, reference, *tables)
+    )
+
+
+@partial(jax.jit, static_argnames="config")
+def _attention_deviation(
+    params: Params,
+    config: ModelConfig,
+    question_ids: Int[Array, " queries"],
+    positions: Int[Array, " queries"],
+    length: Int[Array, ""] | int,
+    cache: KVCache,
+    reference: KVCache,
+    cos: Float[Array, "keys half"],
+    sin: Float[Array, "keys half"],
+) -> Float[Array, " layers"]:
+    embedded = rows_at(embedder(params, config).embed(question_ids), positions, cos, sin)
+
+    def step(index: jax.Array, rows: Rows, kv: KVCache) -> tuple[Rows, jax.Array]:
+        layer = layer_at(params, config, index)
+        k, v = (lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (kv.k, kv.v))
+        starts = layer_starts(config, index, rows.positions)
+        attended = attend(layer, rows, k, v, starts=starts, kv_length=length)
+        return attended.rows, _probabilities(attended.q, k, attended.lse, rows.positions, starts, length)
+
+    def both(carry: tuple[Rows, Rows], index: jax.Array) -> tuple[tuple[Rows, Rows], jax.Array]:
+        rows, seen = step(index, carry[0], cache)
+        true_rows, wanted = step(index, carry[1], reference)
+        return (rows, true_rows), jnp.linalg.norm((seen - wanted).ravel()) / jnp.linalg.norm(wanted.ravel())
+
+    return lax.scan(both, (embedded, embedded), jnp.arange(config.num_layers))[1]
+
+
+def _probabilities(
+    q: Float[Array, "queries heads head_dim"],
+    k: Float[Array, "keys kv_heads head_dim"],
+    lse: Float[Array, "queries heads"],
+    positions: Int[Array, " queries"],
+    starts: Int[Array, " queries"] | None,
+    length: Int[Array, ""] | int,
+) -> Float[Array, "queries heads keys"]:
+    """The attention matrix itself, of few queries: for measuring only."""
+    grouped = q.astype(jnp.float32).reshape(q.shape[0], k.shape[1], -1, q.shape[2])
+    scores = jnp.einsum("qhgd,khd->qhgk", grouped, k.astype(jnp.float32)).reshape(*q.shape[:2], k.shape[0])
+    keys = jnp.arange(k.shape[0])
+    visible = (keys <= positions[:, None]) & (positions[:, None] < length)
+    if starts is not None:
+        visible &= keys >= starts[:, None]
+    return jnp.where(visible[:, None], jnp.exp(scores * q.shape[2] ** -0.5 - lse[..., None]), 0.0)
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's rank correlation of two rows of numbers; NaN where one is constant."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")
+    return float(spearmanr(first, second).statistic)
+
+
+def bootstrap_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
+    """The percentile bootstrap's confidence interval of the mean; the same for the same values."""
+    if len(values) < 2:
+        return float(values[0]), float(values[0])
+    drawn = bootstrap(
+        (np.asarray(values, np.float64),),
+        np.mean,
+        n_resamples=2000,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)

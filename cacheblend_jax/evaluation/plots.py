@@ -1,0 +1,144 @@
+"""Pictures of an evaluation: quality against ratio, deviation by layer, and where in a prompt the KV deviates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.evaluation.insights import (
+    TOP_SHARE,
+    concentration,
+    neighbour_correlation,
+    standalone_deviation,
+)
+
+if TYPE_CHECKING:
+    from cacheblend_jax.evaluation.datasets import Row
+    from cacheblend_jax.evaluation.evaluate import Evaluator, Setting
+
+CURVE_RATIOS = (0.05, 0.1, 0.15, 0.3, 0.5)
+SELECTOR_COLOURS = {"hkvd": "C0", "cross": "C1", "query": "C2", "epic": "C4", "random": "C7", "oracle": "C3"}
+CURVES = {
+    "exact_match": "answers right",
+    "kl": "KL from full recompute (nats)",
+    "attention_deviation": "attention deviation",
+}
+
+
+def save_all(
+    directory: Path,
+    settings: Sequence[Setting],
+    summary: Sequence[dict[str, Any]],
+    evaluator: Evaluator,
+    row: Row,
+) -> list[Path]:
+    """Draws every picture that the settings allow into `directory`; returns the files.
+
+    Raises:
+        CacheBlendError: matplotlib is missing, or the directory cannot be written.
+    """
+    from cacheblend_jax.evaluation.evaluate import Setting
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheBlendError(f"cannot make --plot {directory}: {error.strerror}") from error
+    by_label = {line["setting"]: line for line in summary if line["kind"] == "all"}
+    saved = [_quality_curves(directory / "quality.png", settings, by_label)]
+    saved.append(_deviation_by_layer(directory / "layers.png", by_label))
+    deviation = standalone_deviation(evaluator.engine(Setting("full")), evaluator.prompt(row))
+    saved.append(_heat_map(directory / "deviation.png", deviation))
+    saved.append(_insights(directory / "insights.png", deviation))
+    for path in saved:
+        print(f"drew {path}")
+    return saved
+
+
+def _figure(columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CacheBlendError(f"--plot needs matplotlib: pip install 'cacheblend-jax[plots]' ({error})") from error
+    figure = Figure(size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise CacheBlendError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def _quality_curves(path: Path, settings: Sequence[Setting], lines: dict[str, dict[str, Any]]) -> Path:
+    """Each measure against the recompute ratio, a line a selector, with `full` and `reuse` as levels."""
+    figure, axes = _figure(len(CURVES), (4.2 * len(CURVES), 3.4))
+    blends = [setting for setting in settings if setting.mode == "blend"]
+    for axis, (measure, title) in zip(axes, CURVES.items(), strict=True):
+        for selector in dict.fromkeys(setting.selector for setting in blends):
+            own = sorted((s for s in blends if s.selector == selector), key=lambda setting: setting.ratio)
+            ratios = [setting.ratio for setting in own]
+            values = [lines[setting.label][measure] for setting in own]
+            axis.plot(ratios, values, "o-", label=selector, color=SELECTOR_COLOURS.get(selector))
+            if measure == "exact_match":
+                low, high = zip(*(lines[setting.label]["exact_match_interval"] for setting in own), strict=True)
+                axis.fill_between(ratios, low, high, alpha=0.15, color=SELECTOR_COLOURS.get(selector))
+        for mode, style in (("full", "--"), ("reuse", ":")):
+            if mode in lines:
+                axis.axhline(lines[mode][measure], color="black", linestyle=style, linewidth=1, label=mode)
+        axis.set(xlabel="recompute ratio", title=title)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    return _save(figure, path)
+
+
+def _deviation_by_layer(path: Path, lines: dict[str, dict[str, Any]]) -> Path:
+    """KV and attention deviation of each layer, a line a setting."""
+    figure, axes = _figure(2, (9.5, 3.6))
+    for axis, measure in zip(axes, ("kv_deviation_by_layer", "attention_deviation_by_layer"), strict=True):
+        for label, line in lines.items():
+            if label != "full":
+                axis.plot(line[measure], "o-", markersize=3, label=label)
+        axis.set(xlabel="layer", title=measure.removesuffix("_by_layer").replace("_", " ").replace("kv", "KV"))
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+    return _save(figure, path)
+
+
+def _heat_map(path: Path, deviation: np.ndarray) -> Path:
+    """Deviation of each token (across) at each layer (down): few columns light up, the same in all layers."""
+    figure, (axis,) = _figure(1, (10, 2.8))
+    image = axis.imshow(np.sqrt(deviation), aspect="auto", cmap="magma", interpolation="nearest")
+    axis.set(xlabel="token", ylabel="layer", title="deviation of stand-alone KV from full recompute (square root)")
+    figure.colorbar(image, ax=axis)
+    return _save(figure, path)
+
+
+def _insights(path: Path, deviation: np.ndarray) -> Path:
+    """The paper's figures 7 and 8: deviation is in few tokens, and neighbouring layers agree on which."""
+    figure, (left, right) = _figure(2, (9, 3.4))
+    tokens = np.arange(1, deviation.shape[1] + 1) / deviation.shape[1]
+    for layer in range(1, len(deviation)):
+        held = np.cumsum(np.sort(deviation[layer])[::-1])
+        if held[-1] > 0:
+            left.plot(tokens, held / held[-1], label=f"layer {layer}", color=f"C{layer % 10}")
+    left.axvline(TOP_SHARE, color="black", linewidth=1, linestyle=":")
+    left.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    highest = np.nanmean(concentration(deviation)[1:])
+    left.set(
+        xlabel="share of tokens, highest first",
+        ylabel="share of the deviation",
+        title=f"top {TOP_SHARE:.0%} hold {highest:.0%} on average",
+    )
+    left.legend(fontsize="x-small")
+    right.bar(range(1, len(deviation) - 1), neighbour_correlation(deviation[1:]))
+    right.set(xlabel="layer", title="rank correlation with the next layer", ylim=(0, 1))
+    return _save(figure, path)
