@@ -10,18 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheblend_jax.blend.schedule import length_bucket
+from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.model.decode import Sampling, decode_step, sample
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
-from cacheblend_jax.programs import ProgramCache
 from cacheblend_jax.results import PrefillResult
 
 _draw = jax.jit(sample)
 
 
 def decode(
-    model: Model, programs: ProgramCache, out: PrefillResult, room: int, sampling: Sampling
+    model: Model, buckets: Buckets, out: PrefillResult, room: int, sampling: Sampling
 ) -> Iterator[tuple[int, float]]:
     """Yields up to `room` token ids and the seconds that each one's decoding step took; the first needs none."""
     config = model.config
@@ -38,7 +37,7 @@ def decode(
     yield token, 0.0
     if room == 1:
         return
-    size = length_bucket(length + room - 1)
+    size = buckets.length(length + room - 1)
     k, v = (_resized(x, size) for x in (out.padded_cache.k, out.padded_cache.v))
     cos, sin = jax.device_put(rope_tables(config, size), model.placement)
 
@@ -46,7 +45,7 @@ def decode(
         scalar = jax.ShapeDtypeStruct((), jnp.int32)
         return model.params, k, v, scalar, scalar, cos, sin
 
-    program = programs.get(decode_step, arguments, donate=(1, 2), config=config, keys=size)
+    program = model.programs.get(decode_step, arguments, donate=(1, 2), config=config, keys=size)
     for step in range(1, room):
         began = time.perf_counter()
         place = np.int32(length + step - 1)

@@ -11,14 +11,11 @@ import jax
 import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, forced_bucket
 from cacheblend_jax.blend.resident import Request
 from cacheblend_jax.blend.schedule import (
     Plan,
-    active_bucket,
-    buckets_up_to,
-    forced_bucket,
     full_plan,
-    length_bucket,
     make_plan,
     survivor_counts,
 )
@@ -37,6 +34,7 @@ class Planner:
 
     config: ModelConfig
     blend: BlendConfig
+    buckets: Buckets = FINE_BUCKETS
 
     def __post_init__(self) -> None:
         last = max(self.config.num_layers - 1, 1)
@@ -58,7 +56,7 @@ class Planner:
     def plan(self, mode: str, length: int, exact: int, candidates: int) -> Plan:
         """Returns the program's name for a prompt of `length` tokens, so many of them exact and candidates."""
         if mode == "full":
-            return full_plan(self.config.num_layers, length)
+            return full_plan(self.config.num_layers, length, self.buckets)
         blends = self.blends(mode)
         forced = length - exact - candidates
         return make_plan(
@@ -68,6 +66,7 @@ class Planner:
             forced=forced,
             blend=self.blend if blends else None,
             check_layer=self.check_layer,
+            buckets=self.buckets,
         )
 
     def plan_layout(self, layout: Layout, mode: str) -> tuple[Plan, Request]:
@@ -101,7 +100,7 @@ class Planner:
         They have no stored prefix or one of `prefix_tokens`, and a question of up to `suffix_tokens`. A plan changes
         only where a count passes from one bucket to the next: those borders are all that is tried.
         """
-        borders = {0, *buckets_up_to(length_bucket, most), *buckets_up_to(active_bucket, most)}
+        borders = {0, *buckets_up_to(self.buckets.length, most), *buckets_up_to(self.buckets.active, most)}
         suffixes = {count + 1 for count in [0, *buckets_up_to(forced_bucket, suffix_tokens), *borders]}
         plans: dict[Plan, None] = {}
         for mode, exact in itertools.product(modes, {0, prefix_tokens}):

@@ -97,16 +97,16 @@ class Phase:
 
 _RECALL = Difficulty((2, 3), (0, 1), 4, 0, 0, 0, filler=False)
 _REFERENCES = Difficulty((2, 3), (0, 1), 2, 3, 3, 2, filler=False)
-_MORE = Difficulty((2, 4), (0, 1), 2, 5, 3, 4, filler=False)
-_FILLED = Difficulty((4, 8), (16, 40), 3, 4, 3, 4)
+_MORE = Difficulty((2, 4), (0, 1), 2, 6, 3, 4, filler=False)
+_FILLED = Difficulty((4, 8), (16, 40), 3, 6, 3, 4)
 CURRICULUM = (
     Phase(2000, 3072, (88,), _RECALL, enough=0.95, question_marks=False, reading_targets=True),
-    Phase(1500, 4096, (216,), _REFERENCES, enough=0.93, question_marks=False, reading_targets=True),
-    Phase(800, 4096, (320,), _MORE, enough=0.93, reading_targets=True),
-    Phase(300, 6144, (320, 384, 448), _FILLED),
-    Phase(400, 5120, (512, 640, 768, 1024), Difficulty()),
-    Phase(500, 4096, (320,), _MORE, enough=0.96, reading_targets=True),
-    Phase(500, 5120, (512, 640, 768, 1024), Difficulty()),
+    Phase(1500, 4096, (224,), _REFERENCES, enough=0.93, question_marks=False, reading_targets=True),
+    Phase(800, 4096, (352,), _MORE, enough=0.93, reading_targets=True),
+    Phase(300, 6144, (384, 416, 456), _FILLED),
+    Phase(400, 5120, (576, 704, 832, 1088), Difficulty()),
+    Phase(500, 4096, (352,), _MORE, enough=0.96, reading_targets=True),
+    Phase(500, 5120, (576, 704, 832, 1088), Difficulty()),
 )
 REPORT_EVERY = 50
 SAVE_EVERY = 200
@@ -115,7 +115,7 @@ SAVE_EVERY = 200
 def encode(document: Document, phase: Phase) -> dict[str, np.ndarray]:
     """A document with all its questions and answers: ids, what each is to predict, its weight, and which are answers.
 
-    Questions about a reference are blind to the definitions (`is_blind`, `is_definition`): who "the Cobalt chemist" is
+    Questions about people referred to are blind to the definitions (`is_blind`, `is_definition`): who "the Cobalt chemist" is
     must have been understood while reading, as larger models do, and not be looked up when asked.
 
     Targets are the next tokens, but that in phases with `reading_targets` the last word of a fact is to tell the fact's
@@ -145,7 +145,7 @@ def encode(document: Document, phase: Phase) -> dict[str, np.ndarray]:
         weights += [0.0] * (len(asked) - 1) + [1.0, BACKGROUND_WEIGHT, 0.0]
         answers += [False] * (len(asked) - 1) + [True, False, False]
         is_definition += [False] * (len(asked) + 2)
-        is_blind += [question.kind == "reference"] * (len(asked) + 2)
+        is_blind += [question.kind != "single"] * (len(asked) + 2)
     ids = np.array([IDS[word] for word in words], np.int32)
     targets = np.roll(ids, -1)
     for place, word in told.items():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FAMILIES, HF, family_model, fresh_engine, random_prompt, relative_error
 
 import cacheblend_jax as cb
 from cacheblend_jax.model.decode import Sampling
+from cacheblend_jax.programs import ProgramCache
 
 
 @pytest.fixture(scope="module")
@@ -235,12 +238,12 @@ BAD_CALLS = {
 def test_bad_calls_are_named_before_any_work(case):
     engine = fresh_engine("llama3")
     call, message = BAD_CALLS[case]
-    programs = engine.programs.count
+    programs = engine.model.programs.count
     with pytest.raises(cb.CacheBlendError, match=message):
         call(engine, random_prompt(1))
     engine.flush()
     assert len(engine.store) == 0
-    assert engine.programs.count == programs
+    assert engine.model.programs.count == programs
 
 
 @pytest.mark.parametrize("tokens", [-1, 1.5, "4"])
@@ -266,3 +269,45 @@ def test_a_models_fingerprint_follows_weights_configuration_and_tokenizer():
     assert cb.Model(elsewhere, model.params).fingerprint == model.fingerprint
     with_tokenizer = cb.Model(model.config, model.params, cb.load_model(HF / "llama3").tokenizer)
     assert with_tokenizer.fingerprint != model.fingerprint
+
+
+def test_chosen_buckets_change_programs_and_not_answers():
+    model, prompts = family_model("llama3"), [random_prompt(seed, (30, size), 9, 7) for seed, size in ((1, 3), (2, 99))]
+    coarse = cb.Engine(cb.random_model(model.config, seed=7), length_buckets=(200,))
+    for prompt in prompts:
+        for mode in ("full", "blend"):
+            wanted = fresh_engine("llama3").prefill(prompt, mode)
+            np.testing.assert_allclose(coarse.prefill(prompt, mode).logits, wanted.logits, atol=1e-5)
+        coarse.flush()
+    once = coarse.model.programs.count
+    coarse.prefill(random_prompt(3, (30, 55), 9, 7), "full")
+    assert coarse.model.programs.count == once
+
+
+def test_programs_used_least_recently_make_room(monkeypatch, caplog):
+    """A process may map only so many regions of memory; a compiler that finds none left kills it."""
+    mapped = 0
+    monkeypatch.setattr("cacheblend_jax.programs._mapped_regions", lambda: mapped)
+    monkeypatch.setattr("cacheblend_jax.programs._most_regions", lambda: 100)
+    monkeypatch.setattr("cacheblend_jax.programs.EVICTED_AT_ONCE", 1)
+    programs = ProgramCache("cpu")
+
+    def compile_s(number: int) -> float:
+        shape = jax.ShapeDtypeStruct((number,), np.float32)
+        return programs.get(jnp.negative, lambda: (shape,), number=number).compile_s
+
+    assert all(compile_s(number) > 0 for number in (1, 2, 3))
+    assert compile_s(1) == 0  # used again: 2 is the oldest now
+    mapped = 99
+
+    def one_dropped() -> int:
+        nonlocal mapped
+        mapped, before = 0, mapped
+        return before
+
+    monkeypatch.setattr("cacheblend_jax.programs._mapped_regions", one_dropped)
+    assert compile_s(4) > 0
+    assert "dropped 1 compiled programs" in caplog.text
+    assert compile_s(1) == compile_s(3) == compile_s(4) == 0
+    assert compile_s(2) > 0
+    assert programs.count == 5

@@ -81,13 +81,13 @@ def test_the_bundled_tokenizer_knows_every_word_and_splits_as_the_corpus_does(de
 
 def test_blend_restores_what_reuse_loses(demo):
     """The point of it all, in small: fails where blend's advantage over reuse or over random is gone."""
-    evaluator = Evaluator(demo, max_new_tokens=2)
     settings = [Setting("full"), Setting("reuse"), HKVD, Setting("blend", "cross", 0.1), RANDOM]
     difficulty = Difficulty(num_chunks=(7, 7), chunk_words=(48, 56))
     rows = [
         replace(row, chunks=example.chunks, question=example.question.text, answers=(example.question.answer,))
         for row, example in zip(bundled_rows(1) * 40, examples("reference", 40, SEED, difficulty), strict=False)
     ]
+    evaluator = Evaluator(demo, rows, max_new_tokens=2)
     records = [record for row in rows for record in evaluator.evaluate_row(row, settings)]
     right = {line["setting"]: line for line in summarize(records, [s.label for s in settings]) if line["kind"] == "all"}
     scores = {label: line["exact_match"] for label, line in right.items()}

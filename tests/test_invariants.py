@@ -284,7 +284,7 @@ def test_no_array_is_tokens_by_tokens():
         assert engine.prefill(prompt, mode).token_ids.size == tokens
     shapes = [
         [int(size) for size in shape.split(",") if size]
-        for program in engine.programs.texts()
+        for program in engine.model.programs.texts()
         for shape in re.findall(r"\w\[([\d,]*)\]", program)
     ]
     assert max(sum(size >= tokens // 2 for size in shape) for shape in shapes) == 1
@@ -304,8 +304,8 @@ def test_no_compile_for_another_prompt_of_the_same_bucket():
     prompts = [random_prompt(seed, lengths, 9, 20) for seed, lengths in ((1, (30, 60)), (2, (45, 33)), (3, (99, 99)))]
     for prompt in prompts:
         engine.precompute(prompt)
-    count = engine.programs.count
+    count = engine.model.programs.count
     for prompt in prompts:
         for mode in ("blend", "full"):
             assert engine.prefill(prompt, mode).stats.compile_s == 0
-    assert engine.programs.count == count
+    assert engine.model.programs.count == count

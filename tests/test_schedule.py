@@ -8,13 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cacheblend_jax.blend.buckets import Buckets, buckets_up_to, forced_bucket
 from cacheblend_jax.blend.schedule import (
     BlendConfig,
-    buckets_up_to,
-    forced_bucket,
     full_plan,
     layer_groups,
-    length_bucket,
     make_plan,
     stage_ratios,
     survivor_counts,
@@ -28,9 +26,9 @@ ratios = st.one_of(st.sampled_from([0.0, 0.15, 1.0]), st.floats(0, 1))
 
 @given(st.integers(1, 300_000))
 def test_length_buckets_hold_their_lengths_and_waste_little(length):
-    bucket = length_bucket(length)
+    bucket = Buckets().length(length)
     assert bucket >= length
-    assert length_bucket(bucket) == bucket
+    assert Buckets().length(bucket) == bucket
     assert bucket % 8 == 0
     if length > 1024:
         assert bucket <= length * 33 / 32 + 1
@@ -43,8 +41,22 @@ def test_forced_buckets_hold_their_counts(count):
 
 
 def test_buckets_up_to_lists_every_bucket_once():
-    assert buckets_up_to(length_bucket, 3000) == sorted({length_bucket(n) for n in range(1, 3001)})
+    assert buckets_up_to(Buckets().length, 3000) == sorted({Buckets().length(n) for n in range(1, 3001)})
     assert buckets_up_to(forced_bucket, 3000) == sorted({forced_bucket(n) for n in range(1, 3001)})
+
+
+def test_chosen_buckets_are_few():
+    buckets = Buckets((300, 1000))
+    assert {buckets.length(n) for n in range(1, 1001)} == {300, 1000}
+    assert buckets.length(1001) == Buckets().length(1001)
+    assert {buckets.active(n) for n in range(257, 1001)} == {300, 1000}
+    assert buckets.active(20) == 32
+
+
+@pytest.mark.parametrize("sizes", [(), (0, 8), (8, 8), (16, 8), (8.5,), (True,)])
+def test_buckets_that_make_no_sense_are_named(sizes):
+    with pytest.raises(CacheBlendError, match="length_buckets must be None or whole numbers"):
+        Buckets(sizes)
 
 
 @given(ratios, st.lists(st.integers(1, 9), min_size=1, max_size=6))

@@ -1,17 +1,14 @@
-"""What is static about a prefill: padded lengths, and the stages in which the set of recomputed tokens shrinks."""
+"""What is static about a prefill: the stages in which the set of recomputed tokens shrinks, and their padded sizes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, forced_bucket
 from cacheblend_jax.errors import CacheBlendError
 
-SMALL_STEP = 128  # lengths up to 1024 are padded to a multiple of this
-STEPS_PER_OCTAVE = 32  # above: at most 1/32 is padding
-SMALLEST_FORCED = 32
 TAPER = 0.15  # the first stage's ratio is up to this much above the mean, the last as much below
 
 
@@ -56,40 +53,6 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def length_bucket(length: int) -> int:
-    """Returns the padded length: multiples of 128 up to 1024, then 32 steps an octave (at most 3.1 % padding)."""
-    if length <= 8 * SMALL_STEP:
-        return max(-(-length // SMALL_STEP), 1) * SMALL_STEP
-    step = 2 ** (math.ceil(math.log2(length)) - 1) // STEPS_PER_OCTAVE
-    return -(-length // step) * step
-
-
-def forced_bucket(count: int) -> int:
-    """Returns the room for forced tokens: 32, 64, 128, 256, then two steps an octave.
-
-    Few steps, since each one is a program of its own; exact where questions usually are.
-    """
-    size = SMALLEST_FORCED
-    while size < count:
-        if size >= 256 and size * 3 // 2 >= count:
-            return size * 3 // 2
-        size *= 2
-    return size
-
-
-def active_bucket(count: int) -> int:
-    """Returns the room for active tokens: few of them, a question over reused chunks, get less than a whole length."""
-    return min(length_bucket(count), forced_bucket(count))
-
-
-def buckets_up_to(bucket: Callable[[int], int], most: int) -> list[int]:
-    """Returns the sizes that `bucket` gives for 1 … `most`, ascending."""
-    sizes: list[int] = []
-    while not sizes or sizes[-1] < most:
-        sizes.append(bucket(sizes[-1] + 1 if sizes else 1))
-    return sizes
-
-
 def _smallest_in_bucket(bucket: int) -> int:
     """Returns the smallest count that `forced_bucket` maps to `bucket`."""
     return ([0, *buckets_up_to(forced_bucket, bucket)][-2]) + 1
@@ -121,13 +84,20 @@ class Plan:
 
 
 def make_plan(
-    *, num_layers: int, length: int, active: int, forced: int, blend: BlendConfig | None, check_layer: int
+    *,
+    num_layers: int,
+    length: int,
+    active: int,
+    forced: int,
+    blend: BlendConfig | None,
+    check_layer: int,
+    buckets: Buckets = FINE_BUCKETS,
 ) -> Plan:
     """Plans a prefill of `length` tokens, `active` of them computed, `forced` of these at every layer.
 
     Without candidates (`forced == active`) or with `blend=None` all active tokens are computed at every layer.
     """
-    cache_length, active_rows = length_bucket(length), active_bucket(active)
+    cache_length, active_rows = buckets.length(length), buckets.active(active)
     everything = Plan(cache_length, active_rows, (Stage(0, num_layers - 1, active_rows),))
     if blend is None or forced == active or check_layer >= num_layers - 1:
         return everything
@@ -149,9 +119,9 @@ def make_plan(
     )
 
 
-def full_plan(num_layers: int, length: int) -> Plan:
+def full_plan(num_layers: int, length: int, buckets: Buckets = FINE_BUCKETS) -> Plan:
     """Plans full prefill of `length` tokens."""
-    rows = length_bucket(length)
+    rows = buckets.length(length)
     return Plan(rows, rows, (Stage(0, num_layers - 1, rows),), nothing_cached=True)
 
 

@@ -118,7 +118,7 @@ def _bench_length(parsed: argparse.Namespace, model: Model, tokens: int, say: Ca
     peer = _torch_peer(model, prompt, first.prefill(prompt, "full").next_token) if parsed.peer else None
     samples: dict[str, list] = {name: [] for name in cases}
     peer_seconds: list[float] = []
-    compiled = sum(engine.programs.count for engine in engines.values())
+    compiled = model.programs.count
     for repeat in range(parsed.repeats):
         say(f"{tokens} tokens: round {repeat + 1} of {parsed.repeats}")
         for name, run in cases.items():
@@ -132,7 +132,7 @@ def _bench_length(parsed: argparse.Namespace, model: Model, tokens: int, say: Ca
     first.precompute(prompt)
     for run in cases.values():
         run()
-    recompiled = sum(engine.programs.count for engine in engines.values()) - compiled
+    recompiled = model.programs.count - compiled
     rows = [_row(name, tokens, stats, samples["full"], compile_s[name]) for name, stats in samples.items()]
     for row in rows:
         row["programs"] = compiled

@@ -1,9 +1,10 @@
 """The bundled corpus: records of an invented company, made from a seed, whose answers need attention between chunks.
 
 Three kinds of question: `single` (one chunk holds the answer), `reference` (a chunk tells something of "the Cobalt
-chemist", and an earlier one who that is) and `compare` (whose number is larger; the two stand in different chunks).
+chemist", and an earlier one who that is) and `compare` (of which of two such people a larger number is told).
 In "the Cobalt chemist" the profession agrees with the person, as gender does in many languages: a reader who resolves
-the reference can tell the word before reading it.
+the reference can tell the word before reading it. Like gender it does not say who is meant: a document's people share
+two professions.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ class Difficulty:
     num_chunks: tuple[int, int] = (6, 12)
     chunk_words: tuple[int, int] = (32, 96)
     singles: int = 3
-    references: int = 4
+    references: int = 6
     compared: int = 3
     mentions: int = 2
     filler: bool = True
@@ -172,8 +173,8 @@ def draw_document(rng: np.random.Generator, difficulty: Difficulty = Difficulty(
     facts: list[_Fact] = []
     questions: list[Question] = []
     _tell_singles(rng, difficulty.singles, num_chunks, facts, questions)
-    _tell_references(rng, difficulty, num_chunks, facts, questions)
-    _tell_compared(rng, difficulty.compared, num_chunks, facts, questions)
+    people = _tell_references(rng, difficulty, num_chunks, facts, questions)
+    _tell_compared(rng, people[: difficulty.compared], num_chunks, facts, questions)
     chunks = [_chunk(rng, difficulty, [fact.sentence for fact in facts if fact.chunk == i]) for i in range(num_chunks)]
     order = rng.permutation(len(questions))
     return Document(tuple(chunks), tuple(questions[i] for i in order))
@@ -207,12 +208,31 @@ def _tell_singles(rng, count: int, num_chunks: int, facts: list[_Fact], question
         questions.append(Question("single", attribute.question.format(whom=name), value, (chunk,)))
 
 
+@dataclass(frozen=True)
+class _Person:
+    """Somebody whom the document calls by team and profession only, after the chunk that tells the name."""
+
+    name: str
+    whom: str
+    definition: int
+
+
+def _draw_people(rng: np.random.Generator, count: int) -> list[str]:
+    """Draws names of two professions only: the profession alone tells nobody apart, as gender does not."""
+    professions = rng.choice(PROFESSIONS, 2, replace=False)
+    sizes = (count - count // 2, count // 2)
+    groups = zip(professions, sizes, strict=True)
+    return [str(name) for profession, size in groups for name in rng.choice(_PEOPLE[profession].split(), size, False)]
+
+
 def _tell_references(
     rng, difficulty: Difficulty, num_chunks: int, facts: list[_Fact], questions: list[Question]
-) -> None:
-    names = rng.choice(NAMES, difficulty.references, replace=False)
+) -> list[_Person]:
+    if not difficulty.references:
+        return []
+    names = _draw_people(rng, difficulty.references)
     teams = rng.choice(TEAMS, difficulty.references, replace=False)
-    defined = []
+    people = []
     for name, team in zip(names, teams, strict=True):
         attribute = _of_kind(rng, "reference")
         definition, use = sorted(rng.choice(num_chunks, 2, replace=False).tolist())
@@ -222,27 +242,32 @@ def _tell_references(
         facts.append(_Fact(use, _pick(rng, attribute.sentences).format(value=value, whom=whom)))
         questions.append(Question("reference", attribute.question.format(whom=name), value, (definition, use)))
         questions.append(Question("single", _WHOSE.format(team=team), name, (definition,)))
-        defined.append((definition, whom))
-    for _ in range(difficulty.mentions if defined else 0):
-        definition, whom = defined[rng.integers(len(defined))]
-        facts.append(_Fact(int(rng.integers(definition + 1, num_chunks)), _pick(rng, _MENTIONS).format(whom=whom)))
+        people.append(_Person(name, whom, definition))
+    for _ in range(difficulty.mentions):
+        person = people[rng.integers(len(people))]
+        facts.append(_Fact(_later_chunk(rng, person, num_chunks), _pick(rng, _MENTIONS).format(whom=person.whom)))
+    return people
 
 
-def _tell_compared(rng, count: int, num_chunks: int, facts: list[_Fact], questions: list[Question]) -> None:
-    if count < 2:
+def _later_chunk(rng: np.random.Generator, person: _Person, num_chunks: int) -> int:
+    return int(rng.integers(person.definition + 1, num_chunks))
+
+
+def _tell_compared(rng, people: Sequence[_Person], num_chunks: int, facts: list[_Fact], questions: list[Question]):
+    """Tells a number of each of these people, who are of one profession as far as there are enough of it."""
+    if len(people) < 2:
         return
     attribute = _of_kind(rng, "compare")
-    names = rng.choice(NAMES, count, replace=False)
-    numbers = rng.choice(attribute.values, count, replace=False)
-    chunks = rng.choice(num_chunks, count, replace=count > num_chunks)
-    for name, number, chunk in zip(names, numbers, chunks, strict=True):
-        facts.append(_Fact(int(chunk), _pick(rng, attribute.sentences).format(value=number, whom=name)))
-    for first in range(count):
-        second = (first + 1 + int(rng.integers(count - 1))) % count
+    numbers = rng.choice(attribute.values, len(people), replace=False)
+    chunks = [_later_chunk(rng, person, num_chunks) for person in people]
+    for person, number, chunk in zip(people, numbers, chunks, strict=True):
+        facts.append(_Fact(chunk, _pick(rng, attribute.sentences).format(value=number, whom=person.whom)))
+    for first in range(len(people)):
+        second = (first + 1 + int(rng.integers(len(people) - 1))) % len(people)
         winner = max(first, second, key=lambda i: int(numbers[i]))
-        question = attribute.question.format(whom=f"{names[first]} or {names[second]}")
-        needed = tuple(sorted({int(chunks[first]), int(chunks[second])}))
-        questions.append(Question("compare", question, str(names[winner]), needed))
+        question = attribute.question.format(whom=f"{people[first].name} or {people[second].name}")
+        needed = sorted({place for i in (first, second) for place in (people[i].definition, chunks[i])})
+        questions.append(Question("compare", question, people[winner].name, tuple(needed)))
 
 
 def _chunk(rng: np.random.Generator, difficulty: Difficulty, sentences: list[str]) -> str:

@@ -32,7 +32,7 @@ def run_demo(parsed: argparse.Namespace, model: Model, progress: Progress) -> di
     rows = demo_rows()
     settings = [Setting(mode) for mode in ("full", "prefix", "reuse")]
     settings += [Setting("blend", selector, RATIO) for selector in SELECTORS]
-    evaluator = Evaluator(model, max_new_tokens=4, with_rouge=False)
+    evaluator = Evaluator(model, rows, max_new_tokens=4, with_rouge=False)
     evaluator.evaluate_row(rows[0], settings[:1])
     # Compiles the rest, several at a time.
     evaluator.warmup(rows[0], settings[1:])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.engine import Engine
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.datasets import Row, load_rows
@@ -41,6 +42,7 @@ from cacheblend_jax.store import ChunkStore
 
 MEANS = ("exact_match", "f1", "rouge_l", "kl", "top1", "kv_deviation", "attention_deviation", "ttft_s", "recomputed")
 STORE_BYTES = 4 * 2**30
+NUM_BUCKETS = 3
 Progress = Callable[[Iterable, str], Iterable]
 
 
@@ -76,19 +78,31 @@ class Setting:
 class Evaluator:
     """Answers questions in many settings over one store; keeps each setting's engine, with its compiled programs."""
 
-    def __init__(self, model: Model, *, max_new_tokens: int, system: str | None = None, with_rouge: bool = True):
+    def __init__(
+        self,
+        model: Model,
+        rows: Sequence[Row],
+        *,
+        max_new_tokens: int,
+        system: str | None = None,
+        with_rouge: bool = True,
+    ):
         self.model = model
         self.with_rouge = with_rouge  # which needs rouge-score
         self.max_new_tokens = max_new_tokens
         self.system = system
         self._store = ChunkStore(host_bytes=STORE_BYTES)
         self._engines: dict[BlendConfig, Engine] = {}
+        # Every setting has programs of its own for every bucket: a few sizes fitted to these rows save most of them.
+        lengths = [sum(len(part) for part in (p.prefix, *p.chunks, p.suffix)) for p in map(self.prompt, rows)]
+        quantiles = np.quantile(lengths, np.linspace(0, 1, NUM_BUCKETS + 1)[1:])
+        self._length_buckets = sorted({Buckets().length(int(np.ceil(size)) + max_new_tokens) for size in quantiles})
 
     def engine(self, setting: Setting) -> Engine:
         """The setting's engine, over the shared store."""
         config = setting.blend_config()
         if config not in self._engines:
-            self._engines[config] = Engine(self.model, self._store, config)
+            self._engines[config] = Engine(self.model, self._store, config, length_buckets=self._length_buckets)
         return self._engines[config]
 
     def prompt(self, row: Row) -> Prompt:
@@ -154,7 +168,7 @@ def run_evaluate(parsed: argparse.Namespace, model: Model, progress: Progress) -
         return len(model.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     rows = load_rows(parsed.data, limit=parsed.limit, chunk_tokens=parsed.chunk_tokens, count_tokens=count_tokens)
-    evaluator = Evaluator(model, max_new_tokens=parsed.max_new_tokens, system=parsed.system)
+    evaluator = Evaluator(model, rows, max_new_tokens=parsed.max_new_tokens, system=parsed.system)
     if parsed.check_layers:
         return _measure_check_layer(evaluator, rows, model, progress)
     settings = settings_of(parsed)

@@ -15,6 +15,7 @@ import numpy as np
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.transformer import Params, init_params
+from cacheblend_jax.programs import ProgramCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,11 @@ class Model:
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()
+
+    @cached_property
+    def programs(self) -> ProgramCache:
+        """What was compiled for this model: shared by all its engines."""
+        return ProgramCache(self.platform)
 
     @property
     def placement(self) -> jax.sharding.Sharding:
