@@ -115,8 +115,8 @@ SAVE_EVERY = 200
 def encode(document: Document, phase: Phase) -> dict[str, np.ndarray]:
     """A document with all its questions and answers: ids, what each is to predict, its weight, and which are answers.
 
-    Questions about people referred to are blind to the definitions (`is_blind`, `is_definition`): who "the Cobalt chemist" is
-    must have been understood while reading, as larger models do, and not be looked up when asked.
+    Questions about people referred to are blind to the definitions (`is_blind`, `is_definition`): who "the Cobalt
+    chemist" is must have been understood while reading, as larger models do, and not be looked up when asked.
 
     Targets are the next tokens, but that in phases with `reading_targets` the last word of a fact is to tell the fact's
     value, and a team its member: a model learns to recall from a place once it has learnt to gather there.

@@ -1,4 +1,6 @@
 import json
+import re
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -53,15 +55,21 @@ def test_documents_are_as_long_as_promised_and_define_before_use():
 
 def test_a_comparison_is_right_and_needs_both_numbers():
     for example in examples("compare", 50, 1):
-        numbers = {}
-        for chunk in example.chunks:
-            for sentence in chunk.split(". "):
-                words = split_words(sentence)
-                if words[0].isdigit():
-                    numbers[next(word for word in words if word in PROFESSION_OF)] = int(words[0])
+        sentences = [split_words(sentence) for chunk in example.chunks for sentence in chunk.split(". ")]
+        members = {words[3]: words[0] for words in sentences if words[0] in PROFESSION_OF and words[2] == "the"}
+        numbers = {members[words[words.index("the") + 1]]: int(words[0]) for words in sentences if words[0].isdigit()}
         asked = [word for word in split_words(example.question.text) if word in PROFESSION_OF]
         assert len(asked) == 2
         assert example.question.answer == max(asked, key=numbers.__getitem__)
+
+
+def test_a_profession_does_not_tell_who_is_meant():
+    """Else the question would find the fact without anyone having understood the reference."""
+    for example in examples("reference", 50, 1):
+        text = " ".join(example.chunks)
+        names = [name for name, _ in re.findall(r"(\w+) (joined|leads|runs) the", text)]
+        professions = Counter(PROFESSION_OF[name] for name in names)
+        assert sorted(professions.values()) == [3, 3]
 
 
 def test_examples_follow_from_their_seed():
