@@ -170,6 +170,8 @@ class ChunkStore:
         queued = False
         disk = self._disk
         if disk is not None and disk.writable and not self._closed:
+            if uses != 1:
+                disk.first_uses[key] = uses
             queued = self._queue.submit(key, entry, wait=wait)
             if not queued:
                 self._count("dropped")

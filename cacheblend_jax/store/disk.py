@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
@@ -46,7 +47,7 @@ from cacheblend_jax.store.record import (
 logger = logging.getLogger(__name__)
 INDEX_FILE = "index.sqlite"
 PACK_BYTES = 2**28  # of entries share a pack at most
-PACK_OVERHEAD = 2**16  # reserved for the files of a pack beside the arrays
+PACK_OVERHEAD, ENTRY_OVERHEAD = 2**13, 2**11  # bytes reserved for the files of a pack beside the arrays
 MOST_QUARANTINED = 16
 QUARANTINE_BYTES = 2**30
 
@@ -85,12 +86,18 @@ class DiskTier:
         self.counts = DiskCounts()
         self._lock = threading.Lock()  # of counts, and of what is said once
         self._said: set[str] = set()
+        self.first_uses: dict[str, int] = {}  # of entries that are to be written as seen other than once
         self._refused: set[str] = set()  # damaged entries of a directory that cannot be written
         self.local = is_local(self.root)
         if self.root.exists() and not self.root.is_dir():
             raise CacheBlendError(f"store {str(directory)!r} is a file; expected a directory, or a path to make one at")
         self.writable = self._make_directories()
         self.index = self._open_index()
+
+    @staticmethod
+    def exists(directory: str | Path) -> bool:
+        """Whether there is a store in a directory."""
+        return (epath.Path(directory).expanduser() / "packs").is_dir()
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -161,7 +168,7 @@ class DiskTier:
         most = min(PACK_BYTES, max(self.capacity // 8, 1))
         size = most
         for key, entry in entries:
-            if entry.num_bytes + PACK_OVERHEAD > self.capacity:
+            if _reserved([(key, entry)]) > self.capacity:
                 self.count("rejected")
                 continue
             size += entry.num_bytes
@@ -191,21 +198,26 @@ class DiskTier:
     def _write_pack(self, entries: Sequence[tuple[str, ChunkEntry]]) -> None:
         pack = uuid.uuid4().hex
         with self._writing_place(pack) as temporary:
-            self.index.reserve(pack, sum(entry.num_bytes for _, entry in entries) + PACK_OVERHEAD)
+            self.index.reserve(pack, _reserved(entries))
             try:
                 if not self.make_room():
                     self.count("rejected", len(entries))
                     return
+                if self.local and shutil.disk_usage(self.root).free < _reserved(entries):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # Orbax would find out half-way
                 records = write_pack(temporary, entries)
                 size = size_of(temporary)
                 if self.local:
                     os.rename(temporary, self.pack_path(pack))
                     sync(self.root / "packs")
-                self.count("written", self.index.add(pack, size, records))
+                self.count("written", self.index.add(pack, size, records, uses=self._uses(records)))
             finally:
                 self.index.forget_pack(pack)  # unless it is ready
             self._refused.difference_update(storage_name(key) for key, _ in entries)
         self.sweep()
+
+    def _uses(self, records: Sequence[EntryRecord]) -> dict[str, int]:
+        return {record.key: self.first_uses.pop(record.key, 1) for record in records}
 
     @contextmanager
     def _writing_place(self, pack: str) -> Iterator[Any]:
@@ -363,7 +375,6 @@ class DiskTier:
         path = os.path.abspath(self.root / INDEX_FILE)
         if self.local and self.writable:
             try:
-                fresh = not os.path.exists(path)
                 index = Index(path)
             except sqlite3.OperationalError as error:  # no permission, no room
                 self.writable = False
@@ -374,7 +385,7 @@ class DiskTier:
             else:
                 self.index = index
                 self._recover()
-                if fresh:
+                if index.fresh:
                     self.adopt_all()
                 return index
         if self.local and os.path.exists(path):
@@ -546,6 +557,10 @@ def _make_and_hold(path: Any) -> Pin:
         except (BusyError, FileNotFoundError):
             time.sleep(0.01)
     return Pin(path, alone=True)
+
+
+def _reserved(entries: Sequence[tuple[str, ChunkEntry]]) -> int:
+    return PACK_OVERHEAD + sum(ENTRY_OVERHEAD + entry.num_bytes for _, entry in entries)
 
 
 def _tree_bytes(path: Any) -> int:

@@ -85,6 +85,7 @@ class Index:
     """
 
     def __init__(self, path: str | None, uri: str = "") -> None:
+        self.fresh = False  # whether it was made here and now, and holds nothing
         self._lock = threading.RLock()
         self._writing = self._connect(path, uri)
         try:
@@ -122,6 +123,7 @@ class Index:
         with self._transaction() as run:
             tables = run("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if not tables:
+                self.fresh = True
                 for statement in _statements(SCHEMA):
                     run(statement)
 
@@ -176,11 +178,20 @@ class Index:
         with self._transaction() as run:
             run("INSERT INTO packs(name, state, bytes, used) VALUES(?, 'writing', ?, ?)", (pack, size, _tick(run)))
 
-    def add(self, pack: str, size: int, records: Sequence[EntryRecord], *, replace: bool = True) -> int:
+    def add(
+        self,
+        pack: str,
+        size: int,
+        records: Sequence[EntryRecord],
+        *,
+        replace: bool = True,
+        uses: dict[str, int] | None = None,
+    ) -> int:
         """Makes a written pack's entries known, all at once; returns how many of them it now holds.
 
         An entry that is known already with the same checksums stays where it is; with others it moves here, unless
-        `replace` is false. Packs that are left empty are dead.
+        `replace` is false. Packs that are left empty are dead. `uses` says by key how often entries were seen, if not
+        once.
         """
         with self._transaction() as run:
             run("INSERT OR IGNORE INTO packs(name, state, bytes, used) VALUES(?, 'ready', 0, ?)", (pack, _tick(run)))
@@ -197,8 +208,8 @@ class Index:
                     left.add(old[0])
                     run("DELETE FROM entries WHERE name = ?", (name,))
                 run(
-                    "INSERT INTO entries VALUES(?, ?, 1, ?, ?, ?, ?)",
-                    (name, number, used, record.num_bytes, text, crc),
+                    "INSERT INTO entries VALUES(?, ?, ?, ?, ?, ?, ?)",
+                    (name, number, (uses or {}).get(record.key, 1), used, record.num_bytes, text, crc),
                 )
             _bury_empty(run, left | {number})
             return run("SELECT count(*) FROM entries WHERE pack = ?", (number,)).fetchone()[0]

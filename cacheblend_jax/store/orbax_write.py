@@ -38,9 +38,10 @@ def _one_chunk_a_layer(_: Any, array: np.ndarray) -> Any:
     return options
 
 
-def _is_not_about_small_chunks(message: logging.LogRecord) -> bool:
-    return "target_byte_size too small" not in str(message.msg)
+def _is_news(message: logging.LogRecord) -> bool:
+    text = str(message.msg)
+    return "target_byte_size too small" not in text and "_SignalingThread.run() raised" not in text
 
 
-# Small chunks are what the store wants; Orbax warns of each.
-logging.getLogger("absl").addFilter(_is_not_about_small_chunks)
+# Small chunks are what the store wants, and Orbax warns of each. What its threads raise it raises here again.
+logging.getLogger("absl").addFilter(_is_news)

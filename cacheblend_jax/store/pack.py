@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,14 +137,14 @@ class EntryReader:
     """Reads one entry of a pack through TensorStore: whole, or layer by layer. Safe to use from several threads.
 
     Args:
-        pack: the pack's directory, or the TensorStore spec of a key-value store that holds its files.
+        pack: the pack's directory, or the TensorStore spec of a key-value store that holds its `state/`.
     """
 
     def __init__(self, pack: Any, record: EntryRecord) -> None:
         self.record = record
         base = pack if isinstance(pack, dict) else _base_spec(pack)
         prefix = f"{record.tree}." if record.tree else ""
-        opening = [ts.open(_array_spec(base, prefix + name), context=_context(), read=True) for name in "kv"]
+        opening = [ts.open(_array_spec(base, prefix + name), context=tensorstore_context(), read=True) for name in "kv"]
         self._k, self._v = (self._checked(_result(future)) for future in opening)
 
     def read_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -218,16 +219,10 @@ def _array_spec(base: Any, name: str) -> dict[str, Any]:
     }
 
 
-_CONTEXT: list[ts.Context] = []
-
-
-def _context() -> ts.Context:
+@cache
+def tensorstore_context() -> ts.Context:
     """Array data is not cached (the host tier does that); the B-tree nodes of packs are, in 64 MiB."""
-    if not _CONTEXT:
-        _CONTEXT.append(
-            ts.Context({"cache_pool": {"total_bytes_limit": 0}, "cache_pool#nodes": {"total_bytes_limit": 2**26}})
-        )
-    return _CONTEXT[0]
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "cache_pool#nodes": {"total_bytes_limit": 2**26}})
 
 
 def _result(future: Any) -> Any:
