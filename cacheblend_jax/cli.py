@@ -236,11 +236,12 @@ def run_precompute(parsed: argparse.Namespace) -> dict[str, Any]:
         stats = store.stats
     bar.close()
     failed = f", {stats.write_errors} errors of writing: see above" if stats.write_errors else ""
-    print(f"{len(keys)} chunks, {stats.written} entries written to {parsed.store} ({stats.disk_bytes / 1e6:.1f} MB){failed}")
+    print(
+        f"{len(keys)} chunks, {stats.written} entries written to {parsed.store} ({stats.disk_bytes / 1e6:.1f} MB){failed}"
+    )
     return {
         "chunks": [
-            {"source": chunk.source, "index": chunk.index, "key": key}
-            for chunk, key in zip(chunks, keys, strict=True)
+            {"source": chunk.source, "index": chunk.index, "key": key} for chunk, key in zip(chunks, keys, strict=True)
         ],
         "written": stats.written,
         "store_bytes": stats.disk_bytes,

@@ -345,7 +345,10 @@ def test_a_read_only_directory_is_read(tmp_path, closed):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's event loop
 def test_a_full_disk_leaves_the_store_in_memory(tmp_path, caplog):
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "x", tmp_path], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "x", tmp_path], capture_output=True).returncode
+    ):
         pytest.skip("needs the right to mount")
     try:
         with cb.ChunkStore(tmp_path) as store:

@@ -80,9 +80,7 @@ def _run_prune(parsed: argparse.Namespace) -> dict[str, Any]:
     if parsed.max_bytes is None and parsed.unused_days is None and not parsed.quarantine:
         raise CacheBlendError("prune needs --max-bytes N, --unused-days D or --quarantine: what may go?")
     disk = _writable(_open(parsed))
-    report = prune(
-        disk, max_bytes=parsed.max_bytes, unused_days=parsed.unused_days, quarantined=parsed.quarantine
-    )
+    report = prune(disk, max_bytes=parsed.max_bytes, unused_days=parsed.unused_days, quarantined=parsed.quarantine)
     disk.close()
     print(f"{report['removed']} entries removed, {report['entries']} left ({report['bytes'] / 1e6:.1f} MB)")
     return report

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import sqlite3
 import threading
@@ -23,7 +24,7 @@ from etils import epath
 
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
 from cacheblend_jax.store.entry import ChunkEntry, check_layer
-from cacheblend_jax.store.index import Found, Index
+from cacheblend_jax.store.index import INDEX_ERRORS, Found, Index
 from cacheblend_jax.store.pack import (
     EntryReader,
     UnreadableError,
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 INDEX_FILE = "index.sqlite"
 PACK_BYTES = 2**28  # of entries share a pack at most
 PACK_OVERHEAD, ENTRY_OVERHEAD = 2**13, 2**11  # bytes reserved for the files of a pack beside the arrays
+_PACK_NAME = re.compile("[0-9a-f]{32}")
 MOST_QUARANTINED = 16
 QUARANTINE_BYTES = 2**30
 
@@ -181,7 +183,7 @@ class DiskTier:
                 fresh = [(key, entry) for key, entry in group if not self._is_written(key, entry)]
                 if fresh:
                     self._write_pack(fresh)
-            except (OSError, ValueError, RuntimeError, BusyError, sqlite3.Error) as error:
+            except (OSError, ValueError, RuntimeError, BusyError, *INDEX_ERRORS) as error:
                 self.say_once(f"store {self.root}: entries stay in memory only: {_first_line(error)}", "write_errors")
 
     def _is_written(self, key: str, entry: ChunkEntry) -> bool:
@@ -212,7 +214,7 @@ class DiskTier:
                     sync(self.root / "packs")
                 self.count("written", self.index.add(pack, size, records, uses=self._uses(records)))
             finally:
-                self.index.forget_pack(pack)  # unless it is ready
+                self.index.forget_pack(pack, "writing")  # where it did not become ready
             self._refused.difference_update(storage_name(key) for key, _ in entries)
         self.sweep()
 
@@ -249,6 +251,7 @@ class DiskTier:
                 if self._evict(pack):
                     progress = True
             if not progress:
+                self.index.recount()  # all that is left is in use; or the totals were wrong
                 break
         return self.index.totals()[0] <= capacity
 
@@ -285,7 +288,7 @@ class DiskTier:
         elif path.exists():
             path.rmtree()
         if not path.exists():
-            self.index.forget_pack(pack)
+            self.index.forget_pack(pack, "dead")
 
     def touch(self, seen: dict[str, int]) -> None:
         """Counts entries (by key) as seen so many times more."""
@@ -293,7 +296,7 @@ class DiskTier:
             return
         try:
             self.index.touch({storage_name(key): count for key, count in seen.items()})
-        except sqlite3.Error as error:
+        except INDEX_ERRORS as error:
             self.say_once(f"store {self.root}: uses are not counted: {error}", "write_errors")
 
     def remove(self, keys: Sequence[str]) -> int:
@@ -324,12 +327,13 @@ class DiskTier:
             self.count("damaged")
             logger.warning("store %s: entry %s is damaged and quarantined: %s", self.root, name[:16], reason)
             self._move_to_quarantine(pack)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, *INDEX_ERRORS) as error:
             self._refused.add(name)
             self.say_once(f"store {self.root}: a damaged entry cannot be quarantined: {error}", "write_errors")
 
     def _move_to_quarantine(self, pack: str) -> None:
-        source, kept = self.pack_path(pack), self.root / "quarantine" / pack
+        source = self.pack_path(pack)
+        kept = self.root / "quarantine" / source.name
         if source.exists() and not kept.exists():
             if not self.index.listed(pack):
                 source.rename(kept)
@@ -337,7 +341,7 @@ class DiskTier:
                 shutil.copytree(source, kept, copy_function=os.link)
         if not source.exists():
             self.index.bury(pack)
-            self.index.forget_pack(pack)
+            self.index.forget_pack(pack, "dead")
         self.sweep()
         self.bound_quarantine(MOST_QUARANTINED, QUARANTINE_BYTES)
 
@@ -345,7 +349,9 @@ class DiskTier:
         """Removes the oldest of what is in quarantine beyond a count or bytes; returns how many."""
         kept = sorted((self.root / "quarantine").iterdir(), key=lambda path: path.stat().mtime, reverse=True)
         sizes = itertools.accumulate(_tree_bytes(path) for path in kept)
-        beyond = [path for i, (path, size) in enumerate(zip(kept, sizes, strict=True)) if i >= most or size > most_bytes]
+        beyond = [
+            path for i, (path, size) in enumerate(zip(kept, sizes, strict=True)) if i >= most or size > most_bytes
+        ]
         for path in beyond:
             path.rmtree() if path.is_dir() else path.unlink()
         return len(beyond)
@@ -353,8 +359,8 @@ class DiskTier:
     # --- opening -----------------------------------------------------------------------------------------------------
 
     def pack_path(self, pack: str) -> Any:
-        """Where a pack lies."""
-        return self.root / "packs" / pack
+        """Where a pack lies; a name that is not one of ours (the index is damaged) leads nowhere."""
+        return self.root / "packs" / (pack if isinstance(pack, str) and _PACK_NAME.fullmatch(pack) else "no-pack")
 
     def close(self) -> None:
         """Closes the index."""
@@ -366,7 +372,9 @@ class DiskTier:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             if not self.root.exists():
-                raise CacheBlendError(f"store {str(self.root)!r} cannot be made: {error}; choose another path") from error
+                raise CacheBlendError(
+                    f"store {str(self.root)!r} cannot be made: {error}; choose another path"
+                ) from error
             self.say_once(f"store {self.root}: entries are read, and not written: {error}", None)
             return False
         return not self.local or os.access(self.root, os.W_OK | os.X_OK)
@@ -375,24 +383,22 @@ class DiskTier:
         path = os.path.abspath(self.root / INDEX_FILE)
         if self.local and self.writable:
             try:
-                index = Index(path)
+                self.index = Index(path)
+                self._recover()
+                if self.index.fresh:
+                    self.adopt_all()
+                return self.index
             except sqlite3.OperationalError as error:  # no permission, no room
                 self.writable = False
                 self.say_once(f"store {self.root}: entries are read, and not written: {error}", "write_errors")
-            except sqlite3.DatabaseError as error:
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
                 self.say_once(f"store {self.root}: the index is made anew: {error}", "damaged")
                 return self._new_index(path)
-            else:
-                self.index = index
-                self._recover()
-                if index.fresh:
-                    self.adopt_all()
-                return index
         if self.local and os.path.exists(path):
             for how in ("mode=ro", "mode=ro&immutable=1"):
                 try:
                     return Index(path, how)
-                except sqlite3.Error:
+                except INDEX_ERRORS:
                     continue
         self.index = Index(None)
         self.adopt_all()
@@ -424,7 +430,7 @@ class DiskTier:
                 continue
             if self.pack_path(pack).exists():  # killed between rename and index: nothing is lost
                 self.adopt(pack)
-            self.index.forget_pack(pack)
+            self.index.forget_pack(pack, "writing")
         self.sweep()
 
     def adopt_all(self) -> int:
@@ -484,9 +490,12 @@ class DiskTier:
         """Turns errors of the index and of the file system into a miss."""
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (*INDEX_ERRORS, OSError) as error:
             self.say_once(f"store {self.root}: entries cannot be looked up: {error}", "read_errors")
-            if type(error) is sqlite3.DatabaseError:  # its subclasses say "locked", "closed", "full": not broken
+            if type(error) in (
+                sqlite3.DatabaseError,
+                UnicodeDecodeError,
+            ):  # its subclasses say "locked", "closed", "full": not broken
                 self._replace_broken_index()
 
     def _replace_broken_index(self) -> None:

@@ -20,6 +20,8 @@ from cacheblend_jax.store.record import (
 )
 
 INDEX_VERSION = 1
+# A broken database can make sqlite3 fail at decoding its own message.
+INDEX_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 BUSY_SECONDS = 10.0
 CACHE_KIB = 32 * 1024
 PROTECTED = 0.8  # of the capacity may hold entries seen twice; the least recent of them count as seen once then
@@ -149,7 +151,10 @@ class Index:
         sql = "SELECT p.name, e.record, e.crc, e.uses FROM entries e JOIN packs p ON p.id = e.pack WHERE e.name = ?"
         with self._reading_lock:
             row = self._reading.execute(sql, (bytes.fromhex(name),)).fetchone()
-        return None if row is None else Found(*row)
+        if row is None:
+            return None
+        pack, record, crc, uses = row
+        return Found(str(pack), record, crc, uses if isinstance(uses, int) else 1)
 
     def __contains__(self, name: str) -> bool:
         with self._reading_lock:
@@ -159,7 +164,10 @@ class Index:
     def totals(self) -> tuple[int, int]:
         """Returns the bytes of all packs, and the number of entries."""
         with self._reading_lock:
-            return self._reading.execute("SELECT bytes, entries FROM totals").fetchone()
+            size, entries = self._reading.execute("SELECT bytes, entries FROM totals").fetchone()
+        if not isinstance(size, int) or not isinstance(entries, int):
+            raise sqlite3.DatabaseError("the totals are not numbers")
+        return size, entries
 
     def listed(self, pack: str | None = None) -> list[Listed]:
         """Returns all entries, or a pack's, the least recently used first."""
@@ -252,10 +260,10 @@ class Index:
             run("UPDATE packs SET state = 'dead' WHERE name = ?", (pack,))
         return deleted
 
-    def forget_pack(self, pack: str) -> None:
-        """Forgets a dead pack whose files are gone: its bytes count no more."""
+    def forget_pack(self, pack: str, state: str) -> None:
+        """Forgets a pack whose files are gone, if it is in this state: its bytes count no more."""
         with self._transaction() as run:
-            run("DELETE FROM packs WHERE name = ? AND state != 'ready'", (pack,))
+            run("DELETE FROM packs WHERE name = ? AND state = ?", (pack, state))
 
     def candidates(self, capacity: int) -> list[str]:
         """Returns the ready packs in the order in which they are to be evicted.
@@ -271,7 +279,9 @@ class Index:
                     break
                 run("UPDATE packs SET hot = 0 WHERE id = ?", (number,))
                 hot_bytes -= size
-            return [name for (name,) in run("SELECT name FROM packs WHERE state = 'ready' ORDER BY hot, used LIMIT 256")]
+            return [
+                name for (name,) in run("SELECT name FROM packs WHERE state = 'ready' ORDER BY hot, used LIMIT 256")
+            ]
 
     def recount(self) -> None:
         """Takes the totals anew from the rows."""

@@ -164,4 +164,3 @@ def _is_outdated(row: Listed) -> bool:
     except DamagedRecordError:
         return False
     return False
-

@@ -56,9 +56,7 @@ def write_pack(path: Any, entries: Sequence[tuple[str, ChunkEntry]]) -> list[Ent
     alone = len(entries) == 1
     created = time.time()
     records = [record_of(key, entry, "" if alone else storage_name(key), created) for key, entry in entries]
-    trees = {
-        record.tree: {"k": entry.k, "v": entry.v} for record, (_, entry) in zip(records, entries, strict=True)
-    }
+    trees = {record.tree: {"k": entry.k, "v": entry.v} for record, (_, entry) in zip(records, entries, strict=True)}
     save_tree(path, trees[""] if alone else trees)
     body = {
         "version": FORMAT_VERSION,
