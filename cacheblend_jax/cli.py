@@ -236,9 +236,8 @@ def run_precompute(parsed: argparse.Namespace) -> dict[str, Any]:
         stats = store.stats
     bar.close()
     failed = f", {stats.write_errors} errors of writing: see above" if stats.write_errors else ""
-    print(
-        f"{len(keys)} chunks, {stats.written} entries written to {parsed.store} ({stats.disk_bytes / 1e6:.1f} MB){failed}"
-    )
+    size = stats.disk_bytes / 1e6
+    print(f"{len(keys)} chunks, {stats.written} entries written to {parsed.store} ({size:.1f} MB){failed}")
     return {
         "chunks": [
             {"source": chunk.source, "index": chunk.index, "key": key} for chunk, key in zip(chunks, keys, strict=True)

@@ -1,4 +1,4 @@
-"""Times the store against plain Orbax and safetensors, and its index with many keys: `python scripts/store_bench.py`."""
+"""Times the store against plain Orbax and safetensors, and its index with many keys."""
 
 from __future__ import annotations
 

@@ -364,7 +364,7 @@ def test_a_full_disk_leaves_the_store_in_memory(tmp_path, caplog):
         assert sum("stay in memory only" in record.message for record in caplog.records) == 1
         with cb.ChunkStore(tmp_path) as store:
             assert store.stats.disk_entries == stats.written
-            assert all(same(store.get(key), make_entry(int(key, 16), 1000)) for key in store.keys())
+            assert all(same(store.get(key), make_entry(int(key, 16), 1000)) for key in list(store.keys()))
     finally:
         subprocess.run(["umount", "-l", tmp_path], check=True)
 

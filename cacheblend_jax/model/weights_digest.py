@@ -76,7 +76,7 @@ def params_digest(params: Any) -> str:
     for leaf in leaves:
         array = np.ascontiguousarray(jax.device_get(leaf))
         digest.update(f"{array.dtype.name}{list(array.shape)}".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

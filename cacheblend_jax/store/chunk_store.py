@@ -19,7 +19,7 @@ TOUCHES_KEPT = 64  # uses counted in memory before they are written to the index
 
 @dataclass
 class StoreStats:
-    """Counts since the store was made; `entries` and `bytes` are what host memory holds now, `disk_…` what the disk does.
+    """Counts since the store was made; `entries` and `bytes` are what memory holds now, `disk_…` what the disk does.
 
     Attributes:
         hits, misses: of `get` and `open`; `disk_hits` of the hits were read from the disk.
@@ -192,7 +192,7 @@ class ChunkStore:
     def clear(self) -> None:
         """Drops every entry, on disk too."""
         with self._lock:
-            for key in self._host.keys():
+            for key in list(self._host.keys()):
                 self._host.remove(key)
             self._touched.clear()
         if self._disk is not None:

@@ -65,7 +65,7 @@ class Listed(NamedTuple):
 
     name: str
     pack: str
-    bytes: int
+    size: int
     uses: int
     used: int
     record: bytes
@@ -237,7 +237,7 @@ class Index:
                 tick += 1
 
     def remove(self, names: Iterable[str], pack: str | None = None) -> int:
-        """Forgets entries, or those of them that are in `pack`; packs that are left empty are dead. Returns how many."""
+        """Forgets entries, or those of them that are in `pack`; packs left empty are dead. Returns how many."""
         count = 0
         with self._transaction() as run:
             left = set()

@@ -27,7 +27,7 @@ def list_entries(disk: DiskTier) -> list[dict[str, Any]]:
         described: dict[str, Any] = {
             "name": row.name,
             "pack": row.pack,
-            "bytes": row.bytes,
+            "bytes": row.size,
             "uses": row.uses,
             "used": row.used / 1000,
         }

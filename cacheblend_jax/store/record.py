@@ -69,7 +69,7 @@ def record_of(key: str, entry: ChunkEntry, tree: str, created: float) -> EntryRe
         key,
         tree,
         entry.k.dtype.name,
-        entry.k.shape,  # type: ignore[arg-type]  # ChunkEntry has checked that there are four
+        entry.k.shape,
         layer_checksums(entry.k),
         layer_checksums(entry.v),
         round(created, 3),
