@@ -19,17 +19,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
-from cacheblend_jax.store.entry import ChunkEntry, check_layer
-from cacheblend_jax.store.index import INDEX_ERRORS, Found, Index
+from cacheblend_jax.store import recovery
+from cacheblend_jax.store.disk_chunk import DiskChunk
+from cacheblend_jax.store.entry import ChunkEntry
+from cacheblend_jax.store.index import INDEX_ERRORS, Found
 from cacheblend_jax.store.pack import (
     EntryReader,
     UnreadableError,
     is_local,
-    read_contents,
     size_of,
     sync,
     write_pack,
@@ -46,7 +46,6 @@ from cacheblend_jax.store.record import (
 )
 
 logger = logging.getLogger(__name__)
-INDEX_FILE = "index.sqlite"
 PACK_BYTES = 2**28  # of entries share a pack at most
 PACK_OVERHEAD, ENTRY_OVERHEAD = 2**13, 2**11  # bytes reserved for the files of a pack beside the arrays
 _PACK_NAME = re.compile("[0-9a-f]{32}")
@@ -94,7 +93,7 @@ class DiskTier:
         if self.root.exists() and not self.root.is_dir():
             raise CacheBlendError(f"store {str(directory)!r} is a file; expected a directory, or a path to make one at")
         self.writable = self._make_directories()
-        self.index = self._open_index()
+        self.index = recovery.open_index(self)
 
     @staticmethod
     def exists(directory: str | Path) -> bool:
@@ -157,7 +156,13 @@ class DiskTier:
         except UnreadableError as error:
             self.say_once(f"store {self.root}: an entry cannot be read now: {error}", "read_errors")
         else:
-            return DiskChunk(self, name, found, reader, pin)
+            return DiskChunk(
+                reader,
+                found.uses,
+                pin,
+                lambda reason: self.quarantine(name, found.pack, reason),
+                lambda reason: self.say_once(f"store {self.root}: an entry cannot be read: {reason}", "read_errors"),
+            )
         if pin is not None:
             pin.close()
         return None
@@ -343,10 +348,11 @@ class DiskTier:
             self.index.bury(pack)
             self.index.forget_pack(pack, "dead")
         self.sweep()
-        self.bound_quarantine(MOST_QUARANTINED, QUARANTINE_BYTES)
+        self.bound_quarantine()
 
-    def bound_quarantine(self, most: int, most_bytes: int) -> int:
+    def bound_quarantine(self, most: int | None = None, most_bytes: int = QUARANTINE_BYTES) -> int:
         """Removes the oldest of what is in quarantine beyond a count or bytes; returns how many."""
+        most = MOST_QUARANTINED if most is None else most
         kept = sorted((self.root / "quarantine").iterdir(), key=lambda path: path.stat().mtime, reverse=True)
         sizes = itertools.accumulate(_tree_bytes(path) for path in kept)
         beyond = [
@@ -378,81 +384,6 @@ class DiskTier:
             self.say_once(f"store {self.root}: entries are read, and not written: {error}", None)
             return False
         return not self.local or os.access(self.root, os.W_OK | os.X_OK)
-
-    def _open_index(self) -> Index:
-        path = os.path.abspath(self.root / INDEX_FILE)
-        if self.local and self.writable:
-            try:
-                self.index = Index(path)
-                self._recover()
-                if self.index.fresh:
-                    self.adopt_all()
-                return self.index
-            except sqlite3.OperationalError as error:  # no permission, no room
-                self.writable = False
-                self.say_once(f"store {self.root}: entries are read, and not written: {error}", "write_errors")
-            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-                self.say_once(f"store {self.root}: the index is made anew: {error}", "damaged")
-                return self._new_index(path)
-        if self.local and os.path.exists(path):
-            for how in ("mode=ro", "mode=ro&immutable=1"):
-                try:
-                    return Index(path, how)
-                except INDEX_ERRORS:
-                    continue
-        self.index = Index(None)
-        self.adopt_all()
-        return self.index
-
-    def _new_index(self, path: str) -> Index:
-        """Moves a broken index aside and makes one from the packs."""
-        kept = self.root / "quarantine" / f"index-{uuid.uuid4().hex}"
-        kept.mkdir()
-        for suffix in ("-wal", "-shm", ""):
-            if os.path.exists(path + suffix):
-                os.rename(path + suffix, kept / (INDEX_FILE + suffix))
-        self.index = Index(path)
-        self._recover()
-        self.adopt_all()
-        self.bound_quarantine(MOST_QUARANTINED, QUARANTINE_BYTES)
-        return self.index
-
-    def _recover(self) -> None:
-        """Removes what killed writers left: places of writing, reservations, files of dead packs."""
-        for outer in (self.root / "writing").iterdir():
-            try:
-                with Pin(outer, alone=True):
-                    shutil.rmtree(outer, ignore_errors=True)
-            except (BusyError, FileNotFoundError, NotADirectoryError):
-                continue
-        for pack in self.index.packs("writing"):
-            if (self.root / "writing" / pack).exists():
-                continue
-            if self.pack_path(pack).exists():  # killed between rename and index: nothing is lost
-                self.adopt(pack)
-            self.index.forget_pack(pack, "writing")
-        self.sweep()
-
-    def adopt_all(self) -> int:
-        """Enters packs in the index that it does not know; returns how many entries they hold."""
-        known = {pack for state in ("ready", "writing", "dead") for pack in self.index.packs(state)}
-        packs = sorted(path.name for path in (self.root / "packs").iterdir()) if (self.root / "packs").exists() else []
-        return sum(self.adopt(pack) for pack in packs if pack not in known)
-
-    def adopt(self, pack: str) -> int:
-        """Enters a pack in the index from its own `entries.json`; returns how many entries it holds."""
-        path = self.pack_path(pack)
-        try:
-            records = read_contents(path).records
-            return self.index.add(pack, size_of(path), records, replace=False)
-        except OtherVersionError as error:
-            self.say_once(f"store {self.root}: pack {pack} is of {error}; its entries count as missing", "outdated")
-        except (DamagedRecordError, OSError) as error:
-            logger.warning("store %s: pack %s is not used: %s", self.root, pack, error)
-            self.count("damaged")
-            if self.writable:
-                path.rename(self.root / "quarantine" / pack)
-        return 0
 
     # --- counting ----------------------------------------------------------------------------------------------------
 
@@ -507,55 +438,7 @@ class DiskTier:
             self._said.add("replaced")
         self.index.close()
         self.count("damaged")
-        self._new_index(os.path.abspath(self.root / INDEX_FILE))
-
-
-class DiskChunk:
-    """A `StoredChunk` on disk."""
-
-    tier = "disk"
-
-    def __init__(self, disk: DiskTier, name: str, found: Found, reader: EntryReader, pin: Pin | None) -> None:
-        self._disk, self._name, self._pack, self._reader, self._pin = disk, name, found.pack, reader, pin
-        self.uses = found.uses
-        self.num_layers, self.num_tokens = reader.record.shape[:2]
-        self.num_bytes = reader.record.num_bytes
-
-    def read_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `StoredChunk`."""
-        check_layer(layer, self.num_layers)
-        with self._damage_noted():
-            return self._reader.read_layer(layer)
-        raise AssertionError("unreachable")
-
-    def read(self) -> ChunkEntry:
-        """Returns the whole entry; errors as `read_layer`."""
-        with self._damage_noted():
-            return self._reader.read()
-        raise AssertionError("unreachable")
-
-    @contextmanager
-    def _damage_noted(self) -> Iterator[None]:
-        try:
-            yield
-        except DamagedEntryError as error:
-            self._disk.quarantine(self._name, self._pack, str(error))
-            raise
-        except UnreadableError as error:
-            self._disk.say_once(f"store {self._disk.root}: an entry cannot be read now: {error}", "read_errors")
-            raise DamagedEntryError(f"entry {self._name[:16]} cannot be read: {error}") from error
-
-    def close(self) -> None:
-        """See `StoredChunk`."""
-        pin, self._pin = self._pin, None
-        if pin is not None:
-            pin.close()
-
-    def __enter__(self) -> DiskChunk:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        recovery.new_index(self, os.path.abspath(self.root / recovery.INDEX_FILE))
 
 
 def _make_and_hold(path: Any) -> Pin:

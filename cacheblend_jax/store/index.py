@@ -23,7 +23,7 @@ INDEX_VERSION = 1
 # A broken database can make sqlite3 fail at decoding its own message.
 INDEX_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 BUSY_SECONDS = 10.0
-CACHE_KIB = 32 * 1024
+CACHE_KIB = 128 * 1024  # of pages, for looking up; a million keys need about that much
 PROTECTED = 0.8  # of the capacity may hold entries seen twice; the least recent of them count as seen once then
 
 SCHEMA = f"""

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
+from cacheblend_jax.store import recovery
 from cacheblend_jax.store.disk import DiskTier
 from cacheblend_jax.store.index import Listed
 from cacheblend_jax.store.pack import EntryReader, UnreadableError, file_problems, read_contents
@@ -81,7 +82,7 @@ def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
     unknown = _unknown_packs(disk)
     problems += [{"pack": pack, "name": "", "problem": "the index does not know it"} for pack in unknown]
     if repair:
-        disk.adopt_all()
+        recovery.adopt_all(disk)
         disk.index.recount()
         disk.sweep()
     return {"packs": len(packs), "entries": count, "problems": problems}
