@@ -16,7 +16,7 @@ from platformdirs import user_cache_path
 from tqdm import tqdm
 
 from cacheblend_jax.blend import SELECTORS, BlendConfig
-from cacheblend_jax.documents import chunk_documents, read_documents, select_top_k
+from cacheblend_jax.documents import Chunk, chunk_documents, read_documents, select_top_k
 from cacheblend_jax.engine import Engine
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.layout import MODES
@@ -25,12 +25,13 @@ from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.prompt import Prompt
 from cacheblend_jax.results import Generation, PrefillStats
 from cacheblend_jax.store import ChunkStore
+from cacheblend_jax.store.commands import add_store_commands
 
 SEPARATOR = "\n\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, or 2 for bad usage or input."""
+    """Runs a command; returns its exit code: 0, 1 for a store that is damaged, or 2 for bad usage or input."""
     parsed = _parser().parse_args(arguments)
     try:
         if parsed.json is not None and not parsed.json.parent.is_dir():
@@ -40,10 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
         report = parsed.run(parsed)
         if parsed.json is not None:
             _write_json(parsed.json, report)
+        return report.get("exit_code", 0)
     except CacheBlendError as error:
         print(f"cacheblend-jax: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_ask(commands)
+    _add_precompute(commands)
+    add_store_commands(commands)
     _add_evaluate(commands)
     _add_bench(commands)
     return parser
@@ -69,14 +72,9 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 def _add_ask(commands: Any) -> None:
     ask = commands.add_parser("ask", help="answer a question from text files")
     ask.add_argument("question", nargs="?", help="what to ask; write it last")
-    ask.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="checkpoint directory or hub id (demo)")
-    ask.add_argument(
-        "--docs", nargs="+", action="extend", required=True, metavar="PATH", help=".txt and .md files, or directories"
-    )
-    ask.add_argument("--chunk-tokens", type=_count, default=512, metavar="N", help="longest chunk (512)")
+    _add_sources(ask)
     ask.add_argument("--top-k", type=_count, default=5, metavar="K", help="chunks to use, picked by BM25 (5)")
     ask.add_argument("--all", action="store_true", help="use all chunks")
-    ask.add_argument("--system", help="system text before the chunks")
     ask.add_argument("--mode", choices=MODES, default="blend", help="how to prefill (blend)")
     ask.add_argument("--compare", action="store_true", help="answer in all four modes and print a table")
     ask.add_argument("--ratio", type=float, default=0.15, help="recompute ratio (0.15)")
@@ -85,9 +83,27 @@ def _add_ask(commands: Any) -> None:
     ask.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
     ask.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P (1: all)")
     ask.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    ask.add_argument("--store", metavar="DIR", help="keep chunk KV in a directory, for the next time")
     ask.add_argument("--store-bytes", type=_count, default=4 * 2**30, metavar="N", help="memory for chunk KV (4 GiB)")
     _add_shared(ask)
     ask.set_defaults(run=run_ask)
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="checkpoint directory or hub id (demo)")
+    parser.add_argument(
+        "--docs", nargs="+", action="extend", required=True, metavar="PATH", help=".txt and .md files, or directories"
+    )
+    parser.add_argument("--chunk-tokens", type=_count, default=512, metavar="N", help="longest chunk (512)")
+    parser.add_argument("--system", help="system text before the chunks")
+
+
+def _add_precompute(commands: Any) -> None:
+    precompute = commands.add_parser("precompute", help="compute the KV of text files and keep it in a directory")
+    _add_sources(precompute)
+    precompute.add_argument("--store", required=True, metavar="DIR", help="where to keep it")
+    _add_shared(precompute)
+    precompute.set_defaults(run=run_precompute)
 
 
 def _add_demo(commands: Any) -> None:
@@ -174,11 +190,9 @@ def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
     _take_question_from_docs(parsed)
     blend = BlendConfig(parsed.ratio, selector=parsed.selector)
     sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
-    store = ChunkStore(host_bytes=parsed.store_bytes)
+    store = ChunkStore(parsed.store, host_bytes=parsed.store_bytes)
     documents = read_documents(parsed.docs)
-    model = _load(parsed.model, parsed.dtype)
-    if model.tokenizer is None:
-        raise CacheBlendError(f"model {parsed.model!r} has no tokenizer; ask needs one")
+    model = _load_with_tokenizer(parsed)
     prompt, sources = _prompt(parsed, model, documents)
     engine = Engine(model, store, blend)
     bar = _bar(total=None, desc="precompute")
@@ -196,12 +210,48 @@ def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
         print(answers[parsed.mode].text)
         print(_summary(answers[parsed.mode].stats.prefill))
     engine.close()
+    store.close()
     return {
         "question": parsed.question,
         "model": parsed.model,
         "chunks": sources,
         "answers": {mode: _answer_json(answer) for mode, answer in answers.items()},
     }
+
+
+def run_precompute(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Stores the KV of all chunks of the documents; returns what `--json` writes."""
+    documents = read_documents(parsed.docs)
+    model = _load_with_tokenizer(parsed)
+    chunks = _chunks(parsed, model, documents)
+    # The prompt that `ask` makes of them: its prefix is what they are computed after.
+    texts = [chunk.text for chunk in chunks]
+    prompt = Prompt.to_answer(model.tokenizer, texts, "?", system=parsed.system, separator=SEPARATOR)
+    bar = _bar(total=None, desc="precompute")
+    with ChunkStore(parsed.store) as store, Engine(model, store) as engine:
+        keys = engine.precompute(
+            prompt.chunks, prefix=prompt.prefix, progress=lambda done, total: _advance(bar, done, total)
+        )
+        engine.flush()
+        stats = store.stats
+    bar.close()
+    failed = f", {stats.write_errors} errors of writing: see above" if stats.write_errors else ""
+    size = stats.disk_bytes / 1e6
+    print(f"{len(keys)} chunks, {stats.written} entries written to {parsed.store} ({size:.1f} MB){failed}")
+    return {
+        "chunks": [
+            {"source": chunk.source, "index": chunk.index, "key": key} for chunk, key in zip(chunks, keys, strict=True)
+        ],
+        "written": stats.written,
+        "store_bytes": stats.disk_bytes,
+    }
+
+
+def _load_with_tokenizer(parsed: argparse.Namespace) -> Model:
+    model = _load(parsed.model, parsed.dtype)
+    if model.tokenizer is None:
+        raise CacheBlendError(f"model {parsed.model!r} has no tokenizer; text needs one")
+    return model
 
 
 def _take_question_from_docs(parsed: argparse.Namespace) -> None:
@@ -215,6 +265,15 @@ def _take_question_from_docs(parsed: argparse.Namespace) -> None:
 
 
 def _prompt(parsed: argparse.Namespace, model: Model, documents: list) -> tuple[Prompt, list[dict[str, Any]]]:
+    chunks = _chunks(parsed, model, documents)
+    if not parsed.all:
+        chunks = select_top_k(chunks, parsed.question, parsed.top_k)
+    texts = [chunk.text for chunk in chunks]
+    prompt = Prompt.to_answer(model.tokenizer, texts, parsed.question, system=parsed.system, separator=SEPARATOR)
+    return prompt, [{"source": chunk.source, "index": chunk.index} for chunk in chunks]
+
+
+def _chunks(parsed: argparse.Namespace, model: Model, documents: list) -> list[Chunk]:
     tokenizer = model.tokenizer
 
     def count_tokens(text: str) -> int:
@@ -223,12 +282,7 @@ def _prompt(parsed: argparse.Namespace, model: Model, documents: list) -> tuple[
     def progress(items: Iterable) -> Iterable:
         return tqdm(items, desc="split", disable=not sys.stderr.isatty())
 
-    chunks = chunk_documents(documents, parsed.chunk_tokens, count_tokens, progress)
-    if not parsed.all:
-        chunks = select_top_k(chunks, parsed.question, parsed.top_k)
-    texts = [chunk.text for chunk in chunks]
-    prompt = Prompt.to_answer(tokenizer, texts, parsed.question, system=parsed.system, separator=SEPARATOR)
-    return prompt, [{"source": chunk.source, "index": chunk.index} for chunk in chunks]
+    return chunk_documents(documents, parsed.chunk_tokens, count_tokens, progress)
 
 
 def _load(name: str, dtype: str | None) -> Model:

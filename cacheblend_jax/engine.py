@@ -114,7 +114,8 @@ class Engine:
         for done, span in enumerate(spans):
             self._wait_for([span.missing.key])
             if span.missing.key not in self.store:
-                self.store.put(span.missing.key, self._standalone(span.missing))
+                # No request has asked for it yet: it goes before what one has.
+                self.store.put(span.missing.key, self._standalone(span.missing), wait=True, uses=0)
             if progress is not None:
                 progress(done + 1, len(spans))
         return [span.missing.key for span in spans if not span.is_prefix]
@@ -276,12 +277,14 @@ class Engine:
         return self.model.programs.count - before
 
     def flush(self) -> None:
-        """Waits until every missing chunk seen so far is stored."""
+        """Waits until every missing chunk seen so far is stored, on disk too where the store has a directory."""
         self._wait_for(list(self._pending))
+        self.store.flush()
 
     def close(self) -> None:
         """Finishes what is being stored and stops the background thread; later misses are answered, but not stored."""
         self._background.shutdown(wait=True)
+        self.store.flush()
 
     def __enter__(self) -> Engine:
         return self
@@ -352,7 +355,7 @@ class Engine:
         kv = program.run(self.model.params, padded, np.int32(ids.size), *self._put((cos, sin)))
         begin = missing.context_ids.size
         k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : ids.size]) for x in (kv.k, kv.v))
-        return ChunkEntry(k, v)
+        return ChunkEntry(k, v, self.model.fingerprint, tuple(missing.context_ids.tolist()))
 
     def _store_later(self, missing: Missing) -> None:
         if missing.key in self._pending or len(self._pending) >= MOST_PENDING:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.transformer import Params, init_params
+from cacheblend_jax.model.weights_digest import WeightFiles, params_digest
 from cacheblend_jax.programs import ProgramCache
 
 
@@ -28,16 +27,23 @@ class Model:
     name: str = ""
     stop_token_ids: tuple[int, ...] = ()
     directory: Path | None = None  # the checkpoint's, if it has one
+    weight_files: WeightFiles | None = None  # those in it that the parameters were loaded from
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over configuration, parameters and tokenizer: stored KV is valid for them alone."""
+        """SHA-256 (hex) over configuration, weights and tokenizer: stored KV is valid for them alone.
+
+        The weights enter by the SHA-256 of the files they were loaded from, which is remembered beside them; without
+        files, or where these have changed since, by that of the parameters themselves.
+        """
         digest = hashlib.sha256()
         # The check layer says where HKVD tokens are chosen: stand-alone KV does not depend on it.
         shape = {name: value for name, value in asdict(self.config).items() if name != "check_layer"}
         parts = [json.dumps(shape, sort_keys=True).encode(), _tokenizer_bytes(self.tokenizer)]
-        leaves, treedef = jax.tree.flatten(self.params)
-        parts += [str(treedef).encode(), np.asarray(jax.device_get([_bits_digest(leaf) for leaf in leaves])).tobytes()]
+        files = self.weight_files
+        # Parameters that were put in the place of those loaded are not what the files hold.
+        loaded = files.digest() if files is not None and files.params is self.params else None
+        parts.append(f"files {loaded}".encode() if loaded else f"params {params_digest(self.params)}".encode())
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()
@@ -74,23 +80,3 @@ def _tokenizer_bytes(tokenizer: Any) -> bytes:
     vocabulary = sorted(tokenizer.get_vocab().items())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return json.dumps(vocabulary).encode() + (backend.to_str().encode() if backend is not None else b"")
-
-
-@jax.jit
-def _bits_digest(leaf: jax.Array) -> jax.Array:
-    """A position-dependent 4 x 32-bit digest of an array's bits, computed where the array lives.
-
-    Every element enters two multiply-mixed sums, once by value and once with its place; this guards against mixing
-    models up, not against an adversary, who could replace the stored KV itself.
-    """
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf.reshape(-1), unsigned).astype(jnp.uint32)
-    place = jax.lax.iota(jnp.uint32, bits.size)
-
-    def mixed(x: jax.Array, odd: int) -> jax.Array:
-        x = (x ^ (x >> 16)) * jnp.uint32(odd)
-        x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-        return x ^ (x >> 16)
-
-    words = [mixed(bits + place * jnp.uint32(odd), odd) for odd in (0x7FEB352D, 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)]
-    return jnp.stack([word.sum(dtype=jnp.uint32) for word in words])

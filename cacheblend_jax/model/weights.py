@@ -18,6 +18,7 @@ from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.demo import demo_directory
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.transformer import Params, abstract_params, partition_specs
+from cacheblend_jax.model.weights_digest import WeightFiles, signature_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 STORED_DTYPES = {"F64", "F32", "F16", "BF16"}
@@ -71,10 +72,14 @@ def load_model(
             f"{directory}: dtype {config.dtype!r} is not supported; pass dtype= one of {', '.join(DTYPES)}"
         )
     config = _with_check_layer(config, directory)
+    names = sorted({str(file.relative_to(directory)) for file in _tensor_files(directory).values()})
+    signature = signature_of(directory, names)  # before reading: a file that changes meanwhile is noticed
     params = load_params(directory, config, mesh=mesh, progress=progress)
+    files = None if signature is None else WeightFiles(directory, signature, params)
     tokenizer = load_tokenizer(directory)
     stops = _stop_token_ids(directory, raw, tokenizer)
-    return Model(config, params, tokenizer, name=str(name_or_path), stop_token_ids=stops, directory=directory)
+    name = str(name_or_path)
+    return Model(config, params, tokenizer, name=name, stop_token_ids=stops, directory=directory, weight_files=files)
 
 
 def _resolve(name_or_path: str | Path) -> Path:

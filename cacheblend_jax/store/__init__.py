@@ -1,7 +1,7 @@
 """Stand-alone KV of chunks, found by content."""
 
 from cacheblend_jax.store.chunk_store import ChunkStore, StoreStats
-from cacheblend_jax.store.entry import ChunkEntry
+from cacheblend_jax.store.entry import ChunkEntry, StoredChunk
 from cacheblend_jax.store.keys import chunk_key
 
-__all__ = ["ChunkEntry", "ChunkStore", "StoreStats", "chunk_key"]
+__all__ = ["ChunkEntry", "ChunkStore", "StoreStats", "StoredChunk", "chunk_key"]

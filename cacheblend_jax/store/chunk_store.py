@@ -1,116 +1,322 @@
-"""The chunk store: entries by key, bounded in bytes, least recently used out first."""
+"""The chunk store: entries by key, in host memory and on disk, each bounded in bytes."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.store.entry import ChunkEntry
+from cacheblend_jax.store.entry import ChunkEntry, HostChunk, StoredChunk
+from cacheblend_jax.store.host import HostTier
 
 DEFAULT_HOST_BYTES = 4 * 2**30
+DEFAULT_DISK_BYTES = 64 * 2**30
+DEFAULT_QUEUE_BYTES = 2**30
+TOUCHES_KEPT = 64  # uses counted in memory before they are written to the index
 
 
 @dataclass
 class StoreStats:
-    """Counts since the store was made; `bytes` and `entries` are what it holds now."""
+    """Counts since the store was made; `entries` and `bytes` are what memory holds now, `disk_…` what the disk does.
+
+    Attributes:
+        hits, misses: of `get` and `open`; `disk_hits` of the hits were read from the disk.
+        stored: entries put and kept.
+        evicted, disk_evicted: entries that made room for others.
+        rejected: entries larger than the memory, or without room among entries in use; `disk_rejected`: than the disk.
+        written: entries written to the disk.
+        dropped: entries not written because the queue was full.
+        damaged: entries (or indexes) whose bytes were not those written; quarantined.
+        outdated: entries of another format version, treated as missing.
+        write_errors, read_errors: what the file system refused; the entries stay in memory, or are misses.
+    """
 
     hits: int = 0
     misses: int = 0
     stored: int = 0
     evicted: int = 0
-    rejected: int = 0  # larger than the whole store
+    rejected: int = 0
     entries: int = 0
     bytes: int = 0
+    disk_hits: int = 0
+    written: int = 0
+    dropped: int = 0
+    disk_evicted: int = 0
+    disk_rejected: int = 0
+    disk_entries: int = 0
+    disk_bytes: int = 0
+    damaged: int = 0
+    outdated: int = 0
+    write_errors: int = 0
+    read_errors: int = 0
 
 
 class ChunkStore:
-    """Keeps chunk KV in host memory, at most `host_bytes` of it; the least recently used entries go first.
+    """Keeps chunk KV in host memory, and in a directory if there is one: written in the background, checked when read.
 
-    Safe to use from several threads. An entry that is larger than the whole store is not kept (and counted in
-    `stats.rejected`): nothing is evicted for it. Entries are read-only.
+    Memory and disk are each bounded in bytes. The least recently used entries go first, those seen once before those
+    seen twice, one that is in use never. An entry read from the disk is kept in memory too. Safe to use from several
+    threads; several processes of a machine may share a directory. Entries are read-only.
+
+    What the file system does never fails a request: an entry that cannot be written stays in memory, one that cannot be
+    read (or whose checksums are wrong: it is quarantined then) is a miss. All of it is counted in `stats` and logged
+    once.
 
     Args:
-        directory: `None`: memory only.
-        host_bytes: capacity in bytes.
+        directory: a path, made if missing; also a URL that Orbax and TensorStore accept (`gs://…`), which then serves
+            one writing process. `None`: memory only.
+        host_bytes: capacity of host memory.
+        disk_bytes: capacity of the directory, with all its files but the index.
+        device_bytes: reserved; 0.
         salt: part of every key: stores with different salts share nothing, even over the same chunks.
+        queue_bytes: how much may wait to be written. Beyond, entries of requests are kept in memory alone.
 
     Raises:
-        CacheBlendError: a capacity that is not positive, or a directory, which this version does not write to.
+        CacheBlendError: a capacity that is not positive; a directory that is a file, or cannot be made.
     """
 
     def __init__(
-        self, directory: str | Path | None = None, *, host_bytes: int = DEFAULT_HOST_BYTES, salt: str = ""
+        self,
+        directory: str | Path | None = None,
+        *,
+        host_bytes: int = DEFAULT_HOST_BYTES,
+        disk_bytes: int = DEFAULT_DISK_BYTES,
+        device_bytes: int = 0,
+        salt: str = "",
+        queue_bytes: int = DEFAULT_QUEUE_BYTES,
     ) -> None:
-        if directory is not None:
-            raise CacheBlendError(
-                f"a store in a directory ({str(directory)!r}) is not in this version; use ChunkStore(host_bytes=…)"
-            )
-        if not isinstance(host_bytes, int) or isinstance(host_bytes, bool) or host_bytes < 1:
-            raise CacheBlendError(f"host_bytes must be a whole number of at least 1, got {host_bytes!r}")
+        for name, value in (("host_bytes", host_bytes), ("disk_bytes", disk_bytes), ("queue_bytes", queue_bytes)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CacheBlendError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if device_bytes != 0:
+            raise CacheBlendError(f"device_bytes must be 0: there is no device tier yet; got {device_bytes!r}")
         self.host_bytes = host_bytes
+        self.disk_bytes = disk_bytes
+        self.directory = directory
         self.salt = salt
-        self._entries: OrderedDict[str, ChunkEntry] = OrderedDict()
+        self._host = HostTier(host_bytes)
         self._stats = StoreStats()
         self._lock = threading.Lock()
+        self._touched: dict[str, int] = {}
+        self._closed = False
+        self._disk: Any = None
+        self._queue: Any = None
+        if directory is not None:
+            # TensorStore and Orbax are a quarter of a second to import: a store in memory does without.
+            from cacheblend_jax.store.disk import DiskTier
+            from cacheblend_jax.store.writeback import WriteBack
+
+            self._disk = DiskTier(directory, disk_bytes)
+            self._queue = WriteBack(self._disk.write, queue_bytes)
 
     def get(self, key: str) -> ChunkEntry | None:
-        """Returns the entry and marks it as just used; `None` where there is none."""
+        """Returns the entry, which is kept in memory from then on, and counts it as seen; `None` where there is none.
+
+        One that is damaged on disk is quarantined and counted, and is `None`.
+        """
+        entry = self._from_memory(key)
+        if entry is not None:
+            return entry
+        disk = self._disk
+        loaded = None if disk is None else disk.load(key)
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
+            if loaded is None:
                 self._stats.misses += 1
                 return None
-            self._entries.move_to_end(key)
+            entry, uses = loaded
             self._stats.hits += 1
-            return entry
+            self._stats.disk_hits += 1
+            self._keep(key, _read_only(entry), uses + 1)
+        self._touch(key)
+        return entry
 
-    def put(self, key: str, entry: ChunkEntry) -> bool:
-        """Stores an entry, evicting others as needed; returns whether it is kept."""
-        for array in (entry.k, entry.v):
-            array.flags.writeable = False
+    def open(self, key: str) -> StoredChunk | None:
+        """Returns a handle that reads the entry layer by layer, for use in a `with`; `None` where there is none.
+
+        Until it is closed, the entry is not evicted from where it is read. One that is read from disk is not copied
+        into memory.
+        """
         with self._lock:
-            if entry.num_bytes > self.host_bytes:
-                self._stats.rejected += 1
-                return False
-            self._drop(key)
-            while self._stats.bytes + entry.num_bytes > self.host_bytes:
-                self._drop(next(iter(self._entries)))
-                self._stats.evicted += 1
-            self._entries[key] = entry
-            self._stats.stored += 1
-            self._stats.entries += 1
-            self._stats.bytes += entry.num_bytes
-            return True
+            if (entry := self._host.get(key)) is not None:
+                self._stats.hits += 1
+                self._host.pin(key)
+        if entry is not None:
+            self._touch(key)
+            return HostChunk(entry, lambda: self._unpin(key))
+        if (entry := self._pending(key)) is not None:
+            self._count("hits")
+            self._touch(key)
+            return HostChunk(entry, lambda: None)
+        disk = self._disk
+        chunk = None if disk is None else disk.open(key)
+        self._count("misses" if chunk is None else "hits")
+        if chunk is not None:
+            self._count("disk_hits")
+            self._touch(key)
+        return chunk
+
+    def put(self, key: str, entry: ChunkEntry, *, wait: bool = False, uses: int = 1) -> bool:
+        """Keeps an entry in memory and queues it for the disk; returns whether it is kept anywhere.
+
+        Args:
+            wait: where the queue is full, wait until it is not, instead of leaving the disk out.
+            uses: how often the entry counts as seen; 0 for one that no request has asked for yet.
+        """
+        _read_only(entry)
+        with self._lock:
+            kept = self._keep(key, entry, uses)
+        queued = False
+        disk = self._disk
+        if disk is not None and disk.writable and not self._closed:
+            if uses != 1:
+                disk.first_uses[key] = uses
+            queued = self._queue.submit(key, entry, wait=wait)
+            if not queued:
+                self._count("dropped")
+        if kept or queued:
+            self._count("stored")
+        return kept or queued
+
+    def remove(self, key: str) -> bool:
+        """Drops an entry everywhere; returns whether there was one."""
+        there = key in self
+        with self._lock:
+            self._host.remove(key)
+        if self._disk is not None:
+            self._queue.discard({key})
+            self._disk.remove([key])
+        return there
 
     def clear(self) -> None:
-        """Drops every entry."""
+        """Drops every entry, on disk too."""
         with self._lock:
-            for key in list(self._entries):
-                self._drop(key)
+            for key in list(self._host.keys()):
+                self._host.remove(key)
+            self._touched.clear()
+        if self._disk is not None:
+            self._queue.discard()
+            self._disk.clear()
+
+    def flush(self) -> None:
+        """Waits until every entry put so far is on the disk, or could not be written."""
+        if self._queue is not None:
+            self._queue.flush()
+            self._write_touches()
+
+    def close(self) -> None:
+        """Flushes, and lets the directory go; the store goes on from memory. Once or more."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if self._queue is not None and not closed:
+            self._queue.close()
+            self._write_touches()
+            disk, self._disk = self._disk, None
+            with self._lock:
+                self._stats = self._with_disk(disk)
+            disk.close()
+
+    def __enter__(self) -> ChunkStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def stats(self) -> StoreStats:
         """A snapshot of the counts."""
         with self._lock:
-            return replace(self._stats)
+            disk = self._disk
+            return self._with_host() if disk is None else self._with_disk(disk)
 
     def keys(self) -> list[str]:
-        """Keys held, the least recently used first."""
+        """Keys held: first those in memory, in the order in which they would go, then those on disk alone."""
         with self._lock:
-            return list(self._entries)
+            keys = self._host.keys()
+        if self._disk is not None:
+            known = set(keys)
+            keys += [key for key in (*sorted(self._queue.keys()), *self._disk.keys()) if key not in known]
+        return list(dict.fromkeys(keys))
 
     def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str):
+            return False
         with self._lock:
-            return key in self._entries
+            if self._host.peek(key) is not None:
+                return True
+        disk = self._disk
+        return disk is not None and (self._queue.pending(key) is not None or key in disk)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._host) if self._disk is None else len(self.keys())
 
-    def _drop(self, key: str) -> None:
-        entry = self._entries.pop(key, None)
+    def _from_memory(self, key: str) -> ChunkEntry | None:
+        with self._lock:
+            entry = self._host.get(key)
+            if entry is not None:
+                self._stats.hits += 1
+        if entry is None and (entry := self._pending(key)) is not None:
+            with self._lock:
+                self._stats.hits += 1
+                self._keep(key, entry, 1)
         if entry is not None:
-            self._stats.entries -= 1
-            self._stats.bytes -= entry.num_bytes
+            self._touch(key)
+        return entry
+
+    def _pending(self, key: str) -> ChunkEntry | None:
+        return None if self._queue is None else self._queue.pending(key)
+
+    def _keep(self, key: str, entry: ChunkEntry, uses: int) -> bool:
+        evicted = self._host.put(key, entry, uses)
+        if evicted is None:
+            self._stats.rejected += 1
+            return False
+        self._stats.evicted += evicted
+        return True
+
+    def _touch(self, key: str) -> None:
+        """Counts a use for the disk's order; written in batches, so that a hit never waits for the index."""
+        if self._disk is None:
+            return
+        with self._lock:
+            self._touched[key] = self._touched.pop(key, 0) + 1
+            full = len(self._touched) >= TOUCHES_KEPT
+        if full:
+            self._queue.run_soon(self._write_touches)
+
+    def _write_touches(self) -> None:
+        with self._lock:
+            touched, self._touched = self._touched, {}
+        disk = self._disk
+        if disk is not None:
+            disk.touch(touched)
+
+    def _unpin(self, key: str) -> None:
+        with self._lock:
+            self._host.unpin(key)
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            setattr(self._stats, what, getattr(self._stats, what) + 1)
+
+    def _with_host(self) -> StoreStats:
+        return replace(self._stats, entries=len(self._host), bytes=self._host.bytes)
+
+    def _with_disk(self, disk: Any) -> StoreStats:
+        counts, (size, entries) = disk.snapshot()
+        return replace(
+            self._with_host(),
+            disk_bytes=size,
+            disk_entries=entries,
+            written=counts.written,
+            disk_evicted=counts.evicted,
+            disk_rejected=counts.rejected,
+            **{name: getattr(counts, name) for name in ("damaged", "outdated", "write_errors", "read_errors")},
+        )
+
+
+def _read_only(entry: ChunkEntry) -> ChunkEntry:
+    for array in (entry.k, entry.v):
+        array.flags.writeable = False
+    return entry

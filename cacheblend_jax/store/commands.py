@@ -1,0 +1,108 @@
+"""The commands `store ls`, `store verify`, `store prune` and `store rm`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.store.chunk_store import DEFAULT_DISK_BYTES
+
+
+def add_store_commands(commands: Any) -> None:
+    """Adds `store` and its commands to the command line's."""
+    store = commands.add_parser("store", help="look after a directory of stored chunks")
+    actions = store.add_subparsers(required=True, metavar="ACTION")
+    for name, run, text in (
+        ("ls", _run_ls, "list its entries, the least recently used first"),
+        ("verify", _run_verify, "read all of it and say what is damaged; exit code 1 if something is"),
+        ("prune", _run_prune, "remove entries that are old, unused or too many"),
+        ("rm", _run_rm, "remove entries by key"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("directory", metavar="DIR", help="the store's directory")
+        action.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+        action.set_defaults(run=run, no_compile_cache=True)
+        if name == "verify":
+            action.add_argument(
+                "--repair", action="store_true", help="quarantine what is damaged, find what the index has lost"
+            )
+        if name == "prune":
+            action.add_argument("--max-bytes", type=_not_negative, metavar="N", help="until N bytes are left")
+            action.add_argument("--unused-days", type=float, metavar="D", help="not used for D days")
+            action.add_argument("--quarantine", action="store_true", help="also empty the quarantine")
+        if name == "rm":
+            action.add_argument("keys", nargs="+", metavar="KEY", help="first digits of a key, 8 at least")
+
+
+def _open(parsed: argparse.Namespace) -> Any:
+    from cacheblend_jax.store.disk import DiskTier
+
+    if not DiskTier.exists(parsed.directory):
+        raise CacheBlendError(f"store {parsed.directory!r} is not there; expected the directory of a ChunkStore")
+    return DiskTier(parsed.directory, DEFAULT_DISK_BYTES)
+
+
+def _run_ls(parsed: argparse.Namespace) -> dict[str, Any]:
+    from cacheblend_jax.store.maintenance import list_entries
+
+    disk = _open(parsed)
+    entries = list_entries(disk)
+    size, count = disk.index.totals()
+    disk.close()
+    print(f"{'key':18}{'tokens':>8}{'MB':>9}{'uses':>6}  {'last used':19}  model")
+    for entry in entries:
+        used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["used"]))
+        model = entry.get("problem") or entry["fingerprint"][:12]
+        tokens = entry.get("tokens", "?")
+        print(f"{entry['name'][:16]:18}{tokens:>8}{entry['bytes'] / 1e6:9.2f}{entry['uses']:6}  {used}  {model}")
+    print(f"{count} entries, {size / 1e6:.1f} MB on disk")
+    return {"entries": entries, "bytes": size}
+
+
+def _run_verify(parsed: argparse.Namespace) -> dict[str, Any]:
+    from cacheblend_jax.store.maintenance import verify
+
+    disk = _open(parsed)
+    report = verify(disk, repair=parsed.repair)
+    disk.close()
+    for problem in report["problems"]:
+        print(f"pack {problem['pack'] or '-'}, entry {problem['name'][:16] or '-'}: {problem['problem']}")
+    print(f"{report['entries']} entries in {report['packs']} packs read, {len(report['problems'])} problems")
+    return report | {"exit_code": 1 if report["problems"] else 0}
+
+
+def _run_prune(parsed: argparse.Namespace) -> dict[str, Any]:
+    from cacheblend_jax.store.maintenance import prune
+
+    if parsed.max_bytes is None and parsed.unused_days is None and not parsed.quarantine:
+        raise CacheBlendError("prune needs --max-bytes N, --unused-days D or --quarantine: what may go?")
+    disk = _writable(_open(parsed))
+    report = prune(disk, max_bytes=parsed.max_bytes, unused_days=parsed.unused_days, quarantined=parsed.quarantine)
+    disk.close()
+    print(f"{report['removed']} entries removed, {report['entries']} left ({report['bytes'] / 1e6:.1f} MB)")
+    return report
+
+
+def _run_rm(parsed: argparse.Namespace) -> dict[str, Any]:
+    from cacheblend_jax.store.maintenance import remove
+
+    disk = _writable(_open(parsed))
+    removed = remove(disk, parsed.keys)
+    disk.close()
+    print(f"{removed} entries removed")
+    return {"removed": removed}
+
+
+def _writable(disk: Any) -> Any:
+    if not disk.writable:
+        raise CacheBlendError(f"store {str(disk.root)!r} cannot be written; run this with the right to")
+    return disk
+
+
+def _not_negative(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+    return int(text)

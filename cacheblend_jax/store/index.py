@@ -1,0 +1,329 @@
+"""The index of a store's directory: which pack holds which entry. SQLite in WAL mode, shared by processes."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import NamedTuple
+
+from cacheblend_jax.store.record import (
+    DamagedRecordError,
+    EntryRecord,
+    OtherVersionError,
+    content_of,
+    dump_record,
+    load_record,
+    storage_name,
+)
+
+INDEX_VERSION = 1
+# A broken database can make sqlite3 fail at decoding its own message.
+INDEX_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+BUSY_SECONDS = 10.0
+CACHE_KIB = 128 * 1024  # of pages, for looking up; a million keys need about that much
+PROTECTED = 0.8  # of the capacity may hold entries seen twice; the least recent of them count as seen once then
+
+SCHEMA = f"""
+CREATE TABLE packs(
+    id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, state TEXT NOT NULL, bytes INTEGER NOT NULL,
+    hot INTEGER NOT NULL DEFAULT 0, used INTEGER NOT NULL);
+CREATE INDEX packs_order ON packs(state, hot, used);
+CREATE INDEX packs_used ON packs(used);
+CREATE TABLE entries(
+    name BLOB PRIMARY KEY, pack INTEGER NOT NULL, uses INTEGER NOT NULL, used INTEGER NOT NULL, bytes INTEGER NOT NULL,
+    record BLOB NOT NULL, crc INTEGER NOT NULL);
+CREATE INDEX entries_pack ON entries(pack);
+CREATE TABLE totals(bytes INTEGER NOT NULL, hot_bytes INTEGER NOT NULL, entries INTEGER NOT NULL);
+INSERT INTO totals VALUES(0, 0, 0);
+CREATE TRIGGER pack_added AFTER INSERT ON packs BEGIN
+    UPDATE totals SET bytes = bytes + new.bytes, hot_bytes = hot_bytes + new.bytes * new.hot; END;
+CREATE TRIGGER pack_removed AFTER DELETE ON packs BEGIN
+    UPDATE totals SET bytes = bytes - old.bytes, hot_bytes = hot_bytes - old.bytes * old.hot; END;
+CREATE TRIGGER pack_changed AFTER UPDATE OF bytes, hot ON packs BEGIN
+    UPDATE totals SET bytes = bytes + new.bytes - old.bytes,
+        hot_bytes = hot_bytes + new.bytes * new.hot - old.bytes * old.hot; END;
+CREATE TRIGGER entry_added AFTER INSERT ON entries BEGIN UPDATE totals SET entries = entries + 1; END;
+CREATE TRIGGER entry_removed AFTER DELETE ON entries BEGIN UPDATE totals SET entries = entries - 1; END;
+PRAGMA user_version = {INDEX_VERSION};
+"""
+
+
+class Found(NamedTuple):
+    """An entry's place: `record` and `crc` are for `load_record`; `uses` counts how often it was seen."""
+
+    pack: str
+    record: bytes
+    crc: int
+    uses: int
+
+
+class Listed(NamedTuple):
+    """An entry as `ls` shows it; `used` is the time of its last use, in milliseconds since 1970."""
+
+    name: str
+    pack: str
+    size: int
+    uses: int
+    used: int
+    record: bytes
+    crc: int
+
+
+class Index:
+    """Entries and packs of one directory.
+
+    A pack is `writing` (its bytes are reserved), `ready`, or `dead` (no entry left, its files are to be removed).
+    Times of use never go backwards, whatever the clock does.
+
+    Args:
+        path: the database's file, or `None`: in memory, for a directory that cannot hold one.
+        uri: options after the file's name for one that cannot be written, such as `mode=ro`.
+
+    Raises:
+        sqlite3.Error: it cannot be opened, or is not an index of this version (`sqlite3.DatabaseError`).
+    """
+
+    def __init__(self, path: str | None, uri: str = "") -> None:
+        self.fresh = False  # whether it was made here and now, and holds nothing
+        self._lock = threading.RLock()
+        self._writing = self._connect(path, uri)
+        try:
+            if not uri:
+                self._set_up(path)
+            # Looking up never waits for another process's writing. One in memory has a single connection.
+            self._reading = self._writing if path is None else self._connect(path, uri)
+            self._reading_lock = self._lock if path is None else threading.RLock()
+            (version,) = self._reading.execute("PRAGMA user_version").fetchone()
+            self._reading.execute("SELECT bytes, entries FROM totals").fetchone()
+        except BaseException:
+            self._writing.close()
+            raise
+        if version != INDEX_VERSION:
+            self.close()
+            raise sqlite3.DatabaseError(f"index version {version}; this code reads version {INDEX_VERSION}")
+
+    @staticmethod
+    def _connect(path: str | None, uri: str) -> sqlite3.Connection:
+        target = ":memory:" if path is None else path
+        if uri:
+            from pathlib import Path
+
+            target = f"{Path(target).absolute().as_uri()}?{uri}"
+        connection = sqlite3.connect(
+            target, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=bool(uri)
+        )
+        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        return connection
+
+    def _set_up(self, path: str | None) -> None:
+        if path is not None:
+            self._writing.execute("PRAGMA journal_mode = WAL")
+            self._writing.execute("PRAGMA synchronous = NORMAL")
+        with self._transaction() as run:
+            tables = run("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if not tables:
+                self.fresh = True
+                for statement in _statements(SCHEMA):
+                    run(statement)
+
+    @contextmanager
+    def _transaction(self) -> Iterator:
+        with self._lock:
+            self._writing.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writing.execute
+            except BaseException:
+                self._writing.execute("ROLLBACK")
+                raise
+            self._writing.execute("COMMIT")
+
+    def close(self) -> None:
+        """Closes the database."""
+        for lock, connection in ((self._reading_lock, self._reading), (self._lock, self._writing)):
+            with lock, closing(connection):
+                pass
+
+    def find(self, name: str) -> Found | None:
+        """Looks an entry up by its storage name."""
+        sql = "SELECT p.name, e.record, e.crc, e.uses FROM entries e JOIN packs p ON p.id = e.pack WHERE e.name = ?"
+        with self._reading_lock:
+            row = self._reading.execute(sql, (bytes.fromhex(name),)).fetchone()
+        if row is None:
+            return None
+        pack, record, crc, uses = row
+        return Found(str(pack), record, crc, uses if isinstance(uses, int) else 1)
+
+    def __contains__(self, name: str) -> bool:
+        with self._reading_lock:
+            found = self._reading.execute("SELECT 1 FROM entries WHERE name = ?", (bytes.fromhex(name),)).fetchone()
+        return found is not None
+
+    def totals(self) -> tuple[int, int]:
+        """Returns the bytes of all packs, and the number of entries."""
+        with self._reading_lock:
+            size, entries = self._reading.execute("SELECT bytes, entries FROM totals").fetchone()
+        if not isinstance(size, int) or not isinstance(entries, int):
+            raise sqlite3.DatabaseError("the totals are not numbers")
+        return size, entries
+
+    def listed(self, pack: str | None = None) -> list[Listed]:
+        """Returns all entries, or a pack's, the least recently used first."""
+        sql = """SELECT lower(hex(e.name)), p.name, e.bytes, e.uses, e.used, e.record, e.crc
+            FROM entries e JOIN packs p ON p.id = e.pack WHERE ? IS NULL OR p.name = ? ORDER BY e.used, e.rowid"""
+        with self._reading_lock:
+            return [Listed(*row) for row in self._reading.execute(sql, (pack, pack))]
+
+    def packs(self, state: str) -> list[str]:
+        """Returns the names of the packs in a state."""
+        with self._reading_lock:
+            return [name for (name,) in self._reading.execute("SELECT name FROM packs WHERE state = ?", (state,))]
+
+    def reserve(self, pack: str, size: int) -> None:
+        """Notes a pack that is about to be written, so that its bytes count."""
+        with self._transaction() as run:
+            run("INSERT INTO packs(name, state, bytes, used) VALUES(?, 'writing', ?, ?)", (pack, size, _tick(run)))
+
+    def add(
+        self,
+        pack: str,
+        size: int,
+        records: Sequence[EntryRecord],
+        *,
+        replace: bool = True,
+        uses: dict[str, int] | None = None,
+    ) -> int:
+        """Makes a written pack's entries known, all at once; returns how many of them it now holds.
+
+        An entry that is known already with the same checksums stays where it is; with others it moves here, unless
+        `replace` is false. Packs that are left empty are dead. `uses` says by key how often entries were seen, if not
+        once.
+        """
+        with self._transaction() as run:
+            run("INSERT OR IGNORE INTO packs(name, state, bytes, used) VALUES(?, 'ready', 0, ?)", (pack, _tick(run)))
+            run("UPDATE packs SET state = 'ready', bytes = ? WHERE name = ?", (size, pack))
+            (number, used) = run("SELECT id, used FROM packs WHERE name = ?", (pack,)).fetchone()
+            left = set()
+            for record in records:
+                name = bytes.fromhex(storage_name(record.key))
+                text, crc = dump_record(record)
+                old = run("SELECT pack, record, crc FROM entries WHERE name = ?", (name,)).fetchone()
+                if old is not None:
+                    if not replace or _same_content(old[1], old[2], record):
+                        continue
+                    left.add(old[0])
+                    run("DELETE FROM entries WHERE name = ?", (name,))
+                run(
+                    "INSERT INTO entries VALUES(?, ?, ?, ?, ?, ?, ?)",
+                    (name, number, (uses or {}).get(record.key, 1), used, record.num_bytes, text, crc),
+                )
+            _bury_empty(run, left | {number})
+            return run("SELECT count(*) FROM entries WHERE pack = ?", (number,)).fetchone()[0]
+
+    def touch(self, seen: dict[str, int]) -> None:
+        """Counts entries as seen so many times more, in the order given."""
+        with self._transaction() as run:
+            tick = _tick(run)
+            for name, count in seen.items():
+                key = bytes.fromhex(name)
+                run("UPDATE entries SET uses = uses + ?, used = ? WHERE name = ?", (count, tick, key))
+                run(
+                    """UPDATE packs SET used = ?, hot = max(hot, (SELECT uses >= 2 FROM entries WHERE name = ?))
+                    WHERE id = (SELECT pack FROM entries WHERE name = ?)""",
+                    (tick, key, key),
+                )
+                tick += 1
+
+    def remove(self, names: Iterable[str], pack: str | None = None) -> int:
+        """Forgets entries, or those of them that are in `pack`; packs left empty are dead. Returns how many."""
+        count = 0
+        with self._transaction() as run:
+            left = set()
+            for name in names:
+                key = bytes.fromhex(name)
+                row = run(
+                    "SELECT e.pack, p.name FROM entries e LEFT JOIN packs p ON p.id = e.pack WHERE e.name = ?", (key,)
+                ).fetchone()
+                if row is not None and pack in (None, row[1]):
+                    left.add(row[0])
+                    run("DELETE FROM entries WHERE name = ?", (key,))
+                    count += 1
+            _bury_empty(run, left)
+        return count
+
+    def bury(self, pack: str) -> int:
+        """Forgets the entries of a pack, which is dead then; returns how many there were."""
+        with self._transaction() as run:
+            deleted = run("DELETE FROM entries WHERE pack = (SELECT id FROM packs WHERE name = ?)", (pack,)).rowcount
+            run("UPDATE packs SET state = 'dead' WHERE name = ?", (pack,))
+        return deleted
+
+    def forget_pack(self, pack: str, state: str) -> None:
+        """Forgets a pack whose files are gone, if it is in this state: its bytes count no more."""
+        with self._transaction() as run:
+            run("DELETE FROM packs WHERE name = ? AND state = ?", (pack, state))
+
+    def candidates(self, capacity: int) -> list[str]:
+        """Returns the ready packs in the order in which they are to be evicted.
+
+        Packs of entries seen once come first, then those of entries seen twice, each by their last use. Where the
+        latter hold more than four fifths of the capacity, the least recent of them count as seen once again.
+        """
+        with self._transaction() as run:
+            (hot_bytes,) = run("SELECT hot_bytes FROM totals").fetchone()
+            sql = "SELECT id, bytes FROM packs WHERE state = 'ready' AND hot = 1 ORDER BY used"
+            for number, size in run(sql).fetchall() if hot_bytes > PROTECTED * capacity else []:
+                if hot_bytes <= PROTECTED * capacity:
+                    break
+                run("UPDATE packs SET hot = 0 WHERE id = ?", (number,))
+                hot_bytes -= size
+            return [
+                name for (name,) in run("SELECT name FROM packs WHERE state = 'ready' ORDER BY hot, used LIMIT 256")
+            ]
+
+    def recount(self) -> None:
+        """Takes the totals anew from the rows."""
+        with self._transaction() as run:
+            run(
+                """UPDATE totals SET bytes = (SELECT ifnull(sum(bytes), 0) FROM packs),
+                hot_bytes = (SELECT ifnull(sum(bytes * hot), 0) FROM packs), entries = (SELECT count(*) FROM entries)"""
+            )
+
+    def problems(self) -> list[str]:
+        """Returns what SQLite finds wrong with the database."""
+        with self._reading_lock:
+            return [text for (text,) in self._reading.execute("PRAGMA integrity_check") if text != "ok"]
+
+
+def _tick(run) -> int:
+    """Returns milliseconds since 1970, or more where the clock went backwards: later than every use so far."""
+    (latest,) = run("SELECT max(used) FROM packs").fetchone()
+    return max(time.time_ns() // 10**6, (latest or 0) + 1)
+
+
+def _bury_empty(run, packs: Iterable[int]) -> None:
+    for number in packs:
+        run(
+            "UPDATE packs SET state = 'dead' WHERE id = ? AND NOT EXISTS (SELECT 1 FROM entries WHERE pack = ?)",
+            (number, number),
+        )
+
+
+def _same_content(text: bytes, crc: int, record: EntryRecord) -> bool:
+    try:
+        old = load_record(text, crc, storage_name(record.key))
+    except (DamagedRecordError, OtherVersionError):
+        return False
+    return content_of(old) == content_of(record)
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Splits a script into statements (`executescript` would end the transaction); triggers hold semicolons."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""

@@ -1,0 +1,167 @@
+"""Looking after a store's directory: what is in it, what is damaged, and what may go."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
+from cacheblend_jax.store import recovery
+from cacheblend_jax.store.disk import DiskTier
+from cacheblend_jax.store.index import Listed
+from cacheblend_jax.store.pack import EntryReader, UnreadableError, file_problems, read_contents
+from cacheblend_jax.store.pins import BusyError, Pin
+from cacheblend_jax.store.record import (
+    DamagedRecordError,
+    EntryRecord,
+    OtherVersionError,
+    content_of,
+    load_record,
+)
+
+
+def list_entries(disk: DiskTier) -> list[dict[str, Any]]:
+    """Describes every entry, the least recently used first; `problem` says why one cannot be used."""
+    entries = []
+    for row in disk.index.listed():
+        described: dict[str, Any] = {
+            "name": row.name,
+            "pack": row.pack,
+            "bytes": row.size,
+            "uses": row.uses,
+            "used": row.used / 1000,
+        }
+        try:
+            record = load_record(row.record, row.crc, row.name)
+        except (DamagedRecordError, OtherVersionError) as error:
+            described["problem"] = str(error)
+        else:
+            described |= {
+                "key": record.key,
+                "tokens": record.shape[1],
+                "shape": list(record.shape),
+                "dtype": record.dtype,
+                "created": record.created,
+                "fingerprint": record.fingerprint,
+                "context_tokens": len(record.context_ids),
+            }
+        entries.append(described)
+    return entries
+
+
+def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
+    """Reads every file and every layer, and says what is damaged.
+
+    Args:
+        repair: quarantine damaged entries, enter packs that the index has lost, remove what no index entry names.
+
+    Returns:
+        Counts of `entries` and `packs` read, and `problems`: `{pack, name, problem}`, `name` being empty where a
+        problem is the pack's.
+    """
+    problems = [{"pack": "", "name": "", "problem": f"index: {text}"} for text in disk.index.problems()]
+    packs = disk.index.packs("ready")
+    count = 0
+    for pack in packs:
+        rows = disk.index.listed(pack)
+        try:
+            with Pin(disk.pack_path(pack)) if disk.local else nullcontext():
+                found = _pack_problems(disk, pack, rows)
+        except BusyError:  # being evicted
+            continue
+        except FileNotFoundError:
+            if pack not in disk.index.packs("ready"):
+                continue
+            found = [(row.name, "its files are gone") for row in rows]
+        count += len(rows)
+        problems += [{"pack": pack, "name": name, "problem": text} for name, text in found]
+        if repair:
+            for name in {name for name, _ in found if name}:
+                disk.quarantine(name, pack, next(text for other, text in found if other == name))
+    unknown = _unknown_packs(disk)
+    problems += [{"pack": pack, "name": "", "problem": "the index does not know it"} for pack in unknown]
+    if repair:
+        recovery.adopt_all(disk)
+        disk.index.recount()
+        disk.sweep()
+    return {"packs": len(packs), "entries": count, "problems": problems}
+
+
+def prune(
+    disk: DiskTier, *, max_bytes: int | None = None, unused_days: float | None = None, quarantined: bool = False
+) -> dict[str, int]:
+    """Removes entries: unused for so many days; then the first to be evicted, until `max_bytes` are left.
+
+    `quarantined` empties the quarantine too. Entries of other format versions go in any case. Returns counts.
+    """
+    _, before = disk.index.totals()
+    outdated = [row.name for row in disk.index.listed() if _is_outdated(row)]
+    removed = disk.index.remove(outdated)
+    if unused_days is not None:
+        limit = (time.time() - unused_days * 86400) * 1000
+        removed += disk.index.remove([row.name for row in disk.index.listed() if row.used < limit])
+    disk.sweep()
+    if max_bytes is not None:
+        disk.make_room(max_bytes)
+    gone = disk.bound_quarantine(0, 0) if quarantined else 0
+    size, entries = disk.index.totals()
+    return {"removed": before - entries, "quarantined_removed": gone, "entries": entries, "bytes": size}
+
+
+def remove(disk: DiskTier, prefixes: list[str]) -> int:
+    """Removes entries by the first digits of their names, eight at least; returns how many.
+
+    Raises:
+        CacheBlendError: a prefix that is too short, or that none or several entries have; nothing is removed then.
+    """
+    names = [row.name for row in disk.index.listed()]
+    chosen = []
+    for prefix in prefixes:
+        matching = [name for name in names if name.startswith(prefix)]
+        if len(prefix) < 8 or len(matching) != 1:
+            raise CacheBlendError(
+                f"key {prefix!r} names {len(matching)} entries; give the first 8 or more digits of one (see store ls)"
+            )
+        chosen += matching
+    removed = disk.index.remove(chosen)
+    disk.sweep()
+    return removed
+
+
+def _pack_problems(disk: DiskTier, pack: str, rows: list[Listed]) -> list[tuple[str, str]]:
+    path = disk.pack_path(pack)
+    problems = []
+    written: dict[str, EntryRecord] = {}
+    try:
+        contents = read_contents(path)
+        written = {record.key: record for record in contents.records}
+        problems += [("", text) for text in file_problems(path, contents)]
+    except (OSError, DamagedRecordError, OtherVersionError) as error:
+        problems.append(("", str(error)))
+    for row in rows:
+        try:
+            record = load_record(row.record, row.crc, row.name)
+            if written and (record.key not in written or content_of(written[record.key]) != content_of(record)):
+                problems.append((row.name, "index and pack contradict each other"))
+            EntryReader(path, record).read()
+        except (DamagedRecordError, OtherVersionError, DamagedEntryError, UnreadableError) as error:
+            problems.append((row.name, str(error)))
+    return problems
+
+
+def _unknown_packs(disk: DiskTier) -> list[str]:
+    present = {path.name for path in (disk.root / "packs").iterdir()}
+    # Asked after listing: a pack enters the index after it appears here.
+    known = {pack for state in ("ready", "writing", "dead") for pack in disk.index.packs(state)}
+    return sorted(present - known)
+
+
+def _is_outdated(row: Listed) -> bool:
+    try:
+        load_record(row.record, row.crc, row.name)
+    except OtherVersionError:
+        return True
+    except DamagedRecordError:
+        return False
+    return False

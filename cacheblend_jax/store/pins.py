@@ -1,0 +1,51 @@
+"""Marks a directory as in use, across processes: a `flock` on it, which the kernel drops when its process dies."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, a store's directory serves one process at a time
+    fcntl = None  # type: ignore[assignment]
+
+
+class BusyError(Exception):
+    """Someone else holds the directory in a way that excludes this use."""
+
+
+class Pin:
+    """Holds a directory: shared by all who read it, or alone by who is to remove or fill it. Never waits.
+
+    Raises:
+        FileNotFoundError: there is no such directory (any more).
+        BusyError: it is held by others.
+    """
+
+    def __init__(self, path: Any, *, alone: bool = False) -> None:
+        self._descriptor: int | None = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            # Between opening and locking, another process may have moved it away.
+            if not os.path.samestat(os.stat(path), os.fstat(self._descriptor)):
+                raise FileNotFoundError(f"{path} was replaced")
+        except BlockingIOError as error:
+            self.close()
+            raise BusyError(f"{path} is in use") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Lets go; once or more."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __enter__(self) -> Pin:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,190 @@
+"""What is known of an entry on disk: shape, dtype, origin, and the checksum of every layer; itself under a checksum."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy then knows bfloat16 by name)
+import numpy as np
+from google_crc32c import value as crc32c_of_bytes
+
+from cacheblend_jax.store.entry import ChunkEntry
+
+FORMAT_VERSION = 1
+DTYPES = ("float32", "bfloat16", "float16")
+_HEX_KEY = re.compile("[0-9a-f]{64}")
+
+
+class DamagedRecordError(Exception):
+    """A record is not as it was written."""
+
+
+class OtherVersionError(Exception):
+    """A record of a format version that this code does not read."""
+
+
+@dataclass(frozen=True)
+class EntryRecord:
+    """An entry's metadata.
+
+    Attributes:
+        key: what finds it.
+        tree: its name in the checkpoint's tree; empty where the checkpoint holds this entry alone.
+        dtype, shape: of K and of V, `[layers, tokens, kv_heads, head_dim]`.
+        crc_k, crc_v: CRC32C of each layer's bytes (C order, little endian).
+        created: seconds since 1970.
+        fingerprint, context_ids: see `ChunkEntry`.
+    """
+
+    key: str
+    tree: str
+    dtype: str
+    shape: tuple[int, int, int, int]
+    crc_k: tuple[int, ...]
+    crc_v: tuple[int, ...]
+    created: float
+    fingerprint: str
+    context_ids: tuple[int, ...]
+
+    @property
+    def layer_shape(self) -> tuple[int, int, int]:
+        """`[tokens, kv_heads, head_dim]`."""
+        return self.shape[1:]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of K and V."""
+        return 2 * int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+def record_of(key: str, entry: ChunkEntry, tree: str, created: float) -> EntryRecord:
+    """Describes an entry and takes its checksums."""
+    return EntryRecord(
+        key,
+        tree,
+        entry.k.dtype.name,
+        entry.k.shape,
+        layer_checksums(entry.k),
+        layer_checksums(entry.v),
+        round(created, 3),
+        entry.fingerprint,
+        tuple(int(token) for token in entry.context_ids),
+    )
+
+
+def layer_checksums(array: np.ndarray) -> tuple[int, ...]:
+    """Returns the CRC32C of each layer of `[layers, …]`."""
+    return tuple(checksum(layer) for layer in array)
+
+
+def checksum(array: np.ndarray) -> int:
+    """Returns the CRC32C of an array's bytes in C order."""
+    return crc32c_of_bytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def content_of(record: EntryRecord) -> tuple:
+    """Returns what must be equal for two entries to be the same arrays."""
+    return record.dtype, record.shape, record.crc_k, record.crc_v
+
+
+def storage_name(key: str) -> str:
+    """Returns 64 hexadecimal digits for a key: the key itself, or the SHA-256 of one that is not of that form.
+
+    Only this name goes into checkpoints and index, so that nothing in a key can name a path.
+    """
+    return key if _HEX_KEY.fullmatch(key) else sha256(key.encode()).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Returns the one text of a value: any other text is damage."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def record_to_json(record: EntryRecord) -> dict[str, Any]:
+    """Returns a record as JSON holds it."""
+    return {
+        "version": FORMAT_VERSION,
+        "key": record.key,
+        "tree": record.tree,
+        "dtype": record.dtype,
+        "shape": list(record.shape),
+        "crc_k": _packed(record.crc_k),
+        "crc_v": _packed(record.crc_v),
+        "created": record.created,
+        "fingerprint": record.fingerprint,
+        "context_ids": list(record.context_ids),
+    }
+
+
+def record_from_json(value: Any) -> EntryRecord:
+    """Reads a record and checks that it makes sense.
+
+    Raises:
+        OtherVersionError: of another format version.
+        DamagedRecordError: anything else.
+    """
+    version = value.get("version") if isinstance(value, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        raise OtherVersionError(f"format version {version}; this code reads version {FORMAT_VERSION}")
+    try:
+        record = EntryRecord(
+            value["key"],
+            value["tree"],
+            value["dtype"],
+            tuple(int(size) for size in value["shape"]),  # type: ignore[arg-type]
+            _unpacked(value["crc_k"]),
+            _unpacked(value["crc_v"]),
+            float(value["created"]),
+            value["fingerprint"],
+            tuple(value["context_ids"]),
+        )
+        consistent = (
+            version == FORMAT_VERSION
+            and record.dtype in DTYPES
+            and len(record.shape) == 4
+            and len(record.crc_k) == len(record.crc_v) == record.shape[0]
+            and record.tree in ("", storage_name(record.key))
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedRecordError(f"a record that cannot be read: {error!r}") from error
+    if not consistent:
+        raise DamagedRecordError("a record whose fields contradict each other")
+    return record
+
+
+def dump_record(record: EntryRecord) -> tuple[bytes, int]:
+    """Returns a record's text and the text's CRC32C."""
+    text = canonical_json(record_to_json(record))
+    return text, crc32c_of_bytes(text)
+
+
+def load_record(text: bytes, crc: int, name: str) -> EntryRecord:
+    """Reads what `dump_record` returned, for the entry of this storage name.
+
+    Raises:
+        DamagedRecordError, OtherVersionError: see `record_from_json`; or it is another entry's.
+    """
+    if not isinstance(text, bytes) or crc32c_of_bytes(text) != crc:
+        raise DamagedRecordError("a record whose checksum is wrong")
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise DamagedRecordError("a record that is not JSON") from error
+    record = record_from_json(value)
+    if storage_name(record.key) != name:
+        raise DamagedRecordError("another entry's record")
+    return record
+
+
+def _packed(numbers: Sequence[int]) -> str:
+    return base64.b64encode(np.asarray(numbers, "<u4").tobytes()).decode()
+
+
+def _unpacked(text: str) -> tuple[int, ...]:
+    return tuple(np.frombuffer(base64.b64decode(text, validate=True), "<u4").tolist())

@@ -1,0 +1,167 @@
+"""Writes entries to disk off the critical path: a bounded queue, and a thread that empties it in batches."""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures.thread  # noqa: F401  (its exit hook must be registered before ours: they run in reverse)
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+
+from cacheblend_jax.store.entry import ChunkEntry
+
+logger = logging.getLogger(__name__)
+BATCH_ENTRIES = 64
+BATCH_BYTES = 2**28
+LINGER_SECONDS = 0.05  # for more entries to come: small ones share a pack
+IDLE_SECONDS = 5.0  # after which the thread ends; the next entry starts another
+
+Batch = Sequence[tuple[str, ChunkEntry]]
+
+
+class WriteBack:
+    """Entries on their way to the disk. They stay readable here until they have been written, or have failed.
+
+    Args:
+        write: writes a batch; called by one thread at a time. What it raises is logged, and the batch is dropped.
+        capacity: bytes that may wait.
+    """
+
+    def __init__(self, write: Callable[[Batch], None], capacity: int) -> None:
+        self._write = write
+        self._capacity = capacity
+        self._waiting: dict[str, ChunkEntry] = {}
+        self._in_work: dict[str, ChunkEntry] = {}
+        self._bytes = 0
+        self._changed = threading.Condition()
+        self._hurry = 0
+        self._closed = False
+        self._chore: Callable[[], None] | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, key: str, entry: ChunkEntry, *, wait: bool) -> bool:
+        """Queues an entry. Where the queue is full, waits for room, or returns false at once."""
+        with self._changed:
+
+            def has_room() -> bool:
+                return self._closed or not self._bytes or self._bytes + entry.num_bytes <= self._capacity
+
+            if not has_room():
+                if not wait:
+                    return False
+                self._hurry += 1
+                self._changed.notify_all()
+                self._changed.wait_for(has_room)
+                self._hurry -= 1
+            if self._closed:
+                return False
+            old = self._waiting.pop(key, None)
+            self._bytes += entry.num_bytes - (0 if old is None else old.num_bytes)
+            self._waiting[key] = entry
+            self._wake()
+            return True
+
+    def run_soon(self, chore: Callable[[], None]) -> None:
+        """Calls `chore`, which must not raise, on the writing thread; the latest one where several wait."""
+        with self._changed:
+            if not self._closed:
+                self._chore = chore
+                self._wake()
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="cacheblend-write", daemon=True)
+            self._thread.start()
+            _open_queues.add(self)
+        self._changed.notify_all()
+
+    def pending(self, key: str) -> ChunkEntry | None:
+        """Returns an entry that has not been written yet."""
+        with self._changed:
+            return self._waiting.get(key) or self._in_work.get(key)
+
+    def keys(self) -> set[str]:
+        """Keys of the entries that have not been written yet."""
+        with self._changed:
+            return {*self._waiting, *self._in_work}
+
+    def discard(self, keys: set[str] | None = None) -> None:
+        """Takes entries (or all) out of the queue; waits for those that are just being written."""
+        with self._changed:
+            for key in set(self._waiting) if keys is None else keys & self._waiting.keys():
+                self._bytes -= self._waiting.pop(key).num_bytes
+            self._changed.wait_for(lambda: not (self._in_work if keys is None else keys & self._in_work.keys()))
+
+    def flush(self) -> None:
+        """Waits until everything queued so far has been written or has failed."""
+        with self._changed:
+            self._hurry += 1
+            self._changed.notify_all()
+            queued = [*self._waiting.items(), *self._in_work.items()]
+            self._changed.wait_for(lambda: not any(self._holds(key, entry) for key, entry in queued))
+            self._hurry -= 1
+
+    def close(self) -> None:
+        """Flushes and stops the thread."""
+        self.flush()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+        _open_queues.discard(self)
+
+    def _holds(self, key: str, entry: ChunkEntry) -> bool:
+        return self._waiting.get(key) is entry or self._in_work.get(key) is entry
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._chore or self._closed, timeout=IDLE_SECONDS)
+                chore, self._chore = self._chore, None
+                if not self._waiting and chore is None:  # an idle thread would keep a forgotten store alive
+                    self._thread = None
+                    return
+                if self._waiting:
+                    self._changed.wait_for(self._is_due, timeout=LINGER_SECONDS)
+                self._in_work = self._next_batch()
+            if chore is not None:
+                chore()
+            try:
+                if self._in_work:
+                    self._write(list(self._in_work.items()))
+            except Exception:  # what cannot be written costs a later process its hit, never an answer
+                logger.exception("%d entries could not be written", len(self._in_work))
+            with self._changed:
+                self._bytes -= sum(entry.num_bytes for entry in self._in_work.values())
+                self._in_work = {}
+                self._changed.notify_all()
+
+    def _is_due(self) -> bool:
+        waiting = sum(entry.num_bytes for entry in self._waiting.values())
+        return bool(self._hurry or self._closed or len(self._waiting) >= BATCH_ENTRIES or waiting >= BATCH_BYTES)
+
+    def _next_batch(self) -> dict[str, ChunkEntry]:
+        batch: dict[str, ChunkEntry] = {}
+        size = 0
+        for key, entry in list(self._waiting.items()):
+            if batch and (len(batch) == BATCH_ENTRIES or size + entry.num_bytes > BATCH_BYTES):
+                break
+            batch[key] = self._waiting.pop(key)
+            size += entry.num_bytes
+        return batch
+
+
+_open_queues: weakref.WeakSet[WriteBack] = weakref.WeakSet()
+
+
+def _flush_all() -> None:
+    for queue in list(_open_queues):
+        queue.flush()
+
+
+# A clean exit waits for what is queued. `atexit` runs too late for that: by then no thread pool takes work any more,
+# and Orbax needs some. `_register_atexit` is what the standard library's own pools use.
+getattr(threading, "_register_atexit", atexit.register)(_flush_all)

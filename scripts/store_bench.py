@@ -1,0 +1,211 @@
+"""Times the store against plain Orbax and safetensors, and its index with many keys."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import resource
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+import cacheblend_jax as cb
+from cacheblend_jax.store.index import Index
+from cacheblend_jax.store.record import EntryRecord, dump_record, layer_checksums
+
+LAYERS, HEADS, DIM = 16, 4, 64
+
+
+def make_entry(tokens: int, dtype=np.float32) -> cb.ChunkEntry:
+    rng = np.random.default_rng(tokens)
+    return cb.ChunkEntry(
+        *(rng.standard_normal((LAYERS, tokens, HEADS, DIM), np.float32).astype(dtype) for _ in range(2))
+    )
+
+
+def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Returns the median milliseconds of each run; they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if turn:  # the first turn warms up
+                times[name].append((time.perf_counter() - began) * 1e3)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def bench_reading(directory: Path, repeats: int) -> dict[str, float]:
+    from orbax.checkpoint import v1 as ocp
+
+    entry = make_entry(512)
+    with cb.ChunkStore(directory / "kv") as store:
+        store.put("a", entry)
+    save_file({"k": entry.k, "v": entry.v}, directory / "a.safetensors")
+    ocp.save(directory / "orbax", {"k": entry.k, "v": entry.v})
+    store = cb.ChunkStore(directory / "kv", host_bytes=1)  # nothing stays in memory
+
+    def read_safetensors() -> None:
+        tensors = load_file(directory / "a.safetensors")
+        layer_checksums(tensors["k"])
+        layer_checksums(tensors["v"])
+
+    with store, store.open("a") as chunk:
+        layers = iter(list(range(LAYERS)) * repeats * 2)
+        return timed(
+            {
+                "store: get": lambda: store.get("a"),
+                "safetensors + CRC": read_safetensors,
+                "plain Orbax (no CRC)": lambda: ocp.load(directory / "orbax"),
+                "store: open": lambda: store.open("a").close(),
+                "store: one layer": lambda: chunk.read_layer(next(layers)),
+            },
+            repeats,
+        )
+
+
+def bench_writing(directory: Path, repeats: int) -> dict[str, float]:
+    from orbax.checkpoint import v1 as ocp
+
+    entry = make_entry(512)
+    store = cb.ChunkStore(directory / "kv-write", host_bytes=1)
+    turn = iter(range(10**6))
+
+    def write_store() -> None:
+        store.put(f"{next(turn):064x}", entry, wait=True)
+        store.flush()
+
+    def write_safetensors(sync: bool) -> None:
+        path = directory / f"{next(turn)}.safetensors"
+        save_file({"k": entry.k, "v": entry.v}, path)
+        if sync:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+    with store:
+        return timed(
+            {
+                "store: put + flush": write_store,
+                "safetensors": lambda: write_safetensors(False),
+                "safetensors + fsync": lambda: write_safetensors(True),
+                "plain Orbax": lambda: ocp.save(directory / f"orbax{next(turn)}", {"k": entry.k, "v": entry.v}),
+            },
+            repeats,
+        )
+
+
+def bench_small(directory: Path, dtype) -> dict[str, float]:
+    """128-token chunks of a 16-layer model, a batch of 64."""
+    entries = [make_entry(128, dtype) for _ in range(64)]
+    store = cb.ChunkStore(directory / "kv-small", host_bytes=1)
+    results = []
+    for turn in range(4):
+        began = time.perf_counter()
+        for i, entry in enumerate(entries):
+            store.put(f"{turn * 64 + i:064x}", entry, wait=True)
+        store.flush()
+        results.append((time.perf_counter() - began) / 64 * 1e3)
+    store.close()
+    files = sum(path.is_file() for path in (directory / "kv-small" / "packs").rglob("*"))
+    shutil.rmtree(directory / "kv-small")
+    began = time.perf_counter()
+    with open(directory / "raw", "wb") as file:
+        for entry in entries:
+            file.write(entry.k.data.cast("B") if dtype is np.float32 else entry.k.tobytes())
+            file.write(entry.v.data.cast("B") if dtype is np.float32 else entry.v.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    raw = (time.perf_counter() - began) / 64 * 1e3
+    return {"ms an entry": float(np.median(results[1:])), "files an entry": files / 256, "bare file + fsync, ms": raw}
+
+
+FIND = """
+import json, resource, sys, time
+import numpy as np
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from cacheblend_jax.store import disk  # imports are not the index
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+began = time.perf_counter()
+tier = disk.DiskTier(sys.argv[1], 2**60)
+opened = time.perf_counter() - began
+rng = np.random.default_rng(0)
+names = [f"{i:064x}" for i in rng.integers(0, int(sys.argv[2]), 20000)]
+times = []
+for _ in range(5):
+    began = time.perf_counter()
+    for name in names:
+        assert tier.index.find(name) is not None
+    times.append((time.perf_counter() - began) / len(names) * 1e6)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"start-up s": opened, "us a hit, first pass": times[0], "us a hit": float(np.median(times)),
+                  "MB of memory": (peak - base) / 1e3}))
+"""
+
+
+def bench_index(directory: Path, keys: int) -> dict[str, float]:
+    """An index of many fake entries, 64 a pack, looked up in a fresh process."""
+    root = directory / "kv-index"
+    (root / "packs").mkdir(parents=True)
+    Index(str(root / "index.sqlite")).close()
+    connection = sqlite3.connect(root / "index.sqlite")
+    crcs = tuple(range(LAYERS))
+    packs = ((i, f"{i:032x}", "ready", 2**20, 0, i) for i in range(keys // 64 + 1))
+    connection.executemany("INSERT INTO packs VALUES(?, ?, ?, ?, ?, ?)", packs)
+
+    def rows():
+        for i in range(keys):
+            key = f"{i:064x}"
+            record = EntryRecord(
+                key, key, "bfloat16", (LAYERS, 128, HEADS, DIM), crcs, crcs, 0.0, "f" * 64, (1, 2, 3, 4)
+            )
+            yield (bytes.fromhex(key), i // 64, 1, i, record.num_bytes, *dump_record(record))
+
+    connection.executemany("INSERT INTO entries VALUES(?, ?, ?, ?, ?, ?, ?)", rows())
+    connection.commit()
+    connection.close()
+    output = subprocess.run([sys.executable, "-c", FIND, str(root), str(keys)], capture_output=True, check=True)
+    return json.loads(output.stdout) | {"MB of file": (root / "index.sqlite").stat().st_size / 1e6}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, help="where to write (a temporary directory)")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--keys", type=int, default=1_000_000)
+    parser.add_argument("--only", choices=("reading", "writing", "small", "index"))
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parsed = parser.parse_args()
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    root = Path(tempfile.mkdtemp(prefix="store-bench-", dir=parsed.directory))
+    benches = {
+        "reading": lambda: bench_reading(root, parsed.repeats),
+        "writing": lambda: bench_writing(root, parsed.repeats),
+        "small": lambda: {
+            "float32": bench_small(root, np.float32),
+            "bfloat16": bench_small(root, ml_dtypes.bfloat16),
+        },
+        "index": lambda: bench_index(root, parsed.keys),
+    }
+    try:
+        report = {name: bench() for name, bench in benches.items() if parsed.only in (None, name)}
+    finally:
+        shutil.rmtree(root)
+    print(json.dumps(report, indent=2))
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB", file=sys.stderr)
+    if parsed.json:
+        parsed.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
