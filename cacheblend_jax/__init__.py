@@ -2,12 +2,13 @@
 
 from cacheblend_jax.blend import SELECTORS, BlendConfig, Evidence, register_selector
 from cacheblend_jax.engine import Engine
-from cacheblend_jax.errors import CacheBlendError, CheckpointError, PromptError
+from cacheblend_jax.errors import CacheBlendError, CheckpointError, DamagedEntryError, PromptError
 from cacheblend_jax.model import Model, ModelConfig, load_model, random_model
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.prompt import Prompt
 from cacheblend_jax.results import Generation, KVCache, PrefillResult
-from cacheblend_jax.store import ChunkEntry, ChunkStore
+from cacheblend_jax.store import ChunkEntry, ChunkStore, ThrottledStore
+from cacheblend_jax.trace import Trace
 
 __all__ = [
     "SELECTORS",
@@ -16,6 +17,7 @@ __all__ = [
     "CheckpointError",
     "ChunkEntry",
     "ChunkStore",
+    "DamagedEntryError",
     "Engine",
     "Evidence",
     "Generation",
@@ -26,6 +28,8 @@ __all__ = [
     "Prompt",
     "PromptError",
     "Sampling",
+    "ThrottledStore",
+    "Trace",
     "load_model",
     "random_model",
     "register_selector",

@@ -6,33 +6,29 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.deviation import total_deviation
 from cacheblend_jax.blend.flops import prefill_flops
-from cacheblend_jax.blend.layer_step import LayerKV
-from cacheblend_jax.blend.resident import Request, prefill, standalone
-from cacheblend_jax.blend.schedule import (
-    Plan,
-    length_bucket,
-)
-from cacheblend_jax.blend.selectors import get_selector
+from cacheblend_jax.blend.loading import LostChunkError, Placed
+from cacheblend_jax.blend.schedule import Plan
+from cacheblend_jax.blend.steps import Request, needs
 from cacheblend_jax.decoding import decode
 from cacheblend_jax.errors import CacheBlendError, PromptError
-from cacheblend_jax.host_memory import aligned_empty
-from cacheblend_jax.layout import MODES, Layout, Missing, context_of, lay_out, spans_of
+from cacheblend_jax.execution import Executed, Execution
+from cacheblend_jax.layout import MODES, Layout, Missing, context_of, lay_out, look_up, spans_of
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
-from cacheblend_jax.planner import Planner, abstract_request, computed_positions
-from cacheblend_jax.programs import Program, ProgramCache
+from cacheblend_jax.planner import Planner, computed_positions
+from cacheblend_jax.programs import ProgramCache
 from cacheblend_jax.prompt import (
     Prompt,
     TextOrIds,
@@ -42,7 +38,8 @@ from cacheblend_jax.prompt import (
     tokenize_prompt,
 )
 from cacheblend_jax.results import GenerateStats, Generation, KVCache, PrefillResult, PrefillStats
-from cacheblend_jax.store import ChunkEntry, ChunkStore
+from cacheblend_jax.store import ChunkStore, ThrottledStore
+from cacheblend_jax.trace import Trace
 
 logger = logging.getLogger(__name__)
 MOST_PENDING = 256  # missing chunks waiting to be computed; a flood beyond that is not stored
@@ -56,18 +53,23 @@ class Engine:
         store: where chunk KV is kept; a memory-only one of default size if `None`.
         blend: how the blend chooses the tokens to recompute.
         context_tokens: how many of the prefix's first tokens a chunk is precomputed after; `None`: all of them.
+        executor: `"resident"` (all cached KV on the device, one program), `"streamed"` (a layer's KV arrives while
+            others compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory.
+        prefetch_layers: the most layers of cached KV on the device while streaming.
 
     Raises:
-        CacheBlendError: a check layer the model does not have, or a `context_tokens` that is no count.
+        CacheBlendError: a check layer the model does not have, or another value that makes no sense.
     """
 
     def __init__(
         self,
         model: Model,
-        store: ChunkStore | None = None,
+        store: ChunkStore | ThrottledStore | None = None,
         blend: BlendConfig | None = None,
         *,
         context_tokens: int | None = 4,
+        executor: str = "auto",
+        prefetch_layers: int = 2,
     ) -> None:
         if context_tokens is not None and (not isinstance(context_tokens, int) or context_tokens < 0):
             raise CacheBlendError(
@@ -79,7 +81,9 @@ class Engine:
         self.context_tokens = context_tokens
         self.programs = ProgramCache(model.platform)
         self._planner = Planner(model.config, self.blend)
-        self._staging = _Staging(jnp.dtype(model.config.dtype))
+        self._execution = Execution(
+            model, self.programs, executor, prefetch_layers, may_be_slow=self.store.directory is not None
+        )
         self._lock = threading.RLock()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-store")
         self._pending: dict[str, Future] = {}
@@ -112,22 +116,23 @@ class Engine:
         for done, span in enumerate(spans):
             self._wait_for([span.missing.key])
             if span.missing.key not in self.store:
-                self.store.put(span.missing.key, self._standalone(span.missing))
+                self.store.put(span.missing.key, self._execution.standalone(span.missing))
             if progress is not None:
                 progress(done + 1, len(spans))
         return [span.missing.key for span in spans if not span.is_prefix]
 
-    def prefill(self, prompt: Prompt, mode: str = "blend") -> PrefillResult:
+    def prefill(self, prompt: Prompt, mode: str = "blend", *, trace: Trace | None = None) -> PrefillResult:
         """Prefills a prompt; what the store lacks is computed in place, and stored after the first token is out.
 
         Args:
             mode: `"full"` (full recompute), `"prefix"` (exact entries only: prefix caching), `"reuse"` (full KV reuse)
                 or `"blend"`.
+            trace: collects what happened when: reading, transfer, and the computation of each layer.
 
         Raises:
             PromptError: see `tokenize_prompt`; an unknown mode.
         """
-        return self._prefill(self._tokenize(prompt), mode)
+        return self._prefill(self._tokenize(prompt), mode, trace)
 
     def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         config = self.model.config
@@ -135,50 +140,77 @@ class Engine:
             prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
         )
 
-    def _prefill(self, tokenized: TokenizedPrompt, mode: str) -> PrefillResult:
+    def _prefill(self, tokenized: TokenizedPrompt, mode: str, trace: Trace | None = None) -> PrefillResult:
         fingerprint = self.model.fingerprint  # computed once a model, not a part of any request
         with self._lock:
             if self._pending and mode != "full":
                 spans = spans_of(tokenized, self.context_tokens, fingerprint, self.store.salt)
                 self._wait_for([span.missing.key for span in spans])
-            began = time.perf_counter()
-            layout = lay_out(
-                tokenized, self.store, mode=mode, context_tokens=self.context_tokens, fingerprint=fingerprint
-            )
-            plan, request = self._planner.plan_layout(layout, mode)
-            oracle_s = self._add_oracle(plan, request, layout, tokenized)
-            program = self._prefill_program(plan)
-            compile_s = program.compile_s
-            cos, sin = rope_tables(self.model.config, plan.cache_length)
-            load_began = time.perf_counter()
-            cached = None if plan.nothing_cached else self._load(layout, plan)
-            load_s = time.perf_counter() - load_began
-            dispatched = time.perf_counter()
-            out = program.run(self.model.params, request, cached, *self._put((cos, sin)))
-            next_token = int(out.next_token)
-            ended = time.perf_counter()
-            logits = np.asarray(out.logits)
-        for missing in layout.to_store:
+            timer, lost = Timer(), set[str]()
+            while True:
+                try:
+                    attempt = self._attempt(tokenized, mode, lost, timer, trace)
+                    break
+                except LostChunkError as error:  # costs this request its hit, never its answer
+                    logger.warning("a stored chunk could not be read and is computed instead: %s", error)
+                    lost.add(error.key)
+            ttft_s = timer.elapsed_s()
+            logits = np.asarray(attempt.ran.out.logits)
+        for missing in attempt.layout.to_store:
             self._store_later(missing)
-        computed = computed_positions(plan, out.stage_positions)
-        ttft_s = ended - began - compile_s - oracle_s
+        return self._result(mode, attempt, logits, ttft_s, len(lost))
+
+    def _attempt(
+        self, tokenized: TokenizedPrompt, mode: str, lost: Collection[str], timer: Timer, trace: Trace | None
+    ) -> _Attempt:
+        """Runs a prefill, with what of the store is not `lost`.
+
+        Raises:
+            LostChunkError: a chunk could not be read.
+        """
+        context = context_of(tokenized.prefix, self.context_tokens)
+        with ExitStack() as handles:
+            found = look_up(
+                tokenized,
+                self.store,
+                mode=mode,
+                context_tokens=self.context_tokens,
+                fingerprint=self.model.fingerprint,
+                lost=lost,
+            )
+            for each in found:
+                if each.chunk is not None:
+                    handles.enter_context(each.chunk)
+            layout = lay_out(tokenized, found, context_length=context.size)
+            plan, request = self._planner.plan_layout(layout, mode)
+            chunks = [Placed(span.missing.key, span.start, span.stop, chunk) for span, chunk in layout.loaded]
+            with timer.stopped():
+                compile_s = self._execution.compile(plan, self._execution.chosen(plan, chunks))
+                self._add_oracle(plan, request, layout, chunks, tokenized)
+            return _Attempt(layout, plan, self._execution.run(plan, request, chunks, trace), compile_s, self._planner)
+
+    def _result(self, mode: str, attempt: _Attempt, logits: np.ndarray, ttft_s: float, damaged: int) -> PrefillResult:
+        layout, ran = attempt.layout, attempt.ran
+        computed = computed_positions(attempt.plan, ran.out.stage_positions)
         stats = PrefillStats(
             mode=mode,
             tokens=layout.token_ids.size,
             ttft_s=ttft_s,
-            host_s=dispatched - began - compile_s - oracle_s - load_s,
-            load_s=load_s,
-            compile_s=compile_s,
+            host_s=ttft_s - ran.run_s,
+            load_s=ran.load_s,
+            compile_s=attempt.compile_s,
             hits=layout.hits,
             misses=layout.misses,
             exact=int(layout.exact.sum()),
             candidates=int(layout.candidate.sum()),
             forced=int((~layout.exact & ~layout.candidate).sum()),
-            recompute_ratio=self._planner.recompute_ratio(layout, computed),
+            recompute_ratio=attempt.planner.recompute_ratio(layout, computed),
             flops=prefill_flops(self.model.config, computed),
-            peak_memory_bytes=program.peak_memory_bytes,
+            peak_memory_bytes=ran.peak_memory_bytes,
+            executor=ran.executor,
+            damaged=damaged,
         )
-        return PrefillResult(logits, layout.token_ids, next_token, stats, KVCache(out.k, out.v), computed)
+        return PrefillResult(logits, layout.token_ids, ran.next_token, stats, KVCache(ran.out.k, ran.out.v), computed)
 
     def generate(
         self,
@@ -268,7 +300,7 @@ class Engine:
         before = self.programs.count
         plans = self._planner.plans_up_to(max_tokens, modes, prefix_tokens, suffix_tokens)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for done, _ in enumerate(pool.map(self._prefill_program, plans), 1):
+            for done, _ in enumerate(pool.map(self._execution.warm_up, plans), 1):
                 if progress is not None:
                     progress(done, len(plans))
         return self.programs.count - before
@@ -287,70 +319,21 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _prefill_program(self, plan: Plan) -> Program:
-        def arguments() -> tuple[Any, ...]:
-            config = self.model.config
-            shape = (config.num_layers, plan.cache_length, config.num_kv_heads, config.head_dim)
-            stacked: Any = self._abstract(shape, config.dtype)
-            cached = None if plan.nothing_cached else LayerKV(stacked, stacked)
-            table = self._abstract((plan.cache_length, config.head_dim // 2), jnp.float32)
-            return self.model.params, abstract_request(plan), cached, table, table
-
-        return self.programs.get(prefill, arguments, config=self.model.config, plan=plan)
-
-    def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self.model.placement)
-
-    def _put(self, tree: Any) -> Any:
-        return jax.device_put(tree, self.model.placement)
-
-    def _load(self, layout: Layout, plan: Plan) -> LayerKV:
-        """Assembles the stored KV at its places; rows of forced tokens stay as they are, to be overwritten."""
-        config = self.model.config
-        shape = (config.num_layers, plan.cache_length, config.num_kv_heads, config.head_dim)
-        k, v = self._staging.arrays(shape)
-        for span, entry in layout.loaded:
-            k[:, span.start : span.stop] = entry.k
-            v[:, span.start : span.stop] = entry.v
-        cached = LayerKV(*self._put((k, v)))
-        jax.block_until_ready(cached)
-        return cached
-
-    def _add_oracle(self, plan: Plan, request: Request, layout: Layout, tokenized: TokenizedPrompt) -> float:
-        """Fills the oracle's scores in from a full prefill, if the selector wants them; returns the seconds it took."""
-        if plan.selector is None or "oracle" not in get_selector(plan.selector).needs:
-            return 0.0
-        began = time.perf_counter()
+    def _add_oracle(
+        self, plan: Plan, request: Request, layout: Layout, chunks: Sequence[Placed], tokenized: TokenizedPrompt
+    ) -> None:
+        """Fills the oracle's scores in from a full prefill, if the selector wants them."""
+        if not needs(plan.selector, "oracle"):
+            return
         full = self._prefill(tokenized, "full").padded_cache
         rows = min(full.k.shape[1], plan.cache_length)
         cos, sin = rope_tables(self.model.config, plan.cache_length)
-        cached = self._load(layout, plan)
+        cached = self._execution.load(plan, chunks)
         scores = jax.jit(total_deviation)(
             *(x[:, :rows] for x in (full.k, full.v, cached.k, cached.v)), cos[:rows], sin[:rows], layout.token_ids.size
         )
         count = int(np.sum(request.positions < plan.cache_length))
         request.oracle[:count] = np.asarray(scores)[request.positions[:count]]
-        return time.perf_counter() - began
-
-    def _standalone(self, missing: Missing) -> ChunkEntry:
-        """Computes a chunk's KV after its context alone."""
-        config = self.model.config
-        ids = np.concatenate([missing.context_ids, missing.token_ids])
-        size = length_bucket(ids.size)
-        padded = np.zeros(size, np.int32)
-        padded[: ids.size] = ids
-        cos, sin = rope_tables(config, size)
-
-        def arguments() -> tuple[Any, ...]:
-            table = self._abstract(cos.shape, jnp.float32)
-            scalar = jax.ShapeDtypeStruct((), jnp.int32)
-            return self.model.params, jax.ShapeDtypeStruct((size,), jnp.int32), scalar, table, table
-
-        program = self.programs.get(standalone, arguments, config=config, rows=size)
-        kv = program.run(self.model.params, padded, np.int32(ids.size), *self._put((cos, sin)))
-        begin = missing.context_ids.size
-        k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : ids.size]) for x in (kv.k, kv.v))
-        return ChunkEntry(k, v)
 
     def _store_later(self, missing: Missing) -> None:
         if missing.key in self._pending or len(self._pending) >= MOST_PENDING:
@@ -362,7 +345,7 @@ class Engine:
             noted.wait()
             try:
                 if missing.key not in self.store:
-                    self.store.put(missing.key, self._standalone(missing))
+                    self.store.put(missing.key, self._execution.standalone(missing))
             except Exception:  # costs a later request its hit, never an answer
                 logger.exception("a chunk of %d tokens could not be stored", missing.token_ids.size)
             finally:
@@ -385,18 +368,33 @@ class Engine:
         return text.rstrip("\ufffd")
 
 
-class _Staging:
-    """A host buffer for K and V that is used again from request to request, and grows."""
+@dataclass(frozen=True)
+class _Attempt:
+    """A prefill that went through."""
 
-    def __init__(self, dtype: np.dtype) -> None:
-        self._k, self._v = (aligned_empty((0,), dtype) for _ in range(2))
+    layout: Layout
+    plan: Plan
+    ran: Executed
+    compile_s: float
+    planner: Planner
 
-    def arrays(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        size = int(np.prod(shape))
-        if self._k.size < size:
-            self._k, self._v = (aligned_empty((size,), self._k.dtype) for _ in range(2))
-            self._k[:] = self._v[:] = 0
-        return self._k[:size].reshape(shape), self._v[:size].reshape(shape)
+
+class Timer:
+    """Measures a request without what is no part of it: compilation, the oracle."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    def elapsed_s(self) -> float:
+        """Seconds since it was made."""
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The body takes no time."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
 
 
 def _check_max_new_tokens(max_new_tokens: int) -> None:

@@ -11,3 +11,7 @@ class CheckpointError(CacheBlendError):
 
 class PromptError(CacheBlendError):
     """A prompt cannot be laid out: empty, too long, with unknown token ids, or text without a tokenizer."""
+
+
+class DamagedEntryError(CacheBlendError):
+    """A stored chunk's bytes are not those that were written; the store has dropped it."""

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
-from cacheblend_jax.blend.resident import Request
 from cacheblend_jax.blend.schedule import (
     Plan,
     active_bucket,
@@ -22,6 +21,7 @@ from cacheblend_jax.blend.schedule import (
     make_plan,
     survivor_counts,
 )
+from cacheblend_jax.blend.steps import Request
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.layout import Layout
 from cacheblend_jax.model.config import ModelConfig

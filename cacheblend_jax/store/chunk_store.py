@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.store.entry import ChunkEntry
+from cacheblend_jax.store.stored_chunk import HostChunk, StoredChunk
 
 DEFAULT_HOST_BYTES = 4 * 2**30
 
@@ -50,6 +51,7 @@ class ChunkStore:
             )
         if not isinstance(host_bytes, int) or isinstance(host_bytes, bool) or host_bytes < 1:
             raise CacheBlendError(f"host_bytes must be a whole number of at least 1, got {host_bytes!r}")
+        self.directory = directory
         self.host_bytes = host_bytes
         self.salt = salt
         self._entries: OrderedDict[str, ChunkEntry] = OrderedDict()
@@ -66,6 +68,11 @@ class ChunkStore:
             self._entries.move_to_end(key)
             self._stats.hits += 1
             return entry
+
+    def open(self, key: str) -> StoredChunk | None:
+        """Returns a handle on the entry, pinned against eviction until it is closed; `None` where there is none."""
+        entry = self.get(key)
+        return None if entry is None else HostChunk(entry)
 
     def put(self, key: str, entry: ChunkEntry) -> bool:
         """Stores an entry, evicting others as needed; returns whether it is kept."""
