@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
@@ -20,14 +22,16 @@ from cacheblend_jax.blend.flops import prefill_flops
 from cacheblend_jax.blend.loading import LostChunkError, Placed
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import Request, needs
+from cacheblend_jax.controller import AutoBlend, Decision, Estimator, Stored, decide
 from cacheblend_jax.decoding import decode
 from cacheblend_jax.errors import CacheBlendError, PromptError
 from cacheblend_jax.execution import Executed, Execution
-from cacheblend_jax.layout import MODES, Layout, Missing, context_of, lay_out, look_up, spans_of
+from cacheblend_jax.layout import MODES, Found, Layout, Missing, context_of, lay_out, look_up, spans_of
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.planner import Planner, computed_positions
+from cacheblend_jax.profile import profile_for
 from cacheblend_jax.programs import ProgramCache
 from cacheblend_jax.prompt import (
     Prompt,
@@ -51,7 +55,8 @@ class Engine:
     Args:
         model: what `load_model` returned.
         store: where chunk KV is kept; a memory-only one of default size if `None`.
-        blend: how the blend chooses the tokens to recompute.
+        blend: how the blend chooses the tokens to recompute; `"auto"` or an `AutoBlend`: the controller chooses the
+            ratio of each request, and what to load.
         context_tokens: how many of the prefix's first tokens a chunk is precomputed after; `None`: all of them.
         executor: `"resident"` (all cached KV on the device, one program), `"streamed"` (a layer's KV arrives while
             others compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory.
@@ -65,7 +70,7 @@ class Engine:
         self,
         model: Model,
         store: ChunkStore | ThrottledStore | None = None,
-        blend: BlendConfig | None = None,
+        blend: BlendConfig | AutoBlend | str | None = None,
         *,
         context_tokens: int | None = 4,
         executor: str = "auto",
@@ -77,7 +82,10 @@ class Engine:
             )
         self.model = model
         self.store = ChunkStore() if store is None else store
-        self.blend = BlendConfig() if blend is None else blend
+        if isinstance(blend, str) and blend != "auto":
+            raise CacheBlendError(f"blend must be a BlendConfig, an AutoBlend or 'auto', got {blend!r}")
+        self.auto = AutoBlend() if isinstance(blend, str) else blend if isinstance(blend, AutoBlend) else None
+        self.blend = self.auto.base if self.auto else blend if isinstance(blend, BlendConfig) else BlendConfig()
         self.context_tokens = context_tokens
         self.programs = ProgramCache(model.platform)
         self._planner = Planner(model.config, self.blend)
@@ -146,6 +154,8 @@ class Engine:
             if self._pending and mode != "full":
                 spans = spans_of(tokenized, self.context_tokens, fingerprint, self.store.salt)
                 self._wait_for([span.missing.key for span in spans])
+            if self.auto is not None:
+                _ = self.estimator  # a quick estimate is no part of any request
             timer, lost = Timer(), set[str]()
             while True:
                 try:
@@ -181,13 +191,45 @@ class Engine:
             for each in found:
                 if each.chunk is not None:
                     handles.enter_context(each.chunk)
-            layout = lay_out(tokenized, found, context_length=context.size)
-            plan, request = self._planner.plan_layout(layout, mode)
+            planner, decision = self._planner, None
+            if self.auto is not None and mode == "blend":
+                decision = self._decide(tokenized, found)
+                planner = self._planner_at(decision.ratio)
+            compute = () if decision is None else decision.computed_starts
+            layout = lay_out(tokenized, found, context_length=context.size, compute=compute)
+            plan, request = planner.plan_layout(layout, mode)
             chunks = [Placed(span.missing.key, span.start, span.stop, chunk) for span, chunk in layout.loaded]
             with timer.stopped():
                 compile_s = self._execution.compile(plan, self._execution.chosen(plan, chunks))
                 self._add_oracle(plan, request, layout, chunks, tokenized)
-            return _Attempt(layout, plan, self._execution.run(plan, request, chunks, trace), compile_s, self._planner)
+            ran = self._execution.run(plan, request, chunks, trace)
+            return _Attempt(layout, plan, ran, compile_s, planner, decision)
+
+    def _decide(self, tokenized: TokenizedPrompt, found: Sequence[Found]) -> Decision:
+        """Asks the controller for a request's ratio and what to load."""
+        assert self.auto is not None
+        config = self.model.config
+        stored = [
+            Stored(each.span.start, each.chunk.num_tokens, each.chunk.num_bytes, each.chunk.tier, each.span.exact)
+            for each in found
+            if each.chunk is not None
+        ]
+        token_bytes = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
+        length = tokenized.token_ids.size
+        return decide(self.estimator, self._planner, length, stored, token_bytes, self.auto.ratios)
+
+    @cached_property
+    def estimator(self) -> Estimator:
+        """What the controller estimates delays from: the profile, or where there is none a quick estimate."""
+        given = None if self.auto is None else self.auto.profile
+        profile, name = profile_for(self.model, self.store.directory, given)
+        ahead = (self._execution.host_layers, self._execution.prefetch_layers)
+        return Estimator(
+            name, profile.compute, profile.tiers, profile.transfer, *ahead, executor=self._execution.executor
+        )
+
+    def _planner_at(self, ratio: float) -> Planner:
+        return replace(self._planner, blend=replace(self.blend, recompute_ratio=ratio))
 
     def _result(self, mode: str, attempt: _Attempt, logits: np.ndarray, ttft_s: float, damaged: int) -> PrefillResult:
         layout, ran = attempt.layout, attempt.ran
@@ -209,8 +251,11 @@ class Engine:
             peak_memory_bytes=ran.peak_memory_bytes,
             executor=ran.executor,
             damaged=damaged,
+            decision=attempt.decision,
         )
-        return PrefillResult(logits, layout.token_ids, ran.next_token, stats, KVCache(ran.out.k, ran.out.v), computed)
+        return PrefillResult(
+            logits, layout.token_ids, ran.next_token, stats, KVCache(ran.out.k, ran.out.v), computed, attempt.plan
+        )
 
     def generate(
         self,
@@ -298,7 +343,10 @@ class Engine:
                 f"prefix_tokens must be at least 0 and suffix_tokens at least 1, got {prefix_tokens}, {suffix_tokens}"
             )
         before = self.programs.count
-        plans = self._planner.plans_up_to(max_tokens, modes, prefix_tokens, suffix_tokens)
+        blends = [self.blend] if self.auto is None else self.auto.configurations()
+        sizes = (max_tokens, modes, prefix_tokens, suffix_tokens)
+        planners = [replace(self._planner, blend=blend) for blend in blends]
+        plans = list(dict.fromkeys(plan for planner in planners for plan in planner.plans_up_to(*sizes)))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for done, _ in enumerate(pool.map(self._execution.warm_up, plans), 1):
                 if progress is not None:
@@ -377,6 +425,7 @@ class _Attempt:
     ran: Executed
     compile_s: float
     planner: Planner
+    decision: Decision | None
 
 
 class Timer:

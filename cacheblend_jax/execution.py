@@ -160,7 +160,7 @@ class Execution:
         programs, _, peak = self._streamed_programs(plan)
         config, params = self._model.config, self._model.params
         shape = self._layer_shape(plan)
-        buffers = self._staging.arrays((self._host_layers(), *shape))
+        buffers = self._staging.arrays((self.host_layers, *shape))
         began = time.perf_counter()
         layers = layers_wanted(plan, config.num_layers)
         stream = LayerStream(
@@ -178,7 +178,8 @@ class Execution:
         peak += (self.prefetch_layers - 1) * layer_bytes
         return Executed(out, next_token, "streamed", stream.waited_s, ended - began, peak)
 
-    def _host_layers(self) -> int:
+    @property
+    def host_layers(self) -> int:
         """Layers that are read ahead into host memory: half of them.
 
         While the layers up to the check layer compute all tokens, a tier that is about as fast as the whole recompute

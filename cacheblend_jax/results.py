@@ -10,6 +10,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from cacheblend_jax.blend.schedule import Plan
+from cacheblend_jax.controller import Decision
+
 
 @struct.dataclass
 class KVCache:
@@ -38,6 +41,7 @@ class PrefillStats:
         peak_memory_bytes: device memory that the prefill's program takes, weights and KV included.
         executor: `"resident"` or `"streamed"`.
         damaged: chunks that were in the store, could not be read, and were computed instead.
+        decision: the controller's, where it chose the ratio.
     """
 
     mode: str
@@ -56,6 +60,7 @@ class PrefillStats:
     peak_memory_bytes: int
     executor: str = "resident"
     damaged: int = 0
+    decision: Decision | None = None
 
     @property
     def reused(self) -> int:
@@ -80,6 +85,7 @@ class PrefillResult:
     stats: PrefillStats
     padded_cache: KVCache = field(repr=False)
     computed_positions: list[np.ndarray] = field(repr=False)
+    plan: Plan = field(repr=False)
 
     @property
     def cache(self) -> KVCache:

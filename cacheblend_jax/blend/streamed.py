@@ -207,31 +207,31 @@ def make_programs(
     def layers_of(stage: Stage) -> Any:
         if stage.border == stage.first:
             return None
-        return get(_layer, lambda: at_layer(stage.rows), rows=stage.rows, keys=keys, **model)
+        return get(_layer, lambda: at_layer(stage.rows), num_rows=stage.rows, keys=keys, **model)
 
     def border_of(stage: Stage, after: Stage) -> Any:
         chosen = {"selector": plan.selector, "deviation": plan.deviation, "room": after.rows, "active": active}
         arguments = (*at_layer(stage.rows), shapes.known, index)
-        return get(_border, lambda: arguments, rows=stage.rows, keys=keys, **chosen, **model)
+        return get(_border, lambda: arguments, num_rows=stage.rows, keys=keys, **chosen, **model)
 
     last_rows = plan.stages[-1].rows
     mass = shapes.mass if needs(plan.selector, "question_mass") else None
     asked: dict[str, Any] = {}
     if needs(plan.selector, "cross_mass"):
         watched = (*at_layer(active), shapes.known, index)
-        asked["watched"] = get(_watched_layer, lambda: watched, rows=active, keys=keys, **model)
+        asked["watched"] = get(_watched_layer, lambda: watched, num_rows=active, keys=keys, **model)
     if mass is not None:
         forced = shapes.rows(plan.forced)
         start = (shapes.request, shapes.current(active), sequence)
         step = (params, forced, mass, shapes.layer, shapes.request.is_question, sequence, index)
         asked["begin_question"] = get(_begin_question, lambda: start, **as_planned, **common)
-        asked["question"] = get(_question, lambda: step, rows=plan.forced, keys=keys, **model)
+        asked["question"] = get(_question, lambda: step, num_rows=plan.forced, keys=keys, **model)
     return Programs(
         begin=get(_begin, lambda: (params, shapes.request, sequence), **as_planned, **model),
         know=get(_know, lambda: (shapes.request, mass), asked=mass is not None, **as_planned, **common),
         layers=[layers_of(stage) for stage in plan.stages],
         borders=[border_of(stage, after) for stage, after in pairwise(plan.stages)],
-        last=get(_last_layer, lambda: at_layer(last_rows), rows=last_rows, keys=keys, **model),
+        last=get(_last_layer, lambda: at_layer(last_rows), num_rows=last_rows, keys=keys, **model),
         **asked,
     )
 
