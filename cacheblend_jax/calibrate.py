@@ -34,6 +34,7 @@ CHUNKS = 8
 QUESTION_TOKENS = 32
 PROBE_TOKENS = 512  # of each chunk that tiers are measured with; beside it chunks of one token give the latency
 PROBE_CHUNKS = 4
+NOT_USED = "not used: nothing is on a disk"
 
 
 def calibrate(
@@ -84,7 +85,7 @@ def fit_compute(
     repeats: int,
     progress: Callable[[Iterable, str], Iterable],
 ) -> tuple[ComputeModel, dict[str, Any]]:
-    """Times each layer of streamed prefills and fits what they are linear in, by least squares of relative errors."""
+    """Times each layer of streamed prefills and fits what they are linear in, by non-negative least squares."""
     store = ChunkStore(host_bytes=2**40)
     sizes: list[Sequence[float]] = []
     seconds: list[float] = []
@@ -101,7 +102,9 @@ def fit_compute(
         others += [other for _, other in runs]
         store.clear()
     design, target = np.asarray(sizes), np.asarray(seconds)
-    coefficients, _ = nnls(design / target[:, None], np.ones(len(target)))
+    # Between absolute errors, where long layers alone count, and relative ones, where the jitter of short ones does.
+    weights = 1 / np.sqrt(target)
+    coefficients, _ = nnls(design * weights[:, None], target * weights)
     errors = np.abs(design @ coefficients / target - 1)
     fit = {
         "layer_steps": len(target),
@@ -109,7 +112,8 @@ def fit_compute(
         "worst_error": float(errors.max()),
         "layers": [{"sizes": list(x), "seconds": y} for x, y in zip(sizes, seconds, strict=True)],
     }
-    return ComputeModel(*coefficients.tolist(), statistics.median(others)), fit
+    layer, key, projected, attending, visible = coefficients.tolist()
+    return ComputeModel(layer, key, projected, attending, visible, statistics.median(others)), fit
 
 
 def _timed_layers(engine: Engine, prompt: Prompt) -> tuple[list[float], float]:
@@ -129,7 +133,7 @@ def measure_tiers(model: Model, open_store: Callable[[], Any], repeats: int) -> 
     """
     memory = ChunkStore(host_bytes=2**40)
     tiers = {"host": _measured_tier(model, lambda: memory, "host", repeats)[0], "disk": ASSUMED_DISK}
-    page_cache = "not used"
+    page_cache = NOT_USED
     if open_store().directory is not None:
         tier, page_cache = _measured_tier(model, open_store, "disk", repeats)
         tiers[tier.name] = tier
@@ -148,12 +152,12 @@ def _measured_tier(model: Model, open_store: Callable[[], Any], name: str, repea
     engine.close()
     shape = (config.num_layers, PROBE_CHUNKS * tokens, config.num_kv_heads, config.head_dim)
     buffers = Staging(np.dtype(model.config.dtype)).arrays(shape)
-    seconds, page_cache = np.zeros((repeats, 2)), "not used"
+    seconds, page_cache = np.zeros((repeats, 2)), NOT_USED
     for repeat in range(repeats):
         for which, size in enumerate((tokens, 1)):
             store = open_store()
             if store.directory is not None:
-                page_cache = drop_page_cache(Path(str(store.directory)))
+                page_cache = drop_page_cache(Path(store.directory))
             with ExitStack() as handles:
                 chunks = [handles.enter_context(store.open(key)) for key in keys[which]]
                 name = chunks[0].tier

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 
 import jax
@@ -25,7 +24,7 @@ from cacheblend_jax.blend.steps import Request, needs
 from cacheblend_jax.controller import AutoBlend, Decision, Estimator, Stored, decide
 from cacheblend_jax.decoding import decode
 from cacheblend_jax.errors import CacheBlendError, PromptError
-from cacheblend_jax.execution import Executed, Execution
+from cacheblend_jax.execution import Attempt, Execution, Timer, may_be_slow
 from cacheblend_jax.layout import MODES, Found, Layout, Missing, context_of, lay_out, look_up, spans_of
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
@@ -90,7 +89,7 @@ class Engine:
         self.programs = ProgramCache(model.platform)
         self._planner = Planner(model.config, self.blend)
         self._execution = Execution(
-            model, self.programs, executor, prefetch_layers, may_be_slow=self.store.directory is not None
+            model, self.programs, executor, prefetch_layers, may_be_slow=may_be_slow(self.store)
         )
         self._lock = threading.RLock()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-store")
@@ -172,7 +171,7 @@ class Engine:
 
     def _attempt(
         self, tokenized: TokenizedPrompt, mode: str, lost: Collection[str], timer: Timer, trace: Trace | None
-    ) -> _Attempt:
+    ) -> Attempt:
         """Runs a prefill, with what of the store is not `lost`.
 
         Raises:
@@ -203,7 +202,7 @@ class Engine:
                 compile_s = self._execution.compile(plan, self._execution.chosen(plan, chunks))
                 self._add_oracle(plan, request, layout, chunks, tokenized)
             ran = self._execution.run(plan, request, chunks, trace)
-            return _Attempt(layout, plan, ran, compile_s, planner, decision)
+            return Attempt(layout, plan, ran, compile_s, planner, decision)
 
     def _decide(self, tokenized: TokenizedPrompt, found: Sequence[Found]) -> Decision:
         """Asks the controller for a request's ratio and what to load."""
@@ -231,7 +230,7 @@ class Engine:
     def _planner_at(self, ratio: float) -> Planner:
         return replace(self._planner, blend=replace(self.blend, recompute_ratio=ratio))
 
-    def _result(self, mode: str, attempt: _Attempt, logits: np.ndarray, ttft_s: float, damaged: int) -> PrefillResult:
+    def _result(self, mode: str, attempt: Attempt, logits: np.ndarray, ttft_s: float, damaged: int) -> PrefillResult:
         layout, ran = attempt.layout, attempt.ran
         computed = computed_positions(attempt.plan, ran.out.stage_positions)
         stats = PrefillStats(
@@ -414,36 +413,6 @@ class Engine:
         text = self.model.tokenizer.decode(token_ids, skip_special_tokens=True)
         # A character may span tokens: what is not whole yet is held back.
         return text.rstrip("\ufffd")
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """A prefill that went through."""
-
-    layout: Layout
-    plan: Plan
-    ran: Executed
-    compile_s: float
-    planner: Planner
-    decision: Decision | None
-
-
-class Timer:
-    """Measures a request without what is no part of it: compilation, the oracle."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-
-    def elapsed_s(self) -> float:
-        """Seconds since it was made."""
-        return time.perf_counter() - self._began
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """The body takes no time."""
-        began = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - began
 
 
 def _check_max_new_tokens(max_new_tokens: int) -> None:

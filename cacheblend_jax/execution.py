@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +20,14 @@ from cacheblend_jax.blend.resident import prefill, standalone
 from cacheblend_jax.blend.schedule import Plan, length_bucket
 from cacheblend_jax.blend.steps import Prefilled, Request
 from cacheblend_jax.blend.streamed import Programs, layers_wanted, make_programs, prefill_streamed
+from cacheblend_jax.controller import Decision
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.layout import Missing
+from cacheblend_jax.layout import Layout, Missing
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
-from cacheblend_jax.planner import abstract_request
+from cacheblend_jax.planner import Planner, abstract_request
 from cacheblend_jax.programs import Program, ProgramCache
-from cacheblend_jax.store import ChunkEntry
+from cacheblend_jax.store import ChunkEntry, ChunkStore, ThrottledStore
 from cacheblend_jax.trace import Trace
 
 EXECUTORS = ("auto", "resident", "streamed")
@@ -219,3 +221,38 @@ class Execution:
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, self._model.placement)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A prefill that went through."""
+
+    layout: Layout
+    plan: Plan
+    ran: Executed
+    compile_s: float
+    planner: Planner
+    decision: Decision | None
+
+
+class Timer:
+    """Measures a request without what is no part of it: compilation, the oracle."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    def elapsed_s(self) -> float:
+        """Seconds since it was made."""
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The body takes no time."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+
+def may_be_slow(store: ChunkStore | ThrottledStore) -> bool:
+    """Whether a store has tiers slower than host memory."""
+    return isinstance(store, ThrottledStore) or store.directory is not None

@@ -53,11 +53,6 @@ class ThrottledStore:
         self._free_at = float("-inf")
         self._lock = threading.Lock()
 
-    @property
-    def directory(self) -> str:
-        """What profiles of this tier are kept under."""
-        return f"throttled:{self.bytes_per_s:g}:{self.latency_s:g}:{self.wrapped.directory or ''}"
-
     def open(self, key: str) -> ThrottledChunk | None:
         """Returns a handle whose reads are throttled; `None` where the wrapped store has no such entry."""
         chunk = self.wrapped.open(key)
