@@ -16,9 +16,11 @@ from platformdirs import user_cache_path
 from tqdm import tqdm
 
 from cacheblend_jax.blend import SELECTORS, BlendConfig
+from cacheblend_jax.controller import AutoBlend, explain
 from cacheblend_jax.documents import Chunk, chunk_documents, read_documents, select_top_k
 from cacheblend_jax.engine import Engine
 from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.execution import EXECUTORS
 from cacheblend_jax.layout import MODES
 from cacheblend_jax.model import Model, load_model
 from cacheblend_jax.model.decode import Sampling
@@ -26,6 +28,7 @@ from cacheblend_jax.prompt import Prompt
 from cacheblend_jax.results import Generation, PrefillStats
 from cacheblend_jax.store import ChunkStore
 from cacheblend_jax.store.commands import add_store_commands
+from cacheblend_jax.trace import Trace
 
 SEPARATOR = "\n\n"
 
@@ -60,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add_store_commands(commands)
     _add_evaluate(commands)
     _add_bench(commands)
+    _add_calibrate(commands)
     return parser
 
 
@@ -77,7 +81,13 @@ def _add_ask(commands: Any) -> None:
     ask.add_argument("--all", action="store_true", help="use all chunks")
     ask.add_argument("--mode", choices=MODES, default="blend", help="how to prefill (blend)")
     ask.add_argument("--compare", action="store_true", help="answer in all four modes and print a table")
-    ask.add_argument("--ratio", type=float, default=0.15, help="recompute ratio (0.15)")
+    ask.add_argument(
+        "--ratio", type=_ratio, default=0.15, help="recompute ratio (0.15); auto: as much as loading hides"
+    )
+    ask.add_argument("--executor", choices=EXECUTORS, default="auto", help="stream stored KV, or load it first (auto)")
+    ask.add_argument("--profile", type=Path, metavar="FILE", help="with --ratio auto: what calibrate saved there")
+    ask.add_argument("--explain", action="store_true", help="say what the controller decided, and what happened")
+    ask.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace, and beside it a picture (.png)")
     ask.add_argument("--selector", default="hkvd", help=f"{', '.join(sorted(SELECTORS))} (hkvd)")
     ask.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="longest answer (64)")
     ask.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
@@ -178,6 +188,16 @@ def _add_bench(commands: Any) -> None:
     bench.set_defaults(run=lambda parsed: run_bench(parsed, _say))
 
 
+def _ratio(text: str) -> float | str:
+    """A recompute ratio, or `auto`."""
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a ratio in [0, 1] or 'auto', got {text!r}") from None
+
+
 def _count(text: str) -> int:
     """An argument that counts something: a whole number of at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
@@ -188,13 +208,17 @@ def _count(text: str) -> int:
 def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
     """Answers one question; returns what `--json` writes."""
     _take_question_from_docs(parsed)
-    blend = BlendConfig(parsed.ratio, selector=parsed.selector)
+    auto = parsed.ratio == "auto"
+    if parsed.explain and (not auto or parsed.mode != "blend"):
+        raise CacheBlendError("--explain needs --mode blend --ratio auto: else there is no decision to explain")
+    fixed = BlendConfig(0.15 if auto else parsed.ratio, selector=parsed.selector)
+    blend = AutoBlend(fixed, parsed.profile) if auto else fixed
     sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
     store = ChunkStore(parsed.store, host_bytes=parsed.store_bytes)
     documents = read_documents(parsed.docs)
     model = _load_with_tokenizer(parsed)
     prompt, sources = _prompt(parsed, model, documents)
-    engine = Engine(model, store, blend)
+    engine = Engine(model, store, blend, executor=parsed.executor)
     bar = _bar(total=None, desc="precompute")
     engine.precompute(prompt, progress=lambda done, total: _advance(bar, done, total))
     bar.close()
@@ -203,12 +227,19 @@ def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
     for mode in modes:
         if parsed.compare:
             engine.prefill(prompt, mode)  # so that every mode is timed on its second run
-        answers[mode] = engine.generate(prompt, mode, max_new_tokens=parsed.max_new_tokens, sampling=sampling)
+        trace = Trace() if parsed.trace is not None and mode == parsed.mode else None
+        out = engine.prefill(prompt, mode, trace=trace)
+        answers[mode] = engine.complete(out, max_new_tokens=parsed.max_new_tokens, sampling=sampling)
+        if trace is not None:
+            _save_trace(trace, parsed.trace)
     if parsed.compare:
         _print_comparison(answers)
     else:
         print(answers[parsed.mode].text)
         print(_summary(answers[parsed.mode].stats.prefill))
+    stats = answers[parsed.mode].stats.prefill
+    if parsed.explain and stats.decision is not None:
+        print(explain(stats.decision, stats.ttft_s))
     engine.close()
     store.close()
     return {
@@ -252,6 +283,30 @@ def _load_with_tokenizer(parsed: argparse.Namespace) -> Model:
     if model.tokenizer is None:
         raise CacheBlendError(f"model {parsed.model!r} has no tokenizer; text needs one")
     return model
+
+
+def _save_trace(trace: Trace, path: Path) -> None:
+    trace.save(path)
+    trace.save_picture(path.with_suffix(".png"))
+    _say(f"wrote {path} (open it in ui.perfetto.dev) and {path.with_suffix('.png')}")
+
+
+def _add_calibrate(commands: Any) -> None:
+    calibrate = commands.add_parser("calibrate", help="measure what --ratio auto decides by: layer steps and tiers")
+    calibrate.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="checkpoint directory or hub id (demo)")
+    calibrate.add_argument("--store", type=Path, metavar="DIR", help="the store whose disk is measured (memory only)")
+    calibrate.add_argument("--lengths", type=_count, nargs="+", default=[512, 1024, 2048, 4096], metavar="N")
+    calibrate.add_argument("--ratios", type=float, nargs="+", default=[0.15, 0.5], metavar="R", help="(0.15 0.5)")
+    calibrate.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs of each (3)")
+    calibrate.add_argument("--out", type=Path, metavar="FILE", help="where to save (where engines look for it)")
+    _add_shared(calibrate)
+    calibrate.set_defaults(run=_run_calibrate)
+
+
+def _run_calibrate(parsed: argparse.Namespace) -> dict[str, Any]:
+    from cacheblend_jax.calibrate import run_calibrate
+
+    return run_calibrate(parsed, _load(parsed.model, parsed.dtype), _progress)
 
 
 def _take_question_from_docs(parsed: argparse.Namespace) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +19,19 @@ from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.blend.deviation import total_deviation
 from cacheblend_jax.blend.flops import prefill_flops
-from cacheblend_jax.blend.layer_step import LayerKV
-from cacheblend_jax.blend.resident import Request, prefill, standalone
+from cacheblend_jax.blend.loading import LostChunkError, Placed
 from cacheblend_jax.blend.schedule import Plan
-from cacheblend_jax.blend.selectors import get_selector
+from cacheblend_jax.blend.steps import Request, needs
+from cacheblend_jax.controller import AutoBlend, Decision, Estimator, Stored, decide
 from cacheblend_jax.decoding import decode
 from cacheblend_jax.errors import CacheBlendError, PromptError
-from cacheblend_jax.host_memory import aligned_empty
-from cacheblend_jax.layout import MODES, Layout, Missing, context_of, lay_out, spans_of
+from cacheblend_jax.execution import Attempt, Execution, Timer, may_be_slow
+from cacheblend_jax.layout import MODES, Found, Layout, Missing, context_of, lay_out, look_up, spans_of
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
-from cacheblend_jax.planner import Planner, abstract_request, computed_positions
-from cacheblend_jax.programs import Program
+from cacheblend_jax.planner import Planner, computed_positions
+from cacheblend_jax.profile import profile_for
 from cacheblend_jax.prompt import (
     Prompt,
     TextOrIds,
@@ -40,7 +41,8 @@ from cacheblend_jax.prompt import (
     tokenize_prompt,
 )
 from cacheblend_jax.results import GenerateStats, Generation, KVCache, PrefillResult, PrefillStats
-from cacheblend_jax.store import ChunkEntry, ChunkStore
+from cacheblend_jax.store import ChunkStore, ThrottledStore
+from cacheblend_jax.trace import Trace
 
 logger = logging.getLogger(__name__)
 MOST_PENDING = 256  # missing chunks waiting to be computed; a flood beyond that is not stored
@@ -52,24 +54,29 @@ class Engine:
     Args:
         model: what `load_model` returned.
         store: where chunk KV is kept; a memory-only one of default size if `None`.
-        blend: how the blend chooses the tokens to recompute.
+        blend: how the blend chooses the tokens to recompute; `"auto"` or an `AutoBlend`: the controller chooses the
+            ratio of each request, and what to load.
         context_tokens: how many of the prefix's first tokens a chunk is precomputed after; `None`: all of them.
         length_buckets: sizes that lengths are padded to, ascending: few sizes for few programs to compile, at the price
             of padding. `None`: many, with at most 3.1 % padding above 1024 tokens.
+        executor: `"resident"` (all cached KV on the device, one program), `"streamed"` (a layer's KV arrives while
+            others compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory.
+        prefetch_layers: the most layers of cached KV on the device while streaming.
 
     Raises:
-        CacheBlendError: a check layer the model does not have, a `context_tokens` that is no count, or `length_buckets`
-            that are not ascending sizes.
+        CacheBlendError: a check layer the model does not have, or another value that makes no sense.
     """
 
     def __init__(
         self,
         model: Model,
-        store: ChunkStore | None = None,
-        blend: BlendConfig | None = None,
+        store: ChunkStore | ThrottledStore | None = None,
+        blend: BlendConfig | AutoBlend | str | None = None,
         *,
         context_tokens: int | None = 4,
         length_buckets: Sequence[int] | None = None,
+        executor: str = "auto",
+        prefetch_layers: int = 2,
     ) -> None:
         if context_tokens is not None and (not isinstance(context_tokens, int) or context_tokens < 0):
             raise CacheBlendError(
@@ -77,11 +84,16 @@ class Engine:
             )
         self.model = model
         self.store = ChunkStore() if store is None else store
-        self.blend = BlendConfig() if blend is None else blend
+        if isinstance(blend, str) and blend != "auto":
+            raise CacheBlendError(f"blend must be a BlendConfig, an AutoBlend or 'auto', got {blend!r}")
+        self.auto = AutoBlend() if isinstance(blend, str) else blend if isinstance(blend, AutoBlend) else None
+        self.blend = self.auto.base if self.auto else blend if isinstance(blend, BlendConfig) else BlendConfig()
         self.context_tokens = context_tokens
         self._buckets = Buckets(None if length_buckets is None else tuple(length_buckets))
         self._planner = Planner(model.config, self.blend, self._buckets)
-        self._staging = _Staging(jnp.dtype(model.config.dtype))
+        self._execution = Execution(
+            model, executor, prefetch_layers, buckets=self._buckets, may_be_slow=may_be_slow(self.store)
+        )
         self._lock = threading.RLock()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-store")
         self._pending: dict[str, Future] = {}
@@ -115,22 +127,23 @@ class Engine:
             self._wait_for([span.missing.key])
             if span.missing.key not in self.store:
                 # No request has asked for it yet: it goes before what one has.
-                self.store.put(span.missing.key, self._standalone(span.missing), wait=True, uses=0)
+                self.store.put(span.missing.key, self._execution.standalone(span.missing), wait=True, uses=0)
             if progress is not None:
                 progress(done + 1, len(spans))
         return [span.missing.key for span in spans if not span.is_prefix]
 
-    def prefill(self, prompt: Prompt, mode: str = "blend") -> PrefillResult:
+    def prefill(self, prompt: Prompt, mode: str = "blend", *, trace: Trace | None = None) -> PrefillResult:
         """Prefills a prompt; what the store lacks is computed in place, and stored after the first token is out.
 
         Args:
             mode: `"full"` (full recompute), `"prefix"` (exact entries only: prefix caching), `"reuse"` (full KV reuse)
                 or `"blend"`.
+            trace: collects what happened when: reading, transfer, and the computation of each layer.
 
         Raises:
             PromptError: see `tokenize_prompt`; an unknown mode.
         """
-        return self._prefill(self._tokenize(prompt), mode)
+        return self._prefill(self._tokenize(prompt), mode, trace)
 
     def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         config = self.model.config
@@ -138,50 +151,117 @@ class Engine:
             prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
         )
 
-    def _prefill(self, tokenized: TokenizedPrompt, mode: str) -> PrefillResult:
+    def _prefill(self, tokenized: TokenizedPrompt, mode: str, trace: Trace | None = None) -> PrefillResult:
         fingerprint = self.model.fingerprint  # computed once a model, not a part of any request
         with self._lock:
             if self._pending and mode != "full":
                 spans = spans_of(tokenized, self.context_tokens, fingerprint, self.store.salt)
                 self._wait_for([span.missing.key for span in spans])
-            began = time.perf_counter()
-            layout = lay_out(
-                tokenized, self.store, mode=mode, context_tokens=self.context_tokens, fingerprint=fingerprint
-            )
-            plan, request = self._planner.plan_layout(layout, mode)
-            oracle_s = self._add_oracle(plan, request, layout, tokenized)
-            program = self._prefill_program(plan)
-            compile_s = program.compile_s
-            cos, sin = rope_tables(self.model.config, plan.cache_length)
-            load_began = time.perf_counter()
-            cached = None if plan.nothing_cached else self._load(layout, plan)
-            load_s = time.perf_counter() - load_began
-            dispatched = time.perf_counter()
-            out = program.run(self.model.params, request, cached, *self._put((cos, sin)))
-            next_token = int(out.next_token)
-            ended = time.perf_counter()
-            logits = np.asarray(out.logits)
-        for missing in layout.to_store:
+            if self.auto is not None:
+                _ = self.estimator  # a quick estimate is no part of any request
+            timer, lost = Timer(), set[str]()
+            while True:
+                try:
+                    attempt = self._attempt(tokenized, mode, lost, timer, trace)
+                    break
+                except LostChunkError as error:  # costs this request its hit, never its answer
+                    logger.warning("a stored chunk could not be read and is computed instead: %s", error)
+                    lost.add(error.key)
+            ttft_s = timer.elapsed_s()
+            logits = np.asarray(attempt.ran.out.logits)
+        for missing in attempt.layout.to_store:
             self._store_later(missing)
-        computed = computed_positions(plan, out.stage_positions)
-        ttft_s = ended - began - compile_s - oracle_s
+        for span, chunk in attempt.layout.loaded:
+            if chunk.tier != "host":
+                self._promote_later(span.missing.key)
+        return self._result(mode, attempt, logits, ttft_s, len(lost))
+
+    def _attempt(
+        self, tokenized: TokenizedPrompt, mode: str, lost: Collection[str], timer: Timer, trace: Trace | None
+    ) -> Attempt:
+        """Runs a prefill, with what of the store is not `lost`.
+
+        Raises:
+            LostChunkError: a chunk could not be read.
+        """
+        context = context_of(tokenized.prefix, self.context_tokens)
+        with ExitStack() as handles:
+            found = look_up(
+                tokenized,
+                self.store,
+                mode=mode,
+                context_tokens=self.context_tokens,
+                fingerprint=self.model.fingerprint,
+                lost=lost,
+            )
+            for each in found:
+                if each.chunk is not None:
+                    handles.enter_context(each.chunk)
+            planner, decision = self._planner, None
+            if self.auto is not None and mode == "blend":
+                decision = self._decide(tokenized, found)
+                planner = self._planner_at(decision.ratio)
+            compute = () if decision is None else decision.computed_starts
+            layout = lay_out(tokenized, found, context_length=context.size, compute=compute)
+            plan, request = planner.plan_layout(layout, mode)
+            chunks = [Placed(span.missing.key, span.start, span.stop, chunk) for span, chunk in layout.loaded]
+            with timer.stopped():
+                compile_s = self._execution.compile(plan, self._execution.chosen(plan, chunks))
+                self._add_oracle(plan, request, layout, chunks, tokenized)
+            ran = self._execution.run(plan, request, chunks, trace)
+            return Attempt(layout, plan, ran, compile_s, planner, decision)
+
+    def _decide(self, tokenized: TokenizedPrompt, found: Sequence[Found]) -> Decision:
+        """Asks the controller for a request's ratio and what to load."""
+        assert self.auto is not None
+        config = self.model.config
+        stored = [
+            Stored(each.span.start, each.chunk.num_tokens, each.chunk.num_bytes, each.chunk.tier, each.span.exact)
+            for each in found
+            if each.chunk is not None
+        ]
+        token_bytes = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
+        length = tokenized.token_ids.size
+        return decide(self.estimator, self._planner, length, stored, token_bytes, self.auto.ratios)
+
+    @cached_property
+    def estimator(self) -> Estimator:
+        """What the controller estimates delays from: the profile, or where there is none a quick estimate."""
+        given = None if self.auto is None else self.auto.profile
+        profile, name = profile_for(self.model, self.store.directory, given)
+        ahead = (self._execution.host_layers, self._execution.prefetch_layers)
+        return Estimator(
+            name, profile.compute, profile.tiers, profile.transfer, *ahead, executor=self._execution.executor
+        )
+
+    def _planner_at(self, ratio: float) -> Planner:
+        return replace(self._planner, blend=replace(self.blend, recompute_ratio=ratio))
+
+    def _result(self, mode: str, attempt: Attempt, logits: np.ndarray, ttft_s: float, damaged: int) -> PrefillResult:
+        layout, ran = attempt.layout, attempt.ran
+        computed = computed_positions(attempt.plan, ran.out.stage_positions)
         stats = PrefillStats(
             mode=mode,
             tokens=layout.token_ids.size,
             ttft_s=ttft_s,
-            host_s=dispatched - began - compile_s - oracle_s - load_s,
-            load_s=load_s,
-            compile_s=compile_s,
+            host_s=ttft_s - ran.run_s,
+            load_s=ran.load_s,
+            compile_s=attempt.compile_s,
             hits=layout.hits,
             misses=layout.misses,
             exact=int(layout.exact.sum()),
             candidates=int(layout.candidate.sum()),
             forced=int((~layout.exact & ~layout.candidate).sum()),
-            recompute_ratio=self._planner.recompute_ratio(layout, computed),
+            recompute_ratio=attempt.planner.recompute_ratio(layout, computed),
             flops=prefill_flops(self.model.config, computed),
-            peak_memory_bytes=program.peak_memory_bytes,
+            peak_memory_bytes=ran.peak_memory_bytes,
+            executor=ran.executor,
+            damaged=damaged,
+            decision=attempt.decision,
         )
-        return PrefillResult(logits, layout.token_ids, next_token, stats, KVCache(out.k, out.v), computed)
+        return PrefillResult(
+            logits, layout.token_ids, ran.next_token, stats, KVCache(ran.out.k, ran.out.v), computed, attempt.plan
+        )
 
     def generate(
         self,
@@ -269,9 +349,12 @@ class Engine:
                 f"prefix_tokens must be at least 0 and suffix_tokens at least 1, got {prefix_tokens}, {suffix_tokens}"
             )
         before = self.model.programs.count
-        plans = self._planner.plans_up_to(max_tokens, modes, prefix_tokens, suffix_tokens)
+        blends = [self.blend] if self.auto is None else self.auto.configurations()
+        sizes = (max_tokens, modes, prefix_tokens, suffix_tokens)
+        planners = [replace(self._planner, blend=blend) for blend in blends]
+        plans = list(dict.fromkeys(plan for planner in planners for plan in planner.plans_up_to(*sizes)))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for done, _ in enumerate(pool.map(self._prefill_program, plans), 1):
+            for done, _ in enumerate(pool.map(self._execution.warm_up, plans), 1):
                 if progress is not None:
                     progress(done, len(plans))
         return self.model.programs.count - before
@@ -279,6 +362,8 @@ class Engine:
     def flush(self) -> None:
         """Waits until every missing chunk seen so far is stored, on disk too where the store has a directory."""
         self._wait_for(list(self._pending))
+        with suppress(RuntimeError):  # closed: nothing is left to wait for
+            self._background.submit(lambda: None).result()  # one thread: what came before is done then
         self.store.flush()
 
     def close(self) -> None:
@@ -292,70 +377,21 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _prefill_program(self, plan: Plan) -> Program:
-        def arguments() -> tuple[Any, ...]:
-            config = self.model.config
-            shape = (config.num_layers, plan.cache_length, config.num_kv_heads, config.head_dim)
-            stacked: Any = self._abstract(shape, config.dtype)
-            cached = None if plan.nothing_cached else LayerKV(stacked, stacked)
-            table = self._abstract((plan.cache_length, config.head_dim // 2), jnp.float32)
-            return self.model.params, abstract_request(plan), cached, table, table
-
-        return self.model.programs.get(prefill, arguments, config=self.model.config, plan=plan)
-
-    def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self.model.placement)
-
-    def _put(self, tree: Any) -> Any:
-        return jax.device_put(tree, self.model.placement)
-
-    def _load(self, layout: Layout, plan: Plan) -> LayerKV:
-        """Assembles the stored KV at its places; rows of forced tokens stay as they are, to be overwritten."""
-        config = self.model.config
-        shape = (config.num_layers, plan.cache_length, config.num_kv_heads, config.head_dim)
-        k, v = self._staging.arrays(shape)
-        for span, entry in layout.loaded:
-            k[:, span.start : span.stop] = entry.k
-            v[:, span.start : span.stop] = entry.v
-        cached = LayerKV(*self._put((k, v)))
-        jax.block_until_ready(cached)
-        return cached
-
-    def _add_oracle(self, plan: Plan, request: Request, layout: Layout, tokenized: TokenizedPrompt) -> float:
-        """Fills the oracle's scores in from a full prefill, if the selector wants them; returns the seconds it took."""
-        if plan.selector is None or "oracle" not in get_selector(plan.selector).needs:
-            return 0.0
-        began = time.perf_counter()
+    def _add_oracle(
+        self, plan: Plan, request: Request, layout: Layout, chunks: Sequence[Placed], tokenized: TokenizedPrompt
+    ) -> None:
+        """Fills the oracle's scores in from a full prefill, if the selector wants them."""
+        if not needs(plan.selector, "oracle"):
+            return
         full = self._prefill(tokenized, "full").padded_cache
         rows = min(full.k.shape[1], plan.cache_length)
         cos, sin = rope_tables(self.model.config, plan.cache_length)
-        cached = self._load(layout, plan)
+        cached = self._execution.load(plan, chunks)
         scores = jax.jit(total_deviation)(
             *(x[:, :rows] for x in (full.k, full.v, cached.k, cached.v)), cos[:rows], sin[:rows], layout.token_ids.size
         )
         count = int(np.sum(request.positions < plan.cache_length))
         request.oracle[:count] = np.asarray(scores)[request.positions[:count]]
-        return time.perf_counter() - began
-
-    def _standalone(self, missing: Missing) -> ChunkEntry:
-        """Computes a chunk's KV after its context alone."""
-        config = self.model.config
-        ids = np.concatenate([missing.context_ids, missing.token_ids])
-        size = self._buckets.length(ids.size)
-        padded = np.zeros(size, np.int32)
-        padded[: ids.size] = ids
-        cos, sin = rope_tables(config, size)
-
-        def arguments() -> tuple[Any, ...]:
-            table = self._abstract(cos.shape, jnp.float32)
-            scalar = jax.ShapeDtypeStruct((), jnp.int32)
-            return self.model.params, jax.ShapeDtypeStruct((size,), jnp.int32), scalar, table, table
-
-        program = self.model.programs.get(standalone, arguments, config=config, rows=size)
-        kv = program.run(self.model.params, padded, np.int32(ids.size), *self._put((cos, sin)))
-        begin = missing.context_ids.size
-        k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : ids.size]) for x in (kv.k, kv.v))
-        return ChunkEntry(k, v, self.model.fingerprint, tuple(missing.context_ids.tolist()))
 
     def _store_later(self, missing: Missing) -> None:
         if missing.key in self._pending or len(self._pending) >= MOST_PENDING:
@@ -367,7 +403,7 @@ class Engine:
             noted.wait()
             try:
                 if missing.key not in self.store:
-                    self.store.put(missing.key, self._standalone(missing))
+                    self.store.put(missing.key, self._execution.standalone(missing))
             except Exception:  # costs a later request its hit, never an answer
                 logger.exception("a chunk of %d tokens could not be stored", missing.token_ids.size)
             finally:
@@ -379,6 +415,11 @@ class Engine:
             return
         noted.set()
 
+    def _promote_later(self, key: str) -> None:
+        """Brings a chunk that was read from a slow tier into memory, for the requests to come."""
+        with suppress(RuntimeError):  # closed
+            self._background.submit(self.store.promote, key)
+
     def _wait_for(self, keys: Sequence[str]) -> None:
         wait([future for key in keys if (future := self._pending.get(key)) is not None])
 
@@ -388,20 +429,6 @@ class Engine:
         text = self.model.tokenizer.decode(token_ids, skip_special_tokens=True)
         # A character may span tokens: what is not whole yet is held back.
         return text.rstrip("\ufffd")
-
-
-class _Staging:
-    """A host buffer for K and V that is used again from request to request, and grows."""
-
-    def __init__(self, dtype: np.dtype) -> None:
-        self._k, self._v = (aligned_empty((0,), dtype) for _ in range(2))
-
-    def arrays(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        size = int(np.prod(shape))
-        if self._k.size < size:
-            self._k, self._v = (aligned_empty((size,), self._k.dtype) for _ in range(2))
-            self._k[:] = self._v[:] = 0
-        return self._k[:size].reshape(shape), self._v[:size].reshape(shape)
 
 
 def _check_max_new_tokens(max_new_tokens: int) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from cacheblend_jax.errors import PromptError
 from cacheblend_jax.prompt import TokenizedPrompt
-from cacheblend_jax.store import ChunkEntry, ChunkStore, chunk_key
+from cacheblend_jax.store import StoredChunk, chunk_key
 
 MODES = ("full", "prefix", "reuse", "blend")
 NO_CONTEXT = np.zeros(0, np.int32)
@@ -25,7 +27,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Span:
-    """A prefix or chunk at its place: its key, what is computed where it is missing, and its entry where it is not."""
+    """A prefix or chunk at its place, and what is computed where it is missing."""
 
     start: int
     missing: Missing
@@ -39,11 +41,19 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What the store holds of a span: an open handle, or nothing."""
+
+    span: Span
+    chunk: StoredChunk | None
+
+
+@dataclass(frozen=True)
 class Layout:
-    """A prompt's tokens in place. `loaded` are the entries to reuse; masks and starts are `[tokens]`."""
+    """A prompt's tokens in place. `loaded` are the chunks to reuse; masks and starts are `[tokens]`."""
 
     token_ids: np.ndarray
-    loaded: list[tuple[Span, ChunkEntry]]
+    loaded: list[tuple[Span, StoredChunk]]
     to_store: list[Missing]
     exact: np.ndarray
     candidate: np.ndarray
@@ -79,35 +89,54 @@ def spans_of(prompt: TokenizedPrompt, context_tokens: int | None, fingerprint: s
     return spans
 
 
-def lay_out(
-    prompt: TokenizedPrompt, store: ChunkStore, *, mode: str, context_tokens: int | None, fingerprint: str
-) -> Layout:
-    """Looks every span up and says of every token whether it is exact, a candidate, or forced (neither).
+def look_up(
+    prompt: TokenizedPrompt,
+    store: Any,
+    *,
+    mode: str,
+    context_tokens: int | None,
+    fingerprint: str,
+    lost: Collection[str] = (),
+) -> list[Found]:
+    """Opens what the store holds of a prompt, for the caller to close. `full` uses no entry, `prefix` only exact ones.
 
-    `full` uses no entry, `prefix` only exact ones. The suffix is forced; without one, the prompt's last token is.
+    Entries whose keys are among `lost` (could not be read a moment ago) count as missing.
 
     Raises:
         PromptError: an unknown mode.
     """
     if mode not in MODES:
         raise PromptError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    spans = [] if mode == "full" else spans_of(prompt, context_tokens, fingerprint, store.salt)
+    wanted = [span for span in spans if span.exact or mode != "prefix"]
+    return [Found(span, None if span.missing.key in lost else store.open(span.missing.key)) for span in wanted]
+
+
+def lay_out(
+    prompt: TokenizedPrompt, found: Sequence[Found], *, context_length: int, compute: Collection[int] = ()
+) -> Layout:
+    """Says of every token whether it is exact, a candidate, or forced (neither).
+
+    The suffix is forced; without one, the prompt's last token is. So are the spans that start at a position in
+    `compute`: stored, but not worth loading.
+    """
     token_ids = prompt.token_ids
     exact, candidate = np.zeros(token_ids.size, bool), np.zeros(token_ids.size, bool)
     chunk_starts = np.zeros(token_ids.size, np.int32)
+    start = prompt.prefix.size
+    for chunk in prompt.chunks:
+        chunk_starts[start : start + chunk.size] = start
+        start += chunk.size
     loaded, to_store, hits, misses = [], {}, 0, 0
-    spans = [] if mode == "full" else spans_of(prompt, context_tokens, fingerprint, store.salt)
-    for span in spans:
-        chunk_starts[span.start : span.stop] = span.start
-        if mode == "prefix" and not span.exact:
-            continue
-        entry = store.get(span.missing.key)
-        if entry is not None:
-            loaded.append((span, entry))
-            (exact if span.exact else candidate)[span.start : span.stop] = True
-        else:
+    for each in found:
+        span = each.span
+        if each.chunk is None:
             to_store[span.missing.key] = span.missing
-        hits += entry is not None and not span.is_prefix
-        misses += entry is None and not span.is_prefix
+        elif span.start not in compute:
+            loaded.append((span, each.chunk))
+            (exact if span.exact else candidate)[span.start : span.stop] = True
+        hits += each.chunk is not None and not span.is_prefix
+        misses += each.chunk is None and not span.is_prefix
     suffix_start = token_ids.size - prompt.suffix.size
     chunk_starts[suffix_start:] = suffix_start
     exact[-1] = candidate[-1] = False
@@ -118,7 +147,7 @@ def lay_out(
         exact,
         candidate,
         chunk_starts,
-        context_of(prompt.prefix, context_tokens).size,
+        context_length,
         min(suffix_start, token_ids.size - 1),
         hits,
         misses,

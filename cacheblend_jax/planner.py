@@ -12,13 +12,13 @@ import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, forced_bucket
-from cacheblend_jax.blend.resident import Request
 from cacheblend_jax.blend.schedule import (
     Plan,
     full_plan,
     make_plan,
     survivor_counts,
 )
+from cacheblend_jax.blend.steps import Request
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.layout import Layout
 from cacheblend_jax.model.config import ModelConfig

@@ -10,6 +10,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from cacheblend_jax.blend.schedule import Plan
+from cacheblend_jax.controller import Decision
+
 
 @struct.dataclass
 class KVCache:
@@ -26,7 +29,8 @@ class PrefillStats:
     Attributes:
         ttft_s: from token ids on the host to the first output token id on the host; loading included, compilation not.
         host_s: of it, lookup, layout and everything else on the host but `load_s`.
-        load_s: of it, assembling the stored KV and handing it to the device.
+        load_s: of it, assembling the stored KV and handing it to the device; where it is streamed, only what the
+            prefill waited for: loading that is not hidden behind computation.
         compile_s: spent compiling before the prefill could run; 0 once warm.
         hits, misses: chunks found in the store, and not.
         exact: tokens whose stored KV is exact at its place: never recomputed.
@@ -35,6 +39,9 @@ class PrefillStats:
         recompute_ratio: candidates computed afresh / candidates, mean over the layers after the check layer.
         flops: floating-point operations of the useful work (see `prefill_flops`).
         peak_memory_bytes: device memory that the prefill's program takes, weights and KV included.
+        executor: `"resident"` or `"streamed"`.
+        damaged: chunks that were in the store, could not be read, and were computed instead.
+        decision: the controller's, where it chose the ratio.
     """
 
     mode: str
@@ -51,6 +58,9 @@ class PrefillStats:
     recompute_ratio: float
     flops: int
     peak_memory_bytes: int
+    executor: str = "resident"
+    damaged: int = 0
+    decision: Decision | None = None
 
     @property
     def reused(self) -> int:
@@ -75,6 +85,7 @@ class PrefillResult:
     stats: PrefillStats
     padded_cache: KVCache = field(repr=False)
     computed_positions: list[np.ndarray] = field(repr=False)
+    plan: Plan = field(repr=False)
 
     @property
     def cache(self) -> KVCache:

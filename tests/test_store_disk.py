@@ -476,3 +476,17 @@ def test_names_of_the_index_are_hexadecimal():
     assert storage_name(key_of(7)) == key_of(7)
     assert len({storage_name(key) for key in ("a", "b", "../a", key_of(1).upper())}) == 4
     assert json.dumps(storage_name("../a")).isascii()
+
+
+def test_a_chunk_read_from_disk_is_in_memory_for_the_next_request(tmp_path):
+    prompt = random_prompt(5)
+    with cb.ChunkStore(tmp_path / "kv") as store, cb.Engine(family_model("llama3"), store) as engine:
+        keys = engine.precompute(prompt)
+        engine.flush()
+    with cb.ChunkStore(tmp_path / "kv") as store, cb.Engine(family_model("llama3"), store) as engine:
+        assert engine.prefill(prompt).stats.executor == "streamed"
+        engine.flush()
+        for key in keys:
+            with store.open(key) as chunk:
+                assert chunk.tier == "host"
+        assert engine.prefill(prompt).stats.executor == "resident"

@@ -6,7 +6,6 @@ Both executors, stand-alone chunks and full prefill run this one step over the m
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,6 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from cacheblend_jax.blend.selectors import Evidence
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.transformer import DecoderLayer, Params, Rows, attend, layer_at, layer_starts
 from pallas_kernels import apply_rope, blend_kv, selective_attention
@@ -144,23 +142,3 @@ def cross_mass(
         context = log_sum_exp(jnp.where(is_row, context_length - 1, positions), window_starts)
         seen = jnp.exp(own - step.lse) + jnp.exp(context - step.lse)
         return jnp.where(is_row, 1.0 - seen.mean(axis=1), 0.0)
-
-
-def evidence_of(fresh: LayerKV, cached: LayerKV, rows: Rows, shared: Evidence, index: Int[Array, " rows"]) -> Evidence:
-    """Narrows the evidence of all active tokens (`shared`) to the current rows and adds this layer's K, V."""
-    num_keys = cached.k.shape[0]
-    at = jnp.minimum(rows.positions, num_keys - 1)
-    return replace(
-        shared,
-        valid=rows.positions < num_keys,
-        positions=rows.positions,
-        chunk_starts=shared.chunk_starts[index],
-        index=index,
-        k_fresh=fresh.k,
-        v_fresh=fresh.v,
-        k_cached=cached.k[at],
-        v_cached=cached.v[at],
-        cross_mass=shared.cross_mass[index],
-        question_mass=shared.question_mass[index],
-        oracle=shared.oracle[index],
-    )

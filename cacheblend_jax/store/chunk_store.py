@@ -136,7 +136,7 @@ class ChunkStore:
         """Returns a handle that reads the entry layer by layer, for use in a `with`; `None` where there is none.
 
         Until it is closed, the entry is not evicted from where it is read. One that is read from disk is not copied
-        into memory.
+        into memory; `promote` does that.
         """
         with self._lock:
             if (entry := self._host.get(key)) is not None:
@@ -156,6 +156,17 @@ class ChunkStore:
             self._count("disk_hits")
             self._touch(key)
         return chunk
+
+    def promote(self, key: str) -> None:
+        """Copies an entry that is on disk alone into memory; counts no use, and does nothing for what is damaged."""
+        with self._lock:
+            known = self._host.peek(key) is not None
+        disk = self._disk
+        loaded = None if known or disk is None else disk.load(key)
+        if loaded is not None:
+            entry, uses = loaded
+            with self._lock:
+                self._keep(key, _read_only(entry), uses)
 
     def put(self, key: str, entry: ChunkEntry, *, wait: bool = False, uses: int = 1) -> bool:
         """Keeps an entry in memory and queues it for the disk; returns whether it is kept anywhere.

@@ -1,0 +1,265 @@
+"""Runs planned prefills on a model's device, by either executor: programs, host buffers and threads live here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets
+from cacheblend_jax.blend.layer_step import LayerKV
+from cacheblend_jax.blend.layer_step import Sequence as PromptSequence
+from cacheblend_jax.blend.loading import READERS, LayerStream, Placed, Staging, load_all
+from cacheblend_jax.blend.resident import prefill, standalone
+from cacheblend_jax.blend.schedule import Plan
+from cacheblend_jax.blend.steps import Prefilled, Request
+from cacheblend_jax.blend.streamed import Programs, layers_wanted, make_programs, prefill_streamed
+from cacheblend_jax.controller import Decision
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.layout import Layout, Missing
+from cacheblend_jax.model.model import Model
+from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.planner import Planner, abstract_request
+from cacheblend_jax.programs import Program
+from cacheblend_jax.store import ChunkEntry, ChunkStore, ThrottledStore
+from cacheblend_jax.trace import Trace
+
+EXECUTORS = ("auto", "resident", "streamed")
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A prefill that has run: its results, and what it took. Times are in seconds."""
+
+    out: Prefilled
+    next_token: int
+    executor: str
+    load_s: float
+    run_s: float
+    peak_memory_bytes: int
+
+
+class Execution:
+    """Runs the prefills of one model, one at a time.
+
+    Args:
+        executor: `"resident"` (all cached KV on the device, one program), `"streamed"` (layer by layer while others
+            compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory.
+        prefetch_layers: the most layers of cached KV on the device while streaming.
+        may_be_slow: whether the store has tiers slower than host memory.
+
+    Raises:
+        CacheBlendError: an unknown executor, or a `prefetch_layers` that is no positive count.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        executor: str,
+        prefetch_layers: int,
+        *,
+        buckets: Buckets = FINE_BUCKETS,
+        may_be_slow: bool = False,
+    ) -> None:
+        if executor not in EXECUTORS:
+            raise CacheBlendError(f"unknown executor {executor!r}; expected one of {', '.join(EXECUTORS)}")
+        if not isinstance(prefetch_layers, int) or isinstance(prefetch_layers, bool) or prefetch_layers < 1:
+            raise CacheBlendError(f"prefetch_layers must be a whole number of at least 1, got {prefetch_layers!r}")
+        self.executor = executor
+        self.prefetch_layers = prefetch_layers
+        self._model, self._buckets, self._may_be_slow = model, buckets, may_be_slow
+        self._staging = Staging(jnp.dtype(model.config.dtype))
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="cacheblend-read")
+        self._lanes = ThreadPoolExecutor(2, thread_name_prefix="cacheblend-lane")
+
+    def close(self) -> None:
+        """Stops the threads."""
+        self._readers.shutdown()
+        self._lanes.shutdown()
+
+    def chosen(self, plan: Plan, chunks: Sequence[Placed]) -> str:
+        """Returns the executor of a prefill: where nothing is loaded there is nothing to stream."""
+        if plan.nothing_cached or not chunks or self.executor == "resident":
+            return "resident"
+        slow = any(placed.chunk.tier != "host" for placed in chunks)
+        return "streamed" if slow or self.executor == "streamed" else "resident"
+
+    def compile(self, plan: Plan, executor: str) -> float:
+        """Compiles what a plan needs by that executor; returns the seconds it took, 0 where it was ready."""
+        if executor == "resident" or plan.nothing_cached:
+            return self._resident_program(plan).compile_s
+        return self._streamed_programs(plan)[1]
+
+    def warm_up(self, plan: Plan) -> None:
+        """Compiles a plan for the executors that its requests may be run by.
+
+        With `"auto"` that is the streamed one too, unless the store keeps everything in memory.
+        """
+        may_load = not plan.nothing_cached
+        if self.executor != "streamed" or not may_load:
+            self.compile(plan, "resident")
+        if may_load and (self.executor == "streamed" or (self.executor == "auto" and self._may_be_slow)):
+            self.compile(plan, "streamed")
+
+    def run(self, plan: Plan, request: Request, chunks: Sequence[Placed], trace: Trace | None) -> Executed:
+        """Runs a prefill; `run_s` ends with the first token on the host.
+
+        Raises:
+            LostChunkError: a chunk could not be read; nothing is left running.
+        """
+        if self.chosen(plan, chunks) == "streamed":
+            return self._run_streamed(plan, request, chunks, trace)
+        return self._run_resident(plan, request, chunks, trace)
+
+    def load(self, plan: Plan, chunks: Sequence[Placed], trace: Trace | None = None) -> LayerKV:
+        """Assembles all stored KV at its places, on the device; rows of forced tokens are to be overwritten."""
+        config = self._model.config
+        k, v = self._staging.arrays((config.num_layers, *self._layer_shape(plan)))
+        load_all(chunks, k, v, self._readers, trace)
+        began = time.perf_counter()
+        cached = LayerKV(*self._put((k, v)))
+        jax.block_until_ready(cached)
+        if trace is not None:
+            trace.add("transfer", "all layers", -1, began, time.perf_counter())
+        return cached
+
+    def standalone(self, missing: Missing) -> ChunkEntry:
+        """Computes a chunk's KV after its context alone."""
+        config = self._model.config
+        ids = np.concatenate([missing.context_ids, missing.token_ids])
+        size = self._buckets.length(ids.size)
+        padded = np.zeros(size, np.int32)
+        padded[: ids.size] = ids
+        cos, sin = rope_tables(config, size)
+
+        def arguments() -> tuple[Any, ...]:
+            table = self._abstract(cos.shape, jnp.float32)
+            scalar = jax.ShapeDtypeStruct((), jnp.int32)
+            return self._model.params, jax.ShapeDtypeStruct((size,), jnp.int32), scalar, table, table
+
+        program = self._model.programs.get(standalone, arguments, config=config, rows=size)
+        kv = program.run(self._model.params, padded, np.int32(ids.size), *self._put((cos, sin)))
+        begin = missing.context_ids.size
+        k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : ids.size]) for x in (kv.k, kv.v))
+        return ChunkEntry(k, v, self._model.fingerprint, tuple(missing.context_ids.tolist()))
+
+    def _run_resident(self, plan: Plan, request: Request, chunks: Sequence[Placed], trace: Trace | None) -> Executed:
+        program = self._resident_program(plan)
+        tables = self._put(rope_tables(self._model.config, plan.cache_length))
+        began = time.perf_counter()
+        cached = None if plan.nothing_cached else self.load(plan, chunks, trace)
+        dispatched = time.perf_counter()
+        out = program.run(self._model.params, request, cached, *tables)
+        next_token = int(out.next_token)
+        ended = time.perf_counter()
+        if trace is not None:
+            trace.add("compute", "all layers", -1, dispatched, ended)
+        load_s = dispatched - began
+        peak = program.peak_memory_bytes
+        return Executed(out, next_token, "resident", load_s, ended - began, peak)
+
+    def _run_streamed(self, plan: Plan, request: Request, chunks: Sequence[Placed], trace: Trace | None) -> Executed:
+        programs, _, peak = self._streamed_programs(plan)
+        config, params = self._model.config, self._model.params
+        shape = self._layer_shape(plan)
+        buffers = self._staging.arrays((self.host_layers, *shape))
+        began = time.perf_counter()
+        layers = layers_wanted(plan, config.num_layers)
+        stream = LayerStream(
+            chunks, layers, buffers, self.prefetch_layers, self._put, self._readers, self._lanes, trace
+        )
+        with stream:
+            on_device, tables = self._put((request, rope_tables(config, plan.cache_length)))
+            sequence = PromptSequence(on_device.length, *tables)
+            out = prefill_streamed(
+                programs, params, on_device, stream, sequence, plan=plan, keep=np.asarray(request.keep)
+            )
+            next_token = int(out.next_token)
+            ended = time.perf_counter()
+        layer_bytes = 2 * int(np.prod(shape)) * jnp.dtype(config.dtype).itemsize
+        peak += (self.prefetch_layers - 1) * layer_bytes
+        return Executed(out, next_token, "streamed", stream.waited_s, ended - began, peak)
+
+    @property
+    def host_layers(self) -> int:
+        """Layers that are read ahead into host memory: half of them.
+
+        While the layers up to the check layer compute all tokens, a tier that is about as fast as the whole recompute
+        delivers several others; were there no room for them, it would stand still.
+        """
+        return max(self.prefetch_layers, -(-self._model.config.num_layers // 2))
+
+    def _layer_shape(self, plan: Plan) -> tuple[int, int, int]:
+        return plan.cache_length, self._model.config.num_kv_heads, self._model.config.head_dim
+
+    def _resident_program(self, plan: Plan) -> Program:
+        def arguments() -> tuple[Any, ...]:
+            config = self._model.config
+            stacked: Any = self._abstract((config.num_layers, *self._layer_shape(plan)), config.dtype)
+            cached = None if plan.nothing_cached else LayerKV(stacked, stacked)
+            table = self._abstract((plan.cache_length, config.head_dim // 2), jnp.float32)
+            return self._model.params, abstract_request(plan), cached, table, table
+
+        return self._model.programs.get(prefill, arguments, config=self._model.config, plan=plan)
+
+    def _streamed_programs(self, plan: Plan) -> tuple[Programs, float, int]:
+        """Returns a plan's programs, the seconds waited for their compilation, and the most memory one takes."""
+        made: list[Program] = []
+
+        def compiled(*args: Any, **options: Any) -> Any:
+            made.append(self._model.programs.get(*args, **options))
+            return made[-1].run
+
+        model = self._model
+        programs = make_programs(
+            compiled, model.params, abstract_request(plan), config=model.config, plan=plan, placement=model.placement
+        )
+        return programs, sum(program.compile_s for program in made), max(program.peak_memory_bytes for program in made)
+
+    def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._model.placement)
+
+    def _put(self, tree: Any) -> Any:
+        return jax.device_put(tree, self._model.placement)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A prefill that went through."""
+
+    layout: Layout
+    plan: Plan
+    ran: Executed
+    compile_s: float
+    planner: Planner
+    decision: Decision | None
+
+
+class Timer:
+    """Measures a request without what is no part of it: compilation, the oracle."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    def elapsed_s(self) -> float:
+        """Seconds since it was made."""
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The body takes no time."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+
+def may_be_slow(store: ChunkStore | ThrottledStore) -> bool:
+    """Whether a store has tiers slower than host memory."""
+    return isinstance(store, ThrottledStore) or store.directory is not None

@@ -1,0 +1,150 @@
+"""What happened when in a prefill: spans in lanes, as a Chrome trace and as a picture, so that overlap can be seen."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cacheblend_jax.errors import CacheBlendError
+
+LANES = ("disk", "host", "transfer", "compute")
+COLOURS = {"disk": "C7", "host": "C0", "transfer": "C1", "compute": "C2"}
+
+
+@dataclass(frozen=True)
+class Span:
+    """One piece of work: `lane`, what it is, its layer (−1: none), and when it began and ended, in seconds."""
+
+    lane: str
+    name: str
+    layer: int
+    began: float
+    ended: float
+    thread: int
+
+
+@dataclass
+class Trace:
+    """Collects spans from several threads. Lanes: `disk`, `host`, `transfer`, `compute`.
+
+    Args:
+        clock: seconds now; spans that are added must use the same one.
+    """
+
+    clock: Callable[[], float] = time.perf_counter
+    spans: list[Span] = field(default_factory=list)
+
+    @contextmanager
+    def span(self, lane: str, name: str, layer: int = -1) -> Iterator[None]:
+        """Records the time that the body takes."""
+        began = self.clock()
+        yield
+        self.add(lane, name, layer, began, self.clock())
+
+    def add(self, lane: str, name: str, layer: int, began: float, ended: float) -> None:
+        """Records a span whose times are known."""
+        self.spans.append(Span(lane, name, layer, began, ended, threading.get_ident()))
+
+    def lane(self, lane: str) -> list[Span]:
+        """The lane's spans in the order of their beginnings."""
+        return sorted((span for span in self.spans if span.lane == lane), key=lambda span: span.began)
+
+    def overlap_s(self, one: str, other: str) -> float:
+        """Seconds during which both lanes were at work."""
+        ours, theirs = _union(self.lane(one)), _union(self.lane(other))
+        return sum(max(min(a[1], b[1]) - max(a[0], b[0]), 0.0) for a in ours for b in theirs)
+
+    def to_chrome(self) -> dict[str, Any]:
+        """The trace in the Trace Event Format, which Perfetto and chrome://tracing open: one process a lane.
+
+        Within a lane, threads that work at the same time have rows of their own. Times are microseconds from the
+        first span on.
+
+        Source: "Trace Event Format", the JSON of Chrome's tracing, complete (`X`) and metadata (`M`) events.
+        """
+        zero = min((span.began for span in self.spans), default=0.0)
+        events: list[dict[str, Any]] = []
+        for number, lane in enumerate(LANES):
+            spans = self.lane(lane)
+            threads = list(dict.fromkeys(span.thread for span in spans))
+            events.append(_metadata("process_name", number, 0, {"name": lane}))
+            events.append(_metadata("process_sort_index", number, 0, {"sort_index": number}))
+            for row in range(len(threads)):
+                events.append(_metadata("thread_name", number, row, {"name": f"{lane} {row}"}))
+            for span in spans:
+                event = {"name": span.name, "cat": lane, "ph": "X", "pid": number, "tid": threads.index(span.thread)}
+                event |= {"ts": (span.began - zero) * 1e6, "dur": (span.ended - span.began) * 1e6}
+                events.append(event | {"args": {"layer": span.layer}})
+        return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+    def save(self, path: Path) -> None:
+        """Writes the Chrome trace.
+
+        Raises:
+            CacheBlendError: the file cannot be written.
+        """
+        try:
+            path.write_text(json.dumps(self.to_chrome()) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CacheBlendError(f"cannot write --trace {path}: {error.strerror}; choose another path") from error
+
+    def save_picture(self, path: Path, title: str = "") -> None:
+        """Draws the lanes over time into a PNG.
+
+        Raises:
+            CacheBlendError: matplotlib is missing, or the file cannot be written.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise CacheBlendError(
+                f"the timeline picture needs matplotlib: pip install 'cacheblend-jax[plots]' ({error})"
+            ) from error
+        lanes = [lane for lane in LANES if self.lane(lane)]
+        zero = min((span.began for span in self.spans), default=0.0)
+        figure = Figure((11, 0.9 + 0.55 * max(len(lanes), 1)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axis = figure.subplots()
+        for row, lane in enumerate(lanes):
+            for span in self.lane(lane):
+                _draw_span(axis, row, span, zero)
+        axis.set_yticks(range(len(lanes)), lanes)
+        axis.set_ylim(len(lanes) - 0.5, -0.5)
+        axis.set(xlabel="milliseconds", title=title)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_axisbelow(True)
+        try:
+            figure.savefig(path, dpi=130)
+        except OSError as error:
+            raise CacheBlendError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _metadata(name: str, process: int, thread: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "ph": "M", "pid": process, "tid": thread, "args": arguments}
+
+
+def _union(spans: list[Span]) -> list[tuple[float, float]]:
+    """The times at which any of the spans (in the order of their beginnings) was at work."""
+    merged: list[tuple[float, float]] = []
+    for span in spans:
+        if merged and span.began <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], span.ended))
+        else:
+            merged.append((span.began, span.ended))
+    return merged
+
+
+def _draw_span(axis: Any, row: int, span: Span, zero: float) -> None:
+    """A bar; layers alternate between two shades, and those of the compute lane carry their number."""
+    began, milliseconds = (span.began - zero) * 1e3, (span.ended - span.began) * 1e3
+    shade = 0.9 if span.layer % 2 == 0 else 0.55
+    axis.barh(row, milliseconds, left=began, height=0.7, color=COLOURS[span.lane], alpha=shade, linewidth=0)
+    if span.lane == "compute" and span.layer >= 0:
+        axis.text(began + milliseconds / 2, row, str(span.layer), ha="center", va="center", fontsize=6, clip_on=True)

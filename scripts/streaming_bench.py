@@ -1,0 +1,210 @@
+"""Measures the streamed executor and the controller on a throttled tier; writes the figures of docs/streaming.md.
+
+    python scripts/streaming_bench.py --json streaming.json
+
+Takes about five minutes on two cores; `--only overlap`, `figure` or `prediction` measures one part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import cacheblend_jax as cb
+from cacheblend_jax.calibrate import fit_compute, measure_tiers, random_prompt
+from cacheblend_jax.evaluation.bench import SHAPES
+from cacheblend_jax.profile import device_kind, store_name
+
+PAUSE_S = 0.2
+TOKENS = 4096
+PARTS = ("overlap", "figure", "prediction")
+FACTORS = (4.0, 2.0, 1.0, 0.5, 0.25)  # of the throughput at which loading takes as long as recomputing
+LENGTHS = (1024, 2048, 4096, 8160)
+RATIOS = (0.15, 0.3, 0.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the pictures go")
+    parser.add_argument("--compiled", type=Path, help="keep compiled programs there, for another run")
+    parsed = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        jax.config.update("jax_compilation_cache_dir", str(parsed.compiled or temporary))
+        model = cb.random_model(SHAPES["bench-16l"])
+        bench = Bench(model, parsed.repeats)
+        report: dict[str, Any] = {"device": device_kind(model), "jax": jax.__version__}
+        report["balance"] = bench.balance()
+        if "overlap" in parsed.only:
+            report["overlap"] = bench.overlap(parsed.docs)
+        if "figure" in parsed.only:
+            report["figure"] = bench.figure(parsed.docs)
+        if "prediction" in parsed.only:
+            report["prediction"] = bench.prediction()
+    if parsed.json:
+        parsed.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+class Bench:
+    """A model, a store that holds its prompt's chunks, and the throughput at which loading balances recomputing."""
+
+    def __init__(self, model: cb.Model, repeats: int) -> None:
+        self.model, self.repeats = model, repeats
+        self.store = cb.ChunkStore(host_bytes=2**40)
+        self.prompt = random_prompt(model, TOKENS)
+        self.resident = cb.Engine(model, self.store, executor="resident")
+        self.streamed = cb.Engine(model, self.store, executor="streamed")
+        self.resident.precompute(self.prompt)
+        self.num_bytes = self.store.stats.bytes
+        self.recompute_s = 0.0
+
+    def balance(self) -> dict[str, float]:
+        self.resident.prefill(self.prompt)
+        self.recompute_s = statistics.median(self.ttft(self.resident) for _ in range(self.repeats))
+        self.bytes_per_s = self.num_bytes / self.recompute_s
+        print(f"T_recompute {self.recompute_s * 1e3:.0f} ms; balanced by {self.bytes_per_s / 1e6:.0f} MB/s", flush=True)
+        return {"recompute_s": self.recompute_s, "bytes_per_s": self.bytes_per_s, "num_bytes": self.num_bytes}
+
+    def ttft(self, engine: cb.Engine, mode: str = "blend") -> float:
+        return self.stats(engine, mode).ttft_s
+
+    def stats(self, engine: cb.Engine, mode: str = "blend") -> Any:
+        time.sleep(PAUSE_S)
+        return engine.prefill(self.prompt, mode).stats
+
+    def over(self, engine: cb.Engine, factor: float) -> cb.Engine:
+        """The engine over a tier `factor` times as fast as balance; it shares the engine's programs."""
+        engine.store = cb.ThrottledStore(self.store, self.bytes_per_s * factor)
+        return engine
+
+    def overlap(self, docs: Path) -> dict[str, float]:
+        """Fast tier: streamed against resident. Balanced tier: pipelined against sequential. All interleaved."""
+        self.streamed.prefill(self.prompt)
+        rounds: dict[str, list[float]] = {
+            name: [] for name in ("resident", "streamed", "sequential", "pipelined", "load")
+        }
+        for _ in range(self.repeats):
+            for engine, fast, slow in (
+                (self.resident, "resident", "sequential"),
+                (self.streamed, "streamed", "pipelined"),
+            ):
+                engine.store = self.store
+                rounds[fast].append(self.ttft(engine))
+                stats = self.stats(self.over(engine, 1.0))
+                rounds[slow].append(stats.ttft_s)
+                if engine is self.resident:
+                    rounds["load"].append(stats.load_s)
+        trace = cb.Trace()
+        self.over(self.streamed, 1.0).prefill(self.prompt, trace=trace)
+        trace.save_picture(docs / "streaming-timeline.png", "a streamed prefill: 4096 tokens, r = 0.15, balanced tier")
+        for engine in (self.resident, self.streamed):
+            engine.store = self.store
+        result = {name: statistics.median(values) for name, values in rounds.items()}
+        layer_s = max(span.ended - span.began for span in trace.lane("compute"))
+        result["layer_s"] = layer_s
+        result["bound_s"] = (
+            1.15 * max(result["load"], result["resident"]) + result["load"] / self.model.config.num_layers
+        )
+        result["fast_ratio"] = result["streamed"] / result["resident"]
+        result["hidden_s"] = trace.overlap_s("compute", "disk")
+        print("| | TTFT ms |\n| --- | ---: |")
+        for name in ("resident", "streamed", "load", "sequential", "pipelined", "bound_s"):
+            print(f"| {name} | {result[name] * 1e3:.0f} |")
+        print(f"streamed / resident on a fast tier: {result['fast_ratio']:.3f}", flush=True)
+        return result
+
+    def figure(self, docs: Path) -> list[dict[str, float]]:
+        """TTFT against the tier's throughput, for full, reuse, sequential and pipelined blend."""
+        self.ttft(self.resident, "full"), self.ttft(self.streamed, "reuse"), self.ttft(self.streamed)
+        full = statistics.median(self.ttft(self.resident, "full") for _ in range(2))
+        rows = []
+        for factor in FACTORS:
+            runs: dict[str, list[float]] = {"reuse": [], "sequential": [], "pipelined": []}
+            for _ in range(2):
+                runs["reuse"].append(self.ttft(self.over(self.streamed, factor), "reuse"))
+                runs["pipelined"].append(self.ttft(self.streamed))
+                runs["sequential"].append(self.ttft(self.over(self.resident, factor)))
+            row = {"bytes_per_s": factor * self.bytes_per_s, "full": full}
+            rows.append(row | {name: statistics.mean(values) for name, values in runs.items()})
+            print(line(rows[-1]), flush=True)
+        draw(rows, docs / "streaming-ttft.png")
+        for engine in (self.resident, self.streamed):
+            engine.store = self.store
+        return rows
+
+    def prediction(self) -> list[dict[str, Any]]:
+        """The controller's predicted TTFT against the measured one, over lengths and throughputs."""
+        compute, fit = fit_compute(self.model, (1024, 4096, 8160), (0.15, 0.5), 2, lambda items, _: items)
+        print(f"fit: error {fit['median_error']:.1%} in the median, {fit['worst_error']:.1%} at worst", flush=True)
+        tiers, transfer, _ = measure_tiers(self.model, lambda: cb.ChunkStore(), 2)
+        rows = []
+        engine = cb.Engine(self.model, self.store, blend=cb.AutoBlend(ratios=RATIOS), executor="streamed")
+        for tokens in LENGTHS:
+            self.prompt = random_prompt(self.model, tokens)
+            self.store.clear()
+            engine.store = self.store
+            engine.precompute(self.prompt)
+            for factor in (2.0, 1.0, 0.5):
+                throttled = cb.ThrottledStore(self.store, self.bytes_per_s * factor)
+                tier = cb.Tier("disk", throttled.bytes_per_s)
+                own = {"model": self.model.fingerprint, "device": device_kind(self.model)}
+                own |= {"store": store_name(throttled.directory), "compute": compute, "transfer": transfer, "fit": {}}
+                auto = cb.AutoBlend(profile=cb.Profile(tiers=tiers | {"disk": tier}, **own), ratios=RATIOS)
+                engine.store, engine.auto = throttled, auto
+                engine.__dict__.pop("estimator", None)
+                self.stats(engine)
+                runs = [self.stats(engine) for _ in range(2)]
+                decision = runs[0].decision
+                measured = statistics.mean(run.ttft_s for run in runs)
+                row = {"tokens": tokens, "bytes_per_s": throttled.bytes_per_s, "ratio": decision.ratio}
+                row |= {"bound": decision.bound, "computed_chunks": decision.computed_chunks}
+                row |= {"predicted_s": decision.predicted_ttft_s, "measured_s": measured}
+                row["error"] = decision.predicted_ttft_s / measured - 1
+                rows.append(row)
+                print(
+                    "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+                    flush=True,
+                )
+        print(f"worst error {max(abs(row['error']) for row in rows):.1%}", flush=True)
+        return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in row.items())
+
+
+def draw(rows: list[dict[str, float]], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((6.4, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    throughput = np.array([row["bytes_per_s"] for row in rows]) / 1e6
+    styles = {"full": "k--", "reuse": "C7s:", "sequential": "C1^-", "pipelined": "C0o-"}
+    names = {"full": "full recompute", "reuse": "full KV reuse"}
+    for name, style in styles.items():
+        label = names.get(name, f"blend, {name}")
+        axis.plot(throughput, [row[name] for row in rows], style, label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(throughput, [f"{value:.0f}" for value in throughput])
+    axis.minorticks_off()
+    axis.set(xlabel="throughput of the tier, MB/s", ylabel="TTFT, s", title="4096 tokens in 8 chunks, r = 0.15")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
