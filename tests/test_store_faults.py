@@ -65,6 +65,7 @@ with cb.ChunkStore(sys.argv[1] + "/warm") as store:  # imports and first-use cos
     pass
 from cacheblend_jax.store import orbax_write
 for round_ in range(int(sys.argv[2])):
+    reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         store = cb.ChunkStore(sys.argv[1] + "/kv")
@@ -72,10 +73,15 @@ for round_ in range(int(sys.argv[2])):
             store.put(key_of(seed), make_entry(seed, BIG))
             if seed % 3 == 0:
                 store.flush()
+                os.write(writing, b".")
         os._exit(0)
-    time.sleep(random.Random(round_).uniform(0.02, 0.5))
+    if round_ % 2:  # whatever the machine's load, half of the writers have stored something
+        os.read(reading, 1)
+    time.sleep(random.Random(round_).uniform(0.0, 0.3))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    os.close(reading)
+    os.close(writing)
 """
 
 

@@ -89,16 +89,18 @@ class Index:
     def __init__(self, path: str | None, uri: str = "") -> None:
         self.fresh = False  # whether it was made here and now, and holds nothing
         self._lock = threading.RLock()
-        self._writing = self._connect(path, uri)
+        self._writing = self._reading = self._connect(path, uri)
         try:
             if not uri:
                 self._set_up(path)
             # Looking up never waits for another process's writing. One in memory has a single connection.
-            self._reading = self._writing if path is None else self._connect(path, uri)
+            if path is not None:
+                self._reading = self._connect(path, uri)
             self._reading_lock = self._lock if path is None else threading.RLock()
             (version,) = self._reading.execute("PRAGMA user_version").fetchone()
             self._reading.execute("SELECT bytes, entries FROM totals").fetchone()
         except BaseException:
+            self._reading.close()
             self._writing.close()
             raise
         if version != INDEX_VERSION:
@@ -115,7 +117,11 @@ class Index:
         connection = sqlite3.connect(
             target, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=bool(uri)
         )
-        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        try:
+            connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _set_up(self, path: str | None) -> None:

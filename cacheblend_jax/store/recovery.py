@@ -26,11 +26,7 @@ def open_index(disk: DiskTier) -> Index:
     path = os.path.abspath(disk.root / INDEX_FILE)
     if disk.local and disk.writable:
         try:
-            disk.index = Index(path)
-            recover(disk)
-            if disk.index.fresh:
-                adopt_all(disk)
-            return disk.index
+            return _tidied(disk, Index(path))
         except sqlite3.OperationalError as error:  # no permission, no room
             disk.writable = False
             disk.say_once(f"store {disk.root}: entries are read, and not written: {error}", "write_errors")
@@ -46,6 +42,18 @@ def open_index(disk: DiskTier) -> Index:
     disk.index = Index(None)
     adopt_all(disk)
     return disk.index
+
+
+def _tidied(disk: DiskTier, index: Index) -> Index:
+    disk.index = index
+    try:
+        recover(disk)
+        if index.fresh:
+            adopt_all(disk)
+    except BaseException:
+        index.close()
+        raise
+    return index
 
 
 def new_index(disk: DiskTier, path: str) -> Index:
