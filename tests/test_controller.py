@@ -105,12 +105,13 @@ def test_chunks_that_load_slower_than_they_compute_are_computed():
 
 
 def test_the_cap_is_recomputing_everything_that_is_loaded():
-    # Loading takes longer than recomputing all, yet less than what the attention of more forced rows would cost.
-    stored = [dataclasses.replace(chunk, num_bytes=CHUNK_BYTES) for chunk in CHUNKS]
-    barely = estimator(2 * CHUNK_BYTES / (recompute_s(1.0) * 1.0001))
-    decision = decide(barely, planner(), LENGTH, stored, 100, ratios=(0.5, 1.0))
-    assert decision.ratio <= 1.0
-    assert decision.bound in ("cap", "load", "floor")
+    # Many layers: waiting for the first one's KV costs little, so that loading is still worth it.
+    deep = Planner(dataclasses.replace(CONFIG, num_layers=64, windows=()), cb.BlendConfig())
+    whole = [Stored(0, 1024, 2 * CHUNK_BYTES, "disk", False)]
+    at_one = dataclasses.replace(deep, blend=cb.BlendConfig(1.0)).plan("blend", LENGTH, 0, 1024)
+    all_of_it = sum(COMPUTE.layer_seconds(at_one))
+    decision = decide(load_at(all_of_it * 1.01), deep, LENGTH, whole, 100)
+    assert (decision.ratio, decision.bound, decision.computed_chunks) == (1.0, "cap", 0)
 
 
 def test_nothing_stored_is_all_recomputed():
