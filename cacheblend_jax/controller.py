@@ -18,6 +18,7 @@ from cacheblend_jax.planner import Planner
 
 # Ratios to choose among: each is a set of compiled programs, so they are few.
 LADDER = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
+WORTH_IT = 0.95  # stored chunks are recomputed where that saves more than the estimates may err
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,11 @@ class Estimator:
         """The tier of that name; one that was never measured counts as the slowest that was."""
         return self.tiers.get(name) or min(self.tiers.values(), key=lambda tier: tier.bytes_per_s)
 
+    def streams(self, stored: Sequence[Stored]) -> bool:
+        """Whether these chunks are streamed, their loading hidden; if not they are loaded before the prefill."""
+        slow = any(each.tier != "host" for each in stored)
+        return bool(stored) and (self.executor == "streamed" or (self.executor == "auto" and slow))
+
     def ttft_s(self, plan: Plan, stored: Sequence[Stored], layer_bytes: int) -> float:
         """Predicts the TTFT of a plan whose padded layers take `layer_bytes` (K and V)."""
         compute = self.compute.layer_seconds(plan)
@@ -212,8 +218,7 @@ class Estimator:
             return self.compute.request_s + sum(compute)
         load = self.load_s(stored, len(compute))
         transfer = self.transfer.load_s(layer_bytes)
-        slow = any(each.tier != "host" for each in stored)
-        if self.executor == "streamed" or (self.executor == "auto" and slow):
+        if self.streams(stored):
             return self.compute.request_s + pipeline_s(load, transfer, compute, self.host_layers, self.device_layers)
         return self.compute.request_s + (load + transfer) * len(compute) + sum(compute)
 
@@ -228,9 +233,10 @@ def decide(
 ) -> Decision:
     """Chooses the ratio of a request of `length` tokens, and which stored chunks to recompute instead of loading.
 
-    The chunks that load slowest, per token, are dropped one by one as long as the predicted TTFT falls. The planner's
-    own ratio is the floor: `max(r where T_recompute = T_load, floor)`, rounded down to the ladder so that recomputing
-    stays hidden, at most 1.
+    The chunks that load slowest, per token, are recomputed as far as that lowers the predicted TTFT by 5 % or more. The
+    planner's own ratio is the floor: `max(r where T_recompute = T_load, floor)`, rounded down to the ladder so that
+    loading stays the longer of the two, at most 1. Where chunks are loaded first and not streamed, nothing is hidden,
+    and the ratio is the floor.
 
     Args:
         token_bytes: bytes of one token's K and V in one layer.
@@ -243,7 +249,8 @@ def decide(
         option = _best_ratio(estimator, planner, length, kept, token_bytes, ratios)
         computed = tuple(sorted(each.start for each in slowest[:dropped]))
         options.append(replace(option, computed_chunks=dropped, computed_starts=computed))
-    return min(options, key=lambda option: option.predicted_ttft_s)
+    best = min(options, key=lambda option: option.predicted_ttft_s)
+    return best if best.predicted_ttft_s < WORTH_IT * options[0].predicted_ttft_s else options[0]
 
 
 def _best_ratio(
@@ -265,7 +272,7 @@ def _best_ratio(
     floor = planner.blend.recompute_ratio
     ratio, recompute_s = floor, sum(estimator.compute.layer_seconds(plan_at(floor)))
     bound = "floor"
-    if candidates:
+    if candidates and estimator.streams(stored):
         for higher in sorted(step for step in ratios if step > floor):
             seconds = sum(estimator.compute.layer_seconds(plan_at(higher)))
             if seconds > load_s:

@@ -79,11 +79,6 @@ class Execution:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="cacheblend-read")
         self._lanes = ThreadPoolExecutor(2, thread_name_prefix="cacheblend-lane")
 
-    def close(self) -> None:
-        """Stops the threads."""
-        self._readers.shutdown()
-        self._lanes.shutdown()
-
     def chosen(self, plan: Plan, chunks: Sequence[Placed]) -> str:
         """Returns the executor of a prefill: where nothing is loaded there is nothing to stream."""
         if plan.nothing_cached or not chunks or self.executor == "resident":

@@ -35,6 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="in 8 chunks, for overlap and figure")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens, for prediction")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the pictures go")
     parser.add_argument("--compiled", type=Path, help="keep compiled programs there, for another run")
@@ -42,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         jax.config.update("jax_compilation_cache_dir", str(parsed.compiled or temporary))
         model = cb.random_model(SHAPES["bench-16l"])
-        bench = Bench(model, parsed.repeats)
+        bench = Bench(model, parsed.repeats, parsed.tokens, parsed.lengths)
         report: dict[str, Any] = {"device": device_kind(model), "jax": jax.__version__}
         report["balance"] = bench.balance()
         if "overlap" in parsed.only:
@@ -58,10 +60,10 @@ def main() -> None:
 class Bench:
     """A model, a store that holds its prompt's chunks, and the throughput at which loading balances recomputing."""
 
-    def __init__(self, model: cb.Model, repeats: int) -> None:
-        self.model, self.repeats = model, repeats
+    def __init__(self, model: cb.Model, repeats: int, tokens: int, lengths: list[int]) -> None:
+        self.model, self.repeats, self.tokens, self.lengths = model, repeats, tokens, lengths
         self.store = cb.ChunkStore(host_bytes=2**40)
-        self.prompt = random_prompt(model, TOKENS)
+        self.prompt = random_prompt(model, tokens)
         self.resident = cb.Engine(model, self.store, executor="resident")
         self.streamed = cb.Engine(model, self.store, executor="streamed")
         self.resident.precompute(self.prompt)
@@ -106,7 +108,9 @@ class Bench:
                     rounds["load"].append(stats.load_s)
         trace = cb.Trace()
         self.over(self.streamed, 1.0).prefill(self.prompt, trace=trace)
-        trace.save_picture(docs / "streaming-timeline.png", "a streamed prefill: 4096 tokens, r = 0.15, balanced tier")
+        trace.save_picture(
+            docs / "streaming-timeline.png", f"a streamed prefill: {self.tokens} tokens, r = 0.15, balanced tier"
+        )
         for engine in (self.resident, self.streamed):
             engine.store = self.store
         result = {name: statistics.median(values) for name, values in rounds.items()}
@@ -137,19 +141,20 @@ class Bench:
             row = {"bytes_per_s": factor * self.bytes_per_s, "full": full}
             rows.append(row | {name: statistics.mean(values) for name, values in runs.items()})
             print(line(rows[-1]), flush=True)
-        draw(rows, docs / "streaming-ttft.png")
+        draw(rows, docs / "streaming-ttft.png", f"{self.tokens} tokens in 8 chunks, r = 0.15")
         for engine in (self.resident, self.streamed):
             engine.store = self.store
         return rows
 
     def prediction(self) -> list[dict[str, Any]]:
         """The controller's predicted TTFT against the measured one, over lengths and throughputs."""
-        compute, fit = fit_compute(self.model, (1024, 4096, 8160), (0.15, 0.5), 2, lambda items, _: items)
+        measured = sorted({self.lengths[0], *self.lengths[-2:]})
+        compute, fit = fit_compute(self.model, measured, (0.15, 0.5), 2, lambda items, _: items)
         print(f"fit: error {fit['median_error']:.1%} in the median, {fit['worst_error']:.1%} at worst", flush=True)
         tiers, transfer, _ = measure_tiers(self.model, lambda: cb.ChunkStore(), 2)
         rows = []
         engine = cb.Engine(self.model, self.store, blend=cb.AutoBlend(ratios=RATIOS), executor="streamed")
-        for tokens in LENGTHS:
+        for tokens in self.lengths:
             self.prompt = random_prompt(self.model, tokens)
             self.store.clear()
             engine.store = self.store
@@ -165,11 +170,11 @@ class Bench:
                 self.stats(engine)
                 runs = [self.stats(engine) for _ in range(2)]
                 decision = runs[0].decision
-                measured = statistics.mean(run.ttft_s for run in runs)
+                seconds = statistics.mean(run.ttft_s for run in runs)
                 row = {"tokens": tokens, "bytes_per_s": throttled.bytes_per_s, "ratio": decision.ratio}
                 row |= {"bound": decision.bound, "computed_chunks": decision.computed_chunks}
-                row |= {"predicted_s": decision.predicted_ttft_s, "measured_s": measured}
-                row["error"] = decision.predicted_ttft_s / measured - 1
+                row |= {"predicted_s": decision.predicted_ttft_s, "measured_s": seconds}
+                row["error"] = decision.predicted_ttft_s / seconds - 1
                 rows.append(row)
                 print(
                     "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
@@ -183,7 +188,7 @@ def line(row: dict[str, Any]) -> str:
     return "  ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in row.items())
 
 
-def draw(rows: list[dict[str, float]], path: Path) -> None:
+def draw(rows: list[dict[str, float]], path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -199,7 +204,7 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(throughput, [f"{value:.0f}" for value in throughput])
     axis.minorticks_off()
-    axis.set(xlabel="throughput of the tier, MB/s", ylabel="TTFT, s", title="4096 tokens in 8 chunks, r = 0.15")
+    axis.set(xlabel="throughput of the tier, MB/s", ylabel="TTFT, s", title=title)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend()
