@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import apply_rope, attention_mass, blend_kv, selective_attention
-from pallas_kernels.selective_attention import selective_attention_reference
+from pallas_kernels.selective_attention_reference import selective_attention_reference
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
 LENGTHS = (1, 40, 300, 700)  # few, since each is compiled
