@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import resolve_implementation
+from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.rotary import apply_rope
 
 
@@ -32,7 +32,7 @@ def blend_kv(
     Source: CacheBlend (arXiv 2405.16444) §4.2, with keys cached before RoPE.
     """
     _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)
-    resolve_implementation(implementation, "blend_kv")
+    choose_backend(implementation, "blend_kv", {}, default="xla")
     with jax.named_scope("blend_kv"):
         return _blend_kv_xla(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)
 

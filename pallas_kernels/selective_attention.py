@@ -5,12 +5,26 @@ Full prefill is the case `q_positions = 0 … n-1`, decoding that of one query, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+
+import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import resolve_implementation
+from pallas_kernels.dispatch import choose_backend, current_target
 from pallas_kernels.selective_attention_xla import attend_xla
+from pallas_kernels.tuning import attention_blocks
 from pallas_kernels.visibility import first_visible
+
+# Imported when first used: a platform's Pallas needs not be there on another.
+BACKENDS = {
+    "mosaic_gpu": ("pallas_kernels.selective_attention_mosaic_gpu", "attend_mosaic_gpu"),
+    "triton": ("pallas_kernels.selective_attention_triton", "attend_triton"),
+    "tpu": ("pallas_kernels.selective_attention_tpu", "attend_tpu"),
+}
 
 
 def selective_attention(
@@ -41,24 +55,65 @@ def selective_attention(
         window: the query at p sees at most the `window` keys up to and including p.
         scale: factor of the scores; `head_dim ** -0.5` by default.
         return_lse: also return float32 `[queries, heads]`, the log-sum-exp of the visible scaled scores.
-        implementation: `None` (best for the platform) or `"xla"` (blockwise; memory O(queries x block)).
+        implementation: `None` (best for the platform), `"xla"` (blockwise; memory O(queries x block)), `"pallas"`
+            (the platform's Pallas kernel; on a CPU interpreted, for tests), or one of them by name: `"mosaic_gpu"`,
+            `"triton"`, `"tpu"`.
 
     Work is proportional to what is visible: a tile of queries starts at its first visible key block and stops at its
     last. Accumulation is in float32; the result has the dtype of `q`.
 
     Raises:
-        ValueError: shapes, head counts, dtypes, `kv_length`, `window` or `implementation` that do not fit.
+        ValueError: shapes, head counts, dtypes, `kv_length`, `window` or `implementation` that do not fit, or an
+            implementation asked for that can't serve the call; the message says why.
 
     Source: FlashAttention (arXiv 2205.14135) for the online softmax; CacheBlend (arXiv 2405.16444) §4.2 for the use.
     """
     _validate(q, k, v, q_positions, q_starts, kv_length, window)
-    resolve_implementation(implementation, "selective_attention")
+    backend = choose_backend(implementation, "selective_attention", _declines(q, k))
     num_keys, head_dim = k.shape[0], q.shape[2]
     kv_length = jnp.minimum(jnp.asarray(num_keys if kv_length is None else kv_length, jnp.int32), num_keys)
     starts = first_visible(q_positions, q_starts, window)
     scale = head_dim**-0.5 if scale is None else scale
-    out, lse = attend_xla(q, k, v, q_positions, starts, kv_length, scale)
+    if backend == "xla":
+        out, lse = attend_xla(q, k, v, q_positions, starts, kv_length, scale)
+    else:
+        out, lse = _attend_pallas(backend, q, k, v, q_positions, starts, kv_length, scale)
     return (out, lse) if return_lse else out
+
+
+def _declines(q: jax.Array, k: jax.Array) -> dict[str, Callable[[], str | None]]:
+    def reason(backend: str) -> str | None:
+        if min(q.shape[0], k.shape[0]) == 0:
+            return "needs a query and a key"
+        target = current_target()
+        try:
+            module = import_module(BACKENDS[backend][0])
+        except ImportError as error:  # what a release of JAX dropped or renamed
+            return f"can't be imported ({error})"
+        declined = module.declines(q, k, interpret=target.platform == "cpu")
+        if declined is None and attention_blocks(backend, target.chip, q.dtype, q.shape[2]) is None:
+            return f"has no block sizes for {q.dtype} and head_dim {q.shape[2]} (pallas_kernels/tuning.py)"
+        return declined
+
+    return {backend: partial(reason, backend) for backend in BACKENDS}
+
+
+def _attend_pallas(backend, q, k, v, q_positions, starts, kv_length, scale) -> tuple[jax.Array, jax.Array]:
+    target = current_target()
+    module, function = BACKENDS[backend]
+    attend = partial(
+        getattr(import_module(module), function),
+        scale=scale,
+        blocks=attention_blocks(backend, target.chip, q.dtype, q.shape[2]),
+        interpret=target.platform == "cpu",
+    )
+    with jax.named_scope("selective_attention"):
+        # A batch runs one by one: a kernel's grid is full with one member, whose block bounds are its own.
+        if starts is None:
+            return sequential_vmap(lambda q, k, v, positions, length: attend(q, k, v, positions, None, length))(
+                q, k, v, q_positions, kv_length
+            )
+        return sequential_vmap(attend)(q, k, v, q_positions, starts, kv_length)
 
 
 def _validate(q, k, v, q_positions, q_starts, kv_length, window) -> None:
