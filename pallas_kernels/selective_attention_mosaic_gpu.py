@@ -7,6 +7,7 @@ of one runs beside the products of the other.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ class _Shape(NamedTuple):
     dtype: jnp.dtype
     scale: float
     has_starts: bool
+    interpret: bool
 
 
 def attend_mosaic_gpu(
@@ -70,7 +72,14 @@ def attend_mosaic_gpu(
         block_keys=blocks.keys,
     )
     shape = _Shape(
-        blocks.rows // COMPUTING, blocks.keys, blocks.stages, head_dim, jnp.dtype(q.dtype), scale, starts is not None
+        rows=blocks.rows // COMPUTING,
+        keys=blocks.keys,
+        stages=blocks.stages,
+        head_dim=head_dim,
+        dtype=jnp.dtype(q.dtype),
+        scale=scale,
+        has_starts=starts is not None,
+        interpret=interpret,
     )
     num_rows = tiles.rows.shape[1]
     tail = kv_length // blocks.keys
@@ -128,6 +137,7 @@ def _scratch(shape: _Shape) -> list:
         plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=shape.stages),
         plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=shape.stages),
         plgpu.Barrier(num_arrivals=COMPUTING),
+        *([plgpu.SMEM((COMPUTING, shape.rows, shape.keys), shape.dtype)] if shape.interpret else []),
     ]
 
 
@@ -144,6 +154,7 @@ class _Shared(NamedTuple):
     k_read: object
     v_read: object
     turn: object
+    weights: object = None  # in the interpreter only
 
 
 def _kernel(shape: _Shape, num_tiles: int):
@@ -161,10 +172,7 @@ def _kernel(shape: _Shape, num_tiles: int):
             plgpu.set_max_registers(232, action="increase")
             rows = pl.ds((tile * COMPUTING + warpgroup) * shape.rows, shape.rows)
             plgpu.copy_gmem_to_smem(q.at[kv_head, rows], shared.q.at[warpgroup], shared.q_loaded.at[warpgroup])
-            row_first, row_last = (
-                plgpu.load(x, (rows,), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-                for x in (first_visible, last_visible)
-            )
+            row_first, row_last = (_load_rows(x, rows) for x in (first_visible, last_visible))
             plgpu.barrier_wait(shared.q_loaded.at[warpgroup])
             _compute(shape, shared, blocks, warpgroup, row_first, row_last)
             plgpu.commit_smem()
@@ -178,6 +186,27 @@ def _kernel(shape: _Shape, num_tiles: int):
             _load(shape, shared, blocks, kv_head, (k, v), (k_tail, v_tail))
 
     return kernel
+
+
+def _add_product(accumulator, a, b, in_memory):
+    """Returns `accumulator + a @ b`, waited for; `a` is in registers, `b` in shared memory."""
+    if in_memory is None:
+        return pl.run_state(lambda product: plgpu.wgmma(product, a, b))(plgpu.ACC.init(accumulator))
+    # The interpreter knows neither an accumulator that starts with values nor operands in registers.
+    in_memory[...] = a
+
+    def multiply(product):
+        plgpu.wgmma(product, in_memory, b)
+        return product[...]
+
+    return accumulator + pl.run_scoped(multiply, plgpu.ACC(accumulator.shape, jnp.float32))
+
+
+def _load_rows(source, rows) -> jax.Array:
+    options = {"layout": plgpu.Layout.WGMMA.reduce(1), "optimized": False}
+    if "idx" in inspect.signature(plgpu.load).parameters:  # before jax 0.11
+        return plgpu.load(source, (rows,), **options)
+    return plgpu.load(source.at[rows], **options)
 
 
 def _load(shape: _Shape, shared: _Shared, blocks: KeyBlocks, kv_head, stored, tails) -> None:
@@ -250,10 +279,9 @@ def _compute(shape: _Shape, shared: _Shared, blocks: KeyBlocks, warpgroup, row_f
         plgpu.barrier_wait(shared.v_loaded.at[slot])
         plgpu.barrier_wait(shared.turn)
 
-        def add_values(accumulator):
-            plgpu.wgmma(accumulator, weights, shared.v.at[slot])
-
-        weighted = pl.run_state(add_values)(plgpu.ACC.init(weighted))
+        weighted = _add_product(
+            weighted, weights, shared.v.at[slot], shared.weights.at[warpgroup] if shape.interpret else None
+        )
         plgpu.barrier_arrive(shared.v_read.at[slot])
         return weighted, new_maximum, total
 
