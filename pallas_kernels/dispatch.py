@@ -78,8 +78,9 @@ def choose_backend(implementation: str | None, operation: str, declines: Decline
     if implementation == "xla":
         return "xla"
     target = current_target()
-    if implementation in declines:
-        candidates: tuple[str, ...] = (implementation,)
+    candidates: tuple[str, ...]
+    if implementation is not None and implementation in declines:
+        candidates = (implementation,)
     else:
         candidates = tuple(name for name in _pallas_backends(target, implementation) if name in declines)
     reasons = []

@@ -117,11 +117,11 @@ def _blend_arguments():
     return blend, abstract_params(LLAMA3_8B), request, LayerKV(cached, cached), angles, angles
 
 
-def test_a_whole_blend_for_an_h200_copies_no_layer_out_of_its_stack():
+def test_a_whole_blend_compiles_for_an_h200_without_a_spill(capfd):
     compiled = compiler("gpu")(*_blend_arguments())
-    text = compiled.as_text()
-    assert "mosaic_gpu" in text
-    # One layer's matrices: read where they lie in the stack, not sliced into a buffer first.
-    matrices = r"bf16\[(?:1,)?(?:4096,14336|14336,4096|4096,4096)\]"
-    copies = re.findall(rf"= {matrices}\S* (?:copy|fusion|dynamic-slice)\(", text)
-    assert len(copies) == 0, copies
+    assert "mosaic_gpu" in compiled.as_text()
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", "".join(capfd.readouterr()))
+    assert spills, "ptxas printed no account of registers"
+    assert set(spills) == {("0", "0")}
+    # Beside 16 GB of weights and 2 GB of KV: activations of 8192 tokens, never scores of tokens by tokens (8.6 GB).
+    assert compiled.memory_analysis().temp_size_in_bytes < 6e9

@@ -152,6 +152,24 @@ def test_padding_rows_are_never_written_not_even_nan():
     assert (np.asarray(v) == 1).all()
 
 
+def test_deviation_is_the_squared_distance_before_rope_and_zero_for_padding():
+    rng = np.random.default_rng(1)
+    cached_k, cached_v = (rng.standard_normal((6, 2, 8)) for _ in range(2))
+    fresh_k, fresh_v = (rng.standard_normal((3, 2, 8)) for _ in range(2))
+    arrays = [jnp.asarray(x, jnp.float32) for x in (cached_k, cached_v, fresh_k, fresh_v)]
+    angles = rng.uniform(0, 9, (6, 4))
+    cos, sin = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    indices = jnp.asarray([1, 4, 6], jnp.int32)
+    k, v, deviation = blend_kv(*arrays, indices, cos=cos, sin=sin, return_deviation=True)
+    plain = blend_kv(*arrays, indices, cos=cos, sin=sin)
+    np.testing.assert_array_equal(np.asarray(k), np.asarray(plain[0]))
+    np.testing.assert_array_equal(np.asarray(v), np.asarray(plain[1]))
+    for row, key in ((0, 1), (1, 4)):
+        wanted = [np.square(f[row] - c[key]).sum() for f, c in ((fresh_k, cached_k), (fresh_v, cached_v))]
+        np.testing.assert_allclose(deviation[row], wanted, rtol=1e-5)
+    assert (np.asarray(deviation[2]) == 0).all()
+
+
 def test_rotated_keys_and_queries_see_only_their_distance():
     rng = np.random.default_rng(3)
     x, y = (jnp.asarray(rng.standard_normal((1, 1, 16)), jnp.float32) for _ in range(2))
