@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,17 +144,17 @@ def _scratch(shape: _Shape) -> list:
 class _Shared(NamedTuple):
     """Shared memory and barriers, in the order of `_scratch`."""
 
-    q: object
-    k: object
-    v: object
-    lse: object
-    q_loaded: object
-    k_loaded: object
-    v_loaded: object
-    k_read: object
-    v_read: object
-    turn: object
-    weights: object = None  # in the interpreter only
+    q: Any
+    k: Any
+    v: Any
+    lse: Any
+    q_loaded: Any
+    k_loaded: Any
+    v_loaded: Any
+    k_read: Any
+    v_read: Any
+    turn: Any
+    weights: Any = None  # in the interpreter only
 
 
 def _kernel(shape: _Shape, num_tiles: int):

@@ -101,7 +101,7 @@ def measure(functions: dict[str, Callable], arguments, repeats: int) -> dict[str
 
 def backends() -> tuple[str, ...]:
     gpu = ("mosaic_gpu", "triton")
-    return {"gpu": gpu, "tpu": ("tpu",)}.get(current_target().platform, ()) + ("xla",)
+    return (*{"gpu": gpu, "tpu": ("tpu",)}.get(current_target().platform, ()), "xla")
 
 
 def with_implementation(name: str) -> Callable:

@@ -43,13 +43,13 @@ def callbacks_run_at_once():
 small = {"lengths": (1, 300), "groups": ((1, 1), (2, 3)), "border": 128}
 
 
-@settings(max_examples=14, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(cases(head_dims=(32, 80), **small), st.booleans())
 def test_tpu(case, poisoned):
     case.check("tpu", poisoned=poisoned)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(cases(head_dims=(32, 80), **small | {"border": 64}), st.booleans())
 def test_triton(case, poisoned):
     case.check("triton", poisoned=poisoned)
@@ -57,7 +57,7 @@ def test_triton(case, poisoned):
 
 @needs_mosaic_interpreter
 @pytest.mark.usefixtures("callbacks_run_at_once")
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(cases(head_dims=(32, 80), dtypes=("bfloat16",), **small | {"border": 64}), st.booleans())
 def test_mosaic_gpu(case, poisoned):
     case.check("mosaic_gpu", poisoned=poisoned)
