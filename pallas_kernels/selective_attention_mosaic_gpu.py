@@ -84,7 +84,7 @@ def attend_mosaic_gpu(
     num_rows = tiles.rows.shape[1]
     tail = kv_length // blocks.keys
     tail_blocks = [_tail_block(x, tail, kv_length, blocks.keys) for x in (k, v)]
-    options = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
+    options = {"interpret": vars(plgpu)["InterpretGPUParams"](detect_races=True)} if interpret else {}
     out, lse = plgpu.kernel(
         _kernel(shape, num_rows // blocks.rows),
         out_type=[
@@ -165,6 +165,7 @@ def _kernel(shape: _Shape, num_tiles: int):
         # The last tiles see the most keys: they start first, and short ones fill the end.
         tile = num_tiles - 1 - lax.axis_index("tile")
         warpgroup = lax.axis_index("warpgroup")
+        # `last` holds the block that comes from the tail arrays: no mask needs the last key here.
         blocks = KeyBlocks(begin[tile], inner_begin[tile], inner_end[tile], end[tile], tail[0])
 
         @pl.when(warpgroup < COMPUTING)
@@ -203,7 +204,7 @@ def _add_product(accumulator, a, b, in_memory):
 
 
 def _load_rows(source, rows) -> jax.Array:
-    options = {"layout": plgpu.Layout.WGMMA.reduce(1), "optimized": False}
+    options: dict[str, Any] = {"layout": plgpu.Layout.WGMMA.reduce(1), "optimized": False}
     if "idx" in inspect.signature(plgpu.load).parameters:  # before jax 0.11
         return plgpu.load(source, (rows,), **options)
     return plgpu.load(source.at[rows], **options)
@@ -221,23 +222,24 @@ def _load(shape: _Shape, shared: _Shared, blocks: KeyBlocks, kv_head, stored, ta
             destination = target.at[slot], loaded.at[slot]
 
             @pl.when(block == blocks.last)
-            def _(tail=tail, destination=destination):
+            def _from_tail(tail=tail, destination=destination):
                 plgpu.copy_gmem_to_smem(tail.at[:, kv_head], *destination)
 
             @pl.when(block != blocks.last)
-            def _(source=source, destination=destination):
+            def _from_stored(source=source, destination=destination):
                 keys = pl.ds(block * shape.keys, shape.keys)
                 plgpu.copy_gmem_to_smem(source.at[keys, kv_head], *destination)
 
-    def refill(step, _):
+    def refill(step, carry):
         slot = lax.rem(step, jnp.int32(shape.stages))
 
         @pl.when(step >= shape.stages)
-        def _():
+        def _wait_until_read():
             plgpu.barrier_wait(shared.k_read.at[slot])
             plgpu.barrier_wait(shared.v_read.at[slot])
 
         fetch(step, slot)
+        return carry
 
     lax.fori_loop(0, count, refill, None)
 
