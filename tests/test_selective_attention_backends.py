@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,9 @@ def small_blocks(monkeypatch):
 def callbacks_run_at_once():
     # Warpgroups wait for each other in callbacks: dispatched to a pool of as many threads as cores, they may starve.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    faulthandler.dump_traceback_later(300, exit=True)  # a deadlock ends the process, not the patience
     yield
+    faulthandler.cancel_dump_traceback_later()
     jax.config.update("jax_cpu_enable_async_dispatch", True)
 
 
