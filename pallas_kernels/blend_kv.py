@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import resolve_implementation
+from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.rotary import apply_rope
 
 
@@ -19,12 +19,20 @@ def blend_kv(
     *,
     cos: Float[Array, "keys half"],
     sin: Float[Array, "keys half"],
+    return_deviation: bool = False,
     implementation: str | None = None,
-) -> tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"]]:
+) -> (
+    tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"]]
+    | tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"], Float[Array, "tokens 2"]]
+):
     """Returns one layer's blended `(k rotated, v)`: the cached rows, those at `indices` replaced by the fresh ones.
 
     `k_cached` and `k_fresh` are before RoPE; `cos` and `sin` (float32) hold every key's angles. `indices` ascend;
     an index of `keys` or more is padding and writes nothing. `implementation`: `None` (best) or `"xla"`.
+
+    With `return_deviation` a third result, float32 `[tokens, 2]`: how far each fresh row is from the cached one that
+    it replaces, `[Σ (k_fresh - k_cached)², Σ (v_fresh - v_cached)²]` over heads and dims, before RoPE, not divided by
+    the layer's norms; zeros for padding.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
@@ -32,9 +40,18 @@ def blend_kv(
     Source: CacheBlend (arXiv 2405.16444) §4.2, with keys cached before RoPE.
     """
     _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)
-    resolve_implementation(implementation, "blend_kv")
+    choose_backend(implementation, "blend_kv", {}, default="xla")
     with jax.named_scope("blend_kv"):
-        return _blend_kv_xla(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)
+        blended = _blend_kv_xla(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)
+        if not return_deviation:
+            return blended
+        at, is_row = jnp.minimum(indices, k_cached.shape[0] - 1), indices < k_cached.shape[0]
+        parts = [_squared_distance(k_fresh, k_cached[at]), _squared_distance(v_fresh, v_cached[at])]
+        return (*blended, jnp.where(is_row[:, None], jnp.stack(parts, axis=1), 0.0))
+
+
+def _squared_distance(fresh: jax.Array, cached: jax.Array) -> jax.Array:
+    return jnp.square(fresh.astype(jnp.float32) - cached.astype(jnp.float32)).sum(axis=(1, 2))
 
 
 def _blend_kv_xla(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin):

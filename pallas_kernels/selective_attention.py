@@ -5,16 +5,26 @@ Full prefill is the case `q_positions = 0 … n-1`, decoding that of one query, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import resolve_implementation
+from pallas_kernels.dispatch import choose_backend, current_target
+from pallas_kernels.selective_attention_xla import attend_xla
+from pallas_kernels.tuning import attention_blocks
+from pallas_kernels.visibility import first_visible
 
-MASKED = -1e30  # finite: a fully masked row stays free of NaN until it is overwritten by zeros
+# Imported when first used: a platform's Pallas needs not be there on another.
+BACKENDS = {
+    "mosaic_gpu": ("pallas_kernels.selective_attention_mosaic_gpu", "attend_mosaic_gpu"),
+    "triton": ("pallas_kernels.selective_attention_triton", "attend_triton"),
+    "tpu": ("pallas_kernels.selective_attention_tpu", "attend_tpu"),
+}
 
 
 def selective_attention(
@@ -45,255 +55,65 @@ def selective_attention(
         window: the query at p sees at most the `window` keys up to and including p.
         scale: factor of the scores; `head_dim ** -0.5` by default.
         return_lse: also return float32 `[queries, heads]`, the log-sum-exp of the visible scaled scores.
-        implementation: `None` (best for the platform) or `"xla"` (blockwise; memory O(queries x block)).
+        implementation: `None` (best for the platform), `"xla"` (blockwise; memory O(queries x block)), `"pallas"`
+            (the platform's Pallas kernel; on a CPU interpreted, for tests), or one of them by name: `"mosaic_gpu"`,
+            `"triton"`, `"tpu"`.
 
     Work is proportional to what is visible: a tile of queries starts at its first visible key block and stops at its
     last. Accumulation is in float32; the result has the dtype of `q`.
 
     Raises:
-        ValueError: shapes, head counts, dtypes, `kv_length`, `window` or `implementation` that do not fit.
+        ValueError: shapes, head counts, dtypes, `kv_length`, `window` or `implementation` that do not fit, or an
+            implementation asked for that can't serve the call; the message says why.
 
     Source: FlashAttention (arXiv 2205.14135) for the online softmax; CacheBlend (arXiv 2405.16444) §4.2 for the use.
     """
     _validate(q, k, v, q_positions, q_starts, kv_length, window)
-    resolve_implementation(implementation, "selective_attention")
-    num_queries, num_heads, head_dim = q.shape
-    num_keys, num_kv_heads, _ = k.shape
+    backend = choose_backend(implementation, "selective_attention", _declines(q, k))
+    num_keys, head_dim = k.shape[0], q.shape[2]
     kv_length = jnp.minimum(jnp.asarray(num_keys if kv_length is None else kv_length, jnp.int32), num_keys)
-    starts = _first_visible(q_positions, q_starts, window)
+    starts = first_visible(q_positions, q_starts, window)
     scale = head_dim**-0.5 if scale is None else scale
-    tile_size, blocks = block_sizes(num_queries, num_keys)
+    if backend == "xla":
+        out, lse = attend_xla(q, k, v, q_positions, starts, kv_length, scale)
+    else:
+        out, lse = _attend_pallas(backend, q, k, v, q_positions, starts, kv_length, scale)
+    return (out, lse) if return_lse else out
 
+
+def _declines(q: jax.Array, k: jax.Array) -> dict[str, Callable[[], str | None]]:
+    def reason(backend: str) -> str | None:
+        if min(q.shape[0], k.shape[0]) == 0:
+            return "needs a query and a key"
+        target = current_target()
+        try:
+            module = import_module(BACKENDS[backend][0])
+        except ImportError as error:  # what a release of JAX dropped or renamed
+            return f"can't be imported ({error})"
+        declined = module.declines(q, k, interpret=target.platform == "cpu")
+        if declined is None and attention_blocks(backend, target.chip, q.dtype, q.shape[2]) is None:
+            return f"has no block sizes for {q.dtype} and head_dim {q.shape[2]} (pallas_kernels/tuning.py)"
+        return declined
+
+    return {backend: partial(reason, backend) for backend in BACKENDS}
+
+
+def _attend_pallas(backend, q, k, v, q_positions, starts, kv_length, scale) -> tuple[jax.Array, jax.Array]:
+    target = current_target()
+    module, function = BACKENDS[backend]
+    attend = partial(
+        getattr(import_module(module), function),
+        scale=scale,
+        blocks=attention_blocks(backend, target.chip, q.dtype, q.shape[2]),
+        interpret=target.platform == "cpu",
+    )
     with jax.named_scope("selective_attention"):
-        group = num_heads // num_kv_heads
-        num_tiles = -(-num_queries // tile_size)
-        padding = num_tiles * tile_size - num_queries
-        tiles = _Tile(
-            q=jnp.pad(q, ((0, padding), (0, 0), (0, 0))).reshape(num_tiles, tile_size, num_heads, head_dim),
-            positions=jnp.pad(q_positions, (0, padding), constant_values=num_keys).reshape(num_tiles, tile_size),
-            starts=None if starts is None else jnp.pad(starts, (0, padding)).reshape(num_tiles, tile_size),
-        )
-        # One tile reads each key once, where it lies; several share a copy in the order that their products want.
-        stored = _Stored(k, v) if num_tiles == 1 else _Stored(k.transpose(1, 0, 2), v.transpose(1, 0, 2), True)
-
-        def attend_tile(_: None, tile: _Tile) -> tuple[None, tuple[jax.Array, jax.Array]]:
-            # Heads that share a KV head become rows of one matrix product: [kv_heads, group * tile, head_dim].
-            rows = tile.q.reshape(tile_size, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
-            rows = rows.reshape(num_kv_heads, group * tile_size, head_dim)
-            out, lse = _attend_tile(tile, rows, stored, kv_length, scale, blocks)
-            out = out.reshape(num_kv_heads, group, tile_size, head_dim).transpose(2, 0, 1, 3)
-            lse = lse.reshape(num_kv_heads, group, tile_size).transpose(2, 0, 1)
-            return None, (out.reshape(tile.q.shape), lse.reshape(tile_size, num_heads))
-
-        _, (out, lse) = lax.scan(attend_tile, None, tiles)
-        out = out.reshape(-1, num_heads, head_dim)[:num_queries]
-        return (out, lse.reshape(-1, num_heads)[:num_queries]) if return_lse else out
-
-
-class BlockSizes(NamedTuple):
-    """Keys a step: `inner` (a multiple of `edge`) where all the tile's queries see every key, `edge` where not."""
-
-    inner: int
-    edge: int
-
-
-def block_sizes(num_queries: int, num_keys: int) -> tuple[int, BlockSizes]:
-    """Returns queries a tile and keys a step of the XLA implementation, as they were fastest on a CPU.
-
-    Tiles are equal, so that the last one is not mostly padding: its queries see the most keys. Steps are large, since
-    each operation of a step has its own cost. Scattered queries span several times their number in positions: little
-    of what a tile sees is common to all of it, and its tiles are smaller.
-    """
-    dense = num_queries * 2 > num_keys
-    tiles = max(round(num_queries / (352 if dense else 224)), 1)
-    tile = -(-num_queries // tiles)
-    tile = -(-tile // 8) * 8
-    edge = min(tile if dense else max(num_keys // (2 * tiles), 512), 768, num_keys)
-    return tile, BlockSizes(inner=2 * edge if dense and 2 * edge <= num_keys else edge, edge=edge)
-
-
-class _Tile(NamedTuple):
-    q: jax.Array  # [tile, heads, head_dim]
-    positions: jax.Array  # [tile]
-    starts: jax.Array | None  # [tile]
-
-
-class _Stored(NamedTuple):
-    """Keys and values, `[keys, kv_heads, head_dim]` or, if `head_major`, `[kv_heads, keys, head_dim]`."""
-
-    k: jax.Array
-    v: jax.Array
-    head_major: bool = False
-
-    @property
-    def num_keys(self) -> int:
-        return self.k.shape[int(self.head_major)]
-
-    def block(self, begin: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-        """Returns `size` keys and values from `begin` on, `[kv_heads, size, head_dim]`."""
-        k, v = (lax.dynamic_slice_in_dim(x, begin, size, axis=int(self.head_major)) for x in (self.k, self.v))
-        return (k, v) if self.head_major else (k.transpose(1, 0, 2), v.transpose(1, 0, 2))
-
-
-class _Softmax(NamedTuple):
-    """The online softmax's state of one tile's rows."""
-
-    maximum: jax.Array  # [kv_heads, rows]
-    total: jax.Array  # [kv_heads, rows]
-    weighted: jax.Array  # [kv_heads, rows, head_dim]
-
-
-def _attend_tile(
-    tile: _Tile,
-    rows: jax.Array,
-    stored: _Stored,
-    kv_length: jax.Array,
-    scale: float,
-    blocks: BlockSizes,
-) -> tuple[jax.Array, jax.Array]:
-    num_kv_heads, num_rows, head_dim = rows.shape
-    group = num_rows // tile.positions.shape[0]
-    num_keys = stored.num_keys
-    float32_rows = rows.dtype == jnp.float32
-    query_rows = rows * scale if float32_rows else rows  # low precision scales the float32 scores instead
-
-    valid = tile.positions < kv_length
-    starts = jnp.zeros_like(tile.positions) if tile.starts is None else tile.starts
-    # [first, last) is visible to some query of the tile, [common_first, common_last) to all of them.
-    big = jnp.int32(2**30)
-    last = jnp.max(jnp.where(valid, tile.positions, -1)) + 1
-    common_last = jnp.min(jnp.where(valid, tile.positions, big)) + 1
-    first = jnp.clip(jnp.min(jnp.where(valid, starts, big)), 0, last)
-    common_first = jnp.max(jnp.where(valid, starts, 0))
-    row_positions, row_starts, row_valid = (jnp.tile(x, group)[None, :, None] for x in (tile.positions, starts, valid))
-
-    def step(block: int, masked: bool, index: jax.Array, state: _Softmax) -> _Softmax:
-        # A block that would stick out of the array is moved back; the keys seen before are masked.
-        begin = jnp.minimum(index * block, num_keys - block)
-        key_block, value_block = stored.block(begin, block)
-        scores = jnp.einsum("hqd,hkd->hqk", query_rows, key_block, preferred_element_type=jnp.float32)
-        if not float32_rows:
-            scores = scores * scale
-        if masked:
-            column = begin + jnp.arange(block, dtype=jnp.int32)
-            visible = (column >= index * block) & (column >= row_starts[..., 0, None]) & (column <= row_positions)
-            scores = jnp.where(visible, scores, MASKED)
-            value_block = jnp.where((column < kv_length)[None, :, None], value_block, 0)
-        maximum = jnp.maximum(state.maximum, scores.max(axis=-1))
-        weights = jnp.exp(scores - maximum[..., None])
-        rescale = jnp.exp(state.maximum - maximum)
-        gathered = jnp.einsum(
-            "hqk,hkd->hqd", weights.astype(value_block.dtype), value_block, preferred_element_type=jnp.float32
-        )
-        return _Softmax(
-            maximum=maximum,
-            total=state.total * rescale + weights.sum(axis=-1),
-            weighted=state.weighted * rescale[..., None] + gathered,
-        )
-
-    def steps(block: int, masked: bool, begin: jax.Array, end: jax.Array, state: _Softmax) -> _Softmax:
-        """Runs over the keys `[begin, end)`, both multiples of `block` or, for `end`, past the last visible key."""
-        return lax.fori_loop(begin // block, -(-end // block), lambda i, s: step(block, masked, i, s), state)
-
-    state = _Softmax(
-        maximum=jnp.full((num_kv_heads, num_rows), MASKED, jnp.float32),
-        total=jnp.zeros((num_kv_heads, num_rows), jnp.float32),
-        weighted=jnp.zeros((num_kv_heads, num_rows, head_dim), jnp.float32),
-    )
-    inner_begin = -(-common_first // blocks.inner) * blocks.inner
-    inner_end = jnp.maximum(jnp.minimum(common_last, last) // blocks.inner * blocks.inner, inner_begin)
-    if tile.starts is not None:
-        state = steps(blocks.edge, True, first // blocks.edge * blocks.edge, jnp.minimum(inner_begin, last), state)
-    state = steps(blocks.inner, False, inner_begin, inner_end, state)
-    state = steps(blocks.edge, True, inner_end, last, state)
-
-    sees_any = (row_valid & (row_starts <= row_positions))[..., 0]
-    total = jnp.where(sees_any, state.total, 1.0)
-    out = jnp.where(sees_any[..., None], state.weighted / total[..., None], 0.0)
-    return out.astype(rows.dtype), jnp.where(sees_any, state.maximum + jnp.log(total), -jnp.inf)
-
-
-def attention_mass(
-    q: Float[Array, "queries heads head_dim"],
-    k: Float[Array, "keys kv_heads head_dim"],
-    lse: Float[Array, "queries heads"],
-    q_positions: Int[Array, " queries"],
-    *,
-    q_starts: Int[Array, " queries"] | None = None,
-    kv_length: Int[Array, ""] | int | None = None,
-    window: int | None = None,
-    scale: float | None = None,
-) -> Float[Array, " keys"]:
-    """Attention that each key receives from all the queries: the sum of its softmax weights over queries and heads.
-
-    `lse` is what `selective_attention(..., return_lse=True)` returned for the same arguments; queries whose `lse` is
-    `-inf` (padding) add nothing. Memory O(heads x 8 x keys). The sum over keys is heads x valid queries.
-    """
-    num_queries, num_heads, head_dim = q.shape
-    num_keys, num_kv_heads, _ = k.shape
-    group = num_heads // num_kv_heads
-    scale = head_dim**-0.5 if scale is None else scale
-    kv_length = num_keys if kv_length is None else kv_length
-    starts = _first_visible(q_positions, q_starts, window)
-    starts = jnp.zeros_like(q_positions) if starts is None else starts
-    column = jnp.arange(num_keys, dtype=jnp.int32)
-
-    def add_tile(mass: jax.Array, tile: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        rows, row_lse, positions, first = tile
-        rows = rows.reshape(-1, num_kv_heads, group, head_dim)
-        scores = jnp.einsum("qhgd,khd->hgqk", rows, k, preferred_element_type=jnp.float32) * scale
-        row_lse = row_lse.reshape(-1, num_kv_heads, group, 1).transpose(1, 2, 0, 3)
-        visible = (column >= first[:, None]) & (column <= positions[:, None]) & (column < kv_length)
-        weights = jnp.where(visible & (row_lse > -jnp.inf), jnp.exp(scores - row_lse), 0.0)
-        return mass + weights.sum(axis=(0, 1, 2)), None
-
-    tile_size = min(8, num_queries)
-    padding = -num_queries % tile_size
-    tiles = (
-        jnp.pad(q, ((0, padding), (0, 0), (0, 0))),
-        jnp.pad(lse, ((0, padding), (0, 0)), constant_values=-jnp.inf),
-        jnp.pad(q_positions, (0, padding)),
-        jnp.pad(starts, (0, padding)),
-    )
-    tiles = jax.tree.map(lambda x: x.reshape(-1, tile_size, *x.shape[1:]), tiles)
-    with jax.named_scope("attention_mass"):
-        mass, _ = lax.scan(add_tile, jnp.zeros(num_keys, jnp.float32), tiles)
-    return mass
-
-
-def _first_visible(q_positions: jax.Array, q_starts: jax.Array | None, window: int | None) -> jax.Array | None:
-    if window is None:
-        return q_starts
-    first_in_window = jnp.maximum(q_positions - (window - 1), 0)
-    return first_in_window if q_starts is None else jnp.maximum(q_starts, first_in_window)
-
-
-def selective_attention_reference(
-    q: Float[Array, "queries heads head_dim"],
-    k: Float[Array, "keys kv_heads head_dim"],
-    v: Float[Array, "keys kv_heads head_dim"],
-    q_positions: Int[Array, " queries"],
-    *,
-    q_starts: Int[Array, " queries"] | None = None,
-    kv_length: Int[Array, ""] | int | None = None,
-    window: int | None = None,
-    scale: float | None = None,
-) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
-    """What `selective_attention(..., return_lse=True)` means, in plain `jnp` over a dense mask, in the dtype of `q`."""
-    num_keys, num_kv_heads, head_dim = k.shape
-    kv_length = num_keys if kv_length is None else kv_length
-    starts = _first_visible(q_positions, q_starts, window)
-    starts = jnp.zeros_like(q_positions) if starts is None else starts
-    column = jnp.arange(num_keys)
-    valid = (q_positions < kv_length)[:, None]
-    visible = (column >= starts[:, None]) & (column <= q_positions[:, None]) & (column < kv_length) & valid
-    k, v = (jnp.where((column < kv_length)[:, None, None], x, 0) for x in (k, v))
-    k, v = (jnp.repeat(x, q.shape[1] // num_kv_heads, axis=1) for x in (k, v))
-    scores = jnp.einsum("qhd,khd->hqk", q, k) * (head_dim**-0.5 if scale is None else scale)
-    scores = jnp.where(visible, scores, -jnp.inf)
-    lse = jax.nn.logsumexp(scores, axis=-1)
-    weights = jnp.where(visible, jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]), 0.0)
-    return jnp.einsum("hqk,khd->qhd", weights, v), lse.T
+        # A batch runs one by one: a kernel's grid is full with one member, whose block bounds are its own.
+        if starts is None:
+            return sequential_vmap(lambda q, k, v, positions, length: attend(q, k, v, positions, None, length))(
+                q, k, v, q_positions, kv_length
+            )
+        return sequential_vmap(attend)(q, k, v, q_positions, starts, kv_length)
 
 
 def _validate(q, k, v, q_positions, q_starts, kv_length, window) -> None:

@@ -17,7 +17,7 @@ from cacheblend_jax.evaluation.corpus import Difficulty, examples
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.transformer import embedder, layer_at
 from pallas_kernels import apply_rope
-from pallas_kernels.selective_attention import selective_attention_reference
+from pallas_kernels.selective_attention_reference import selective_attention_reference
 
 SELECTORS = sorted(cb.SELECTORS)
 # The default on every family, the ones that watch attention also where windows slide, all on one.

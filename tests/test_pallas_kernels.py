@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,73 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import apply_rope, attention_mass, blend_kv, selective_attention
-from pallas_kernels.selective_attention import selective_attention_reference
-
-TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
-LENGTHS = (1, 40, 300, 700)  # few, since each is compiled
-
-
-@dataclass(frozen=True)
-class Case:
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    positions: jax.Array
-    starts: jax.Array | None
-    kv_length: int
-    window: int | None
-
-    @property
-    def masks(self) -> dict:
-        return {"q_starts": self.starts, "kv_length": self.kv_length, "window": self.window}
-
-    def reference(self) -> tuple[np.ndarray, np.ndarray]:
-        """Output and log-sum-exp in float64."""
-        with jax.enable_x64(True):
-            q, k, v = (jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64) for x in (self.q, self.k, self.v))
-            out, lse = selective_attention_reference(q, k, v, self.positions, **self.masks)
-            return np.asarray(out), np.asarray(lse)
-
-
-@st.composite
-def cases(draw) -> Case:
-    num_keys = draw(st.sampled_from(LENGTHS))
-    num_queries = draw(st.sampled_from((1, 24, num_keys)))
-    kv_heads, group = draw(st.sampled_from(((1, 1), (2, 3))))
-    head_dim = draw(st.sampled_from((8, 80)))
-    dtype = draw(st.sampled_from(sorted(TOLERANCE)))
-    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    kv_length = draw(st.sampled_from((num_keys, max(num_keys // 2, 1), max(num_keys - 3, 1))))
-    if draw(st.booleans()) and num_queries <= num_keys:
-        positions = np.sort(rng.choice(num_keys, num_queries, replace=False))
-    else:  # ties, and positions at block borders
-        positions = np.sort(rng.choice([0, num_keys // 2, num_keys - 1, 255, 256, 511, 512], num_queries))
-    starts = rng.integers(0, positions + 2) if draw(st.booleans()) else None
-
-    def array(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape), dtype)
-
-    return Case(
-        array(num_queries, kv_heads * group, head_dim),
-        array(num_keys, kv_heads, head_dim),
-        array(num_keys, kv_heads, head_dim),
-        jnp.asarray(positions, jnp.int32),
-        None if starts is None else jnp.asarray(starts, jnp.int32),
-        kv_length,
-        draw(st.sampled_from((None, 1, 33))),
-    )
+from pallas_kernels.selective_attention_reference import selective_attention_reference
+from tests.kernel_cases import TOLERANCE, cases
 
 
 @settings(max_examples=40, deadline=None)
 @given(cases())
 def test_selective_attention_equals_its_reference(case):
-    out, lse = selective_attention(case.q, case.k, case.v, case.positions, return_lse=True, **case.masks)
-    wanted, wanted_lse = case.reference()
-    tolerance = TOLERANCE[str(case.q.dtype)]
-    np.testing.assert_allclose(np.asarray(out, np.float64), wanted, atol=tolerance * 4, rtol=tolerance)
-    np.testing.assert_allclose(np.asarray(lse), wanted_lse, atol=tolerance * 4, rtol=tolerance)
-    assert out.dtype == case.q.dtype
-    assert lse.dtype == jnp.float32
+    case.check("xla")
 
 
 @settings(max_examples=20, deadline=None)
@@ -156,7 +95,8 @@ def test_attention_mass_is_the_column_sum_of_the_weights(case):
         ({"kv_length": 7}, r"in \[0, 6\]"),
         ({"window": 0}, "at least 1"),
         ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
-        ({"implementation": "pallas"}, "not in this version"),
+        ({"implementation": "mosaic_gpu"}, "mosaic_gpu computes in bfloat16 or float16"),
+        ({"implementation": "tpu", "q": jnp.zeros((0, 4, 8)), "q_positions": jnp.zeros(0, jnp.int32)}, "needs a query"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
@@ -210,6 +150,24 @@ def test_padding_rows_are_never_written_not_even_nan():
     k, v = blend_kv(cached, cached, fresh, fresh, jnp.full(3, 4, jnp.int32), cos=cos, sin=sin)
     assert (np.asarray(k) == 1).all()
     assert (np.asarray(v) == 1).all()
+
+
+def test_deviation_is_the_squared_distance_before_rope_and_zero_for_padding():
+    rng = np.random.default_rng(1)
+    cached_k, cached_v = (rng.standard_normal((6, 2, 8)) for _ in range(2))
+    fresh_k, fresh_v = (rng.standard_normal((3, 2, 8)) for _ in range(2))
+    arrays = [jnp.asarray(x, jnp.float32) for x in (cached_k, cached_v, fresh_k, fresh_v)]
+    angles = rng.uniform(0, 9, (6, 4))
+    cos, sin = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    indices = jnp.asarray([1, 4, 6], jnp.int32)
+    k, v, deviation = blend_kv(*arrays, indices, cos=cos, sin=sin, return_deviation=True)
+    plain = blend_kv(*arrays, indices, cos=cos, sin=sin)
+    np.testing.assert_array_equal(np.asarray(k), np.asarray(plain[0]))
+    np.testing.assert_array_equal(np.asarray(v), np.asarray(plain[1]))
+    for row, key in ((0, 1), (1, 4)):
+        wanted = [np.square(f[row] - c[key]).sum() for f, c in ((fresh_k, cached_k), (fresh_v, cached_v))]
+        np.testing.assert_allclose(deviation[row], wanted, rtol=1e-5)
+    assert (np.asarray(deviation[2]) == 0).all()
 
 
 def test_rotated_keys_and_queries_see_only_their_distance():

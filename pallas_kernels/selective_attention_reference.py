@@ -1,0 +1,37 @@
+"""What `selective_attention` means, in plain `jnp` over a dense mask: what every backend is tested against."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.visibility import first_visible
+
+
+def selective_attention_reference(
+    q: Float[Array, "queries heads head_dim"],
+    k: Float[Array, "keys kv_heads head_dim"],
+    v: Float[Array, "keys kv_heads head_dim"],
+    q_positions: Int[Array, " queries"],
+    *,
+    q_starts: Int[Array, " queries"] | None = None,
+    kv_length: Int[Array, ""] | int | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
+    """What `selective_attention(..., return_lse=True)` means, in plain `jnp` over a dense mask, in the dtype of `q`."""
+    num_keys, num_kv_heads, head_dim = k.shape
+    kv_length = num_keys if kv_length is None else kv_length
+    starts = first_visible(q_positions, q_starts, window)
+    starts = jnp.zeros_like(q_positions) if starts is None else starts
+    column = jnp.arange(num_keys)
+    valid = (q_positions < kv_length)[:, None]
+    visible = (column >= starts[:, None]) & (column <= q_positions[:, None]) & (column < kv_length) & valid
+    k, v = (jnp.where((column < kv_length)[:, None, None], x, 0) for x in (k, v))
+    k, v = (jnp.repeat(x, q.shape[1] // num_kv_heads, axis=1) for x in (k, v))
+    scores = jnp.einsum("qhd,khd->hqk", q, k) * (head_dim**-0.5 if scale is None else scale)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    weights = jnp.where(visible, jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]), 0.0)
+    return jnp.einsum("hqk,khd->qhd", weights, v), lse.T

@@ -1,0 +1,174 @@
+"""Selective attention in plain XLA: blockwise, memory O(queries x block); runs everywhere."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MASKED = -1e30  # finite: a fully masked row stays free of NaN until it is overwritten by zeros
+
+
+def attend_xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    starts: jax.Array | None,
+    kv_length: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns output and log-sum-exp of validated arguments; `starts` already holds the window's first keys."""
+    num_queries, num_heads, head_dim = q.shape
+    num_keys, num_kv_heads, _ = k.shape
+    tile_size, blocks = block_sizes(num_queries, num_keys)
+
+    with jax.named_scope("selective_attention"):
+        group = num_heads // num_kv_heads
+        num_tiles = -(-num_queries // tile_size)
+        padding = num_tiles * tile_size - num_queries
+        tiles = _Tile(
+            q=jnp.pad(q, ((0, padding), (0, 0), (0, 0))).reshape(num_tiles, tile_size, num_heads, head_dim),
+            positions=jnp.pad(q_positions, (0, padding), constant_values=num_keys).reshape(num_tiles, tile_size),
+            starts=None if starts is None else jnp.pad(starts, (0, padding)).reshape(num_tiles, tile_size),
+        )
+        # One tile reads each key once, where it lies; several share a copy in the order that their products want.
+        stored = _Stored(k, v) if num_tiles == 1 else _Stored(k.transpose(1, 0, 2), v.transpose(1, 0, 2), True)
+
+        def attend_tile(_: None, tile: _Tile) -> tuple[None, tuple[jax.Array, jax.Array]]:
+            # Heads that share a KV head become rows of one matrix product: [kv_heads, group * tile, head_dim].
+            rows = tile.q.reshape(tile_size, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
+            rows = rows.reshape(num_kv_heads, group * tile_size, head_dim)
+            out, lse = _attend_tile(tile, rows, stored, kv_length, scale, blocks)
+            out = out.reshape(num_kv_heads, group, tile_size, head_dim).transpose(2, 0, 1, 3)
+            lse = lse.reshape(num_kv_heads, group, tile_size).transpose(2, 0, 1)
+            return None, (out.reshape(tile.q.shape), lse.reshape(tile_size, num_heads))
+
+        _, (out, lse) = lax.scan(attend_tile, None, tiles)
+        out = out.reshape(-1, num_heads, head_dim)[:num_queries]
+        return out, lse.reshape(-1, num_heads)[:num_queries]
+
+
+class BlockSizes(NamedTuple):
+    """Keys a step: `inner` (a multiple of `edge`) where all the tile's queries see every key, `edge` where not."""
+
+    inner: int
+    edge: int
+
+
+def block_sizes(num_queries: int, num_keys: int) -> tuple[int, BlockSizes]:
+    """Returns queries a tile and keys a step of the XLA implementation, as they were fastest on a CPU.
+
+    Tiles are equal, so that the last one is not mostly padding: its queries see the most keys. Steps are large, since
+    each operation of a step has its own cost. Scattered queries span several times their number in positions: little
+    of what a tile sees is common to all of it, and its tiles are smaller.
+    """
+    dense = num_queries * 2 > num_keys
+    tiles = max(round(num_queries / (352 if dense else 224)), 1)
+    tile = -(-num_queries // tiles)
+    tile = -(-tile // 8) * 8
+    edge = min(tile if dense else max(num_keys // (2 * tiles), 512), 768, num_keys)
+    return tile, BlockSizes(inner=2 * edge if dense and 2 * edge <= num_keys else edge, edge=edge)
+
+
+class _Tile(NamedTuple):
+    q: jax.Array  # [tile, heads, head_dim]
+    positions: jax.Array  # [tile]
+    starts: jax.Array | None  # [tile]
+
+
+class _Stored(NamedTuple):
+    """Keys and values, `[keys, kv_heads, head_dim]` or, if `head_major`, `[kv_heads, keys, head_dim]`."""
+
+    k: jax.Array
+    v: jax.Array
+    head_major: bool = False
+
+    @property
+    def num_keys(self) -> int:
+        return self.k.shape[int(self.head_major)]
+
+    def block(self, begin: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        """Returns `size` keys and values from `begin` on, `[kv_heads, size, head_dim]`."""
+        k, v = (lax.dynamic_slice_in_dim(x, begin, size, axis=int(self.head_major)) for x in (self.k, self.v))
+        return (k, v) if self.head_major else (k.transpose(1, 0, 2), v.transpose(1, 0, 2))
+
+
+class _Softmax(NamedTuple):
+    """The online softmax's state of one tile's rows."""
+
+    maximum: jax.Array  # [kv_heads, rows]
+    total: jax.Array  # [kv_heads, rows]
+    weighted: jax.Array  # [kv_heads, rows, head_dim]
+
+
+def _attend_tile(
+    tile: _Tile,
+    rows: jax.Array,
+    stored: _Stored,
+    kv_length: jax.Array,
+    scale: float,
+    blocks: BlockSizes,
+) -> tuple[jax.Array, jax.Array]:
+    num_kv_heads, num_rows, head_dim = rows.shape
+    group = num_rows // tile.positions.shape[0]
+    num_keys = stored.num_keys
+    float32_rows = rows.dtype == jnp.float32
+    query_rows = rows * scale if float32_rows else rows  # low precision scales the float32 scores instead
+
+    valid = tile.positions < kv_length
+    starts = jnp.zeros_like(tile.positions) if tile.starts is None else tile.starts
+    # [first, last) is visible to some query of the tile, [common_first, common_last) to all of them.
+    big = jnp.int32(2**30)
+    last = jnp.max(jnp.where(valid, tile.positions, -1)) + 1
+    common_last = jnp.min(jnp.where(valid, tile.positions, big)) + 1
+    first = jnp.clip(jnp.min(jnp.where(valid, starts, big)), 0, last)
+    common_first = jnp.max(jnp.where(valid, starts, 0))
+    row_positions, row_starts, row_valid = (jnp.tile(x, group)[None, :, None] for x in (tile.positions, starts, valid))
+
+    def step(block: int, masked: bool, index: jax.Array, state: _Softmax) -> _Softmax:
+        # A block that would stick out of the array is moved back; the keys seen before are masked.
+        begin = jnp.minimum(index * block, num_keys - block)
+        key_block, value_block = stored.block(begin, block)
+        scores = jnp.einsum("hqd,hkd->hqk", query_rows, key_block, preferred_element_type=jnp.float32)
+        if not float32_rows:
+            scores = scores * scale
+        if masked:
+            column = begin + jnp.arange(block, dtype=jnp.int32)
+            visible = (column >= index * block) & (column >= row_starts[..., 0, None]) & (column <= row_positions)
+            scores = jnp.where(visible, scores, MASKED)
+            value_block = jnp.where((column < kv_length)[None, :, None], value_block, 0)
+        maximum = jnp.maximum(state.maximum, scores.max(axis=-1))
+        weights = jnp.exp(scores - maximum[..., None])
+        rescale = jnp.exp(state.maximum - maximum)
+        gathered = jnp.einsum(
+            "hqk,hkd->hqd", weights.astype(value_block.dtype), value_block, preferred_element_type=jnp.float32
+        )
+        return _Softmax(
+            maximum=maximum,
+            total=state.total * rescale + weights.sum(axis=-1),
+            weighted=state.weighted * rescale[..., None] + gathered,
+        )
+
+    def steps(block: int, masked: bool, begin: jax.Array, end: jax.Array, state: _Softmax) -> _Softmax:
+        """Runs over the keys `[begin, end)`, both multiples of `block` or, for `end`, past the last visible key."""
+        return lax.fori_loop(begin // block, -(-end // block), lambda i, s: step(block, masked, i, s), state)
+
+    state = _Softmax(
+        maximum=jnp.full((num_kv_heads, num_rows), MASKED, jnp.float32),
+        total=jnp.zeros((num_kv_heads, num_rows), jnp.float32),
+        weighted=jnp.zeros((num_kv_heads, num_rows, head_dim), jnp.float32),
+    )
+    inner_begin = -(-common_first // blocks.inner) * blocks.inner
+    inner_end = jnp.maximum(jnp.minimum(common_last, last) // blocks.inner * blocks.inner, inner_begin)
+    if tile.starts is not None:
+        state = steps(blocks.edge, True, first // blocks.edge * blocks.edge, jnp.minimum(inner_begin, last), state)
+    state = steps(blocks.inner, False, inner_begin, inner_end, state)
+    state = steps(blocks.edge, True, inner_end, last, state)
+
+    sees_any = (row_valid & (row_starts <= row_positions))[..., 0]
+    total = jnp.where(sees_any, state.total, 1.0)
+    out = jnp.where(sees_any[..., None], state.weighted / total[..., None], 0.0)
+    return out.astype(rows.dtype), jnp.where(sees_any, state.maximum + jnp.log(total), -jnp.inf)

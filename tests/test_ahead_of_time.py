@@ -1,0 +1,129 @@
+"""Every kernel, and the whole blend of a Llama-3-8B shape, compiled for an H200 and a TPU v5e without either."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cacheblend_jax.blend.layer_step import LayerKV
+from cacheblend_jax.blend.resident import Request, prefill
+from cacheblend_jax.blend.schedule import BlendConfig, make_plan
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.transformer import abstract_params
+from pallas_kernels import selective_attention, tuning
+from pallas_kernels.dispatch import OVERRIDE
+from pallas_kernels.tuning import AttentionBlocks
+from tests.ahead_of_time import compiler
+
+pytestmark = pytest.mark.aot
+LLAMA3_8B = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    max_positions=8192,
+    dtype="bfloat16",
+)
+
+
+def _attention(head_dim: int, dtype=jnp.bfloat16, num_queries: int = 1229, implementation: str = "pallas"):
+    def shape(*sizes: int, of=dtype):
+        return jax.ShapeDtypeStruct(sizes, of)
+
+    def attend(q, k, v, positions, starts, length):
+        options = {"kv_length": length, "return_lse": True, "implementation": implementation}
+        return selective_attention(q, k, v, positions, q_starts=starts, **options)
+
+    integers = [shape(*sizes, of=jnp.int32) for sizes in ((num_queries,), (num_queries,), ())]
+    keys = shape(8192, 8, head_dim)
+    return attend, shape(num_queries, 32, head_dim), keys, keys, *integers
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_attention_for_hopper_spills_no_register(head_dim, capfd):
+    compiled = compiler("gpu")(*_attention(head_dim))
+    text = compiled.as_text()
+    assert "selective_attention_mosaic_gpu" in text or "mosaic_gpu" in text
+    printed = "".join(capfd.readouterr())
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", printed)
+    assert spills, "ptxas printed no account of registers"
+    assert set(spills) == {("0", "0")}
+
+
+def test_a_kernel_beyond_shared_memory_fails_for_hopper(monkeypatch):
+    too_many = [(2, 256, AttentionBlocks(rows=128, keys=128, stages=16))]
+    monkeypatch.setitem(tuning.SELECTIVE_ATTENTION, ("mosaic_gpu", ""), too_many)
+    with pytest.raises(Exception, match=r"(?i)shared memory|smem|SMEM"):
+        compiler("gpu")(*_attention(128))
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (80, "bfloat16"), (128, "bfloat16"), (64, "float32")])
+def test_attention_by_triton_compiles(head_dim, dtype):
+    assert (
+        "selective_attention_triton"
+        in compiler("gpu")(*_attention(head_dim, jnp.dtype(dtype), implementation="triton")).as_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(64, "bfloat16"), (80, "float32"), (128, "bfloat16"), (256, "float32")]
+)
+def test_attention_for_tpu_fits_its_memory(head_dim, dtype):
+    compiled = compiler("tpu")(*_attention(head_dim, jnp.dtype(dtype)))
+    assert "selective_attention_tpu" in compiled.as_text()
+    # Scores of all queries and keys would be 1.3 GB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 3e8
+
+
+def test_a_kernel_beyond_vmem_fails_for_tpu(monkeypatch):
+    too_large = [(2, 256, AttentionBlocks(rows=4096, keys=8192))]
+    monkeypatch.setitem(tuning.SELECTIVE_ATTENTION, ("tpu", ""), too_large)
+    with pytest.raises(Exception, match=r"(?i)vmem|memory"):
+        compiler("tpu")(*_attention(128))
+
+
+def _blend_arguments():
+    length, forced = 8192, 64
+    plan = make_plan(num_layers=32, length=length, active=length, forced=forced, blend=BlendConfig(), check_layer=1)
+
+    def shape(*sizes: int, of=jnp.int32):
+        return jax.ShapeDtypeStruct(sizes, of)
+
+    request = Request(
+        token_ids=shape(plan.active),
+        positions=shape(plan.active),
+        length=shape(),
+        forced=shape(plan.active, of=jnp.bool_),
+        chunk_starts=shape(plan.active),
+        context_length=shape(),
+        keep=shape(len(plan.stages) - 1),
+        forced_rows=shape(plan.forced),
+        is_question=shape(plan.forced, of=jnp.bool_),
+        oracle=shape(plan.active, of=jnp.float32),
+        seed=shape(),
+    )
+    cached = shape(32, plan.cache_length, 8, 128, of=jnp.bfloat16)
+    angles = shape(plan.cache_length, 64, of=jnp.float32)
+
+    def blend(params, request, cached, cos, sin):
+        return prefill(params, request, cached, cos, sin, config=LLAMA3_8B, plan=plan)
+
+    return blend, abstract_params(LLAMA3_8B), request, LayerKV(cached, cached), angles, angles
+
+
+def test_a_whole_blend_compiles_for_an_h200_without_a_spill(capfd, monkeypatch):
+    monkeypatch.setenv(OVERRIDE, "pallas")
+    compiled = compiler("gpu")(*_blend_arguments())
+    assert "mosaic_gpu" in compiled.as_text()
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", "".join(capfd.readouterr()))
+    assert spills, "ptxas printed no account of registers"
+    assert set(spills) == {("0", "0")}
+    # Beside 16 GB of weights and 2 GB of KV: activations of 8192 tokens, never scores of tokens by tokens (8.6 GB).
+    assert compiled.memory_analysis().temp_size_in_bytes < 6e9

@@ -1,0 +1,178 @@
+"""Each Pallas backend of `selective_attention` in its interpreter, against the reference in float64."""
+
+from __future__ import annotations
+
+import faulthandler
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import dispatch, selective_attention, tuning
+from pallas_kernels.tuning import AttentionBlocks
+from tests.kernel_cases import cases
+
+INTERPRETS_MOSAIC_GPU = hasattr(plgpu, "InterpretGPUParams")
+needs_mosaic_interpreter = pytest.mark.skipif(
+    not INTERPRETS_MOSAIC_GPU, reason="the Mosaic GPU interpreter needs jax 0.11 (Python 3.12 or later)"
+)
+# Small blocks, so that few keys have many borders.
+BLOCKS = {
+    "tpu": AttentionBlocks(rows=128, keys=128),
+    "triton": AttentionBlocks(rows=32, keys=64),
+    "mosaic_gpu": AttentionBlocks(rows=128, keys=64, stages=2),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    table = {(name, ""): [(size, 256, blocks) for size in (2, 4)] for name, blocks in BLOCKS.items()}
+    monkeypatch.setattr(tuning, "SELECTIVE_ATTENTION", table)
+
+
+@pytest.fixture
+def callbacks_run_at_once():
+    # Warpgroups wait for each other in callbacks: dispatched to a pool of as many threads as cores, they may starve.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    faulthandler.dump_traceback_later(300, exit=True)  # a deadlock ends the process, not the patience
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    jax.config.update("jax_cpu_enable_async_dispatch", True)
+
+
+small = {"lengths": (1, 300), "groups": ((1, 1), (2, 3)), "border": 128}
+
+
+@settings(max_examples=8, deadline=None)
+@given(cases(head_dims=(32, 80), **small), st.booleans())
+def test_tpu(case, poisoned):
+    case.check("tpu", poisoned=poisoned)
+
+
+@settings(max_examples=10, deadline=None)
+@given(cases(head_dims=(32, 80), **small | {"border": 64}), st.booleans())
+def test_triton(case, poisoned):
+    case.check("triton", poisoned=poisoned)
+
+
+@pytest.mark.mosaic
+@needs_mosaic_interpreter
+@pytest.mark.usefixtures("callbacks_run_at_once")
+@settings(max_examples=5, deadline=None)
+@given(cases(head_dims=(32, 80), dtypes=("bfloat16",), **small | {"border": 64}), st.booleans())
+def test_mosaic_gpu(case, poisoned):
+    case.check("mosaic_gpu", poisoned=poisoned)
+    assert not _races_found()
+
+
+def _races_found() -> bool:
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    races = gpu_callbacks._races
+    return races is not None and races.races_found
+
+
+POSITIONS = jnp.asarray([300], jnp.int32)
+
+
+@pytest.mark.usefixtures("callbacks_run_at_once")
+@pytest.mark.parametrize(
+    "backend", ["tpu", "triton", pytest.param("mosaic_gpu", marks=[needs_mosaic_interpreter, pytest.mark.mosaic])]
+)
+def test_keys_outside_of_the_visible_blocks_are_not_computed(backend):
+    # NaN before the window's first block and after the last visible one: skipped, not masked. The control sees it.
+    q = jnp.ones((1, 1, 32), jnp.bfloat16)
+    keys = jnp.zeros((640, 1, 32), jnp.bfloat16)
+    poisoned = keys.at[:256].set(jnp.nan).at[384:].set(jnp.nan)
+
+    def attend(positions):
+        out = selective_attention(q, poisoned, poisoned, positions, window=20, implementation=backend)
+        return np.asarray(out, np.float32)
+
+    assert np.isfinite(attend(POSITIONS)).all()
+    assert np.isnan(attend(POSITIONS + 140)).any()
+
+
+@pytest.mark.parametrize("backend", ["tpu", "triton"])
+def test_a_batch_equals_one_by_one(backend):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((3, tokens, 2, 32)), jnp.float32) for tokens in (5, 50, 50))
+    positions = jnp.asarray(np.sort(rng.integers(0, 50, (3, 5)), axis=1), jnp.int32)
+    lengths = jnp.asarray([50, 20, 33], jnp.int32)
+
+    def one(q, k, v, positions, length):
+        return selective_attention(q, k, v, positions, kv_length=length, implementation=backend)
+
+    batched = jax.vmap(one)(q, k, v, positions, lengths)
+    for i in range(3):
+        np.testing.assert_allclose(batched[i], one(q[i], k[i], v[i], positions[i], lengths[i]), atol=1e-6)
+
+
+# --- dispatch ------------------------------------------------------------------------------------------------------
+
+H200 = dispatch.Target("gpu", "NVIDIA H200", (9, 0))
+A100 = dispatch.Target("gpu", "NVIDIA A100", (8, 0))
+B200 = dispatch.Target("gpu", "NVIDIA B200", (10, 0))
+V5E = dispatch.Target("tpu", "TPU v5 lite")
+CPU = dispatch.Target("cpu", "cpu")
+
+
+def _choose(implementation, target, monkeypatch, declined=(), proven=("mosaic_gpu", "triton", "tpu")):
+    monkeypatch.setattr(dispatch, "current_target", lambda: target)
+    monkeypatch.setattr(dispatch, "PROVEN", frozenset(proven))
+    backends = ("mosaic_gpu", "triton", "tpu")
+    declines = {name: (lambda name=name: "declines" if name in declined else None) for name in backends}
+    return dispatch.choose_backend(implementation, "op", declines)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "target", "declined", "chosen"),
+    [
+        (None, CPU, (), "xla"),
+        (None, H200, (), "mosaic_gpu"),
+        (None, H200, ("mosaic_gpu",), "triton"),
+        (None, H200, ("mosaic_gpu", "triton"), "xla"),
+        (None, A100, (), "triton"),
+        (None, B200, (), "triton"),
+        (None, V5E, (), "tpu"),
+        (None, V5E, ("tpu",), "xla"),
+        ("pallas", CPU, (), "tpu"),
+        ("pallas", H200, (), "mosaic_gpu"),
+        ("xla", H200, (), "xla"),
+        ("triton", H200, (), "triton"),
+    ],
+)
+def test_the_best_backend_that_can_serve_the_call_is_chosen(implementation, target, declined, chosen, monkeypatch):
+    assert _choose(implementation, target, monkeypatch, declined) == chosen
+
+
+@pytest.mark.parametrize(
+    ("implementation", "target", "declined", "message"),
+    [
+        ("mosaic_gpu", A100, (), "needs a Hopper GPU"),
+        ("mosaic_gpu", B200, (), "needs a Hopper GPU"),
+        ("tpu", H200, (), "needs a TPU"),
+        ("triton", V5E, (), "needs a GPU"),
+        ("pallas", V5E, ("tpu",), "tpu declines"),
+        ("cuda", H200, (), "unknown implementation 'cuda'"),
+    ],
+)
+def test_what_cannot_be_served_says_why(implementation, target, declined, message, monkeypatch):
+    with pytest.raises(ValueError, match=message):
+        _choose(implementation, target, monkeypatch, declined)
+
+
+def test_what_never_ran_on_a_device_is_not_chosen_unasked(monkeypatch):
+    assert _choose(None, H200, monkeypatch, proven=()) == "xla"
+    assert _choose(None, H200, monkeypatch, proven=("triton",)) == "triton"
+    assert _choose("pallas", H200, monkeypatch, proven=()) == "mosaic_gpu"
+
+
+def test_the_environment_replaces_the_default(monkeypatch):
+    monkeypatch.setenv(dispatch.OVERRIDE, "xla")
+    assert _choose(None, H200, monkeypatch) == "xla"
+    assert _choose("pallas", H200, monkeypatch) == "mosaic_gpu"
