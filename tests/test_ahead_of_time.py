@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from ahead_of_time import compiler
 
 from cacheblend_jax.blend.layer_step import LayerKV
 from cacheblend_jax.blend.resident import Request, prefill
@@ -16,7 +17,6 @@ from cacheblend_jax.model.transformer import abstract_params
 from pallas_kernels import selective_attention, tuning
 from pallas_kernels.dispatch import OVERRIDE
 from pallas_kernels.tuning import AttentionBlocks
-from tests.ahead_of_time import compiler
 
 pytestmark = pytest.mark.aot
 LLAMA3_8B = ModelConfig(

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import TOLERANCE, cases
 
 from pallas_kernels import apply_rope, attention_mass, blend_kv, selective_attention
 from pallas_kernels.selective_attention_reference import selective_attention_reference
-from tests.kernel_cases import TOLERANCE, cases
 
 
 @settings(max_examples=40, deadline=None)

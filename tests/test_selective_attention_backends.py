@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_cases import cases
 
 from pallas_kernels import dispatch, selective_attention, tuning
 from pallas_kernels.tuning import AttentionBlocks
-from tests.kernel_cases import cases
 
 INTERPRETS_MOSAIC_GPU = hasattr(plgpu, "InterpretGPUParams")
 needs_mosaic_interpreter = pytest.mark.skipif(

@@ -135,7 +135,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How long and how dense documents are. The defaults are what the evaluation asks; training begins smaller."""
+    """How long and how dense documents are. The defaults are what the evaluation asks; training begins easier.
+
+    Attributes:
+        professions: how many the people referred to share; 0: each has their own, mostly.
+        compared_by_name: numbers are told of people by their names, not of "the Cobalt chemist".
+    """
 
     num_chunks: tuple[int, int] = (6, 12)
     chunk_words: tuple[int, int] = (32, 96)
@@ -144,6 +149,8 @@ class Difficulty:
     compared: int = 3
     mentions: int = 2
     filler: bool = True
+    professions: int = 2
+    compared_by_name: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,8 @@ def draw_document(rng: np.random.Generator, difficulty: Difficulty = Difficulty(
     questions: list[Question] = []
     _tell_singles(rng, difficulty.singles, num_chunks, facts, questions)
     people = _tell_references(rng, difficulty, num_chunks, facts, questions)
+    if difficulty.compared_by_name:
+        people = [_Person(name, name, -1) for name in _draw_people(rng, difficulty.compared, 0)]
     _tell_compared(rng, people[: difficulty.compared], num_chunks, facts, questions)
     chunks = [_chunk(rng, difficulty, [fact.sentence for fact in facts if fact.chunk == i]) for i in range(num_chunks)]
     order = rng.permutation(len(questions))
@@ -217,10 +226,12 @@ class _Person:
     definition: int
 
 
-def _draw_people(rng: np.random.Generator, count: int) -> list[str]:
-    """Draws names of two professions only: the profession alone tells nobody apart, as gender does not."""
-    professions = rng.choice(PROFESSIONS, 2, replace=False)
-    sizes = (count - count // 2, count // 2)
+def _draw_people(rng: np.random.Generator, count: int, num_professions: int) -> list[str]:
+    """Draws names, as many of each profession: then a profession alone tells nobody apart, as gender does not."""
+    if not num_professions:
+        return [str(name) for name in rng.choice(NAMES, count, replace=False)]
+    professions = rng.choice(PROFESSIONS, num_professions, replace=False)
+    sizes = [len(part) for part in np.array_split(np.arange(count), num_professions)]
     groups = zip(professions, sizes, strict=True)
     return [str(name) for profession, size in groups for name in rng.choice(_PEOPLE[profession].split(), size, False)]
 
@@ -230,7 +241,7 @@ def _tell_references(
 ) -> list[_Person]:
     if not difficulty.references:
         return []
-    names = _draw_people(rng, difficulty.references)
+    names = _draw_people(rng, difficulty.references, difficulty.professions)
     teams = rng.choice(TEAMS, difficulty.references, replace=False)
     people = []
     for name, team in zip(names, teams, strict=True):
@@ -266,7 +277,7 @@ def _tell_compared(rng, people: Sequence[_Person], num_chunks: int, facts: list[
         second = (first + 1 + int(rng.integers(len(people) - 1))) % len(people)
         winner = max(first, second, key=lambda i: int(numbers[i]))
         question = attribute.question.format(whom=f"{people[first].name} or {people[second].name}")
-        needed = sorted({place for i in (first, second) for place in (people[i].definition, chunks[i])})
+        needed = sorted({place for i in (first, second) for place in (people[i].definition, chunks[i]) if place >= 0})
         questions.append(Question("compare", question, people[winner].name, tuple(needed)))
 
 
