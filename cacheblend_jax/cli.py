@@ -117,7 +117,7 @@ def _add_precompute(commands: Any) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    demo = commands.add_parser("demo", help="see reuse fail and blend not, on the bundled model")
+    demo = commands.add_parser("demo", help="ask the bundled model in every mode")
     demo.add_argument("--plot", type=Path, metavar="DIR", help="also draw quality against ratio, and deviation")
     _add_shared(demo)
     demo.set_defaults(run=_run_demo)

@@ -24,6 +24,7 @@ from cacheblend_jax.evaluation.evaluate import Evaluator, Setting, summarize
 from cacheblend_jax.model.demo import demo_directory
 from cacheblend_jax.results import KVCache
 
+ALIKE = Difficulty(references=6, professions=2, compared_by_name=False)
 HKVD, RANDOM = Setting("blend", "hkvd", 0.15), Setting("blend", "random", 0.15)
 
 
@@ -54,7 +55,7 @@ def test_documents_are_as_long_as_promised_and_define_before_use():
 
 
 def test_a_comparison_is_right_and_needs_both_numbers():
-    for example in examples("compare", 50, 1):
+    for example in examples("compare", 50, 1, ALIKE):
         sentences = [split_words(sentence) for chunk in example.chunks for sentence in chunk.split(". ")]
         members = {words[3]: words[0] for words in sentences if words[0] in PROFESSION_OF and words[2] == "the"}
         numbers = {members[words[words.index("the") + 1]]: int(words[0]) for words in sentences if words[0].isdigit()}
@@ -63,9 +64,9 @@ def test_a_comparison_is_right_and_needs_both_numbers():
         assert example.question.answer == max(asked, key=numbers.__getitem__)
 
 
-def test_a_profession_does_not_tell_who_is_meant():
-    """Else the question would find the fact without anyone having understood the reference."""
-    for example in examples("reference", 50, 1):
+def test_people_can_be_alike_but_for_their_teams():
+    """Else the question finds the fact without anyone having understood the reference."""
+    for example in examples("reference", 50, 1, ALIKE):
         text = " ".join(example.chunks)
         names = [name for name, _ in re.findall(r"(\w+) (joined|leads|runs) the", text)]
         professions = Counter(PROFESSION_OF[name] for name in names)
@@ -93,19 +94,20 @@ def test_blend_restores_what_reuse_loses(demo):
     difficulty = Difficulty(num_chunks=(7, 7), chunk_words=(48, 56))
     rows = [
         replace(row, chunks=example.chunks, question=example.question.text, answers=(example.question.answer,))
-        for row, example in zip(bundled_rows(1) * 40, examples("reference", 40, SEED, difficulty), strict=False)
+        for row, example in zip(bundled_rows(1) * 24, examples("reference", 24, SEED, difficulty), strict=False)
     ]
     evaluator = Evaluator(demo, rows, max_new_tokens=2)
     records = [record for row in rows for record in evaluator.evaluate_row(row, settings)]
-    right = {line["setting"]: line for line in summarize(records, [s.label for s in settings]) if line["kind"] == "all"}
-    scores = {label: line["exact_match"] for label, line in right.items()}
-    assert scores["full"] >= 0.95, scores
-    assert scores[HKVD.label] >= scores["full"] - 0.1, scores
-    assert scores["cross 0.1"] >= scores["full"] - 0.05, scores
-    assert scores["reuse"] <= 0.6, scores
-    assert scores[RANDOM.label] <= scores[HKVD.label] - 0.2, scores
-    assert right[HKVD.label]["kl"] < right[RANDOM.label]["kl"] < right["reuse"]["kl"]
-    assert right["full"]["kl"] == right["full"]["attention_deviation"] == 0.0
+    lines = {line["setting"]: line for line in summarize(records, [s.label for s in settings]) if line["kind"] == "all"}
+    assert lines["full"]["exact_match"] >= 0.9
+    assert lines[HKVD.label]["exact_match"] >= lines["full"]["exact_match"] - 0.05
+    # The model's answers need little of what reuse loses (docs/results.md); its distributions and its attention do.
+    for measure, over_random in (("kv_deviation", 0.6), ("attention_deviation", 0.9)):
+        hkvd, random, reuse = (lines[label][measure] for label in (HKVD.label, RANDOM.label, "reuse"))
+        assert hkvd < over_random * random, measure
+        assert random < 0.7 * reuse, measure
+    assert lines[HKVD.label]["kl"] < lines["reuse"]["kl"]
+    assert lines["full"]["kl"] == lines["full"]["attention_deviation"] == 0.0
 
 
 @pytest.mark.live

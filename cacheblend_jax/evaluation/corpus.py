@@ -1,10 +1,12 @@
 """The bundled corpus: records of an invented company, made from a seed, whose answers need attention between chunks.
 
 Three kinds of question: `single` (one chunk holds the answer), `reference` (a chunk tells something of "the Cobalt
-chemist", and an earlier one who that is) and `compare` (of which of two such people a larger number is told).
+chemist", and an earlier one who that is) and `compare` (of which of two people a larger number is told).
 In "the Cobalt chemist" the profession agrees with the person, as gender does in many languages: a reader who resolves
-the reference can tell the word before reading it. Like gender it does not say who is meant: a document's people share
-two professions.
+the reference can tell the word before reading it.
+
+A document's people mostly have professions of their own, which tells who is meant without the earlier chunk; with
+`Difficulty(references=6, professions=2, compared_by_name=False)` they share two, as they would a gender.
 """
 
 from __future__ import annotations
@@ -145,12 +147,12 @@ class Difficulty:
     num_chunks: tuple[int, int] = (6, 12)
     chunk_words: tuple[int, int] = (32, 96)
     singles: int = 3
-    references: int = 6
+    references: int = 4
     compared: int = 3
     mentions: int = 2
     filler: bool = True
-    professions: int = 2
-    compared_by_name: bool = False
+    professions: int = 0
+    compared_by_name: bool = True
 
 
 @dataclass(frozen=True)

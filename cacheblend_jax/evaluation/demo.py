@@ -1,4 +1,4 @@
-"""`demo`: a dozen questions to the bundled model, in every mode: reuse fails, blend does not; offline, in seconds."""
+"""`demo`: a dozen questions to the bundled model, in every mode, and how far each is from full recompute; offline."""
 
 from __future__ import annotations
 
@@ -56,10 +56,11 @@ def _print_table(overall: dict[str, dict[str, Any]], questions: int, tokens: int
     print(
         f"{questions} questions to records of a company, prompts of about {tokens} tokens; blend recomputes {RATIO:.0%}"
     )
-    print(f"{'mode':14}{'right':>9}{'TTFT ms':>10}{'recomputed':>13}")
+    print(f"{'mode':14}{'right':>9}{'KV dev.':>10}{'attn dev.':>11}{'TTFT ms':>10}{'recomputed':>13}")
     for label, line in overall.items():
         right = f"{round(line['exact_match'] * questions)}/{questions}"
-        print(f"{label:14}{right:>9}{line['ttft_s'] * 1e3:10.1f}{line['recomputed']:9.0f} tok")
+        deviations = f"{line['kv_deviation']:10.4f}{line['attention_deviation']:11.4f}"
+        print(f"{label:14}{right:>9}{deviations}{line['ttft_s'] * 1e3:10.1f}{line['recomputed']:9.0f} tok")
 
 
 def _print_example(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> None:
