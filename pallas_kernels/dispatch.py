@@ -68,7 +68,8 @@ def choose_backend(implementation: str | None, operation: str, declines: Decline
     Raises:
         ValueError: the implementation is unknown, or can't serve the call; the message says why.
     """
-    if implementation is None:
+    asked = implementation is not None
+    if not asked:
         implementation = os.environ.get(OVERRIDE) or default
     known = (*(name for name in BACKENDS if name == "xla" or name in declines), "pallas")
     if implementation is not None and implementation not in known:
@@ -93,7 +94,7 @@ def choose_backend(implementation: str | None, operation: str, declines: Decline
         if reason is None:
             return name
         reasons.append(f"{name} {reason}")
-    if implementation is None:
+    if not asked:  # the environment's wish is no demand: not every operation has every backend
         return "xla"
     raise ValueError(
         f"{operation}: implementation={implementation!r} can't serve this call: "

@@ -215,7 +215,7 @@ def test_demo_shows_blend_nearer_to_full_recompute_than_reuse(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "For instance: " in printed
     right = {line["setting"]: line for line in json.loads(report.read_text())["summary"] if line["kind"] == "reference"}
-    assert right["full"]["exact_match"] >= 0.8
+    assert right["full"]["exact_match"] >= 0.7
     assert right["hkvd 0.15"]["kv_deviation"] < 0.6 * right["random 0.15"]["kv_deviation"]
     assert right["random 0.15"]["kv_deviation"] < right["reuse"]["kv_deviation"]
     assert sorted(path.name for path in plots.iterdir()) == [

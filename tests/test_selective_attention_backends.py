@@ -176,3 +176,6 @@ def test_the_environment_replaces_the_default(monkeypatch):
     monkeypatch.setenv(dispatch.OVERRIDE, "xla")
     assert _choose(None, H200, monkeypatch) == "xla"
     assert _choose("pallas", H200, monkeypatch) == "mosaic_gpu"
+    monkeypatch.setenv(dispatch.OVERRIDE, "pallas")
+    assert _choose(None, H200, monkeypatch, proven=()) == "mosaic_gpu"
+    assert _choose(None, H200, monkeypatch, declined=("mosaic_gpu", "triton")) == "xla"
