@@ -1,6 +1,6 @@
 """Block sizes of the Pallas kernels, one small table: measured where marked so, else by what fits without spills.
 
-On a machine with the chip, `python scripts/gpu_bench.py --only sweep` times every candidate and prints these rows.
+On a machine with the chip, `python scripts/gpu_bench.py --only sweep` times every candidate, to choose these rows by.
 """
 
 from __future__ import annotations

@@ -12,25 +12,14 @@ from ahead_of_time import compiler
 from cacheblend_jax.blend.layer_step import LayerKV
 from cacheblend_jax.blend.resident import Request, prefill
 from cacheblend_jax.blend.schedule import BlendConfig, make_plan
-from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.evaluation.bench import SHAPES
 from cacheblend_jax.model.transformer import abstract_params
 from pallas_kernels import selective_attention, tuning
 from pallas_kernels.dispatch import OVERRIDE
 from pallas_kernels.tuning import AttentionBlocks
 
 pytestmark = pytest.mark.aot
-LLAMA3_8B = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    max_positions=8192,
-    dtype="bfloat16",
-)
+LLAMA3_8B = SHAPES["llama-3-8b"]
 
 
 def _attention(head_dim: int, dtype=jnp.bfloat16, num_queries: int = 1229, implementation: str = "pallas"):
