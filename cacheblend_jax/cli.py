@@ -214,24 +214,14 @@ def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
     fixed = BlendConfig(0.15 if auto else parsed.ratio, selector=parsed.selector)
     blend = AutoBlend(fixed, parsed.profile) if auto else fixed
     sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
-    store = ChunkStore(parsed.store, host_bytes=parsed.store_bytes)
     documents = read_documents(parsed.docs)
     model = _load_with_tokenizer(parsed)
     prompt, sources = _prompt(parsed, model, documents)
-    engine = Engine(model, store, blend, executor=parsed.executor)
-    bar = _bar(total=None, desc="precompute")
-    engine.precompute(prompt, progress=lambda done, total: _advance(bar, done, total))
-    bar.close()
-    modes = MODES if parsed.compare else (parsed.mode,)
-    answers = {}
-    for mode in modes:
-        if parsed.compare:
-            engine.prefill(prompt, mode)  # so that every mode is timed on its second run
-        trace = Trace() if parsed.trace is not None and mode == parsed.mode else None
-        out = engine.prefill(prompt, mode, trace=trace)
-        answers[mode] = engine.complete(out, max_new_tokens=parsed.max_new_tokens, sampling=sampling)
-        if trace is not None:
-            _save_trace(trace, parsed.trace)
+    with (
+        ChunkStore(parsed.store, host_bytes=parsed.store_bytes) as store,
+        Engine(model, store, blend, executor=parsed.executor) as engine,
+    ):
+        answers = _ask(parsed, engine, prompt, sampling)
     if parsed.compare:
         _print_comparison(answers)
     else:
@@ -240,14 +230,29 @@ def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
     stats = answers[parsed.mode].stats.prefill
     if parsed.explain and stats.decision is not None:
         print(explain(stats.decision, stats.ttft_s))
-    engine.close()
-    store.close()
     return {
         "question": parsed.question,
         "model": parsed.model,
         "chunks": sources,
         "answers": {mode: _answer_json(answer) for mode, answer in answers.items()},
     }
+
+
+def _ask(parsed: argparse.Namespace, engine: Engine, prompt: Prompt, sampling: Sampling) -> dict[str, Generation]:
+    """Answers in the mode asked for, or in all to compare them."""
+    bar = _bar(total=None, desc="precompute")
+    engine.precompute(prompt, progress=lambda done, total: _advance(bar, done, total))
+    bar.close()
+    answers = {}
+    for mode in MODES if parsed.compare else (parsed.mode,):
+        if parsed.compare:
+            engine.prefill(prompt, mode)  # so that every mode is timed on its second run
+        trace = Trace() if parsed.trace is not None and mode == parsed.mode else None
+        out = engine.prefill(prompt, mode, trace=trace)
+        answers[mode] = engine.complete(out, max_new_tokens=parsed.max_new_tokens, sampling=sampling)
+        if trace is not None:
+            _save_trace(trace, parsed.trace)
+    return answers
 
 
 def run_precompute(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +39,27 @@ def add_store_commands(commands: Any) -> None:
             action.add_argument("keys", nargs="+", metavar="KEY", help="first digits of a key, 8 at least")
 
 
-def _open(parsed: argparse.Namespace) -> Any:
+@contextmanager
+def _opened(parsed: argparse.Namespace, *, to_write: bool = False) -> Iterator[Any]:
     from cacheblend_jax.store.disk import DiskTier
 
     if not DiskTier.exists(parsed.directory):
         raise CacheBlendError(f"store {parsed.directory!r} is not there; expected the directory of a ChunkStore")
-    return DiskTier(parsed.directory, DEFAULT_DISK_BYTES)
+    disk = DiskTier(parsed.directory, DEFAULT_DISK_BYTES)
+    try:
+        if to_write and not disk.writable:
+            raise CacheBlendError(f"store {str(disk.root)!r} cannot be written; run this with the right to")
+        yield disk
+    finally:
+        disk.close()
 
 
 def _run_ls(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.store.maintenance import list_entries
 
-    disk = _open(parsed)
-    entries = list_entries(disk)
-    size, count = disk.index.totals()
-    disk.close()
+    with _opened(parsed) as disk:
+        entries = list_entries(disk)
+        size, count = disk.index.totals()
     print(f"{'key':18}{'tokens':>8}{'MB':>9}{'uses':>6}  {'last used':19}  model")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["used"]))
@@ -65,9 +73,8 @@ def _run_ls(parsed: argparse.Namespace) -> dict[str, Any]:
 def _run_verify(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.store.maintenance import verify
 
-    disk = _open(parsed)
-    report = verify(disk, repair=parsed.repair)
-    disk.close()
+    with _opened(parsed) as disk:
+        report = verify(disk, repair=parsed.repair)
     for problem in report["problems"]:
         print(f"pack {problem['pack'] or '-'}, entry {problem['name'][:16] or '-'}: {problem['problem']}")
     print(f"{report['entries']} entries in {report['packs']} packs read, {len(report['problems'])} problems")
@@ -79,9 +86,8 @@ def _run_prune(parsed: argparse.Namespace) -> dict[str, Any]:
 
     if parsed.max_bytes is None and parsed.unused_days is None and not parsed.quarantine:
         raise CacheBlendError("prune needs --max-bytes N, --unused-days D or --quarantine: what may go?")
-    disk = _writable(_open(parsed))
-    report = prune(disk, max_bytes=parsed.max_bytes, unused_days=parsed.unused_days, quarantined=parsed.quarantine)
-    disk.close()
+    with _opened(parsed, to_write=True) as disk:
+        report = prune(disk, max_bytes=parsed.max_bytes, unused_days=parsed.unused_days, quarantined=parsed.quarantine)
     print(f"{report['removed']} entries removed, {report['entries']} left ({report['bytes'] / 1e6:.1f} MB)")
     return report
 
@@ -89,17 +95,10 @@ def _run_prune(parsed: argparse.Namespace) -> dict[str, Any]:
 def _run_rm(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.store.maintenance import remove
 
-    disk = _writable(_open(parsed))
-    removed = remove(disk, parsed.keys)
-    disk.close()
+    with _opened(parsed, to_write=True) as disk:
+        removed = remove(disk, parsed.keys)
     print(f"{removed} entries removed")
     return {"removed": removed}
-
-
-def _writable(disk: Any) -> Any:
-    if not disk.writable:
-        raise CacheBlendError(f"store {str(disk.root)!r} cannot be written; run this with the right to")
-    return disk
 
 
 def _not_negative(text: str) -> int:
