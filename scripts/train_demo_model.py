@@ -3,9 +3,9 @@
     python scripts/train_demo_model.py [--out cacheblend_jax/model/demo_checkpoint] [--work ~/demo-training]
 
 Minutes on a GPU, about fifty minutes on two CPU cores. Seeded; killed, it goes on from its last checkpoint in
-`--work`. A curriculum: recall on short texts, then references, then documents of full length with sparse facts. The
-loss is on every token; answers, and professions that a resolved reference tells ("the Cobalt …"), weigh most. Training
-never sees a blend.
+`--work`. A curriculum: recall and references on short texts, then documents of full length with sparse facts. The loss
+is on every token; answers, and surnames that a resolved nickname tells ("Cobalt …"), weigh most. Training never sees a
+blend.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ from cacheblend_jax.evaluation.corpus import (
     CITIES,
     COLOURS,
     DRINKS,
+    NAMES,
+    NICKNAMES,
     NUMBERS,
     PREFIX,
-    PROFESSION_OF,
-    PROFESSIONS,
-    TEAMS,
     Difficulty,
     Document,
     draw_document,
@@ -69,21 +68,23 @@ HUGGING_FACE = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": True,
     "bos_token_id": IDS[BOS],
     "eos_token_id": IDS[EOS],
     "dtype": "bfloat16",
 }
 CONFIG = ModelConfig.from_hugging_face(HUGGING_FACE, "float32")
 VALUES = frozenset([*CITIES, *COLOURS, *DRINKS, *NUMBERS])
-BACKGROUND_WEIGHT = 0.1  # of tokens that are neither answers nor told by a resolved reference
+BACKGROUND_WEIGHT = 0.1  # of tokens that are neither answers nor told by a resolved nickname
+READING_LAYERS = 3  # what a nickname stands for must be known after so many
 
 
 @dataclass(frozen=True)
 class Phase:
     """Part of the curriculum: batches of `batch_tokens`, of documents of one difficulty.
 
-    It ends after `steps`, or before, as soon as `enough` of the answers of the last `REPORT_EVERY` batches are right.
+    It ends after `steps`, or before, as soon as `enough` of the answers across chunks (of all answers, while it has
+    `reading_targets`) of the last `REPORT_EVERY` batches are right.
     """
 
     steps: int
@@ -93,59 +94,79 @@ class Phase:
     enough: float = 2.0
     question_marks: bool = True
     reading_targets: bool = False
+    number_targets: bool = False
+    single_weight: float = 0.3  # of answers that one chunk holds
+    blind: float = 0.5  # of the documents
 
 
-_RECALL = Difficulty((2, 3), (0, 1), 4, 0, 0, 0, filler=False)
-_REFERENCES = Difficulty((2, 3), (0, 1), 2, 3, 3, 2, filler=False)
+_RECALL = Difficulty((2, 3), (0, 1), 3, 3, 0, 2, by_nickname=0.6, filler=False)
+_REFERENCES = Difficulty((2, 3), (0, 1), 1, 4, 3, 2, by_nickname=0.9, filler=False)
 _MORE = Difficulty((2, 4), (0, 1), 2, 5, 3, 4, filler=False)
-_FILLED = Difficulty((4, 8), (16, 40), 3, 4, 3, 4)
+_FILLED = Difficulty((4, 8), (16, 40), 3, 5, 3, 4)
 CURRICULUM = (
-    Phase(2000, 3072, (88,), _RECALL, enough=0.95, question_marks=False, reading_targets=True),
-    Phase(1500, 4096, (216,), _REFERENCES, enough=0.93, question_marks=False, reading_targets=True),
-    Phase(800, 4096, (320,), _MORE, enough=0.93, reading_targets=True),
-    Phase(300, 6144, (320, 384, 448), _FILLED),
-    Phase(400, 5120, (512, 640, 768, 1024), Difficulty()),
-    Phase(500, 4096, (320,), _MORE, enough=0.96, reading_targets=True),
-    Phase(500, 5120, (512, 640, 768, 1024), Difficulty()),
+    Phase(1500, 4096, (192,), _RECALL, 0.92, question_marks=False, reading_targets=True, single_weight=1.0, blind=1.0),
+    Phase(1500, 4096, (224,), _REFERENCES, 0.9, question_marks=False, number_targets=True, blind=1.0),
+    Phase(650, 4352, (304,), _MORE, number_targets=True),
+    # From here on the learning rate falls.
+    Phase(300, 6144, (384, 448, 512, 576), _FILLED),
+    Phase(300, 6144, (640, 768, 896, 1024, 1152), Difficulty()),
+    Phase(500, 4352, (304,), _MORE, number_targets=True),
+    Phase(400, 6144, (640, 768, 896, 1024, 1152), Difficulty()),
 )
+FALLING_FROM = 3
 REPORT_EVERY = 50
 SAVE_EVERY = 200
 
 
-def encode(document: Document, phase: Phase) -> dict[str, np.ndarray]:
+def encode(document: Document, phase: Phase, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """A document with all its questions and answers: ids, what each is to predict, its weight, and which are answers.
 
-    Questions about a reference are blind to the definitions (`is_blind`, `is_definition`): who "the Cobalt chemist" is
-    must have been understood while reading, as larger models do, and not be looked up when asked.
+    `segment` is 0 for the context and counts the questions: each sees the context and itself. In part of the documents
+    (`is_blind`), questions do not see the context in the reading layers, nor, where they need several chunks, sentences
+    that tell whose a nickname is (`tells`): it must have been understood while reading, as larger models do, and not be
+    looked up when asked.
 
     Targets are the next tokens, but that in phases with `reading_targets` the last word of a fact is to tell the fact's
-    value, and a team its member: a model learns to recall from a place once it has learnt to gather there.
+    value, and a nickname whose it is: a model learns to recall from a place once it has learnt to gather there. With
+    `number_targets` the names in a comparison are to tell their numbers, and a model learns to compare them.
     """
     words = [BOS, *split_words(PREFIX)]
     told: dict[int, str] = {}
-    member: dict[str, str] = {}
-    is_definition = [False] * len(words)
+    name_of: dict[str, str] = {}
+    number_of: dict[str, str] = {}
+    tells = [False] * len(words)
     for chunk in document.chunks:
         for sentence in chunk.split(". "):
             marks = split_words(sentence.rstrip(".") + ".")
-            defines = marks[0] in PROFESSION_OF and marks[-3] in TEAMS
-            if defines:
-                member[marks[-3]] = marks[0]
-            if phase.reading_targets:
-                told |= {len(words) + place: word for place, word in _told_in(marks, member).items()}
+            names, nicknames = ([word for word in marks if word in known] for known in (NAMES, NICKNAMES))
+            if names and nicknames:
+                name_of[nicknames[0]] = names[0]
+            if marks[0] in NUMBERS:
+                number_of[name_of[nicknames[0]]] = marks[0]
+            if phase.reading_targets and (names or nicknames):
+                gathered = [word for word in marks if word in VALUES]
+                gathered += [name_of[nickname] for nickname in nicknames if marks[-2] in NICKNAMES]
+                if gathered:
+                    told[len(words) + len(marks) - 2] = gathered[rng.integers(len(gathered))]
             words += marks
-            is_definition += [defines] * len(marks)
-    resolvable = [before in TEAMS and word in PROFESSIONS for before, word in pairwise(words)]
+            tells += [bool(names and nicknames)] * len(marks)
+    resolvable = [before in NICKNAMES and word in NAMES for before, word in pairwise(words)]
     weights = [1.0 if known else BACKGROUND_WEIGHT for known in resolvable] + [0.0]
-    answers = [False] * len(words)
-    is_blind = [False] * len(words)
-    for question in document.questions:
-        asked = split_words(question.text if phase.question_marks else question.text.removesuffix("?"))
+    context = len(words)
+    segment = [0] * context
+    answers = [False] * context
+    is_across = [False] * context
+    for number, question in enumerate(document.questions, 1):
+        compare = question.kind == "compare"
+        asked = split_words(question.text if phase.question_marks or compare else question.text.removesuffix("?"))
+        if compare and phase.number_targets:
+            told |= {len(words) + place: number_of[word] for place, word in enumerate(asked) if word in NAMES}
         words += [*asked, question.answer, EOS]
-        weights += [0.0] * (len(asked) - 1) + [1.0, BACKGROUND_WEIGHT, 0.0]
+        weight = phase.single_weight if question.kind == "single" else 1.0
+        weights += [0.0] * (len(asked) - 1) + [weight, BACKGROUND_WEIGHT, 0.0]
         answers += [False] * (len(asked) - 1) + [True, False, False]
-        is_definition += [False] * (len(asked) + 2)
-        is_blind += [question.kind == "reference"] * (len(asked) + 2)
+        is_across += [question.kind != "single"] * (len(asked) + 2)
+        segment += [number] * (len(asked) + 2)
     ids = np.array([IDS[word] for word in words], np.int32)
     targets = np.roll(ids, -1)
     for place, word in told.items():
@@ -155,22 +176,11 @@ def encode(document: Document, phase: Phase) -> dict[str, np.ndarray]:
         "targets": targets,
         "weights": np.array(weights, np.float32),
         "is_answer": np.array(answers),
-        "is_definition": np.array(is_definition),
-        "is_blind": np.array(is_blind),
+        "is_across": np.array(is_across),
+        "tells": np.pad(tells, (0, ids.size - context)),
+        "segment": np.array(segment, np.int32),
+        "is_blind": (np.array(segment) > 0) & (rng.random() < phase.blind),
     }
-
-
-def _told_in(marks: list[str], member: dict[str, str]) -> dict[int, str]:
-    """Where in a sentence its fact is complete, and what it tells there."""
-    values = [mark for mark in marks if mark in VALUES]
-    end = len(marks) - 1
-    if values and marks[-2] in PROFESSION_OF:
-        return {end - 1: values[0]}
-    if values and marks[-2] in PROFESSIONS:
-        return {end - 1: values[0], end: member[marks[-3]]}
-    if marks[0] in PROFESSION_OF and marks[-3] in TEAMS:
-        return {len(marks) - 3: marks[0]}
-    return {}
 
 
 def batches(phase: Phase, seed: tuple[int, ...]) -> Iterator[dict[str, np.ndarray]]:
@@ -178,7 +188,7 @@ def batches(phase: Phase, seed: tuple[int, ...]) -> Iterator[dict[str, np.ndarra
     rng = np.random.default_rng(seed)
     waiting: dict[int, list] = {length: [] for length in phase.lengths}
     while True:
-        encoded = encode(draw_document(rng, phase.difficulty), phase)
+        encoded = encode(draw_document(rng, phase.difficulty), phase, rng)
         length = next((length for length in phase.lengths if encoded["ids"].size <= length), None)
         if length is None:
             continue
@@ -194,77 +204,105 @@ def pad(encoded: list[dict[str, np.ndarray]], length: int) -> dict[str, np.ndarr
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, hidden: jax.Array, blind: jax.Array, block: int = 256
+    q: jax.Array, k: jax.Array, v: jax.Array, text: dict[str, jax.Array], reading: bool, block: int = 256
 ) -> jax.Array:
-    """Attention that can be differentiated, of which `blind` queries do not see `hidden` keys.
+    """Attention that can be differentiated, of what `encode` lets each token see.
 
     Blocks of queries leave out the keys that none of them sees.
     """
     attended = []
     for start in range(0, q.shape[0], block):
-        rows, keys = q[start : start + block], slice(0, start + block)
-        visible = jnp.arange(k[keys].shape[0]) <= start + jnp.arange(rows.shape[0])[:, None]
-        visible &= ~(hidden[keys] & blind[start : start + block, None])
-        attended.append(
-            jax.nn.dot_product_attention(rows[None], k[None, keys], v[None, keys], mask=visible[None, None])[0]
-        )
+        rows, keys = slice(start, start + block), slice(0, start + block)
+        count = q[rows].shape[0]
+        ours, theirs = text["segment"][rows, None], text["segment"][None, keys][:, : start + count]
+        blind, across = text["is_blind"][rows, None], text["is_across"][rows, None]
+        unseen = blind if reading else blind & across & text["tells"][None, keys]
+        visible = (theirs == ours) | ((theirs == 0) & ~unseen)
+        visible &= jnp.arange(start + count) <= start + jnp.arange(count)[:, None]
+        seen = jax.nn.dot_product_attention(q[None, rows], k[None, keys], v[None, keys], mask=visible[None, None])
+        attended.append(seen[0])
     return jnp.concatenate(attended)
 
 
-def logits_of(params: Params, text: dict[str, jax.Array]) -> jax.Array:
-    """Logits `[tokens, vocab]` of one text, by attention that can be differentiated."""
+def logits_of(params: Params, text: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Logits `[tokens, vocab]` of one text, by attention that can be differentiated: of the reading layers, and all."""
     cos, sin = rope_tables(CONFIG, text["ids"].shape[0])
 
-    def body(hidden: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-        layer = layer_at(params, CONFIG, index)
-        k, v = layer.keys_values(hidden)
-        q, k = (apply_rope(x, cos, sin) for x in (layer.queries(hidden), k))
-        return layer.finish(hidden, causal_attention(q, k, v, text["is_definition"], text["is_blind"])), None
+    def layers(hidden: jax.Array, start: int, stop: int, reading: bool) -> jax.Array:
+        def body(hidden: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+            layer = layer_at(params, CONFIG, index)
+            k, v = layer.keys_values(hidden)
+            q, k = (apply_rope(x, cos, sin) for x in (layer.queries(hidden), k))
+            return layer.finish(hidden, causal_attention(q, k, v, text, reading)), None
+
+        return lax.scan(body, hidden, jnp.arange(start, stop))[0]
 
     around = embedder(params, CONFIG)
-    hidden, _ = lax.scan(body, around.embed(text["ids"]), jnp.arange(CONFIG.num_layers))
-    return around.logits(hidden)
+    read = layers(around.embed(text["ids"]), 0, READING_LAYERS, True)
+    return around.logits(read), around.logits(layers(read, READING_LAYERS, CONFIG.num_layers, False))
 
 
 def loss_of(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted cross entropy, and what is worth printing."""
-    logits = jax.vmap(partial(logits_of, params))(batch)
+    """Weighted cross entropy, and what is worth printing.
+
+    What a nickname stands for is to be known after the reading layers already: the layers above then deviate where it
+    was resolved otherwise, as the layers of larger models do.
+    """
+    read, logits = jax.vmap(partial(logits_of, params))(batch)
     targets, weights, is_answer = batch["targets"], batch["weights"], batch["is_answer"]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    resolvable = (weights == 1.0) & ~is_answer
-    right, across = logits.argmax(-1) == targets, is_answer & batch["is_blind"]
+    resolvable = (weights == 1.0) & (batch["segment"] == 0)
+    early = (optax.softmax_cross_entropy_with_integer_labels(read, targets) * resolvable).sum()
+    early /= jnp.maximum(resolvable.sum(), 1)
+    right = logits.argmax(-1) == targets
+
+    def share(of: jax.Array) -> jax.Array:
+        return (of * right).sum() / jnp.maximum(of.sum(), 1)
+
     report = {
-        "across": (across * right).sum() / jnp.maximum(across.sum(), 1),
-        "answers": (is_answer * right).sum() / is_answer.sum(),
-        "references": (resolvable * right).sum() / jnp.maximum(resolvable.sum(), 1),
+        "answers": share(is_answer),
+        "across": share(is_answer & batch["is_across"]),
+        "blind": share(is_answer & batch["is_across"] & batch["is_blind"]),
+        "read": share(resolvable),
+        "early": early,
     }
-    return (losses * weights).sum() / weights.sum(), report
+    return (losses * weights).sum() / weights.sum() + 0.3 * early, report
 
 
 def initial_params() -> Params:
     """Random parameters from which in-context recall emerges within 250 steps, where plain ones showed none in 450.
 
-    Embeddings of standard deviation 1, not 0.02. Layers add little at first, so that a token stays itself. And from
-    layer 2 on, the queries of the first group start as the keys do: a token attends to earlier ones of its kind.
+    Embeddings of standard deviation 1, not 0.02; the final norm keeps the logits that they give small. Layers add
+    little at first, so that a token stays itself. And from layer 1 on, the queries of the first group start as the keys
+    do: a token attends to earlier ones of its kind. Numbers differ by their size along one direction.
     """
     params = init_params(jax.random.key(0), CONFIG)
     by_head = (CONFIG.num_layers, CONFIG.hidden_size, CONFIG.num_kv_heads, -1, CONFIG.head_dim)
     kernels = {name: params.layers[name]["kernel"] for name in ("q_proj", "k_proj", "o_proj", "down_proj")}
     q, k = kernels["q_proj"].reshape(by_head), kernels["k_proj"].reshape(by_head)
     changed = {
-        "q_proj": q.at[2:, :, 0].set(k[2:, :, 0]).reshape(kernels["q_proj"].shape),
+        "q_proj": q.at[1:, :, 0].set(k[1:, :, 0]).reshape(kernels["q_proj"].shape),
         "o_proj": kernels["o_proj"] * 0.3,
         "down_proj": kernels["down_proj"] * 0.3,
     }
     layers = params.layers | {name: {"kernel": kernel} for name, kernel in changed.items()}
-    return Params(params.embedder | {"embedding": params.embedder["embedding"] / 0.02}, layers)
+    embedding = params.embedder["embedding"] / 0.02
+    sizes = jnp.linspace(-2.0, 2.0, len(NUMBERS))
+    numbers = jnp.array([IDS[number] for number in NUMBERS])
+    embedding = embedding.at[numbers].add(sizes[:, None] * jax.random.normal(jax.random.key(1), (CONFIG.hidden_size,)))
+    around = {
+        "embedding": embedding,
+        "final_norm": {"scale": params.embedder["final_norm"]["scale"] / math.sqrt(CONFIG.hidden_size)},
+    }
+    return Params(params.embedder | around, layers)
 
 
 def learning_rate(step: int, phase: int, step_of_phase: int, peak: float) -> float:
-    """Warms up over the first steps, stays, and falls to a thirtieth over the last phase, along a cosine."""
-    if phase < len(CURRICULUM) - 1:
+    """Warms up over the first steps, stays, and falls to a thirtieth over the last phases, along a cosine."""
+    if phase < FALLING_FROM:
         return peak * min(1.0, (step + 1) / 50)
-    done = step_of_phase / CURRICULUM[-1].steps
+    steps = [each.steps for each in CURRICULUM[FALLING_FROM:]]
+    done = (sum(steps[: phase - FALLING_FROM]) + step_of_phase) / sum(steps)
     return peak * (1 / 30 + (1 - 1 / 30) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -312,7 +350,7 @@ def train(work: Path, peak: float) -> Params:
                     said = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
                     bar.write(f"phase {counts['phase'] + 1}, step {counts['step']}: {said}")
                     recent = []
-                    if means["answers"] >= phase.enough:
+                    if means["answers" if phase.reading_targets else "across"] >= phase.enough:
                         break
             counts |= {"phase": counts["phase"] + 1, "step_of_phase": 0}
         bar.close()

@@ -1,12 +1,10 @@
 """The bundled corpus: records of an invented company, made from a seed, whose answers need attention between chunks.
 
-Three kinds of question: `single` (one chunk holds the answer), `reference` (a chunk tells something of "the Cobalt
-chemist", and an earlier one who that is) and `compare` (of which of two people a larger number is told).
-In "the Cobalt chemist" the profession agrees with the person, as gender does in many languages: a reader who resolves
-the reference can tell the word before reading it.
-
-A document's people mostly have professions of their own, which tells who is meant without the earlier chunk; with
-`Difficulty(references=6, professions=2, compared_by_name=False)` they share two, as they would a gender.
+Three kinds of question: `single` (one chunk holds the answer), `reference` (a chunk tells something of "Cobalt", and
+an earlier one whose nickname that is) and `compare` (of which of two people, by their nicknames, a larger number is
+told). Now and then a nickname stands before the surname it belongs to ("Cobalt Reyes"): a reader who has resolved the
+nickname can tell the surname before reading it. All people of a document have the same told of them, so that nothing
+but the resolved nickname says whose a fact is.
 """
 
 from __future__ import annotations
@@ -19,24 +17,13 @@ import numpy as np
 
 KINDS = ("single", "reference", "compare")
 PREFIX = "Records of the company, read by all staff."
-_PEOPLE = {
-    "chemist": "Ana Bruno Celine Dmitri Elif",
-    "lawyer": "Farid Greta Hassan Ines Jonas",
-    "engineer": "Keiko Lars Mira Noel Olga",
-    "nurse": "Pedro Quinn Rosa Samir Tara",
-    "driver": "Ugo Vera Walid Xenia Yusuf",
-    "painter": "Zoe Arne Bella Carlos Dana",
-    "baker": "Emil Fiona Gustav Hana Ivan",
-    "pilot": "Jade Karim Lena Marco Nadia",
-    "editor": "Oscar Priya Ravi Sofia Tomas",
-    "farmer": "Uma Viktor Wanda Ximena Yara",
-    "welder": "Zeno Alma Boris Clara Diego",
-    "tailor": "Eva Felix Gina Hugo Iris",
-}
-PROFESSION_OF = {name: profession for profession, names in _PEOPLE.items() for name in names.split()}
-NAMES = tuple(PROFESSION_OF)
-PROFESSIONS = tuple(_PEOPLE)
-TEAMS = tuple(
+NAMES = tuple(
+    """Reyes Novak Silva Haddad Okafor Lindgren Tanaka Moreau Petrov Ferrari Schmidt Costa Nguyen Ivanov Jansen Kowalski
+    Laine Mbeki Nakamura Olsen Patel Quiroga Rossi Sato Torres Ueda Vargas Weber Ximenes Yilmaz Zhang Andersen Bauer
+    Castro Dubois Eriksen Fischer Garcia Horvat Ibrahim Jovanovic Keller Lopez Martin Nilsen Ortega Pinto Ramos Santos
+    Takeda Ulrich Vidal Walsh Xu Yamada Ziegler Becker Chavez Duarte Engel""".split()
+)
+NICKNAMES = tuple(
     """Cobalt Amber Copper Falcon Granite Harbor Indigo Jasper Kestrel Lantern Maple Nimbus Onyx Pioneer Quartz
     Raven Saffron Thunder Umbra Velvet Willow Zephyr Aurora Beacon Cedar Delta Ember Fjord Glacier Horizon Ivory
     Juniper Kraken Lotus Meteor Nova Orchid Pebble Quiver Ridge""".split()
@@ -74,8 +61,12 @@ _ATTRIBUTES = (
     _Attribute("compare", NUMBERS, ("{value} patents were filed by {whom}.",), "Who filed more patents, {whom}?"),
     _Attribute("compare", NUMBERS, ("{value} awards were won by {whom}.",), "Who won more awards, {whom}?"),
 )
-_DEFINITIONS = ("{name} joined the {team} team.", "{name} leads the {team} team.", "{name} runs the {team} team.")
-_WHOSE = "Whose team is {team}?"
+_DEFINITIONS = (
+    "{name} took the nickname {nickname}.",
+    "{name} is better known as {nickname}.",
+    "{name} is usually called {nickname}.",
+)
+_WHOSE = "Whose nickname is {nickname}?"
 _MENTIONS = (
     "A new chair was ordered for {whom}.",
     "Everybody sends greetings to {whom}.",
@@ -140,19 +131,21 @@ class Difficulty:
     """How long and how dense documents are. The defaults are what the evaluation asks; training begins easier.
 
     Attributes:
-        professions: how many the people referred to share; 0: each has their own, mostly.
-        compared_by_name: numbers are told of people by their names, not of "the Cobalt chemist".
+        singles: facts told of people by their surnames.
+        references: people with a nickname, each with a fact.
+        compared: how many of them have a number told of them besides.
+        by_nickname: of facts told of people with a nickname, the share that calls them by nothing else.
+        mentions: sentences that mention a nickname and tell nothing; half of them with the surname.
     """
 
     num_chunks: tuple[int, int] = (6, 12)
     chunk_words: tuple[int, int] = (32, 96)
     singles: int = 3
-    references: int = 4
+    references: int = 5
     compared: int = 3
-    mentions: int = 2
+    mentions: int = 4
+    by_nickname: float = 0.8
     filler: bool = True
-    professions: int = 0
-    compared_by_name: bool = True
 
 
 @dataclass(frozen=True)
@@ -169,7 +162,7 @@ def split_words(text: str) -> list[str]:
 def vocabulary() -> list[str]:
     """All words of the corpus, sorted."""
     slots = [word for words in _SLOTS.values() for word in words]
-    sentences = [*_DEFINITIONS, *_MENTIONS, *_FILLER, _WHOSE, PREFIX, "the or", *NAMES, *PROFESSIONS, *TEAMS, *slots]
+    sentences = [*_DEFINITIONS, *_MENTIONS, *_FILLER, _WHOSE, PREFIX, "or", *NAMES, *NICKNAMES, *slots]
     for attribute in _ATTRIBUTES:
         sentences += [*attribute.values, *attribute.sentences, attribute.question]
     words = {word for sentence in sentences for word in split_words(re.sub(r"\{\w+\}", "", sentence))}
@@ -177,15 +170,16 @@ def vocabulary() -> list[str]:
 
 
 def draw_document(rng: np.random.Generator, difficulty: Difficulty = Difficulty()) -> Document:
-    """Draws a document: people with facts of their own, references to people of a team, numbers, and filler."""
+    """Draws a document: facts told of people by their surnames, others by nicknames, numbers, mentions, and filler."""
     num_chunks = int(rng.integers(difficulty.num_chunks[0], difficulty.num_chunks[1] + 1))
     facts: list[_Fact] = []
     questions: list[Question] = []
-    _tell_singles(rng, difficulty.singles, num_chunks, facts, questions)
-    people = _tell_references(rng, difficulty, num_chunks, facts, questions)
-    if difficulty.compared_by_name:
-        people = [_Person(name, name, -1) for name in _draw_people(rng, difficulty.compared, 0)]
-    _tell_compared(rng, people[: difficulty.compared], num_chunks, facts, questions)
+    names = rng.choice(NAMES, difficulty.singles + difficulty.references, replace=False).tolist()
+    _tell_singles(rng, names[: difficulty.singles], num_chunks, facts, questions)
+    people = _define(rng, names[difficulty.singles :], num_chunks, facts, questions)
+    _tell_references(rng, difficulty, people, num_chunks, facts, questions)
+    _tell_compared(rng, difficulty, people[: difficulty.compared], num_chunks, facts, questions)
+    _mention(rng, difficulty, people, num_chunks, facts)
     chunks = [_chunk(rng, difficulty, [fact.sentence for fact in facts if fact.chunk == i]) for i in range(num_chunks)]
     order = rng.permutation(len(questions))
     return Document(tuple(chunks), tuple(questions[i] for i in order))
@@ -197,8 +191,9 @@ def examples(kind: str, count: int, seed: int, difficulty: Difficulty = Difficul
     drawn: list[Example] = []
     while len(drawn) < count:
         document = draw_document(rng, difficulty)
-        question = next(question for question in document.questions if question.kind == kind)
-        drawn.append(Example(PREFIX, document.chunks, question))
+        question = next((question for question in document.questions if question.kind == kind), None)
+        if question is not None:
+            drawn.append(Example(PREFIX, document.chunks, question))
     return drawn
 
 
@@ -211,76 +206,89 @@ def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def _tell_singles(rng, count: int, num_chunks: int, facts: list[_Fact], questions: list[Question]) -> None:
-    for name in rng.choice(NAMES, count, replace=False):
+@dataclass(frozen=True)
+class _Person:
+    """Somebody whom the document may call by the nickname alone after the chunk that tells whose it is."""
+
+    name: str
+    nickname: str
+    definition: int
+
+
+def _tell_singles(rng, names: Sequence[str], num_chunks: int, facts: list[_Fact], questions: list[Question]) -> None:
+    for name in names:
         attribute = _of_kind(rng, "single")
         chunk, value = int(rng.integers(num_chunks)), _pick(rng, attribute.values)
         facts.append(_Fact(chunk, _pick(rng, attribute.sentences).format(value=value, whom=name)))
         questions.append(Question("single", attribute.question.format(whom=name), value, (chunk,)))
 
 
-@dataclass(frozen=True)
-class _Person:
-    """Somebody whom the document calls by team and profession only, after the chunk that tells the name."""
-
-    name: str
-    whom: str
-    definition: int
-
-
-def _draw_people(rng: np.random.Generator, count: int, num_professions: int) -> list[str]:
-    """Draws names, as many of each profession: then a profession alone tells nobody apart, as gender does not."""
-    if not num_professions:
-        return [str(name) for name in rng.choice(NAMES, count, replace=False)]
-    professions = rng.choice(PROFESSIONS, num_professions, replace=False)
-    sizes = [len(part) for part in np.array_split(np.arange(count), num_professions)]
-    groups = zip(professions, sizes, strict=True)
-    return [str(name) for profession, size in groups for name in rng.choice(_PEOPLE[profession].split(), size, False)]
-
-
-def _tell_references(
-    rng, difficulty: Difficulty, num_chunks: int, facts: list[_Fact], questions: list[Question]
-) -> list[_Person]:
-    if not difficulty.references:
-        return []
-    names = _draw_people(rng, difficulty.references, difficulty.professions)
-    teams = rng.choice(TEAMS, difficulty.references, replace=False)
+def _define(rng, names: Sequence[str], num_chunks: int, facts: list[_Fact], questions: list[Question]) -> list[_Person]:
+    """Tells the nicknames of these people, none in the last chunk."""
     people = []
-    for name, team in zip(names, teams, strict=True):
-        attribute = _of_kind(rng, "reference")
-        definition, use = sorted(rng.choice(num_chunks, 2, replace=False).tolist())
-        whom = f"the {team} {PROFESSION_OF[name]}"
-        value = _pick(rng, attribute.values)
-        facts.append(_Fact(definition, _pick(rng, _DEFINITIONS).format(name=name, team=team)))
-        facts.append(_Fact(use, _pick(rng, attribute.sentences).format(value=value, whom=whom)))
-        questions.append(Question("reference", attribute.question.format(whom=name), value, (definition, use)))
-        questions.append(Question("single", _WHOSE.format(team=team), name, (definition,)))
-        people.append(_Person(name, whom, definition))
-    for _ in range(difficulty.mentions):
-        person = people[rng.integers(len(people))]
-        facts.append(_Fact(_later_chunk(rng, person, num_chunks), _pick(rng, _MENTIONS).format(whom=person.whom)))
+    for name, nickname in zip(names, rng.choice(NICKNAMES, len(names), replace=False).tolist(), strict=True):
+        chunk = int(rng.integers(num_chunks - 1))
+        facts.append(_Fact(chunk, _pick(rng, _DEFINITIONS).format(name=name, nickname=nickname)))
+        questions.append(Question("single", _WHOSE.format(nickname=nickname), name, (chunk,)))
+        people.append(_Person(name, nickname, chunk))
     return people
 
 
-def _later_chunk(rng: np.random.Generator, person: _Person, num_chunks: int) -> int:
-    return int(rng.integers(person.definition + 1, num_chunks))
+def _call(rng: np.random.Generator, difficulty: Difficulty, person: _Person) -> tuple[str, tuple[int, ...]]:
+    """Draws what a fact calls a person, and the chunks that a reader needs besides to know who that is."""
+    if rng.random() < difficulty.by_nickname:
+        return person.nickname, (person.definition,)
+    return f"{person.nickname} {person.name}", ()
 
 
-def _tell_compared(rng, people: Sequence[_Person], num_chunks: int, facts: list[_Fact], questions: list[Question]):
-    """Tells a number of each of these people, who are of one profession as far as there are enough of it."""
+def _tell_references(
+    rng, difficulty: Difficulty, people: Sequence[_Person], num_chunks: int, facts: list[_Fact], questions
+) -> None:
+    """Tells the same kind of thing of all these people."""
+    attribute = _of_kind(rng, "reference")
+    values = rng.choice(attribute.values, len(people), replace=False).tolist()
+    for person, value in zip(people, values, strict=True):
+        whom, needed = _call(rng, difficulty, person)
+        chunk = _later_chunk(rng, person, num_chunks)
+        facts.append(_Fact(chunk, _pick(rng, attribute.sentences).format(value=value, whom=whom)))
+        kind = "reference" if needed else "single"
+        questions.append(Question(kind, attribute.question.format(whom=person.name), value, (*needed, chunk)))
+
+
+def _tell_compared(
+    rng, difficulty: Difficulty, people: Sequence[_Person], num_chunks: int, facts: list[_Fact], questions
+) -> None:
     if len(people) < 2:
         return
     attribute = _of_kind(rng, "compare")
-    numbers = rng.choice(attribute.values, len(people), replace=False)
-    chunks = [_later_chunk(rng, person, num_chunks) for person in people]
-    for person, number, chunk in zip(people, numbers, chunks, strict=True):
-        facts.append(_Fact(chunk, _pick(rng, attribute.sentences).format(value=number, whom=person.whom)))
+    numbers = rng.choice(attribute.values, len(people), replace=False).tolist()
+    needed: list[set[int]] = []
+    for person, number in zip(people, numbers, strict=True):
+        whom, definition = _call(rng, difficulty, person)
+        chunk = _later_chunk(rng, person, num_chunks)
+        facts.append(_Fact(chunk, _pick(rng, attribute.sentences).format(value=number, whom=whom)))
+        needed.append({*definition, chunk})
     for first in range(len(people)):
         second = (first + 1 + int(rng.integers(len(people) - 1))) % len(people)
         winner = max(first, second, key=lambda i: int(numbers[i]))
         question = attribute.question.format(whom=f"{people[first].name} or {people[second].name}")
-        needed = sorted({place for i in (first, second) for place in (people[i].definition, chunks[i]) if place >= 0})
-        questions.append(Question("compare", question, people[winner].name, tuple(needed)))
+        chunks = tuple(sorted(needed[first] | needed[second]))
+        questions.append(Question("compare", question, people[winner].name, chunks))
+
+
+def _mention(rng, difficulty: Difficulty, people: Sequence[_Person], num_chunks: int, facts: list[_Fact]) -> None:
+    """Mentions people; with the surname only in chunks that do not call them by the nickname alone."""
+    for number in range(difficulty.mentions):
+        person = people[rng.integers(len(people))]
+        chunk, whom = _later_chunk(rng, person, num_chunks), person.nickname
+        alone = any(fact.chunk == chunk and f" {person.nickname}." in fact.sentence for fact in facts)
+        if number % 2 and not alone:
+            whom = f"{person.nickname} {person.name}"
+        facts.append(_Fact(chunk, _pick(rng, _MENTIONS).format(whom=whom)))
+
+
+def _later_chunk(rng: np.random.Generator, person: _Person, num_chunks: int) -> int:
+    return int(rng.integers(person.definition + 1, num_chunks))
 
 
 def _chunk(rng: np.random.Generator, difficulty: Difficulty, sentences: list[str]) -> str:

@@ -83,9 +83,9 @@ def _print_example(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> No
 
 
 def _evidence(row: Row) -> list[tuple[int, str]]:
-    """The sentences that a reader needs: the person's team, and what is told of that team's member."""
+    """The sentences that a reader needs: whose nickname it is, and what is told of the nickname."""
     sentences = [(i, text.strip(" .")) for i, chunk in enumerate(row.chunks) for text in chunk.split(". ")]
-    asked = set(row.question.strip("?").split())
-    definition = next((i, text) for i, text in sentences if text.endswith("team") and text.split()[0] in asked)
-    team = definition[1].split()[-2]
-    return [definition, *((i, text) for i, text in sentences if f"the {team} " in text and row.answers[0] in text)]
+    asked = row.question.strip("?").split()[-1]
+    definition = next((i, text) for i, text in sentences if text.split()[0] == asked)
+    nickname = definition[1].split()[-1]
+    return [definition, *((i, text) for i, text in sentences if text.endswith(f" {nickname}") and row.answers[0] in text)]
