@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import choose_backend
-from pallas_kernels.rotary import apply_rope
+from pallas_kernels import tuning
+from pallas_kernels.blend_kv_xla import blend_xla
+from pallas_kernels.dispatch import choose_backend, current_target
+
+# Imported when first used: a platform's Pallas needs not be there on another.
+BACKENDS = {
+    "triton": ("pallas_kernels.blend_kv_triton", "blend_triton"),
+    "tpu": ("pallas_kernels.blend_kv_tpu", "blend_tpu"),
+}
 
 
 def blend_kv(
@@ -28,46 +40,69 @@ def blend_kv(
     """Returns one layer's blended `(k rotated, v)`: the cached rows, those at `indices` replaced by the fresh ones.
 
     `k_cached` and `k_fresh` are before RoPE; `cos` and `sin` (float32) hold every key's angles. `indices` ascend;
-    an index of `keys` or more is padding and writes nothing. `implementation`: `None` (best) or `"xla"`.
+    an index of `keys` or more is padding and writes nothing.
+
+    The Pallas kernels work in place: where `k_cached` and `v_cached` are donated or needed no more, keys pass through
+    once and of the values nothing is moved but the fresh rows; else XLA copies them first.
+
+    Args:
+        return_deviation: also return how far each fresh row is from the one that it replaces, see below.
+        implementation: `None` (best for the platform: today `"xla"` on all), `"xla"`, `"pallas"` (the platform's
+            Pallas kernel; on a CPU interpreted, for tests), or one of them by name: `"triton"`, `"tpu"`.
 
     With `return_deviation` a third result, float32 `[tokens, 2]`: how far each fresh row is from the cached one that
     it replaces, `[Σ (k_fresh - k_cached)², Σ (v_fresh - v_cached)²]` over heads and dims, before RoPE, not divided by
     the layer's norms; zeros for padding.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+        ValueError: shapes or dtypes that do not fit, or an implementation that is unknown or can't serve the call; the
+            message says why.
 
     Source: CacheBlend (arXiv 2405.16444) §4.2, with keys cached before RoPE.
     """
     _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)
-    choose_backend(implementation, "blend_kv", {}, default="xla")
+    # Memory-bound: the kernels are not chosen unasked before they were measured to be faster than XLA.
+    backend = choose_backend(implementation, "blend_kv", _declines(k_cached, k_fresh), default="xla")
+    arguments = k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin
     with jax.named_scope("blend_kv"):
-        blended = _blend_kv_xla(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)
-        if not return_deviation:
-            return blended
-        at, is_row = jnp.minimum(indices, k_cached.shape[0] - 1), indices < k_cached.shape[0]
-        parts = [_squared_distance(k_fresh, k_cached[at]), _squared_distance(v_fresh, v_cached[at])]
-        return (*blended, jnp.where(is_row[:, None], jnp.stack(parts, axis=1), 0.0))
+        if backend == "xla":
+            k, v, deviation = blend_xla(*arguments, with_deviation=return_deviation)
+        else:
+            k, v, deviation = _blend_pallas(backend, arguments, return_deviation)
+    return (k, v) if deviation is None else (k, v, deviation)
 
 
-def _squared_distance(fresh: jax.Array, cached: jax.Array) -> jax.Array:
-    return jnp.square(fresh.astype(jnp.float32) - cached.astype(jnp.float32)).sum(axis=(1, 2))
+def _declines(k_cached: jax.Array, k_fresh: jax.Array) -> dict[str, Callable[[], str | None]]:
+    def reason(backend: str) -> str | None:
+        if 0 in (*k_cached.shape, *k_fresh.shape):
+            return "needs a key and a fresh row"
+        try:
+            module = import_module(BACKENDS[backend][0])
+        except ImportError as error:  # what a release of JAX dropped or renamed
+            return f"can't be imported ({error})"
+        return module.declines(k_cached, k_fresh, interpret=current_target().platform == "cpu")
+
+    return {backend: partial(reason, backend) for backend in BACKENDS}
 
 
-def _blend_kv_xla(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin):
-    # Few rows are fresh: one pass over the keys and a scatter beat a gather of a row for every key.
-    num_keys = k_cached.shape[0]
-    at = jnp.minimum(indices, num_keys - 1)
-    places = jnp.where(indices < num_keys, indices, num_keys + jnp.arange(indices.shape[0], dtype=indices.dtype))
-
-    def replace_rows(array: jax.Array, rows: jax.Array) -> jax.Array:
-        return array.at[places].set(rows, mode="drop", indices_are_sorted=True, unique_indices=True)
-
-    k = replace_rows(apply_rope(k_cached, cos, sin), apply_rope(k_fresh, cos[at], sin[at]))
-    return k, replace_rows(v_cached, v_fresh)
+def _blend_pallas(backend: str, arguments: tuple[jax.Array, ...], with_deviation: bool):
+    module, function = BACKENDS[backend]
+    blend = partial(
+        getattr(import_module(module), function),
+        with_deviation=with_deviation,
+        blocks=tuning.BLEND_KV[backend],
+        interpret=current_target().platform == "cpu",
+    )
+    # A batch runs one by one: a kernel's grid is full with one member.
+    return sequential_vmap(lambda *arrays: blend(*arrays))(*arguments)
 
 
 def _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin) -> None:
+    for name, array in (("k_cached", k_cached), ("k_fresh", k_fresh)):
+        if array.ndim != 3:
+            raise ValueError(f"blend_kv: {name} must be of rank 3, [tokens, kv_heads, head_dim], got {array.shape}")
+    if k_cached.shape[2] % 2:
+        raise ValueError(f"blend_kv: k_cached must have an even head_dim, got {k_cached.shape}")
     for name, array, wanted in (
         ("v_cached", v_cached, k_cached.shape),
         ("k_fresh", k_fresh, (*k_fresh.shape[:1], *k_cached.shape[1:])),
@@ -78,6 +113,14 @@ def _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin) -> None:
     ):
         if array.shape != wanted:
             raise ValueError(f"blend_kv: {name} must have shape {wanted}, got {array.shape}")
+    for name, array, dtype in (
+        ("k_cached", k_cached, jnp.floating),
+        ("indices", indices, jnp.integer),
+        ("cos", cos, jnp.floating),
+        ("sin", sin, jnp.floating),
+    ):
+        if not jnp.issubdtype(array.dtype, dtype):
+            raise ValueError(f"blend_kv: {name} must be {dtype.__name__}, got {array.dtype}{list(array.shape)}")
     for name, array in (("v_cached", v_cached), ("k_fresh", k_fresh), ("v_fresh", v_fresh)):
         if array.dtype != k_cached.dtype:
             raise ValueError(f"blend_kv: {name} must have k_cached's dtype {k_cached.dtype}, got {array.dtype}")

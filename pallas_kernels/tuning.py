@@ -49,6 +49,23 @@ SELECTIVE_ATTENTION: dict[tuple[str, str], list[tuple[int, int, AttentionBlocks]
 }
 
 
+class BlendBlocks(NamedTuple):
+    """Sizes of `blend_kv`'s blocks.
+
+    Attributes:
+        keys: keys a block, on a TPU an upper bound.
+        block_bytes: of a block's keys at most (TPU); several such blocks are in VMEM at a time.
+        warps: of a Triton program.
+    """
+
+    keys: int
+    block_bytes: int = 2**19
+    warps: int = 4
+
+
+BLEND_KV = {"triton": BlendBlocks(keys=32), "tpu": BlendBlocks(keys=512)}
+
+
 def attention_blocks(backend: str, chip: str, dtype: jnp.dtype, head_dim: int) -> AttentionBlocks | None:
     """Returns the block sizes of that backend on that chip; `None` where the table has none for them."""
     named = (name for of, name in SELECTIVE_ATTENTION if of == backend and name.lower() in chip.lower())

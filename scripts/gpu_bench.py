@@ -1,32 +1,52 @@
-"""Checks and times `selective_attention` on the device at hand, beside what was predicted; sweeps block sizes.
+"""Checks and times the kernels and whole prefills on the device at hand, beside what was predicted.
 
-    python scripts/gpu_bench.py --only check attention sweep --json gpu.json
+    python scripts/gpu_bench.py --json gpu.json
 
-On a CPU it times the "xla" path against dense attention: `python scripts/gpu_bench.py --only check attention`.
+A few minutes on a GPU. A part that fails is reported and the others go on; the JSON is written after every part.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch, the rival, needs memory too
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import selective_attention, tuning
-from pallas_kernels.dispatch import current_target
+from cacheblend_jax.blend.flops import prefill_flops
+from cacheblend_jax.blend.layer_step import LayerKV
+from cacheblend_jax.blend.resident import prefill
+from cacheblend_jax.blend.schedule import BlendConfig, Plan, full_plan, make_plan, survivor_counts
+from cacheblend_jax.blend.steps import Request
+from cacheblend_jax.evaluation.bench import SHAPES
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.model.transformer import init_params
+from cacheblend_jax.planner import computed_positions
+from pallas_kernels import blend_kv, selective_attention, tuning
+from pallas_kernels.blend_kv_reference import blend_kv_reference
+from pallas_kernels.dispatch import OVERRIDE, current_target
 from pallas_kernels.selective_attention_reference import selective_attention_reference
 from pallas_kernels.tuning import AttentionBlocks
 
-PARTS = ("check", "attention", "sweep")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "TPU v5 lite": 197e12}  # dense bfloat16
-PREDICTED_SHARE = {"mosaic_gpu": 0.55, "triton": 0.35, "tpu": 0.4}  # of the peak, at 8k keys
+BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "TPU v5 lite": 0.82e12}  # bytes/s
+# What we expect, as a share of the peak: of attention at 8k keys, of prefills, and of bandwidth.
+PREDICTED_SHARE = {"mosaic_gpu": 0.55, "triton": 0.35, "tpu": 0.4, "matmul": 0.75, "full": 0.6, "blend": 0.5}
+PREDICTED_BANDWIDTH = {"copy": 0.9, "triton": 0.8, "tpu": 0.7, "xla": 0.6}
+SUFFIX, CHUNK, RATIO = 64, 512, 0.15
 CANDIDATES = [
     AttentionBlocks(rows, keys, stages) for rows, keys, stages in itertools.product((128,), (64, 128), (2, 3, 4))
 ]
@@ -37,11 +57,14 @@ def visible_flops(positions: np.ndarray, heads: int, head_dim: int) -> int:
     return 4 * heads * head_dim * int((positions + 1).sum())
 
 
-def predicted_seconds(flops: int, chip: str, backend: str) -> float | None:
-    """What we expect of a backend on a chip; `None` where there is no prediction."""
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in chip), None)
-    share = PREDICTED_SHARE.get(backend)
-    return None if peak is None or share is None else flops / (peak * share)
+def predicted_seconds(flops: int, chip: str, name: str) -> float | None:
+    """What we expect of a backend or a mode on a chip; `None` where there is no prediction."""
+    return _predicted(flops, PEAK_FLOPS, PREDICTED_SHARE, chip, name)
+
+
+def _predicted(amount: float, peaks: dict, shares: dict, chip: str, name: str) -> float | None:
+    peak = next((peak for of, peak in peaks.items() if of in chip), None)
+    return None if peak is None or name not in shares else amount / (peak * shares[name])
 
 
 def inputs(num_queries: int, num_keys: int, heads: int, kv_heads: int, head_dim: int, dtype: str):
@@ -57,10 +80,10 @@ def inputs(num_queries: int, num_keys: int, heads: int, kv_heads: int, head_dim:
 def largest_error(implementation: str | None, dtype: str) -> float:
     """Largest absolute error against float64 on a small case."""
     q, k, v, positions = inputs(100, 300, 4, 2, 64, dtype)
-    out = selective_attention(q, k, v, positions, implementation=implementation)
+    out = jax.jit(partial(selective_attention, implementation=implementation))(q, k, v, positions)
     with jax.enable_x64(True):
         exact = [jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64) for x in (q, k, v)]
-        wanted, _ = selective_attention_reference(*exact, positions)
+        wanted, _ = jax.jit(selective_attention_reference)(*exact, positions)
         return float(np.abs(np.asarray(out, np.float64) - np.asarray(wanted)).max())
 
 
@@ -78,6 +101,12 @@ def cudnn(q, k, v, positions):
     return jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True, implementation="cudnn")[0]
 
 
+def tokamax_causal(q, k, v, positions):
+    import tokamax
+
+    return tokamax.dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
+
+
 def measure(functions: dict[str, Callable], arguments, repeats: int) -> dict[str, dict]:
     """Medians of interleaved rounds, and temporary memory by the compiler's account."""
     compiled, results = {}, {}
@@ -86,21 +115,40 @@ def measure(functions: dict[str, Callable], arguments, repeats: int) -> dict[str
             compiled[name] = jax.jit(function).lower(*arguments).compile()
             jax.block_until_ready(compiled[name](*arguments))
         except Exception as error:  # a rival that this device lacks must not end the run
-            results[name] = {"error": str(error).splitlines()[0][:200]}
-    seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    for _ in range(repeats):
-        for name, run in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(*arguments))
-            seconds[name].append(time.perf_counter() - start)
+            results[name] = {"error": _first_line(error)}
+    seconds = interleaved({name: lambda run=run: run(*arguments) for name, run in compiled.items()}, repeats)
     for name, run in compiled.items():
         memory = run.memory_analysis().temp_size_in_bytes
-        results[name] = {"ms": 1e3 * statistics.median(seconds[name]), "temporary_mb": memory / 1e6}
+        results[name] = seconds[name] | {"temporary_mb": memory / 1e6}
     return results
 
 
-def backends() -> tuple[str, ...]:
-    gpu = ("mosaic_gpu", "triton")
+def interleaved(runs: dict[str, Callable], repeats: int) -> dict[str, dict]:
+    """Median, fastest and slowest of each; short ones are called many times in a row, since a launch takes its own."""
+    calls, seconds = {}, {name: [] for name in runs}
+    for name, run in runs.items():
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        calls[name] = int(np.clip(0.02 / max(time.perf_counter() - start, 1e-9), 1, 100)) if repeats > 1 else 1
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                result = run()
+            jax.block_until_ready(result)
+            seconds[name].append((time.perf_counter() - start) / calls[name])
+    return {
+        name: {"ms": 1e3 * statistics.median(of), "ms_fastest": 1e3 * min(of), "ms_slowest": 1e3 * max(of)}
+        for name, of in seconds.items()
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def backends(operation: str = "selective_attention") -> tuple[str, ...]:
+    gpu = ("mosaic_gpu", "triton") if operation == "selective_attention" else ("triton",)
     return (*{"gpu": gpu, "tpu": ("tpu",)}.get(current_target().platform, ()), "xla")
 
 
@@ -113,7 +161,9 @@ def bench_attention(options: argparse.Namespace) -> list[dict]:
     for label, num_queries in (("scattered", int(0.15 * options.keys)), ("full", options.keys)):
         arguments = inputs(num_queries, options.keys, options.heads, options.kv_heads, options.head_dim, options.dtype)
         functions = {name: with_implementation(name) for name in backends()}
-        functions |= {"dense": dense} if label == "scattered" else {"causal": causal, "cudnn": cudnn}
+        functions |= (
+            {"dense": dense} if label == "scattered" else {"causal": causal, "cudnn": cudnn, "tokamax": tokamax_causal}
+        )
         flops = visible_flops(np.asarray(arguments[3], np.int64), options.heads, options.head_dim)
         for name, result in measure(functions, arguments, options.repeats).items():
             predicted = predicted_seconds(flops, chip, name)
@@ -138,15 +188,252 @@ def sweep(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
+# --- the device's own limits, and blending -------------------------------------------------------------------------
+
+
+def check(options: argparse.Namespace) -> list[dict]:
+    models = ("pallas", "xla") if len(backends()) > 1 else ("xla",)  # no interpreter
+    rows = [{"name": name, "op": "selective_attention", "call": (largest_error, name)} for name in backends()]
+    rows += [{"name": name, "op": "blend_kv", "call": (blend_error, name)} for name in backends("blend_kv")]
+    rows += [{"name": name, "op": "whole blend", "call": (whole_blend_error, name)} for name in models]
+    for row in rows:
+        function, name = row.pop("call")
+        try:
+            row["error_to_reference"] = function(name, options.dtype)
+        except Exception as error:
+            row["error"] = _first_line(error)
+    return rows
+
+
+def limits(options: argparse.Namespace) -> list[dict]:
+    chip, size, n = current_target().chip, options.copy_mb * 10**6 // 4, options.matmul
+    x, a = jnp.ones(size, jnp.float32), jnp.ones((n, n), options.dtype)
+    copy = measure({"copy": lambda x: x + 1}, (x,), options.repeats)["copy"]
+    product = measure({"matmul": lambda a, b: a @ b}, (a, a), options.repeats)["matmul"]
+    moved, flops = 8 * size, 2 * n**3
+    return [
+        _row("copy", copy, _predicted(moved, BANDWIDTH, PREDICTED_BANDWIDTH, chip, "copy"), gb_s=moved / 1e6),
+        _row("matmul", product, predicted_seconds(flops, chip, "matmul"), tflops=flops / 1e9),
+    ]
+
+
+def _row(name: str, result: dict, predicted: float | None, **amounts: float) -> dict:
+    """A row whose `amounts` (of a millisecond's work) become rates."""
+    rates = {key: amount / result["ms"] for key, amount in amounts.items()} if "ms" in result else {}
+    return {"name": name, "predicted_ms": predicted and 1e3 * predicted} | result | rates
+
+
+def blend_inputs(keys: int, rows: int, kv_heads: int, head_dim: int, dtype: str, layers: int | None = None):
+    rng = np.random.default_rng(0)
+    stack = () if layers is None else (layers,)
+    cached, fresh = (
+        [jnp.asarray(rng.standard_normal((*stack, tokens, kv_heads, head_dim)), dtype) for _ in "kv"]
+        for tokens in (keys, rows)
+    )
+    angles = rng.uniform(0, 1000, (keys, head_dim // 2))
+    indices = jnp.asarray(np.sort(rng.choice(keys, rows, replace=False)), jnp.int32)
+    return *cached, *fresh, indices, jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+
+
+def blend_error(implementation: str, dtype: str) -> float:
+    """Largest absolute error of the blended keys against float64; infinite where the values are not the same bits."""
+    *arrays, indices, cos, sin = blend_inputs(300, 40, 2, 64, dtype)
+    blend = jax.jit(partial(blend_kv, implementation=implementation))
+    k, v = blend(*arrays, indices, cos=cos, sin=sin)
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64) for x in (*arrays, cos, sin)]
+        wanted_k, wanted_v, _ = jax.jit(blend_kv_reference)(*exact[:4], indices, cos=exact[4], sin=exact[5])
+        same = np.array_equal(np.asarray(v, np.float64), np.asarray(wanted_v))
+        return float(np.abs(np.asarray(k, np.float64) - np.asarray(wanted_k)).max()) if same else float("inf")
+
+
+def bench_blend_kv(options: argparse.Namespace) -> list[dict]:
+    """Blending inside a loop over layers, as prefills do it: the arrays that it works on die there."""
+    layers, keys, chip = 4, options.keys, current_target().chip
+    arguments = blend_inputs(keys, int(RATIO * keys), options.kv_heads, options.head_dim, options.dtype, layers)
+    row = options.kv_heads * options.head_dim * jnp.dtype(options.dtype).itemsize
+    moved = 2 * keys * row + 3 * int(RATIO * keys) * row + 4 * keys * options.head_dim
+
+    def over_layers(implementation: str) -> Callable:
+        def run(k, v, k_fresh, v_fresh, indices, cos, sin):
+            def layer(of):
+                return blend_kv(*of, indices, cos=cos, sin=sin, implementation=implementation)
+
+            return jax.lax.map(layer, (k, v, k_fresh, v_fresh))
+
+        return run
+
+    results = measure({name: over_layers(name) for name in backends("blend_kv")}, arguments, options.repeats)
+    # Each layer's slices are copied out of and into the stacks: two more passes over K and V.
+    moved = layers * (moved + 8 * keys * row)
+    return [
+        _row(name, result, _predicted(moved, BANDWIDTH, PREDICTED_BANDWIDTH, chip, name), gb_s=moved / 1e6)
+        for name, result in results.items()
+    ]
+
+
+# --- whole prefills ------------------------------------------------------------------------------------------------
+
+
+def request_of(plan: Plan, length: int, vocab_size: int, ratio: float) -> Request:
+    """A prompt of chunks, all of them stored, and a question of `SUFFIX` tokens."""
+    positions = np.arange(plan.active, dtype=np.int32)
+    forced = (positions >= length - SUFFIX) & (positions < length) if plan.forced else positions < length
+    rows = np.flatnonzero(forced)[: plan.forced]
+    padded = np.full(plan.forced, plan.active, np.int32)
+    padded[: rows.size] = rows
+    keep = np.zeros(len(plan.stages) - 1, np.int32)
+    keep[:] = survivor_counts(plan, ratio, length - SUFFIX, SUFFIX)
+    return Request(
+        token_ids=jnp.asarray(np.random.default_rng(0).integers(0, vocab_size, plan.active), jnp.int32),
+        positions=jnp.asarray(np.where(positions < length, positions, plan.cache_length)),
+        length=jnp.int32(length),
+        forced=jnp.asarray(forced),
+        chunk_starts=jnp.asarray(positions // CHUNK * CHUNK),
+        context_length=jnp.int32(0),
+        keep=jnp.asarray(keep),
+        forced_rows=jnp.asarray(padded),
+        is_question=jnp.asarray(padded < plan.active),
+        oracle=jnp.zeros(plan.active, jnp.float32),
+        seed=jnp.int32(0),
+    )
+
+
+def prefills(
+    config: ModelConfig, length: int, params, names: tuple[str, ...] = ("full", "blend"), ratio: float = RATIO
+) -> dict[str, tuple[Plan, Callable]]:
+    """The compiled modes, by name, each as a call without arguments."""
+    blend = BlendConfig(ratio)
+    blending = make_plan(
+        num_layers=config.num_layers, length=length, active=length, forced=SUFFIX, blend=blend, check_layer=1
+    )
+    modes = {}
+    for name in names:
+        plan = blending if name == "blend" else full_plan(config.num_layers, length)
+        cos, sin = (jnp.asarray(x) for x in rope_tables(config, plan.cache_length))
+        shape = (config.num_layers, plan.cache_length, config.num_kv_heads, config.head_dim)
+        kv = None if plan.nothing_cached else LayerKV(*(0.1 * jnp.ones(shape, config.dtype) for _ in "kv"))
+        arguments = (params, request_of(plan, length, config.vocab_size, ratio), kv, cos, sin)
+
+        def traced(*arguments, plan=plan):
+            return prefill(*arguments, config=config, plan=plan)
+
+        run = jax.jit(traced).lower(*arguments).compile()
+        modes[name] = plan, lambda run=run, arguments=arguments: run(*arguments)
+    return modes
+
+
+@contextlib.contextmanager
+def kernels(implementation: str) -> Iterator[None]:
+    before = os.environ.get(OVERRIDE)
+    os.environ[OVERRIDE] = implementation
+    try:
+        yield
+    finally:
+        os.environ.pop(OVERRIDE) if before is None else os.environ.update({OVERRIDE: before})
+
+
+def _tiny(dtype: str) -> ModelConfig:
+    small = {"vocab_size": 512, "num_layers": 4, "hidden_size": 256, "intermediate_size": 512, "num_heads": 4}
+    small |= {"num_kv_heads": 2, "head_dim": 64, "windows": (None,) * 4, "dtype": dtype}
+    return replace(SHAPES["bench-16l"], **small)
+
+
+def whole_blend_error(implementation: str, dtype: str) -> float:
+    """Largest difference of the logits of a blend that recomputes all tokens to those of full prefill, in float32.
+
+    Over the largest logit; full prefill is "xla".
+    """
+    logits = []
+    for name, of, mode in ((implementation, dtype, "blend"), ("xla", "float32", "full")):
+        params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), _tiny(dtype))
+        params = jax.tree.map(lambda x, of=of: x.astype(of), params)  # the same weights, rounded once
+        with kernels(name):
+            _, run = prefills(_tiny(of), 256, params, (mode,), ratio=1.0)[mode]
+        logits.append(np.asarray(run().logits, np.float64))
+    return float(np.abs(logits[0] - logits[1]).max() / np.abs(logits[1]).max())
+
+
+def bench_model(options: argparse.Namespace) -> list[dict]:
+    chip, rows = current_target().chip, []
+    for shape in options.shapes:
+        config = _tiny(options.dtype) if shape == "tiny" else SHAPES[shape]
+        params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
+        for implementation, length in itertools.product(options.kernels, options.lengths):
+            case = f"{shape} {length} {implementation}"
+            try:
+                with kernels(implementation):
+                    modes = prefills(config, length, params)
+                rows += _model_rows(options, config, case, modes, chip)
+            except Exception as error:  # too long for this card, say
+                rows.append({"case": case, "name": "prefill", "error": _first_line(error)})
+    return rows
+
+
+def _model_rows(options: argparse.Namespace, config: ModelConfig, case: str, modes, chip: str) -> list[dict]:
+    flops = {}
+    for name, (plan, run) in modes.items():
+        flops[name] = prefill_flops(config, computed_positions(plan, run().stage_positions))
+    times = interleaved({name: run for name, (_, run) in modes.items()}, options.repeats)
+    if options.profile:
+        with jax.profiler.trace(str(options.profile / case.replace(" ", "-"))):
+            for _, run in modes.values():
+                jax.block_until_ready(run())
+    rows = []
+    for name, result in times.items():
+        predicted = predicted_seconds(flops[name], chip, name)
+        rows.append({"case": case} | _row(name, result, predicted, tflops=flops[name] / 1e9))
+    speedup = times["full"]["ms"] / times["blend"]["ms"]
+    rows[-1] |= {"speedup": speedup, "efficiency": speedup / (flops["full"] / flops["blend"])}
+    return rows
+
+
+def bench_torch(options: argparse.Namespace) -> list[dict]:
+    """Torch's causal attention of the same shape, where torch and a GPU are there."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU")
+    dtype = getattr(torch, options.dtype)
+    q, k, v = (
+        torch.randn(1, heads, options.keys, options.head_dim, device="cuda", dtype=dtype)
+        for heads in (options.heads, options.kv_heads, options.kv_heads)
+    )
+
+    def run():
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.cuda.synchronize()
+
+    flops = visible_flops(np.arange(options.keys, dtype=np.int64), options.heads, options.head_dim)
+    return [_row("torch sdpa", interleaved({"torch": run}, options.repeats)["torch"], None, tflops=flops / 1e9)]
+
+
+PARTS = {
+    "check": check,
+    "limits": limits,
+    "attention": bench_attention,
+    "blend_kv": bench_blend_kv,
+    "model": bench_model,
+    "torch": bench_torch,
+    "sweep": sweep,
+}
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--keys", type=int, default=8192)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--shapes", nargs="+", choices=("tiny", *SHAPES), default=["llama-3-8b", "qwen3-4b"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384, 32768], help="of prompts")
+    parser.add_argument("--kernels", nargs="+", choices=("pallas", "xla"), default=["pallas", "xla"], help="of models")
+    parser.add_argument("--copy-mb", type=int, default=1024)
+    parser.add_argument("--matmul", type=int, default=8192, help="rows and columns")
+    parser.add_argument("--profile", type=Path, help="folder for one trace of each model's prefills")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
 
@@ -154,22 +441,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict:
     options = parse(arguments)
     report: dict = {"device": str(current_target()), "jax": jax.__version__}
-    if "check" in options.only:
-        report["errors"] = {name: largest_error(name, options.dtype) for name in backends()}
-    if "attention" in options.only:
-        report["attention"] = bench_attention(options)
-    if "sweep" in options.only:
-        report["sweep"] = sweep(options)
-    for row in [*report.get("attention", []), *report.get("sweep", [])]:
-        print(
-            "  ".join(
-                f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()
-            )
-        )
-    print({key: value for key, value in report.items() if key not in ("attention", "sweep")})
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+    report["arguments"] = {key: str(value) for key, value in vars(options).items()}
+    for part in options.only:
+        start = time.perf_counter()
+        try:
+            report[part] = PARTS[part](options)
+        except Exception as error:  # the other parts are worth having all the same
+            report[part] = [{"name": part, "error": _first_line(error)}]
+        print(f"--- {part} ({time.perf_counter() - start:.0f} s) on {report['device']}", flush=True)
+        print_table(report[part])
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1))
     return report
+
+
+def print_table(rows: list[dict]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells if rows else []:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), flush=True)
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

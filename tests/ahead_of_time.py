@@ -48,10 +48,11 @@ class Compiler:
     def shape(self, shape, dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
 
-    def __call__(self, function, *arguments):
+    def __call__(self, function, *arguments, donate: tuple[int, ...] = (), options: dict | None = None):
+        """The compiled program; `donate`: positions of arguments, `options`: the compiler's, by the names of flags."""
         arguments = jax.tree.map(lambda x: self.shape(x.shape, x.dtype), arguments)
         with jax.sharding.use_abstract_mesh(self.abstract_mesh), no_compilation_cache():
-            return jax.jit(function).trace(*arguments).lower().compile()
+            return jax.jit(function, donate_argnums=donate).trace(*arguments).lower().compile(compiler_options=options)
 
 
 @contextmanager

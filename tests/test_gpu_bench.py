@@ -9,15 +9,38 @@ import pytest
 
 from scripts import gpu_bench
 
+TINY = "--keys 64 --heads 4 --kv-heads 2 --head-dim 32 --dtype float32 --repeats 1 --copy-mb 1 --matmul 64".split()
+TINY += "--shapes tiny --lengths 256 --kernels xla".split()
 
-def test_a_tiny_run_checks_against_float64_and_writes_json(tmp_path):
+
+def test_a_tiny_run_of_all_parts_checks_measures_and_writes_json(tmp_path, capsys):
     path = tmp_path / "bench.json"
-    options = "--keys 64 --heads 4 --kv-heads 2 --head-dim 32 --dtype float32 --repeats 1 --json".split()
-    gpu_bench.main([*options, str(path)])
+    gpu_bench.main([*TINY, "--json", str(path), "--profile", str(tmp_path / "profile")])
     report = json.loads(path.read_text())
-    assert report["errors"]["xla"] < 1e-5
-    assert {row["name"] for row in report["attention"]} == {"xla", "dense", "causal", "cudnn"}
+    errors = {(row["op"], row["name"]): row.get("error_to_reference") for row in report["check"]}
+    assert errors["selective_attention", "xla"] < 1e-5
+    assert errors["blend_kv", "xla"] < 1e-5
+    assert errors["whole blend", "xla"] < 1e-5
+    assert {row["name"] for row in report["limits"]} == {"copy", "matmul"}
+    assert {row["name"] for row in report["attention"]} == {"xla", "dense", "causal", "cudnn", "tokamax"}
+    assert report["blend_kv"][0]["gb_s"] > 0
+    assert [row["name"] for row in report["model"]] == ["full", "blend"]
+    assert report["model"][1]["efficiency"] > 0
+    assert any((tmp_path / "profile").rglob("*"))
     assert report["sweep"] == []
+    assert "efficiency" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
+    def fail(options):
+        raise RuntimeError("no such thing\nat all")
+
+    monkeypatch.setitem(gpu_bench.PARTS, "attention", fail)
+    path = tmp_path / "bench.json"
+    report = gpu_bench.main([*TINY, "--only", "attention", "limits", "--json", str(path)])
+    assert report["attention"] == [{"name": "attention", "error": "RuntimeError: no such thing"}]
+    assert report["limits"][0]["ms"] > 0
+    assert json.loads(path.read_text())["attention"] == report["attention"]
 
 
 def test_work_is_counted_by_what_is_visible():

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernel_cases import TOLERANCE, cases
 
-from pallas_kernels import apply_rope, attention_mass, blend_kv, selective_attention
+from pallas_kernels import apply_rope, attention_mass, selective_attention
 from pallas_kernels.selective_attention_reference import selective_attention_reference
 
 
@@ -106,68 +105,6 @@ def test_what_does_not_fit_is_named(change, message):
     unchecked = selective_attention.__wrapped__ if hasattr(selective_attention, "__wrapped__") else selective_attention
     with pytest.raises(ValueError, match=message):
         unchecked(q, k, v, positions, **arguments)
-
-
-# --- blend_kv ----------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    num_keys=st.sampled_from((1, 16, 130)),
-    num_fresh=st.sampled_from((1, 8)),
-    padding=st.integers(0, 8),
-    head_dim=st.sampled_from((8, 80)),
-    dtype=st.sampled_from(sorted(TOLERANCE)),
-    seed=st.integers(0, 2**16),
-)
-def test_blend_kv_rotates_once_and_replaces_rows(num_keys, num_fresh, padding, head_dim, dtype, seed):
-    rng = np.random.default_rng(seed)
-    real = max(min(num_fresh - padding, num_keys), 0)
-    indices = np.full(num_fresh, num_keys, np.int32)
-    indices[:real] = np.sort(rng.choice(num_keys, real, replace=False))
-    k_cached, v_cached = (rng.standard_normal((num_keys, 2, head_dim)) for _ in range(2))
-    k_fresh, v_fresh = (rng.standard_normal((num_fresh, 2, head_dim)) for _ in range(2))
-    k_cached, v_cached, k_fresh, v_fresh = (jnp.asarray(x, dtype) for x in (k_cached, v_cached, k_fresh, v_fresh))
-    angles = rng.uniform(0, 1000, (num_keys, head_dim // 2))
-    cos, sin = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
-
-    k, v = blend_kv(k_cached, v_cached, k_fresh, v_fresh, jnp.asarray(indices), cos=cos, sin=sin)
-
-    wanted_k, wanted_v = (np.asarray(x.astype(jnp.float32)).copy() for x in (k_cached, v_cached))
-    wanted_k[indices[:real]] = np.asarray(k_fresh.astype(jnp.float32))[:real]
-    wanted_v[indices[:real]] = np.asarray(v_fresh.astype(jnp.float32))[:real]
-    pairs = wanted_k[..., : head_dim // 2] + 1j * wanted_k[..., head_dim // 2 :]
-    turned = pairs * (np.asarray(cos, np.float64) + 1j * np.asarray(sin))[:, None]
-    wanted_k = np.concatenate([turned.real, turned.imag], axis=-1)
-    np.testing.assert_array_equal(np.asarray(v.astype(jnp.float32)), wanted_v)
-    np.testing.assert_allclose(np.asarray(k, np.float64), wanted_k, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    assert k.dtype == v.dtype == k_cached.dtype
-
-
-def test_padding_rows_are_never_written_not_even_nan():
-    cached, fresh = jnp.ones((4, 1, 8)), jnp.full((3, 1, 8), jnp.nan)
-    cos, sin = jnp.ones((4, 4)), jnp.zeros((4, 4))
-    k, v = blend_kv(cached, cached, fresh, fresh, jnp.full(3, 4, jnp.int32), cos=cos, sin=sin)
-    assert (np.asarray(k) == 1).all()
-    assert (np.asarray(v) == 1).all()
-
-
-def test_deviation_is_the_squared_distance_before_rope_and_zero_for_padding():
-    rng = np.random.default_rng(1)
-    cached_k, cached_v = (rng.standard_normal((6, 2, 8)) for _ in range(2))
-    fresh_k, fresh_v = (rng.standard_normal((3, 2, 8)) for _ in range(2))
-    arrays = [jnp.asarray(x, jnp.float32) for x in (cached_k, cached_v, fresh_k, fresh_v)]
-    angles = rng.uniform(0, 9, (6, 4))
-    cos, sin = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
-    indices = jnp.asarray([1, 4, 6], jnp.int32)
-    k, v, deviation = blend_kv(*arrays, indices, cos=cos, sin=sin, return_deviation=True)
-    plain = blend_kv(*arrays, indices, cos=cos, sin=sin)
-    np.testing.assert_array_equal(np.asarray(k), np.asarray(plain[0]))
-    np.testing.assert_array_equal(np.asarray(v), np.asarray(plain[1]))
-    for row, key in ((0, 1), (1, 4)):
-        wanted = [np.square(f[row] - c[key]).sum() for f, c in ((fresh_k, cached_k), (fresh_v, cached_v))]
-        np.testing.assert_allclose(deviation[row], wanted, rtol=1e-5)
-    assert (np.asarray(deviation[2]) == 0).all()
 
 
 def test_rotated_keys_and_queries_see_only_their_distance():
