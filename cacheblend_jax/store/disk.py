@@ -339,10 +339,13 @@ class DiskTier:
     def _move_to_quarantine(self, pack: str) -> None:
         source = self.pack_path(pack)
         kept = self.root / "quarantine" / source.name
-        if source.exists() and not kept.exists():
+        if not self.local:  # object storage has neither renames nor links
+            if source.exists() and not self.index.listed(pack):
+                source.rmtree()
+        elif source.exists() and not kept.exists():
             if not self.index.listed(pack):
                 source.rename(kept)
-            elif self.local:
+            else:
                 shutil.copytree(source, kept, copy_function=os.link)
         if not source.exists():
             self.index.bury(pack)
@@ -352,6 +355,8 @@ class DiskTier:
 
     def bound_quarantine(self, most: int | None = None, most_bytes: int = QUARANTINE_BYTES) -> int:
         """Removes the oldest of what is in quarantine beyond a count or bytes; returns how many."""
+        if not (self.root / "quarantine").exists():
+            return 0
         most = MOST_QUARANTINED if most is None else most
         kept = sorted((self.root / "quarantine").iterdir(), key=lambda path: path.stat().mtime, reverse=True)
         sizes = itertools.accumulate(_tree_bytes(path) for path in kept)

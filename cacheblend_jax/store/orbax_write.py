@@ -11,7 +11,7 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from cacheblend_jax.store.pack import base_spec
+from cacheblend_jax.store.pack import base_spec, is_local
 
 TREE = "state"  # Orbax's name of the tree in a checkpoint
 
@@ -20,7 +20,7 @@ def save_tree(path: Any, tree: dict[str, Any]) -> None:
     """Writes nested dicts of arrays `[layers, …]` as an Orbax checkpoint, each layer a storage chunk of its own.
 
     Uncompressed: KV hardly compresses, and a layer is to be read in a fraction of a millisecond. `path` must not exist;
-    it appears, complete, when all is written (on a file system by a rename). Nothing is synced.
+    on a file system it appears, complete, by a rename. Nothing is synced.
 
     Raises:
         OSError, ValueError: whatever the file system or TensorStore say (disk full, no permission).
@@ -31,6 +31,8 @@ def save_tree(path: Any, tree: dict[str, Any]) -> None:
     saving.array_metadata_store = None
     saving.enable_write_sharding_file = False
     saving.enable_post_merge_validation = False
+    if not is_local(path):  # object storage has no rename; the store counts a pack by `entries.json`, written last
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     registry = ocp.handlers.local_registry(include_global_registry=False)
     context.checkpointables.registry = registry.add(_TreeHandler, checkpointable_name=TREE)
     with context:
@@ -109,10 +111,15 @@ def _context() -> ts.Context:
     return ts.Context({"file_io_sync": False})  # a pack is synced as a whole
 
 
+NO_NEWS = (
+    "Skipping merge of OCDBT checkpoints",  # there is nothing to merge
+    "No jax.Array in TypeHandlerRegistry",  # a pack has none
+    "_SignalingThread.run() raised",  # what Orbax's threads raise it raises here again
+)
+
+
 def _is_news(message: logging.LogRecord) -> bool:
-    text = str(message.msg)
-    return "Skipping merge of OCDBT checkpoints" not in text and "_SignalingThread.run() raised" not in text
+    return not any(text in str(message.msg) for text in NO_NEWS)
 
 
-# There is nothing to merge, and Orbax warns of that. What its threads raise it raises here again.
 logging.getLogger("absl").addFilter(_is_news)

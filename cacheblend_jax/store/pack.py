@@ -210,7 +210,14 @@ def base_spec(path: Any) -> Any:
     """Returns TensorStore's spec of the key-value store that holds a pack's `state/`."""
     if is_local(path):
         return {"driver": "file", "path": f"{os.path.abspath(path)}/state/"}
-    return f"{os.fspath(path)}/state/"
+    url = f"{os.fspath(path)}/state/"
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if not url.startswith("s3://") or not endpoint:
+        return url
+    # A server that is not Amazon's: other S3 clients know of it by this variable, TensorStore by its spec alone.
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return {"driver": "s3", "bucket": bucket, "path": prefix, "endpoint": endpoint, "aws_region": region}
 
 
 def _array_spec(base: Any, name: str) -> dict[str, Any]:

@@ -103,8 +103,10 @@ def adopt(disk: DiskTier, pack: str) -> int:
     except OtherVersionError as error:
         disk.say_once(f"store {disk.root}: pack {pack} is of {error}; its entries count as missing", "outdated")
     except (DamagedRecordError, OSError) as error:
+        if not disk.local and isinstance(error, FileNotFoundError):  # its writer is at it, or died at it
+            return 0
         logger.warning("store %s: pack %s is not used: %s", disk.root, pack, error)
         disk.count("damaged")
-        if disk.writable:
+        if disk.writable and disk.local:
             path.rename(disk.root / "quarantine" / pack)
     return 0
