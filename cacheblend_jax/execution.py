@@ -135,7 +135,7 @@ class Execution:
         config = self._model.config
         there = [(each, each.chunk.entry) for each in chunks if isinstance(each.chunk, DeviceChunk)]
         cached, began = None, time.perf_counter()
-        if len(there) < len(chunks):
+        if not there or len(there) < len(chunks):
             k, v = self._staging.arrays((config.num_layers, *self._layer_shape(plan)))
             load_all([each for each in chunks if not isinstance(each.chunk, DeviceChunk)], k, v, self._readers, trace)
             began = time.perf_counter()
