@@ -197,7 +197,7 @@ class Estimator:
     def load_s(self, stored: Sequence[Stored], num_layers: int) -> float:
         """T_load of one layer of the chunks."""
         total = 0.0
-        for name in dict.fromkeys(each.tier for each in stored):
+        for name in dict.fromkeys(each.tier for each in stored if each.tier != "device"):
             own = [each for each in stored if each.tier == name]
             total += self.tier(name).load_s(sum(each.num_bytes for each in own) / num_layers, len(own))
         return total
@@ -208,13 +208,13 @@ class Estimator:
 
     def streams(self, stored: Sequence[Stored]) -> bool:
         """Whether these chunks are streamed, their loading hidden; if not they are loaded before the prefill."""
-        slow = any(each.tier != "host" for each in stored)
+        slow = any(each.tier not in ("device", "host") for each in stored)
         return bool(stored) and (self.executor == "streamed" or (self.executor == "auto" and slow))
 
     def ttft_s(self, plan: Plan, stored: Sequence[Stored], layer_bytes: int) -> float:
         """Predicts the TTFT of a plan whose padded layers take `layer_bytes` (K and V)."""
         compute = self.compute.layer_seconds(plan)
-        if not stored:
+        if all(each.tier == "device" for each in stored):
             return self.compute.request_s + sum(compute)
         load = self.load_s(stored, len(compute))
         transfer = self.transfer.load_s(layer_bytes)

@@ -41,7 +41,7 @@ from cacheblend_jax.prompt import (
     tokenize_prompt,
 )
 from cacheblend_jax.results import GenerateStats, Generation, KVCache, PrefillResult, PrefillStats
-from cacheblend_jax.store import ChunkStore, ThrottledStore
+from cacheblend_jax.store import ChunkStore, ThrottledStore, is_slow
 from cacheblend_jax.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,12 @@ class Engine:
         self._buckets = Buckets(None if length_buckets is None else tuple(length_buckets))
         self._planner = Planner(model.config, self.blend, self._buckets)
         self._execution = Execution(
-            model, executor, prefetch_layers, buckets=self._buckets, may_be_slow=may_be_slow(self.store)
+            model,
+            executor,
+            prefetch_layers,
+            buckets=self._buckets,
+            may_be_slow=may_be_slow(self.store),
+            may_be_on_device=self.store.device_bytes > 0,
         )
         self._lock = threading.RLock()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-store")
@@ -172,7 +177,7 @@ class Engine:
         for missing in attempt.layout.to_store:
             self._store_later(missing)
         for span, chunk in attempt.layout.loaded:
-            if chunk.tier != "host":
+            if is_slow(chunk.tier) or (chunk.tier == "host" and self._execution.uses_device_tier):
                 self._promote_later(span.missing.key)
         return self._result(mode, attempt, logits, ttft_s, len(lost))
 
@@ -206,7 +211,7 @@ class Engine:
             plan, request = planner.plan_layout(layout, mode)
             chunks = [Placed(span.missing.key, span.start, span.stop, chunk) for span, chunk in layout.loaded]
             with timer.stopped():
-                compile_s = self._execution.compile(plan, self._execution.chosen(plan, chunks))
+                compile_s = self._execution.compile(plan, self._execution.chosen(plan, chunks), chunks)
                 self._add_oracle(plan, request, layout, chunks, tokenized)
             ran = self._execution.run(plan, request, chunks, trace)
             return Attempt(layout, plan, ran, compile_s, planner, decision)
@@ -416,9 +421,10 @@ class Engine:
         noted.set()
 
     def _promote_later(self, key: str) -> None:
-        """Brings a chunk that was read from a slow tier into memory, for the requests to come."""
+        """Brings a chunk into a faster tier than it was read from, for the requests to come."""
+        to_device = self._execution.to_device if self._execution.uses_device_tier else None
         with suppress(RuntimeError):  # closed
-            self._background.submit(self.store.promote, key)
+            self._background.submit(self.store.promote, key, to_device)
 
     def _wait_for(self, keys: Sequence[str]) -> None:
         wait([future for key in keys if (future := self._pending.get(key)) is not None])

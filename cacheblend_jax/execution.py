@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets
+from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, forced_bucket
 from cacheblend_jax.blend.layer_step import LayerKV
 from cacheblend_jax.blend.layer_step import Sequence as PromptSequence
-from cacheblend_jax.blend.loading import READERS, LayerStream, Placed, Staging, load_all
+from cacheblend_jax.blend.loading import READERS, LayerStream, Placed, Staging, load_all, place, place_first
 from cacheblend_jax.blend.resident import prefill, standalone
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import Prefilled, Request
@@ -28,7 +28,7 @@ from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.planner import Planner, abstract_request
 from cacheblend_jax.programs import Program
-from cacheblend_jax.store import ChunkEntry, ChunkStore, ThrottledStore
+from cacheblend_jax.store import ChunkEntry, ChunkStore, DeviceChunk, DeviceEntry, ThrottledStore, is_slow
 from cacheblend_jax.trace import Trace
 
 EXECUTORS = ("auto", "resident", "streamed")
@@ -54,6 +54,7 @@ class Execution:
             compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory.
         prefetch_layers: the most layers of cached KV on the device while streaming.
         may_be_slow: whether the store has tiers slower than host memory.
+        may_be_on_device: whether it keeps entries on the device.
 
     Raises:
         CacheBlendError: an unknown executor, or a `prefetch_layers` that is no positive count.
@@ -67,6 +68,7 @@ class Execution:
         *,
         buckets: Buckets = FINE_BUCKETS,
         may_be_slow: bool = False,
+        may_be_on_device: bool = False,
     ) -> None:
         if executor not in EXECUTORS:
             raise CacheBlendError(f"unknown executor {executor!r}; expected one of {', '.join(EXECUTORS)}")
@@ -75,6 +77,7 @@ class Execution:
         self.executor = executor
         self.prefetch_layers = prefetch_layers
         self._model, self._buckets, self._may_be_slow = model, buckets, may_be_slow
+        self.uses_device_tier = may_be_on_device and executor != "streamed"
         self._staging = Staging(jnp.dtype(model.config.dtype))
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="cacheblend-read")
         self._lanes = ThreadPoolExecutor(2, thread_name_prefix="cacheblend-lane")
@@ -83,14 +86,23 @@ class Execution:
         """Returns the executor of a prefill: where nothing is loaded there is nothing to stream."""
         if plan.nothing_cached or not chunks or self.executor == "resident":
             return "resident"
-        slow = any(placed.chunk.tier != "host" for placed in chunks)
+        slow = any(is_slow(placed.chunk.tier) for placed in chunks)
         return "streamed" if slow or self.executor == "streamed" else "resident"
 
-    def compile(self, plan: Plan, executor: str) -> float:
-        """Compiles what a plan needs by that executor; returns the seconds it took, 0 where it was ready."""
-        if executor == "resident" or plan.nothing_cached:
-            return self._resident_program(plan).compile_s
-        return self._streamed_programs(plan)[1]
+    def compile(self, plan: Plan, executor: str, chunks: Sequence[Placed] = ()) -> float:
+        """Compiles what a plan needs by that executor; returns the seconds it took, 0 where it was ready.
+
+        Where it is to place `chunks` that are on the device, that includes the programs which do it.
+        """
+        if executor == "streamed" and not plan.nothing_cached:
+            return self._streamed_programs(plan)[1]
+        rows = {each.chunk.entry.k.shape[1] for each in chunks if isinstance(each.chunk, DeviceChunk)}
+        return self._resident_program(plan).compile_s + self._compile_placing(plan, rows)
+
+    def _compile_placing(self, plan: Plan, rows: Iterable[int]) -> float:
+        return sum(
+            self._placing_program(plan, size, first).compile_s for size in sorted(rows) for first in (True, False)
+        )
 
     def warm_up(self, plan: Plan) -> None:
         """Compiles a plan for the executors that its requests may be run by.
@@ -100,6 +112,8 @@ class Execution:
         may_load = not plan.nothing_cached
         if self.executor != "streamed" or not may_load:
             self.compile(plan, "resident")
+        if self.uses_device_tier and may_load:
+            self._compile_placing(plan, buckets_up_to(forced_bucket, plan.cache_length))
         if may_load and (self.executor == "streamed" or (self.executor == "auto" and self._may_be_slow)):
             self.compile(plan, "streamed")
 
@@ -114,16 +128,39 @@ class Execution:
         return self._run_resident(plan, request, chunks, trace)
 
     def load(self, plan: Plan, chunks: Sequence[Placed], trace: Trace | None = None) -> LayerKV:
-        """Assembles all stored KV at its places, on the device; rows of forced tokens are to be overwritten."""
+        """Assembles all stored KV at its places, on the device; rows of forced tokens are to be overwritten.
+
+        What is on the device already stays there; where all of it is, nothing is transferred.
+        """
         config = self._model.config
-        k, v = self._staging.arrays((config.num_layers, *self._layer_shape(plan)))
-        load_all(chunks, k, v, self._readers, trace)
-        began = time.perf_counter()
-        cached = LayerKV(*self._put((k, v)))
+        there = [(each, each.chunk.entry) for each in chunks if isinstance(each.chunk, DeviceChunk)]
+        cached, began = None, time.perf_counter()
+        if not there or len(there) < len(chunks):
+            k, v = self._staging.arrays((config.num_layers, *self._layer_shape(plan)))
+            load_all([each for each in chunks if not isinstance(each.chunk, DeviceChunk)], k, v, self._readers, trace)
+            began = time.perf_counter()
+            cached = LayerKV(*self._put((k, v)))
+        for placed, entry in there:
+            cached = self._place(plan, cached, placed.start, entry)
         jax.block_until_ready(cached)
         if trace is not None:
             trace.add("transfer", "all layers", -1, began, time.perf_counter())
+        assert cached is not None
         return cached
+
+    def to_device(self, entry: ChunkEntry) -> DeviceEntry:
+        """Copies an entry to the device, padded so that chunks of many lengths share programs."""
+        shape = (entry.k.shape[0], forced_bucket(entry.num_tokens), *entry.k.shape[2:])
+        k, v = np.zeros(shape, entry.k.dtype), np.zeros(shape, entry.v.dtype)
+        k[:, : entry.num_tokens], v[:, : entry.num_tokens] = entry.k, entry.v
+        k, v = self._put((k, v))
+        return DeviceEntry(k, v, entry.num_tokens, entry.fingerprint, entry.context_ids)
+
+    def _place(self, plan: Plan, cached: LayerKV | None, start: int, entry: DeviceEntry) -> LayerKV:
+        program = self._placing_program(plan, entry.k.shape[1], cached is None)
+        # Another engine may have put it elsewhere.
+        arguments = (*self._put((entry.k, entry.v)), np.int32(start), np.int32(entry.num_tokens))
+        return self._put(program.run(*arguments) if cached is None else program.run(cached, *arguments))
 
     def standalone(self, missing: Missing) -> ChunkEntry:
         """Computes a chunk's KV after its context alone."""
@@ -203,6 +240,20 @@ class Execution:
             return self._model.params, abstract_request(plan), cached, table, table
 
         return self._model.programs.get(prefill, arguments, config=self._model.config, plan=plan)
+
+    def _placing_program(self, plan: Plan, rows: int, first: bool) -> Program:
+        """Puts a chunk of so many rows into a plan's KV, or makes the KV of the first."""
+        config, keys = self._model.config, plan.cache_length
+
+        def arguments() -> tuple[Any, ...]:
+            chunk = self._abstract((config.num_layers, rows, config.num_kv_heads, config.head_dim), config.dtype)
+            scalar = jax.ShapeDtypeStruct((), jnp.int32)
+            stacked: Any = self._abstract((config.num_layers, *self._layer_shape(plan)), config.dtype)
+            return (*(() if first else (LayerKV(stacked, stacked),)), chunk, chunk, scalar, scalar)
+
+        if first:
+            return self._model.programs.get(place_first, arguments, keys=keys, rows=rows)
+        return self._model.programs.get(place, arguments, donate=(0,), keys=keys, rows=rows)
 
     def _streamed_programs(self, plan: Plan) -> tuple[Programs, float, int]:
         """Returns a plan's programs, the seconds waited for their compilation, and the most memory one takes."""

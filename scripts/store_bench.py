@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
 from cacheblend_jax.store.index import Index
+from cacheblend_jax.store.pack import sync
 from cacheblend_jax.store.record import EntryRecord, dump_record, layer_checksums
 
 LAYERS, HEADS, DIM = 16, 4, 64
@@ -35,14 +36,17 @@ def make_entry(tokens: int, dtype=np.float32) -> cb.ChunkEntry:
 
 
 def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Returns the median milliseconds of each run; they take turns."""
+    """Returns the median milliseconds of each run; they take turns. What a run returns tidies up, untimed."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
             began = time.perf_counter()
-            run()
+            tidy = run()
+            took = time.perf_counter() - began
             if turn:  # the first turn warms up
-                times[name].append((time.perf_counter() - began) * 1e3)
+                times[name].append(took * 1e3)
+            if callable(tidy):
+                tidy()
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
@@ -75,31 +79,42 @@ def bench_reading(directory: Path, repeats: int) -> dict[str, float]:
         )
 
 
-def bench_writing(directory: Path, repeats: int) -> dict[str, float]:
+def bench_writing(directory: Path, repeats: int, count: int) -> dict[str, float]:
+    """So many entries of 16.8 MB; what was written is removed each time, for memory of the page cache to be at hand."""
     from orbax.checkpoint import v1 as ocp
 
-    entry = make_entry(512)
-    store = cb.ChunkStore(directory / "kv-write", host_bytes=1)
+    entries = [make_entry(512) for _ in range(count)]
+    store = cb.ChunkStore(directory / f"kv-write-{count}", host_bytes=1)
     turn = iter(range(10**6))
 
-    def write_store() -> None:
-        store.put(f"{next(turn):064x}", entry, wait=True)
+    def write_store() -> Callable[[], object]:
+        keys = [f"{next(turn):064x}" for _ in entries]
+        for key, entry in zip(keys, entries, strict=True):
+            store.put(key, entry, wait=True)
         store.flush()
+        return lambda: [store.remove(key) for key in keys]
 
-    def write_safetensors(sync: bool) -> None:
-        path = directory / f"{next(turn)}.safetensors"
+    def write_each(write: Callable[[Path, cb.ChunkEntry], None]) -> Callable[[], object]:
+        place = directory / f"{count}-{next(turn)}"
+        place.mkdir()
+        for i, entry in enumerate(entries):
+            write(place / str(i), entry)
+        return lambda: shutil.rmtree(place)
+
+    def write_safetensors(path: Path, entry: cb.ChunkEntry) -> None:
         save_file({"k": entry.k, "v": entry.v}, path)
-        if sync:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+
+    def write_synced(path: Path, entry: cb.ChunkEntry) -> None:
+        write_safetensors(path, entry)
+        sync(path)
 
     with store:
         return timed(
             {
                 "store: put + flush": write_store,
-                "safetensors": lambda: write_safetensors(False),
-                "safetensors + fsync": lambda: write_safetensors(True),
-                "plain Orbax": lambda: ocp.save(directory / f"orbax{next(turn)}", {"k": entry.k, "v": entry.v}),
+                "safetensors": lambda: write_each(write_safetensors),
+                "safetensors + fsync": lambda: write_each(write_synced),
+                "plain Orbax": lambda: write_each(lambda path, entry: ocp.save(path, {"k": entry.k, "v": entry.v})),
             },
             repeats,
         )
@@ -141,14 +156,16 @@ tier = disk.DiskTier(sys.argv[1], 2**60)
 opened = time.perf_counter() - began
 rng = np.random.default_rng(0)
 names = [f"{i:064x}" for i in rng.integers(0, int(sys.argv[2]), 20000)]
-times = []
+times, cpu_times = [], []
 for _ in range(5):
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.thread_time()
     for name in names:
         assert tier.index.find(name) is not None
     times.append((time.perf_counter() - began) / len(names) * 1e6)
+    cpu_times.append((time.thread_time() - cpu_began) / len(names) * 1e6)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({"start-up s": opened, "us a hit, first pass": times[0], "us a hit": float(np.median(times)),
+                  "us of CPU a hit, first pass": cpu_times[0], "us of CPU a hit": float(np.median(cpu_times)),
                   "MB of memory": (peak - base) / 1e3}))
 """
 
@@ -190,7 +207,10 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="store-bench-", dir=parsed.directory))
     benches = {
         "reading": lambda: bench_reading(root, parsed.repeats),
-        "writing": lambda: bench_writing(root, parsed.repeats),
+        "writing": lambda: {
+            "1 entry": bench_writing(root, parsed.repeats, 1),
+            "15 entries": bench_writing(root, max(parsed.repeats // 3, 1), 15),
+        },
         "small": lambda: {
             "float32": bench_small(root, np.float32),
             "bfloat16": bench_small(root, ml_dtypes.bfloat16),

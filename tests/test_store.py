@@ -64,11 +64,6 @@ def test_a_capacity_that_makes_no_sense_is_refused(size):
         cb.ChunkStore(host_bytes=size)
 
 
-def test_a_device_tier_is_refused_by_name():
-    with pytest.raises(cb.CacheBlendError, match="device_bytes must be 0"):
-        cb.ChunkStore(device_bytes=1)
-
-
 def test_an_entry_of_two_shapes_is_refused():
     with pytest.raises(ValueError, match="one shape"):
         ChunkEntry(entry().k, entry(tokens=4).v)

@@ -96,6 +96,28 @@ def test_plain_orbax_reads_a_pack_and_a_single_entry(tmp_path):
         assert same(cb.ChunkEntry(tree["k"], tree["v"]), make_entry(seed))
 
 
+def test_all_of_a_pack_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced, missing = set(), []
+    fsync, rename = os.fsync, os.rename
+
+    def note(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def check(source, target):
+        if Path(target).parent == tmp_path / "packs":
+            under = [Path(source), *Path(source).rglob("*")]
+            assert {"manifest.ocdbt", "_METADATA", "entries.json", "d"} <= {path.name for path in under}
+            missing.append([path for path in under if path.stat().st_ino not in synced])
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "rename", check)
+    fill(tmp_path, [1, 2])
+    assert missing == [[]]
+    assert (tmp_path / "packs").stat().st_ino in synced
+
+
 def test_a_batch_shares_a_pack_of_few_files(tmp_path):
     fill(tmp_path, range(64))
     (pack,) = packs(tmp_path)

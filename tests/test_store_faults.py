@@ -218,7 +218,7 @@ def test_a_damaged_layer_raises_and_leaves_the_others_of_its_pack(tmp_path):
 
 
 def test_quarantine_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("cacheblend_jax.store.disk.MOST_QUARANTINED", 3)
+    monkeypatch.setattr("cacheblend_jax.store.quarantine.MOST_QUARANTINED", 3)
     fill(tmp_path, range(6), one_by_one=True, tokens=BIG)
     for pack in packs(tmp_path):
         os.truncate(largest_file(pack), 10)

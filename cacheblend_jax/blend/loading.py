@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.blend.layer_step import LayerKV
 from cacheblend_jax.errors import DamagedEntryError
@@ -31,7 +33,7 @@ class LayerSource(Protocol):
 
     @property
     def tier(self) -> str:
-        """Where it is: `"host"` memory, or what is slower."""
+        """Where it is: on the `"device"`, in `"host"` memory, or in what is slower."""
 
     def read_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns K (before RoPE) and V of one layer, each `[tokens, kv_heads, head_dim]`."""
@@ -86,7 +88,7 @@ def read_into(placed: Placed, layer: int, k: np.ndarray, v: np.ndarray, trace: T
 
     tier = placed.chunk.tier
     try:
-        with span(tier) if tier != "host" else nullcontext():
+        with span(tier) if tier not in ("device", "host") else nullcontext():
             k_layer, v_layer = placed.chunk.read_layer(layer)
     except (DamagedEntryError, OSError) as error:
         raise LostChunkError(placed.key, error) from error
@@ -103,7 +105,7 @@ def load_all(
     Raises:
         LostChunkError: a chunk is damaged or its tier failed.
     """
-    slow = any(placed.chunk.tier != "host" for placed in chunks)
+    slow = any(placed.chunk.tier not in ("device", "host") for placed in chunks)
     reads = [(placed, layer, k[layer], v[layer], trace) for layer in range(len(k)) for placed in chunks]
     if not slow:  # a copy within memory: threads cost more than they bring
         for read in reads:
@@ -115,6 +117,26 @@ def load_all(
             future.result()
     finally:
         _abandon(futures)
+
+
+def place(
+    cached: LayerKV,
+    k: Float[Array, "layers rows kv_heads head_dim"],
+    v: Float[Array, "layers rows kv_heads head_dim"],
+    start: Int[Array, ""],
+    tokens: Int[Array, ""],
+) -> LayerKV:
+    """Writes a chunk that is on the device to its places in all layers' KV; its rows after `tokens` are padding."""
+    keys = cached.k.shape[1]
+    rows = jnp.arange(k.shape[1], dtype=jnp.int32)
+    places = jnp.where(rows < tokens, start + rows, keys)  # beyond the end: dropped
+    return LayerKV(cached.k.at[:, places].set(k, mode="drop"), cached.v.at[:, places].set(v, mode="drop"))
+
+
+def place_first(k: Any, v: Any, start: Any, tokens: Any, *, keys: int) -> LayerKV:
+    """As `place`, into `keys` rows of zeros."""
+    shape = (k.shape[0], keys, *k.shape[2:])
+    return place(LayerKV(jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype)), k, v, start, tokens)
 
 
 def _abandon(futures: Sequence[Future]) -> None:

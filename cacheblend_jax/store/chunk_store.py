@@ -1,15 +1,17 @@
-"""The chunk store: entries by key, in host memory and on disk, each bounded in bytes."""
+"""The chunk store: entries by key, on the device, in host memory and on disk, each bounded in bytes."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.store.device import DeviceChunk, DeviceEntry
 from cacheblend_jax.store.entry import ChunkEntry, HostChunk, StoredChunk
-from cacheblend_jax.store.host import HostTier
+from cacheblend_jax.store.memory import MemoryTier
 
 DEFAULT_HOST_BYTES = 4 * 2**30
 DEFAULT_DISK_BYTES = 64 * 2**30
@@ -22,9 +24,9 @@ class StoreStats:
     """Counts since the store was made; `entries` and `bytes` are what memory holds now, `disk_…` what the disk does.
 
     Attributes:
-        hits, misses: of `get` and `open`; `disk_hits` of the hits were read from the disk.
+        hits, misses: of `get` and `open`; of the hits, `device_hits` were on the device and `disk_hits` on the disk.
         stored: entries put and kept.
-        evicted, disk_evicted: entries that made room for others.
+        evicted, disk_evicted, device_evicted: entries that made room for others.
         rejected: entries larger than the memory, or without room among entries in use; `disk_rejected`: than the disk.
         written: entries written to the disk.
         dropped: entries not written because the queue was full.
@@ -40,6 +42,10 @@ class StoreStats:
     rejected: int = 0
     entries: int = 0
     bytes: int = 0
+    device_hits: int = 0
+    device_evicted: int = 0
+    device_entries: int = 0
+    device_bytes: int = 0
     disk_hits: int = 0
     written: int = 0
     dropped: int = 0
@@ -57,8 +63,9 @@ class ChunkStore:
     """Keeps chunk KV in host memory, and in a directory if there is one: written in the background, checked when read.
 
     Memory and disk are each bounded in bytes. The least recently used entries go first, those seen once before those
-    seen twice, one that is in use never. An entry read from the disk is kept in memory too. Safe to use from several
-    threads; several processes of a machine may share a directory. Entries are read-only.
+    seen twice, one that is in use never. An entry read from the disk is kept in memory too; one that a request found
+    in memory or on the disk is copied to the device for the next, where there is room for entries. Safe to use from
+    several threads; several processes of a machine may share a directory. Entries are read-only.
 
     What the file system does never fails a request: an entry that cannot be written stays in memory, one that cannot be
     read (or whose checksums are wrong: it is quarantined then) is a miss. All of it is counted in `stats` and logged
@@ -69,7 +76,8 @@ class ChunkStore:
             one writing process. `None`: memory only.
         host_bytes: capacity of host memory.
         disk_bytes: capacity of the directory, with all its files but the index.
-        device_bytes: reserved; 0.
+        device_bytes: capacity on the device, taken from what the model and its prefills have there; 0: entries go there
+            with each request. Engines that stream every layer make no use of it.
         salt: part of every key: stores with different salts share nothing, even over the same chunks.
         queue_bytes: how much may wait to be written. Beyond, entries of requests are kept in memory alone.
 
@@ -90,13 +98,16 @@ class ChunkStore:
         for name, value in (("host_bytes", host_bytes), ("disk_bytes", disk_bytes), ("queue_bytes", queue_bytes)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CacheBlendError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if device_bytes != 0:
-            raise CacheBlendError(f"device_bytes must be 0: there is no device tier yet; got {device_bytes!r}")
+        if not isinstance(device_bytes, int) or isinstance(device_bytes, bool) or device_bytes < 0:
+            raise CacheBlendError(f"device_bytes must be a whole number of at least 0, got {device_bytes!r}")
+        self.device_bytes = device_bytes
         self.host_bytes = host_bytes
         self.disk_bytes = disk_bytes
         self.directory = directory
         self.salt = salt
-        self._host = HostTier(host_bytes)
+        self._host: MemoryTier[ChunkEntry] = MemoryTier(host_bytes)
+        self._device: MemoryTier[DeviceEntry] = MemoryTier(device_bytes)
+        self._promoting: set[str] = set()  # on their way to the device; what replaces or removes one takes it out
         self._stats = StoreStats()
         self._lock = threading.Lock()
         self._touched: dict[str, int] = {}
@@ -139,12 +150,19 @@ class ChunkStore:
         into memory; `promote` does that.
         """
         with self._lock:
-            if (entry := self._host.get(key)) is not None:
-                self._stats.hits += 1
+            entry = self._host.get(key)  # which is as recently used as one that is on the device too
+            if (on_device := self._device.get(key)) is not None:
+                self._stats.device_hits += 1
+                self._device.pin(key)
+            elif entry is not None:
                 self._host.pin(key)
+            self._stats.hits += on_device is not None or entry is not None
+        if on_device is not None:
+            self._touch(key)
+            return DeviceChunk(on_device, lambda: self._unpin(self._device, key))
         if entry is not None:
             self._touch(key)
-            return HostChunk(entry, lambda: self._unpin(key))
+            return HostChunk(entry, lambda: self._unpin(self._host, key))
         if (entry := self._pending(key)) is not None:
             self._count("hits")
             self._touch(key)
@@ -157,16 +175,28 @@ class ChunkStore:
             self._touch(key)
         return chunk
 
-    def promote(self, key: str) -> None:
-        """Copies an entry that is on disk alone into memory; counts no use, and does nothing for what is damaged."""
+    def promote(self, key: str, to_device: Callable[[ChunkEntry], DeviceEntry] | None = None) -> None:
+        """Copies an entry that is on disk alone into memory; counts no use, and does nothing for what is damaged.
+
+        Args:
+            to_device: copies an entry to the device; it is kept there too then, where `device_bytes` allow.
+        """
         with self._lock:
-            known = self._host.peek(key) is not None
-        disk = self._disk
-        loaded = None if known or disk is None else disk.load(key)
-        if loaded is not None:
+            entry, uses = self._host.peek(key), self._host.uses(key)
+            if self._device.peek(key) is not None:
+                return
+            self._promoting.add(key)
+        if entry is None and (disk := self._disk) is not None and (loaded := disk.load(key)) is not None:
             entry, uses = loaded
             with self._lock:
                 self._keep(key, _read_only(entry), uses)
+        copy = None
+        if entry is not None and to_device is not None and entry.num_bytes <= self.device_bytes:
+            copy = to_device(entry)
+        with self._lock:
+            if copy is not None and key in self._promoting:
+                self._stats.device_evicted += self._device.put(key, copy, uses) or 0
+            self._promoting.discard(key)
 
     def put(self, key: str, entry: ChunkEntry, *, wait: bool = False, uses: int = 1) -> bool:
         """Keeps an entry in memory and queues it for the disk; returns whether it is kept anywhere.
@@ -177,6 +207,7 @@ class ChunkStore:
         """
         _read_only(entry)
         with self._lock:
+            self._drop_from_device(key)
             kept = self._keep(key, entry, uses)
         queued = False
         disk = self._disk
@@ -195,6 +226,7 @@ class ChunkStore:
         there = key in self
         with self._lock:
             self._host.remove(key)
+            self._drop_from_device(key)
         if self._disk is not None:
             self._queue.discard({key})
             self._disk.remove([key])
@@ -203,8 +235,9 @@ class ChunkStore:
     def clear(self) -> None:
         """Drops every entry, on disk too."""
         with self._lock:
-            for key in list(self._host.keys()):
+            for key in {*self._host.keys(), *self._device.keys(), *self._promoting}:
                 self._host.remove(key)
+                self._drop_from_device(key)
             self._touched.clear()
         if self._disk is not None:
             self._queue.discard()
@@ -244,7 +277,7 @@ class ChunkStore:
     def keys(self) -> list[str]:
         """Keys held: first those in memory, in the order in which they would go, then those on disk alone."""
         with self._lock:
-            keys = self._host.keys()
+            keys = list(dict.fromkeys([*self._host.keys(), *self._device.keys()]))
         if self._disk is not None:
             known = set(keys)
             keys += [key for key in (*sorted(self._queue.keys()), *self._disk.keys()) if key not in known]
@@ -254,19 +287,26 @@ class ChunkStore:
         if not isinstance(key, str):
             return False
         with self._lock:
-            if self._host.peek(key) is not None:
+            if self._host.peek(key) is not None or self._device.peek(key) is not None:
                 return True
         disk = self._disk
         return disk is not None and (self._queue.pending(key) is not None or key in disk)
 
     def __len__(self) -> int:
-        return len(self._host) if self._disk is None else len(self.keys())
+        return len(self.keys())
 
     def _from_memory(self, key: str) -> ChunkEntry | None:
         with self._lock:
             entry = self._host.get(key)
+            on_device = self._device.get(key)
             if entry is not None:
                 self._stats.hits += 1
+        if entry is None and on_device is not None:
+            entry = _read_only(on_device.on_host())
+            with self._lock:
+                self._stats.hits += 1
+                self._stats.device_hits += 1
+                self._keep(key, entry, self._device.uses(key))
         if entry is None and (entry := self._pending(key)) is not None:
             with self._lock:
                 self._stats.hits += 1
@@ -303,16 +343,21 @@ class ChunkStore:
         if disk is not None:
             disk.touch(touched)
 
-    def _unpin(self, key: str) -> None:
+    def _drop_from_device(self, key: str) -> None:
+        self._device.remove(key)
+        self._promoting.discard(key)
+
+    def _unpin(self, tier: MemoryTier, key: str) -> None:
         with self._lock:
-            self._host.unpin(key)
+            tier.unpin(key)
 
     def _count(self, what: str) -> None:
         with self._lock:
             setattr(self._stats, what, getattr(self._stats, what) + 1)
 
     def _with_host(self) -> StoreStats:
-        return replace(self._stats, entries=len(self._host), bytes=self._host.bytes)
+        on_device = {"device_entries": len(self._device), "device_bytes": self._device.bytes}
+        return replace(self._stats, entries=len(self._host), bytes=self._host.bytes, **on_device)
 
     def _with_disk(self, disk: Any) -> StoreStats:
         counts, (size, entries) = disk.snapshot()

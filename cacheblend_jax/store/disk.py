@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import logging
 import os
@@ -22,9 +21,10 @@ from typing import Any
 from etils import epath
 
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
-from cacheblend_jax.store import recovery
+from cacheblend_jax.store import quarantine, recovery
 from cacheblend_jax.store.disk_chunk import DiskChunk
 from cacheblend_jax.store.entry import ChunkEntry
+from cacheblend_jax.store.eviction import make_room, sweep
 from cacheblend_jax.store.index import INDEX_ERRORS, Found
 from cacheblend_jax.store.pack import (
     EntryReader,
@@ -49,8 +49,6 @@ logger = logging.getLogger(__name__)
 PACK_BYTES = 2**28  # of entries share a pack at most
 PACK_OVERHEAD, ENTRY_OVERHEAD = 2**13, 2**11  # bytes reserved for the files of a pack beside the arrays
 _PACK_NAME = re.compile("[0-9a-f]{32}")
-MOST_QUARANTINED = 16
-QUARANTINE_BYTES = 2**30
 
 
 @dataclass
@@ -207,7 +205,7 @@ class DiskTier:
         with self._writing_place(pack) as temporary:
             self.index.reserve(pack, _reserved(entries))
             try:
-                if not self.make_room():
+                if not make_room(self):
                     self.count("rejected", len(entries))
                     return
                 if self.local and shutil.disk_usage(self.root).free < _reserved(entries):
@@ -221,7 +219,7 @@ class DiskTier:
             finally:
                 self.index.forget_pack(pack, "writing")  # where it did not become ready
             self._refused.difference_update(storage_name(key) for key, _ in entries)
-        self.sweep()
+        sweep(self)
 
     def _uses(self, records: Sequence[EntryRecord]) -> dict[str, int]:
         return {record.key: self.first_uses.pop(record.key, 1) for record in records}
@@ -244,57 +242,6 @@ class DiskTier:
                 shutil.rmtree(self.pack_path(pack), ignore_errors=True)
             raise
 
-    def make_room(self, capacity: int | None = None) -> bool:
-        """Evicts packs until all fit into the capacity; returns whether they do (those in use stay)."""
-        capacity = self.capacity if capacity is None else capacity
-        self.sweep()
-        while self.index.totals()[0] > capacity:
-            progress = False
-            for pack in self.index.candidates(capacity):
-                if self.index.totals()[0] <= capacity:
-                    return True
-                if self._evict(pack):
-                    progress = True
-            if not progress:
-                self.index.recount()  # all that is left is in use; or the totals were wrong
-                break
-        return self.index.totals()[0] <= capacity
-
-    def _evict(self, pack: str) -> bool:
-        try:
-            pin = Pin(self.pack_path(pack), alone=True) if self.local else None
-        except BusyError:
-            return False
-        except FileNotFoundError:
-            pin = None
-        self.count("evicted", self.index.bury(pack))
-        self._remove_files(pack)
-        if pin is not None:
-            pin.close()
-        return True
-
-    def sweep(self) -> None:
-        """Removes the files of packs that hold no entry any more and that nobody reads."""
-        for pack in self.index.packs("dead"):
-            try:
-                pin = Pin(self.pack_path(pack), alone=True) if self.local else None
-            except BusyError:
-                continue
-            except FileNotFoundError:
-                pin = None
-            self._remove_files(pack)
-            if pin is not None:
-                pin.close()
-
-    def _remove_files(self, pack: str) -> None:
-        path = self.pack_path(pack)
-        if self.local:
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.exists():
-            path.rmtree()
-        if not path.exists():
-            self.index.forget_pack(pack, "dead")
-
     def touch(self, seen: dict[str, int]) -> None:
         """Counts entries (by key) as seen so many times more."""
         if not self.writable or not seen:
@@ -307,14 +254,14 @@ class DiskTier:
     def remove(self, keys: Sequence[str]) -> int:
         """Removes entries; returns how many there were."""
         removed = self.index.remove([storage_name(key) for key in keys])
-        self.sweep()
+        sweep(self)
         return removed
 
     def clear(self) -> None:
         """Removes every entry."""
         for pack in self.index.packs("ready"):
             self.index.bury(pack)
-        self.sweep()
+        sweep(self)
 
     # --- damage ------------------------------------------------------------------------------------------------------
 
@@ -331,36 +278,10 @@ class DiskTier:
                 return  # someone else was faster
             self.count("damaged")
             logger.warning("store %s: entry %s is damaged and quarantined: %s", self.root, name[:16], reason)
-            self._move_to_quarantine(pack)
+            quarantine.keep_pack(self, pack)
         except (OSError, *INDEX_ERRORS) as error:
             self._refused.add(name)
             self.say_once(f"store {self.root}: a damaged entry cannot be quarantined: {error}", "write_errors")
-
-    def _move_to_quarantine(self, pack: str) -> None:
-        source = self.pack_path(pack)
-        kept = self.root / "quarantine" / source.name
-        if source.exists() and not kept.exists():
-            if not self.index.listed(pack):
-                source.rename(kept)
-            elif self.local:
-                shutil.copytree(source, kept, copy_function=os.link)
-        if not source.exists():
-            self.index.bury(pack)
-            self.index.forget_pack(pack, "dead")
-        self.sweep()
-        self.bound_quarantine()
-
-    def bound_quarantine(self, most: int | None = None, most_bytes: int = QUARANTINE_BYTES) -> int:
-        """Removes the oldest of what is in quarantine beyond a count or bytes; returns how many."""
-        most = MOST_QUARANTINED if most is None else most
-        kept = sorted((self.root / "quarantine").iterdir(), key=lambda path: path.stat().mtime, reverse=True)
-        sizes = itertools.accumulate(_tree_bytes(path) for path in kept)
-        beyond = [
-            path for i, (path, size) in enumerate(zip(kept, sizes, strict=True)) if i >= most or size > most_bytes
-        ]
-        for path in beyond:
-            path.rmtree() if path.is_dir() else path.unlink()
-        return len(beyond)
 
     # --- opening -----------------------------------------------------------------------------------------------------
 
@@ -453,10 +374,6 @@ def _make_and_hold(path: Any) -> Pin:
 
 def _reserved(entries: Sequence[tuple[str, ChunkEntry]]) -> int:
     return PACK_OVERHEAD + sum(ENTRY_OVERHEAD + entry.num_bytes for _, entry in entries)
-
-
-def _tree_bytes(path: Any) -> int:
-    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file()) if is_local(path) else 0
 
 
 def _first_line(error: BaseException) -> str:

@@ -46,7 +46,7 @@ class StoredChunk(Protocol):
     Attributes:
         num_tokens, num_layers: the entry's.
         num_bytes: of K and V of all layers.
-        tier: where it is read from, `"host"` or `"disk"`.
+        tier: where it is read from, `"device"`, `"host"` or `"disk"`.
     """
 
     num_tokens: int
@@ -98,6 +98,11 @@ class HostChunk:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def is_slow(tier: str) -> bool:
+    """Whether a tier is slower than host memory."""
+    return tier not in ("device", "host")
 
 
 def check_layer(layer: int, num_layers: int) -> None:

@@ -7,8 +7,9 @@ from contextlib import nullcontext
 from typing import Any
 
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
-from cacheblend_jax.store import recovery
+from cacheblend_jax.store import quarantine, recovery
 from cacheblend_jax.store.disk import DiskTier
+from cacheblend_jax.store.eviction import make_room, sweep
 from cacheblend_jax.store.index import Listed
 from cacheblend_jax.store.pack import EntryReader, UnreadableError, file_problems, read_contents
 from cacheblend_jax.store.pins import BusyError, Pin
@@ -84,7 +85,7 @@ def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
     if repair:
         recovery.adopt_all(disk)
         disk.index.recount()
-        disk.sweep()
+        sweep(disk)
     return {"packs": len(packs), "entries": count, "problems": problems}
 
 
@@ -101,10 +102,10 @@ def prune(
     if unused_days is not None:
         limit = (time.time() - unused_days * 86400) * 1000
         removed += disk.index.remove([row.name for row in disk.index.listed() if row.used < limit])
-    disk.sweep()
+    sweep(disk)
     if max_bytes is not None:
-        disk.make_room(max_bytes)
-    gone = disk.bound_quarantine(0, 0) if quarantined else 0
+        make_room(disk, max_bytes)
+    gone = quarantine.bound(disk, 0, 0) if quarantined else 0
     size, entries = disk.index.totals()
     return {"removed": before - entries, "quarantined_removed": gone, "entries": entries, "bytes": size}
 
@@ -125,7 +126,7 @@ def remove(disk: DiskTier, prefixes: list[str]) -> int:
             )
         chosen += matching
     removed = disk.index.remove(chosen)
-    disk.sweep()
+    sweep(disk)
     return removed
 
 

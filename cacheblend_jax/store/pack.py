@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from cacheblend_jax.store.record import (
 RECORDS_FILE = "entries.json"
 # Larger files hold array data, whose every layer has a checksum, and OCDBT nodes, which carry their own.
 MOST_CHECKED_BYTES = 2**20
+SYNCS = 4
 # Not damage: the entry may read well later.
 PASSING_ERRORS = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "ABORTED")
 
@@ -66,10 +68,7 @@ def write_pack(path: Any, entries: Sequence[tuple[str, ChunkEntry]]) -> list[Ent
     text = canonical_json({"crc32c": crc32c_of_bytes(canonical_json(body)), "pack": body})
     (path / RECORDS_FILE).write_bytes(text)
     if is_local(path):
-        for _, file in files_of(path):
-            sync(file)
-        sync(path / RECORDS_FILE)
-        sync(path)
+        sync_tree(path)
     return records
 
 
@@ -140,7 +139,7 @@ class EntryReader:
 
     def __init__(self, pack: Any, record: EntryRecord) -> None:
         self.record = record
-        base = pack if isinstance(pack, dict) else _base_spec(pack)
+        base = pack if isinstance(pack, dict) else base_spec(pack)
         prefix = f"{record.tree}." if record.tree else ""
         opening = [ts.open(_array_spec(base, prefix + name), context=tensorstore_context(), read=True) for name in "kv"]
         self._k, self._v = (self._checked(_result(future)) for future in opening)
@@ -196,14 +195,29 @@ def sync(path: Any) -> None:
         os.close(descriptor)
 
 
+def sync_tree(path: Any) -> None:
+    """Waits until a directory and all that is under it is on the disk."""
+    under = [os.path.join(parent, name) for parent, names, files in os.walk(path) for name in (*names, *files)]
+    with ThreadPoolExecutor(SYNCS) as pool:  # several at once share a commit of the file system's journal
+        list(pool.map(sync, [path, *under]))
+
+
 def _file_checksum(file: Any) -> int | None:
     return crc32c_of_bytes(file.read_bytes()) if file.stat().length <= MOST_CHECKED_BYTES else None
 
 
-def _base_spec(path: Any) -> Any:
+def base_spec(path: Any) -> Any:
+    """Returns TensorStore's spec of the key-value store that holds a pack's `state/`."""
     if is_local(path):
         return {"driver": "file", "path": f"{os.path.abspath(path)}/state/"}
-    return f"{os.fspath(path)}/state/"
+    url = f"{os.fspath(path)}/state/"
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if not url.startswith("s3://") or not endpoint:
+        return url
+    # A server that is not Amazon's: other S3 clients know of it by this variable, TensorStore by its spec alone.
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return {"driver": "s3", "bucket": bucket, "path": prefix, "endpoint": endpoint, "aws_region": region}
 
 
 def _array_spec(base: Any, name: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import sqlite3
 import uuid
 from typing import TYPE_CHECKING
 
+from cacheblend_jax.store import quarantine
+from cacheblend_jax.store.eviction import sweep
 from cacheblend_jax.store.index import INDEX_ERRORS, Index
 from cacheblend_jax.store.pack import read_contents, size_of
 from cacheblend_jax.store.pins import BusyError, Pin
@@ -66,7 +68,7 @@ def new_index(disk: DiskTier, path: str) -> Index:
     disk.index = Index(path)
     recover(disk)
     adopt_all(disk)
-    disk.bound_quarantine()
+    quarantine.bound(disk)
     return disk.index
 
 
@@ -84,7 +86,7 @@ def recover(disk: DiskTier) -> None:
         if disk.pack_path(pack).exists():  # killed between rename and index: nothing is lost
             adopt(disk, pack)
         disk.index.forget_pack(pack, "writing")
-    disk.sweep()
+    sweep(disk)
 
 
 def adopt_all(disk: DiskTier) -> int:
@@ -103,8 +105,10 @@ def adopt(disk: DiskTier, pack: str) -> int:
     except OtherVersionError as error:
         disk.say_once(f"store {disk.root}: pack {pack} is of {error}; its entries count as missing", "outdated")
     except (DamagedRecordError, OSError) as error:
+        if not disk.local and isinstance(error, FileNotFoundError):  # its writer is at it, or died at it
+            return 0
         logger.warning("store %s: pack %s is not used: %s", disk.root, pack, error)
         disk.count("damaged")
-        if disk.writable:
+        if disk.writable and disk.local:
             path.rename(disk.root / "quarantine" / pack)
     return 0

@@ -30,6 +30,8 @@ class ThrottledStore:
         CacheBlendError: a bandwidth that is not positive and finite, or a negative latency.
     """
 
+    device_bytes = 0  # see `promote`
+
     def __init__(
         self,
         store: Any,
@@ -64,7 +66,7 @@ class ThrottledStore:
             self.wait_for(entry.num_bytes)
         return entry
 
-    def promote(self, key: str) -> None:
+    def promote(self, key: str, to_device: Any = None) -> None:
         """Does nothing: what is throttled stays where it is."""
 
     def wait_for(self, num_bytes: int) -> None:

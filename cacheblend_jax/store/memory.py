@@ -1,15 +1,25 @@
-"""The host tier: entries in memory, bounded in bytes; those seen once go before those seen twice."""
+"""A tier in memory, the host's or a device's: bounded in bytes; entries seen once go before those seen twice."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-
-from cacheblend_jax.store.entry import ChunkEntry
+from typing import Generic, Protocol, TypeVar
 
 PROTECTED = 0.8  # of the capacity may hold entries seen twice; so new ones always find room
 
 
-class HostTier:
+class Sized(Protocol):
+    """What takes memory."""
+
+    @property
+    def num_bytes(self) -> int:
+        """How much."""
+
+
+Entry = TypeVar("Entry", bound=Sized)
+
+
+class MemoryTier(Generic[Entry]):
     """A segmented least-recently-used cache. Not safe to use from several threads by itself.
 
     Entries seen once wait in one queue, those seen twice in another, which holds at most four fifths of the capacity:
@@ -23,13 +33,13 @@ class HostTier:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.bytes = 0
-        self._once: OrderedDict[str, ChunkEntry] = OrderedDict()
-        self._twice: OrderedDict[str, ChunkEntry] = OrderedDict()
+        self._once: OrderedDict[str, Entry] = OrderedDict()
+        self._twice: OrderedDict[str, Entry] = OrderedDict()
         self._twice_bytes = 0
         self._uses: dict[str, int] = {}
         self._pins: Counter[str] = Counter()
 
-    def get(self, key: str) -> ChunkEntry | None:
+    def get(self, key: str) -> Entry | None:
         """Returns an entry and counts it as seen; `None` where there is none."""
         entry = self.peek(key)
         if entry is None:
@@ -38,7 +48,7 @@ class HostTier:
         self._place(key, self._take(key))
         return entry
 
-    def put(self, key: str, entry: ChunkEntry, uses: int) -> int | None:
+    def put(self, key: str, entry: Entry, uses: int) -> int | None:
         """Keeps an entry that was seen so often; returns how many others went for it, `None` where it has no room."""
         if entry.num_bytes > self.capacity:
             return None
@@ -57,9 +67,13 @@ class HostTier:
             self._pins[key] = pins
         return evicted
 
-    def peek(self, key: str) -> ChunkEntry | None:
+    def peek(self, key: str) -> Entry | None:
         """Returns an entry without counting it as seen."""
         return self._once.get(key) or self._twice.get(key)
+
+    def uses(self, key: str) -> int:
+        """Returns how often an entry was seen; 1 where there is none."""
+        return self._uses.get(key, 1)
 
     def pin(self, key: str) -> None:
         """Keeps an entry from being evicted, once more."""
@@ -84,7 +98,7 @@ class HostTier:
     def __len__(self) -> int:
         return len(self._once) + len(self._twice)
 
-    def _place(self, key: str, entry: ChunkEntry) -> None:
+    def _place(self, key: str, entry: Entry) -> None:
         self.bytes += entry.num_bytes
         if self._uses[key] < 2:
             self._once[key] = entry
@@ -97,7 +111,7 @@ class HostTier:
             self._uses[oldest] = 1
             self._once[oldest] = demoted
 
-    def _take(self, key: str) -> ChunkEntry:
+    def _take(self, key: str) -> Entry:
         entry = self._once.pop(key, None)
         if entry is None:
             entry = self._twice.pop(key)
