@@ -145,6 +145,13 @@ def bench_small(directory: Path, dtype) -> dict[str, float]:
     return {"ms an entry": float(np.median(results[1:])), "files an entry": files / 256, "bare file + fsync, ms": raw}
 
 
+def bench_small_entries(root: Path) -> dict[str, dict[str, float]]:
+    """The second of two rounds: memory that a virtual machine has never touched is several times slower to write to."""
+    for _ in range(2):
+        report = {np.dtype(dtype).name: bench_small(root, dtype) for dtype in (np.float32, ml_dtypes.bfloat16)}
+    return report
+
+
 FIND = """
 import json, resource, sys, time
 import numpy as np
@@ -211,10 +218,7 @@ def main() -> None:
             "1 entry": bench_writing(root, parsed.repeats, 1),
             "15 entries": bench_writing(root, max(parsed.repeats // 3, 1), 15),
         },
-        "small": lambda: {
-            "float32": bench_small(root, np.float32),
-            "bfloat16": bench_small(root, ml_dtypes.bfloat16),
-        },
+        "small": lambda: bench_small_entries(root),
         "index": lambda: bench_index(root, parsed.keys),
     }
     try:

@@ -144,9 +144,9 @@ def test_bench_names_what_makes_no_sense(capsys, options, message):
 def test_the_package_runs_as_a_module_and_keeps_compiled_programs(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment.pop("JAX_COMPILATION_CACHE_DIR")
-    (tmp_path / "team.md").write_text("Ana leads the Cobalt team. The green car was given to the Cobalt chemist.")
-    command = [sys.executable, "-m", "cacheblend_jax", "ask", "--docs", str(tmp_path / "team.md")]
-    done = subprocess.run([*command, "Which car was given to Ana?"], capture_output=True, text=True, env=environment)
+    (tmp_path / "names.md").write_text("Reyes took the nickname Cobalt. The green car was given to Cobalt.")
+    command = [sys.executable, "-m", "cacheblend_jax", "ask", "--docs", str(tmp_path / "names.md")]
+    done = subprocess.run([*command, "Which car was given to Reyes?"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("green\n")
     assert "TTFT" in done.stdout
@@ -159,10 +159,11 @@ def evaluate(*options):
 
 def test_evaluate_goes_on_where_it_was_stopped(tmp_path, capsys):
     out, report = tmp_path / "results.jsonl", tmp_path / "report.json"
-    passages = [{"title": "Teams", "text": "Ana leads the Cobalt team."}, {"text": "Lima is the birthplace of Emil."}]
+    told = ("Reyes took the nickname Cobalt.", "Lima is the birthplace of Novak.")
+    passages = [{"title": "Names", "text": told[0]}, {"text": told[1]}]
     rows = [
-        {"question": "Whose team is Cobalt?", "answers": ["Ana"], "ctxs": passages},
-        {"question": "Where is the birthplace of Emil?", "answers": ["Oslo", "Lima"], "ctxs": passages},
+        {"question": "Whose nickname is Cobalt?", "answers": ["Reyes"], "ctxs": passages},
+        {"question": "Where is the birthplace of Novak?", "answers": ["Oslo", "Lima"], "ctxs": passages},
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     common = ["--data", str(tmp_path / "rows.json"), "--out", str(out), "--max-new-tokens", "2"]
@@ -208,16 +209,16 @@ def test_check_layers_are_measured_and_saved(tmp_path, capsys):
     assert cb.load_model(model).config.check_layer == cb.load_model("demo").config.check_layer > 1
 
 
-def test_demo_shows_blend_nearer_to_full_recompute_than_reuse(tmp_path, capsys):
+def test_demo_shows_that_reuse_fails_and_blend_does_not(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     report, plots = tmp_path / "demo.json", tmp_path / "plots"
     assert main(["demo", "--no-compile-cache", "--json", str(report), "--plot", str(plots)]) == 0
     printed = capsys.readouterr().out
     assert "For instance: " in printed
     right = {line["setting"]: line for line in json.loads(report.read_text())["summary"] if line["kind"] == "reference"}
-    assert right["full"]["exact_match"] >= 0.7
-    assert right["hkvd 0.15"]["kv_deviation"] < 0.6 * right["random 0.15"]["kv_deviation"]
-    assert right["random 0.15"]["kv_deviation"] < right["reuse"]["kv_deviation"]
+    assert right["full"]["exact_match"] == 1
+    assert right["hkvd 0.15"]["exact_match"] >= 0.8
+    assert right["reuse"]["exact_match"] <= 0.6
     assert sorted(path.name for path in plots.iterdir()) == [
         "deviation.png",
         "insights.png",

@@ -88,4 +88,5 @@ def _evidence(row: Row) -> list[tuple[int, str]]:
     asked = row.question.strip("?").split()[-1]
     definition = next((i, text) for i, text in sentences if text.split()[0] == asked)
     nickname = definition[1].split()[-1]
-    return [definition, *((i, text) for i, text in sentences if text.endswith(f" {nickname}") and row.answers[0] in text)]
+    told = ((i, text) for i, text in sentences if text.endswith(f" {nickname}") and row.answers[0] in text)
+    return [definition, *told]
