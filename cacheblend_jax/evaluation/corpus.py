@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -234,11 +234,18 @@ def _define(rng, names: Sequence[str], num_chunks: int, facts: list[_Fact], ques
     return people
 
 
-def _call(rng: np.random.Generator, difficulty: Difficulty, person: _Person) -> tuple[str, tuple[int, ...]]:
-    """Draws what a fact calls a person, and the chunks that a reader needs besides to know who that is."""
-    if rng.random() < difficulty.by_nickname:
-        return person.nickname, (person.definition,)
-    return f"{person.nickname} {person.name}", ()
+def _call(rng, difficulty: Difficulty, person: _Person, chunk: int, facts: Sequence[_Fact]) -> tuple[str, bool]:
+    """Draws what a fact of a chunk calls a person, and whether that is the nickname alone.
+
+    The surname stands in no chunk with the nickname alone: it would tell there whose that is.
+    """
+    whole = f"{person.nickname} {person.name}"
+    there = [fact.sentence for fact in facts if fact.chunk == chunk]
+    drawn = rng.random() < difficulty.by_nickname
+    alone = any(f" {person.nickname}." in told for told in there) or (
+        drawn and not any(whole in told for told in there)
+    )
+    return (person.nickname, True) if alone else (whole, False)
 
 
 def _tell_references(
@@ -248,11 +255,11 @@ def _tell_references(
     attribute = _of_kind(rng, "reference")
     values = rng.choice(attribute.values, len(people), replace=False).tolist()
     for person, value in zip(people, values, strict=True):
-        whom, needed = _call(rng, difficulty, person)
         chunk = _later_chunk(rng, person, num_chunks)
+        whom, alone = _call(rng, difficulty, person, chunk, facts)
         facts.append(_Fact(chunk, _pick(rng, attribute.sentences).format(value=value, whom=whom)))
-        kind = "reference" if needed else "single"
-        questions.append(Question(kind, attribute.question.format(whom=person.name), value, (*needed, chunk)))
+        kind, chunks = ("reference", (person.definition, chunk)) if alone else ("single", (chunk,))
+        questions.append(Question(kind, attribute.question.format(whom=person.name), value, chunks))
 
 
 def _tell_compared(
@@ -264,10 +271,10 @@ def _tell_compared(
     numbers = rng.choice(attribute.values, len(people), replace=False).tolist()
     needed: list[set[int]] = []
     for person, number in zip(people, numbers, strict=True):
-        whom, definition = _call(rng, difficulty, person)
         chunk = _later_chunk(rng, person, num_chunks)
+        whom, alone = _call(rng, difficulty, person, chunk, facts)
         facts.append(_Fact(chunk, _pick(rng, attribute.sentences).format(value=number, whom=whom)))
-        needed.append({*definition, chunk})
+        needed.append({person.definition, chunk} if alone else {chunk})
     for first in range(len(people)):
         second = (first + 1 + int(rng.integers(len(people) - 1))) % len(people)
         winner = max(first, second, key=lambda i: int(numbers[i]))
@@ -277,13 +284,11 @@ def _tell_compared(
 
 
 def _mention(rng, difficulty: Difficulty, people: Sequence[_Person], num_chunks: int, facts: list[_Fact]) -> None:
-    """Mentions people; with the surname only in chunks that do not call them by the nickname alone."""
     for number in range(difficulty.mentions):
         person = people[rng.integers(len(people))]
-        chunk, whom = _later_chunk(rng, person, num_chunks), person.nickname
-        alone = any(fact.chunk == chunk and f" {person.nickname}." in fact.sentence for fact in facts)
-        if number % 2 and not alone:
-            whom = f"{person.nickname} {person.name}"
+        chunk = _later_chunk(rng, person, num_chunks)
+        half = replace(difficulty, by_nickname=1 - number % 2)
+        whom, _ = _call(rng, half, person, chunk, facts)
         facts.append(_Fact(chunk, _pick(rng, _MENTIONS).format(whom=whom)))
 
 
