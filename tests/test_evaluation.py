@@ -111,8 +111,8 @@ def test_the_bundled_tokenizer_knows_every_word_and_splits_as_the_corpus_does(de
 
 def test_blend_restores_what_reuse_loses(demo):
     """The point of it all, in small: fails where blend's advantage over reuse or over random is gone."""
-    query = Setting("blend", "query", 0.1)
-    settings = [Setting("full"), Setting("reuse"), HKVD, query, RANDOM]
+    less = Setting("blend", "hkvd", 0.1)
+    settings = [Setting("full"), Setting("reuse"), HKVD, less, RANDOM]
     difficulty = Difficulty(num_chunks=(7, 7), chunk_words=(48, 56))
     rows = [
         replace(row, chunks=example.chunks, question=example.question.text, answers=(example.question.answer,))
@@ -124,10 +124,10 @@ def test_blend_restores_what_reuse_loses(demo):
     right = {label: line["exact_match"] for label, line in lines.items()}
     assert right["full"] >= 0.95
     assert right[HKVD.label] >= right["full"] - 0.1
-    assert right[query.label] >= right["full"] - 0.05
+    assert right[less.label] >= right["full"] - 0.05
     assert right["reuse"] <= 0.6
     assert right[RANDOM.label] <= right[HKVD.label] - 0.2
-    for measure, over_random in (("kv_deviation", 0.6), ("attention_deviation", 0.9)):
+    for measure, over_random in (("kv_deviation", 0.75), ("attention_deviation", 0.8)):
         hkvd, random, reuse = (lines[label][measure] for label in (HKVD.label, RANDOM.label, "reuse"))
         assert hkvd < over_random * random, measure
         assert random < reuse, measure

@@ -240,11 +240,9 @@ def _call(rng, difficulty: Difficulty, person: _Person, chunk: int, facts: Seque
     The surname stands in no chunk with the nickname alone: it would tell there whose that is.
     """
     whole = f"{person.nickname} {person.name}"
-    there = [fact.sentence for fact in facts if fact.chunk == chunk]
+    there = " ".join(fact.sentence for fact in facts if fact.chunk == chunk)
     drawn = rng.random() < difficulty.by_nickname
-    alone = any(f" {person.nickname}." in told for told in there) or (
-        drawn and not any(whole in told for told in there)
-    )
+    alone = f" {person.nickname}." in there or (drawn and whole not in there)
     return (person.nickname, True) if alone else (whole, False)
 
 
