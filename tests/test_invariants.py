@@ -257,7 +257,7 @@ def test_i8_hkvd_lowers_the_deviation_of_kv_and_of_attention_more_than_random():
     engines = {name: cb.Engine(model, store, cb.BlendConfig(0.2, name), **one_size) for name in ("hkvd", "random")}
     deviations: dict[str, list] = {name: [] for name in engines}
     short = Difficulty(num_chunks=(6, 6), chunk_words=(32, 40))
-    for example in examples("reference", 12, 5, short):
+    for example in examples("reference", 6, 5, short):
         prompt = cb.Prompt.to_answer(model.tokenizer, example.chunks, example.question.text)
         engines["hkvd"].precompute(prompt)
         true = engines["hkvd"].prefill(prompt, "full")
