@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,7 +95,7 @@ class Evaluator:
         self._store = ChunkStore(host_bytes=STORE_BYTES)
         self._engines: dict[BlendConfig, Engine] = {}
         # Every setting has programs of its own for every bucket: a few sizes fitted to these rows save most of them.
-        lengths = [sum(len(part) for part in (p.prefix, *p.chunks, p.suffix)) for p in map(self.prompt, rows)]
+        lengths = [self._length(row) for row in rows]
         quantiles = np.quantile(lengths, np.linspace(0, 1, NUM_BUCKETS + 1)[1:])
         self._length_buckets = sorted({Buckets().length(int(np.ceil(size)) + max_new_tokens) for size in quantiles})
 
@@ -113,6 +114,14 @@ class Evaluator:
             prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
         )
         return Prompt(parts.prefix, parts.chunks, parts.suffix)
+
+    def _length(self, row: Row) -> int:
+        prompt = self.prompt(row)
+        return sum(len(part) for part in (prompt.prefix, *prompt.chunks, prompt.suffix))
+
+    def by_size(self, rows: Sequence[Row]) -> list[Row]:
+        """Rows of one size after another: only one size's programs are needed at a time."""
+        return sorted(rows, key=lambda row: bisect_left(self._length_buckets, self._length(row) + self.max_new_tokens))
 
     def evaluate_row(self, row: Row, settings: Sequence[Setting]) -> list[dict[str, Any]]:
         """Answers a row in every setting; one record each, with its distance from full recompute."""
@@ -175,7 +184,7 @@ def run_evaluate(parsed: argparse.Namespace, model: Model, progress: Progress) -
     source = {"model": model.fingerprint, "data": parsed.data, "max_new_tokens": parsed.max_new_tokens}
     results = _Results(parsed.out, source)
     missing = {row.name: [s for s in settings if (row.name, s.label) not in results.done] for row in rows}
-    for row in progress([row for row in rows if missing[row.name]], "evaluate"):
+    for row in progress(evaluator.by_size([row for row in rows if missing[row.name]]), "evaluate"):
         results.add(evaluator.evaluate_row(row, missing[row.name]))
     wanted = {row.name for row in rows}
     labels = [setting.label for setting in settings]
