@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tuning
 from pallas_kernels.blend_kv_xla import blend_xla
-from pallas_kernels.dispatch import choose_backend, current_target
+from pallas_kernels.dispatch import Declines, choose_backend, current_target, declines_of
 
 # Imported when first used: a platform's Pallas needs not be there on another.
 BACKENDS = {
@@ -72,17 +72,12 @@ def blend_kv(
     return (k, v) if deviation is None else (k, v, deviation)
 
 
-def _declines(k_cached: jax.Array, k_fresh: jax.Array) -> dict[str, Callable[[], str | None]]:
-    def reason(backend: str) -> str | None:
-        if 0 in (*k_cached.shape, *k_fresh.shape):
-            return "needs a key and a fresh row"
-        try:
-            module = import_module(BACKENDS[backend][0])
-        except ImportError as error:  # what a release of JAX dropped or renamed
-            return f"can't be imported ({error})"
+def _declines(k_cached: jax.Array, k_fresh: jax.Array) -> Declines:
+    def declined(_: str, module: ModuleType) -> str | None:
         return module.declines(k_cached, k_fresh, interpret=current_target().platform == "cpu")
 
-    return {backend: partial(reason, backend) for backend in BACKENDS}
+    empty = 0 in (*k_cached.shape, *k_fresh.shape)
+    return declines_of(BACKENDS, declined, "needs a key and a fresh row" if empty else None)
 
 
 def _blend_pallas(backend: str, arguments: tuple[jax.Array, ...], with_deviation: bool):

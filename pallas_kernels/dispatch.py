@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from types import ModuleType
 
 import jax
 
@@ -29,6 +32,27 @@ class Target:
 
 Declines = Mapping[str, Callable[[], str | None]]
 """By backend, in any order: why it can't serve this call's shapes and dtypes; `None` where it can."""
+
+
+def declines_of(
+    backends: Mapping[str, tuple[str, str]], declined: Callable[[str, ModuleType], str | None], of_all: str | None
+) -> Declines:
+    """Returns why backends can't serve a call: `of_all` if given, a failing import, or what `declined` says.
+
+    Args:
+        backends: each one's module, imported when asked about, and function.
+    """
+
+    def reason(backend: str) -> str | None:
+        if of_all is not None:
+            return of_all
+        try:
+            module = import_module(backends[backend][0])
+        except ImportError as error:  # what a release of JAX dropped or renamed
+            return f"can't be imported ({error})"
+        return declined(backend, module)
+
+    return {backend: partial(reason, backend) for backend in backends}
 
 
 def current_target() -> Target:

@@ -5,16 +5,16 @@ Full prefill is the case `q_positions = 0 … n-1`, decoding that of one query, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import choose_backend, current_target
+from pallas_kernels.dispatch import Declines, choose_backend, current_target, declines_of
 from pallas_kernels.selective_attention_xla import attend_xla
 from pallas_kernels.tuning import attention_blocks
 from pallas_kernels.visibility import first_visible
@@ -81,21 +81,16 @@ def selective_attention(
     return (out, lse) if return_lse else out
 
 
-def _declines(q: jax.Array, k: jax.Array) -> dict[str, Callable[[], str | None]]:
-    def reason(backend: str) -> str | None:
-        if min(q.shape[0], k.shape[0]) == 0:
-            return "needs a query and a key"
+def _declines(q: jax.Array, k: jax.Array) -> Declines:
+    def declined(backend: str, module: ModuleType) -> str | None:
         target = current_target()
-        try:
-            module = import_module(BACKENDS[backend][0])
-        except ImportError as error:  # what a release of JAX dropped or renamed
-            return f"can't be imported ({error})"
-        declined = module.declines(q, k, interpret=target.platform == "cpu")
-        if declined is None and attention_blocks(backend, target.chip, q.dtype, q.shape[2]) is None:
+        why = module.declines(q, k, interpret=target.platform == "cpu")
+        if why is None and attention_blocks(backend, target.chip, q.dtype, q.shape[2]) is None:
             return f"has no block sizes for {q.dtype} and head_dim {q.shape[2]} (pallas_kernels/tuning.py)"
-        return declined
+        return why
 
-    return {backend: partial(reason, backend) for backend in BACKENDS}
+    empty = min(q.shape[0], k.shape[0]) == 0
+    return declines_of(BACKENDS, declined, "needs a query and a key" if empty else None)
 
 
 def _attend_pallas(backend, q, k, v, q_positions, starts, kv_length, scale) -> tuple[jax.Array, jax.Array]:
