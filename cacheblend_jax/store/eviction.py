@@ -20,7 +20,7 @@ def make_room(disk: DiskTier, capacity: int | None = None) -> bool:
         for pack in disk.index.candidates(capacity):
             if disk.index.totals()[0] <= capacity:
                 return True
-            if _evict(disk, pack):
+            if _remove(disk, pack, evict=True):
                 progress = True
         if not progress:
             disk.index.recount()  # all that is left is in use; or the totals were wrong
@@ -28,32 +28,26 @@ def make_room(disk: DiskTier, capacity: int | None = None) -> bool:
     return disk.index.totals()[0] <= capacity
 
 
-def _evict(disk: DiskTier, pack: str) -> bool:
+def sweep(disk: DiskTier) -> None:
+    """Removes the files of packs that hold no entry any more and that nobody reads."""
+    for pack in disk.index.packs("dead"):
+        _remove(disk, pack)
+
+
+def _remove(disk: DiskTier, pack: str, *, evict: bool = False) -> bool:
+    """Removes a pack's files, and to `evict` it its entries before; returns whether nobody reads it."""
     try:
         pin = Pin(disk.pack_path(pack), alone=True) if disk.local else None
     except BusyError:
         return False
     except FileNotFoundError:
         pin = None
-    disk.count("evicted", disk.index.bury(pack))
+    if evict:
+        disk.count("evicted", disk.index.bury(pack))
     _remove_files(disk, pack)
     if pin is not None:
         pin.close()
     return True
-
-
-def sweep(disk: DiskTier) -> None:
-    """Removes the files of packs that hold no entry any more and that nobody reads."""
-    for pack in disk.index.packs("dead"):
-        try:
-            pin = Pin(disk.pack_path(pack), alone=True) if disk.local else None
-        except BusyError:
-            continue
-        except FileNotFoundError:
-            pin = None
-        _remove_files(disk, pack)
-        if pin is not None:
-            pin.close()
 
 
 def _remove_files(disk: DiskTier, pack: str) -> None:
