@@ -15,6 +15,7 @@ from cacheblend_jax.blend.loading import READERS
 from cacheblend_jax.blend.schedule import BlendConfig, Plan
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.planner import Planner
+from cacheblend_jax.store import is_slow
 
 # Ratios to choose among: each is a set of compiled programs, so they are few.
 LADDER = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
@@ -208,7 +209,7 @@ class Estimator:
 
     def streams(self, stored: Sequence[Stored]) -> bool:
         """Whether these chunks are streamed, their loading hidden; if not they are loaded before the prefill."""
-        slow = any(each.tier not in ("device", "host") for each in stored)
+        slow = any(is_slow(each.tier) for each in stored)
         return bool(stored) and (self.executor == "streamed" or (self.executor == "auto" and slow))
 
     def ttft_s(self, plan: Plan, stored: Sequence[Stored], layer_bytes: int) -> float:

@@ -282,8 +282,6 @@ def request_of(plan: Plan, length: int, vocab_size: int, ratio: float) -> Reques
     rows = np.flatnonzero(forced)[: plan.forced]
     padded = np.full(plan.forced, plan.active, np.int32)
     padded[: rows.size] = rows
-    keep = np.zeros(len(plan.stages) - 1, np.int32)
-    keep[:] = survivor_counts(plan, ratio, length - SUFFIX, SUFFIX)
     return Request(
         token_ids=jnp.asarray(np.random.default_rng(0).integers(0, vocab_size, plan.active), jnp.int32),
         positions=jnp.asarray(np.where(positions < length, positions, plan.cache_length)),
@@ -291,7 +289,7 @@ def request_of(plan: Plan, length: int, vocab_size: int, ratio: float) -> Reques
         forced=jnp.asarray(forced),
         chunk_starts=jnp.asarray(positions // CHUNK * CHUNK),
         context_length=jnp.int32(0),
-        keep=jnp.asarray(keep),
+        keep=jnp.asarray(survivor_counts(plan, ratio, length - SUFFIX, SUFFIX), jnp.int32),
         forced_rows=jnp.asarray(padded),
         is_question=jnp.asarray(padded < plan.active),
         oracle=jnp.zeros(plan.active, jnp.float32),

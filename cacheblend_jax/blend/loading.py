@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from cacheblend_jax.blend.layer_step import LayerKV
 from cacheblend_jax.errors import DamagedEntryError
 from cacheblend_jax.host_memory import aligned_empty
+from cacheblend_jax.store import is_slow
 from cacheblend_jax.trace import Trace
 
 READERS = 4  # reads at a time: they wait for a tier more than they work
@@ -88,7 +89,7 @@ def read_into(placed: Placed, layer: int, k: np.ndarray, v: np.ndarray, trace: T
 
     tier = placed.chunk.tier
     try:
-        with span(tier) if tier not in ("device", "host") else nullcontext():
+        with span(tier) if is_slow(tier) else nullcontext():
             k_layer, v_layer = placed.chunk.read_layer(layer)
     except (DamagedEntryError, OSError) as error:
         raise LostChunkError(placed.key, error) from error
@@ -105,7 +106,7 @@ def load_all(
     Raises:
         LostChunkError: a chunk is damaged or its tier failed.
     """
-    slow = any(placed.chunk.tier not in ("device", "host") for placed in chunks)
+    slow = any(is_slow(placed.chunk.tier) for placed in chunks)
     reads = [(placed, layer, k[layer], v[layer], trace) for layer in range(len(k)) for placed in chunks]
     if not slow:  # a copy within memory: threads cost more than they bring
         for read in reads:

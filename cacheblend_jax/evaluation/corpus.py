@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -234,14 +234,14 @@ def _define(rng, names: Sequence[str], num_chunks: int, facts: list[_Fact], ques
     return people
 
 
-def _call(rng, difficulty: Difficulty, person: _Person, chunk: int, facts: Sequence[_Fact]) -> tuple[str, bool]:
-    """Draws what a fact of a chunk calls a person, and whether that is the nickname alone.
+def _call(rng, by_nickname: float, person: _Person, chunk: int, facts: Sequence[_Fact]) -> tuple[str, bool]:
+    """Draws what a fact of a chunk calls a person, and whether that is the nickname alone, as a share of them is.
 
     The surname stands in no chunk with the nickname alone: it would tell there whose that is.
     """
     whole = f"{person.nickname} {person.name}"
     there = " ".join(fact.sentence for fact in facts if fact.chunk == chunk)
-    drawn = rng.random() < difficulty.by_nickname
+    drawn = rng.random() < by_nickname
     alone = f" {person.nickname}." in there or (drawn and whole not in there)
     return (person.nickname, True) if alone else (whole, False)
 
@@ -254,7 +254,7 @@ def _tell_references(
     values = rng.choice(attribute.values, len(people), replace=False).tolist()
     for person, value in zip(people, values, strict=True):
         chunk = _later_chunk(rng, person, num_chunks)
-        whom, alone = _call(rng, difficulty, person, chunk, facts)
+        whom, alone = _call(rng, difficulty.by_nickname, person, chunk, facts)
         facts.append(_Fact(chunk, _pick(rng, attribute.sentences).format(value=value, whom=whom)))
         kind, chunks = ("reference", (person.definition, chunk)) if alone else ("single", (chunk,))
         questions.append(Question(kind, attribute.question.format(whom=person.name), value, chunks))
@@ -270,7 +270,7 @@ def _tell_compared(
     needed: list[set[int]] = []
     for person, number in zip(people, numbers, strict=True):
         chunk = _later_chunk(rng, person, num_chunks)
-        whom, alone = _call(rng, difficulty, person, chunk, facts)
+        whom, alone = _call(rng, difficulty.by_nickname, person, chunk, facts)
         facts.append(_Fact(chunk, _pick(rng, attribute.sentences).format(value=number, whom=whom)))
         needed.append({person.definition, chunk} if alone else {chunk})
     for first in range(len(people)):
@@ -285,8 +285,7 @@ def _mention(rng, difficulty: Difficulty, people: Sequence[_Person], num_chunks:
     for number in range(difficulty.mentions):
         person = people[rng.integers(len(people))]
         chunk = _later_chunk(rng, person, num_chunks)
-        half = replace(difficulty, by_nickname=1 - number % 2)
-        whom, _ = _call(rng, half, person, chunk, facts)
+        whom, _ = _call(rng, 1 - number % 2, person, chunk, facts)
         facts.append(_Fact(chunk, _pick(rng, _MENTIONS).format(whom=whom)))
 
 

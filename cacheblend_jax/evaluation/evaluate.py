@@ -96,6 +96,7 @@ class Evaluator:
         self._engines: dict[BlendConfig, Engine] = {}
         # Every setting has programs of its own for every bucket: a few sizes fitted to these rows save most of them.
         lengths = [self._length(row) for row in rows]
+        self._lengths = dict(zip(rows, lengths, strict=True))
         quantiles = np.quantile(lengths, np.linspace(0, 1, NUM_BUCKETS + 1)[1:])
         self._length_buckets = sorted({Buckets().length(int(np.ceil(size)) + max_new_tokens) for size in quantiles})
 
@@ -121,7 +122,8 @@ class Evaluator:
 
     def by_size(self, rows: Sequence[Row]) -> list[Row]:
         """Rows of one size after another: only one size's programs are needed at a time."""
-        return sorted(rows, key=lambda row: bisect_left(self._length_buckets, self._length(row) + self.max_new_tokens))
+        sizes = self._length_buckets
+        return sorted(rows, key=lambda row: bisect_left(sizes, self._lengths[row] + self.max_new_tokens))
 
     def evaluate_row(self, row: Row, settings: Sequence[Setting]) -> list[dict[str, Any]]:
         """Answers a row in every setting; one record each, with its distance from full recompute."""
