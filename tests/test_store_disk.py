@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sqlite3
@@ -15,6 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
 from conftest import family_model, random_prompt
 
 import cacheblend_jax as cb
@@ -96,26 +98,22 @@ def test_plain_orbax_reads_a_pack_and_a_single_entry(tmp_path):
         assert same(cb.ChunkEntry(tree["k"], tree["v"]), make_entry(seed))
 
 
-def test_all_of_a_pack_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
-    synced, missing = set(), []
-    fsync, rename = os.fsync, os.rename
+@pytest.mark.parametrize("shape", [(2, 3, 1, 2), (2, 1, 1, 4), (1, 1, 1, 1), (3, 5, 3, 5), (2, 7, 2, 6)])
+def test_every_shape_is_read_as_it_was_written_each_layer_a_storage_chunk(tmp_path, shape):
+    from orbax.checkpoint import v1 as ocp
 
-    def note(descriptor):
-        synced.add(os.fstat(descriptor).st_ino)
-        fsync(descriptor)
-
-    def check(source, target):
-        if Path(target).parent == tmp_path / "packs":
-            under = [Path(source), *Path(source).rglob("*")]
-            assert {"manifest.ocdbt", "_METADATA", "entries.json", "d"} <= {path.name for path in under}
-            missing.append([path for path in under if path.stat().st_ino not in synced])
-        rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", note)
-    monkeypatch.setattr(os, "rename", check)
-    fill(tmp_path, [1, 2])
-    assert missing == [[]]
-    assert (tmp_path / "packs").stat().st_ino in synced
+    k = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    with cb.ChunkStore(tmp_path, host_bytes=1) as store:
+        store.put("a" * 64, cb.ChunkEntry(k, -k), wait=True)
+        store.flush()
+        assert same(store.get("a" * 64), cb.ChunkEntry(k, -k))
+    (pack,) = packs(tmp_path)
+    tree = ocp.load(pack)
+    assert same(cb.ChunkEntry(tree["k"], tree["v"]), cb.ChunkEntry(k, -k))
+    kvstore = {"driver": "ocdbt", "base": f"file://{pack}/state/"}
+    for name in "kv":
+        array = ts.open({"driver": "zarr3", "kvstore": kvstore, "path": f"{name}/"}).result()
+        assert array.chunk_layout.read_chunk.shape == (1, *shape[1:])
 
 
 def test_a_batch_shares_a_pack_of_few_files(tmp_path):

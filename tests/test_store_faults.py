@@ -169,6 +169,7 @@ def damage_cases(pack: Path, other: Path) -> dict:
     return {
         "data truncated": lambda: os.truncate(data, data.stat().st_size // 2),
         "data empty": lambda: os.truncate(data, 0),
+        "nothing reached the disk": lambda: [os.truncate(path, 0) for path in pack.rglob("*") if path.is_file()],
         "data deleted": data.unlink,
         "manifest truncated": lambda: os.truncate(manifest, 20),
         "manifest deleted": manifest.unlink,

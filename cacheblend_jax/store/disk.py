@@ -31,7 +31,6 @@ from cacheblend_jax.store.pack import (
     UnreadableError,
     is_local,
     size_of,
-    sync,
     write_pack,
 )
 from cacheblend_jax.store.pins import BusyError, Pin
@@ -67,7 +66,7 @@ class DiskCounts:
 class DiskTier:
     """Entries in a directory. Safe to use from several threads; several processes may share it.
 
-    A pack is written under `writing/`, synced, renamed into `packs/`, and only then entered in the index: what the
+    A pack is written under `writing/`, renamed into `packs/`, and only then entered in the index: what the
     index names is complete. Every read checks bytes and metadata. Nothing here raises for what the file system does:
     an entry is then a miss, and counted.
 
@@ -214,7 +213,6 @@ class DiskTier:
                 size = size_of(temporary)
                 if self.local:
                     os.rename(temporary, self.pack_path(pack))
-                    sync(self.root / "packs")
                 self.count("written", self.index.add(pack, size, records, uses=self._uses(records)))
             finally:
                 self.index.forget_pack(pack, "writing")  # where it did not become ready

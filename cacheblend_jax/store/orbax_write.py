@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Sequence
 from functools import cache
 from typing import Any
@@ -14,10 +15,13 @@ from orbax.checkpoint import v1 as ocp
 from cacheblend_jax.store.pack import base_spec, is_local
 
 TREE = "state"  # Orbax's name of the tree in a checkpoint
+DATA_FILE_BYTES = 2**25  # a pack's data files are written several at once
 
 
 def save_tree(path: Any, tree: dict[str, Any]) -> None:
-    """Writes nested dicts of arrays `[layers, …]` as an Orbax checkpoint, each layer a storage chunk of its own.
+    """Writes nested dicts of arrays `[layers, tokens, kv_heads, head_dim]` as an Orbax checkpoint.
+
+    Each layer is a storage chunk of its own.
 
     Uncompressed: KV hardly compresses, and a layer is to be read in a fraction of a millisecond. `path` must not exist;
     on a file system it appears, complete, by a rename. Nothing is synced.
@@ -78,37 +82,53 @@ class _OneTransaction:
         # Orbax runs this on a thread of its own: what blocks it blocks nobody.
         with ts.Transaction() as transaction:
             opening = [
-                ts.open(_spec(base, param.name, param.value), context=_context(), transaction=transaction)
+                ts.open(spec, context=_context(), transaction=transaction)
                 for param in params
+                for spec in (_array_spec(base, param.name, param.value), _data_spec(base, param.name, param.value))
             ]
+            arrays = [array.result() for array in opening]
             # Entries are read-only: no copy is needed.
             writing = [
-                array.result().write(param.value, can_reference_source_data_indefinitely=True)
-                for array, param in zip(opening, params, strict=True)
+                data.write(param.value.reshape(data.shape), can_reference_source_data_indefinitely=True)
+                for data, param in zip(arrays[1::2], params, strict=True)
             ]
             for write in writing:
                 write.result()
 
 
-def _spec(base: Any, name: str, array: np.ndarray) -> dict[str, Any]:
-    grid = {"name": "regular", "configuration": {"chunk_shape": [1, *array.shape[1:]]}}
+def _array_spec(base: Any, name: str, array: np.ndarray) -> dict[str, Any]:
+    return _spec(base, name, array.dtype, array.shape, (1, *array.shape[1:])) | {"create": True}
+
+
+def _data_spec(base: Any, name: str, array: np.ndarray) -> dict[str, Any]:
+    """The same chunks with the same bytes, by other axes: TensorStore copies a chunk that has an axis of length 1.
+
+    Its stride is 0 then, which passes for scattered data; without such an axis what is written is the array itself.
+    """
+    layers, tokens, *token = array.shape
+    size = math.prod(token)
+    block = (tokens, size // 4, 2, 2) if size % 4 == 0 else (tokens, size, 1, 1)
+    spec = _spec(base, name, array.dtype, (layers * tokens, *block[1:]), block)
+    return spec | {"open": True, "assume_metadata": True}  # what `_array_spec` writes stays
+
+
+def _spec(base: Any, name: str, dtype: np.dtype, shape: Sequence[int], chunk_shape: Sequence[int]) -> dict[str, Any]:
     return {
         "driver": "zarr3",
-        "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
+        "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/", "target_data_file_size": DATA_FILE_BYTES},
         "metadata": {
-            "shape": list(array.shape),
-            "data_type": array.dtype.name,
-            "chunk_grid": grid,
+            "shape": list(shape),
+            "data_type": dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         },
-        "create": True,
         "store_data_equal_to_fill_value": True,  # a layer that is missing is damage, not zeros
     }
 
 
 @cache
 def _context() -> ts.Context:
-    return ts.Context({"file_io_sync": False})  # a pack is synced as a whole
+    return ts.Context({"file_io_sync": False})  # what a power failure takes is a miss: every read checks
 
 
 NO_NEWS = (

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -32,7 +31,6 @@ from cacheblend_jax.store.record import (
 RECORDS_FILE = "entries.json"
 # Larger files hold array data, whose every layer has a checksum, and OCDBT nodes, which carry their own.
 MOST_CHECKED_BYTES = 2**20
-SYNCS = 4
 # Not damage: the entry may read well later.
 PASSING_ERRORS = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "ABORTED")
 
@@ -49,7 +47,7 @@ class PackContents(NamedTuple):
 
 
 def write_pack(path: Any, entries: Sequence[tuple[str, ChunkEntry]]) -> list[EntryRecord]:
-    """Writes entries as a pack at `path`, which must not exist; all of it is on the disk when this returns.
+    """Writes entries as a pack at `path`, which must not exist. Nothing waits for the disk: see docs/store-format.md.
 
     One entry is the tree `{k, v}`, several are `{name: {k, v}}` with their storage names.
     """
@@ -57,9 +55,10 @@ def write_pack(path: Any, entries: Sequence[tuple[str, ChunkEntry]]) -> list[Ent
 
     alone = len(entries) == 1
     created = time.time()
-    records = [record_of(key, entry, "" if alone else storage_name(key), created) for key, entry in entries]
-    trees = {record.tree: {"k": entry.k, "v": entry.v} for record, (_, entry) in zip(records, entries, strict=True)}
+    names = ["" if alone else storage_name(key) for key, _ in entries]
+    trees = {name: {"k": entry.k, "v": entry.v} for name, (_, entry) in zip(names, entries, strict=True)}
     save_tree(path, trees[""] if alone else trees)
+    records = [record_of(*item, name, created) for name, item in zip(names, entries, strict=True)]
     body = {
         "version": FORMAT_VERSION,
         "entries": [record_to_json(record) for record in records],
@@ -67,8 +66,6 @@ def write_pack(path: Any, entries: Sequence[tuple[str, ChunkEntry]]) -> list[Ent
     }
     text = canonical_json({"crc32c": crc32c_of_bytes(canonical_json(body)), "pack": body})
     (path / RECORDS_FILE).write_bytes(text)
-    if is_local(path):
-        sync_tree(path)
     return records
 
 
@@ -182,24 +179,8 @@ class EntryReader:
 
 
 def is_local(path: Any) -> bool:
-    """Whether a path is on this machine's file systems, where renaming, locking and syncing work."""
+    """Whether a path is on this machine's file systems, where renaming and locking work."""
     return "://" not in os.fspath(path)
-
-
-def sync(path: Any) -> None:
-    """Waits until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(path: Any) -> None:
-    """Waits until a directory and all that is under it is on the disk."""
-    under = [os.path.join(parent, name) for parent, names, files in os.walk(path) for name in (*names, *files)]
-    with ThreadPoolExecutor(SYNCS) as pool:  # several at once share a commit of the file system's journal
-        list(pool.map(sync, [path, *under]))
 
 
 def _file_checksum(file: Any) -> int | None:
