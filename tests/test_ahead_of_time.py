@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,12 @@ from cacheblend_jax.blend.layer_step import LayerKV
 from cacheblend_jax.blend.resident import Request, prefill
 from cacheblend_jax.blend.schedule import BlendConfig, make_plan
 from cacheblend_jax.evaluation.bench import SHAPES
+from cacheblend_jax.model import transformer
+from cacheblend_jax.model.decode import decode_step
 from cacheblend_jax.model.transformer import abstract_params
+from cacheblend_jax.programs import COMPILER_OPTIONS
 from pallas_kernels import blend_kv, selective_attention, tuning
-from pallas_kernels.dispatch import OVERRIDE
+from pallas_kernels.dispatch import OVERRIDE, Target
 from pallas_kernels.tuning import AttentionBlocks
 
 pytestmark = pytest.mark.aot
@@ -130,41 +134,82 @@ def test_a_kernel_beyond_vmem_fails_for_tpu(monkeypatch):
         compiler("tpu")(*_attention(128))
 
 
-def _blend_arguments():
-    length, forced = 8192, 64
-    plan = make_plan(num_layers=32, length=length, active=length, forced=forced, blend=BlendConfig(), check_layer=1)
+def _shape(*sizes: int, of=jnp.int32):
+    return jax.ShapeDtypeStruct(sizes, of)
 
-    def shape(*sizes: int, of=jnp.int32):
-        return jax.ShapeDtypeStruct(sizes, of)
 
+def _blend_arguments(config, num_stages: int):
+    length, forced, layers = 8192, 64, config.num_layers
+    blend_config = BlendConfig(num_stages=num_stages)
+    plan = make_plan(num_layers=layers, length=length, active=length, forced=forced, blend=blend_config, check_layer=1)
     request = Request(
-        token_ids=shape(plan.active),
-        positions=shape(plan.active),
-        length=shape(),
-        forced=shape(plan.active, of=jnp.bool_),
-        chunk_starts=shape(plan.active),
-        context_length=shape(),
-        keep=shape(len(plan.stages) - 1),
-        forced_rows=shape(plan.forced),
-        is_question=shape(plan.forced, of=jnp.bool_),
-        oracle=shape(plan.active, of=jnp.float32),
-        seed=shape(),
+        token_ids=_shape(plan.active),
+        positions=_shape(plan.active),
+        length=_shape(),
+        forced=_shape(plan.active, of=jnp.bool_),
+        chunk_starts=_shape(plan.active),
+        context_length=_shape(),
+        keep=_shape(len(plan.stages) - 1),
+        forced_rows=_shape(plan.forced),
+        is_question=_shape(plan.forced, of=jnp.bool_),
+        oracle=_shape(plan.active, of=jnp.float32),
+        seed=_shape(),
     )
-    cached = shape(32, plan.cache_length, 8, 128, of=jnp.bfloat16)
-    angles = shape(plan.cache_length, 64, of=jnp.float32)
+    cached = _shape(layers, plan.cache_length, 8, 128, of=jnp.bfloat16)
+    angles = _shape(plan.cache_length, 64, of=jnp.float32)
 
     def blend(params, request, cached, cos, sin):
-        return prefill(params, request, cached, cos, sin, config=LLAMA3_8B, plan=plan)
+        return prefill(params, request, cached, cos, sin, config=config, plan=plan)
 
-    return blend, abstract_params(LLAMA3_8B), request, LayerKV(cached, cached), angles, angles
+    return blend, abstract_params(config), request, LayerKV(cached, cached), angles, angles
 
 
-def test_a_whole_blend_compiles_for_an_h200_without_a_spill(capfd, monkeypatch):
+def _slices_of_weights(text: str) -> list[str]:
+    """Operations of their own, within no fusion, that take a layer's matrix out of its stack."""
+    matrices = {x.shape[1:] for x in jax.tree.leaves(abstract_params(LLAMA3_8B).layers) if x.ndim == 3}
+    sizes = "|".join(f"{rows},{columns}" for rows, columns in matrices)
+    taken = re.compile(rf"%\S*(slice|copy)\S* = \(?bf16\[1,({sizes})\]")
+    computations = re.split(r"^(?=\S)", text, flags=re.MULTILINE)
+    run = [computation for computation in computations if computation.startswith(("ENTRY", "%region"))]  # and loops
+    return [line for computation in run for line in computation.splitlines() if taken.search(line)]
+
+
+def test_a_whole_blend_for_an_h200_spills_nothing_and_copies_no_weights(capfd, monkeypatch):
     monkeypatch.setenv(OVERRIDE, "pallas")
-    compiled = compiler("gpu")(*_blend_arguments())
+    compiled = compiler("gpu")(*_blend_arguments(LLAMA3_8B, 4), options=COMPILER_OPTIONS["gpu"])
     assert "mosaic_gpu" in compiled.as_text()
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", "".join(capfd.readouterr()))
     assert spills, "ptxas printed no account of registers"
     assert set(spills) == {("0", "0")}
+    assert _slices_of_weights(compiled.as_text()) == []
     # Beside 16 GB of weights and 2 GB of KV: activations of 8192 tokens, never scores of tokens by tokens (8.6 GB).
-    assert compiled.memory_analysis().temp_size_in_bytes < 6e9
+    assert compiled.memory_analysis().temp_size_in_bytes < 2e9
+
+
+def test_decoding_for_an_h200_copies_no_weights():
+    cached, angles = _shape(32, 8192, 8, 128, of=jnp.bfloat16), _shape(8192, 64, of=jnp.float32)
+
+    def decode(params, k, v, token_id, position, cos, sin):
+        return decode_step(params, k, v, token_id, position, cos, sin, config=LLAMA3_8B)
+
+    arguments = abstract_params(LLAMA3_8B), cached, cached, _shape(), _shape(), angles, angles
+    compiled = compiler("gpu")(decode, *arguments, donate=(1, 2), options=COMPILER_OPTIONS["gpu"])
+    assert _slices_of_weights(compiled.as_text()) == []
+
+
+def test_weights_that_a_loop_copies_are_seen(monkeypatch):
+    monkeypatch.setattr(transformer, "current_target", lambda: Target("cpu"))
+    config = replace(LLAMA3_8B, num_layers=4, windows=(None,) * 4)
+    assert _slices_of_weights(compiler("gpu")(*_blend_arguments(config, 1)).as_text())
+
+
+def test_a_whole_blend_compiles_for_a_tpu(monkeypatch):
+    # As many layers of Llama 3 8B as a v5e holds weights, KV and embeddings of.
+    monkeypatch.setenv(OVERRIDE, "pallas")
+    compiled = compiler("tpu")(*_blend_arguments(replace(LLAMA3_8B, num_layers=12, windows=(None,) * 12), 2))
+    text = compiled.as_text()
+    assert "selective_attention_tpu" in text
+    assert "blend_kv_tpu" in text
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes < 15.75 * 2**30
+    assert memory.temp_size_in_bytes < 1.5e9

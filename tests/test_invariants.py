@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 import cacheblend_jax as cb
 from cacheblend_jax.evaluation.corpus import Difficulty, examples
+from cacheblend_jax.model import transformer
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.transformer import embedder, layer_at
 from pallas_kernels import apply_rope
+from pallas_kernels.dispatch import Target
 from pallas_kernels.selective_attention_reference import selective_attention_reference
 
 SELECTORS = sorted(cb.SELECTORS)
@@ -63,6 +65,25 @@ def test_i1_bfloat16_within_rounding(family):
     out, full = engine.prefill(prompt), engine.prefill(prompt, "full")
     assert relative_error(out.logits, full.logits) < 0.05
     assert relative_error(out.cache.k, full.cache.k) < 0.05
+
+
+@pytest.mark.parametrize(("family", "selector"), [("mistral", "query"), ("qwen3", "hkvd")])
+def test_layers_written_out_for_a_gpu_compute_what_a_loop_does(family, selector, monkeypatch):
+    prompt = random_prompt(3)
+
+    def run():
+        config = dataclasses.replace(FAMILIES[family], num_layers=4, windows=FAMILIES[family].windows[:4])
+        engine = cb.Engine(cb.random_model(config, seed=7), blend=cb.BlendConfig(selector=selector))
+        engine.precompute(prompt)
+        text = engine.generate(prompt, max_new_tokens=3)
+        return engine.prefill(prompt), text.token_ids, engine.model.programs.texts()
+
+    looped, tokens, programs = run()
+    monkeypatch.setattr(transformer, "current_target", lambda: Target("gpu"))
+    written_out, same_tokens, other_programs = run()
+    assert_full(written_out, looped)
+    assert tokens == same_tokens
+    assert len("".join(other_programs)) > 1.2 * len("".join(programs))  # a body of its own for every layer
 
 
 def test_i2_reuse_returns_what_is_stored(family):

@@ -33,7 +33,7 @@ from cacheblend_jax.blend.steps import (
     to_survivors,
 )
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.transformer import Params, Rows, embedder, layer_at, rows_at
+from cacheblend_jax.model.transformer import Params, Rows, embedder, layer_at, rows_at, scan_layers
 
 _State = tuple[Current, LayerKV]  # the rows, and the blended cache, filled layer by layer
 
@@ -92,9 +92,8 @@ def _run_stage(
 
     selector = None if cached is None or number == len(plan.stages) - 1 else plan.selector
     watched = number == 0 and needs(selector, "cross_mass")
-    layers = jnp.arange(stage.first, stage.border - watched, dtype=jnp.int32)
-    if layers.size:  # an empty loop would be compiled all the same
-        state, _ = lax.scan(lambda state, index: (step_at(state, index)[0], None), state, layers)
+    layers = range(stage.first, stage.border - watched)
+    state, _ = scan_layers(lambda state, index: (step_at(state, index)[0], None), state, layers)
     if watched:
         positions = state[0].rows.positions
         state, step = step_at(state, stage.border - 1)
@@ -118,12 +117,12 @@ def _question_mass(
 ) -> Float[Array, " keys"]:
     """Attention that the question pays to every key, summed over layers: a pass of the forced tokens over cached KV."""
 
-    def body(carry: tuple[Rows, jax.Array], index: jax.Array) -> tuple[tuple[Rows, jax.Array], None]:
+    def body(carry: tuple[Rows, jax.Array], index: jax.Array | int) -> tuple[tuple[Rows, jax.Array], None]:
         layer = _layer_of(cached, index)
         return question_step(params, config, index, *carry, layer, request.is_question, sequence), None
 
-    layers = jnp.arange(config.num_layers, dtype=jnp.int32)
-    return lax.scan(body, begin_question_pass(request, current, sequence), layers)[0][1]
+    start = begin_question_pass(request, current, sequence)
+    return scan_layers(body, start, range(config.num_layers))[0][1]
 
 
 def standalone(
@@ -143,10 +142,11 @@ def standalone(
     positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
     rows = rows_at(embedder(params, config).embed(token_ids), positions, cos, sin)
 
-    def body(rows: Rows, index: jax.Array) -> tuple[Rows, LayerKV]:
+    def body(rows: Rows, index: jax.Array | int) -> tuple[Rows, LayerKV]:
         step = layer_step(params, config, index, rows, None, sequence)
         return step.rows, step.fresh
 
-    rows, kv = lax.scan(body, rows, jnp.arange(config.num_layers - 1, dtype=jnp.int32))
+    rows, kv = scan_layers(body, rows, range(config.num_layers - 1))
     last = LayerKV(*layer_at(params, config, config.num_layers - 1).keys_values(rows.hidden))
-    return jax.tree.map(lambda stack, x: jnp.concatenate([stack, x[None]]), kv, last)
+    last = jax.tree.map(lambda x: x[None], last)
+    return last if kv is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), kv, last)

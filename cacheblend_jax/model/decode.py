@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.transformer import Params, Rows, attend, embedder, layer_at, layer_starts
+from cacheblend_jax.model.transformer import Params, Rows, attend, embedder, layer_at, layer_starts, scan_layers
 from pallas_kernels import apply_rope
 
 
@@ -77,7 +77,7 @@ def decode_step(
     at = jnp.reshape(position, (1,))
     rows = Rows(embedder(params, config).embed(token_id[None]), at, cos[at], sin[at])
 
-    def body(carry: tuple[Rows, jax.Array, jax.Array], index: jax.Array) -> tuple[tuple, None]:
+    def body(carry: tuple[Rows, jax.Array, jax.Array], index: jax.Array | int) -> tuple[tuple, None]:
         rows, k, v = carry
         layer = layer_at(params, config, index)
         k_fresh, v_fresh = layer.keys_values(rows.hidden)
@@ -94,6 +94,6 @@ def decode_step(
         )
         return (attended.rows, k, v), None
 
-    (rows, k, v), _ = lax.scan(body, (rows, k, v), jnp.arange(config.num_layers, dtype=jnp.int32))
+    (rows, k, v), _ = scan_layers(body, (rows, k, v), range(config.num_layers))
     logits = embedder(params, config).logits(rows.hidden)[0]
     return logits, jnp.argmax(logits).astype(jnp.int32), k, v

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
 from pallas_kernels import apply_rope, selective_attention
+from pallas_kernels.dispatch import current_target
 
 NO_WINDOW = 2**30
 ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -160,6 +161,24 @@ def layer_at(params: Params, config: ModelConfig, index: Int[Array, ""] | int) -
     """Puts layer `index`, traced or not, together (at trace time)."""
     state = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), params.layers)
     return nnx.merge(_graph(DecoderLayer, config).definition, nnx.State(state))
+
+
+def scan_layers(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: range) -> tuple[Any, Any]:
+    """`lax.scan` over layer indices: `carry, y = step(carry, index)` for each; returns the carry and the stacked ys.
+
+    For a GPU the layers are written out. There, weights that a loop takes out of their stacks are copied before they
+    are multiplied (of a Llama 3 8B 0.44 GB a layer, which the blend at r = 0.15 needs a tenth of its time for), while
+    matrix products read a slice at an index that the compiler knows where it lies.
+    """
+    if not layers:  # an empty loop would be compiled all the same
+        return carry, None
+    if current_target().platform != "gpu":
+        return lax.scan(step, carry, jnp.arange(layers.start, layers.stop, dtype=jnp.int32))
+    ys = []
+    for index in layers:
+        carry, y = step(carry, index)
+        ys.append(y)
+    return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *ys)
 
 
 def abstract_params(config: ModelConfig) -> Params:
