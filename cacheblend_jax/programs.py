@@ -53,7 +53,7 @@ class ProgramCache:
 
     def __init__(self, platform: str) -> None:
         self._most_regions = _most_regions() if platform == "cpu" else None
-        self._compiler_options = _known_options(platform)
+        self._compiler_options = compiler_options(platform)
         self._programs: OrderedDict[Hashable, Future] = OrderedDict()
         self._count = 0
         self._lock = threading.Lock()
@@ -123,8 +123,8 @@ class ProgramCache:
 
 
 @cache
-def _known_options(platform: str) -> dict[str, str | bool]:
-    """The platform's compiler options; none where its XLA no longer knows them: they make programs faster, no more."""
+def compiler_options(platform: str) -> dict[str, str | bool]:
+    """Returns the platform's compiler options; none where XLA no longer knows them: they only make programs faster."""
     options = COMPILER_OPTIONS.get(platform, {})
     try:
         jax.jit(lambda x: x).lower(0.0).compile(compiler_options=options)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch, the rival, needs memory too
 
@@ -30,11 +31,13 @@ from cacheblend_jax.blend.layer_step import LayerKV
 from cacheblend_jax.blend.resident import prefill
 from cacheblend_jax.blend.schedule import BlendConfig, Plan, full_plan, make_plan, survivor_counts
 from cacheblend_jax.blend.steps import Request
-from cacheblend_jax.evaluation.bench import SHAPES
+from cacheblend_jax.evaluation.bench import SHAPES, torch_model
+from cacheblend_jax.evaluation.device_profile import time_by_stage
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.transformer import init_params
 from cacheblend_jax.planner import computed_positions
+from cacheblend_jax.programs import compiler_options
 from pallas_kernels import blend_kv, selective_attention, tuning
 from pallas_kernels.blend_kv_reference import blend_kv_reference
 from pallas_kernels.dispatch import OVERRIDE, current_target
@@ -107,6 +110,14 @@ def tokamax_causal(q, k, v, positions):
     return tokamax.dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
 
 
+def tokamax_positions(q, k, v, positions):
+    """The one other kernel of queries at positions of their own; tokamax's public function has no argument for them."""
+    from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
+
+    attend = PallasMosaicGpuFlashAttention()
+    return attend(q[None], k[None], v[None], is_causal=True, q_indices=positions[None, None])[0]
+
+
 def measure(functions: dict[str, Callable], arguments, repeats: int) -> dict[str, dict]:
     """Medians of interleaved rounds, and temporary memory by the compiler's account."""
     compiled, results = {}, {}
@@ -162,7 +173,9 @@ def bench_attention(options: argparse.Namespace) -> list[dict]:
         arguments = inputs(num_queries, options.keys, options.heads, options.kv_heads, options.head_dim, options.dtype)
         functions = {name: with_implementation(name) for name in backends()}
         functions |= (
-            {"dense": dense} if label == "scattered" else {"causal": causal, "cudnn": cudnn, "tokamax": tokamax_causal}
+            {"dense": dense, "tokamax": tokamax_positions}
+            if label == "scattered"
+            else {"causal": causal, "cudnn": cudnn, "tokamax": tokamax_causal}
         )
         flops = visible_flops(np.asarray(arguments[3], np.int64), options.heads, options.head_dim)
         for name, result in measure(functions, arguments, options.repeats).items():
@@ -297,10 +310,18 @@ def request_of(plan: Plan, length: int, vocab_size: int, ratio: float) -> Reques
     )
 
 
+class Mode(NamedTuple):
+    """A prefill's plan, its compiled program, and a call of it."""
+
+    plan: Plan
+    program: Any
+    run: Callable
+
+
 def prefills(
     config: ModelConfig, length: int, params, names: tuple[str, ...] = ("full", "blend"), ratio: float = RATIO
-) -> dict[str, tuple[Plan, Callable]]:
-    """The compiled modes, by name, each as a call without arguments."""
+) -> dict[str, Mode]:
+    """The compiled modes, by name."""
     blend = BlendConfig(ratio)
     blending = make_plan(
         num_layers=config.num_layers, length=length, active=length, forced=SUFFIX, blend=blend, check_layer=1
@@ -316,8 +337,9 @@ def prefills(
         def traced(*arguments, plan=plan):
             return prefill(*arguments, config=config, plan=plan)
 
-        run = jax.jit(traced).lower(*arguments).compile()
-        modes[name] = plan, lambda run=run, arguments=arguments: run(*arguments)
+        options = compiler_options(current_target().platform)
+        program = jax.jit(traced).lower(*arguments).compile(compiler_options=options)
+        modes[name] = Mode(plan, program, partial(program, *arguments))
     return modes
 
 
@@ -337,6 +359,10 @@ def _tiny(dtype: str) -> ModelConfig:
     return replace(SHAPES["bench-16l"], **small)
 
 
+def _config(shape: str, dtype: str) -> ModelConfig:
+    return _tiny(dtype) if shape == "tiny" else SHAPES[shape]
+
+
 def whole_blend_error(implementation: str, dtype: str) -> float:
     """Largest difference of the logits of a blend that recomputes all tokens to those of full prefill, in float32.
 
@@ -347,7 +373,7 @@ def whole_blend_error(implementation: str, dtype: str) -> float:
         params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), _tiny(dtype))
         params = jax.tree.map(lambda x, of=of: x.astype(of), params)  # the same weights, rounded once
         with kernels(name):
-            _, run = prefills(_tiny(of), 256, params, (mode,), ratio=1.0)[mode]
+            run = prefills(_tiny(of), 256, params, (mode,), ratio=1.0)[mode].run
         logits.append(np.asarray(run().logits, np.float64))
     return float(np.abs(logits[0] - logits[1]).max() / np.abs(logits[1]).max())
 
@@ -355,7 +381,7 @@ def whole_blend_error(implementation: str, dtype: str) -> float:
 def bench_model(options: argparse.Namespace) -> list[dict]:
     chip, rows = current_target().chip, []
     for shape in options.shapes:
-        config = _tiny(options.dtype) if shape == "tiny" else SHAPES[shape]
+        config = _config(shape, options.dtype)
         params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
         for implementation, length in itertools.product(options.kernels, options.lengths):
             case = f"{shape} {length} {implementation}"
@@ -368,15 +394,11 @@ def bench_model(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def _model_rows(options: argparse.Namespace, config: ModelConfig, case: str, modes, chip: str) -> list[dict]:
+def _model_rows(options: argparse.Namespace, config: ModelConfig, case: str, modes: dict[str, Mode], chip: str):
     flops = {}
-    for name, (plan, run) in modes.items():
-        flops[name] = prefill_flops(config, computed_positions(plan, run().stage_positions))
-    times = interleaved({name: run for name, (_, run) in modes.items()}, options.repeats)
-    if options.profile:
-        with jax.profiler.trace(str(options.profile / case.replace(" ", "-"))):
-            for _, run in modes.values():
-                jax.block_until_ready(run())
+    for name, mode in modes.items():
+        flops[name] = prefill_flops(config, computed_positions(mode.plan, mode.run().stage_positions))
+    times = interleaved({name: mode.run for name, mode in modes.items()}, options.repeats)
     rows = []
     for name, result in times.items():
         predicted = predicted_seconds(flops[name], chip, name)
@@ -386,24 +408,57 @@ def _model_rows(options: argparse.Namespace, config: ModelConfig, case: str, mod
     return rows
 
 
+def bench_stages(options: argparse.Namespace) -> list[dict]:
+    """Where the blend's time goes, at the second of the lengths, and how much of it is neither matmul nor attention."""
+    rows, length = [], options.lengths[min(1, len(options.lengths) - 1)]
+    for shape, implementation in itertools.product(options.shapes, options.kernels):
+        config = _config(shape, options.dtype)
+        params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
+        case = f"{shape} {length} {implementation}"
+        with kernels(implementation):
+            blend = prefills(config, length, params, ("blend",))["blend"]
+        directory = options.profile and options.profile / case.replace(" ", "-")
+        spent = time_by_stage(blend.run, blend.program, directory)
+        rows += [{"case": case} | row for row in spent]
+        other = sum(row["share"] for row in spent if row["kind"] not in ("matmul", "attention"))
+        rows.append({"case": case, "stage": "all", "kind": "neither matmul nor attention", "share": other})
+    return rows
+
+
 def bench_torch(options: argparse.Namespace) -> list[dict]:
-    """Torch's causal attention of the same shape, where torch and a GPU are there."""
+    """Torch's causal attention, and full prefill of the same models by transformers + torch, both with sdpa."""
     import torch
 
-    if not torch.cuda.is_available():
-        raise RuntimeError("torch sees no GPU")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)
     q, k, v = (
-        torch.randn(1, heads, options.keys, options.head_dim, device="cuda", dtype=dtype)
+        torch.randn(1, heads, options.keys, options.head_dim, device=device, dtype=dtype)
         for heads in (options.heads, options.kv_heads, options.kv_heads)
     )
 
-    def run():
-        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        torch.cuda.synchronize()
+    def attend():
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        float(out[0, 0, 0, 0])  # waits for the device
 
     flops = visible_flops(np.arange(options.keys, dtype=np.int64), options.heads, options.head_dim)
-    return [_row("torch sdpa", interleaved({"torch": run}, options.repeats)["torch"], None, tflops=flops / 1e9)]
+    rows = [_row("torch sdpa", interleaved({"torch": attend}, options.repeats)["torch"], None, tflops=flops / 1e9)]
+    for shape in options.shapes:
+        config = _config(shape, options.dtype)
+        model = torch_model(config, device)
+
+        def full(ids, model=model):
+            with torch.no_grad():
+                return int(model(ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+
+        for length in options.lengths:
+            ids = torch.randint(config.vocab_size, (1, length), device=device)
+            flops = prefill_flops(config, [np.arange(length)] * config.num_layers)
+            try:
+                result = interleaved({"torch": partial(full, ids)}, options.repeats)["torch"]
+            except torch.OutOfMemoryError as error:
+                result = {"error": _first_line(error)}
+            rows.append({"case": f"{shape} {length}"} | _row("torch full", result, None, tflops=flops / 1e9))
+    return rows
 
 
 PARTS = {
@@ -412,6 +467,7 @@ PARTS = {
     "attention": bench_attention,
     "blend_kv": bench_blend_kv,
     "model": bench_model,
+    "stages": bench_stages,
     "torch": bench_torch,
     "sweep": sweep,
 }
@@ -431,7 +487,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kernels", nargs="+", choices=("pallas", "xla"), default=["pallas", "xla"], help="of models")
     parser.add_argument("--copy-mb", type=int, default=1024)
     parser.add_argument("--matmul", type=int, default=8192, help="rows and columns")
-    parser.add_argument("--profile", type=Path, help="folder for one trace of each model's prefills")
+    parser.add_argument("--profile", type=Path, help="folder for the traces of the blends")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
 

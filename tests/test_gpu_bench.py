@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -27,6 +28,14 @@ def test_a_tiny_run_of_all_parts_checks_measures_and_writes_json(tmp_path, capsy
     assert [row["name"] for row in report["model"]] == ["full", "blend"]
     assert report["model"][1]["efficiency"] > 0
     assert any((tmp_path / "profile").rglob("*"))
+    spent = {(row["stage"], row["kind"]): row for row in report["stages"]}
+    assert {stage for stage, _ in spent} >= {"0", "1", "all"}
+    assert all(spent[stage, kind]["ms"] > 0 for stage in "01" for kind in ("matmul", "attention"))
+    assert sum(row["share"] for row in spent.values() if row["stage"] != "all") == pytest.approx(1)
+    assert 0 < spent["all", "neither matmul nor attention"]["share"] < 1
+    if find_spec("torch"):
+        assert [row["name"] for row in report["torch"]] == ["torch sdpa", "torch full"]
+        assert report["torch"][1]["ms"] > 0
     assert report["sweep"] == []
     assert "efficiency" in capsys.readouterr().out
 

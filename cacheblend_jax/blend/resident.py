@@ -65,7 +65,8 @@ def prefill(
     stage_positions = []
     for number, stage in enumerate(plan.stages):
         stage_positions.append(state[0].rows.positions)
-        state, known = run(number, stage, state, known)
+        with jax.named_scope(f"stage_{number}"):  # profiles tell stages apart by it
+            state, known = run(number, stage, state, known)
     current, blended = state
     logits, next_token = logits_of(params, config, current.rows)
     return Prefilled(logits, next_token, blended.k, blended.v, tuple(stage_positions))

@@ -196,6 +196,17 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             print(f"full / torch at {row['tokens']} tokens: {row['over_torch']:.2f}")
 
 
+def torch_model(config: ModelConfig, device: str) -> Any:
+    """Returns the same model by transformers + torch (sdpa) on a device of torch's, with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = getattr(torch, config.dtype)
+    peer_config = AutoConfig.for_model(**config.to_hugging_face())
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(peer_config, dtype=dtype, attn_implementation="sdpa").eval()
+
+
 def _torch_peer(model: Model, prompt: Prompt, next_token: int) -> Callable[[], float]:
     """Full prefill by transformers + torch (sdpa) of the same weights and prompt, on torch's own threads or GPU.
 
@@ -204,15 +215,12 @@ def _torch_peer(model: Model, prompt: Prompt, next_token: int) -> Callable[[], f
     """
     try:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise CacheBlendError(f"--peer torch needs torch: pip install torch ({error})") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, model.config.dtype)
-    config = AutoConfig.for_model(**model.config.to_hugging_face())
-    peer = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+    peer = torch_model(model.config, device)
     tensors = {
-        name: torch.from_numpy(array.astype(np.float32)).to(dtype)
+        name: torch.from_numpy(array.astype(np.float32)).to(peer.dtype)
         for name, array in hugging_face_tensors(model.params).items()
     }
     peer.load_state_dict(tensors, strict=not model.config.tied_embeddings)
