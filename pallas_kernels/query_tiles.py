@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
 
 BIG = 2**30
 
@@ -64,6 +66,26 @@ def _key_blocks(last_visible: jax.Array, first_visible: jax.Array, tile_rows: in
     inner_begin = jnp.clip(-(-common_first // block_keys), begin, end)
     inner_end = jnp.clip(jnp.minimum(common_last, last) // block_keys, inner_begin, end)
     return KeyBlocks(begin, inner_begin, inner_end, end, last)
+
+
+def cost(q: jax.Array, k: jax.Array, *, tile_rows: int, block_keys: int) -> pl.CostEstimate:
+    """Returns what attention costs by tiles of such sizes, declared to XLA when positions are not known yet.
+
+    Of queries spread evenly over the keys, each of which sees all keys before it; full prefill and the survivors of a
+    blend are such. A tile reads the key and value blocks up to its last query's position.
+    """
+    (num_queries, num_heads, head_dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
+    num_rows = num_queries * num_heads // num_kv_heads
+    num_tiles = -(-num_rows // tile_rows)
+    last_keys = num_keys * np.minimum(np.arange(1, num_tiles + 1) * tile_rows / num_rows, 1.0)
+    keys_of_tiles = int(np.ceil(last_keys / block_keys).sum()) * block_keys
+    scores = num_kv_heads * tile_rows * keys_of_tiles
+    read = num_kv_heads * keys_of_tiles * 2 * head_dim * k.dtype.itemsize
+    return pl.CostEstimate(
+        flops=4 * head_dim * scores,
+        transcendentals=scores,
+        bytes_accessed=read + 2 * q.size * q.dtype.itemsize + 4 * num_queries * num_heads,
+    )
 
 
 def unpack_rows(packed: jax.Array, num_queries: int, num_heads: int) -> jax.Array:

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.query_tiles import KeyBlocks, make_tiles, unpack_rows
+from pallas_kernels.query_tiles import KeyBlocks, cost, make_tiles, unpack_rows
 from pallas_kernels.tuning import AttentionBlocks
 
 MASKED = -1e30  # finite: a row that sees nothing of a block stays free of NaN
@@ -84,7 +84,11 @@ def attend_mosaic_gpu(
     num_rows = tiles.rows.shape[1]
     tail = kv_length // blocks.keys
     tail_blocks = [_tail_block(x, tail, kv_length, blocks.keys) for x in (k, v)]
-    options = {"interpret": vars(plgpu)["InterpretGPUParams"](detect_races=True)} if interpret else {}
+    options: dict[str, Any] = {}
+    if interpret:
+        options["interpret"] = vars(plgpu)["InterpretGPUParams"](detect_races=True)
+    if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:  # from jax 0.11 on
+        options["cost_estimate"] = cost(q, k, tile_rows=blocks.rows, block_keys=blocks.keys)
     out, lse = plgpu.kernel(
         _kernel(shape, num_rows // blocks.rows),
         out_type=[

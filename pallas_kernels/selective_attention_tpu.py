@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.query_tiles import KeyBlocks, make_tiles, unpack_rows
+from pallas_kernels.query_tiles import KeyBlocks, cost, make_tiles, unpack_rows
 from pallas_kernels.tuning import AttentionBlocks
 
 MASKED = -1e30  # finite: a row that sees nothing of a block stays free of NaN
@@ -87,6 +87,7 @@ def attend_tpu(
             jax.ShapeDtypeStruct((num_kv_heads, 1, num_rows), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=cost(q, k, tile_rows=tile_rows, block_keys=block_keys),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="selective_attention_tpu",
     )(*tiles.blocks, visible, tiles.rows, keys, values)

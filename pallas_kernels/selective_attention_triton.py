@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.query_tiles import make_tiles, unpack_rows
+from pallas_kernels.query_tiles import cost, make_tiles, unpack_rows
 from pallas_kernels.tuning import AttentionBlocks
 
 MASKED = -1e30  # finite: a row that sees nothing of a block stays free of NaN
@@ -65,6 +65,7 @@ def attend_triton(
             jax.ShapeDtypeStruct((num_kv_heads, num_rows), jnp.float32),
         ],
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        cost_estimate=cost(q, k, tile_rows=blocks.rows, block_keys=blocks.keys),
         interpret=interpret,
         name="selective_attention_triton",
     )(*tiles.blocks, tiles.first_visible, tiles.last_visible, tiles.rows, k, v)

@@ -20,6 +20,7 @@ from cacheblend_jax.model.transformer import abstract_params
 from cacheblend_jax.programs import COMPILER_OPTIONS
 from pallas_kernels import blend_kv, selective_attention, tuning
 from pallas_kernels.dispatch import OVERRIDE, Target
+from pallas_kernels.query_tiles import cost
 from pallas_kernels.tuning import AttentionBlocks
 
 pytestmark = pytest.mark.aot
@@ -121,8 +122,12 @@ def test_a_copy_of_what_is_not_donated_is_seen():
     ("head_dim", "dtype"), [(64, "bfloat16"), (80, "float32"), (128, "bfloat16"), (256, "float32")]
 )
 def test_attention_for_tpu_fits_its_memory(head_dim, dtype):
-    compiled = compiler("tpu")(*_attention(head_dim, jnp.dtype(dtype)))
+    arguments = _attention(head_dim, jnp.dtype(dtype))
+    compiled = compiler("tpu")(*arguments)
     assert "selective_attention_tpu" in compiled.as_text()
+    blocks = tuning.attention_blocks("tpu", "TPU v5 lite", jnp.dtype(dtype), head_dim)
+    least = cost(*arguments[1:3], tile_rows=blocks.rows, block_keys=blocks.keys).flops
+    assert least <= compiled.cost_analysis()["flops"] <= 1.1 * least
     # Scores of all queries and keys would be 1.3 GB.
     assert compiled.memory_analysis().temp_size_in_bytes < 3e8
 
