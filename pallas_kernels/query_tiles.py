@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 BIG = 2**30
+Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
 class KeyBlocks(NamedTuple):
@@ -68,7 +69,7 @@ def _key_blocks(last_visible: jax.Array, first_visible: jax.Array, tile_rows: in
     return KeyBlocks(begin, inner_begin, inner_end, end, last)
 
 
-def cost(q: jax.Array, k: jax.Array, *, tile_rows: int, block_keys: int) -> pl.CostEstimate:
+def cost(q: Shaped, k: Shaped, *, tile_rows: int, block_keys: int) -> pl.CostEstimate:
     """Returns what attention costs by tiles of such sizes, declared to XLA when positions are not known yet.
 
     Of queries spread evenly over the keys, each of which sees all keys before it; full prefill and the survivors of a
