@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,17 @@ from pallas_kernels.tuning import AttentionBlocks
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "TPU v5 lite": 197e12}  # dense bfloat16
 BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "TPU v5 lite": 0.82e12}  # bytes/s
 # What we expect, as a share of the peak: of attention at 8k keys, of prefills, and of bandwidth.
-PREDICTED_SHARE = {"mosaic_gpu": 0.55, "triton": 0.35, "tpu": 0.4, "matmul": 0.75, "full": 0.6, "blend": 0.5}
+PREDICTED_SHARE = {
+    "mosaic_gpu": 0.55,
+    "triton": 0.35,
+    "tpu": 0.4,
+    "xla": 0.1,
+    "matmul": 0.75,
+    "full": 0.6,
+    "blend": 0.5,
+}
+PREDICTED_SHARE |= {"cudnn": 0.65, "tokamax": 0.6, "causal": 0.1, "dense": 0.05, "torch sdpa": 0.5, "torch full": 0.55}
+PREDICTED_OTHER = 0.05  # of a blend's time is neither matmul nor attention
 PREDICTED_BANDWIDTH = {"copy": 0.9, "triton": 0.8, "tpu": 0.7, "xla": 0.6}
 SUFFIX, CHUNK, RATIO = 64, 512, 0.15
 CANDIDATES = [
@@ -193,11 +204,13 @@ def sweep(options: argparse.Namespace) -> list[dict]:
     )
     if backend == "xla":
         return rows
+    flops = visible_flops(np.asarray(arguments[3], np.int64), options.heads, options.head_dim)
+    predicted = predicted_seconds(flops, current_target().chip, backend)
     for blocks in CANDIDATES:
         size = jnp.dtype(options.dtype).itemsize
         tuning.SELECTIVE_ATTENTION[backend, ""] = [(size, 256, blocks)]
         result = measure({str(blocks): with_implementation(backend)}, arguments, options.repeats)
-        rows += [{"blocks": name} | timing for name, timing in result.items()]
+        rows += [_row(name, timing, predicted) for name, timing in result.items()]
     return rows
 
 
@@ -383,14 +396,15 @@ def bench_model(options: argparse.Namespace) -> list[dict]:
     for shape in options.shapes:
         config = _config(shape, options.dtype)
         params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
-        for implementation, length in itertools.product(options.kernels, options.lengths):
-            case = f"{shape} {length} {implementation}"
-            try:
-                with kernels(implementation):
-                    modes = prefills(config, length, params)
-                rows += _model_rows(options, config, case, modes, chip)
-            except Exception as error:  # too long for this card, say
-                rows.append({"case": case, "name": "prefill", "error": _first_line(error)})
+        for implementation in options.kernels:
+            with kernels(implementation), ThreadPoolExecutor(len(options.lengths)) as pool:  # most of it is compiling
+                compiling = {length: pool.submit(prefills, config, length, params) for length in options.lengths}
+            for length, made in compiling.items():
+                case = f"{shape} {length} {implementation}"
+                try:
+                    rows += _model_rows(options, config, case, made.result(), chip)
+                except Exception as error:  # too long for this card, say
+                    rows.append({"case": case, "name": "prefill", "error": _first_line(error)})
     return rows
 
 
@@ -421,7 +435,8 @@ def bench_stages(options: argparse.Namespace) -> list[dict]:
         spent = time_by_stage(blend.run, blend.program, directory)
         rows += [{"case": case} | row for row in spent]
         other = sum(row["share"] for row in spent if row["kind"] not in ("matmul", "attention"))
-        rows.append({"case": case, "stage": "all", "kind": "neither matmul nor attention", "share": other})
+        whole = {"case": case, "stage": "all", "kind": "neither matmul nor attention", "share": other}
+        rows.append(whole | {"predicted_share": PREDICTED_OTHER})
     return rows
 
 
@@ -441,7 +456,9 @@ def bench_torch(options: argparse.Namespace) -> list[dict]:
         float(out[0, 0, 0, 0])  # waits for the device
 
     flops = visible_flops(np.arange(options.keys, dtype=np.int64), options.heads, options.head_dim)
-    rows = [_row("torch sdpa", interleaved({"torch": attend}, options.repeats)["torch"], None, tflops=flops / 1e9)]
+    chip = current_target().chip
+    predicted = predicted_seconds(flops, chip, "torch sdpa")
+    rows = [_row("torch sdpa", interleaved({"torch": attend}, options.repeats)["torch"], predicted, tflops=flops / 1e9)]
     for shape in options.shapes:
         config = _config(shape, options.dtype)
         model = torch_model(config, device)
@@ -457,7 +474,8 @@ def bench_torch(options: argparse.Namespace) -> list[dict]:
                 result = interleaved({"torch": partial(full, ids)}, options.repeats)["torch"]
             except torch.OutOfMemoryError as error:
                 result = {"error": _first_line(error)}
-            rows.append({"case": f"{shape} {length}"} | _row("torch full", result, None, tflops=flops / 1e9))
+            predicted = predicted_seconds(flops, chip, "torch full")
+            rows.append({"case": f"{shape} {length}"} | _row("torch full", result, predicted, tflops=flops / 1e9))
     return rows
 
 

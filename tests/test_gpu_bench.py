@@ -58,5 +58,5 @@ def test_work_is_counted_by_what_is_visible():
 
 def test_predictions_name_only_chips_and_backends_that_we_know():
     assert gpu_bench.predicted_seconds(989 * 10**12, "NVIDIA H200", "mosaic_gpu") == pytest.approx(1 / 0.55)
-    assert gpu_bench.predicted_seconds(1, "NVIDIA H200", "xla") is None
+    assert gpu_bench.predicted_seconds(1, "NVIDIA H200", "a rival") is None
     assert gpu_bench.predicted_seconds(1, "cpu", "mosaic_gpu") is None
