@@ -12,7 +12,7 @@ from conftest import FAMILIES, HF, family_model, fresh_engine, random_prompt, re
 
 import cacheblend_jax as cb
 from cacheblend_jax.model.decode import Sampling
-from cacheblend_jax.programs import ProgramCache
+from cacheblend_jax.programs import COMPILER_OPTIONS, ProgramCache, compiler_options
 
 
 @pytest.fixture(scope="module")
@@ -311,3 +311,14 @@ def test_programs_used_least_recently_make_room(monkeypatch, caplog):
     assert compile_s(1) == compile_s(3) == compile_s(4) == 0
     assert compile_s(2) > 0
     assert programs.count == 5
+
+
+def test_a_compiler_that_dropped_an_option_is_told_of_and_used_without(monkeypatch, caplog):
+    monkeypatch.setitem(COMPILER_OPTIONS, "cpu", {"xla_cpu_was_dropped": "1"})
+    compiler_options.cache_clear()
+    try:
+        assert compiler_options("cpu") == {}
+        assert "compiled without xla_cpu_was_dropped" in caplog.text
+        assert ProgramCache("cpu").get(jnp.negative, lambda: (jax.ShapeDtypeStruct((2,), np.float32),)).compile_s > 0
+    finally:
+        compiler_options.cache_clear()
