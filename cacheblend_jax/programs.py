@@ -125,7 +125,9 @@ class ProgramCache:
 @cache
 def compiler_options(platform: str) -> dict[str, str | bool]:
     """Returns the platform's compiler options; none where XLA no longer knows them: they only make programs faster."""
-    options = COMPILER_OPTIONS.get(platform, {})
+    options = COMPILER_OPTIONS.get(platform)
+    if options is None:
+        return {}
     try:
         jax.jit(lambda x: x).lower(0.0).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
