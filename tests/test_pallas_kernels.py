@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import FAMILIES, family_model
 from hypothesis import given, settings
+from jax.experimental import checkify
 from kernel_cases import TOLERANCE, cases
 
+from cacheblend_jax.blend import layer_step
+from cacheblend_jax.blend.layer_step import LayerKV
+from cacheblend_jax.blend.resident import prefill
+from cacheblend_jax.blend.schedule import BlendConfig, make_plan
+from cacheblend_jax.evaluation.whole_prefills import request_of
+from cacheblend_jax.model import transformer
+from cacheblend_jax.model.rope import rope_tables
 from pallas_kernels import apply_rope, attention_mass, selective_attention
 from pallas_kernels.selective_attention_reference import selective_attention_reference
 
@@ -119,3 +130,36 @@ def test_rotated_keys_and_queries_see_only_their_distance():
 
     assert product(7, 3) == pytest.approx(product(107, 103), abs=1e-4)
     assert product(7, 3) != pytest.approx(product(7, 5), abs=1e-2)
+
+
+def ascending(attend):
+    """Attention that also checks, when it runs under `checkify`, what can't be seen when it is traced."""
+
+    def checked(q, k, v, q_positions, **options):
+        checkify.check((jnp.diff(q_positions) >= 0).all(), "q_positions descend")
+        return attend(q, k, v, q_positions, **options)
+
+    return checked
+
+
+def test_descending_positions_are_found_by_checkify():
+    q, k = jnp.ones((3, 2, 8)), jnp.ones((9, 2, 8))
+    attend = checkify.checkify(jax.jit(ascending(selective_attention)))
+    assert attend(q, k, k, jnp.asarray([2, 2, 7]))[0].get() is None
+    assert "q_positions descend" in attend(q, k, k, jnp.asarray([2, 7, 6]))[0].get()
+
+
+@pytest.mark.parametrize("selector", ["hkvd", "random", "cross"])
+def test_a_blend_attends_at_ascending_positions_only(monkeypatch, selector):
+    for module in (transformer, layer_step):
+        monkeypatch.setattr(module, "selective_attention", ascending(selective_attention))
+    config, length = FAMILIES["llama2"], 200
+    blend = BlendConfig(0.3, selector=selector)
+    plan = make_plan(num_layers=6, length=length, active=length, forced=64, blend=blend, check_layer=1)
+    cached = jax.random.normal(jax.random.key(0), (2, 6, plan.cache_length, config.num_kv_heads, config.head_dim))
+    tables = rope_tables(config, plan.cache_length)
+    arguments = request_of(plan, length, config.vocab_size, 0.3), LayerKV(*cached), *tables
+    run = checkify.checkify(jax.jit(partial(prefill, family_model("llama2").params, config=config, plan=plan)))
+    error, out = run(*arguments)
+    error.throw()
+    assert np.isfinite(out.logits).all()
