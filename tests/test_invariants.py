@@ -297,6 +297,19 @@ def test_i8_hkvd_lowers_the_deviation_of_kv_and_of_attention_more_than_random():
     assert means["hkvd"][0] < 0.7 * means["random"][0], means
 
 
+def test_a_stage_more_takes_no_memory_for_layers_that_are_not_running():
+    config = dataclasses.replace(
+        FAMILIES["llama2"], hidden_size=128, intermediate_size=1024, num_layers=12, windows=(), check_layer=1
+    )
+    model, prompt, peak = cb.random_model(config), random_prompt(5), {}
+    layer_bytes = sum(leaf[0].nbytes for leaf in jax.tree.leaves(model.params.layers))
+    for stages in (1, 5):
+        engine = cb.Engine(model, blend=cb.BlendConfig(num_stages=stages))
+        engine.precompute(prompt)
+        peak[stages] = engine.prefill(prompt).stats.peak_memory_bytes
+    assert peak[5] - peak[1] < layer_bytes / 2
+
+
 def test_no_array_is_tokens_by_tokens():
     tokens = 2048
     engine = cb.Engine(family_model("llama3"))

@@ -34,6 +34,7 @@ from cacheblend_jax.blend.steps import (
 )
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.transformer import Params, Rows, embedder, layer_at, rows_at, scan_layers
+from pallas_kernels.dispatch import current_target
 
 _State = tuple[Current, LayerKV]  # the rows, and the blended cache, filled layer by layer
 
@@ -87,6 +88,7 @@ def _run_stage(
     """Scans a stage's layers, then takes the border's step, where the rows shrink to the next stage's."""
 
     def step_at(state: _State, index: jax.Array | int, narrow=None) -> tuple[_State, Step]:
+        index = _when_reached(index, state)
         layer = None if cached is None else _layer_of(cached, index)
         current, blended, step = advance(params, config, index, state[0], layer, state[1], sequence, narrow)
         return (current, blended), step
@@ -103,10 +105,21 @@ def _run_stage(
     if selector is None or cached is None:
         narrow = to_last_row(state[0], sequence)
     else:
-        room, layer = plan.stages[number + 1].rows, _layer_of(cached, stage.border)
+        room, layer = plan.stages[number + 1].rows, _layer_of(cached, _when_reached(stage.border, state))
         keep = request.keep[number]
         narrow = to_survivors(state[0], layer, known, keep, room=room, selector=selector, deviation=plan.deviation)
     return step_at(state, stage.border, narrow)[0], known
+
+
+def _when_reached(index: jax.Array | int, state: _State) -> jax.Array | int:
+    """Returns a layer's index, which a CPU's program is to know only once the layer before is done.
+
+    XLA for CPUs begins with what depends on nothing: it would take all layers of constant index (those at borders) out
+    of their stacks at the start, and hold these copies of weights and cached KV until they are read.
+    """
+    if not isinstance(index, int) or current_target().platform != "cpu":
+        return index
+    return jnp.where(state[0].rows.hidden[0, 0] > jnp.inf, 0, index)  # never; but XLA cannot know
 
 
 def _layer_of(kv: LayerKV, index: jax.Array | int) -> LayerKV:

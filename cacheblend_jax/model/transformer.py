@@ -172,7 +172,7 @@ def scan_layers(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers:
     """
     if not layers:  # an empty loop would be compiled all the same
         return carry, None
-    if current_target().platform != "gpu":
+    if current_target().platform != "gpu" and len(layers) > 1:
         return lax.scan(step, carry, jnp.arange(layers.start, layers.stop, dtype=jnp.int32))
     ys = []
     for index in layers:
