@@ -62,16 +62,15 @@ def block_sizes(num_queries: int, num_keys: int) -> tuple[int, BlockSizes]:
     """Returns queries a tile and keys a step of the XLA implementation, as they were fastest on a CPU.
 
     Tiles are equal, so that the last one is not mostly padding: its queries see the most keys. Steps are large, since
-    each operation of a step has its own cost, and two cores share a matrix product well from about 450 rows by 1000
-    keys on. Scattered queries span several times their number in positions: little of what a tile sees is common to
-    all of it, and its tiles are smaller.
+    each operation of a step has its own cost. Scattered queries span several times their number in positions: little
+    of what a tile sees is common to all of it, and its tiles are smaller.
     """
     dense = num_queries * 2 > num_keys
     tiles = max(round(num_queries / (352 if dense else 224)), 1)
     tile = -(-num_queries // tiles)
     tile = -(-tile // 8) * 8
-    edge = min(tile if dense else 512, num_keys)
-    return tile, BlockSizes(inner=2 * edge if 4 * edge <= num_keys else edge, edge=edge)
+    edge = min(tile if dense else max(num_keys // (2 * tiles), 512), 768, num_keys)
+    return tile, BlockSizes(inner=2 * edge if dense and 2 * edge <= num_keys else edge, edge=edge)
 
 
 class _Tile(NamedTuple):
