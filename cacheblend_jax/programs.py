@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
 import inspect
+import itertools
 import logging
 import threading
 import time
-from collections import OrderedDict
+import weakref
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +27,9 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
 }
 MAPPED_SHARE = 0.75  # of the memory regions that the kernel lets a process map
 EVICTED_AT_ONCE = 8
+_cpu_caches: weakref.WeakSet[ProgramCache] = weakref.WeakSet()  # of the process, which the limit is one of
+_lock = threading.Lock()  # of all caches' entries
+_uses = itertools.count()
 
 
 class Program(NamedTuple):
@@ -47,16 +53,18 @@ class ProgramCache:
 
     Args:
         platform: `"cpu"`, `"gpu"` or `"tpu"`, which the programs run on. A program for a CPU maps up to a thousand
-            regions of memory, and Linux lets a process map 65 530 of them: there, the programs used least recently
-            make room for new ones.
+            regions of memory, and Linux lets a process map 65 530 of them: there, the programs of the process used
+            least recently, whichever cache they are in, make room for new ones.
     """
 
     def __init__(self, platform: str) -> None:
-        self._most_regions = _most_regions() if platform == "cpu" else None
         self._compiler_options = compiler_options(platform)
-        self._programs: OrderedDict[Hashable, Future] = OrderedDict()
+        self._entries: dict[Hashable, _Entry] = {}
         self._count = 0
-        self._lock = threading.Lock()
+        self._evicts = platform == "cpu"
+        if self._evicts:
+            with _lock:
+                _cpu_caches.add(self)
 
     @property
     def count(self) -> int:
@@ -65,7 +73,7 @@ class ProgramCache:
 
     def texts(self) -> list[str]:
         """The compiled programs' HLO: what really runs, buffers and all."""
-        return [made.result().run.as_text() for made in list(self._programs.values())]
+        return [entry.made.result().run.as_text() for entry in list(self._entries.values())]
 
     def get(
         self,
@@ -81,45 +89,63 @@ class ProgramCache:
         `arguments()` gives the shapes, dtypes and shardings of the traced arguments; they must follow from `static`.
         """
         key = (function, donate, tuple(sorted(static.items())))
-        with self._lock:
-            made = self._programs.get(key)
-            ours = made is None
-            if made is None:
-                made = self._programs[key] = Future()
-            self._programs.move_to_end(key)
+        with _lock:
+            entry = self._entries.get(key)
+            ours = entry is None
+            if entry is None:
+                entry = self._entries[key] = _Entry(key)
+            entry.used = next(_uses)
+        made = entry.made
         if made.done() and not ours:
             return made.result()
         began = time.perf_counter()
         if ours:
             taken = {name: static[name] for name in inspect.signature(function).parameters if name in static}
             try:
-                self._make_room()
+                if self._evicts:
+                    _make_room()
                 jitted = jax.jit(partial(function, **taken), donate_argnums=donate)
                 compiled = jitted.lower(*arguments()).compile(compiler_options=self._compiler_options)
-                with self._lock:
+                with _lock:
                     self._count += 1
                 made.set_result(Program(compiled, _peak_memory_bytes(compiled), 0.0))
             except BaseException as error:
-                with self._lock:
-                    self._programs.pop(key, None)  # the next caller tries again
+                with _lock:
+                    self._entries.pop(key, None)  # the next caller tries again
                 made.set_exception(error)
         return made.result()._replace(compile_s=time.perf_counter() - began)
 
-    def _make_room(self) -> None:
-        """Drops the programs used least recently while the process has mapped nearly all that it may."""
-        while self._most_regions is not None and _mapped_regions() > MAPPED_SHARE * self._most_regions:
-            with self._lock:
-                done = [key for key, made in self._programs.items() if made.done()][:EVICTED_AT_ONCE]
-                for key in done:
-                    del self._programs[key]
-            if not done:
-                return
-            logger.warning(
-                "dropped %d compiled programs: the process may map only %d regions of memory; raise vm.max_map_count, "
-                "or use fewer programs (length_buckets)",
-                len(done),
-                self._most_regions,
-            )
+
+@dataclass(eq=False)
+class _Entry:
+    key: Hashable
+    made: Future[Program] = field(default_factory=Future)
+    used: int = 0  # when last, by `_uses`
+
+
+def _make_room() -> None:
+    """Drops the process's programs used least recently while it has mapped nearly all the regions that it may."""
+    most = _most_regions()
+    while most is not None and _mapped_regions() > MAPPED_SHARE * most:
+        with _lock:
+            made = [(entry, where._entries) for where in _cpu_caches for entry in where._entries.values()]
+            made = [(entry, entries) for entry, entries in made if entry.made.done()]
+            oldest = heapq.nsmallest(EVICTED_AT_ONCE, made, key=lambda each: each[0].used)
+            for entry, entries in oldest:
+                del entries[entry.key]
+        if not oldest:
+            return
+        _tell_of_drops(most)
+        logger.debug("dropped %d compiled programs", len(oldest))
+
+
+@cache
+def _tell_of_drops(most: int) -> None:
+    logger.warning(
+        "from now on, compiled programs used least recently are dropped: the process may map only %d regions of "
+        "memory; raise vm.max_map_count, or use fewer programs (length_buckets)",
+        most,
+    )
 
 
 @cache
