@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import inspect
 import itertools
 import logging
@@ -27,6 +26,8 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
 }
 MAPPED_SHARE = 0.75  # of the memory regions that the kernel lets a process map
 EVICTED_AT_ONCE = 8
+KEPT = 16  # programs used last: those of the request that wants another, in the first place
+MOST_REGIONS, REGIONS = Path("/proc/sys/vm/max_map_count"), Path("/proc/self/maps")
 _cpu_caches: weakref.WeakSet[ProgramCache] = weakref.WeakSet()  # of the process, which the limit is one of
 _lock = threading.Lock()  # of all caches' entries
 _uses = itertools.count()
@@ -125,26 +126,24 @@ class _Entry:
 
 def _make_room() -> None:
     """Drops the process's programs used least recently while it has mapped nearly all the regions that it may."""
-    most = _most_regions()
-    while most is not None and _mapped_regions() > MAPPED_SHARE * most:
+    while mapped_share() > MAPPED_SHARE:
         with _lock:
             made = [(entry, where._entries) for where in _cpu_caches for entry in where._entries.values()]
             made = [(entry, entries) for entry, entries in made if entry.made.done()]
-            oldest = heapq.nsmallest(EVICTED_AT_ONCE, made, key=lambda each: each[0].used)
+            oldest = sorted(made, key=lambda each: each[0].used)[:-KEPT][:EVICTED_AT_ONCE]
             for entry, entries in oldest:
                 del entries[entry.key]
         if not oldest:
             return
-        _tell_of_drops(most)
+        _tell_of_drops()
         logger.debug("dropped %d compiled programs", len(oldest))
 
 
 @cache
-def _tell_of_drops(most: int) -> None:
+def _tell_of_drops() -> None:
     logger.warning(
-        "from now on, compiled programs used least recently are dropped: the process may map only %d regions of "
-        "memory; raise vm.max_map_count, or use fewer programs (length_buckets)",
-        most,
+        "from now on, compiled programs used least recently are dropped: this process has mapped nearly as many "
+        "regions of memory as it may; raise vm.max_map_count, or use fewer programs (length_buckets)"
     )
 
 
@@ -162,17 +161,14 @@ def compiler_options(platform: str) -> dict[str, str | bool]:
     return options
 
 
-def _most_regions() -> int | None:
-    """Memory regions that a process may map; `None` where there is no such limit."""
+def mapped_share() -> float:
+    """Returns the regions of memory that this process has mapped as a share of what it may; 0 where none is known."""
     try:
-        return int(Path("/proc/sys/vm/max_map_count").read_text())
+        most = int(MOST_REGIONS.read_text())
+        with REGIONS.open("rb") as mapped:
+            return sum(1 for _ in mapped) / most
     except (OSError, ValueError):
-        return None
-
-
-def _mapped_regions() -> int:
-    with open("/proc/self/maps", "rb") as maps:
-        return sum(1 for _ in maps)
+        return 0.0
 
 
 def _peak_memory_bytes(compiled: Any) -> int:

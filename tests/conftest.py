@@ -19,12 +19,13 @@ from jaxtyping import install_import_hook  # noqa: E402
 # Records are left out: flax rebuilds them with stacked and abstract leaves.
 install_import_hook(["pallas_kernels", "cacheblend_jax.blend.deviation"], "beartype.beartype")
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 import cacheblend_jax as cb  # noqa: E402
 from cacheblend_jax.model.config import ModelConfig, RopeConfig  # noqa: E402
-from cacheblend_jax.programs import COMPILER_OPTIONS  # noqa: E402
+from cacheblend_jax.programs import COMPILER_OPTIONS, mapped_share  # noqa: E402
 
 COMPILER_OPTIONS["cpu"]["xla_backend_optimization_level"] = "0"  # a third less of the suite's time
 
@@ -44,6 +45,14 @@ FAMILIES = {
         rope=RopeConfig("yarn", 10000.0, 4.0, 32),
     ),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_compiled_programs():
+    """JAX keeps what tests jit themselves (kernels in interpreters, above all), and a process may map only so much."""
+    yield
+    if mapped_share() > 0.4:
+        jax.clear_caches()
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,14 @@ from conftest import FAMILIES, HF, family_model, fresh_engine, random_prompt, re
 
 import cacheblend_jax as cb
 from cacheblend_jax.model.decode import Sampling
-from cacheblend_jax.programs import COMPILER_OPTIONS, ProgramCache, _tell_of_drops, compiler_options
+from cacheblend_jax.programs import (
+    COMPILER_OPTIONS,
+    REGIONS,
+    ProgramCache,
+    _tell_of_drops,
+    compiler_options,
+    mapped_share,
+)
 
 
 @pytest.fixture(scope="module")
@@ -287,11 +295,9 @@ def test_chosen_buckets_change_programs_and_not_answers():
 
 def test_programs_used_least_recently_make_room(monkeypatch, caplog):
     """A process may map only so many regions of memory; a compiler that finds none left kills it."""
-    mapped = [0]  # what is found mapped next; the last remains
-
-    monkeypatch.setattr("cacheblend_jax.programs._mapped_regions", lambda: mapped.pop(0) if mapped[1:] else mapped[0])
-    monkeypatch.setattr("cacheblend_jax.programs._most_regions", lambda: 100)
-    monkeypatch.setattr("cacheblend_jax.programs.EVICTED_AT_ONCE", 1)
+    share = 0.0
+    monkeypatch.setattr("cacheblend_jax.programs.mapped_share", lambda: share)
+    monkeypatch.setattr("cacheblend_jax.programs.KEPT", 2)
     monkeypatch.setattr("cacheblend_jax.programs._cpu_caches", weakref.WeakSet())  # other tests' programs stay
     _tell_of_drops.cache_clear()
     idle, busy = ProgramCache("cpu"), ProgramCache("cpu")
@@ -303,12 +309,20 @@ def test_programs_used_least_recently_make_room(monkeypatch, caplog):
     assert all(compile_s(busy, number) > 0 for number in (1, 2, 3))
     assert all(compile_s(idle, number) > 0 for number in (1, 2))
     assert compile_s(busy, 1) == compile_s(busy, 3) == 0  # used again: 2 is the oldest now, then what is idle
-    mapped[:] = [99, 99, 99, 0]
+    share = 0.99
     assert compile_s(busy, 4) > 0
     assert caplog.text.count("used least recently are dropped") == 1
     assert compile_s(busy, 1) == compile_s(busy, 3) == compile_s(busy, 4) == 0
+    share = 0.0
     assert all(compile_s(*dropped) > 0 for dropped in ((busy, 2), (idle, 1), (idle, 2)))
     assert (busy.count, idle.count) == (5, 4)
+
+
+def test_what_a_process_has_mapped_is_counted(monkeypatch):
+    assert 0 <= mapped_share() < 1
+    assert mapped_share() > 0 or not REGIONS.exists()
+    monkeypatch.setattr("cacheblend_jax.programs.REGIONS", Path("/nowhere"))  # as on other systems than Linux
+    assert mapped_share() == 0
 
 
 def test_a_compiler_that_dropped_an_option_is_told_of_and_used_without(monkeypatch, caplog):
