@@ -24,7 +24,7 @@ from cacheblend_jax.execution import EXECUTORS
 from cacheblend_jax.layout import MODES
 from cacheblend_jax.model import Model, load_model
 from cacheblend_jax.model.decode import Sampling
-from cacheblend_jax.prompt import Prompt
+from cacheblend_jax.prompt import Prompt, encode
 from cacheblend_jax.results import Generation, PrefillStats
 from cacheblend_jax.store import ChunkStore
 from cacheblend_jax.store.commands import add_store_commands
@@ -337,7 +337,7 @@ def _chunks(parsed: argparse.Namespace, model: Model, documents: list) -> list[C
     tokenizer = model.tokenizer
 
     def count_tokens(text: str) -> int:
-        return len(tokenizer.encode(text + SEPARATOR, add_special_tokens=False, split_special_tokens=True))
+        return len(encode(tokenizer, text + SEPARATOR, plain=True))
 
     def progress(items: Iterable) -> Iterable:
         return tqdm(items, desc="split", disable=not sys.stderr.isatty())

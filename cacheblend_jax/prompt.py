@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from cacheblend_jax.errors import PromptError
 
 TextOrIds = str | Sequence[int] | np.ndarray
 
+# A fast tokenizer keeps how it treats special tokens as state that each call sets, and encodes without Python's lock.
+_encoding = threading.Lock()
 SYSTEM = "Answer the question from the passages."
 
 
@@ -73,13 +76,10 @@ class Prompt:
             raise PromptError("the tokenizer has no chat template; build Prompt(prefix=…, chunks=…, suffix=…) instead")
         before, after = _render_around_placeholder(tokenizer, system)
 
-        def encode(text: str, *, plain: bool) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
-
         return cls(
-            prefix=encode(before, plain=False),
-            chunks=[encode(chunk + separator, plain=True) for chunk in chunks],
-            suffix=encode(question, plain=True) + encode(after, plain=False),
+            prefix=encode(tokenizer, before),
+            chunks=[encode(tokenizer, chunk + separator, plain=True) for chunk in chunks],
+            suffix=encode(tokenizer, question, plain=True) + encode(tokenizer, after),
         )
 
 
@@ -159,8 +159,8 @@ def _tokenize_prefix(prefix: TextOrIds, tokenizer: Any, vocab_size: int) -> np.n
     if not isinstance(prefix, str) or (prefix == "" and tokenizer is None):
         return _token_ids(prefix, "prefix", tokenizer, vocab_size)
     _require_tokenizer(tokenizer, "prefix")
-    ids = list(tokenizer.encode(prefix, add_special_tokens=True))
-    plain = tokenizer.encode(prefix, add_special_tokens=False)
+    ids = encode(tokenizer, prefix, opening=True)
+    plain = encode(tokenizer, prefix)
     # Some tokenizers also close a text; a prefix goes on.
     while ids and ids[-1] == tokenizer.eos_token_id and (not plain or plain[-1] != tokenizer.eos_token_id):
         ids.pop()
@@ -171,7 +171,7 @@ def _tokenize_chunk(chunk: TextOrIds, name: str, tokenizer: Any, vocab_size: int
     """Returns a chunk's ids; special tokens in its text stay text."""
     if isinstance(chunk, str):
         _require_tokenizer(tokenizer, name)
-        ids = _checked(tokenizer.encode(chunk, add_special_tokens=False, split_special_tokens=True), name, vocab_size)
+        ids = _checked(encode(tokenizer, chunk, plain=True), name, vocab_size)
     else:
         ids = _checked(chunk, name, vocab_size)
     if ids.size == 0:
@@ -184,8 +184,18 @@ def _token_ids(part: TextOrIds, name: str, tokenizer: Any, vocab_size: int) -> n
         if part == "":
             return np.zeros(0, np.int32)
         _require_tokenizer(tokenizer, name)
-        return _checked(tokenizer.encode(part, add_special_tokens=False), name, vocab_size)
+        return _checked(encode(tokenizer, part), name, vocab_size)
     return _checked(part, name, vocab_size)
+
+
+def encode(tokenizer: Any, text: str, *, plain: bool = False, opening: bool = False) -> list[int]:
+    """Returns a text's ids. `plain`: special tokens spelled out in it stay text; `opening`: BOS and the like are added.
+
+    Safe to use from several threads.
+    """
+    as_text = {"split_special_tokens": True} if plain else {}
+    with _encoding:
+        return list(tokenizer.encode(text, add_special_tokens=opening, **as_text))
 
 
 def _require_tokenizer(tokenizer: Any, name: str) -> None:

@@ -96,3 +96,24 @@ def test_parameters_put_in_the_place_of_those_loaded_have_their_own_fingerprint(
     params = jax.tree.map(lambda leaf: leaf * 2, model.params)
     assert dataclasses.replace(model, params=params).fingerprint != model.fingerprint
     assert cb.load_model(checkpoint, dtype="float16").fingerprint != model.fingerprint
+
+
+def test_a_parameter_replaced_in_place_changes_the_fingerprint(checkpoint):
+    """As merging an adapter does: KV of the weights before must not be served to those after."""
+    model = cb.load_model(checkpoint)
+    before = model.fingerprint
+    kernel = model.params.layers["v_proj"]["kernel"]
+    model.params.layers["v_proj"]["kernel"] = kernel * 2
+    merged = model.fingerprint
+    assert merged != before
+    assert merged == dataclasses.replace(model).fingerprint
+    model.params.layers["v_proj"]["kernel"] = kernel
+    assert model.fingerprint == before
+
+
+def test_how_a_tokenizer_was_last_called_is_no_part_of_the_fingerprint(checkpoint):
+    before = cb.load_model(checkpoint).fingerprint
+    model = cb.load_model(checkpoint)
+    model.tokenizer("a text", truncation=True, max_length=2)
+    assert model.tokenizer.backend_tokenizer.truncation
+    assert model.fingerprint == before

@@ -37,7 +37,7 @@ from cacheblend_jax.evaluation.metrics import (
     token_f1,
 )
 from cacheblend_jax.model import Model, save_check_layer
-from cacheblend_jax.prompt import Prompt, tokenize_prompt
+from cacheblend_jax.prompt import Prompt, encode, tokenize_prompt
 from cacheblend_jax.results import PrefillResult
 from cacheblend_jax.store import ChunkStore
 
@@ -176,7 +176,7 @@ def run_evaluate(parsed: argparse.Namespace, model: Model, progress: Progress) -
         raise CacheBlendError(f"model {model.name!r} has no tokenizer; evaluate needs one")
 
     def count_tokens(text: str) -> int:
-        return len(model.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return len(encode(model.tokenizer, text, plain=True))
 
     rows = load_rows(parsed.data, limit=parsed.limit, chunk_tokens=parsed.chunk_tokens, count_tokens=count_tokens)
     evaluator = Evaluator(model, rows, max_new_tokens=parsed.max_new_tokens, system=parsed.system)

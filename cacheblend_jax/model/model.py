@@ -13,7 +13,7 @@ import jax
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.transformer import Params, init_params
-from cacheblend_jax.model.weights_digest import WeightFiles, params_digest
+from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, params_digest
 from cacheblend_jax.programs import ProgramCache
 
 
@@ -29,24 +29,35 @@ class Model:
     directory: Path | None = None  # the checkpoint's, if it has one
     weight_files: WeightFiles | None = None  # those in it that the parameters were loaded from
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over configuration, weights and tokenizer: stored KV is valid for them alone.
 
         The weights enter by the SHA-256 of the files they were loaded from, which is remembered beside them; without
-        files, or where these have changed since, by that of the parameters themselves.
+        files, or where these have changed since, by that of the parameters themselves. Computed once, and again where
+        a parameter was put in another's place (weights merged into `params.layers`, say).
         """
+        known = self._hashed.get("fingerprint")
+        if known is None or not known[0].as_in(self.params):
+            known = self._hashed["fingerprint"] = (SameLeaves(self.params), self._computed_fingerprint())
+        return known[1]
+
+    def _computed_fingerprint(self) -> str:
         digest = hashlib.sha256()
         # The check layer says where HKVD tokens are chosen: stand-alone KV does not depend on it.
         shape = {name: value for name, value in asdict(self.config).items() if name != "check_layer"}
         parts = [json.dumps(shape, sort_keys=True).encode(), _tokenizer_bytes(self.tokenizer)]
         files = self.weight_files
         # Parameters that were put in the place of those loaded are not what the files hold.
-        loaded = files.digest() if files is not None and files.params is self.params else None
+        loaded = files.digest() if files is not None and files.loaded.as_in(self.params) else None
         parts.append(f"files {loaded}".encode() if loaded else f"params {params_digest(self.params)}".encode())
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()
+
+    @cached_property
+    def _hashed(self) -> dict[str, tuple[SameLeaves, str]]:
+        return {}
 
     @cached_property
     def programs(self) -> ProgramCache:
@@ -79,4 +90,10 @@ def _tokenizer_bytes(tokenizer: Any) -> bytes:
         return b""
     vocabulary = sorted(tokenizer.get_vocab().items())
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return json.dumps(vocabulary).encode() + (backend.to_str().encode() if backend is not None else b"")
+    if backend is None:
+        return json.dumps(vocabulary).encode()
+    if backend.truncation or backend.padding:  # left behind by someone's call: no part of what a text's ids are
+        backend = type(backend).from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+    return json.dumps(vocabulary).encode() + backend.to_str().encode()

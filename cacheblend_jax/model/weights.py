@@ -18,7 +18,7 @@ from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.demo import demo_directory
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.transformer import Params, abstract_params, partition_specs
-from cacheblend_jax.model.weights_digest import WeightFiles, signature_of
+from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, signature_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 STORED_DTYPES = {"F64", "F32", "F16", "BF16"}
@@ -75,7 +75,7 @@ def load_model(
     names = sorted({str(file.relative_to(directory)) for file in _tensor_files(directory).values()})
     signature = signature_of(directory, names)  # before reading: a file that changes meanwhile is noticed
     params = load_params(directory, config, mesh=mesh, progress=progress)
-    files = None if signature is None else WeightFiles(directory, signature, params)
+    files = None if signature is None else WeightFiles(directory, signature, SameLeaves(params))
     tokenizer = load_tokenizer(directory)
     stops = _stop_token_ids(directory, raw, tokenizer)
     name = str(name_or_path)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +25,33 @@ SETTLED_SECONDS = 2.0  # a file changed later than that before now may change ag
 Signature = tuple[tuple[str, int, int], ...]
 
 
+class SameLeaves:
+    """Whether parameters are still those that they were, leaf by leaf: one that was replaced is not what was hashed.
+
+    Holds no leaf: those that are replaced can be freed.
+    """
+
+    def __init__(self, params: Any) -> None:
+        self._leaves = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
+
+    def as_in(self, params: Any) -> bool:
+        """Whether `params` has these very leaves."""
+        leaves = jax.tree.leaves(params)
+        return len(leaves) == len(self._leaves) and all(
+            known() is leaf for known, leaf in zip(self._leaves, leaves, strict=True)
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class WeightFiles:
     """The files that parameters were loaded from, as they were then.
 
-    `params` is what was loaded: parameters that someone has changed since are others, and have another digest.
+    `loaded` is what was loaded: parameters that someone has changed since are others, and have another digest.
     """
 
     directory: Path
     signature: Signature
-    params: Any
+    loaded: SameLeaves
 
     def digest(self) -> str | None:
         """Returns the SHA-256 (hex) over names and contents of the files; `None` where they changed since loading."""
