@@ -6,8 +6,8 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cacheblend_jax.background import Background
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.blend.deviation import total_deviation
@@ -26,7 +27,7 @@ from cacheblend_jax.controller import AutoBlend, Decision, Estimator, Stored, de
 from cacheblend_jax.decoding import decode
 from cacheblend_jax.errors import CacheBlendError, PromptError
 from cacheblend_jax.execution import Attempt, Execution, Timer, may_be_slow
-from cacheblend_jax.layout import MODES, Found, Layout, Missing, context_of, lay_out, look_up, spans_of
+from cacheblend_jax.layout import MODES, Found, Layout, Span, context_of, lay_out, look_up, spans_of
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
@@ -45,7 +46,6 @@ from cacheblend_jax.store import ChunkStore, ThrottledStore, is_slow
 from cacheblend_jax.trace import Trace
 
 logger = logging.getLogger(__name__)
-MOST_PENDING = 256  # missing chunks waiting to be computed; a flood beyond that is not stored
 
 
 class Engine:
@@ -100,8 +100,8 @@ class Engine:
             may_be_on_device=self.store.device_bytes > 0,
         )
         self._lock = threading.RLock()
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-store")
-        self._pending: dict[str, Future] = {}
+        to_device = self._execution.to_device if self._execution.uses_device_tier else None
+        self._background = Background(self.store, self._execution.standalone, to_device)
 
     def precompute(
         self,
@@ -125,11 +125,12 @@ class Engine:
                 Prompt(prefix, prompt, np.zeros(0, np.int32)), self.model.tokenizer, config.vocab_size
             )
         context = context_of(tokenized.prefix, self.context_tokens)
+        check_length(tokenized.prefix.size, config.max_positions, "the prefix")
         for i, chunk in enumerate(tokenized.chunks):
             check_length(context.size + chunk.size, config.max_positions, f"chunk {i} with its context")
-        spans = spans_of(tokenized, self.context_tokens, self.model.fingerprint, self.store.salt)
+        spans = self._spans(tokenized, "blend")
         for done, span in enumerate(spans):
-            self._wait_for([span.missing.key])
+            self._background.wait_for([span.missing.key])
             if span.missing.key not in self.store:
                 # No request has asked for it yet: it goes before what one has.
                 self.store.put(span.missing.key, self._execution.standalone(span.missing), wait=True, uses=0)
@@ -156,18 +157,29 @@ class Engine:
             prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
         )
 
+    def _spans(self, tokenized: TokenizedPrompt, mode: str) -> list[Span]:
+        return spans_of(
+            tokenized,
+            mode,
+            context_tokens=self.context_tokens,
+            fingerprint=self.model.fingerprint,
+            salt=self.store.salt,
+        )
+
     def _prefill(self, tokenized: TokenizedPrompt, mode: str, trace: Trace | None = None) -> PrefillResult:
-        fingerprint = self.model.fingerprint  # computed once a model, not a part of any request
+        _ = self.model.fingerprint  # computed once a model, not a part of any request
+        timer, lost = Timer(), set[str]()
+        spans = self._spans(tokenized, mode)
+        looked_s = timer.elapsed_s()
+        self._background.wait_for_next([span.missing.key for span in spans])
         with self._lock:
-            if self._pending and mode != "full":
-                spans = spans_of(tokenized, self.context_tokens, fingerprint, self.store.salt)
-                self._wait_for([span.missing.key for span in spans])
+            wait_s = timer.elapsed_s() - looked_s
             if self.auto is not None:
-                _ = self.estimator  # a quick estimate is no part of any request
-            timer, lost = Timer(), set[str]()
+                with timer.stopped():
+                    _ = self.estimator  # a quick estimate is no part of any request
             while True:
                 try:
-                    attempt = self._attempt(tokenized, mode, lost, timer, trace)
+                    attempt = self._attempt(tokenized, spans, mode, lost, timer, trace)
                     break
                 except LostChunkError as error:  # costs this request its hit, never its answer
                     logger.warning("a stored chunk could not be read and is computed instead: %s", error)
@@ -175,14 +187,20 @@ class Engine:
             ttft_s = timer.elapsed_s()
             logits = np.asarray(attempt.ran.out.logits)
         for missing in attempt.layout.to_store:
-            self._store_later(missing)
+            self._background.store_later(missing, again=missing.key in lost)
         for span, chunk in attempt.layout.loaded:
             if is_slow(chunk.tier) or (chunk.tier == "host" and self._execution.uses_device_tier):
-                self._promote_later(span.missing.key)
-        return self._result(mode, attempt, logits, ttft_s, len(lost))
+                self._background.promote_later(span.missing.key, chunk.num_bytes)
+        return self._result(mode, attempt, logits, ttft_s, wait_s, len(lost))
 
     def _attempt(
-        self, tokenized: TokenizedPrompt, mode: str, lost: Collection[str], timer: Timer, trace: Trace | None
+        self,
+        tokenized: TokenizedPrompt,
+        spans: Sequence[Span],
+        mode: str,
+        lost: Collection[str],
+        timer: Timer,
+        trace: Trace | None,
     ) -> Attempt:
         """Runs a prefill, with what of the store is not `lost`.
 
@@ -191,17 +209,7 @@ class Engine:
         """
         context = context_of(tokenized.prefix, self.context_tokens)
         with ExitStack() as handles:
-            found = look_up(
-                tokenized,
-                self.store,
-                mode=mode,
-                context_tokens=self.context_tokens,
-                fingerprint=self.model.fingerprint,
-                lost=lost,
-            )
-            for each in found:
-                if each.chunk is not None:
-                    handles.enter_context(each.chunk)
+            found = look_up(spans, self.store, handles, lost=lost)
             planner, decision = self._planner, None
             if self.auto is not None and mode == "blend":
                 decision = self._decide(tokenized, found)
@@ -242,14 +250,16 @@ class Engine:
     def _planner_at(self, ratio: float) -> Planner:
         return replace(self._planner, blend=replace(self.blend, recompute_ratio=ratio))
 
-    def _result(self, mode: str, attempt: Attempt, logits: np.ndarray, ttft_s: float, damaged: int) -> PrefillResult:
+    def _result(
+        self, mode: str, attempt: Attempt, logits: np.ndarray, ttft_s: float, wait_s: float, damaged: int
+    ) -> PrefillResult:
         layout, ran = attempt.layout, attempt.ran
         computed = computed_positions(attempt.plan, ran.out.stage_positions)
         stats = PrefillStats(
             mode=mode,
             tokens=layout.token_ids.size,
             ttft_s=ttft_s,
-            host_s=ttft_s - ran.run_s,
+            host_s=ttft_s - ran.run_s - wait_s,
             load_s=ran.load_s,
             compile_s=attempt.compile_s,
             hits=layout.hits,
@@ -263,6 +273,7 @@ class Engine:
             executor=ran.executor,
             damaged=damaged,
             decision=attempt.decision,
+            wait_s=wait_s,
         )
         return PrefillResult(
             logits, layout.token_ids, ran.next_token, stats, KVCache(ran.out.k, ran.out.v), computed, attempt.plan
@@ -286,7 +297,7 @@ class Engine:
             on_token: called with each token's id and the text it adds, as soon as it is known.
 
         Raises:
-            PromptError: as `prefill`, or no room is left for a single token.
+            PromptError: as `prefill`; `max_new_tokens` is no positive count.
         """
         _check_max_new_tokens(max_new_tokens)
         return self.complete(
@@ -366,15 +377,11 @@ class Engine:
 
     def flush(self) -> None:
         """Waits until every missing chunk seen so far is stored, on disk too where the store has a directory."""
-        self._wait_for(list(self._pending))
-        with suppress(RuntimeError):  # closed: nothing is left to wait for
-            self._background.submit(lambda: None).result()  # one thread: what came before is done then
-        self.store.flush()
+        self._background.flush()
 
     def close(self) -> None:
         """Finishes what is being stored and stops the background thread; later misses are answered, but not stored."""
-        self._background.shutdown(wait=True)
-        self.store.flush()
+        self._background.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -397,37 +404,6 @@ class Engine:
         )
         count = int(np.sum(request.positions < plan.cache_length))
         request.oracle[:count] = np.asarray(scores)[request.positions[:count]]
-
-    def _store_later(self, missing: Missing) -> None:
-        if missing.key in self._pending or len(self._pending) >= MOST_PENDING:
-            return
-
-        noted = threading.Event()  # the task must not end before it is noted
-
-        def work() -> None:
-            noted.wait()
-            try:
-                if missing.key not in self.store:
-                    self.store.put(missing.key, self._execution.standalone(missing))
-            except Exception:  # costs a later request its hit, never an answer
-                logger.exception("a chunk of %d tokens could not be stored", missing.token_ids.size)
-            finally:
-                self._pending.pop(missing.key, None)
-
-        try:
-            self._pending[missing.key] = self._background.submit(work)
-        except RuntimeError:  # closed
-            return
-        noted.set()
-
-    def _promote_later(self, key: str) -> None:
-        """Brings a chunk into a faster tier than it was read from, for the requests to come."""
-        to_device = self._execution.to_device if self._execution.uses_device_tier else None
-        with suppress(RuntimeError):  # closed
-            self._background.submit(self.store.promote, key, to_device)
-
-    def _wait_for(self, keys: Sequence[str]) -> None:
-        wait([future for key in keys if (future := self._pending.get(key)) is not None])
 
     def _decode_text(self, token_ids: list[int]) -> str:
         if self.model.tokenizer is None:

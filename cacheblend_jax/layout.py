@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,12 +70,21 @@ def context_of(prefix_ids: np.ndarray, context_tokens: int | None) -> np.ndarray
     return prefix_ids if context_tokens is None else prefix_ids[:context_tokens]
 
 
-def spans_of(prompt: TokenizedPrompt, context_tokens: int | None, fingerprint: str, salt: str) -> list[Span]:
-    """Lays prefix and chunks out.
+def spans_of(
+    prompt: TokenizedPrompt, mode: str, *, context_tokens: int | None, fingerprint: str, salt: str
+) -> list[Span]:
+    """Lays out the prefix and the chunks that a mode looks up: `full` none, `prefix` only exact ones.
 
     A span is exact where its context is precisely the ids that stand before it: a prefix always, the first chunk where
     the context is the whole prefix.
+
+    Raises:
+        PromptError: an unknown mode.
     """
+    if mode not in MODES:
+        raise PromptError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    if mode == "full":
+        return []
     context = context_of(prompt.prefix, context_tokens)
 
     def span(start: int, context_ids: np.ndarray, ids: np.ndarray, is_prefix: bool) -> Span:
@@ -86,30 +96,19 @@ def spans_of(prompt: TokenizedPrompt, context_tokens: int | None, fingerprint: s
     for chunk in prompt.chunks:
         spans.append(span(start, context, chunk, False))
         start += chunk.size
-    return spans
+    return [span for span in spans if span.exact or mode != "prefix"]
 
 
-def look_up(
-    prompt: TokenizedPrompt,
-    store: Any,
-    *,
-    mode: str,
-    context_tokens: int | None,
-    fingerprint: str,
-    lost: Collection[str] = (),
-) -> list[Found]:
-    """Opens what the store holds of a prompt, for the caller to close. `full` uses no entry, `prefix` only exact ones.
+def look_up(spans: Sequence[Span], store: Any, handles: ExitStack, *, lost: Collection[str] = ()) -> list[Found]:
+    """Opens what the store holds of the spans, in `handles`.
 
     Entries whose keys are among `lost` (could not be read a moment ago) count as missing.
-
-    Raises:
-        PromptError: an unknown mode.
     """
-    if mode not in MODES:
-        raise PromptError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
-    spans = [] if mode == "full" else spans_of(prompt, context_tokens, fingerprint, store.salt)
-    wanted = [span for span in spans if span.exact or mode != "prefix"]
-    return [Found(span, None if span.missing.key in lost else store.open(span.missing.key)) for span in wanted]
+    found = []
+    for span in spans:
+        chunk = None if span.missing.key in lost else store.open(span.missing.key)
+        found.append(Found(span, None if chunk is None else handles.enter_context(chunk)))
+    return found
 
 
 def lay_out(

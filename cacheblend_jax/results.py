@@ -27,8 +27,9 @@ class PrefillStats:
     """What a prefill did. Times are seconds of wall clock.
 
     Attributes:
-        ttft_s: from token ids on the host to the first output token id on the host; loading included, compilation not.
-        host_s: of it, lookup, layout and everything else on the host but `load_s`.
+        ttft_s: from token ids on the host to the first output token id on the host; loading and waiting included,
+            compilation not.
+        host_s: of it, lookup, layout and everything else on the host but `load_s` and `wait_s`.
         load_s: of it, assembling the stored KV and handing it to the device; where it is streamed, only what the
             prefill waited for: loading that is not hidden behind computation.
         compile_s: spent compiling before the prefill could run; 0 once warm.
@@ -42,6 +43,7 @@ class PrefillStats:
         executor: `"resident"` or `"streamed"`.
         damaged: chunks that were in the store, could not be read, and were computed instead.
         decision: the controller's, where it chose the ratio.
+        wait_s: of `ttft_s`, waiting for the engine's other requests, and for chunks that were just being stored.
     """
 
     mode: str
@@ -61,6 +63,7 @@ class PrefillStats:
     executor: str = "resident"
     damaged: int = 0
     decision: Decision | None = None
+    wait_s: float = 0.0
 
     @property
     def reused(self) -> int:

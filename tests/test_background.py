@@ -1,0 +1,142 @@
+"""What requests leave for later: nobody waits behind others' chunks, exits lose nothing, failures are told of."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from conftest import FAMILIES, HF, family_model, random_prompt
+
+import cacheblend_jax as cb
+
+
+@pytest.fixture
+def slow_storing(monkeypatch):
+    """An engine whose missing chunks are stored when the test says so."""
+    go_on = threading.Event()
+    engine = cb.Engine(family_model("llama3"))
+    compute = engine._background._standalone
+    monkeypatch.setattr(engine._background, "_standalone", lambda missing: (go_on.wait(30), compute(missing))[1])
+    yield engine, go_on
+    go_on.set()
+    engine.close()
+
+
+def test_a_chunk_behind_those_of_others_is_computed_and_not_waited_for(slow_storing):
+    engine, go_on = slow_storing
+    others, ours = random_prompt(20), random_prompt(21)
+    engine.prefill(others)
+    engine.prefill(ours)
+    out = engine.prefill(ours)  # would wait for ever
+    assert (out.stats.hits, out.stats.misses) == (0, 4)
+    assert out.stats.wait_s < 1
+    go_on.set()
+    engine.flush()
+    assert engine.prefill(ours).stats.misses == 0
+
+
+def test_waiting_for_ones_own_chunks_counts_and_keeps_nobody_else_waiting(slow_storing):
+    engine, go_on = slow_storing
+    prompt, other = random_prompt(22), random_prompt(23, (20,))
+    engine.prefill(other, "full")  # compiled
+    engine.prefill(prompt)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(engine.prefill(prompt)))
+    thread.start()
+    assert engine.prefill(other, "full").stats.wait_s < 1  # while the thread waits
+    assert not found
+    threading.Timer(0.3, go_on.set).start()
+    thread.join()
+    (out,) = found
+    assert (out.stats.hits, out.stats.misses) == (4, 0)
+    assert 0.2 < out.stats.wait_s < out.stats.ttft_s
+    assert out.stats.host_s + out.stats.wait_s < out.stats.ttft_s
+
+
+def test_a_chunk_that_is_there_and_cannot_be_read_is_stored_again(monkeypatch):
+    store, prompt = cb.ChunkStore(), random_prompt(24)
+    with cb.Engine(family_model("llama3"), store) as engine:
+        (key, *_) = engine.precompute(prompt)
+        fresh = []
+        put = store.put
+        monkeypatch.setattr(store, "put", lambda key, entry: (fresh.append(key), put(key, entry))[1])
+        chunk = store.open(key)
+        monkeypatch.setattr(type(chunk), "read_layer", _fails_once(type(chunk).read_layer))
+        chunk.close()
+        out = engine.prefill(prompt)
+        engine.flush()
+    assert out.stats.damaged == 1
+    assert len(fresh) == 1
+
+
+def _fails_once(read_layer):
+    failed = []
+
+    def read(self, layer):
+        if not failed:
+            failed.append(layer)
+            raise OSError("input/output error")
+        return read_layer(self, layer)
+
+    return read
+
+
+def test_a_failing_promotion_is_told_of_and_one_without_room_is_left(tmp_path, monkeypatch, caplog):
+    prompt = random_prompt(25)
+    with cb.ChunkStore(tmp_path) as store, cb.Engine(family_model("llama3"), store) as engine:
+        engine.precompute(prompt)
+    with cb.ChunkStore(tmp_path) as store, cb.Engine(family_model("llama3"), store) as engine:
+        tried = []
+
+        def promote(key, to_device):
+            tried.append(key)
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(store, "promote", promote)
+        engine.prefill(prompt)
+        engine.flush()
+        assert len(tried) == 5
+        assert "could not be brought into a faster tier" in caplog.text
+        monkeypatch.setattr(store, "host_bytes", 500)
+        engine.prefill(prompt)
+        engine.flush()
+        assert len(tried) == 5
+
+
+def test_a_store_that_fails_to_open_a_chunk_leaves_no_other_open(monkeypatch):
+    store, prompt = cb.ChunkStore(), random_prompt(26)
+    with cb.Engine(family_model("llama3"), store) as engine:
+        keys = engine.precompute(prompt)
+        find = store.open
+
+        def open_or_fail(key):
+            if key == keys[-1]:
+                raise RuntimeError("no such tier")
+            return find(key)
+
+        monkeypatch.setattr(store, "open", open_or_fail)
+        with pytest.raises(RuntimeError, match="no such tier"):
+            engine.prefill(prompt)
+    assert not +store._host._pins
+
+
+def test_a_prefix_longer_than_the_model_is_named_before_any_work():
+    engine = cb.Engine(cb.random_model(FAMILIES["llama3"]))
+    with pytest.raises(cb.PromptError, match="the prefix has 2049 tokens"):
+        engine.precompute([[1, 2]], prefix=np.ones(2049, np.int32))
+    assert len(engine.store) == 0
+
+
+def test_a_process_that_just_ends_has_stored_its_misses(tmp_path):
+    code = """
+import sys
+import cacheblend_jax as cb
+engine = cb.Engine(cb.load_model(sys.argv[1]), cb.ChunkStore(sys.argv[2]))
+engine.prefill(cb.Prompt("Answer.", ["The sky is blue.", "Grass is green."], "What is blue?"))
+"""
+    subprocess.run([sys.executable, "-c", code, HF / "llama3", tmp_path], check=True)
+    with cb.ChunkStore(tmp_path) as store:
+        assert len(store) == 3  # the prefix too
