@@ -6,7 +6,7 @@ is as high as loading hides, and never below what quality asks for (CacheBlend, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -155,7 +155,7 @@ class Decision:
     Attributes:
         ratio: the recompute ratio, one of a ladder.
         bound: what bound it: `"floor"` (quality: recomputing that much takes longer than loading anyway), `"load"`
-            (as much as loading hides), or `"cap"` (everything is recomputed, and loading still takes longer).
+            (as much as loading hides), or `"cap"` (the highest ratio allowed, and loading still takes longer).
         load_s, recompute_s: T_load and T_recompute at that ratio.
         predicted_ttft_s: of the request.
         computed_chunks: stored chunks (and prefix) that are recomputed, since loading them would cost more.
@@ -231,6 +231,7 @@ def decide(
     stored: Sequence[Stored],
     token_bytes: int,
     ratios: Sequence[float] = LADDER,
+    compiled: Callable[[Plan, str], bool] | None = None,
 ) -> Decision:
     """Chooses the ratio of a request of `length` tokens, and which stored chunks to recompute instead of loading.
 
@@ -241,15 +242,19 @@ def decide(
 
     Args:
         token_bytes: bytes of one token's K and V in one layer.
+        compiled: says which plans are ready to be run, by which executor: what others would save, their compilation
+            would cost. All plans are considered if `None`; the one that loads all chunks in any case.
     """
     num_layers = planner.config.num_layers
     slowest = sorted(stored, key=lambda each: -estimator.load_s([each], num_layers) / each.tokens)
     options = []
     for dropped in range(len(stored) + 1):
         kept = slowest[dropped:]
-        option = _best_ratio(estimator, planner, length, kept, token_bytes, ratios)
+        option, plan = _best_ratio(estimator, planner, length, kept, token_bytes, ratios)
         computed = tuple(sorted(each.start for each in slowest[:dropped]))
-        options.append(replace(option, computed_chunks=dropped, computed_starts=computed))
+        executor = "streamed" if estimator.streams(kept) else "resident"
+        if not dropped or compiled is None or compiled(plan, executor):
+            options.append(replace(option, computed_chunks=dropped, computed_starts=computed))
     best = min(options, key=lambda option: option.predicted_ttft_s)
     return best if best.predicted_ttft_s < WORTH_IT * options[0].predicted_ttft_s else options[0]
 
@@ -261,7 +266,7 @@ def _best_ratio(
     stored: Sequence[Stored],
     token_bytes: int,
     ratios: Sequence[float],
-) -> Decision:
+) -> tuple[Decision, Plan]:
     exact = sum(each.tokens for each in stored if each.exact)
     candidates = sum(each.tokens for each in stored) - exact
     load_s = estimator.load_s(stored, planner.config.num_layers) * planner.config.num_layers
@@ -282,7 +287,7 @@ def _best_ratio(
             ratio, recompute_s, bound = higher, seconds, "cap"
     plan = plan_at(ratio)
     ttft_s = estimator.ttft_s(plan, stored, token_bytes * plan.cache_length)
-    return Decision(ratio, bound, load_s, recompute_s, ttft_s, 0, len(stored), (), estimator.name)
+    return Decision(ratio, bound, load_s, recompute_s, ttft_s, 0, len(stored), (), estimator.name), plan
 
 
 def cheapest_tier(
@@ -316,7 +321,7 @@ def explain(decision: Decision, ttft_s: float) -> str:
     why = {
         "floor": "recomputing the least that quality asks for takes longer than loading",
         "load": "as much as loading hides",
-        "cap": "loading takes longer than recomputing everything that is loaded",
+        "cap": "the highest allowed, and loading still takes longer",
     }[decision.bound]
     lines = [
         f"recompute ratio {decision.ratio:g}: {why}",

@@ -14,6 +14,7 @@ from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.model.decode import Sampling, decode_step, sample
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.programs import Program
 from cacheblend_jax.results import PrefillResult
 
 _draw = jax.jit(sample)
@@ -41,17 +42,29 @@ def decode(
     k, v = (_resized(x, size) for x in (out.padded_cache.k, out.padded_cache.v))
     cos, sin = jax.device_put(rope_tables(config, size), model.placement)
 
-    def arguments() -> tuple[Any, ...]:
-        scalar = jax.ShapeDtypeStruct((), jnp.int32)
-        return model.params, k, v, scalar, scalar, cos, sin
-
-    program = model.programs.get(decode_step, arguments, donate=(1, 2), config=config, keys=size)
+    program = decoding_program(model, size)
     for step in range(1, room):
         began = time.perf_counter()
         place = np.int32(length + step - 1)
         logits, likeliest, k, v = program.run(model.params, k, v, np.int32(token), place, cos, sin)
         token = choose(logits, likeliest, step)
         yield token, time.perf_counter() - began
+
+
+def decoding_program(model: Model, size: int) -> Program:
+    """Returns the program that decodes one token over a cache of `size` tokens."""
+    config = model.config
+
+    def arguments() -> tuple[Any, ...]:
+        def array(*shape: int, dtype: Any = config.dtype) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=model.placement)
+
+        cache = array(config.num_layers, size, config.num_kv_heads, config.head_dim)
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        table = array(size, config.head_dim // 2, dtype=jnp.float32)
+        return model.params, cache, cache, scalar, scalar, table, table
+
+    return model.programs.get(decode_step, arguments, donate=(1, 2), config=config, keys=size)
 
 
 def _resized(x: jax.Array, size: int) -> jax.Array:

@@ -27,7 +27,7 @@ from cacheblend_jax.controller import AutoBlend, Decision, Estimator, Stored, de
 from cacheblend_jax.decoding import decode
 from cacheblend_jax.errors import CacheBlendError, PromptError
 from cacheblend_jax.execution import Attempt, Execution, Timer, may_be_slow
-from cacheblend_jax.layout import MODES, Found, Layout, Span, context_of, lay_out, look_up, spans_of
+from cacheblend_jax.layout import Found, Layout, Span, context_of, lay_out, look_up, spans_of
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
@@ -44,6 +44,7 @@ from cacheblend_jax.prompt import (
 from cacheblend_jax.results import GenerateStats, Generation, KVCache, PrefillResult, PrefillStats
 from cacheblend_jax.store import ChunkStore, ThrottledStore, is_slow
 from cacheblend_jax.trace import Trace
+from cacheblend_jax.warm_up import Sizes
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class Engine:
             may_be_on_device=self.store.device_bytes > 0,
         )
         self._lock = threading.RLock()
+        self._is_warm = False  # whether programs were compiled in advance
         to_device = self._execution.to_device if self._execution.uses_device_tier else None
         self._background = Background(self.store, self._execution.standalone, to_device)
 
@@ -220,6 +222,8 @@ class Engine:
             chunks = [Placed(span.missing.key, span.start, span.stop, chunk) for span, chunk in layout.loaded]
             with timer.stopped():
                 compile_s = self._execution.compile(plan, self._execution.chosen(plan, chunks), chunks)
+                if self._is_warm and compile_s > 0:
+                    logger.warning("a request that warm-up did not provide for waits for the compiler: %s", plan)
                 self._add_oracle(plan, request, layout, chunks, tokenized)
             ran = self._execution.run(plan, request, chunks, trace)
             return Attempt(layout, plan, ran, compile_s, planner, decision)
@@ -235,7 +239,8 @@ class Engine:
         ]
         token_bytes = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
         length = tokenized.token_ids.size
-        return decide(self.estimator, self._planner, length, stored, token_bytes, self.auto.ratios)
+        compiled = self._execution.has_compiled if self._is_warm else None
+        return decide(self.estimator, self._planner, length, stored, token_bytes, self.auto.ratios, compiled)
 
     @cached_property
     def estimator(self) -> Estimator:
@@ -344,35 +349,39 @@ class Engine:
         modes: Sequence[str] = ("blend",),
         prefix_tokens: int = 0,
         suffix_tokens: int = 64,
+        chunk_tokens: int = 0,
+        max_new_tokens: int = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> int:
         """Compiles what prompts of up to `max_tokens` need, so that none of them waits for a compiler.
 
-        For prompts whose chunks are all stored: with and without a stored prefix of `prefix_tokens`, and questions of
-        up to `suffix_tokens`. Returns how many programs were compiled, several at a time; `progress` is called with
-        the programs done and their total. With JAX's persistent compilation cache on, the next process only reads
-        them.
+        For prompts whose chunks are all stored, or, with an automatic ratio, all recomputed; the controller then
+        considers nothing that is not compiled. Returns how many programs were compiled, several at a time. With JAX's
+        persistent compilation cache on, the next process only reads them.
+
+        Args:
+            prefix_tokens: with a stored prefix of so many tokens, and without one.
+            suffix_tokens: with questions of up to so many.
+            chunk_tokens: also what computes missing chunks of up to so many tokens, for the store. And where chunks are
+                computed after the whole prefix (`context_tokens`), so that the first one is exact: what such prompts
+                need if it has up to so many tokens. That may be many times the programs; fewer with `length_buckets`.
+            max_new_tokens: also what decodes up to so many.
+            progress: called with the programs done and their total.
 
         Raises:
             CacheBlendError: `max_tokens` is beyond the model's maximum, or another value makes no sense.
         """
-        if not isinstance(max_tokens, int) or not 1 <= max_tokens <= self.model.config.max_positions:
-            raise CacheBlendError(f"max_tokens must be in [1, {self.model.config.max_positions}], got {max_tokens!r}")
-        if unknown := [mode for mode in modes if mode not in MODES]:
-            raise CacheBlendError(f"unknown mode {unknown[0]!r}; expected among {', '.join(MODES)}")
-        if prefix_tokens < 0 or suffix_tokens < 1:
-            raise CacheBlendError(
-                f"prefix_tokens must be at least 0 and suffix_tokens at least 1, got {prefix_tokens}, {suffix_tokens}"
-            )
-        before = self.model.programs.count
+        wanted = (*modes, *(["full"] if self.auto is not None else []))
+        sizes = Sizes(max_tokens, wanted, prefix_tokens, suffix_tokens, chunk_tokens, max_new_tokens)
         blends = [self.blend] if self.auto is None else self.auto.configurations()
-        sizes = (max_tokens, modes, prefix_tokens, suffix_tokens)
         planners = [replace(self._planner, blend=blend) for blend in blends]
-        plans = list(dict.fromkeys(plan for planner in planners for plan in planner.plans_up_to(*sizes)))
+        work = sizes.programs(self.model, planners, self._execution, self._buckets, self.context_tokens)
+        before = self.model.programs.count
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for done, _ in enumerate(pool.map(self._execution.warm_up, plans), 1):
+            for done, _ in enumerate(pool.map(lambda compile_one: compile_one(), work), 1):
                 if progress is not None:
-                    progress(done, len(plans))
+                    progress(done, len(work))
+        self._is_warm = True
         return self.model.programs.count - before
 
     def flush(self) -> None:

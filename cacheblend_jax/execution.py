@@ -78,6 +78,7 @@ class Execution:
         self.prefetch_layers = prefetch_layers
         self._model, self._buckets, self._may_be_slow = model, buckets, may_be_slow
         self.uses_device_tier = may_be_on_device and executor != "streamed"
+        self._compiled: set[tuple[Plan, str]] = set()
         self._staging = Staging(jnp.dtype(model.config.dtype))
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="cacheblend-read")
         self._lanes = ThreadPoolExecutor(2, thread_name_prefix="cacheblend-lane")
@@ -95,9 +96,16 @@ class Execution:
         Where it is to place `chunks` that are on the device, that includes the programs which do it.
         """
         if executor == "streamed" and not plan.nothing_cached:
-            return self._streamed_programs(plan)[1]
-        rows = {each.chunk.entry.k.shape[1] for each in chunks if isinstance(each.chunk, DeviceChunk)}
-        return self._resident_program(plan).compile_s + self._compile_placing(plan, rows)
+            compile_s = self._streamed_programs(plan)[1]
+        else:
+            rows = {each.chunk.entry.k.shape[1] for each in chunks if isinstance(each.chunk, DeviceChunk)}
+            compile_s = self._resident_program(plan).compile_s + self._compile_placing(plan, rows)
+        self._compiled.add((plan, executor))
+        return compile_s
+
+    def has_compiled(self, plan: Plan, executor: str) -> bool:
+        """Whether this plan has been compiled for that executor."""
+        return (plan, executor) in self._compiled
 
     def _compile_placing(self, plan: Plan, rows: Iterable[int]) -> float:
         return sum(
@@ -169,18 +177,22 @@ class Execution:
         size = self._buckets.length(ids.size)
         padded = np.zeros(size, np.int32)
         padded[: ids.size] = ids
-        cos, sin = rope_tables(config, size)
-
-        def arguments() -> tuple[Any, ...]:
-            table = self._abstract(cos.shape, jnp.float32)
-            scalar = jax.ShapeDtypeStruct((), jnp.int32)
-            return self._model.params, jax.ShapeDtypeStruct((size,), jnp.int32), scalar, table, table
-
-        program = self._model.programs.get(standalone, arguments, config=config, rows=size)
-        kv = program.run(self._model.params, padded, np.int32(ids.size), *self._put((cos, sin)))
+        tables = self._put(rope_tables(config, size))
+        kv = self.standalone_program(size).run(self._model.params, padded, np.int32(ids.size), *tables)
         begin = missing.context_ids.size
         k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : ids.size]) for x in (kv.k, kv.v))
         return ChunkEntry(k, v, self._model.fingerprint, tuple(missing.context_ids.tolist()))
+
+    def standalone_program(self, size: int) -> Program:
+        """The program that computes the KV of a context and a chunk, padded to `size` tokens."""
+        config = self._model.config
+
+        def arguments() -> tuple[Any, ...]:
+            table = self._abstract((size, config.head_dim // 2), jnp.float32)
+            scalar = jax.ShapeDtypeStruct((), jnp.int32)
+            return self._model.params, jax.ShapeDtypeStruct((size,), jnp.int32), scalar, table, table
+
+        return self._model.programs.get(standalone, arguments, config=config, rows=size)
 
     def _run_resident(self, plan: Plan, request: Request, chunks: Sequence[Placed], trace: Trace | None) -> Executed:
         program = self._resident_program(plan)

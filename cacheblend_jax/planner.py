@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -54,8 +55,11 @@ class Planner:
         return mode == "blend" and self.blend.recompute_ratio > 0
 
     def plan(self, mode: str, length: int, exact: int, candidates: int) -> Plan:
-        """Returns the program's name for a prompt of `length` tokens, so many of them exact and candidates."""
-        if mode == "full":
+        """Returns the program's name for a prompt of `length` tokens, so many of them exact and candidates.
+
+        Where nothing is loaded every mode is full recompute.
+        """
+        if mode == "full" or exact == candidates == 0:
             return full_plan(self.config.num_layers, length, self.buckets)
         blends = self.blends(mode)
         forced = length - exact - candidates
@@ -94,21 +98,30 @@ class Planner:
             traced[name][: values.size] = values
         return plan, Request(**traced)
 
-    def plans_up_to(self, most: int, modes: Sequence[str], prefix_tokens: int, suffix_tokens: int) -> list[Plan]:
+    def plans_up_to(
+        self, most: int, modes: Sequence[str], prefix_tokens: int, suffix_tokens: int, chunk_tokens: int = 0
+    ) -> list[Plan]:
         """Returns every plan of prompts of up to `most` tokens whose chunks are all stored.
 
-        They have no stored prefix or one of `prefix_tokens`, and a question of up to `suffix_tokens`. A plan changes
-        only where a count passes from one bucket to the next: those borders are all that is tried.
+        They have no stored prefix or one of `prefix_tokens`, perhaps with an exact chunk of up to `chunk_tokens` after
+        it, and a question of up to `suffix_tokens`. A plan changes only where a count passes from one bucket to the
+        next: those borders are all that is tried.
         """
-        borders = {0, *buckets_up_to(self.buckets.length, most), *buckets_up_to(self.buckets.active, most)}
+        exact_ranges = {(0, 0), (prefix_tokens, prefix_tokens), (prefix_tokens, prefix_tokens + chunk_tokens)}
+        lengths = [0, *buckets_up_to(self.buckets.length, most)]
+        borders = [0, *buckets_up_to(self.buckets.active, most)]
         suffixes = {count + 1 for count in [0, *buckets_up_to(forced_bucket, suffix_tokens), *borders]}
         plans: dict[Plan, None] = {}
-        for mode, exact in itertools.product(modes, {0, prefix_tokens}):
-            lengths = {border + after + shift for border in borders for after in (0, 1) for shift in (0, exact)}
-            for length in sorted({min(length, most) for length in lengths if length > exact}):
-                for suffix in sorted(count for count in suffixes if count <= min(suffix_tokens, length - exact)):
-                    candidates = 0 if mode in ("full", "prefix") else length - exact - suffix
-                    plans[self.plan(mode, length, exact, candidates)] = None
+        for (below, longest), (least, greatest), mode in itertools.product(pairwise(lengths), exact_ranges, modes):
+            for active in {1, *borders, *(border + 1 for border in borders), below + 1 - greatest, most - least}:
+                shortest, longest_here = max(below + 1, active + least), min(longest, most, active + greatest)
+                if active < 1 or shortest > longest_here:
+                    continue
+                counts = {count for count in {*suffixes, active} if count <= min(suffix_tokens, active)}
+                # Whether anything at all is exact may matter: the shortest prompt has the least of it.
+                for length, suffix in itertools.product({shortest, longest_here}, counts):
+                    candidates = 0 if mode in ("full", "prefix") else active - suffix
+                    plans[self.plan(mode, length, length - active, candidates)] = None
         return list(plans)
 
     def recompute_ratio(self, layout: Layout, computed: list[np.ndarray]) -> float:

@@ -104,6 +104,18 @@ def test_chunks_that_load_slower_than_they_compute_are_computed():
     assert (decision.computed_starts, decision.loaded_chunks) == ((0,), 1)
 
 
+def test_what_is_not_compiled_is_not_worth_it():
+    slow = load_at(1e6)
+    mixed = [CHUNKS[0], dataclasses.replace(CHUNKS[1], tier="host")]
+    fast = dataclasses.replace(slow, tiers=slow.tiers | {"host": cb.Tier("host", 1e15)})
+    nothing = decide(fast, planner(), LENGTH, mixed, 100, compiled=lambda plan, executor: False)
+    assert nothing.computed_chunks == 0
+    full = decide(fast, planner(), LENGTH, mixed, 100, compiled=lambda plan, _: plan.nothing_cached)
+    assert full.computed_chunks == 2
+    resident = decide(fast, planner(), LENGTH, mixed, 100, compiled=lambda _, executor: executor == "resident")
+    assert resident.computed_starts == (0,)  # what is left comes from memory
+
+
 def test_the_cap_is_recomputing_everything_that_is_loaded():
     # Many layers: waiting for the first one's KV costs little, so that loading is still worth it.
     deep = Planner(dataclasses.replace(CONFIG, num_layers=64, windows=()), cb.BlendConfig())
@@ -226,6 +238,10 @@ def test_warm_up_compiles_every_ratio():
             engine.auto = dataclasses.replace(auto, profile=profile(model, changes={"tiers": tiers}))
             engine.__dict__.pop("estimator", None)
             assert engine.prefill(prompt).stats.decision.ratio == ratio
+        tiers = {"host": cb.Tier("host", 1e2)}  # so slow that nothing is worth loading
+        engine.auto = dataclasses.replace(auto, profile=profile(model, changes={"tiers": tiers}))
+        engine.__dict__.pop("estimator", None)
+        assert engine.prefill(prompt).stats.decision.computed_chunks == 2
         assert engine.model.programs.count == count
 
 

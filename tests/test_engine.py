@@ -239,7 +239,10 @@ BAD_CALLS = {
     "long prompt": (lambda engine, _: engine.precompute(cb.Prompt([1], [[1] * 1500] * 2)), "has 3001 tokens"),
     "warm-up": (lambda engine, _: engine.warmup(10**6), r"max_tokens must be in \[1, 2048\]"),
     "warm-up mode": (lambda engine, _: engine.warmup(10, modes=("fast",)), "unknown mode 'fast'"),
-    "warm-up sizes": (lambda engine, _: engine.warmup(10, suffix_tokens=0), "suffix_tokens at least 1"),
+    "warm-up sizes": (
+        lambda engine, _: engine.warmup(10, suffix_tokens=0),
+        "suffix_tokens must be a whole number of at least 1, got 0",
+    ),
 }
 
 
@@ -291,6 +294,22 @@ def test_chosen_buckets_change_programs_and_not_answers():
     once = coarse.model.programs.count
     coarse.prefill(random_prompt(3, (30, 55), 9, 7), "full")
     assert coarse.model.programs.count == once
+
+
+def test_warm_up_provides_for_exact_first_chunks_missing_ones_and_decoding(caplog):
+    """No prefix: the first chunk is exact, and as many tokens less are active as it has."""
+    engine = cb.Engine(cb.random_model(FAMILIES["llama3"], seed=9))
+    engine.warmup(128, suffix_tokens=7, chunk_tokens=40, max_new_tokens=3)
+    count = engine.model.programs.count
+    for seed, lengths in ((1, (30, 40)), (2, (5, 70)), (3, (40,))):
+        prompt = random_prompt(seed, lengths, 0)
+        engine.precompute([chunk[:40] for chunk in prompt.chunks])
+        engine.precompute(prompt)
+        assert engine.generate(prompt, max_new_tokens=3).stats.prefill.compile_s == 0
+    assert engine.model.programs.count == count
+    assert not caplog.records
+    assert engine.prefill(random_prompt(4, (200,), 0)).stats.compile_s > 0
+    assert "that warm-up did not provide for" in caplog.text
 
 
 def test_programs_used_least_recently_make_room(monkeypatch, caplog):

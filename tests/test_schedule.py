@@ -113,19 +113,25 @@ def test_full_prefill_is_one_stage():
     assert [(stage.first, stage.border) for stage in plan.stages] == [(0, 11)]
 
 
-@pytest.mark.parametrize("most", [1, 130, 300])
-def test_warmup_plans_are_all_there_are(most):
+@pytest.mark.parametrize(
+    ("mode", "most", "prefix", "chunk", "lengths"),
+    [
+        *((mode, 300, 9, 0, None) for mode in ("full", "prefix", "reuse")),
+        *(("blend", most, 9, chunk, None) for most, chunk in ((1, 0), (130, 0), (300, 0), (300, 20))),
+        *((mode, 150, 0, 20, None) for mode in ("prefix", "reuse", "blend")),
+        ("blend", 300, 9, 20, (100, 290)),
+    ],
+)
+def test_warmup_plans_are_all_there_are(mode, most, prefix, chunk, lengths):
     config = ModelConfig("LlamaForCausalLM", 97, 32, 48, 6, 4, 2, 8, 4096)
-    planner = Planner(config, BlendConfig())
-    modes = ("full", "prefix", "reuse", "blend")
+    planner = Planner(config, BlendConfig(), Buckets(lengths))
     every = {
         planner.plan(mode, length, exact, 0 if mode in ("full", "prefix") else length - exact - suffix)
-        for mode in modes
-        for exact in (0, 9)
+        for exact in {0, *range(prefix, prefix + chunk + 1)}
         for length in range(exact + 1, most + 1)
-        for suffix in range(1, min(70, length - exact) + 1)
+        for suffix in range(1, min(35, length - exact) + 1)
     }
-    assert set(planner.plans_up_to(most, modes, 9, 70)) == every
+    assert set(planner.plans_up_to(most, (mode,), prefix, 35, chunk)) == every
 
 
 @pytest.mark.parametrize(
