@@ -6,15 +6,17 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from scipy.optimize import nnls
 
 from cacheblend_jax.blend import BlendConfig
@@ -25,7 +27,7 @@ from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.profile import ASSUMED_DISK, Profile, default_path, device_kind, store_name
 from cacheblend_jax.prompt import Prompt
-from cacheblend_jax.store import ChunkStore
+from cacheblend_jax.store import ChunkStore, is_local
 from cacheblend_jax.trace import Trace
 
 LENGTHS = (512, 1024, 2048, 4096)
@@ -49,20 +51,24 @@ def calibrate(
     """Measures and fits; a minute or more, most of it compilation.
 
     Args:
-        open_store: opens the store whose tiers are measured; called again so that nothing is in its memory yet.
+        open_store: opens the store whose tiers are measured; called again so that nothing is in its memory yet. Probes
+            are left in it: give a directory of their own, beside the one that is used.
         lengths: tokens in chunks; those beyond the model's maximum are left out.
         progress: wraps long loops, with what they do.
 
     Raises:
-        CacheBlendError: no length fits the model.
+        CacheBlendError: no length fits the model, or the store keeps nothing.
     """
+    if short := [tokens for tokens in lengths if tokens < CHUNKS]:
+        raise CacheBlendError(f"lengths must be at least {CHUNKS} tokens, one a chunk; got {short[0]}")
     fitting = [tokens for tokens in lengths if tokens + QUESTION_TOKENS <= model.config.max_positions]
     if not fitting:
         raise CacheBlendError(
             f"no length of {list(lengths)} fits the model, which takes at most {model.config.max_positions} tokens"
         )
     compute, fit = fit_compute(model, fitting, ratios, repeats, progress)
-    directory = open_store().directory
+    with closing(open_store()) as store:
+        directory = store.directory
     tiers, transfer, page_cache = measure_tiers(model, open_store, repeats)
     fit |= {"page_cache": page_cache}
     return Profile(model.fingerprint, device_kind(model), store_name(directory), compute, tiers, transfer, fit)
@@ -134,7 +140,9 @@ def measure_tiers(model: Model, open_store: Callable[[], Any], repeats: int) -> 
     memory = ChunkStore(host_bytes=2**40)
     tiers = {"host": _measured_tier(model, lambda: memory, "host", repeats)[0], "disk": ASSUMED_DISK}
     page_cache = NOT_USED
-    if open_store().directory is not None:
+    with closing(open_store()) as store:
+        on_disk = store.directory is not None
+    if on_disk:
         tier, page_cache = _measured_tier(model, open_store, "disk", repeats)
         tiers[tier.name] = tier
     return tiers, _measured_transfer(model, repeats), page_cache
@@ -144,22 +152,27 @@ def _measured_tier(model: Model, open_store: Callable[[], Any], name: str, repea
     """Puts probes into a store and reads them: large ones for the throughput, chunks of one token for the latency."""
     config = model.config
     tokens = min(PROBE_TOKENS, config.max_positions - 8)
-    engine = Engine(model, open_store(), executor="resident")
     prefix = random_prompt(model, 8 * CHUNKS, 1).suffix[:4]
     large = [random_prompt(model, tokens, seed, 1).chunks[0] for seed in range(1, PROBE_CHUNKS + 1)]
     small = [ids[:1] for ids in large]
-    keys = [engine.precompute(chunks, prefix=prefix) for chunks in (large, small)]
-    engine.close()
+    with closing(open_store()) as store, Engine(model, store, executor="resident") as engine:
+        keys = [engine.precompute(chunks, prefix=prefix) for chunks in (large, small)]
     shape = (config.num_layers, PROBE_CHUNKS * tokens, config.num_kv_heads, config.head_dim)
     buffers = Staging(np.dtype(model.config.dtype)).arrays(shape)
     seconds, page_cache = np.zeros((repeats, 2)), NOT_USED
     for repeat in range(repeats):
         for which, size in enumerate((tokens, 1)):
-            store = open_store()
-            if store.directory is not None:
-                page_cache = drop_page_cache(Path(store.directory))
             with ExitStack() as handles:
-                chunks = [handles.enter_context(store.open(key)) for key in keys[which]]
+                store = handles.enter_context(closing(open_store()))
+                if store.directory is not None:
+                    page_cache = drop_page_cache(store.directory)
+                found = [store.open(key) for key in keys[which]]
+                chunks = [handles.enter_context(chunk) for chunk in found if chunk is not None]
+                if len(chunks) < len(found):
+                    raise CacheBlendError(
+                        f"{len(found) - len(chunks)} of {len(found)} probes of {size} tokens could not be stored in "
+                        f"{store.directory or 'memory'}; is there room, and the right to write?"
+                    )
                 name = chunks[0].tier
                 placed = [Placed("", i * size, (i + 1) * size, chunk) for i, chunk in enumerate(chunks)]
                 num_bytes = sum(chunk.num_bytes for chunk in chunks)
@@ -188,11 +201,13 @@ def _measured_transfer(model: Model, repeats: int) -> Tier:
     return Tier("transfer", 2 * pair[0].nbytes / statistics.median(seconds[1:]))
 
 
-def drop_page_cache(directory: Path) -> str:
+def drop_page_cache(directory: Path | str) -> str:
     """Asks the operating system to forget the files under a directory; returns how, or that it cannot be done."""
+    if not is_local(directory):
+        return "cold: object storage"
     if not hasattr(os, "posix_fadvise"):
         return "warm: this system has no posix_fadvise"
-    for path in directory.rglob("*"):
+    for path in Path(directory).rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
             try:
@@ -209,24 +224,42 @@ def without_details(profile: Profile) -> dict[str, Any]:
     return asdict(replace(profile, fit=fit))
 
 
+@contextmanager
+def _place_for_probes(directory: str | None) -> Iterator[str | None]:
+    """A place on the same storage as a store, which its entries know nothing of; removed afterwards."""
+    if directory is None:
+        yield None
+        return
+    place = epath.Path(directory).expanduser() / f"calibration-{uuid.uuid4().hex}"
+    try:
+        yield os.fspath(place)
+    finally:
+        if place.exists():
+            place.rmtree()
+
+
 def run_calibrate(
     parsed: argparse.Namespace, model: Model, progress: Callable[[Iterable, str], Iterable]
 ) -> dict[str, Any]:
     """The command: calibrates, prints what was found, saves the profile; returns what `--json` writes."""
     directory = parsed.store
-    if directory is not None and not directory.parent.is_dir():
-        raise CacheBlendError(f"cannot use --store {directory}: {directory.parent} is not a directory; is it mounted?")
+    if directory is not None and is_local(directory) and not Path(directory).expanduser().absolute().parent.is_dir():
+        raise CacheBlendError(
+            f"cannot use --store {directory}: {Path(directory).parent} is not a directory; is it mounted?"
+        )
     for ratio in parsed.ratios:
         BlendConfig(ratio)
     path = parsed.out or default_path(model, directory)
-    profile = calibrate(
-        model,
-        lambda: ChunkStore(directory),
-        lengths=parsed.lengths,
-        ratios=parsed.ratios,
-        repeats=parsed.repeats,
-        progress=progress,
-    )
+    with _place_for_probes(directory) as probes:
+        profile = calibrate(
+            model,
+            lambda: ChunkStore(probes),
+            lengths=parsed.lengths,
+            ratios=parsed.ratios,
+            repeats=parsed.repeats,
+            progress=progress,
+        )
+    profile = replace(profile, store=store_name(directory))
     profile.save(path)
     compute, fit = profile.compute, profile.fit
     print(

@@ -299,7 +299,7 @@ def _save_trace(trace: Trace, path: Path) -> None:
 def _add_calibrate(commands: Any) -> None:
     calibrate = commands.add_parser("calibrate", help="measure what --ratio auto decides by: layer steps and tiers")
     calibrate.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="checkpoint directory or hub id (demo)")
-    calibrate.add_argument("--store", type=Path, metavar="DIR", help="the store whose disk is measured (memory only)")
+    calibrate.add_argument("--store", metavar="DIR", help="the store whose disk is measured (memory only)")
     calibrate.add_argument("--lengths", type=_count, nargs="+", default=[512, 1024, 2048, 4096], metavar="N")
     calibrate.add_argument("--ratios", type=float, nargs="+", default=[0.15, 0.5], metavar="R", help="(0.15 0.5)")
     calibrate.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs of each (3)")

@@ -355,6 +355,10 @@ def select_top_k(chunks: Sequence[Chunk], question: str, top_k: int) -> list[Chu
     return [chunks[number] for number in sorted(ranked[:top_k])]
 
 
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai … Han
+SEARCH_WORD = rf"(?u)[{_UNSPACED}]|[^\W{_UNSPACED}]{{2,}}"
+
+
 def _import_bm25s() -> Any:
     try:
         import bm25s
@@ -369,10 +373,11 @@ def _import_bm25s() -> Any:
 def _bm25_scores(bm25s: Any, texts: list[str], question: str) -> list[float]:
     """Score each text; all zero where BM25 is undefined, because no word of the question is in any text.
 
-    Words are runs of two or more letters or digits, in lower case and without English stop words.
+    Words are runs of two or more letters or digits, in lower case and without English stop words; in scripts that are
+    written without spaces, single characters.
     """
-    corpus = bm25s.tokenize(texts, show_progress=False)
-    (words,) = bm25s.tokenize([question], show_progress=False, return_ids=False)
+    corpus = bm25s.tokenize(texts, token_pattern=SEARCH_WORD, show_progress=False)
+    (words,) = bm25s.tokenize([question], token_pattern=SEARCH_WORD, show_progress=False, return_ids=False)
     known = [word for word in words if word in corpus.vocab]
     if not known:
         return [0.0] * len(texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from platformdirs import user_cache_path
 from cacheblend_jax.controller import ComputeModel, Tier
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.model import Model
+from cacheblend_jax.store import is_local
 
 logger = logging.getLogger(__name__)
 VERSION = 1
@@ -74,6 +76,8 @@ class Profile:
             content["compute"] = ComputeModel(**content["compute"])
             content["tiers"] = {name: Tier(**tier) for name, tier in content["tiers"].items()}
             content["transfer"] = Tier(**content["transfer"])
+            if "host" not in content["tiers"]:
+                raise KeyError("tiers: host")
             return cls(**content)
         except (KeyError, TypeError, AttributeError) as error:
             raise CacheBlendError(f"{path} is not a profile: {error!r}; make one with `calibrate`") from error
@@ -86,8 +90,10 @@ def device_kind(model: Model) -> str:
 
 
 def store_name(directory: Any) -> str:
-    """A store's name in profiles: its absolute path; empty for a store in memory."""
-    return "" if directory is None else str(Path(directory).absolute())
+    """A store's name in profiles: its absolute path, or its URL; empty for a store in memory."""
+    if directory is None or not is_local(directory):
+        return str(directory or "")
+    return os.path.abspath(Path(directory).expanduser())
 
 
 def default_path(model: Model, directory: Any) -> Path:

@@ -13,8 +13,9 @@ from typing import Any
 
 from cacheblend_jax.errors import CacheBlendError
 
-LANES = ("disk", "host", "transfer", "compute")
-COLOURS = {"disk": "C7", "host": "C0", "transfer": "C1", "compute": "C2"}
+LANES = ("host", "transfer", "compute")  # after those of tiers slower than host memory
+COLOURS = {"host": "C0", "transfer": "C1", "compute": "C2"}
+SLOW_TIER_COLOUR = "C7"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Span:
 
 @dataclass
 class Trace:
-    """Collects spans from several threads. Lanes: `disk`, `host`, `transfer`, `compute`.
+    """Collects spans from several threads. Lanes: slower tiers by name (`disk`), then `host`, `transfer`, `compute`.
 
     Args:
         clock: seconds now; spans that are added must use the same one.
@@ -50,6 +51,10 @@ class Trace:
     def add(self, lane: str, name: str, layer: int, began: float, ended: float) -> None:
         """Records a span whose times are known."""
         self.spans.append(Span(lane, name, layer, began, ended, threading.get_ident()))
+
+    def lanes(self) -> list[str]:
+        """The lanes' names, those of slower tiers first."""
+        return [*sorted({span.lane for span in self.spans} - {*LANES}), *LANES]
 
     def lane(self, lane: str) -> list[Span]:
         """The lane's spans in the order of their beginnings."""
@@ -70,7 +75,7 @@ class Trace:
         """
         zero = min((span.began for span in self.spans), default=0.0)
         events: list[dict[str, Any]] = []
-        for number, lane in enumerate(LANES):
+        for number, lane in enumerate(self.lanes()):
             spans = self.lane(lane)
             threads = list(dict.fromkeys(span.thread for span in spans))
             events.append(_metadata("process_name", number, 0, {"name": lane}))
@@ -107,7 +112,7 @@ class Trace:
             raise CacheBlendError(
                 f"the timeline picture needs matplotlib: pip install 'cacheblend-jax[plots]' ({error})"
             ) from error
-        lanes = [lane for lane in LANES if self.lane(lane)]
+        lanes = [lane for lane in self.lanes() if self.lane(lane)]
         zero = min((span.began for span in self.spans), default=0.0)
         figure = Figure((11, 0.9 + 0.55 * max(len(lanes), 1)), layout="constrained")
         FigureCanvasAgg(figure)
@@ -145,6 +150,14 @@ def _draw_span(axis: Any, row: int, span: Span, zero: float) -> None:
     """A bar; layers alternate between two shades, and those of the compute lane carry their number."""
     began, milliseconds = (span.began - zero) * 1e3, (span.ended - span.began) * 1e3
     shade = 0.9 if span.layer % 2 == 0 else 0.55
-    axis.barh(row, milliseconds, left=began, height=0.7, color=COLOURS[span.lane], alpha=shade, linewidth=0)
+    axis.barh(
+        row,
+        milliseconds,
+        left=began,
+        height=0.7,
+        color=COLOURS.get(span.lane, SLOW_TIER_COLOUR),
+        alpha=shade,
+        linewidth=0,
+    )
     if span.lane == "compute" and span.layer >= 0:
         axis.text(began + milliseconds / 2, row, str(span.layer), ha="center", va="center", fontsize=6, clip_on=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -355,6 +356,33 @@ def test_a_throttled_tier_is_measured_as_it_is(monkeypatch):
     assert tier.latency_s == pytest.approx(1e-3, rel=0.2)  # a read of one token's bytes is in it
 
 
+def test_probes_leave_the_store_alone_and_nothing_open(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibrate, "PROBE_TOKENS", 16)
+    model, directory = family_model("llama3"), tmp_path / "kv"
+    with cb.ChunkStore(directory) as store, cb.Engine(model, store) as engine:
+        engine.precompute(random_prompt(1))
+        kept = store.keys()
+    parsed = argparse.Namespace(store=str(directory), ratios=[0.2], lengths=[64], repeats=1, out=None)
+    report = calibrate.run_calibrate(parsed, model, lambda items, _: items)
+    assert report["store"] == str(directory)
+    assert report["tiers"]["disk"]["bytes_per_s"] > 0
+    assert sorted(path.name for path in directory.iterdir()) == ["index.sqlite", "packs", "quarantine", "writing"]
+    with cb.ChunkStore(directory) as store:
+        assert store.keys() == kept
+    with pytest.raises(cb.CacheBlendError, match="probes of 16 tokens could not be stored in"):
+        calibrate.measure_tiers(model, lambda: cb.ChunkStore(tmp_path / "small", host_bytes=1, disk_bytes=1), 1)
+
+
+def test_a_stores_name_is_its_place_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert store_name("~/kv") == str(tmp_path / "kv")
+    monkeypatch.chdir(tmp_path)
+    assert store_name("kv") == str(tmp_path / "kv")
+    assert store_name("gs://bucket/kv") == "gs://bucket/kv"
+    assert store_name(None) == ""
+
+
 MODEL = ["--model", str(HF / "llama3"), "--dtype", "float32", "--no-compile-cache"]
 
 
@@ -387,6 +415,7 @@ def test_calibrate_then_ask_explains_and_draws(tmp_path, monkeypatch, capsys):
     [
         (["calibrate", "--store", "/vanished/mount/kv"], "/vanished/mount is not a directory; is it mounted?"),
         (["calibrate", "--lengths", "100000"], "no length of [100000] fits the model"),
+        (["calibrate", "--lengths", "4"], "lengths must be at least 8 tokens"),
         (["calibrate", "--ratios", "2"], "recompute_ratio must be in [0, 1], got 2.0"),
         (["ask", "--docs", "README.md", "--explain", "why?"], "--explain needs --mode blend --ratio auto"),
         (

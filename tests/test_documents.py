@@ -112,3 +112,10 @@ def test_sizes_that_make_no_sense_are_refused(size):
 def test_a_character_larger_than_a_chunk_is_an_error():
     with pytest.raises(DocumentError, match="raise chunk_tokens"):
         split_into_chunks("é", 1, lambda text: len(text.encode()))
+
+
+def test_scripts_without_spaces_are_searched_by_character():
+    texts = ["北京是中国的首都。", "东京是日本的首都。", "The Cobalt team works in Oslo."]
+    chunks = [Chunk(text, "a.txt", index) for index, text in enumerate(texts)]
+    assert [chunk.text for chunk in select_top_k(chunks, "东京在哪里?", 1)] == [texts[1]]
+    assert [chunk.text for chunk in select_top_k(chunks, "Oslo在哪里?", 1)] == [texts[2]]

@@ -147,6 +147,7 @@ def test_warmup_plans_are_all_there_are(mode, most, prefix, chunk, lengths):
         ({"num_stages": 0}, "num_stages must be"),
         ({"check_layer": 0}, "check_layer must be"),
         ({"seed": -1}, "seed must be"),
+        ({"seed": 2**31}, "seed must be"),
     ],
 )
 def test_a_blend_that_makes_no_sense_is_named(options, message):

@@ -33,6 +33,13 @@ def test_the_chrome_format_has_a_process_for_each_lane_and_a_row_for_each_thread
     assert cb.Trace().to_chrome()["displayTimeUnit"] == "ms"
 
 
+def test_a_tier_of_any_name_has_its_lane():
+    trace = hand_made()
+    trace.add("nvme", "layer 1 at 0", 1, 4.0, 5.0)
+    chrome = trace.to_chrome()["traceEvents"]
+    assert [event["cat"] for event in chrome if event["ph"] == "X"] == ["disk", "disk", "nvme", "compute"]
+
+
 def test_overlap_counts_time_once():
     trace = hand_made()
     assert trace.overlap_s("disk", "compute") == pytest.approx(0.5)

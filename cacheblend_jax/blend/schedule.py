@@ -45,8 +45,8 @@ class BlendConfig:
             raise CacheBlendError(f"num_stages must be a whole number of at least 1, got {self.num_stages!r}")
         if self.check_layer is not None and (not _is_integer(self.check_layer) or self.check_layer < 1):
             raise CacheBlendError(f"check_layer must be None or a layer from 1 on, got {self.check_layer!r}")
-        if not _is_integer(self.seed) or self.seed < 0:
-            raise CacheBlendError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+        if not _is_integer(self.seed) or not 0 <= self.seed < 2**31:
+            raise CacheBlendError(f"seed must be a whole number in [0, 2^31), got {self.seed!r}")
 
 
 def _is_integer(value: object) -> bool:

@@ -23,7 +23,7 @@ class Sampling:
         temperature: divides the logits.
         top_k: keep the `top_k` likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens until their probabilities sum to `top_p`; 1 keeps all (arXiv 1904.09751).
-        seed: the same seed draws the same tokens.
+        seed: the same seed draws the same tokens; below 2³².
     """
 
     temperature: float = 0.0
@@ -34,12 +34,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise CacheBlendError(f"temperature must be at least 0 and finite, got {self.temperature!r}")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise CacheBlendError(f"top_k must be a whole number of at least 0, got {self.top_k!r}")
+        if not isinstance(self.top_k, int) or not 0 <= self.top_k < 2**31:
+            raise CacheBlendError(f"top_k must be a whole number in [0, 2^31), got {self.top_k!r}")
         if not 0 < self.top_p <= 1:
             raise CacheBlendError(f"top_p must be in (0, 1], got {self.top_p!r}")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise CacheBlendError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise CacheBlendError(f"seed must be a whole number in [0, 2^32), got {self.seed!r}")
 
 
 def sample(

@@ -4,6 +4,7 @@ from cacheblend_jax.store.chunk_store import ChunkStore, StoreStats
 from cacheblend_jax.store.device import DeviceChunk, DeviceEntry
 from cacheblend_jax.store.entry import ChunkEntry, StoredChunk, is_slow
 from cacheblend_jax.store.keys import chunk_key
+from cacheblend_jax.store.location import is_local
 from cacheblend_jax.store.throttled import ThrottledStore
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "StoredChunk",
     "ThrottledStore",
     "chunk_key",
+    "is_local",
     "is_slow",
 ]

@@ -26,10 +26,10 @@ from cacheblend_jax.store.disk_chunk import DiskChunk
 from cacheblend_jax.store.entry import ChunkEntry
 from cacheblend_jax.store.eviction import make_room, sweep
 from cacheblend_jax.store.index import INDEX_ERRORS, Found
+from cacheblend_jax.store.location import is_local
 from cacheblend_jax.store.pack import (
     EntryReader,
     UnreadableError,
-    is_local,
     size_of,
     write_pack,
 )
