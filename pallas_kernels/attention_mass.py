@@ -28,6 +28,8 @@ def attention_mass(
     """
     num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
+    if num_queries == 0:
+        return jnp.zeros(num_keys, jnp.float32)
     group = num_heads // num_kv_heads
     scale = head_dim**-0.5 if scale is None else scale
     kv_length = num_keys if kv_length is None else kv_length

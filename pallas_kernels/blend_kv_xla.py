@@ -22,6 +22,8 @@ def blend_xla(
     """Returns `(k rotated, v, deviation)` of validated arguments."""
     # Few rows are fresh: one pass over the keys and a scatter beat a gather of a row for every key.
     num_keys = k_cached.shape[0]
+    if num_keys == 0:
+        return k_cached, v_cached, jnp.zeros((indices.shape[0], 2), jnp.float32) if with_deviation else None
     at = jnp.minimum(indices, num_keys - 1)
     places = jnp.where(indices < num_keys, indices, num_keys + jnp.arange(indices.shape[0], dtype=indices.dtype))
 

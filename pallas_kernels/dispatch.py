@@ -93,13 +93,13 @@ def choose_backend(implementation: str | None, operation: str, declines: Decline
         ValueError: the implementation is unknown, or can't serve the call; the message says why.
     """
     asked = implementation is not None
+    known = tuple(name for name in BACKENDS if name == "xla" or name in declines)
     if not asked:
-        implementation = os.environ.get(OVERRIDE) or default
-    known = (*(name for name in BACKENDS if name == "xla" or name in declines), "pallas")
-    if implementation is not None and implementation not in known:
+        implementation = _wish(known) or default
+    if implementation is not None and implementation not in (*known, "pallas"):
         raise ValueError(
             f"{operation}: unknown implementation {implementation!r}; expected None (best for the platform), "
-            + ", ".join(repr(name) for name in known[:-1])
+            + ", ".join(map(repr, known))
             + " or 'pallas'"
         )
     if implementation == "xla":
@@ -127,6 +127,15 @@ def choose_backend(implementation: str | None, operation: str, declines: Decline
     )
 
 
+def _wish(known: tuple[str, ...]) -> str | None:
+    """What the environment asks for, as far as the operation has it."""
+    wish = os.environ.get(OVERRIDE)
+    if wish and wish not in (*BACKENDS, "pallas"):
+        expected = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"the environment variable {OVERRIDE} is {wish!r}; expected {expected} or 'pallas'")
+    return wish if wish in (*known, "pallas") else None
+
+
 def _pallas_backends(target: Target, implementation: str | None) -> tuple[str, ...]:
     """The platform's Pallas backends, best first. By default nothing is interpreted: it is for tests."""
     if target.platform == "tpu":
@@ -146,6 +155,7 @@ def _wrong_platform(backend: str, target: Target) -> str | None:
     # wgmma is Hopper's alone: neither Ampere nor Blackwell has it.
     if backend == "mosaic_gpu" and (target.compute_capability or (0, 0))[0] != 9:
         return f"needs a Hopper GPU (compute capability 9.0), this is {target}"
-    if backend == "triton" and (target.compute_capability or (0, 0)) < (7, 5):
-        return f"needs an NVIDIA GPU of compute capability 7.5 or more, this is {target}"
+    # On Turing XLA refuses to compile Triton.
+    if backend == "triton" and (target.compute_capability or (0, 0)) < (8, 0):
+        return f"needs an NVIDIA GPU of compute capability 8.0 or more, this is {target}"
     return None

@@ -74,7 +74,9 @@ def selective_attention(
     kv_length = jnp.minimum(jnp.asarray(num_keys if kv_length is None else kv_length, jnp.int32), num_keys)
     starts = first_visible(q_positions, q_starts, window)
     scale = head_dim**-0.5 if scale is None else scale
-    if backend == "xla":
+    if 0 in (q.shape[0], num_keys):
+        out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf)
+    elif backend == "xla":
         out, lse = attend_xla(q, k, v, q_positions, starts, kv_length, scale)
     else:
         out, lse = _attend_pallas(backend, q, k, v, q_positions, starts, kv_length, scale)

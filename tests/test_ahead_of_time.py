@@ -28,7 +28,9 @@ NO_SPILL = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 LLAMA3_8B = SHAPES["llama-3-8b"]
 
 
-def _attention(head_dim: int, dtype=jnp.bfloat16, num_queries: int = 1229, implementation: str = "pallas"):
+def _attention(
+    head_dim: int, dtype=jnp.bfloat16, num_queries: int = 1229, implementation: str = "pallas", num_keys: int = 8192
+):
     def shape(*sizes: int, of=dtype):
         return jax.ShapeDtypeStruct(sizes, of)
 
@@ -37,7 +39,7 @@ def _attention(head_dim: int, dtype=jnp.bfloat16, num_queries: int = 1229, imple
         return selective_attention(q, k, v, positions, q_starts=starts, **options)
 
     integers = [shape(*sizes, of=jnp.int32) for sizes in ((num_queries,), (num_queries,), ())]
-    keys = shape(8192, 8, head_dim)
+    keys = shape(num_keys, 8, head_dim)
     return attend, shape(num_queries, 32, head_dim), keys, keys, *integers
 
 
@@ -50,6 +52,11 @@ def test_attention_for_hopper_spills_no_register(head_dim, capfd):
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", printed)
     assert spills, "ptxas printed no account of registers"
     assert set(spills) == {("0", "0")}
+
+
+@pytest.mark.parametrize("num_keys", [100, 1001])
+def test_attention_for_hopper_takes_any_number_of_keys(num_keys):
+    compiler("gpu")(*_attention(128, num_queries=65, num_keys=num_keys, implementation="mosaic_gpu"))
 
 
 def test_a_kernel_beyond_shared_memory_fails_for_hopper(monkeypatch):

@@ -173,3 +173,15 @@ def test_what_does_not_fit_is_named_when_traced(change, message):
 def test_a_backend_that_cannot_serve_says_why(head_dim, backend, message):
     with pytest.raises(ValueError, match=message):
         call(arguments(6, [1, 4], head_dim, "float32"), implementation=backend)
+
+
+def test_no_keys_and_no_fresh_rows_are_legal():
+    none, rows, angles = jnp.ones((0, 2, 4)), jnp.ones((3, 2, 4)), jnp.ones((0, 2))
+    k, v, deviation = blend_kv(none, none, rows, rows, jnp.arange(3), cos=angles, sin=angles, return_deviation=True)
+    assert (k.shape, v.shape) == (none.shape, none.shape)
+    np.testing.assert_array_equal(deviation, np.zeros((3, 2)))
+    k, v, deviation = blend_kv(
+        rows, rows, none, none, jnp.arange(0), cos=jnp.ones((3, 2)), sin=jnp.zeros((3, 2)), return_deviation=True
+    )
+    np.testing.assert_array_equal(k, rows)
+    assert deviation.shape == (0, 2)

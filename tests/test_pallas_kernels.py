@@ -50,6 +50,16 @@ def test_keys_after_the_last_visible_one_are_not_computed():
     assert np.isnan(np.asarray(selective_attention(q, poisoned, poisoned, positions + 2000))).any()
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
+def test_nothing_to_attend_to_gives_zeros(queries, keys):
+    q, kv = jnp.ones((queries, 4, 8)), jnp.ones((keys, 2, 8))
+    positions = jnp.arange(queries)
+    out, lse = selective_attention(q, kv, kv, positions, return_lse=True)
+    np.testing.assert_array_equal(out, np.zeros(q.shape))
+    np.testing.assert_array_equal(lse, np.full((queries, 4), -np.inf))
+    np.testing.assert_array_equal(attention_mass(q, kv, lse, positions), np.zeros(keys))
+
+
 def test_padding_queries_give_zeros():
     q, k = jnp.ones((3, 2, 8)), jnp.ones((16, 1, 8))
     out, lse = selective_attention(q, k, k, jnp.asarray([3, 12, 16], jnp.int32), kv_length=10, return_lse=True)

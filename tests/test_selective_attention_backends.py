@@ -118,6 +118,7 @@ def test_a_batch_equals_one_by_one(backend):
 
 H200 = dispatch.Target("gpu", "NVIDIA H200", (9, 0))
 A100 = dispatch.Target("gpu", "NVIDIA A100", (8, 0))
+T4 = dispatch.Target("gpu", "Tesla T4", (7, 5))
 B200 = dispatch.Target("gpu", "NVIDIA B200", (10, 0))
 V5E = dispatch.Target("tpu", "TPU v5 lite")
 CPU = dispatch.Target("cpu", "cpu")
@@ -140,6 +141,7 @@ def _choose(implementation, target, monkeypatch, declined=(), proven=("mosaic_gp
         (None, H200, ("mosaic_gpu", "triton"), "xla"),
         (None, A100, (), "triton"),
         (None, B200, (), "triton"),
+        (None, T4, (), "xla"),
         (None, V5E, (), "tpu"),
         (None, V5E, ("tpu",), "xla"),
         ("pallas", CPU, (), "tpu"),
@@ -159,6 +161,7 @@ def test_the_best_backend_that_can_serve_the_call_is_chosen(implementation, targ
         ("mosaic_gpu", B200, (), "needs a Hopper GPU"),
         ("tpu", H200, (), "needs a TPU"),
         ("triton", V5E, (), "needs a GPU"),
+        ("pallas", T4, (), "needs an NVIDIA GPU of compute capability 8.0 or more"),
         ("pallas", V5E, ("tpu",), "tpu declines"),
         ("cuda", H200, (), "unknown implementation 'cuda'"),
     ],
@@ -181,3 +184,12 @@ def test_the_environment_replaces_the_default(monkeypatch):
     monkeypatch.setenv(dispatch.OVERRIDE, "pallas")
     assert _choose(None, H200, monkeypatch, proven=()) == "mosaic_gpu"
     assert _choose(None, H200, monkeypatch, declined=("mosaic_gpu", "triton")) == "xla"
+
+
+def test_an_operation_without_the_backend_that_the_environment_names_takes_its_default(monkeypatch):
+    monkeypatch.setattr(dispatch, "current_target", lambda: H200)
+    monkeypatch.setenv(dispatch.OVERRIDE, "mosaic_gpu")
+    assert dispatch.choose_backend(None, "op", {"triton": lambda: None}, default="xla") == "xla"
+    monkeypatch.setenv(dispatch.OVERRIDE, "palas")
+    with pytest.raises(ValueError, match=f"the environment variable {dispatch.OVERRIDE} is 'palas'; expected 'xla', "):
+        dispatch.choose_backend(None, "op", {"triton": lambda: None}, default="xla")
