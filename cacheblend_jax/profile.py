@@ -19,6 +19,7 @@ from platformdirs import user_cache_path
 from cacheblend_jax.controller import ComputeModel, Tier
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.model import Model
+from cacheblend_jax.store.location import located
 
 logger = logging.getLogger(__name__)
 VERSION = 1
@@ -86,8 +87,8 @@ def device_kind(model: Model) -> str:
 
 
 def store_name(directory: Any) -> str:
-    """A store's name in profiles: its absolute path; empty for a store in memory."""
-    return "" if directory is None else str(Path(directory).absolute())
+    """A store's name in profiles: its absolute path or URL; empty for a store in memory."""
+    return "" if directory is None else str(located(directory))
 
 
 def default_path(model: Model, directory: Any) -> Path:

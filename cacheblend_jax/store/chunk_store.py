@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +12,12 @@ from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.store.device import DeviceChunk, DeviceEntry
 from cacheblend_jax.store.entry import ChunkEntry, HostChunk, StoredChunk
 from cacheblend_jax.store.memory import MemoryTier
+from cacheblend_jax.store.stats import StoreStats
 
 DEFAULT_HOST_BYTES = 4 * 2**30
 DEFAULT_DISK_BYTES = 64 * 2**30
 DEFAULT_QUEUE_BYTES = 2**30
 TOUCHES_KEPT = 64  # uses counted in memory before they are written to the index
-
-
-@dataclass
-class StoreStats:
-    """Counts since the store was made; `entries` and `bytes` are what memory holds now, `disk_…` what the disk does.
-
-    Attributes:
-        hits, misses: of `get` and `open`; of the hits, `device_hits` were on the device and `disk_hits` on the disk.
-        stored: entries put and kept.
-        evicted, disk_evicted, device_evicted: entries that made room for others.
-        rejected: entries larger than the memory, or without room among entries in use; `disk_rejected`: than the disk.
-        written: entries written to the disk.
-        dropped: entries not written because the queue was full.
-        damaged: entries (or indexes) whose bytes were not those written; quarantined.
-        outdated: entries of another format version, treated as missing.
-        write_errors, read_errors: what the file system refused; the entries stay in memory, or are misses.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    stored: int = 0
-    evicted: int = 0
-    rejected: int = 0
-    entries: int = 0
-    bytes: int = 0
-    device_hits: int = 0
-    device_evicted: int = 0
-    device_entries: int = 0
-    device_bytes: int = 0
-    disk_hits: int = 0
-    written: int = 0
-    dropped: int = 0
-    disk_evicted: int = 0
-    disk_rejected: int = 0
-    disk_entries: int = 0
-    disk_bytes: int = 0
-    damaged: int = 0
-    outdated: int = 0
-    write_errors: int = 0
-    read_errors: int = 0
 
 
 class ChunkStore:
@@ -82,7 +43,8 @@ class ChunkStore:
         queue_bytes: how much may wait to be written. Beyond, entries of requests are kept in memory alone.
 
     Raises:
-        CacheBlendError: a capacity that is not positive; a directory that is a file, or cannot be made.
+        CacheBlendError: a capacity that is not positive; a directory that is a file, cannot be made, or has a backslash
+            in its path.
     """
 
     def __init__(
@@ -103,7 +65,7 @@ class ChunkStore:
         self.device_bytes = device_bytes
         self.host_bytes = host_bytes
         self.disk_bytes = disk_bytes
-        self.directory = directory
+        self.directory: Any = None  # as a path: absolute, or a URL's
         self.salt = salt
         self._host: MemoryTier[ChunkEntry] = MemoryTier(host_bytes)
         self._device: MemoryTier[DeviceEntry] = MemoryTier(device_bytes)
@@ -120,6 +82,7 @@ class ChunkStore:
             from cacheblend_jax.store.writeback import WriteBack
 
             self._disk = DiskTier(directory, disk_bytes)
+            self.directory = self._disk.root
             self._queue = WriteBack(self._disk.write, queue_bytes)
 
     def get(self, key: str) -> ChunkEntry | None:

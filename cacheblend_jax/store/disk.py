@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import re
 import shutil
 import sqlite3
 import threading
@@ -14,11 +13,9 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from etils import epath
 
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
 from cacheblend_jax.store import quarantine, recovery
@@ -26,13 +23,8 @@ from cacheblend_jax.store.disk_chunk import DiskChunk
 from cacheblend_jax.store.entry import ChunkEntry
 from cacheblend_jax.store.eviction import make_room, sweep
 from cacheblend_jax.store.index import INDEX_ERRORS, Found
-from cacheblend_jax.store.pack import (
-    EntryReader,
-    UnreadableError,
-    is_local,
-    size_of,
-    write_pack,
-)
+from cacheblend_jax.store.location import PACK_NAME, is_local, located
+from cacheblend_jax.store.pack import EntryReader, UnreadableError, size_of, write_pack
 from cacheblend_jax.store.pins import BusyError, Pin
 from cacheblend_jax.store.record import (
     DamagedRecordError,
@@ -43,24 +35,11 @@ from cacheblend_jax.store.record import (
     record_of,
     storage_name,
 )
+from cacheblend_jax.store.stats import DiskCounts
 
 logger = logging.getLogger(__name__)
 PACK_BYTES = 2**28  # of entries share a pack at most
 PACK_OVERHEAD, ENTRY_OVERHEAD = 2**13, 2**11  # bytes reserved for the files of a pack beside the arrays
-_PACK_NAME = re.compile("[0-9a-f]{32}")
-
-
-@dataclass
-class DiskCounts:
-    """What a disk tier counts; see `StoreStats`."""
-
-    written: int = 0
-    evicted: int = 0
-    rejected: int = 0
-    damaged: int = 0
-    outdated: int = 0
-    write_errors: int = 0
-    read_errors: int = 0
 
 
 class DiskTier:
@@ -75,11 +54,11 @@ class DiskTier:
         capacity: bytes of all packs, files and all.
 
     Raises:
-        CacheBlendError: the path is no directory and cannot be one.
+        CacheBlendError: the path is no directory and cannot be one; or see `located`.
     """
 
     def __init__(self, directory: str | Path, capacity: int) -> None:
-        self.root = epath.Path(directory).expanduser()
+        self.root = located(directory)
         self.capacity = capacity
         self.counts = DiskCounts()
         self._lock = threading.Lock()  # of counts, and of what is said once
@@ -95,7 +74,7 @@ class DiskTier:
     @staticmethod
     def exists(directory: str | Path) -> bool:
         """Whether there is a store in a directory."""
-        return (epath.Path(directory).expanduser() / "packs").is_dir()
+        return (located(directory) / "packs").is_dir()
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -285,7 +264,7 @@ class DiskTier:
 
     def pack_path(self, pack: str) -> Any:
         """Where a pack lies; a name that is not one of ours (the index is damaged) leads nowhere."""
-        return self.root / "packs" / (pack if isinstance(pack, str) and _PACK_NAME.fullmatch(pack) else "no-pack")
+        return self.root / "packs" / (pack if isinstance(pack, str) and PACK_NAME.fullmatch(pack) else "no-pack")
 
     def close(self) -> None:
         """Closes the index."""

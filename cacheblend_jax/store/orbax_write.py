@@ -12,7 +12,8 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from cacheblend_jax.store.pack import base_spec, is_local
+from cacheblend_jax.store.location import is_local
+from cacheblend_jax.store.pack import base_spec
 
 TREE = "state"  # Orbax's name of the tree in a checkpoint
 DATA_FILE_BYTES = 2**25  # a pack's data files are written several at once

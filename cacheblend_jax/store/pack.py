@@ -14,6 +14,7 @@ import tensorstore as ts
 
 from cacheblend_jax.errors import DamagedEntryError
 from cacheblend_jax.store.entry import ChunkEntry
+from cacheblend_jax.store.location import is_local
 from cacheblend_jax.store.record import (
     FORMAT_VERSION,
     DamagedRecordError,
@@ -176,11 +177,6 @@ class EntryReader:
                 "written"
             )
         return array
-
-
-def is_local(path: Any) -> bool:
-    """Whether a path is on this machine's file systems, where renaming and locking work."""
-    return "://" not in os.fspath(path)
 
 
 def _file_checksum(file: Any) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacheblend_jax.store.eviction import sweep
-from cacheblend_jax.store.pack import is_local
+from cacheblend_jax.store.location import is_local
 
 if TYPE_CHECKING:
     from cacheblend_jax.store.disk import DiskTier
