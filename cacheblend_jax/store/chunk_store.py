@@ -185,7 +185,11 @@ class ChunkStore:
         return kept or queued
 
     def remove(self, key: str) -> bool:
-        """Drops an entry everywhere; returns whether there was one."""
+        """Drops an entry everywhere; returns whether there was one.
+
+        Raises:
+            CacheBlendError: the directory cannot be written.
+        """
         there = key in self
         with self._lock:
             self._host.remove(key)
@@ -196,7 +200,7 @@ class ChunkStore:
         return there
 
     def clear(self) -> None:
-        """Drops every entry, on disk too."""
+        """Drops every entry, on disk too; errors as `remove`."""
         with self._lock:
             for key in {*self._host.keys(), *self._device.keys(), *self._promoting}:
                 self._host.remove(key)

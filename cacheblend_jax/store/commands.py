@@ -47,8 +47,8 @@ def _opened(parsed: argparse.Namespace, *, to_write: bool = False) -> Iterator[A
         raise CacheBlendError(f"store {parsed.directory!r} is not there; expected the directory of a ChunkStore")
     disk = DiskTier(parsed.directory, DEFAULT_DISK_BYTES)
     try:
-        if to_write and not disk.writable:
-            raise CacheBlendError(f"store {str(disk.root)!r} cannot be written; run this with the right to")
+        if to_write:
+            disk.check_writable()
         yield disk
     finally:
         disk.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -22,7 +21,8 @@ from cacheblend_jax.store import quarantine, recovery
 from cacheblend_jax.store.disk_chunk import DiskChunk
 from cacheblend_jax.store.entry import ChunkEntry
 from cacheblend_jax.store.eviction import make_room, sweep
-from cacheblend_jax.store.index import INDEX_ERRORS, Found
+from cacheblend_jax.store.index import Found, Listed
+from cacheblend_jax.store.index_file import INDEX_ERRORS
 from cacheblend_jax.store.location import PACK_NAME, is_local, located
 from cacheblend_jax.store.pack import EntryReader, UnreadableError, size_of, write_pack
 from cacheblend_jax.store.pins import BusyError, Pin
@@ -109,7 +109,7 @@ class DiskTier:
                 except BusyError:  # being evicted
                     return None
                 except FileNotFoundError:
-                    if attempt:
+                    if attempt and self.writable:  # else this process only knows where it was
                         self.quarantine(name, found.pack, "its files are gone")
                     continue
                 return self._open_pinned(name, found, record, pin)
@@ -228,14 +228,25 @@ class DiskTier:
         except INDEX_ERRORS as error:
             self.say_once(f"store {self.root}: uses are not counted: {error}", "write_errors")
 
+    def check_writable(self) -> None:
+        """Refuses to go on where nothing can be removed.
+
+        Raises:
+            CacheBlendError: names the directory.
+        """
+        if not self.writable:
+            raise CacheBlendError(f"store {str(self.root)!r} cannot be written; open it with the right to")
+
     def remove(self, keys: Sequence[str]) -> int:
-        """Removes entries; returns how many there were."""
+        """Removes entries; returns how many there were; errors as `check_writable`."""
+        self.check_writable()
         removed = self.index.remove([storage_name(key) for key in keys])
         sweep(self)
         return removed
 
     def clear(self) -> None:
-        """Removes every entry."""
+        """Removes every entry; errors as `check_writable`."""
+        self.check_writable()
         for pack in self.index.packs("ready"):
             self.index.bury(pack)
         sweep(self)
@@ -294,9 +305,9 @@ class DiskTier:
         return counts, (0, 0)
 
     def keys(self) -> list[str]:
-        """Keys of the entries, the least recently used first."""
+        """Keys of the entries that can be used, the least recently used first."""
         with self._reading():
-            return [json.loads(row.record)["key"] for row in self.index.listed()]
+            return [record.key for row in self.index.listed() if (record := _usable(row)) is not None]
         return []
 
     def count(self, what: str, number: int = 1) -> None:
@@ -336,7 +347,11 @@ class DiskTier:
             self._said.add("replaced")
         self.index.close()
         self.count("damaged")
-        recovery.new_index(self, os.path.abspath(self.root / recovery.INDEX_FILE))
+        try:
+            recovery.set_index_aside(self, self.index.identity)
+            self.index = recovery.open_index(self)
+        except (OSError, *INDEX_ERRORS) as error:
+            self.say_once(f"store {self.root}: the index cannot be made anew: {error}", "read_errors")
 
 
 def _make_and_hold(path: Any) -> Pin:
@@ -347,6 +362,13 @@ def _make_and_hold(path: Any) -> Pin:
         except (BusyError, FileNotFoundError):
             time.sleep(0.01)
     return Pin(path, alone=True)
+
+
+def _usable(row: Listed) -> EntryRecord | None:
+    try:
+        return load_record(row.record, row.crc, row.name)
+    except (DamagedRecordError, OtherVersionError):
+        return None
 
 
 def _reserved(entries: Sequence[tuple[str, ChunkEntry]]) -> int:

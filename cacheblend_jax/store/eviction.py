@@ -38,7 +38,7 @@ def _remove(disk: DiskTier, pack: str, *, evict: bool = False) -> bool:
     """Removes a pack's files, and to `evict` it its entries before; returns whether nobody reads it."""
     try:
         pin = Pin(disk.pack_path(pack), alone=True) if disk.local else None
-    except BusyError:
+    except (BusyError, PermissionError):  # read by others, or another user's
         return False
     except FileNotFoundError:
         pin = None

@@ -80,7 +80,7 @@ def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
         if repair:
             for name in {name for name, _ in found if name}:
                 disk.quarantine(name, pack, next(text for other, text in found if other == name))
-    unknown = _unknown_packs(disk)
+    unknown = recovery.unknown_packs(disk)
     problems += [{"pack": pack, "name": "", "problem": "the index does not know it"} for pack in unknown]
     if repair:
         recovery.adopt_all(disk)
@@ -149,13 +149,6 @@ def _pack_problems(disk: DiskTier, pack: str, rows: list[Listed]) -> list[tuple[
         except (DamagedRecordError, OtherVersionError, DamagedEntryError, UnreadableError) as error:
             problems.append((row.name, str(error)))
     return problems
-
-
-def _unknown_packs(disk: DiskTier) -> list[str]:
-    present = {path.name for path in (disk.root / "packs").iterdir()}
-    # Asked after listing: a pack enters the index after it appears here.
-    known = {pack for state in ("ready", "writing", "dead") for pack in disk.index.packs(state)}
-    return sorted(present - known)
 
 
 def _is_outdated(row: Listed) -> bool:
