@@ -166,6 +166,8 @@ class DiskTier:
                     self._write_pack(fresh)
             except (OSError, ValueError, RuntimeError, BusyError, *INDEX_ERRORS) as error:
                 self.say_once(f"store {self.root}: entries stay in memory only: {_first_line(error)}", "write_errors")
+        for key, _ in entries:
+            self.first_uses.pop(key, None)  # of what was not written
 
     def _is_written(self, key: str, entry: ChunkEntry) -> bool:
         name = storage_name(key)
