@@ -111,7 +111,7 @@ class Index:
             try:
                 return self._make_tables()
             except sqlite3.OperationalError as error:  # WAL mode is refused at once while others open the file
-                if error.sqlite_errorcode & 0xFF not in BUSY_CODES or time.monotonic() > until:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in BUSY_CODES or time.monotonic() > until:
                     raise
             time.sleep(0.01)
 

@@ -15,7 +15,7 @@ class StoreStats:
         evicted, disk_evicted, device_evicted: entries that made room for others.
         rejected: entries larger than the memory, or without room among entries in use; `disk_rejected`: than the disk.
         written: entries written to the disk.
-        dropped: entries not written because the queue was full.
+        dropped: entries not written because the queue was full, or no thread could be started.
         damaged: entries (or indexes) whose bytes were not those written; quarantined.
         outdated: entries of another format version, treated as missing.
         write_errors, read_errors: what the file system refused; the entries stay in memory, or are misses.
