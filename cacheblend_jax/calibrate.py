@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from scipy.optimize import nnls
 
 from cacheblend_jax.blend import BlendConfig
@@ -27,7 +26,7 @@ from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.profile import ASSUMED_DISK, Profile, default_path, device_kind, store_name
 from cacheblend_jax.prompt import Prompt
-from cacheblend_jax.store import ChunkStore, is_local
+from cacheblend_jax.store import ChunkStore, is_local, located
 from cacheblend_jax.trace import Trace
 
 LENGTHS = (512, 1024, 2048, 4096)
@@ -230,7 +229,7 @@ def _place_for_probes(directory: str | None) -> Iterator[str | None]:
     if directory is None:
         yield None
         return
-    place = epath.Path(directory).expanduser() / f"calibration-{uuid.uuid4().hex}"
+    place = located(directory) / f"calibration-{uuid.uuid4().hex}"
     try:
         yield os.fspath(place)
     finally:
@@ -243,10 +242,8 @@ def run_calibrate(
 ) -> dict[str, Any]:
     """The command: calibrates, prints what was found, saves the profile; returns what `--json` writes."""
     directory = parsed.store
-    if directory is not None and is_local(directory) and not Path(directory).expanduser().absolute().parent.is_dir():
-        raise CacheBlendError(
-            f"cannot use --store {directory}: {Path(directory).parent} is not a directory; is it mounted?"
-        )
+    if directory is not None and is_local(directory) and not (parent := located(directory).parent).is_dir():
+        raise CacheBlendError(f"cannot use --store {directory}: {parent} is not a directory; is it mounted?")
     for ratio in parsed.ratios:
         BlendConfig(ratio)
     path = parsed.out or default_path(model, directory)

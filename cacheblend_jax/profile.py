@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from platformdirs import user_cache_path
 from cacheblend_jax.controller import ComputeModel, Tier
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.model import Model
-from cacheblend_jax.store import is_local
+from cacheblend_jax.store import located
 
 logger = logging.getLogger(__name__)
 VERSION = 1
@@ -90,10 +89,8 @@ def device_kind(model: Model) -> str:
 
 
 def store_name(directory: Any) -> str:
-    """A store's name in profiles: its absolute path, or its URL; empty for a store in memory."""
-    if directory is None or not is_local(directory):
-        return str(directory or "")
-    return os.path.abspath(Path(directory).expanduser())
+    """A store's name in profiles: its absolute path or URL; empty for a store in memory."""
+    return "" if directory is None else str(located(directory))
 
 
 def default_path(model: Model, directory: Any) -> Path:

@@ -37,6 +37,20 @@ def test_what_is_larger_than_the_store_evicts_nothing():
     assert store.stats.rejected == 1
 
 
+def test_what_finds_no_room_among_entries_in_use_evicts_nothing():
+    store = cb.ChunkStore(host_bytes=4 * ENTRY_BYTES)
+    for name in "abcd":
+        store.put(name, entry())
+    with store.open("a"), store.open("b"):
+        assert not store.put("large", entry(tokens=9))
+        assert sorted(store.keys()) == list("abcd")
+        assert not store.put("c", entry(tokens=9))  # but the one that it replaces is not served any more
+        assert sorted(store.keys()) == list("abd")
+    assert not store.put("d", entry(tokens=99))
+    assert sorted(store.keys()) == list("ab")
+    assert (store.stats.evicted, store.stats.rejected) == (0, 3)
+
+
 def test_entries_are_read_only():
     store = cb.ChunkStore()
     store.put("a", entry())

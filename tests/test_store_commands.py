@@ -11,6 +11,8 @@ from test_store_disk import BIG, fill, key_of, largest_file, make_entry, packs
 
 import cacheblend_jax as cb
 from cacheblend_jax.cli import main
+from cacheblend_jax.store.disk import DiskTier
+from cacheblend_jax.store.maintenance import prune
 
 
 def run(capsys, tmp_path, *arguments, code: int = 0) -> dict:
@@ -55,6 +57,34 @@ def test_prune_keeps_what_was_used_last(capsys, tmp_path):
         assert sorted(store.keys()) == [key_of(2), key_of(3)]
     assert run(capsys, tmp_path, "store", "prune", "--unused-days", "1", tmp_path / "kv")["removed"] == 0
     assert run(capsys, tmp_path, "store", "prune", "--unused-days", "0", tmp_path / "kv")["entries"] == 0
+
+
+@pytest.mark.parametrize("days", ["-1", "nan", "inf", "soon"])
+def test_days_that_make_no_sense_remove_nothing(capsys, tmp_path, days):
+    fill(tmp_path, [1])
+    with pytest.raises(SystemExit, match="2"):
+        main(["store", "prune", str(tmp_path), "--unused-days", days])
+    assert "must be a number of at least 0" in capsys.readouterr().err
+    disk = DiskTier(tmp_path, 2**40)
+    if days != "soon":
+        with pytest.raises(cb.CacheBlendError, match="unused_days must be at least 0 and finite"):
+            prune(disk, unused_days=float(days))
+    assert disk.index.totals()[1] == 1
+    disk.close()
+
+
+def test_prune_removes_packs_of_another_version_that_the_index_does_not_know(capsys, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        for module in ("record", "pack"):
+            patch.setattr(f"cacheblend_jax.store.{module}.FORMAT_VERSION", 2)
+        fill(tmp_path / "kv", range(2), one_by_one=True)
+    (tmp_path / "kv" / "index.sqlite").unlink()
+    fill(tmp_path / "kv", [5])
+    assert len(run(capsys, tmp_path, "store", "verify", "--repair", tmp_path / "kv", code=1)["problems"]) == 2
+    report = run(capsys, tmp_path, "store", "prune", "--unused-days", "9", tmp_path / "kv")
+    assert (report["outdated_packs_removed"], report["entries"]) == (2, 1)
+    assert len(packs(tmp_path / "kv")) == 1
+    assert run(capsys, tmp_path, "store", "verify", tmp_path / "kv")["problems"] == []
 
 
 @pytest.mark.parametrize(

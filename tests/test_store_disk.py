@@ -406,6 +406,26 @@ def test_errors_of_the_file_system_fail_no_request(tmp_path, monkeypatch, caplog
     assert sum("No space left" in record.message for record in caplog.records) == 1
 
 
+def test_a_relative_directory_stays_where_it_was(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    fill("kv", range(2), one_by_one=True)
+    with cb.ChunkStore("kv") as store:
+        monkeypatch.chdir("other")
+        store.put(key_of(2), make_entry(2))
+        store.flush()
+        assert all(same(store.get(key_of(seed)), make_entry(seed)) for seed in range(3))
+        assert store.directory == tmp_path / "kv"
+    assert DiskTier.exists("../kv")
+    assert list(Path().iterdir()) == []
+
+
+def test_a_backslash_in_the_path_is_refused(tmp_path):
+    with pytest.raises(cb.CacheBlendError, match="has a backslash in its path"):
+        cb.ChunkStore(tmp_path / "back\\slash")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_in_the_place_of_a_store_is_named(tmp_path):
     (tmp_path / "kv").write_text("")
     with pytest.raises(cb.CacheBlendError, match="is a file; expected a directory"):

@@ -1,10 +1,11 @@
 """Stand-alone KV of chunks, found by content."""
 
-from cacheblend_jax.store.chunk_store import ChunkStore, StoreStats
+from cacheblend_jax.store.chunk_store import ChunkStore
 from cacheblend_jax.store.device import DeviceChunk, DeviceEntry
 from cacheblend_jax.store.entry import ChunkEntry, StoredChunk, is_slow
 from cacheblend_jax.store.keys import chunk_key
-from cacheblend_jax.store.location import is_local
+from cacheblend_jax.store.location import is_local, located
+from cacheblend_jax.store.stats import StoreStats
 from cacheblend_jax.store.throttled import ThrottledStore
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "chunk_key",
     "is_local",
     "is_slow",
+    "located",
 ]

@@ -3,60 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.store.device import DeviceChunk, DeviceEntry
 from cacheblend_jax.store.entry import ChunkEntry, HostChunk, StoredChunk
+from cacheblend_jax.store.loads import Load, Loads
 from cacheblend_jax.store.memory import MemoryTier
+from cacheblend_jax.store.stats import StoreStats
 
 DEFAULT_HOST_BYTES = 4 * 2**30
 DEFAULT_DISK_BYTES = 64 * 2**30
 DEFAULT_QUEUE_BYTES = 2**30
-TOUCHES_KEPT = 64  # uses counted in memory before they are written to the index
-
-
-@dataclass
-class StoreStats:
-    """Counts since the store was made; `entries` and `bytes` are what memory holds now, `disk_…` what the disk does.
-
-    Attributes:
-        hits, misses: of `get` and `open`; of the hits, `device_hits` were on the device and `disk_hits` on the disk.
-        stored: entries put and kept.
-        evicted, disk_evicted, device_evicted: entries that made room for others.
-        rejected: entries larger than the memory, or without room among entries in use; `disk_rejected`: than the disk.
-        written: entries written to the disk.
-        dropped: entries not written because the queue was full.
-        damaged: entries (or indexes) whose bytes were not those written; quarantined.
-        outdated: entries of another format version, treated as missing.
-        write_errors, read_errors: what the file system refused; the entries stay in memory, or are misses.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    stored: int = 0
-    evicted: int = 0
-    rejected: int = 0
-    entries: int = 0
-    bytes: int = 0
-    device_hits: int = 0
-    device_evicted: int = 0
-    device_entries: int = 0
-    device_bytes: int = 0
-    disk_hits: int = 0
-    written: int = 0
-    dropped: int = 0
-    disk_evicted: int = 0
-    disk_rejected: int = 0
-    disk_entries: int = 0
-    disk_bytes: int = 0
-    damaged: int = 0
-    outdated: int = 0
-    write_errors: int = 0
-    read_errors: int = 0
+TOUCHES_KEPT, TOUCHES_SECONDS = 64, 10.0  # uses, and time, that may pass before uses are written to the index
 
 
 class ChunkStore:
@@ -82,7 +45,8 @@ class ChunkStore:
         queue_bytes: how much may wait to be written. Beyond, entries of requests are kept in memory alone.
 
     Raises:
-        CacheBlendError: a capacity that is not positive; a directory that is a file, or cannot be made.
+        CacheBlendError: a capacity that is not positive; a directory that is a file, cannot be made, or has a backslash
+            in its path.
     """
 
     def __init__(
@@ -103,14 +67,15 @@ class ChunkStore:
         self.device_bytes = device_bytes
         self.host_bytes = host_bytes
         self.disk_bytes = disk_bytes
-        self.directory = directory
+        self.directory: Any = None  # as a path: absolute, or a URL's
         self.salt = salt
         self._host: MemoryTier[ChunkEntry] = MemoryTier(host_bytes)
         self._device: MemoryTier[DeviceEntry] = MemoryTier(device_bytes)
-        self._promoting: set[str] = set()  # on their way to the device; what replaces or removes one takes it out
         self._stats = StoreStats()
         self._lock = threading.Lock()
+        self._loads = Loads(self._lock)
         self._touched: dict[str, int] = {}
+        self._touches, self._touches_written = 0, time.monotonic()
         self._closed = False
         self._disk: Any = None
         self._queue: Any = None
@@ -120,6 +85,7 @@ class ChunkStore:
             from cacheblend_jax.store.writeback import WriteBack
 
             self._disk = DiskTier(directory, disk_bytes)
+            self.directory = self._disk.root
             self._queue = WriteBack(self._disk.write, queue_bytes)
 
     def get(self, key: str) -> ChunkEntry | None:
@@ -127,19 +93,20 @@ class ChunkStore:
 
         One that is damaged on disk is quarantined and counted, and is `None`.
         """
-        entry = self._from_memory(key)
-        if entry is not None:
-            return entry
-        disk = self._disk
-        loaded = None if disk is None else disk.load(key)
-        with self._lock:
-            if loaded is None:
-                self._stats.misses += 1
-                return None
-            entry, uses = loaded
-            self._stats.hits += 1
-            self._stats.disk_hits += 1
-            self._keep(key, _read_only(entry), uses + 1)
+        with self._loads.begin(key) as load:
+            entry = self._from_memory(load)
+            if entry is not None:
+                return entry
+            disk = self._disk
+            loaded = None if disk is None else disk.load(key)
+            with self._lock:
+                if loaded is None:
+                    self._stats.misses += 1
+                    return None
+                entry, uses = loaded
+                self._stats.hits += 1
+                self._stats.disk_hits += 1
+                self._keep_loaded(load, entry, uses + 1)
         self._touch(key)
         return entry
 
@@ -181,22 +148,21 @@ class ChunkStore:
         Args:
             to_device: copies an entry to the device; it is kept there too then, where `device_bytes` allow.
         """
-        with self._lock:
-            entry, uses = self._host.peek(key), self._host.uses(key)
-            if self._device.peek(key) is not None:
-                return
-            self._promoting.add(key)
-        if entry is None and (disk := self._disk) is not None and (loaded := disk.load(key)) is not None:
-            entry, uses = loaded
+        with self._loads.begin(key) as load:
             with self._lock:
-                self._keep(key, _read_only(entry), uses)
-        copy = None
-        if entry is not None and to_device is not None and entry.num_bytes <= self.device_bytes:
+                entry, uses = self._host.peek(key), self._host.uses(key)
+                if self._device.peek(key) is not None:
+                    return
+            if entry is None and (disk := self._disk) is not None and (loaded := disk.load(key)) is not None:
+                entry, uses = loaded
+                with self._lock:
+                    self._keep_loaded(load, entry, uses)
+            if entry is None or to_device is None or entry.num_bytes > self.device_bytes:
+                return
             copy = to_device(entry)
-        with self._lock:
-            if copy is not None and key in self._promoting:
-                self._stats.device_evicted += self._device.put(key, copy, uses) or 0
-            self._promoting.discard(key)
+            with self._lock:
+                if not load.outdated:
+                    self._stats.device_evicted += self._device.put(key, copy, uses) or 0
 
     def put(self, key: str, entry: ChunkEntry, *, wait: bool = False, uses: int = 1) -> bool:
         """Keeps an entry in memory and queues it for the disk; returns whether it is kept anywhere.
@@ -207,7 +173,8 @@ class ChunkStore:
         """
         _read_only(entry)
         with self._lock:
-            self._drop_from_device(key)
+            self._loads.outdate(key)
+            self._device.remove(key)
             kept = self._keep(key, entry, uses)
         queued = False
         disk = self._disk
@@ -216,32 +183,41 @@ class ChunkStore:
                 disk.first_uses[key] = uses
             queued = self._queue.submit(key, entry, wait=wait)
             if not queued:
+                disk.first_uses.pop(key, None)
                 self._count("dropped")
         if kept or queued:
             self._count("stored")
         return kept or queued
 
     def remove(self, key: str) -> bool:
-        """Drops an entry everywhere; returns whether there was one."""
+        """Drops an entry everywhere; returns whether there was one.
+
+        Raises:
+            CacheBlendError: the directory cannot be written.
+        """
         there = key in self
-        with self._lock:
-            self._host.remove(key)
-            self._drop_from_device(key)
         if self._disk is not None:
+            self._disk.check_writable()
             self._queue.discard({key})
             self._disk.remove([key])
+        with self._lock:  # last: what is looked up until then may still be found on disk
+            self._loads.outdate(key)
+            self._host.remove(key)
+            self._device.remove(key)
         return there
 
     def clear(self) -> None:
-        """Drops every entry, on disk too."""
-        with self._lock:
-            for key in {*self._host.keys(), *self._device.keys(), *self._promoting}:
-                self._host.remove(key)
-                self._drop_from_device(key)
-            self._touched.clear()
+        """Drops every entry, on disk too; errors as `remove`."""
         if self._disk is not None:
+            self._disk.check_writable()
             self._queue.discard()
             self._disk.clear()
+        with self._lock:
+            self._loads.outdate()
+            for key in {*self._host.keys(), *self._device.keys()}:
+                self._host.remove(key)
+                self._device.remove(key)
+            self._touched.clear()
 
     def flush(self) -> None:
         """Waits until every entry put so far is on the disk, or could not be written."""
@@ -295,22 +271,23 @@ class ChunkStore:
     def __len__(self) -> int:
         return len(self.keys())
 
-    def _from_memory(self, key: str) -> ChunkEntry | None:
+    def _from_memory(self, load: Load) -> ChunkEntry | None:
+        key = load.key
         with self._lock:
             entry = self._host.get(key)
             on_device = self._device.get(key)
             if entry is not None:
                 self._stats.hits += 1
         if entry is None and on_device is not None:
-            entry = _read_only(on_device.on_host())
+            entry = on_device.on_host()
             with self._lock:
                 self._stats.hits += 1
                 self._stats.device_hits += 1
-                self._keep(key, entry, self._device.uses(key))
+                self._keep_loaded(load, entry, self._device.uses(key))
         if entry is None and (entry := self._pending(key)) is not None:
             with self._lock:
                 self._stats.hits += 1
-                self._keep(key, entry, 1)
+                self._keep_loaded(load, entry, 1)
         if entry is not None:
             self._touch(key)
         return entry
@@ -326,26 +303,29 @@ class ChunkStore:
         self._stats.evicted += evicted
         return True
 
+    def _keep_loaded(self, load: Load, entry: ChunkEntry, uses: int) -> None:
+        _read_only(entry)
+        if not load.outdated:
+            self._keep(load.key, entry, uses)
+
     def _touch(self, key: str) -> None:
         """Counts a use for the disk's order; written in batches, so that a hit never waits for the index."""
         if self._disk is None:
             return
         with self._lock:
             self._touched[key] = self._touched.pop(key, 0) + 1
-            full = len(self._touched) >= TOUCHES_KEPT
-        if full:
+            self._touches += 1
+            due = self._touches >= TOUCHES_KEPT or time.monotonic() - self._touches_written >= TOUCHES_SECONDS
+        if due:
             self._queue.run_soon(self._write_touches)
 
     def _write_touches(self) -> None:
         with self._lock:
             touched, self._touched = self._touched, {}
+            self._touches, self._touches_written = 0, time.monotonic()
         disk = self._disk
         if disk is not None:
             disk.touch(touched)
-
-    def _drop_from_device(self, key: str) -> None:
-        self._device.remove(key)
-        self._promoting.discard(key)
 
     def _unpin(self, tier: MemoryTier, key: str) -> None:
         with self._lock:

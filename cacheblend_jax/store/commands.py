@@ -33,7 +33,7 @@ def add_store_commands(commands: Any) -> None:
             )
         if name == "prune":
             action.add_argument("--max-bytes", type=_not_negative, metavar="N", help="until N bytes are left")
-            action.add_argument("--unused-days", type=float, metavar="D", help="not used for D days")
+            action.add_argument("--unused-days", type=_days, metavar="D", help="not used for D days")
             action.add_argument("--quarantine", action="store_true", help="also empty the quarantine")
         if name == "rm":
             action.add_argument("keys", nargs="+", metavar="KEY", help="first digits of a key, 8 at least")
@@ -47,8 +47,8 @@ def _opened(parsed: argparse.Namespace, *, to_write: bool = False) -> Iterator[A
         raise CacheBlendError(f"store {parsed.directory!r} is not there; expected the directory of a ChunkStore")
     disk = DiskTier(parsed.directory, DEFAULT_DISK_BYTES)
     try:
-        if to_write and not disk.writable:
-            raise CacheBlendError(f"store {str(disk.root)!r} cannot be written; run this with the right to")
+        if to_write:
+            disk.check_writable()
         yield disk
     finally:
         disk.close()
@@ -105,3 +105,13 @@ def _not_negative(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
     return int(text)
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1.0
+    if not 0 <= days < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    return days

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
-import re
 import shutil
 import sqlite3
 import threading
@@ -14,25 +12,19 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from etils import epath
 
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
 from cacheblend_jax.store import quarantine, recovery
 from cacheblend_jax.store.disk_chunk import DiskChunk
 from cacheblend_jax.store.entry import ChunkEntry
 from cacheblend_jax.store.eviction import make_room, sweep
-from cacheblend_jax.store.index import INDEX_ERRORS, Found
-from cacheblend_jax.store.location import is_local
-from cacheblend_jax.store.pack import (
-    EntryReader,
-    UnreadableError,
-    size_of,
-    write_pack,
-)
+from cacheblend_jax.store.index import Found, Listed
+from cacheblend_jax.store.index_file import INDEX_ERRORS
+from cacheblend_jax.store.location import PACK_NAME, is_local, located
+from cacheblend_jax.store.pack import EntryReader, UnreadableError, size_of, write_pack
 from cacheblend_jax.store.pins import BusyError, Pin
 from cacheblend_jax.store.record import (
     DamagedRecordError,
@@ -43,24 +35,11 @@ from cacheblend_jax.store.record import (
     record_of,
     storage_name,
 )
+from cacheblend_jax.store.stats import DiskCounts
 
 logger = logging.getLogger(__name__)
 PACK_BYTES = 2**28  # of entries share a pack at most
 PACK_OVERHEAD, ENTRY_OVERHEAD = 2**13, 2**11  # bytes reserved for the files of a pack beside the arrays
-_PACK_NAME = re.compile("[0-9a-f]{32}")
-
-
-@dataclass
-class DiskCounts:
-    """What a disk tier counts; see `StoreStats`."""
-
-    written: int = 0
-    evicted: int = 0
-    rejected: int = 0
-    damaged: int = 0
-    outdated: int = 0
-    write_errors: int = 0
-    read_errors: int = 0
 
 
 class DiskTier:
@@ -75,11 +54,11 @@ class DiskTier:
         capacity: bytes of all packs, files and all.
 
     Raises:
-        CacheBlendError: the path is no directory and cannot be one.
+        CacheBlendError: the path is no directory and cannot be one; or see `located`.
     """
 
     def __init__(self, directory: str | Path, capacity: int) -> None:
-        self.root = epath.Path(directory).expanduser()
+        self.root = located(directory)
         self.capacity = capacity
         self.counts = DiskCounts()
         self._lock = threading.Lock()  # of counts, and of what is said once
@@ -95,7 +74,7 @@ class DiskTier:
     @staticmethod
     def exists(directory: str | Path) -> bool:
         """Whether there is a store in a directory."""
-        return (epath.Path(directory).expanduser() / "packs").is_dir()
+        return (located(directory) / "packs").is_dir()
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -130,7 +109,7 @@ class DiskTier:
                 except BusyError:  # being evicted
                     return None
                 except FileNotFoundError:
-                    if attempt:
+                    if attempt and self.writable:  # else this process only knows where it was
                         self.quarantine(name, found.pack, "its files are gone")
                     continue
                 return self._open_pinned(name, found, record, pin)
@@ -187,6 +166,8 @@ class DiskTier:
                     self._write_pack(fresh)
             except (OSError, ValueError, RuntimeError, BusyError, *INDEX_ERRORS) as error:
                 self.say_once(f"store {self.root}: entries stay in memory only: {_first_line(error)}", "write_errors")
+        for key, _ in entries:
+            self.first_uses.pop(key, None)  # of what was not written
 
     def _is_written(self, key: str, entry: ChunkEntry) -> bool:
         name = storage_name(key)
@@ -249,14 +230,25 @@ class DiskTier:
         except INDEX_ERRORS as error:
             self.say_once(f"store {self.root}: uses are not counted: {error}", "write_errors")
 
+    def check_writable(self) -> None:
+        """Refuses to go on where nothing can be removed.
+
+        Raises:
+            CacheBlendError: names the directory.
+        """
+        if not self.writable:
+            raise CacheBlendError(f"store {str(self.root)!r} cannot be written; open it with the right to")
+
     def remove(self, keys: Sequence[str]) -> int:
-        """Removes entries; returns how many there were."""
+        """Removes entries; returns how many there were; errors as `check_writable`."""
+        self.check_writable()
         removed = self.index.remove([storage_name(key) for key in keys])
         sweep(self)
         return removed
 
     def clear(self) -> None:
-        """Removes every entry."""
+        """Removes every entry; errors as `check_writable`."""
+        self.check_writable()
         for pack in self.index.packs("ready"):
             self.index.bury(pack)
         sweep(self)
@@ -285,7 +277,7 @@ class DiskTier:
 
     def pack_path(self, pack: str) -> Any:
         """Where a pack lies; a name that is not one of ours (the index is damaged) leads nowhere."""
-        return self.root / "packs" / (pack if isinstance(pack, str) and _PACK_NAME.fullmatch(pack) else "no-pack")
+        return self.root / "packs" / (pack if isinstance(pack, str) and PACK_NAME.fullmatch(pack) else "no-pack")
 
     def close(self) -> None:
         """Closes the index."""
@@ -315,9 +307,9 @@ class DiskTier:
         return counts, (0, 0)
 
     def keys(self) -> list[str]:
-        """Keys of the entries, the least recently used first."""
+        """Keys of the entries that can be used, the least recently used first."""
         with self._reading():
-            return [json.loads(row.record)["key"] for row in self.index.listed()]
+            return [record.key for row in self.index.listed() if (record := _usable(row)) is not None]
         return []
 
     def count(self, what: str, number: int = 1) -> None:
@@ -357,7 +349,11 @@ class DiskTier:
             self._said.add("replaced")
         self.index.close()
         self.count("damaged")
-        recovery.new_index(self, os.path.abspath(self.root / recovery.INDEX_FILE))
+        try:
+            recovery.set_index_aside(self, self.index.identity)
+            self.index = recovery.open_index(self)
+        except (OSError, *INDEX_ERRORS) as error:
+            self.say_once(f"store {self.root}: the index cannot be made anew: {error}", "read_errors")
 
 
 def _make_and_hold(path: Any) -> Pin:
@@ -368,6 +364,13 @@ def _make_and_hold(path: Any) -> Pin:
         except (BusyError, FileNotFoundError):
             time.sleep(0.01)
     return Pin(path, alone=True)
+
+
+def _usable(row: Listed) -> EntryRecord | None:
+    try:
+        return load_record(row.record, row.crc, row.name)
+    except (DamagedRecordError, OtherVersionError):
+        return None
 
 
 def _reserved(entries: Sequence[tuple[str, ChunkEntry]]) -> int:

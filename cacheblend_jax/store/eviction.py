@@ -20,7 +20,7 @@ def make_room(disk: DiskTier, capacity: int | None = None) -> bool:
         for pack in disk.index.candidates(capacity):
             if disk.index.totals()[0] <= capacity:
                 return True
-            if _remove(disk, pack, evict=True):
+            if remove_pack(disk, pack, evict=True):
                 progress = True
         if not progress:
             disk.index.recount()  # all that is left is in use; or the totals were wrong
@@ -31,14 +31,14 @@ def make_room(disk: DiskTier, capacity: int | None = None) -> bool:
 def sweep(disk: DiskTier) -> None:
     """Removes the files of packs that hold no entry any more and that nobody reads."""
     for pack in disk.index.packs("dead"):
-        _remove(disk, pack)
+        remove_pack(disk, pack)
 
 
-def _remove(disk: DiskTier, pack: str, *, evict: bool = False) -> bool:
+def remove_pack(disk: DiskTier, pack: str, *, evict: bool = False) -> bool:
     """Removes a pack's files, and to `evict` it its entries before; returns whether nobody reads it."""
     try:
         pin = Pin(disk.pack_path(pack), alone=True) if disk.local else None
-    except BusyError:
+    except (BusyError, PermissionError):  # read by others, or another user's
         return False
     except FileNotFoundError:
         pin = None

@@ -9,6 +9,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
+from cacheblend_jax.store.index_file import (
+    BUSY_CODES,
+    BUSY_SECONDS,
+    COMPLETE,
+    INDEX_ERRORS,
+    SCHEMA,
+    check,
+    connected,
+    identity_of,
+    state_of,
+    statements,
+)
 from cacheblend_jax.store.record import (
     DamagedRecordError,
     EntryRecord,
@@ -19,36 +31,7 @@ from cacheblend_jax.store.record import (
     storage_name,
 )
 
-INDEX_VERSION = 1
-# A broken database can make sqlite3 fail at decoding its own message.
-INDEX_ERRORS = (sqlite3.Error, UnicodeDecodeError)
-BUSY_SECONDS = 10.0
-CACHE_KIB = 128 * 1024  # of pages, for looking up; a million keys need about that much
 PROTECTED = 0.8  # of the capacity may hold entries seen twice; the least recent of them count as seen once then
-
-SCHEMA = f"""
-CREATE TABLE packs(
-    id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, state TEXT NOT NULL, bytes INTEGER NOT NULL,
-    hot INTEGER NOT NULL DEFAULT 0, used INTEGER NOT NULL);
-CREATE INDEX packs_order ON packs(state, hot, used);
-CREATE INDEX packs_used ON packs(used);
-CREATE TABLE entries(
-    name BLOB PRIMARY KEY, pack INTEGER NOT NULL, uses INTEGER NOT NULL, used INTEGER NOT NULL, bytes INTEGER NOT NULL,
-    record BLOB NOT NULL, crc INTEGER NOT NULL);
-CREATE INDEX entries_pack ON entries(pack);
-CREATE TABLE totals(bytes INTEGER NOT NULL, hot_bytes INTEGER NOT NULL, entries INTEGER NOT NULL);
-INSERT INTO totals VALUES(0, 0, 0);
-CREATE TRIGGER pack_added AFTER INSERT ON packs BEGIN
-    UPDATE totals SET bytes = bytes + new.bytes, hot_bytes = hot_bytes + new.bytes * new.hot; END;
-CREATE TRIGGER pack_removed AFTER DELETE ON packs BEGIN
-    UPDATE totals SET bytes = bytes - old.bytes, hot_bytes = hot_bytes - old.bytes * old.hot; END;
-CREATE TRIGGER pack_changed AFTER UPDATE OF bytes, hot ON packs BEGIN
-    UPDATE totals SET bytes = bytes + new.bytes - old.bytes,
-        hot_bytes = hot_bytes + new.bytes * new.hot - old.bytes * old.hot; END;
-CREATE TRIGGER entry_added AFTER INSERT ON entries BEGIN UPDATE totals SET entries = entries + 1; END;
-CREATE TRIGGER entry_removed AFTER DELETE ON entries BEGIN UPDATE totals SET entries = entries - 1; END;
-PRAGMA user_version = {INDEX_VERSION};
-"""
 
 
 class Found(NamedTuple):
@@ -80,60 +63,85 @@ class Index:
 
     Args:
         path: the database's file, or `None`: in memory, for a directory that cannot hold one.
-        uri: options after the file's name for one that cannot be written, such as `mode=ro`.
+        read_only: open one that cannot be written, and is not changed here.
+
+    Attributes:
+        identity: device and inode of the file.
 
     Raises:
         sqlite3.Error: it cannot be opened, or is not an index of this version (`sqlite3.DatabaseError`).
     """
 
-    def __init__(self, path: str | None, uri: str = "") -> None:
-        self.fresh = False  # whether it was made here and now, and holds nothing
-        self._lock = threading.RLock()
-        self._writing = self._reading = self._connect(path, uri)
+    def __init__(self, path: str | None, *, read_only: bool = False) -> None:
+        self._path = path
+        self._seen: tuple[int, ...] | None = None  # of a file that was opened as one that nobody changes
+        self._lock = self._reading_lock = threading.RLock()
+        self.identity: tuple[int, int] | None = None
+        if read_only:
+            self._connect_to_read()
+            return
+        self._writing = self._reading = connected(path)
         try:
-            if not uri:
-                self._set_up(path)
+            self._set_up()
             # Looking up never waits for another process's writing. One in memory has a single connection.
             if path is not None:
-                self._reading = self._connect(path, uri)
-            self._reading_lock = self._lock if path is None else threading.RLock()
-            (version,) = self._reading.execute("PRAGMA user_version").fetchone()
-            self._reading.execute("SELECT bytes, entries FROM totals").fetchone()
+                self._reading, self._reading_lock = connected(path), threading.RLock()
+            check(self._reading)
         except BaseException:
-            self._reading.close()
-            self._writing.close()
-            raise
-        if version != INDEX_VERSION:
             self.close()
-            raise sqlite3.DatabaseError(f"index version {version}; this code reads version {INDEX_VERSION}")
-
-    @staticmethod
-    def _connect(path: str | None, uri: str) -> sqlite3.Connection:
-        target = ":memory:" if path is None else path
-        if uri:
-            from pathlib import Path
-
-            target = f"{Path(target).absolute().as_uri()}?{uri}"
-        connection = sqlite3.connect(
-            target, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=bool(uri)
-        )
-        try:
-            connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-        except BaseException:
-            connection.close()
             raise
-        return connection
-
-    def _set_up(self, path: str | None) -> None:
         if path is not None:
+            self.identity = identity_of(path)
+
+    def _connect_to_read(self) -> None:
+        """Connects who may not write: to a database that others write where SQLite can, else to a file at rest."""
+        assert self._path is not None
+        seen = None
+        try:
+            connection = connected(self._path, "mode=ro")
+        except INDEX_ERRORS:  # it needs files beside it then that are not there, and cannot be made
+            seen = state_of(self._path)
+            connection = connected(self._path, "mode=ro&immutable=1")
+        self._writing = self._reading = connection
+        self._seen = seen
+
+    def _set_up(self) -> None:
+        until = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                return self._make_tables()
+            except sqlite3.OperationalError as error:  # WAL mode is refused at once while others open the file
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in BUSY_CODES or time.monotonic() > until:
+                    raise
+            time.sleep(0.01)
+
+    def _make_tables(self) -> None:
+        if self._path is not None:
             self._writing.execute("PRAGMA journal_mode = WAL")
             self._writing.execute("PRAGMA synchronous = NORMAL")
         with self._transaction() as run:
-            tables = run("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if not tables:
-                self.fresh = True
-                for statement in _statements(SCHEMA):
+            if not run("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                for statement in statements(SCHEMA):
                     run(statement)
+
+    def is_complete(self) -> bool:
+        """Whether every pack that was there when the index was made has been entered."""
+        with self._read() as run:
+            return run("PRAGMA application_id").fetchone()[0] == COMPLETE
+
+    def mark_complete(self) -> None:
+        """Notes for all later openings that `is_complete`."""
+        with self._transaction() as run:
+            run(f"PRAGMA application_id = {COMPLETE}")
+
+    @contextmanager
+    def _read(self) -> Iterator:
+        with self._reading_lock:
+            if self._seen is not None and self._path is not None and self._seen != state_of(self._path):
+                old = self._reading
+                self._connect_to_read()
+                old.close()
+            yield self._reading.execute
 
     @contextmanager
     def _transaction(self) -> Iterator:
@@ -155,22 +163,22 @@ class Index:
     def find(self, name: str) -> Found | None:
         """Looks an entry up by its storage name."""
         sql = "SELECT p.name, e.record, e.crc, e.uses FROM entries e JOIN packs p ON p.id = e.pack WHERE e.name = ?"
-        with self._reading_lock:
-            row = self._reading.execute(sql, (bytes.fromhex(name),)).fetchone()
+        with self._read() as run:
+            row = run(sql, (bytes.fromhex(name),)).fetchone()
         if row is None:
             return None
         pack, record, crc, uses = row
         return Found(str(pack), record, crc, uses if isinstance(uses, int) else 1)
 
     def __contains__(self, name: str) -> bool:
-        with self._reading_lock:
-            found = self._reading.execute("SELECT 1 FROM entries WHERE name = ?", (bytes.fromhex(name),)).fetchone()
+        with self._read() as run:
+            found = run("SELECT 1 FROM entries WHERE name = ?", (bytes.fromhex(name),)).fetchone()
         return found is not None
 
     def totals(self) -> tuple[int, int]:
         """Returns the bytes of all packs, and the number of entries."""
-        with self._reading_lock:
-            size, entries = self._reading.execute("SELECT bytes, entries FROM totals").fetchone()
+        with self._read() as run:
+            size, entries = run("SELECT bytes, entries FROM totals").fetchone()
         if not isinstance(size, int) or not isinstance(entries, int):
             raise sqlite3.DatabaseError("the totals are not numbers")
         return size, entries
@@ -179,13 +187,13 @@ class Index:
         """Returns all entries, or a pack's, the least recently used first."""
         sql = """SELECT lower(hex(e.name)), p.name, e.bytes, e.uses, e.used, e.record, e.crc
             FROM entries e JOIN packs p ON p.id = e.pack WHERE ? IS NULL OR p.name = ? ORDER BY e.used, e.rowid"""
-        with self._reading_lock:
-            return [Listed(*row) for row in self._reading.execute(sql, (pack, pack))]
+        with self._read() as run:
+            return [Listed(*row) for row in run(sql, (pack, pack))]
 
     def packs(self, state: str) -> list[str]:
         """Returns the names of the packs in a state."""
-        with self._reading_lock:
-            return [name for (name,) in self._reading.execute("SELECT name FROM packs WHERE state = ?", (state,))]
+        with self._read() as run:
+            return [name for (name,) in run("SELECT name FROM packs WHERE state = ?", (state,))]
 
     def reserve(self, pack: str, size: int) -> None:
         """Notes a pack that is about to be written, so that its bytes count."""
@@ -299,8 +307,8 @@ class Index:
 
     def problems(self) -> list[str]:
         """Returns what SQLite finds wrong with the database."""
-        with self._reading_lock:
-            return [text for (text,) in self._reading.execute("PRAGMA integrity_check") if text != "ok"]
+        with self._read() as run:
+            return [text for (text,) in run("PRAGMA integrity_check") if text != "ok"]
 
 
 def _tick(run) -> int:
@@ -323,13 +331,3 @@ def _same_content(text: bytes, crc: int, record: EntryRecord) -> bool:
     except (DamagedRecordError, OtherVersionError):
         return False
     return content_of(old) == content_of(record)
-
-
-def _statements(script: str) -> Iterator[str]:
-    """Splits a script into statements (`executescript` would end the transaction); triggers hold semicolons."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""

@@ -9,7 +9,7 @@ from typing import Any
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
 from cacheblend_jax.store import quarantine, recovery
 from cacheblend_jax.store.disk import DiskTier
-from cacheblend_jax.store.eviction import make_room, sweep
+from cacheblend_jax.store.eviction import make_room, remove_pack, sweep
 from cacheblend_jax.store.index import Listed
 from cacheblend_jax.store.pack import EntryReader, UnreadableError, file_problems, read_contents
 from cacheblend_jax.store.pins import BusyError, Pin
@@ -55,7 +55,8 @@ def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
     """Reads every file and every layer, and says what is damaged.
 
     Args:
-        repair: quarantine damaged entries, enter packs that the index has lost, remove what no index entry names.
+        repair: quarantine damaged entries, enter packs that the index has lost, remove packs that hold no entry any
+            more. Packs of another format version stay, as problems: `prune` removes them.
 
     Returns:
         Counts of `entries` and `packs` read, and `problems`: `{pack, name, problem}`, `name` being empty where a
@@ -80,7 +81,7 @@ def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
         if repair:
             for name in {name for name, _ in found if name}:
                 disk.quarantine(name, pack, next(text for other, text in found if other == name))
-    unknown = _unknown_packs(disk)
+    unknown = recovery.unknown_packs(disk)
     problems += [{"pack": pack, "name": "", "problem": "the index does not know it"} for pack in unknown]
     if repair:
         recovery.adopt_all(disk)
@@ -94,20 +95,34 @@ def prune(
 ) -> dict[str, int]:
     """Removes entries: unused for so many days; then the first to be evicted, until `max_bytes` are left.
 
-    `quarantined` empties the quarantine too. Entries of other format versions go in any case. Returns counts.
+    `quarantined` empties the quarantine too. Entries of other format versions go in any case, and packs of theirs that
+    the index does not know. Returns counts.
+
+    Raises:
+        CacheBlendError: `unused_days` is negative or not finite; nothing is removed then.
     """
+    if unused_days is not None and not 0 <= unused_days < float("inf"):
+        raise CacheBlendError(f"unused_days must be at least 0 and finite, got {unused_days!r}")
     _, before = disk.index.totals()
     outdated = [row.name for row in disk.index.listed() if _is_outdated(row)]
     removed = disk.index.remove(outdated)
     if unused_days is not None:
         limit = (time.time() - unused_days * 86400) * 1000
         removed += disk.index.remove([row.name for row in disk.index.listed() if row.used < limit])
+    unknown = [pack for pack in recovery.unknown_packs(disk) if _is_outdated_pack(disk, pack)]
+    packs_removed = sum(remove_pack(disk, pack) for pack in unknown)
     sweep(disk)
     if max_bytes is not None:
         make_room(disk, max_bytes)
     gone = quarantine.bound(disk, 0, 0) if quarantined else 0
     size, entries = disk.index.totals()
-    return {"removed": before - entries, "quarantined_removed": gone, "entries": entries, "bytes": size}
+    return {
+        "removed": before - entries,
+        "outdated_packs_removed": packs_removed,
+        "quarantined_removed": gone,
+        "entries": entries,
+        "bytes": size,
+    }
 
 
 def remove(disk: DiskTier, prefixes: list[str]) -> int:
@@ -151,18 +166,21 @@ def _pack_problems(disk: DiskTier, pack: str, rows: list[Listed]) -> list[tuple[
     return problems
 
 
-def _unknown_packs(disk: DiskTier) -> list[str]:
-    present = {path.name for path in (disk.root / "packs").iterdir()}
-    # Asked after listing: a pack enters the index after it appears here.
-    known = {pack for state in ("ready", "writing", "dead") for pack in disk.index.packs(state)}
-    return sorted(present - known)
-
-
 def _is_outdated(row: Listed) -> bool:
     try:
         load_record(row.record, row.crc, row.name)
     except OtherVersionError:
         return True
     except DamagedRecordError:
+        return False
+    return False
+
+
+def _is_outdated_pack(disk: DiskTier, pack: str) -> bool:
+    try:
+        read_contents(disk.pack_path(pack))
+    except OtherVersionError:
+        return True
+    except (DamagedRecordError, OSError):
         return False
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
 from typing import Generic, Protocol, TypeVar
 
@@ -49,23 +50,31 @@ class MemoryTier(Generic[Entry]):
         return entry
 
     def put(self, key: str, entry: Entry, uses: int) -> int | None:
-        """Keeps an entry that was seen so often; returns how many others went for it, `None` where it has no room."""
-        if entry.num_bytes > self.capacity:
-            return None
-        pins = self._pins.pop(key, 0)
+        """Keeps an entry that was seen so often; returns how many others went for it, `None` where it has no room.
+
+        One of the same key goes in any case, others only where that makes room.
+        """
         self.remove(key)
-        evicted = 0
-        while self.bytes + entry.num_bytes > self.capacity:
-            victim = next((name for name in self.keys() if not self._pins[name]), None)
-            if victim is None:
-                return None
+        victims = self._victims(entry.num_bytes)
+        if victims is None:
+            return None
+        for victim in victims:
             self.remove(victim)
-            evicted += 1
         self._uses[key] = uses
         self._place(key, entry)
-        if pins:
-            self._pins[key] = pins
-        return evicted
+        return len(victims)
+
+    def _victims(self, num_bytes: int) -> list[str] | None:
+        """Returns the entries that are to go for so many bytes; `None` where all that are not in use do not suffice."""
+        excess = self.bytes + num_bytes - self.capacity
+        victims = []
+        for name, entry in itertools.chain(self._once.items(), self._twice.items()):
+            if excess <= 0:
+                break
+            if not self._pins[name]:
+                victims.append(name)
+                excess -= entry.num_bytes
+        return victims if excess <= 0 else None
 
     def peek(self, key: str) -> Entry | None:
         """Returns an entry without counting it as seen."""

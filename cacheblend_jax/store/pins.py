@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 try:
     import fcntl
 except ImportError:  # not on Windows: there, a store's directory serves one process at a time
     fcntl = None  # type: ignore[assignment]
+
+
+WAIT_SECONDS = 10.0
 
 
 class BusyError(Exception):
@@ -49,3 +55,22 @@ class Pin:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def held(path: Any, *, alone: bool = False) -> Iterator[None]:
+    """Holds a directory as a `Pin` does, and waits for it; goes on without where that takes too long or cannot be."""
+    pin = None
+    until = time.monotonic() + WAIT_SECONDS
+    while pin is None and time.monotonic() < until:
+        try:
+            pin = Pin(path, alone=alone)
+        except BusyError:
+            time.sleep(0.01)
+        except OSError:  # a file system without locks
+            break
+    try:
+        yield
+    finally:
+        if pin is not None:
+            pin.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,17 @@ def keep_pack(disk: DiskTier, pack: str) -> None:
         disk.index.forget_pack(pack, "dead")
     sweep(disk)
     bound(disk)
+
+
+def set_aside(disk: DiskTier, pack: str) -> None:
+    """Moves a pack that the index does not know to the quarantine."""
+    kept = disk.root / "quarantine" / pack
+    if kept.exists():  # an earlier one's copy, made of links
+        kept = disk.root / "quarantine" / f"{pack}-{uuid.uuid4().hex}"
+    try:
+        disk.pack_path(pack).rename(kept)
+    except OSError as error:
+        disk.say_once(f"store {disk.root}: a damaged pack cannot be quarantined: {error}", "write_errors")
 
 
 def bound(disk: DiskTier, most: int | None = None, most_bytes: int = QUARANTINE_BYTES) -> int:

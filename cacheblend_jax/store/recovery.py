@@ -7,13 +7,16 @@ import os
 import shutil
 import sqlite3
 import uuid
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from cacheblend_jax.store import quarantine
 from cacheblend_jax.store.eviction import sweep
-from cacheblend_jax.store.index import INDEX_ERRORS, Index
+from cacheblend_jax.store.index import Index
+from cacheblend_jax.store.index_file import INDEX_ERRORS, identity_of
+from cacheblend_jax.store.location import PACK_NAME
 from cacheblend_jax.store.pack import read_contents, size_of
-from cacheblend_jax.store.pins import BusyError, Pin
+from cacheblend_jax.store.pins import BusyError, Pin, held
 from cacheblend_jax.store.record import DamagedRecordError, OtherVersionError
 
 if TYPE_CHECKING:
@@ -28,48 +31,64 @@ def open_index(disk: DiskTier) -> Index:
     path = os.path.abspath(disk.root / INDEX_FILE)
     if disk.local and disk.writable:
         try:
-            return _tidied(disk, Index(path))
-        except sqlite3.OperationalError as error:  # no permission, no room
+            return _open_to_write(disk, path)
+        except (OSError, *INDEX_ERRORS) as error:  # no permission, no room
             disk.writable = False
             disk.say_once(f"store {disk.root}: entries are read, and not written: {error}", "write_errors")
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            disk.say_once(f"store {disk.root}: the index is made anew: {error}", "damaged")
-            return new_index(disk, path)
     if disk.local and os.path.exists(path):
-        for how in ("mode=ro", "mode=ro&immutable=1"):
-            try:
-                return Index(path, how)
-            except INDEX_ERRORS:
-                continue
+        try:
+            return Index(path, read_only=True)
+        except INDEX_ERRORS:
+            pass
     disk.index = Index(None)
     adopt_all(disk)
     return disk.index
+
+
+def _open_to_write(disk: DiskTier, path: str) -> Index:
+    """Opens the index, and makes it from the packs where it is new; one that is broken is moved aside first."""
+    for attempt in (1, 2):
+        found = None
+        try:
+            with held(disk.root):  # so that nobody moves it away while it is being opened
+                found = identity_of(path)
+                index = Index(path)
+            return _tidied(disk, index)
+        except sqlite3.OperationalError:
+            raise
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            if attempt == 2:
+                raise
+            disk.say_once(f"store {disk.root}: the index is made anew: {error}", "damaged")
+            set_index_aside(disk, found)
+    raise AssertionError("unreachable")
 
 
 def _tidied(disk: DiskTier, index: Index) -> Index:
     disk.index = index
     try:
         recover(disk)
-        if index.fresh:
+        if not index.is_complete():  # it is new, or who made it was killed at it
             adopt_all(disk)
+            index.mark_complete()
     except BaseException:
         index.close()
         raise
     return index
 
 
-def new_index(disk: DiskTier, path: str) -> Index:
-    """Moves a broken index aside and makes one from the packs."""
-    kept = disk.root / "quarantine" / f"index-{uuid.uuid4().hex}"
-    kept.mkdir()
-    for suffix in ("-wal", "-shm", ""):
-        if os.path.exists(path + suffix):
-            os.rename(path + suffix, kept / (INDEX_FILE + suffix))
-    disk.index = Index(path)
-    recover(disk)
-    adopt_all(disk)
+def set_index_aside(disk: DiskTier, broken: tuple[int, int] | None) -> None:
+    """Moves the index to the quarantine, if it still is the one that was found broken and not its successor."""
+    path = os.path.abspath(disk.root / INDEX_FILE)
+    with held(disk.root, alone=True):
+        if broken is None or identity_of(path) != broken:
+            return
+        kept = disk.root / "quarantine" / f"index-{uuid.uuid4().hex}"
+        kept.mkdir(parents=True)
+        for suffix in ("-wal", "-shm", ""):
+            if os.path.exists(path + suffix):
+                os.rename(path + suffix, kept / (INDEX_FILE + suffix))
     quarantine.bound(disk)
-    return disk.index
 
 
 def recover(disk: DiskTier) -> None:
@@ -78,7 +97,7 @@ def recover(disk: DiskTier) -> None:
         try:
             with Pin(outer, alone=True):
                 shutil.rmtree(outer, ignore_errors=True)
-        except (BusyError, FileNotFoundError, NotADirectoryError):
+        except (BusyError, OSError):  # such as another user's, which is theirs to remove
             continue
     for pack in disk.index.packs("writing"):
         if (disk.root / "writing" / pack).exists():
@@ -89,26 +108,41 @@ def recover(disk: DiskTier) -> None:
     sweep(disk)
 
 
-def adopt_all(disk: DiskTier) -> int:
-    """Enters packs in the index that it does not know; returns how many entries they hold."""
+def unknown_packs(disk: DiskTier) -> list[str]:
+    """Returns the packs that the index does not know."""
+    if not (disk.root / "packs").exists():
+        return []
+    present = [path.name for path in (disk.root / "packs").iterdir() if PACK_NAME.fullmatch(path.name)]
+    # Asked after listing: the index knows a pack before it appears, and until its files are gone.
     known = {pack for state in ("ready", "writing", "dead") for pack in disk.index.packs(state)}
-    packs = sorted(path.name for path in (disk.root / "packs").iterdir()) if (disk.root / "packs").exists() else []
-    return sum(adopt(disk, pack) for pack in packs if pack not in known)
+    return sorted(pack for pack in present if pack not in known and disk.pack_path(pack).exists())
+
+
+def adopt_all(disk: DiskTier) -> int:
+    """Enters packs in the index that it does not know; returns how many entries they hold. Again does no harm."""
+    return sum(adopt(disk, pack) for pack in unknown_packs(disk))
 
 
 def adopt(disk: DiskTier, pack: str) -> int:
     """Enters a pack in the index from its own `entries.json`; returns how many entries it holds."""
     path = disk.pack_path(pack)
     try:
-        records = read_contents(path).records
-        return disk.index.add(pack, size_of(path), records, replace=False)
+        with Pin(path) if disk.local else nullcontext():  # nobody evicts it meanwhile
+            records = read_contents(path).records
+            return disk.index.add(pack, size_of(path), records, replace=False)
+    except BusyError:
+        return 0
     except OtherVersionError as error:
         disk.say_once(f"store {disk.root}: pack {pack} is of {error}; its entries count as missing", "outdated")
-    except (DamagedRecordError, OSError) as error:
+    except (DamagedRecordError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         if not disk.local and isinstance(error, FileNotFoundError):  # its writer is at it, or died at it
+            return 0
+        if not path.exists():  # another process took it away
             return 0
         logger.warning("store %s: pack %s is not used: %s", disk.root, pack, error)
         disk.count("damaged")
         if disk.writable and disk.local:
-            path.rename(disk.root / "quarantine" / pack)
+            quarantine.set_aside(disk, pack)
+    except OSError as error:  # which says nothing about the pack
+        disk.say_once(f"store {disk.root}: pack {pack} cannot be read now: {error}", "read_errors")
     return 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
-import concurrent.futures.thread  # noqa: F401  (its exit hook must be registered before ours: they run in reverse)
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 
+from cacheblend_jax.exit_hook import before_exit
 from cacheblend_jax.store.entry import ChunkEntry
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,10 @@ class WriteBack:
         self._closed = False
         self._chore: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
+        self._thread_refused = False
 
     def submit(self, key: str, entry: ChunkEntry, *, wait: bool) -> bool:
-        """Queues an entry. Where the queue is full, waits for room, or returns false at once."""
+        """Queues an entry; returns false where it was not. Where the queue is full, waits for room, or does not."""
         with self._changed:
 
             def has_room() -> bool:
@@ -54,27 +55,35 @@ class WriteBack:
                 self._changed.notify_all()
                 self._changed.wait_for(has_room)
                 self._hurry -= 1
-            if self._closed:
+            if self._closed or not self._wake():
                 return False
             old = self._waiting.pop(key, None)
             self._bytes += entry.num_bytes - (0 if old is None else old.num_bytes)
             self._waiting[key] = entry
-            self._wake()
             return True
 
     def run_soon(self, chore: Callable[[], None]) -> None:
-        """Calls `chore`, which must not raise, on the writing thread; the latest one where several wait."""
+        """Calls `chore` on the writing thread; the latest one where several wait. What it raises is logged."""
         with self._changed:
             if not self._closed:
                 self._chore = chore
                 self._wake()
 
-    def _wake(self) -> None:
+    def _wake(self) -> bool:
+        """Wakes the thread, or starts one; returns whether there is one now."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="cacheblend-write", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="cacheblend-write", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the process may have no more
+                if not self._thread_refused:
+                    logger.warning("entries are not written for want of a thread: %s", error)
+                self._thread_refused = True
+                return False
+            self._thread = thread
             _open_queues.add(self)
         self._changed.notify_all()
+        return True
 
     def pending(self, key: str) -> ChunkEntry | None:
         """Returns an entry that has not been written yet."""
@@ -91,6 +100,7 @@ class WriteBack:
         with self._changed:
             for key in set(self._waiting) if keys is None else keys & self._waiting.keys():
                 self._bytes -= self._waiting.pop(key).num_bytes
+            self._changed.notify_all()
             self._changed.wait_for(lambda: not (self._in_work if keys is None else keys & self._in_work.keys()))
 
     def flush(self) -> None:
@@ -127,8 +137,11 @@ class WriteBack:
                 if self._waiting:
                     self._changed.wait_for(self._is_due, timeout=LINGER_SECONDS)
                 self._in_work = self._next_batch()
-            if chore is not None:
-                chore()
+            try:
+                if chore is not None:
+                    chore()
+            except Exception:
+                logger.exception("%r failed", chore)
             try:
                 if self._in_work:
                     self._write(list(self._in_work.items()))
@@ -155,13 +168,11 @@ class WriteBack:
 
 
 _open_queues: weakref.WeakSet[WriteBack] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):  # a forked process has the queues, and not their threads
+    os.register_at_fork(after_in_child=_open_queues.clear)
 
 
+@before_exit
 def _flush_all() -> None:
     for queue in list(_open_queues):
         queue.flush()
-
-
-# A clean exit waits for what is queued. `atexit` runs too late for that: by then no thread pool takes work any more,
-# and Orbax needs some. `_register_atexit` is what the standard library's own pools use.
-getattr(threading, "_register_atexit", atexit.register)(_flush_all)

@@ -1,0 +1,89 @@
+"""The file of an index: its tables, how to connect to it, and how to tell that it is another or has changed."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+INDEX_VERSION = 1
+COMPLETE = 0x43424C44  # the `application_id` of an index in which every pack has been entered
+# A broken database can make sqlite3 fail at decoding its own message.
+INDEX_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+BUSY_SECONDS = 10.0
+BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+CACHE_KIB = 128 * 1024  # of pages, for looking up; a million keys need about that much
+
+SCHEMA = f"""
+CREATE TABLE packs(
+    id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, state TEXT NOT NULL, bytes INTEGER NOT NULL,
+    hot INTEGER NOT NULL DEFAULT 0, used INTEGER NOT NULL);
+CREATE INDEX packs_order ON packs(state, hot, used);
+CREATE INDEX packs_used ON packs(used);
+CREATE TABLE entries(
+    name BLOB PRIMARY KEY, pack INTEGER NOT NULL, uses INTEGER NOT NULL, used INTEGER NOT NULL, bytes INTEGER NOT NULL,
+    record BLOB NOT NULL, crc INTEGER NOT NULL);
+CREATE INDEX entries_pack ON entries(pack);
+CREATE TABLE totals(bytes INTEGER NOT NULL, hot_bytes INTEGER NOT NULL, entries INTEGER NOT NULL);
+INSERT INTO totals VALUES(0, 0, 0);
+CREATE TRIGGER pack_added AFTER INSERT ON packs BEGIN
+    UPDATE totals SET bytes = bytes + new.bytes, hot_bytes = hot_bytes + new.bytes * new.hot; END;
+CREATE TRIGGER pack_removed AFTER DELETE ON packs BEGIN
+    UPDATE totals SET bytes = bytes - old.bytes, hot_bytes = hot_bytes - old.bytes * old.hot; END;
+CREATE TRIGGER pack_changed AFTER UPDATE OF bytes, hot ON packs BEGIN
+    UPDATE totals SET bytes = bytes + new.bytes - old.bytes,
+        hot_bytes = hot_bytes + new.bytes * new.hot - old.bytes * old.hot; END;
+CREATE TRIGGER entry_added AFTER INSERT ON entries BEGIN UPDATE totals SET entries = entries + 1; END;
+CREATE TRIGGER entry_removed AFTER DELETE ON entries BEGIN UPDATE totals SET entries = entries - 1; END;
+PRAGMA user_version = {INDEX_VERSION};
+"""
+
+
+def statements(script: str) -> Iterator[str]:
+    """Splits a script into statements (`executescript` would end the transaction); triggers hold semicolons."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def connected(path: str | None, mode: str = "") -> sqlite3.Connection:
+    """Connects to a file, or to a database in memory; `mode` is for files that are only read, and checked at once."""
+    target = ":memory:" if path is None else f"{Path(path).absolute().as_uri()}?{mode}" if mode else path
+    connection = sqlite3.connect(
+        target, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=bool(mode)
+    )
+    try:
+        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        if mode:
+            check(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def check(connection: sqlite3.Connection) -> None:
+    """Refuses what is no index of this version, by a `sqlite3.Error`."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    connection.execute("SELECT bytes, entries FROM totals").fetchone()
+    if version != INDEX_VERSION:
+        raise sqlite3.DatabaseError(f"index version {version}; this code reads version {INDEX_VERSION}")
+
+
+def identity_of(path: str) -> tuple[int, int] | None:
+    """Returns device and inode of a file, `None` where there is none."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def state_of(path: str) -> tuple[int, ...]:
+    """Returns what changes when others write the database."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, os.path.exists(path + "-wal")
