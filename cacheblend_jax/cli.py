@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -34,20 +35,35 @@ SEPARATOR = "\n\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 1 for a store that is damaged, or 2 for bad usage or input."""
+    """Runs a command; returns its exit code.
+
+    0; 1 for a store that is damaged or could not be written; 2 for bad usage or input; 130 where it was interrupted.
+    """
     parsed = _parser().parse_args(arguments)
     try:
-        if parsed.json is not None and not parsed.json.parent.is_dir():
-            raise CacheBlendError(f"cannot write --json {parsed.json}: {parsed.json.parent} is not a directory")
+        _check_writable("--json", parsed.json)
         if not parsed.no_compile_cache:
             _keep_compiled_programs()
         report = parsed.run(parsed)
         if parsed.json is not None:
             _write_json(parsed.json, report)
         return report.get("exit_code", 0)
-    except CacheBlendError as error:
+    except BrokenPipeError:  # who read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush finds a reader
+        return 0
+    except (CacheBlendError, OSError) as error:
         print(f"cacheblend-jax: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("cacheblend-jax: interrupted", file=sys.stderr)
+        return 130
+
+
+def _check_writable(option: str, path: Path | None) -> None:
+    """Refuses a file that cannot be written, before the work whose results are to go there."""
+    if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        why = "is a directory" if path.is_dir() else f"{path.parent} is not a directory that can be written"
+        raise CacheBlendError(f"cannot write {option} {path}: {why}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -209,6 +225,9 @@ def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
     """Answers one question; returns what `--json` writes."""
     _take_question_from_docs(parsed)
     auto = parsed.ratio == "auto"
+    _check_writable("--trace", parsed.trace)
+    if parsed.trace is not None and parsed.trace.suffix == ".png":
+        raise CacheBlendError(f"--trace {parsed.trace} is the name of its picture; give one that ends in .json")
     if parsed.explain and (not auto or parsed.mode != "blend"):
         raise CacheBlendError("--explain needs --mode blend --ratio auto: else there is no decision to explain")
     fixed = BlendConfig(0.15 if auto else parsed.ratio, selector=parsed.selector)
@@ -221,7 +240,7 @@ def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
         ChunkStore(parsed.store, host_bytes=parsed.store_bytes) as store,
         Engine(model, store, blend, executor=parsed.executor) as engine,
     ):
-        answers = _ask(parsed, engine, prompt, sampling)
+        answers, trace = _ask(parsed, engine, prompt, sampling)
     if parsed.compare:
         _print_comparison(answers)
     else:
@@ -230,6 +249,8 @@ def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
     stats = answers[parsed.mode].stats.prefill
     if parsed.explain and stats.decision is not None:
         print(explain(stats.decision, stats.ttft_s))
+    if trace is not None:
+        _save_trace(trace, parsed.trace)
     return {
         "question": parsed.question,
         "model": parsed.model,
@@ -238,21 +259,21 @@ def run_ask(parsed: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _ask(parsed: argparse.Namespace, engine: Engine, prompt: Prompt, sampling: Sampling) -> dict[str, Generation]:
-    """Answers in the mode asked for, or in all to compare them."""
+def _ask(
+    parsed: argparse.Namespace, engine: Engine, prompt: Prompt, sampling: Sampling
+) -> tuple[dict[str, Generation], Trace | None]:
+    """Answers in the mode asked for, or in all to compare them; and what happened when in the one asked for."""
     bar = _bar(total=None, desc="precompute")
     engine.precompute(prompt, progress=lambda done, total: _advance(bar, done, total))
     bar.close()
     answers = {}
+    trace = None if parsed.trace is None else Trace()
     for mode in MODES if parsed.compare else (parsed.mode,):
         if parsed.compare:
             engine.prefill(prompt, mode)  # so that every mode is timed on its second run
-        trace = Trace() if parsed.trace is not None and mode == parsed.mode else None
-        out = engine.prefill(prompt, mode, trace=trace)
+        out = engine.prefill(prompt, mode, trace=trace if mode == parsed.mode else None)
         answers[mode] = engine.complete(out, max_new_tokens=parsed.max_new_tokens, sampling=sampling)
-        if trace is not None:
-            _save_trace(trace, parsed.trace)
-    return answers
+    return answers, trace
 
 
 def run_precompute(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -265,6 +286,7 @@ def run_precompute(parsed: argparse.Namespace) -> dict[str, Any]:
     prompt = Prompt.to_answer(model.tokenizer, texts, "?", system=parsed.system, separator=SEPARATOR)
     bar = _bar(total=None, desc="precompute")
     with ChunkStore(parsed.store) as store, Engine(model, store) as engine:
+        store.check_writable()
         keys = engine.precompute(
             prompt.chunks, prefix=prompt.prefix, progress=lambda done, total: _advance(bar, done, total)
         )
@@ -280,6 +302,7 @@ def run_precompute(parsed: argparse.Namespace) -> dict[str, Any]:
         ],
         "written": stats.written,
         "store_bytes": stats.disk_bytes,
+        "exit_code": 1 if stats.write_errors else 0,
     }
 
 
@@ -317,7 +340,8 @@ def _run_calibrate(parsed: argparse.Namespace) -> dict[str, Any]:
 def _take_question_from_docs(parsed: argparse.Namespace) -> None:
     """In `--docs PATH… "question"` argparse gives the question to `--docs`, its last value."""
     if parsed.question is None:
-        if len(parsed.docs) < 2 or Path(parsed.docs[-1]).exists():
+        # `os.path` takes a text that is too long for a path for one that there is not.
+        if len(parsed.docs) < 2 or os.path.exists(parsed.docs[-1]):
             raise CacheBlendError('a question is missing; write it last: ask --docs PATH… "question"')
         parsed.question = parsed.docs.pop()
     if not parsed.question.strip():

@@ -11,8 +11,8 @@ from collections.abc import Callable
 def before_exit(finish: Callable[[], None]) -> Callable[[], None]:
     """Calls `finish` when the process ends cleanly, and returns it.
 
-    `atexit` runs too late: by then no thread pool takes work any more, and Orbax needs some. `threading._register_atexit` is what the
-    standard library's own pools use.
+    `atexit` runs too late: by then no thread pool takes work any more, and Orbax needs some.
+    `threading._register_atexit` is what the standard library's own pools use.
     """
     getattr(threading, "_register_atexit", atexit.register)(finish)
     return finish

@@ -12,6 +12,7 @@ import pytest
 from conftest import HF
 
 import cacheblend_jax as cb
+from cacheblend_jax import cli
 from cacheblend_jax.cli import main
 from cacheblend_jax.model.demo import demo_directory
 
@@ -73,6 +74,7 @@ def test_the_question_may_follow_the_paths(docs, capsys):
     options = [*MODEL, "--max-new-tokens", "2"]
     assert main(["ask", *options, "--docs", docs, docs + "/company.md", "Where is Oslo?"]) == 0
     assert "TTFT" in capsys.readouterr().out
+    assert main(["ask", *options, "--docs", docs, "Where is Oslo? " * 20]) == 0  # too long for a path
     for without in (["--docs", docs], ["--docs", docs, docs]):
         assert main(["ask", *options, *without]) == 2
         assert "a question is missing" in capsys.readouterr().err
@@ -95,6 +97,11 @@ def test_the_question_may_follow_the_paths(docs, capsys):
         (["--top-k", "many"], "must be a whole number of at least 1, got 'many'"),
         (["--mode", "fast"], "invalid choice: 'fast'"),
         (["--json", "/nowhere/report.json"], "/nowhere/report.json"),
+        (["--json", "/"], "cannot write --json /: is a directory"),
+        (["--trace", "/nowhere/trace.json"], "cannot write --trace /nowhere/trace.json"),
+        (["--trace", "trace.png"], "give one that ends in .json"),
+        (["--model", "m" * 300], "is not a directory"),
+        (["--seed", "99999999999999999999"], "seed must be"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(docs, capsys, options, message):
@@ -105,6 +112,37 @@ def test_bad_input_is_one_line_and_exit_code_2(docs, capsys, options, message):
     assert code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in last
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "cacheblend-jax: interrupted"),
+        (PermissionError(13, "Permission denied", "/secret"), 2, "error: [Errno 13] Permission denied: '/secret'"),
+    ],
+)
+def test_what_stops_a_command_is_one_line(docs, capsys, monkeypatch, error, code, message):
+    def stop(_):
+        raise error
+
+    monkeypatch.setattr(cli, "read_documents", stop)
+    assert ask(docs) == code
+    assert capsys.readouterr().err.strip().endswith(message)
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    with cb.ChunkStore(tmp_path):
+        pass
+    command = f"{sys.executable} -m cacheblend_jax store ls {tmp_path} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("0", "")
+
+
+def test_precompute_into_what_cannot_be_written_stops_before_any_work(docs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cacheblend_jax.store.disk.DiskTier._make_directories", lambda self: False)
+    options = [*MODEL, "--docs", docs, "--store", str(tmp_path)]
+    assert main(["precompute", *options]) == 2
+    assert f"store '{tmp_path}' cannot be written" in capsys.readouterr().err
 
 
 def test_a_prompt_too_long_is_an_error_before_anything_is_stored(tmp_path, capsys):
@@ -180,8 +218,14 @@ def test_evaluate_goes_on_where_it_was_stopped(tmp_path, capsys):
     assert summary["full"]["rows"] == 2
     assert summary["full"]["kl"] == 0.0
     assert "hkvd 0.15" in capsys.readouterr().out
-    assert evaluate(*common, "--max-new-tokens", "3") == 2
-    assert "holds results of another model, data set or length" in capsys.readouterr().err
+    for change, name in ((["--max-new-tokens", "3"], "max_new_tokens"), (["--system", "Other."], "system")):
+        assert evaluate(*common, *change) == 2
+        assert f"holds results of another {name}; choose another --out" in capsys.readouterr().err
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:1]))
+    assert evaluate(*common) == 2
+    assert "holds results of another data's content" in capsys.readouterr().err
+    out.write_text("")
+    assert evaluate(*common, "--modes", "full") == 0
 
 
 @pytest.mark.parametrize(

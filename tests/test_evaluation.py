@@ -7,7 +7,7 @@ import pytest
 
 import cacheblend_jax as cb
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.evaluation import insights, metrics
+from cacheblend_jax.evaluation import insights, metrics, plots
 from cacheblend_jax.evaluation.corpus import (
     KINDS,
     NAMES,
@@ -19,7 +19,7 @@ from cacheblend_jax.evaluation.corpus import (
     split_words,
     vocabulary,
 )
-from cacheblend_jax.evaluation.datasets import SEED, bundled_rows, load_rows
+from cacheblend_jax.evaluation.datasets import SEED, Row, bundled_rows, load_rows
 from cacheblend_jax.evaluation.evaluate import Evaluator, Setting, summarize
 from cacheblend_jax.model.demo import demo_directory
 from cacheblend_jax.results import KVCache
@@ -241,6 +241,8 @@ def test_the_authors_form_and_longbench_are_read(tmp_path):
     assert first.chunks == ("one two three", "four five six")
     assert first.kind == "d"
     assert second.question  # a summary's
+    (broken,) = rows_of(write(tmp_path / "lines.jsonl", LINE.replace('"c"', '"one\u2028two"')))
+    assert "one\u2028two" in broken.chunks[0]
 
 
 GOOD = {"question": "q", "answers": ["x"], "ctxs": [{"text": "t"}]}
@@ -255,6 +257,7 @@ LINE = '{"input": "q", "context": "c", "answers": ["x"]}'
         ("a.json", [1], "row 0 must be an object, got int"),
         ("a.json", [GOOD, GOOD | {"ctxs": []}], "row 1: field 'ctxs' is empty"),
         ("a.json", [{"question": "q", "ctxs": [{"text": "t"}]}], "row 0: field 'answers' is missing"),
+        ("a.json", [GOOD | {"answers": [[]]}], "row 0: field 'answers' is empty"),
         ("a.json", [GOOD | {"answers": "x"}], "field 'answers' must be a list, got str"),
         ("a.json", [GOOD | {"question": 3}], "field 'question' must be text, got int"),
         ("a.json", [GOOD | {"ctxs": [{"title": "t"}]}], "row 0, ctxs 0: field 'text' is missing"),
@@ -265,6 +268,25 @@ LINE = '{"input": "q", "context": "c", "answers": ["x"]}'
 def test_malformed_rows_are_named(tmp_path, name, content, message):
     with pytest.raises(CacheBlendError, match=message):
         rows_of(write(tmp_path / name, content))
+
+
+def test_curves_are_of_one_setting_each(tmp_path, monkeypatch):
+    settings = [Setting("blend", "hkvd", ratio, "kv", stages) for ratio in (0.3, 0.1) for stages in (1, 4)]
+    lines = {
+        each.label: dict.fromkeys(plots.CURVES, each.ratio) | {"exact_match_interval": (0, 1)} for each in settings
+    }
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plots._quality_curves(tmp_path / "quality.png", settings, lines)
+    drawn = figures[0].axes[0].get_lines()
+    assert sorted(line.get_label() for line in drawn) == ["hkvd", "hkvd 1 stages"]
+    assert all(line.get_xdata().tolist() == [0.1, 0.3] for line in drawn)
+
+
+def test_a_row_that_does_not_fit_is_named(demo):
+    row = Row("rows/7", "", ("a b " * 3000,), "Why?", ("x",))
+    with pytest.raises(CacheBlendError, match="row rows/7: the prompt has"):
+        Evaluator(demo, [row], max_new_tokens=2)
 
 
 def test_no_such_data_set():

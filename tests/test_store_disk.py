@@ -530,3 +530,18 @@ def test_a_chunk_read_from_disk_is_in_memory_for_the_next_request(tmp_path):
             with store.open(key) as chunk:
                 assert chunk.tier == "host"
         assert engine.prefill(prompt).stats.executor == "resident"
+
+
+def test_a_default_capacity_does_not_shrink_what_is_there(tmp_path, monkeypatch):
+    entries = [make_entry(seed, 64) for seed in range(4)]
+    with cb.ChunkStore(tmp_path, disk_bytes=2**30) as store:
+        for number, entry in enumerate(entries):
+            store.put(key_of(number), entry)
+            store.flush()
+        kept = store.stats.disk_bytes
+    monkeypatch.setattr("cacheblend_jax.store.disk.DEFAULT_BYTES", 1)
+    with cb.ChunkStore(tmp_path) as store:
+        store.put(key_of(9), make_entry(9, 64))
+        store.flush()
+        assert store.stats.disk_entries >= 3
+        assert kept / 2 < store.stats.disk_bytes <= kept

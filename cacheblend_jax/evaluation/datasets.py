@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ def load_rows(
     return rows
 
 
+def digest_of(source: str, chunk_tokens: int) -> str:
+    """Returns what tells a data set from others: SHA-256 over its file's bytes, or its name; and how it is split."""
+    content = b"" if source == BUNDLED else Path(source).read_bytes()
+    return hashlib.sha256(f"{source == BUNDLED} {chunk_tokens} {SEED} ".encode() + content).hexdigest()
+
+
 def bundled_rows(count: int, seed: int = SEED) -> list[Row]:
     """Returns `count` questions of each kind of the bundled corpus."""
     return [
@@ -87,7 +94,7 @@ def _raw_rows(path: Path) -> Iterator[Any]:
     else:
         yield from whole if isinstance(whole, list) else [whole]
         return
-    for number, line in enumerate(line for line in text.splitlines() if line.strip()):
+    for number, line in enumerate(line for line in text.split("\n") if line.strip()):  # JSON may hold other breaks
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:
@@ -121,9 +128,9 @@ def _longbench_row(
 
 def _answers(raw: dict[str, Any], where: str) -> tuple[str, ...]:
     answers = _field(raw, "answers", list, where)
-    if not answers:
-        raise CacheBlendError(f"{where}: field 'answers' is empty")
     flat = [str(answer) for group in answers for answer in (group if isinstance(group, list) else [group])]
+    if not flat:
+        raise CacheBlendError(f"{where}: field 'answers' is empty")
     return tuple(flat)
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.engine import Engine
-from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.evaluation.datasets import Row, load_rows
+from cacheblend_jax.errors import CacheBlendError, PromptError
+from cacheblend_jax.evaluation.datasets import Row, digest_of, load_rows
 from cacheblend_jax.evaluation.insights import (
     check_layer_scores,
     concentration,
@@ -61,13 +61,19 @@ class Setting:
     @property
     def label(self) -> str:
         """The setting in a few characters, unique; what tables, plots and result files call it."""
-        if self.mode != "blend":
-            return self.mode
+        return self.mode if self.mode != "blend" else " ".join([self.selector, f"{self.ratio:g}", *self._extras])
+
+    @property
+    def name(self) -> str:
+        """The setting but its ratio."""
+        return self.mode if self.mode != "blend" else " ".join([self.selector, *self._extras])
+
+    @property
+    def _extras(self) -> list[str]:
         plain = Setting("blend")
         extras = [f"{self.deviation} only"] if self.deviation != plain.deviation else []
         extras += [f"{self.num_stages} stages"] if self.num_stages != plain.num_stages else []
-        extras += [f"check {self.check_layer}"] if self.check_layer is not None else []
-        return " ".join([self.selector, f"{self.ratio:g}", *extras])
+        return extras + ([f"check {self.check_layer}"] if self.check_layer is not None else [])
 
     def blend_config(self) -> BlendConfig:
         """The engine's configuration for it."""
@@ -111,9 +117,12 @@ class Evaluator:
         """The row's prompt as `ask` would build it, in token ids."""
         prompt = Prompt.to_answer(self.model.tokenizer, row.chunks, row.question, system=self.system)
         config = self.model.config
-        parts = tokenize_prompt(
-            prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
-        )
+        try:
+            parts = tokenize_prompt(
+                prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
+            )
+        except PromptError as error:
+            raise PromptError(f"row {row.name}: {error}") from error
         return Prompt(parts.prefix, parts.chunks, parts.suffix)
 
     def _length(self, row: Row) -> int:
@@ -183,7 +192,14 @@ def run_evaluate(parsed: argparse.Namespace, model: Model, progress: Progress) -
     if parsed.check_layers:
         return _measure_check_layer(evaluator, rows, model, progress)
     settings = settings_of(parsed)
-    source = {"model": model.fingerprint, "data": parsed.data, "max_new_tokens": parsed.max_new_tokens}
+    source = {
+        "model": model.fingerprint,
+        "check layer": model.config.check_layer,
+        "data": parsed.data,
+        "data's content": digest_of(parsed.data, parsed.chunk_tokens),
+        "max_new_tokens": parsed.max_new_tokens,
+        "system": parsed.system,
+    }
     results = _Results(parsed.out, source)
     missing = {row.name: [s for s in settings if (row.name, s.label) not in results.done] for row in rows}
     for row in progress(evaluator.by_size([row for row in rows if missing[row.name]]), "evaluate"):
@@ -221,7 +237,7 @@ class _Results:
     def __init__(self, path: Path | None, source: dict[str, Any]) -> None:
         self.records: list[dict[str, Any]] = []
         self._path = path
-        if path is not None and path.exists():
+        if path is not None and path.exists() and path.stat().st_size:
             self._read(path, source)
         elif path is not None:
             self._append(path, [source])
@@ -241,8 +257,9 @@ class _Results:
             lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
         except ValueError as error:
             raise CacheBlendError(f"{path} is not a results file: {error}; choose another --out") from error
-        if not lines or lines[0] != source:
-            raise CacheBlendError(f"{path} holds results of another model, data set or length; choose another --out")
+        header = lines[0] if lines and isinstance(lines[0], dict) else {}
+        if other := [name for name in source if name not in header or header[name] != source[name]]:
+            raise CacheBlendError(f"{path} holds results of another {' and '.join(other)}; choose another --out")
         if torn:  # a run was killed while writing its last line
             path.write_bytes(whole + b"\n")
         self.records = lines[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,18 +79,19 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _quality_curves(path: Path, settings: Sequence[Setting], lines: dict[str, dict[str, Any]]) -> Path:
-    """Each measure against the recompute ratio, a line a selector, with `full` and `reuse` as levels."""
+    """Each measure against the recompute ratio, a line a way of choosing tokens, with `full` and `reuse` as levels."""
     figure, axes = _figure(len(CURVES), (4.2 * len(CURVES), 3.4))
     blends = [setting for setting in settings if setting.mode == "blend"]
     for axis, (measure, title) in zip(axes, CURVES.items(), strict=True):
-        for selector in dict.fromkeys(setting.selector for setting in blends):
-            own = sorted((s for s in blends if s.selector == selector), key=lambda setting: setting.ratio)
+        for curve in dict.fromkeys(replace(setting, ratio=0.0) for setting in blends):
+            own = sorted((s for s in blends if replace(s, ratio=0.0) == curve), key=lambda setting: setting.ratio)
             ratios = [setting.ratio for setting in own]
             values = [lines[setting.label][measure] for setting in own]
-            axis.plot(ratios, values, "o-", label=selector, color=SELECTOR_COLOURS.get(selector))
+            # A selector with other settings than usual is named with them, and takes the next colour.
+            (drawn,) = axis.plot(ratios, values, "o-", label=curve.name, color=SELECTOR_COLOURS.get(curve.name))
             if measure == "exact_match":
                 low, high = zip(*(lines[setting.label]["exact_match_interval"] for setting in own), strict=True)
-                axis.fill_between(ratios, low, high, alpha=0.15, color=SELECTOR_COLOURS.get(selector))
+                axis.fill_between(ratios, low, high, alpha=0.15, color=drawn.get_color())
         for mode, style in (("full", "--"), ("reuse", ":")):
             if mode in lines:
                 axis.axhline(lines[mode][measure], color="black", linestyle=style, linewidth=1, label=mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -86,10 +87,11 @@ def _resolve(name_or_path: str | Path) -> Path:
     if name_or_path == "demo":
         return demo_directory()
     directory = Path(name_or_path).expanduser()
-    if directory.is_dir():
+    if os.path.isdir(directory):
         return directory
     text = str(name_or_path)
-    if isinstance(name_or_path, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1 or directory.exists():
+    is_path = isinstance(name_or_path, Path) or text.startswith((".", "/", "~")) or os.path.exists(directory)
+    if is_path or text.count("/") != 1:
         raise CheckpointError(
             f"model {text!r} is not a directory; pass a checkpoint's directory or a hub id (owner/name)"
         )

@@ -17,7 +17,6 @@ from cacheblend_jax.store.memory import MemoryTier
 from cacheblend_jax.store.stats import StoreStats
 
 DEFAULT_HOST_BYTES = 4 * 2**30
-DEFAULT_DISK_BYTES = 64 * 2**30
 DEFAULT_QUEUE_BYTES = 2**30
 TOUCHES_KEPT, TOUCHES_SECONDS = 64, 10.0  # uses, and time, that may pass before uses are written to the index
 
@@ -38,7 +37,8 @@ class ChunkStore:
         directory: a path, made if missing; also a URL that Orbax and TensorStore accept (`gs://…`), which then serves
             one writing process. `None`: memory only.
         host_bytes: capacity of host memory.
-        disk_bytes: capacity of the directory, with all its files but the index.
+        disk_bytes: capacity of the directory, with all its files but the index. `None`: 64 GiB, or what is in it where
+            that is more: a directory that was given more room does not lose what is there.
         device_bytes: capacity on the device, taken from what the model and its prefills have there; 0: entries go there
             with each request. Engines that stream every layer make no use of it.
         salt: part of every key: stores with different salts share nothing, even over the same chunks.
@@ -54,19 +54,20 @@ class ChunkStore:
         directory: str | Path | None = None,
         *,
         host_bytes: int = DEFAULT_HOST_BYTES,
-        disk_bytes: int = DEFAULT_DISK_BYTES,
+        disk_bytes: int | None = None,
         device_bytes: int = 0,
         salt: str = "",
         queue_bytes: int = DEFAULT_QUEUE_BYTES,
     ) -> None:
         for name, value in (("host_bytes", host_bytes), ("disk_bytes", disk_bytes), ("queue_bytes", queue_bytes)):
+            if value is None and name == "disk_bytes":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CacheBlendError(f"{name} must be a whole number of at least 1, got {value!r}")
         if not isinstance(device_bytes, int) or isinstance(device_bytes, bool) or device_bytes < 0:
             raise CacheBlendError(f"device_bytes must be a whole number of at least 0, got {device_bytes!r}")
         self.device_bytes = device_bytes
         self.host_bytes = host_bytes
-        self.disk_bytes = disk_bytes
         self.directory: Any = None  # as a path: absolute, or a URL's
         self.salt = salt
         self._host: MemoryTier[ChunkEntry] = MemoryTier(host_bytes)
@@ -196,8 +197,8 @@ class ChunkStore:
             CacheBlendError: the directory cannot be written.
         """
         there = key in self
+        self.check_writable()
         if self._disk is not None:
-            self._disk.check_writable()
             self._queue.discard({key})
             self._disk.remove([key])
         with self._lock:  # last: what is looked up until then may still be found on disk
@@ -206,10 +207,19 @@ class ChunkStore:
             self._device.remove(key)
         return there
 
-    def clear(self) -> None:
-        """Drops every entry, on disk too; errors as `remove`."""
+    def check_writable(self) -> None:
+        """Refuses to go on where the directory cannot be written; a store in memory always can.
+
+        Raises:
+            CacheBlendError: names the directory.
+        """
         if self._disk is not None:
             self._disk.check_writable()
+
+    def clear(self) -> None:
+        """Drops every entry, on disk too; errors as `remove`."""
+        self.check_writable()
+        if self._disk is not None:
             self._queue.discard()
             self._disk.clear()
         with self._lock:

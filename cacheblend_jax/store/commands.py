@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.store.chunk_store import DEFAULT_DISK_BYTES
 
 
 def add_store_commands(commands: Any) -> None:
@@ -45,7 +44,7 @@ def _opened(parsed: argparse.Namespace, *, to_write: bool = False) -> Iterator[A
 
     if not DiskTier.exists(parsed.directory):
         raise CacheBlendError(f"store {parsed.directory!r} is not there; expected the directory of a ChunkStore")
-    disk = DiskTier(parsed.directory, DEFAULT_DISK_BYTES)
+    disk = DiskTier(parsed.directory)
     try:
         if to_write:
             disk.check_writable()
@@ -73,7 +72,7 @@ def _run_ls(parsed: argparse.Namespace) -> dict[str, Any]:
 def _run_verify(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.store.maintenance import verify
 
-    with _opened(parsed) as disk:
+    with _opened(parsed, to_write=parsed.repair) as disk:
         report = verify(disk, repair=parsed.repair)
     for problem in report["problems"]:
         print(f"pack {problem['pack'] or '-'}, entry {problem['name'][:16] or '-'}: {problem['problem']}")

@@ -38,6 +38,7 @@ from cacheblend_jax.store.record import (
 from cacheblend_jax.store.stats import DiskCounts
 
 logger = logging.getLogger(__name__)
+DEFAULT_BYTES = 64 * 2**30
 PACK_BYTES = 2**28  # of entries share a pack at most
 PACK_OVERHEAD, ENTRY_OVERHEAD = 2**13, 2**11  # bytes reserved for the files of a pack beside the arrays
 
@@ -51,15 +52,14 @@ class DiskTier:
 
     Args:
         directory: made if missing; a path of this machine, or one that Orbax and TensorStore accept (`gs://…`).
-        capacity: bytes of all packs, files and all.
+        capacity: bytes of all packs, files and all; `None`: 64 GiB, or what is there where that is more.
 
     Raises:
         CacheBlendError: the path is no directory and cannot be one; or see `located`.
     """
 
-    def __init__(self, directory: str | Path, capacity: int) -> None:
+    def __init__(self, directory: str | Path, capacity: int | None = None) -> None:
         self.root = located(directory)
-        self.capacity = capacity
         self.counts = DiskCounts()
         self._lock = threading.Lock()  # of counts, and of what is said once
         self._said: set[str] = set()
@@ -70,6 +70,7 @@ class DiskTier:
             raise CacheBlendError(f"store {str(directory)!r} is a file; expected a directory, or a path to make one at")
         self.writable = self._make_directories()
         self.index = recovery.open_index(self)
+        self.capacity = max(DEFAULT_BYTES, self.snapshot()[1][0]) if capacity is None else capacity
 
     @staticmethod
     def exists(directory: str | Path) -> bool:
