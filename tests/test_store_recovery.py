@@ -94,6 +94,16 @@ def test_an_index_that_breaks_under_two_stores_is_made_anew_once(tmp_path):
     assert len(list((tmp_path / "quarantine").iterdir())) == 1
 
 
+def test_who_writes_follows_an_index_that_another_made(tmp_path):
+    fill(tmp_path, [1])
+    with closing(DiskTier(tmp_path, 2**40)) as ours:
+        recovery.set_index_aside(ours, ours.index.identity)  # as another process does that finds it broken
+        fill(tmp_path, [2])
+        ours.write([(key_of(3), make_entry(3))])
+    with cb.ChunkStore(tmp_path) as store:
+        assert {*store.keys()} == {key_of(seed) for seed in (1, 2, 3)}
+
+
 def test_an_index_that_cannot_be_made_anew_is_a_miss(tmp_path, monkeypatch):
     fill(tmp_path, [1])
     with cb.ChunkStore(tmp_path) as store:

@@ -162,6 +162,9 @@ class DiskTier:
             groups[-1].append((key, entry))
         for group in groups:
             try:
+                if recovery.is_replaced(self):  # what is entered in the old one would never be found
+                    self.index.close()
+                    self.index = recovery.open_index(self)
                 fresh = [(key, entry) for key, entry in group if not self._is_written(key, entry)]
                 if fresh:
                     self._write_pack(fresh)

@@ -45,6 +45,12 @@ def open_index(disk: DiskTier) -> Index:
     return disk.index
 
 
+def is_replaced(disk: DiskTier) -> bool:
+    """Whether another process found our index broken, moved it away and made a new one."""
+    ours = disk.index.identity
+    return ours is not None and identity_of(os.path.abspath(disk.root / INDEX_FILE)) not in (None, ours)
+
+
 def _open_to_write(disk: DiskTier, path: str) -> Index:
     """Opens the index, and makes it from the packs where it is new; one that is broken is moved aside first."""
     for attempt in (1, 2):
