@@ -445,6 +445,7 @@ def test_an_entry_of_another_format_version_is_a_miss_with_a_clear_message(tmp_p
         caplog.clear()
         with cb.ChunkStore(tmp_path) as store:
             assert store.get(key_of(1)) is None
+            assert key_of(1) not in store
             assert store.stats.outdated == 1
             assert store.stats.damaged == 0
         assert "format version 0; this code reads version 1" in caplog.text
@@ -539,9 +540,10 @@ def test_a_default_capacity_does_not_shrink_what_is_there(tmp_path, monkeypatch)
             store.put(key_of(number), entry)
             store.flush()
         kept = store.stats.disk_bytes
-    monkeypatch.setattr("cacheblend_jax.store.disk.DEFAULT_BYTES", 1)
+    monkeypatch.setattr("cacheblend_jax.store.disk.DEFAULT_BYTES", kept // 2)  # room for the new one, not for them all
     with cb.ChunkStore(tmp_path) as store:
         store.put(key_of(9), make_entry(9, 64))
         store.flush()
+        assert store.stats.written == 1
         assert store.stats.disk_entries >= 3
         assert kept / 2 < store.stats.disk_bytes <= kept

@@ -63,6 +63,35 @@ def test_a_crash_while_the_index_is_made_anew_loses_nothing(tmp_path, monkeypatc
     assert check_all(tmp_path, 6) == 4
 
 
+@pytest.mark.parametrize("state", ["unknown", "writing"])
+def test_a_pack_that_cannot_be_read_now_is_entered_later(tmp_path, monkeypatch, state):
+    fill(tmp_path, range(3), one_by_one=True)
+    if state == "unknown":
+        (tmp_path / "index.sqlite").unlink()
+    else:  # as a writer leaves it that was killed between renaming its pack and entering it
+        with closing(sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)) as index:
+            index.execute("DELETE FROM entries WHERE pack = 1")
+            index.execute("UPDATE packs SET state = 'writing' WHERE id = 1")
+
+    def no_descriptors(path):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "read_contents", no_descriptors)
+        assert check_all(tmp_path, 6) == (0 if state == "unknown" else 2)
+    assert check_all(tmp_path, 6) == 3
+
+
+def test_what_was_removed_does_not_come_back_by_an_opening(tmp_path):
+    """Two processes find a pack unknown; one enters it and removes its entry before the other enters it too."""
+    fill(tmp_path, [1])
+    (pack,) = packs(tmp_path)
+    with closing(DiskTier(tmp_path, 2**40)) as disk, disk.open(key_of(1)):  # read: the files stay
+        disk.remove([key_of(1)])
+        assert recovery.adopt(disk, pack.name)
+        assert disk.load(key_of(1)) is None
+
+
 def test_a_new_directory_that_others_open_too_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr("cacheblend_jax.store.index_file.BUSY_SECONDS", 0.01)
     other = sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)
@@ -87,9 +116,9 @@ def test_an_index_that_breaks_under_two_stores_is_made_anew_once(tmp_path):
             connection.execute("PRAGMA shrink_memory")  # of the pages that it remembers
         assert disk.load(key_of(0)) is None
         assert disk.counts.damaged == 1
-    one.write([(key_of(9), make_entry(9))])
+        disk.write([(key_of(8 + (disk is other)), make_entry(8 + (disk is other)))])
     for disk in (one, other):
-        assert all(same(disk.load(key_of(seed))[0], make_entry(seed)) for seed in (0, 1, 2, 9))
+        assert all(same(disk.load(key_of(seed))[0], make_entry(seed)) for seed in (0, 1, 2, 8, 9))
         disk.close()
     assert len(list((tmp_path / "quarantine").iterdir())) == 1
 
@@ -139,6 +168,8 @@ def test_what_another_user_writes_now_stops_no_opening(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(recovery, "Pin", refuse)
+    with closing(DiskTier(tmp_path, 2**40)) as disk:
+        assert disk.writable
     assert check_all(tmp_path, 6) == 1
     assert len(list((tmp_path / "writing").iterdir())) == 1
 

@@ -186,6 +186,10 @@ class ChunkStore:
             if not queued:
                 disk.first_uses.pop(key, None)
                 self._count("dropped")
+            with self._lock:  # who looked it up meanwhile may have found the one before on the disk
+                self._loads.outdate(key)
+                if not kept:
+                    self._host.remove(key)
         if kept or queued:
             self._count("stored")
         return kept or queued
@@ -243,8 +247,9 @@ class ChunkStore:
             self._queue.close()
             self._write_touches()
             disk, self._disk = self._disk, None
+            on_disk = disk.stats()
             with self._lock:
-                self._stats = self._with_disk(disk)
+                self._stats = replace(self._with_host(), **on_disk)
             disk.close()
 
     def __enter__(self) -> ChunkStore:
@@ -256,9 +261,10 @@ class ChunkStore:
     @property
     def stats(self) -> StoreStats:
         """A snapshot of the counts."""
+        disk = self._disk
+        on_disk = {} if disk is None else disk.stats()
         with self._lock:
-            disk = self._disk
-            return self._with_host() if disk is None else self._with_disk(disk)
+            return replace(self._with_host(), **on_disk)
 
     def keys(self) -> list[str]:
         """Keys held: first those in memory, in the order in which they would go, then those on disk alone."""
@@ -348,18 +354,6 @@ class ChunkStore:
     def _with_host(self) -> StoreStats:
         on_device = {"device_entries": len(self._device), "device_bytes": self._device.bytes}
         return replace(self._stats, entries=len(self._host), bytes=self._host.bytes, **on_device)
-
-    def _with_disk(self, disk: Any) -> StoreStats:
-        counts, (size, entries) = disk.snapshot()
-        return replace(
-            self._with_host(),
-            disk_bytes=size,
-            disk_entries=entries,
-            written=counts.written,
-            disk_evicted=counts.evicted,
-            disk_rejected=counts.rejected,
-            **{name: getattr(counts, name) for name in ("damaged", "outdated", "write_errors", "read_errors")},
-        )
 
 
 def _read_only(entry: ChunkEntry) -> ChunkEntry:

@@ -8,11 +8,10 @@ import os
 import shutil
 import sqlite3
 import threading
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from cacheblend_jax.store import quarantine, recovery
 from cacheblend_jax.store.disk_chunk import DiskChunk
 from cacheblend_jax.store.entry import ChunkEntry
 from cacheblend_jax.store.eviction import make_room, sweep
-from cacheblend_jax.store.index import Found, Listed
+from cacheblend_jax.store.index import Found
 from cacheblend_jax.store.index_file import INDEX_ERRORS
 from cacheblend_jax.store.location import PACK_NAME, is_local, located
 from cacheblend_jax.store.pack import EntryReader, UnreadableError, size_of, write_pack
-from cacheblend_jax.store.pins import BusyError, Pin
+from cacheblend_jax.store.pins import BusyError, Pin, make_and_hold
 from cacheblend_jax.store.record import (
     DamagedRecordError,
     EntryRecord,
@@ -70,7 +69,7 @@ class DiskTier:
             raise CacheBlendError(f"store {str(directory)!r} is a file; expected a directory, or a path to make one at")
         self.writable = self._make_directories()
         self.index = recovery.open_index(self)
-        self.capacity = max(DEFAULT_BYTES, self.snapshot()[1][0]) if capacity is None else capacity
+        self.capacity = max(DEFAULT_BYTES, self._totals()[0]) if capacity is None else capacity
 
     @staticmethod
     def exists(directory: str | Path) -> bool:
@@ -82,7 +81,8 @@ class DiskTier:
     def __contains__(self, key: str) -> bool:
         name = storage_name(key)
         with self._reading():
-            return name in self.index and name not in self._refused
+            found = None if name in self._refused else self.index.find(name)
+            return found is not None and _usable(found.record, found.crc, name) is not None
         return False
 
     def load(self, key: str) -> tuple[ChunkEntry, int] | None:
@@ -163,8 +163,7 @@ class DiskTier:
         for group in groups:
             try:
                 if recovery.is_replaced(self):  # what is entered in the old one would never be found
-                    self.index.close()
-                    self.index = recovery.open_index(self)
+                    self._open_index_anew()
                 fresh = [(key, entry) for key, entry in group if not self._is_written(key, entry)]
                 if fresh:
                     self._write_pack(fresh)
@@ -215,7 +214,7 @@ class DiskTier:
             return
         outer = self.root / "writing" / pack
         try:
-            pin = _make_and_hold(outer)
+            pin = make_and_hold(outer)
             with pin:
                 yield outer / "pack"
                 shutil.rmtree(outer, ignore_errors=True)
@@ -302,18 +301,23 @@ class DiskTier:
 
     # --- counting ----------------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> tuple[DiskCounts, tuple[int, int]]:
-        """Returns the counts, and the bytes and entries held."""
+    def stats(self) -> dict[str, int]:
+        """Returns the counts, and the bytes and entries held, as `StoreStats` names them."""
+        size, entries = self._totals()
         with self._lock:
-            counts = replace(self.counts)
+            counts = asdict(self.counts)
+        counts |= {f"disk_{name}": counts.pop(name) for name in ("evicted", "rejected")}
+        return counts | {"disk_bytes": size, "disk_entries": entries}
+
+    def _totals(self) -> tuple[int, int]:
         with self._reading():
-            return counts, self.index.totals()
-        return counts, (0, 0)
+            return self.index.totals()
+        return 0, 0
 
     def keys(self) -> list[str]:
         """Keys of the entries that can be used, the least recently used first."""
         with self._reading():
-            return [record.key for row in self.index.listed() if (record := _usable(row)) is not None]
+            return [record.key for row in self.index.listed() if (record := _usable(row.record, row.crc, row.name))]
         return []
 
     def count(self, what: str, number: int = 1) -> None:
@@ -344,6 +348,13 @@ class DiskTier:
             ):  # its subclasses say "locked", "closed", "full": not broken
                 self._replace_broken_index()
 
+    def _open_index_anew(self) -> None:
+        """Opens the index that is there now, with what we entered in the one before."""
+        self.index.close()
+        self.index = recovery.open_index(self)
+        if self.writable:
+            recovery.adopt_all(self)
+
     def _replace_broken_index(self) -> None:
         if not (self.local and self.writable):
             return
@@ -355,24 +366,14 @@ class DiskTier:
         self.count("damaged")
         try:
             recovery.set_index_aside(self, self.index.identity)
-            self.index = recovery.open_index(self)
+            self._open_index_anew()
         except (OSError, *INDEX_ERRORS) as error:
             self.say_once(f"store {self.root}: the index cannot be made anew: {error}", "read_errors")
 
 
-def _make_and_hold(path: Any) -> Pin:
-    for _ in range(3):  # another process's clean-up may take the directory before it is held
-        os.makedirs(path, exist_ok=True)
-        try:
-            return Pin(path, alone=True)
-        except (BusyError, FileNotFoundError):
-            time.sleep(0.01)
-    return Pin(path, alone=True)
-
-
-def _usable(row: Listed) -> EntryRecord | None:
+def _usable(text: bytes, crc: int, name: str) -> EntryRecord | None:
     try:
-        return load_record(row.record, row.crc, row.name)
+        return load_record(text, crc, name)
     except (DamagedRecordError, OtherVersionError):
         return None
 

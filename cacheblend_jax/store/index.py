@@ -206,16 +206,20 @@ class Index:
         size: int,
         records: Sequence[EntryRecord],
         *,
-        replace: bool = True,
+        adopt: bool = False,
         uses: dict[str, int] | None = None,
     ) -> int:
         """Makes a written pack's entries known, all at once; returns how many of them it now holds.
 
-        An entry that is known already with the same checksums stays where it is; with others it moves here, unless
-        `replace` is false. Packs that are left empty are dead. `uses` says by key how often entries were seen, if not
-        once.
+        An entry that is known already with the same checksums stays where it is; with others it moves here. Packs that
+        are left empty are dead. `uses` says by key how often entries were seen, if not once. To `adopt` a pack that was
+        found moves no entry, and changes nothing where the pack has become known meanwhile: what was removed since
+        would come back.
         """
         with self._transaction() as run:
+            known = run("SELECT id, state FROM packs WHERE name = ?", (pack,)).fetchone()
+            if adopt and known is not None and known[1] != "writing":
+                return run("SELECT count(*) FROM entries WHERE pack = ?", (known[0],)).fetchone()[0]
             run("INSERT OR IGNORE INTO packs(name, state, bytes, used) VALUES(?, 'ready', 0, ?)", (pack, _tick(run)))
             run("UPDATE packs SET state = 'ready', bytes = ? WHERE name = ?", (size, pack))
             (number, used) = run("SELECT id, used FROM packs WHERE name = ?", (pack,)).fetchone()
@@ -225,7 +229,7 @@ class Index:
                 text, crc = dump_record(record)
                 old = run("SELECT pack, record, crc FROM entries WHERE name = ?", (name,)).fetchone()
                 if old is not None:
-                    if not replace or _same_content(old[1], old[2], record):
+                    if adopt or _same_content(old[1], old[2], record):
                         continue
                     left.add(old[0])
                     run("DELETE FROM entries WHERE name = ?", (name,))

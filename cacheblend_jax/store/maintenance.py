@@ -110,7 +110,7 @@ def prune(
         limit = (time.time() - unused_days * 86400) * 1000
         removed += disk.index.remove([row.name for row in disk.index.listed() if row.used < limit])
     unknown = [pack for pack in recovery.unknown_packs(disk) if _is_outdated_pack(disk, pack)]
-    packs_removed = sum(remove_pack(disk, pack) for pack in unknown)
+    packs_removed = sum(remove_pack(disk, pack) and not disk.pack_path(pack).exists() for pack in unknown)
     sweep(disk)
     if max_bytes is not None:
         make_room(disk, max_bytes)

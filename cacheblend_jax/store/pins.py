@@ -57,6 +57,21 @@ class Pin:
         self.close()
 
 
+def make_and_hold(path: Any) -> Pin:
+    """Makes a directory under `writing/` and holds it, so that nobody takes it for what a killed process left there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for _ in range(3):  # another process's clean-up may take it before it is held
+        os.makedirs(path, exist_ok=True)
+        try:
+            return Pin(path, alone=True)
+        except (BusyError, FileNotFoundError):
+            time.sleep(0.01)
+    return Pin(path, alone=True)
+
+
 @contextmanager
 def held(path: Any, *, alone: bool = False) -> Iterator[None]:
     """Holds a directory as a `Pin` does, and waits for it; goes on without where that takes too long or cannot be."""

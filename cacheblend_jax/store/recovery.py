@@ -38,7 +38,7 @@ def open_index(disk: DiskTier) -> Index:
     if disk.local and os.path.exists(path):
         try:
             return Index(path, read_only=True)
-        except INDEX_ERRORS:
+        except (OSError, *INDEX_ERRORS):
             pass
     disk.index = Index(None)
     adopt_all(disk)
@@ -74,8 +74,7 @@ def _tidied(disk: DiskTier, index: Index) -> Index:
     disk.index = index
     try:
         recover(disk)
-        if not index.is_complete():  # it is new, or who made it was killed at it
-            adopt_all(disk)
+        if not index.is_complete() and adopt_all(disk):  # it is new, or who made it was killed at it
             index.mark_complete()
     except BaseException:
         index.close()
@@ -108,9 +107,9 @@ def recover(disk: DiskTier) -> None:
     for pack in disk.index.packs("writing"):
         if (disk.root / "writing" / pack).exists():
             continue
-        if disk.pack_path(pack).exists():  # killed between rename and index: nothing is lost
-            adopt(disk, pack)
-        disk.index.forget_pack(pack, "writing")
+        # Killed between rename and index: nothing is lost.
+        if not disk.pack_path(pack).exists() or adopt(disk, pack):
+            disk.index.forget_pack(pack, "writing")
     sweep(disk)
 
 
@@ -124,31 +123,33 @@ def unknown_packs(disk: DiskTier) -> list[str]:
     return sorted(pack for pack in present if pack not in known and disk.pack_path(pack).exists())
 
 
-def adopt_all(disk: DiskTier) -> int:
-    """Enters packs in the index that it does not know; returns how many entries they hold. Again does no harm."""
-    return sum(adopt(disk, pack) for pack in unknown_packs(disk))
+def adopt_all(disk: DiskTier) -> bool:
+    """Enters packs in the index that it does not know; returns whether all could be read. Again does no harm."""
+    unread = [pack for pack in unknown_packs(disk) if not adopt(disk, pack)]
+    return not unread
 
 
-def adopt(disk: DiskTier, pack: str) -> int:
-    """Enters a pack in the index from its own `entries.json`; returns how many entries it holds."""
+def adopt(disk: DiskTier, pack: str) -> bool:
+    """Enters a pack in the index from its own `entries.json`; returns whether it could be read, for better or worse."""
     path = disk.pack_path(pack)
     try:
         with Pin(path) if disk.local else nullcontext():  # nobody evicts it meanwhile
             records = read_contents(path).records
-            return disk.index.add(pack, size_of(path), records, replace=False)
-    except BusyError:
-        return 0
+            disk.index.add(pack, size_of(path), records, adopt=True)
+    except BusyError:  # being evicted
+        return False
     except OtherVersionError as error:
         disk.say_once(f"store {disk.root}: pack {pack} is of {error}; its entries count as missing", "outdated")
     except (DamagedRecordError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         if not disk.local and isinstance(error, FileNotFoundError):  # its writer is at it, or died at it
-            return 0
+            return True
         if not path.exists():  # another process took it away
-            return 0
+            return True
         logger.warning("store %s: pack %s is not used: %s", disk.root, pack, error)
         disk.count("damaged")
         if disk.writable and disk.local:
             quarantine.set_aside(disk, pack)
     except OSError as error:  # which says nothing about the pack
         disk.say_once(f"store {disk.root}: pack {pack} cannot be read now: {error}", "read_errors")
-    return 0
+        return False
+    return True
