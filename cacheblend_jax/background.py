@@ -56,8 +56,11 @@ class Background:
             finally:
                 self._pending.pop(missing.key, None)
 
-        with suppress(RuntimeError):  # closed
+        try:
             self._pending[missing.key] = self._thread.submit(work)
+        except RuntimeError as error:  # closed, or no thread can be started: the task may have been queued all the same
+            logger.debug("a chunk is not stored: %s", error)
+        finally:
             noted.set()
 
     def promote_later(self, key: str, num_bytes: int) -> None:
@@ -69,7 +72,7 @@ class Background:
             except Exception:  # costs a later request time, never an answer
                 logger.exception("a chunk could not be brought into a faster tier")
 
-        if num_bytes <= self._store.host_bytes:
+        if num_bytes <= max(self._store.host_bytes, self._store.device_bytes if self._to_device else 0):
             with suppress(RuntimeError):  # closed
                 self._thread.submit(work)
 
@@ -108,4 +111,7 @@ if hasattr(os, "register_at_fork"):
 @before_exit
 def _flush_all() -> None:
     for background in list(_open):
-        background.flush()
+        try:
+            background.flush()
+        except Exception:  # the others are to be finished all the same
+            logger.exception("what was to be stored could not be")

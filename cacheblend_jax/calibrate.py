@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from cacheblend_jax.model.model import Model
 from cacheblend_jax.profile import ASSUMED_DISK, Profile, default_path, device_kind, store_name
 from cacheblend_jax.prompt import Prompt
 from cacheblend_jax.store import ChunkStore, is_local, located
+from cacheblend_jax.store.pins import make_and_hold
 from cacheblend_jax.trace import Trace
 
 LENGTHS = (512, 1024, 2048, 4096)
@@ -51,7 +52,7 @@ def calibrate(
 
     Args:
         open_store: opens the store whose tiers are measured; called again so that nothing is in its memory yet. Probes
-            are left in it: give a directory of their own, beside the one that is used.
+            are left in it: give a directory of their own, on the same storage.
         lengths: tokens in chunks; those beyond the model's maximum are left out.
         progress: wraps long loops, with what they do.
 
@@ -225,16 +226,20 @@ def without_details(profile: Profile) -> dict[str, Any]:
 
 @contextmanager
 def _place_for_probes(directory: str | None) -> Iterator[str | None]:
-    """A place on the same storage as a store, which its entries know nothing of; removed afterwards."""
+    """A place on the same storage as a store, which its entries know nothing of; removed afterwards.
+
+    It is one of writing: what a killed calibration leaves goes when the store is opened next.
+    """
     if directory is None:
         yield None
         return
-    place = located(directory) / f"calibration-{uuid.uuid4().hex}"
-    try:
-        yield os.fspath(place)
-    finally:
-        if place.exists():
-            place.rmtree()
+    place = located(directory) / "writing" / f"calibration-{uuid.uuid4().hex}"
+    with make_and_hold(place) if is_local(directory) else nullcontext():
+        try:
+            yield os.fspath(place / "store")
+        finally:
+            if place.exists():
+                place.rmtree()
 
 
 def run_calibrate(

@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = parsed.run(parsed)
         if parsed.json is not None:
             _write_json(parsed.json, report)
+        sys.stdout.flush()
         return report.get("exit_code", 0)
     except BrokenPipeError:  # who read our output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush finds a reader
@@ -61,8 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _check_writable(option: str, path: Path | None) -> None:
     """Refuses a file that cannot be written, before the work whose results are to go there."""
-    if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
-        why = "is a directory" if path.is_dir() else f"{path.parent} is not a directory that can be written"
+    if path is None:
+        return
+    why = None
+    if path.is_dir():
+        why = "is a directory"
+    elif not path.parent.is_dir():
+        why = f"{path.parent} is not a directory"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        why = "no permission"
+    if why is not None:
         raise CacheBlendError(f"cannot write {option} {path}: {why}")
 
 
@@ -334,6 +343,8 @@ def _add_calibrate(commands: Any) -> None:
 def _run_calibrate(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.calibrate import run_calibrate
 
+    if parsed.out is not None and parsed.out.parent.is_dir():  # else it is made
+        _check_writable("--out", parsed.out)
     return run_calibrate(parsed, _load(parsed.model, parsed.dtype), _progress)
 
 

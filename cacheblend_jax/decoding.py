@@ -42,7 +42,7 @@ def decode(
     k, v = (_resized(x, size) for x in (out.padded_cache.k, out.padded_cache.v))
     cos, sin = jax.device_put(rope_tables(config, size), model.placement)
 
-    program = decoding_program(model, size)
+    program = decoding_program(model, size, k.sharding)
     for step in range(1, room):
         began = time.perf_counter()
         place = np.int32(length + step - 1)
@@ -51,20 +51,18 @@ def decode(
         yield token, time.perf_counter() - began
 
 
-def decoding_program(model: Model, size: int) -> Program:
-    """Returns the program that decodes one token over a cache of `size` tokens."""
+def decoding_program(model: Model, size: int, sharding: jax.sharding.Sharding) -> Program:
+    """Returns the program that decodes one token over a cache of `size` tokens, laid out as a prefill left it."""
     config = model.config
 
     def arguments() -> tuple[Any, ...]:
-        def array(*shape: int, dtype: Any = config.dtype) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=model.placement)
-
-        cache = array(config.num_layers, size, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, size, config.num_kv_heads, config.head_dim)
+        cache = jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype), sharding=sharding)
         scalar = jax.ShapeDtypeStruct((), jnp.int32)
-        table = array(size, config.head_dim // 2, dtype=jnp.float32)
+        table = jax.ShapeDtypeStruct((size, config.head_dim // 2), jnp.float32, sharding=model.placement)
         return model.params, cache, cache, scalar, scalar, table, table
 
-    return model.programs.get(decode_step, arguments, donate=(1, 2), config=config, keys=size)
+    return model.programs.get(decode_step, arguments, donate=(1, 2), config=config, keys=size, sharding=sharding)
 
 
 def _resized(x: jax.Array, size: int) -> jax.Array:

@@ -223,7 +223,7 @@ class Engine:
             with timer.stopped():
                 compile_s = self._execution.compile(plan, self._execution.chosen(plan, chunks), chunks)
                 if self._is_warm and compile_s > 0:
-                    logger.warning("a request that warm-up did not provide for waits for the compiler: %s", plan)
+                    logger.warning("a request waited for the compiler: warm-up did not provide for %s", plan)
                 self._add_oracle(plan, request, layout, chunks, tokenized)
             ran = self._execution.run(plan, request, chunks, trace)
             return Attempt(layout, plan, ran, compile_s, planner, decision)
@@ -365,7 +365,7 @@ class Engine:
             chunk_tokens: also what computes missing chunks of up to so many tokens, for the store. And where chunks are
                 computed after the whole prefix (`context_tokens`), so that the first one is exact: what such prompts
                 need if it has up to so many tokens. That may be many times the programs; fewer with `length_buckets`.
-            max_new_tokens: also what decodes up to so many.
+            max_new_tokens: also what decodes up to so many, on one device.
             progress: called with the programs done and their total.
 
         Raises:

@@ -171,7 +171,11 @@ class Execution:
         return self._put(program.run(*arguments) if cached is None else program.run(cached, *arguments))
 
     def standalone(self, missing: Missing) -> ChunkEntry:
-        """Computes a chunk's KV after its context alone."""
+        """Computes a chunk's KV after its context alone.
+
+        Raises:
+            CacheBlendError: the weights are no longer those that the chunk's key was made with.
+        """
         config = self._model.config
         ids = np.concatenate([missing.context_ids, missing.token_ids])
         size = self._buckets.length(ids.size)
@@ -181,7 +185,9 @@ class Execution:
         kv = self.standalone_program(size).run(self._model.params, padded, np.int32(ids.size), *tables)
         begin = missing.context_ids.size
         k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : ids.size]) for x in (kv.k, kv.v))
-        return ChunkEntry(k, v, self._model.fingerprint, tuple(missing.context_ids.tolist()))
+        if self._model.fingerprint != missing.fingerprint:
+            raise CacheBlendError("the model's weights were changed while a chunk waited to be stored: it is not")
+        return ChunkEntry(k, v, missing.fingerprint, tuple(missing.context_ids.tolist()))
 
     def standalone_program(self, size: int) -> Program:
         """The program that computes the KV of a context and a chunk, padded to `size` tokens."""

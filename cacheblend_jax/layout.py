@@ -19,9 +19,13 @@ NO_CONTEXT = np.zeros(0, np.int32)
 
 @dataclass(frozen=True)
 class Missing:
-    """A chunk (or prefix) whose stand-alone KV is to be computed, and the context it is computed after."""
+    """A chunk (or prefix) whose stand-alone KV is to be computed, and the context it is computed after.
+
+    `fingerprint` is the model's that its key was made with: the KV of other weights must not be stored under it.
+    """
 
     key: str
+    fingerprint: str
     context_ids: np.ndarray
     token_ids: np.ndarray
 
@@ -88,7 +92,7 @@ def spans_of(
     context = context_of(prompt.prefix, context_tokens)
 
     def span(start: int, context_ids: np.ndarray, ids: np.ndarray, is_prefix: bool) -> Span:
-        missing = Missing(chunk_key(fingerprint, context_ids, ids, salt), context_ids, ids)
+        missing = Missing(chunk_key(fingerprint, context_ids, ids, salt), fingerprint, context_ids, ids)
         return Span(start, missing, exact=context_ids.size == start, is_prefix=is_prefix)
 
     spans = [span(0, NO_CONTEXT, prompt.prefix, True)] if prompt.prefix.size else []

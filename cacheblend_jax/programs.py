@@ -127,16 +127,22 @@ class _Entry:
 def _make_room() -> None:
     """Drops the process's programs used least recently while it has mapped nearly all the regions that it may."""
     while mapped_share() > MAPPED_SHARE:
-        with _lock:
-            made = [(entry, where._entries) for where in _cpu_caches for entry in where._entries.values()]
-            made = [(entry, entries) for entry, entries in made if entry.made.done()]
-            oldest = sorted(made, key=lambda each: each[0].used)[:-KEPT][:EVICTED_AT_ONCE]
-            for entry, entries in oldest:
-                del entries[entry.key]
-        if not oldest:
+        dropped = _drop_oldest()
+        if not dropped:
             return
         _tell_of_drops()
-        logger.debug("dropped %d compiled programs", len(oldest))
+        logger.debug("dropped %d compiled programs", dropped)
+
+
+def _drop_oldest() -> int:
+    """Drops some programs; returns how many. They are freed when it returns."""
+    with _lock:
+        made = [(entry, where._entries) for where in _cpu_caches for entry in where._entries.values()]
+        made = [(entry, entries) for entry, entries in made if entry.made.done()]
+        oldest = sorted(made, key=lambda each: each[0].used)[:-KEPT][:EVICTED_AT_ONCE]
+        for entry, entries in oldest:
+            del entries[entry.key]
+    return len(oldest)
 
 
 @cache

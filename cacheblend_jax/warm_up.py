@@ -64,7 +64,7 @@ class Sizes:
             alone = {buckets.length(max(self.prefix_tokens, 1))}
             alone |= {*buckets_up_to(buckets.length, min(context + self.chunk_tokens, most))}
             work += [partial(execution.standalone_program, size) for size in sorted(alone)]
-        if self.max_new_tokens > 1:
+        if self.max_new_tokens > 1 and len(model.placement.device_set) == 1:  # a mesh's prefills say how KV is split
             decoded = buckets_up_to(buckets.length, min(self.max_tokens + self.max_new_tokens - 1, most))
-            work += [partial(decoding_program, model, size) for size in decoded]
+            work += [partial(decoding_program, model, size, model.placement) for size in decoded]
         return work

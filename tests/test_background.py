@@ -30,30 +30,67 @@ def test_a_chunk_behind_those_of_others_is_computed_and_not_waited_for(slow_stor
     others, ours = random_prompt(20), random_prompt(21)
     engine.prefill(others)
     engine.prefill(ours)
-    out = engine.prefill(ours)  # would wait for ever
+    out = engine.prefill(ours)
+    assert not go_on.is_set()  # it would have waited until then
     assert (out.stats.hits, out.stats.misses) == (0, 4)
-    assert out.stats.wait_s < 1
     go_on.set()
     engine.flush()
     assert engine.prefill(ours).stats.misses == 0
 
 
-def test_waiting_for_ones_own_chunks_counts_and_keeps_nobody_else_waiting(slow_storing):
+def test_waiting_for_ones_own_chunks_counts_and_keeps_nobody_else_waiting(slow_storing, monkeypatch):
     engine, go_on = slow_storing
     prompt, other = random_prompt(22), random_prompt(23, (20,))
-    engine.prefill(other, "full")  # compiled
     engine.prefill(prompt)
+    wait, waits = engine._background.wait_for_next, threading.Event()
+    monkeypatch.setattr(engine._background, "wait_for_next", lambda keys: (waits.set(), wait(keys)))
     found = []
     thread = threading.Thread(target=lambda: found.append(engine.prefill(prompt)))
     thread.start()
-    assert engine.prefill(other, "full").stats.wait_s < 1  # while the thread waits
+    assert waits.wait(30)
+    engine.prefill(other, "full")
     assert not found
-    threading.Timer(0.3, go_on.set).start()
+    go_on.set()
     thread.join()
     (out,) = found
     assert (out.stats.hits, out.stats.misses) == (4, 0)
-    assert 0.2 < out.stats.wait_s < out.stats.ttft_s
+    assert out.stats.wait_s > 0
     assert out.stats.host_s + out.stats.wait_s < out.stats.ttft_s
+
+
+def test_a_thread_that_cannot_be_started_keeps_nobody_waiting(monkeypatch):
+    start, failed = threading.Thread.start, []
+
+    def fail_once(thread):
+        if not failed and thread.name.startswith("cacheblend-store"):
+            failed.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_once)
+    with cb.Engine(family_model("llama3")) as engine:
+        engine.prefill(random_prompt(27))
+        engine.flush()
+        assert failed
+        engine.prefill(random_prompt(28))
+        engine.flush()
+        assert engine.prefill(random_prompt(28)).stats.misses == 0
+
+
+def test_kv_of_other_weights_is_not_stored_under_the_old_key(slow_storing):
+    engine, go_on = slow_storing
+    model = cb.random_model(FAMILIES["llama3"], seed=7)
+    engine = cb.Engine(model)
+    compute, engine._background._standalone = engine._background._standalone, None
+    engine._background._standalone = lambda missing: (go_on.wait(30), compute(missing))[1]
+    engine.prefill(random_prompt(29))
+    kernel = model.params.layers["v_proj"]["kernel"]
+    model.params.layers["v_proj"]["kernel"] = kernel * 2
+    go_on.set()
+    engine.flush()
+    assert len(engine.store) == 0
+    assert engine.prefill(random_prompt(29)).stats.misses == 4
+    engine.close()
 
 
 def test_a_chunk_that_is_there_and_cannot_be_read_is_stored_again(monkeypatch):
@@ -104,6 +141,16 @@ def test_a_failing_promotion_is_told_of_and_one_without_room_is_left(tmp_path, m
         engine.prefill(prompt)
         engine.flush()
         assert len(tried) == 5
+
+
+def test_what_is_too_large_for_memory_still_goes_to_the_device(tmp_path):
+    options = {"host_bytes": 1, "device_bytes": 10**7}
+    with cb.ChunkStore(tmp_path, **options) as store, cb.Engine(family_model("llama3"), store) as engine:
+        engine.precompute(random_prompt(30))
+        engine.flush()
+        engine.prefill(random_prompt(30))
+        engine.flush()
+        assert store.stats.device_entries == 5
 
 
 def test_a_store_that_fails_to_open_a_chunk_leaves_no_other_open(monkeypatch):

@@ -98,6 +98,7 @@ def test_the_question_may_follow_the_paths(docs, capsys):
         (["--mode", "fast"], "invalid choice: 'fast'"),
         (["--json", "/nowhere/report.json"], "/nowhere/report.json"),
         (["--json", "/"], "cannot write --json /: is a directory"),
+        (["--json", f"{__file__}/report.json"], f"{__file__} is not a directory"),
         (["--trace", "/nowhere/trace.json"], "cannot write --trace /nowhere/trace.json"),
         (["--trace", "trace.png"], "give one that ends in .json"),
         (["--model", "m" * 300], "is not a directory"),
@@ -134,7 +135,8 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path):
     with cb.ChunkStore(tmp_path):
         pass
     command = f"{sys.executable} -m cacheblend_jax store ls {tmp_path} | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
     assert (done.stdout.strip(), done.stderr) == ("0", "")
 
 

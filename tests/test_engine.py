@@ -223,6 +223,11 @@ def test_a_mesh_gives_what_one_device_gives():
         out, wanted = meshed.prefill(prompt, mode), plain.prefill(prompt, mode)
         assert relative_error(out.logits, wanted.logits) < 1e-5
         np.testing.assert_array_equal(out.recomputed, wanted.recomputed)
+        answers = [
+            engine.complete(prefilled, max_new_tokens=4, stop_token_ids=[]).token_ids
+            for engine, prefilled in ((meshed, out), (plain, wanted))
+        ]
+        assert answers[0] == answers[1]
     kernel = meshed.model.params.layers["q_proj"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape)[2] == kernel.shape[2] // 2
 
@@ -311,7 +316,7 @@ def test_warm_up_provides_for_exact_first_chunks_missing_ones_and_decoding(caplo
     assert engine.model.programs.count == count
     assert not caplog.records
     assert engine.prefill(random_prompt(4, (200,), 0)).stats.compile_s > 0
-    assert "that warm-up did not provide for" in caplog.text
+    assert "warm-up did not provide for Plan(" in caplog.text
 
 
 def test_programs_used_least_recently_make_room(monkeypatch, caplog):
@@ -337,6 +342,26 @@ def test_programs_used_least_recently_make_room(monkeypatch, caplog):
     share = 0.0
     assert all(compile_s(*dropped) > 0 for dropped in ((busy, 2), (idle, 1), (idle, 2)))
     assert (busy.count, idle.count) == (5, 4)
+
+
+def test_no_more_programs_are_dropped_than_needed(monkeypatch):
+    """What a dropped program had mapped is given back before it is asked whether more must go."""
+    monkeypatch.setattr("cacheblend_jax.programs._cpu_caches", weakref.WeakSet())
+    monkeypatch.setattr("cacheblend_jax.programs.KEPT", 1)
+    monkeypatch.setattr("cacheblend_jax.programs.EVICTED_AT_ONCE", 2)
+    programs, alive = ProgramCache("cpu"), []
+
+    def compile_one(number: int) -> None:
+        shape = jax.ShapeDtypeStruct((number,), np.float32)
+        alive.append(weakref.ref(programs.get(jnp.negative, lambda: (shape,), number=number).run))
+
+    for number in range(6):
+        compile_one(number)
+    monkeypatch.setattr(
+        "cacheblend_jax.programs.mapped_share", lambda: sum(program() is not None for program in alive) / 6
+    )
+    compile_one(6)  # full
+    assert sum(program() is not None for program in alive) == 5  # four are little enough
 
 
 def test_what_a_process_has_mapped_is_counted(monkeypatch):
