@@ -2,8 +2,8 @@
 
     python scripts/train_demo_model.py [--out cacheblend_jax/model/demo_checkpoint] [--work ~/demo-training]
 
-Minutes on a GPU, about fifty minutes on two CPU cores. Seeded; killed, it goes on from its last checkpoint in
-`--work`. A curriculum: recall and references on short texts, then documents of full length with sparse facts. The loss
+Minutes on a GPU, about an hour on two CPU cores. Seeded; killed, it goes on from its last checkpoint in `--work`. The
+bundled checkpoint was trained while this curriculum still changed; what it makes today is in docs/results.md. A curriculum: recall and references on short texts, then documents of full length with sparse facts. The loss
 is on every token; answers, and surnames that a resolved nickname tells ("Cobalt …"), weigh most. Training never sees a
 blend.
 """
