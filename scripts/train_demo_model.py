@@ -1,11 +1,12 @@
-"""Trains the bundled demo model on the bundled corpus and writes it as a Hugging Face checkpoint.
+"""Trains a demo model on the bundled corpus and writes it as a Hugging Face checkpoint.
 
-    python scripts/train_demo_model.py [--out cacheblend_jax/model/demo_checkpoint] [--work ~/demo-training]
+    python scripts/train_demo_model.py [--out demo-model] [--work ~/demo-training]
 
 Minutes on a GPU, about an hour on two CPU cores. Seeded; killed, it goes on from its last checkpoint in `--work`. The
-bundled checkpoint was trained while this curriculum still changed; what it makes today is in docs/results.md. A curriculum: recall and references on short texts, then documents of full length with sparse facts. The loss
-is on every token; answers, and surnames that a resolved nickname tells ("Cobalt …"), weigh most. Training never sees a
-blend.
+bundled checkpoint was trained while this curriculum still changed: what it makes today is in docs/results.md.
+
+A curriculum: recall and references on short texts, then documents of full length with sparse facts. The loss is on
+every token; answers, and surnames that a resolved nickname tells ("Cobalt …"), weigh most. Training never sees a blend.
 """
 
 from __future__ import annotations
@@ -391,7 +392,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("cacheblend_jax/model/demo_checkpoint"))
+    parser.add_argument("--out", type=Path, default=Path("demo-model"))
     parser.add_argument("--work", type=Path, default=Path("~/demo-training"))
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     arguments = parser.parse_args()
