@@ -12,7 +12,7 @@ import pytest
 from conftest import HF
 
 import cacheblend_jax as cb
-from cacheblend_jax import cli
+from cacheblend_jax import ask as ask_module
 from cacheblend_jax.cli import main
 from cacheblend_jax.model.demo import demo_directory
 
@@ -126,7 +126,7 @@ def test_what_stops_a_command_is_one_line(docs, capsys, monkeypatch, error, code
     def stop(_):
         raise error
 
-    monkeypatch.setattr(cli, "read_documents", stop)
+    monkeypatch.setattr(ask_module, "read_documents", stop)
     assert ask(docs) == code
     assert capsys.readouterr().err.strip().endswith(message)
 
