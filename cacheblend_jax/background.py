@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from typing import Any
 
-from cacheblend_jax.exit_hook import before_exit
+from cacheblend_jax.exit_hook import finished, flush_before_exit
 from cacheblend_jax.layout import Missing
 from cacheblend_jax.store import ChunkEntry, ChunkStore, DeviceEntry, ThrottledStore
 
@@ -38,7 +35,7 @@ class Background:
         self._store, self._standalone, self._to_device = store, standalone, to_device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-store")
         self._pending: dict[str, Future] = {}  # in the order in which they are computed
-        _open.add(self)
+        flush_before_exit(self)
 
     def store_later(self, missing: Missing, *, again: bool = False) -> None:
         """Computes and stores a chunk: one that is not there, or `again` one that is and cannot be read."""
@@ -100,18 +97,4 @@ class Background:
         """Finishes what is there and takes no more."""
         self._thread.shutdown(wait=True)
         self._store.flush()
-        _open.discard(self)
-
-
-_open: weakref.WeakSet[Any] = weakref.WeakSet()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_open.clear)  # the child has none of these threads
-
-
-@before_exit
-def _flush_all() -> None:
-    for background in list(_open):
-        try:
-            background.flush()
-        except Exception:  # the others are to be finished all the same
-            logger.exception("what was to be stored could not be")
+        finished(self)

@@ -12,7 +12,7 @@ import pytest
 from test_store_disk import fill, key_of, make_entry, same
 
 import cacheblend_jax as cb
-from cacheblend_jax.store import writeback
+from cacheblend_jax import exit_hook
 from cacheblend_jax.store.chunk_store import TOUCHES_KEPT, TOUCHES_SECONDS
 from cacheblend_jax.store.record import storage_name
 from cacheblend_jax.store.writeback import WriteBack
@@ -78,9 +78,9 @@ def test_a_forked_process_does_not_wait_at_its_exit():
         warnings.simplefilter("ignore")  # JAX's: the fork runs none of it
         child = os.fork()
     if child == 0:
-        os._exit(len(writeback._open_queues))
+        os._exit(len(exit_hook._unfinished))
     assert os.waitpid(child, 0)[1] == 0
-    assert queue in writeback._open_queues
+    assert queue in exit_hook._unfinished
     gate.set()
     queue.close()
 

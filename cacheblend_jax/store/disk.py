@@ -33,6 +33,7 @@ from cacheblend_jax.store.record import (
     load_record,
     record_of,
     storage_name,
+    usable_record,
 )
 from cacheblend_jax.store.stats import DiskCounts
 
@@ -82,7 +83,7 @@ class DiskTier:
         name = storage_name(key)
         with self._reading():
             found = None if name in self._refused else self.index.find(name)
-            return found is not None and _usable(found.record, found.crc, name) is not None
+            return found is not None and usable_record(found.record, found.crc, name) is not None
         return False
 
     def load(self, key: str) -> tuple[ChunkEntry, int] | None:
@@ -175,13 +176,8 @@ class DiskTier:
     def _is_written(self, key: str, entry: ChunkEntry) -> bool:
         name = storage_name(key)
         found = self.index.find(name)
-        if found is None:
-            return False
-        try:
-            old = load_record(found.record, found.crc, name)
-        except (DamagedRecordError, OtherVersionError):
-            return False
-        return content_of(old) == content_of(record_of(key, entry, old.tree, old.created))
+        old = None if found is None else usable_record(found.record, found.crc, name)
+        return old is not None and content_of(old) == content_of(record_of(key, entry, old.tree, old.created))
 
     def _write_pack(self, entries: Sequence[tuple[str, ChunkEntry]]) -> None:
         pack = uuid.uuid4().hex
@@ -317,7 +313,9 @@ class DiskTier:
     def keys(self) -> list[str]:
         """Keys of the entries that can be used, the least recently used first."""
         with self._reading():
-            return [record.key for row in self.index.listed() if (record := _usable(row.record, row.crc, row.name))]
+            return [
+                record.key for row in self.index.listed() if (record := usable_record(row.record, row.crc, row.name))
+            ]
         return []
 
     def count(self, what: str, number: int = 1) -> None:
@@ -369,13 +367,6 @@ class DiskTier:
             self._open_index_anew()
         except (OSError, *INDEX_ERRORS) as error:
             self.say_once(f"store {self.root}: the index cannot be made anew: {error}", "read_errors")
-
-
-def _usable(text: bytes, crc: int, name: str) -> EntryRecord | None:
-    try:
-        return load_record(text, crc, name)
-    except (DamagedRecordError, OtherVersionError):
-        return None
 
 
 def _reserved(entries: Sequence[tuple[str, ChunkEntry]]) -> int:

@@ -22,13 +22,11 @@ from cacheblend_jax.store.index_file import (
     statements,
 )
 from cacheblend_jax.store.record import (
-    DamagedRecordError,
     EntryRecord,
-    OtherVersionError,
     content_of,
     dump_record,
-    load_record,
     storage_name,
+    usable_record,
 )
 
 PROTECTED = 0.8  # of the capacity may hold entries seen twice; the least recent of them count as seen once then
@@ -169,11 +167,6 @@ class Index:
             return None
         pack, record, crc, uses = row
         return Found(str(pack), record, crc, uses if isinstance(uses, int) else 1)
-
-    def __contains__(self, name: str) -> bool:
-        with self._read() as run:
-            found = run("SELECT 1 FROM entries WHERE name = ?", (bytes.fromhex(name),)).fetchone()
-        return found is not None
 
     def totals(self) -> tuple[int, int]:
         """Returns the bytes of all packs, and the number of entries."""
@@ -330,8 +323,5 @@ def _bury_empty(run, packs: Iterable[int]) -> None:
 
 
 def _same_content(text: bytes, crc: int, record: EntryRecord) -> bool:
-    try:
-        old = load_record(text, crc, storage_name(record.key))
-    except (DamagedRecordError, OtherVersionError):
-        return False
-    return content_of(old) == content_of(record)
+    old = usable_record(text, crc, storage_name(record.key))
+    return old is not None and content_of(old) == content_of(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -104,12 +105,12 @@ def prune(
     if unused_days is not None and not 0 <= unused_days < float("inf"):
         raise CacheBlendError(f"unused_days must be at least 0 and finite, got {unused_days!r}")
     _, before = disk.index.totals()
-    outdated = [row.name for row in disk.index.listed() if _is_outdated(row)]
-    removed = disk.index.remove(outdated)
+    rows = disk.index.listed()
+    disk.index.remove([row.name for row in rows if _is_outdated(load_record, row.record, row.crc, row.name)])
     if unused_days is not None:
         limit = (time.time() - unused_days * 86400) * 1000
-        removed += disk.index.remove([row.name for row in disk.index.listed() if row.used < limit])
-    unknown = [pack for pack in recovery.unknown_packs(disk) if _is_outdated_pack(disk, pack)]
+        disk.index.remove([row.name for row in disk.index.listed() if row.used < limit])
+    unknown = [pack for pack in recovery.unknown_packs(disk) if _is_outdated(read_contents, disk.pack_path(pack))]
     packs_removed = sum(remove_pack(disk, pack) and not disk.pack_path(pack).exists() for pack in unknown)
     sweep(disk)
     if max_bytes is not None:
@@ -166,19 +167,10 @@ def _pack_problems(disk: DiskTier, pack: str, rows: list[Listed]) -> list[tuple[
     return problems
 
 
-def _is_outdated(row: Listed) -> bool:
+def _is_outdated(read: Callable[..., object], *arguments: Any) -> bool:
+    """Whether what `read` reads is of another format version."""
     try:
-        load_record(row.record, row.crc, row.name)
-    except OtherVersionError:
-        return True
-    except DamagedRecordError:
-        return False
-    return False
-
-
-def _is_outdated_pack(disk: DiskTier, pack: str) -> bool:
-    try:
-        read_contents(disk.pack_path(pack))
+        read(*arguments)
     except OtherVersionError:
         return True
     except (DamagedRecordError, OSError):

@@ -164,6 +164,14 @@ def dump_record(record: EntryRecord) -> tuple[bytes, int]:
     return text, crc32c_of_bytes(text)
 
 
+def usable_record(text: bytes, crc: int, name: str) -> EntryRecord | None:
+    """As `load_record`; `None` where it is damaged or of another version."""
+    try:
+        return load_record(text, crc, name)
+    except (DamagedRecordError, OtherVersionError):
+        return None
+
+
 def load_record(text: bytes, crc: int, name: str) -> EntryRecord:
     """Reads what `dump_record` returned, for the entry of this storage name.
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 
-from cacheblend_jax.exit_hook import before_exit
+from cacheblend_jax.exit_hook import finished, flush_before_exit
 from cacheblend_jax.store.entry import ChunkEntry
 
 logger = logging.getLogger(__name__)
@@ -81,7 +79,7 @@ class WriteBack:
                 self._thread_refused = True
                 return False
             self._thread = thread
-            _open_queues.add(self)
+            flush_before_exit(self)
         self._changed.notify_all()
         return True
 
@@ -121,7 +119,7 @@ class WriteBack:
             thread = self._thread
         if thread is not None:
             thread.join()
-        _open_queues.discard(self)
+        finished(self)
 
     def _holds(self, key: str, entry: ChunkEntry) -> bool:
         return self._waiting.get(key) is entry or self._in_work.get(key) is entry
@@ -165,14 +163,3 @@ class WriteBack:
             batch[key] = self._waiting.pop(key)
             size += entry.num_bytes
         return batch
-
-
-_open_queues: weakref.WeakSet[WriteBack] = weakref.WeakSet()
-if hasattr(os, "register_at_fork"):  # a forked process has the queues, and not their threads
-    os.register_at_fork(after_in_child=_open_queues.clear)
-
-
-@before_exit
-def _flush_all() -> None:
-    for queue in list(_open_queues):
-        queue.flush()
