@@ -2,6 +2,6 @@
 
 import sys
 
-from cacheblend_jax.cli import main
+from cacheblend_jax.cli.main import main
 
 sys.exit(main())

@@ -1,8 +1,8 @@
 """Attention of scattered queries and KV blending for JAX, usable without `cacheblend_jax`."""
 
+from pallas_kernels.attention.api import selective_attention
 from pallas_kernels.attention_mass import attention_mass
-from pallas_kernels.blend_kv import blend_kv
+from pallas_kernels.blending.api import blend_kv
 from pallas_kernels.rotary import apply_rope
-from pallas_kernels.selective_attention import selective_attention
 
 __all__ = ["apply_rope", "attention_mass", "blend_kv", "selective_attention"]

@@ -25,16 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacheblend_jax.blend.flops import prefill_flops
+from cacheblend_jax.engine.planner import computed_positions
 from cacheblend_jax.evaluation.bench import SHAPES, torch_model
 from cacheblend_jax.evaluation.device_profile import time_by_stage
 from cacheblend_jax.evaluation.whole_prefills import RATIO, Mode, config_of, kernels, prefills, whole_blend_error
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.transformer import init_params
-from cacheblend_jax.planner import computed_positions
 from pallas_kernels import blend_kv, selective_attention, tuning
-from pallas_kernels.blend_kv_reference import blend_kv_reference
+from pallas_kernels.attention.reference import selective_attention_reference
+from pallas_kernels.blending.reference import blend_kv_reference
 from pallas_kernels.dispatch import current_target
-from pallas_kernels.selective_attention_reference import selective_attention_reference
 from pallas_kernels.tuning import AttentionBlocks
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "TPU v5 lite": 197e12}  # dense bfloat16

@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 import cacheblend_jax as cb
-from cacheblend_jax.calibrate import fit_compute, measure_tiers, random_prompt
+from cacheblend_jax.engine.profile import device_kind, store_name
 from cacheblend_jax.evaluation.bench import SHAPES
-from cacheblend_jax.profile import device_kind, store_name
+from cacheblend_jax.evaluation.calibrate import fit_compute, measure_tiers, random_prompt
 
 PAUSE_S = 0.2
 TOKENS = 4096

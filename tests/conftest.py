@@ -25,7 +25,7 @@ import pytest  # noqa: E402
 
 import cacheblend_jax as cb  # noqa: E402
 from cacheblend_jax.model.config import ModelConfig, RopeConfig  # noqa: E402
-from cacheblend_jax.programs import COMPILER_OPTIONS, mapped_share  # noqa: E402
+from cacheblend_jax.runtime.programs import COMPILER_OPTIONS, mapped_share  # noqa: E402
 
 COMPILER_OPTIONS["cpu"]["xla_backend_optimization_level"] = "0"  # a third less of the suite's time
 

@@ -18,8 +18,8 @@ from cacheblend_jax.model import transformer
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.transformer import embedder, layer_at
 from pallas_kernels import apply_rope
+from pallas_kernels.attention.reference import selective_attention_reference
 from pallas_kernels.dispatch import Target
-from pallas_kernels.selective_attention_reference import selective_attention_reference
 
 SELECTORS = sorted(cb.SELECTORS)
 # The default on every family, the ones that watch attention also where windows slide, all on one.

@@ -14,12 +14,12 @@ import jax
 import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
-from cacheblend_jax.engine import Engine
+from cacheblend_jax.engine.engine import Engine
+from cacheblend_jax.engine.prompt import Prompt
+from cacheblend_jax.engine.results import PrefillStats
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model, ModelConfig, RopeConfig, load_model, random_model
 from cacheblend_jax.model.weights import hugging_face_tensors
-from cacheblend_jax.prompt import Prompt
-from cacheblend_jax.results import PrefillStats
 from cacheblend_jax.store import ChunkStore
 
 PAUSE_S = 0.3  # before each run: a runtime's threads keep spinning for a while after their last work

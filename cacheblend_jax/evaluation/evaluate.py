@@ -17,7 +17,9 @@ import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
-from cacheblend_jax.engine import Engine
+from cacheblend_jax.engine.engine import Engine
+from cacheblend_jax.engine.prompt import Prompt, encode, tokenize_prompt
+from cacheblend_jax.engine.results import PrefillResult
 from cacheblend_jax.errors import CacheBlendError, PromptError
 from cacheblend_jax.evaluation.datasets import Row, digest_of, load_rows
 from cacheblend_jax.evaluation.insights import (
@@ -37,8 +39,6 @@ from cacheblend_jax.evaluation.metrics import (
     token_f1,
 )
 from cacheblend_jax.model import Model, save_check_layer
-from cacheblend_jax.prompt import Prompt, encode, tokenize_prompt
-from cacheblend_jax.results import PrefillResult
 from cacheblend_jax.store import ChunkStore
 
 MEANS = ("exact_match", "f1", "rouge_l", "kl", "top1", "kv_deviation", "attention_deviation", "ttft_s", "recomputed")

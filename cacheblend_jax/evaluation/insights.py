@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from cacheblend_jax.engine import Engine
+from cacheblend_jax.engine.engine import Engine
+from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.evaluation.metrics import kv_deviation_by_layer, rank_correlation
-from cacheblend_jax.prompt import Prompt
 
 TOP_SHARE = 0.15
 GOOD_ENOUGH = 0.9  # of the best layer's score

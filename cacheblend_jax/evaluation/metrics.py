@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int
 from scipy.stats import bootstrap, spearmanr
 
 from cacheblend_jax.blend.deviation import relative_squared_distance
+from cacheblend_jax.engine.results import KVCache
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model, ModelConfig
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.transformer import Params, Rows, attend, embedder, layer_at, layer_starts, rows_at
-from cacheblend_jax.results import KVCache
 
 QUERY_PADDING = 32  # questions are padded to a multiple of it: few shapes to compile
 

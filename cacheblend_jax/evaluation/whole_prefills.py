@@ -21,7 +21,7 @@ from cacheblend_jax.evaluation.bench import SHAPES
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.transformer import Params, init_params
-from cacheblend_jax.programs import compiler_options
+from cacheblend_jax.runtime.programs import compiler_options
 from pallas_kernels.dispatch import OVERRIDE, current_target
 
 SUFFIX, CHUNK, RATIO = 64, 512, 0.15

@@ -14,7 +14,7 @@ import jax
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.transformer import Params, init_params
 from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, params_digest
-from cacheblend_jax.programs import ProgramCache
+from cacheblend_jax.runtime.programs import ProgramCache
 
 
 @dataclass(frozen=True, eq=False)

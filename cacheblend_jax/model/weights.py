@@ -14,12 +14,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cacheblend_jax.errors import CheckpointError
-from cacheblend_jax.host_memory import aligned_empty
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.demo import demo_directory
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.transformer import Params, abstract_params, partition_specs
 from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, signature_of
+from cacheblend_jax.runtime.host_buffers import aligned_empty
 
 DTYPES = ("float32", "bfloat16", "float16")
 STORED_DTYPES = {"F64", "F32", "F16", "BF16"}

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from cacheblend_jax.exit_hook import finished, flush_before_exit
+from cacheblend_jax.runtime.exit_hook import finished, flush_before_exit
 from cacheblend_jax.store.entry import ChunkEntry
 
 logger = logging.getLogger(__name__)

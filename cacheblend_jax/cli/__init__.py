@@ -1,0 +1,1 @@
+"""The command line: `cacheblend-jax` and its commands, one file each."""

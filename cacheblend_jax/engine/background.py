@@ -1,0 +1,100 @@
+"""What requests leave for later, by one thread: missing chunks are computed and stored, slow ones brought nearer."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+
+from cacheblend_jax.engine.layout import Missing
+from cacheblend_jax.runtime.exit_hook import finished, flush_before_exit
+from cacheblend_jax.store import ChunkEntry, ChunkStore, DeviceEntry, ThrottledStore
+
+logger = logging.getLogger(__name__)
+MOST_PENDING = 256  # missing chunks waiting to be computed; a flood beyond that is not stored
+
+
+class Background:
+    """Stores and promotes for an engine. A clean exit of the process waits for it.
+
+    Args:
+        store: where chunks go.
+        standalone: computes a missing chunk's KV.
+        to_device: copies an entry to the device, where the store keeps entries there.
+    """
+
+    def __init__(
+        self,
+        store: ChunkStore | ThrottledStore,
+        standalone: Callable[[Missing], ChunkEntry],
+        to_device: Callable[[ChunkEntry], DeviceEntry] | None,
+    ) -> None:
+        self._store, self._standalone, self._to_device = store, standalone, to_device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-store")
+        self._pending: dict[str, Future] = {}  # in the order in which they are computed
+        flush_before_exit(self)
+
+    def store_later(self, missing: Missing, *, again: bool = False) -> None:
+        """Computes and stores a chunk: one that is not there, or `again` one that is and cannot be read."""
+        if missing.key in self._pending or len(self._pending) >= MOST_PENDING:
+            return
+        noted = threading.Event()  # the task must not end before it is noted
+
+        def work() -> None:
+            noted.wait()
+            try:
+                if again or missing.key not in self._store:
+                    self._store.put(missing.key, self._standalone(missing))
+            except Exception:  # costs a later request its hit, never an answer
+                logger.exception("a chunk of %d tokens could not be stored", missing.token_ids.size)
+            finally:
+                self._pending.pop(missing.key, None)
+
+        try:
+            self._pending[missing.key] = self._thread.submit(work)
+        except RuntimeError as error:  # closed, or no thread can be started: the task may have been queued all the same
+            logger.debug("a chunk is not stored: %s", error)
+        finally:
+            noted.set()
+
+    def promote_later(self, key: str, num_bytes: int) -> None:
+        """Brings a chunk of so many bytes into a faster tier than it was read from, for the requests to come."""
+
+        def work() -> None:
+            try:
+                self._store.promote(key, self._to_device)
+            except Exception:  # costs a later request time, never an answer
+                logger.exception("a chunk could not be brought into a faster tier")
+
+        if num_bytes <= max(self._store.host_bytes, self._store.device_bytes if self._to_device else 0):
+            with suppress(RuntimeError):  # closed
+                self._thread.submit(work)
+
+    def wait_for_next(self, keys: Sequence[str]) -> None:
+        """Waits for those of the chunks that are being stored now and right after.
+
+        One behind the chunks of others is not waited for: who wants it computes it sooner.
+        """
+        ours = set(keys)
+        waiting = list(self._pending.items()) if ours & self._pending.keys() else []
+        wait([future for _, future in itertools.takewhile(lambda each: each[0] in ours, waiting)])
+
+    def wait_for(self, keys: Sequence[str]) -> None:
+        """Waits until the chunks are stored, as far as they are about to be."""
+        wait([future for key in keys if (future := self._pending.get(key)) is not None])
+
+    def flush(self) -> None:
+        """Waits until all is done, on disk too where the store has a directory."""
+        self.wait_for(list(self._pending))
+        with suppress(RuntimeError):  # closed: nothing is left to wait for
+            self._thread.submit(lambda: None).result()  # one thread: what came before is done then
+        self._store.flush()
+
+    def close(self) -> None:
+        """Finishes what is there and takes no more."""
+        self._thread.shutdown(wait=True)
+        self._store.flush()
+        finished(self)

@@ -1,0 +1,281 @@
+"""Loading: the KV of a prompt's chunks, read from their tier, assembled in place, and on its way while layers compute.
+
+These are two of the paper's three interfaces (CacheBlend, arXiv 2405.16444, §6): fetch one layer's KV of given chunks,
+and wait for it; the third, a layer's prefill, is `blend.steps`.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from cacheblend_jax.blend.layer_step import LayerKV
+from cacheblend_jax.errors import DamagedEntryError
+from cacheblend_jax.runtime.host_buffers import aligned_empty
+from cacheblend_jax.runtime.trace import Trace
+from cacheblend_jax.store import is_slow
+
+READERS = 4  # reads at a time: they wait for a tier more than they work
+
+
+class LayerSource(Protocol):
+    """What is loaded from: a stored chunk."""
+
+    @property
+    def tier(self) -> str:
+        """Where it is: on the `"device"`, in `"host"` memory, or in what is slower."""
+
+    def read_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns K (before RoPE) and V of one layer, each `[tokens, kv_heads, head_dim]`."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A stored chunk and the places of its tokens in the prompt, `start … stop - 1`."""
+
+    key: str
+    start: int
+    stop: int
+    chunk: LayerSource
+
+
+class LostChunkError(Exception):
+    """A chunk that was in the store and could not be read: damaged, or its tier failed."""
+
+    def __init__(self, key: str, cause: Exception) -> None:
+        super().__init__(f"{type(cause).__name__}: {cause}")
+        self.key = key
+
+
+class Staging:
+    """Host buffers for K and V that are used again from request to request, and grow.
+
+    Rows that nothing was put into hold what an earlier request left there (at first zeros): finite, and never read
+    into a result.
+    """
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self._k, self._v = (aligned_empty((0,), dtype) for _ in range(2))
+
+    def arrays(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns K's and V's buffer, aligned so that a CPU device takes them over as they are."""
+        size = int(np.prod(shape))
+        if self._k.size < size:
+            self._k, self._v = (aligned_empty((size,), self._k.dtype) for _ in range(2))
+            self._k[:] = self._v[:] = 0
+        return self._k[:size].reshape(shape), self._v[:size].reshape(shape)
+
+
+def read_into(placed: Placed, layer: int, k: np.ndarray, v: np.ndarray, trace: Trace | None) -> None:
+    """Reads one layer of one chunk into its rows of `k` and `v`, each `[keys, kv_heads, head_dim]`.
+
+    Raises:
+        LostChunkError: it is damaged or its tier failed.
+    """
+
+    def span(lane: str) -> AbstractContextManager[None]:
+        return nullcontext() if trace is None else trace.span(lane, f"layer {layer} at {placed.start}", layer)
+
+    tier = placed.chunk.tier
+    try:
+        with span(tier) if is_slow(tier) else nullcontext():
+            k_layer, v_layer = placed.chunk.read_layer(layer)
+    except (DamagedEntryError, OSError) as error:
+        raise LostChunkError(placed.key, error) from error
+    with span("host"):
+        k[placed.start : placed.stop] = k_layer
+        v[placed.start : placed.stop] = v_layer
+
+
+def load_all(
+    chunks: Sequence[Placed], k: np.ndarray, v: np.ndarray, readers: ThreadPoolExecutor, trace: Trace | None = None
+) -> None:
+    """Reads every layer of the chunks into `k` and `v`, each `[layers, keys, kv_heads, head_dim]`.
+
+    Raises:
+        LostChunkError: a chunk is damaged or its tier failed.
+    """
+    slow = any(is_slow(placed.chunk.tier) for placed in chunks)
+    reads = [(placed, layer, k[layer], v[layer], trace) for layer in range(len(k)) for placed in chunks]
+    if not slow:  # a copy within memory: threads cost more than they bring
+        for read in reads:
+            read_into(*read)
+        return
+    futures = [readers.submit(read_into, *read) for read in reads]
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        _abandon(futures)
+
+
+def place(
+    cached: LayerKV,
+    k: Float[Array, "layers rows kv_heads head_dim"],
+    v: Float[Array, "layers rows kv_heads head_dim"],
+    start: Int[Array, ""],
+    tokens: Int[Array, ""],
+) -> LayerKV:
+    """Writes a chunk that is on the device to its places in all layers' KV; its rows after `tokens` are padding."""
+    keys = cached.k.shape[1]
+    rows = jnp.arange(k.shape[1], dtype=jnp.int32)
+    places = jnp.where(rows < tokens, start + rows, keys)  # beyond the end: dropped
+    return LayerKV(cached.k.at[:, places].set(k, mode="drop"), cached.v.at[:, places].set(v, mode="drop"))
+
+
+def place_first(k: Any, v: Any, start: Any, tokens: Any, *, keys: int) -> LayerKV:
+    """As `place`, into `keys` rows of zeros."""
+    shape = (k.shape[0], keys, *k.shape[2:])
+    return place(LayerKV(jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype)), k, v, start, tokens)
+
+
+def _abandon(futures: Sequence[Future]) -> None:
+    """Cancels what has not begun and waits for the rest: nobody writes into the buffers any more."""
+    for future in futures:
+        future.cancel()
+    wait(futures)
+
+
+class LayerStream:
+    """Layers of cached KV on their way to the device, in the order in which they are wanted.
+
+    Reading threads fill host buffers, as many layers ahead as there are; a transfer thread hands them to the device, at
+    most `device_layers` at a time. A layer is dropped from the device, and its host buffer filled again, when the step
+    that reads it is done, which a third thread waits for: the loop itself only waits for layers to arrive.
+
+    Args:
+        chunks: what to load, and where.
+        layers: the layers wanted, in order; a layer may be wanted again.
+        buffers: K and V on the host, each `[host_layers, keys, kv_heads, head_dim]`.
+        device_layers: the most layers of cached KV on the device.
+        put: hands arrays to the device.
+        readers, lanes: threads; `lanes` must have two to spare.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Placed],
+        layers: Sequence[int],
+        buffers: tuple[np.ndarray, np.ndarray],
+        device_layers: int,
+        put: Callable[[Any], Any],
+        readers: ThreadPoolExecutor,
+        lanes: ThreadPoolExecutor,
+        trace: Trace | None = None,
+    ) -> None:
+        self.waited_s = 0.0
+        self._chunks, self._layers, self._buffers = chunks, layers, buffers
+        self._put, self._trace, self._readers = put, trace, readers
+        self._room = threading.Semaphore(device_layers)
+        self._reads: dict[int, list[Future]] = {}
+        self._arrived: queue.SimpleQueue[LayerKV | BaseException] = queue.SimpleQueue()
+        self._in_use: queue.SimpleQueue[tuple[int, LayerKV, jax.Array, float] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._current: LayerKV | None = None
+        self._turn = -1
+        for turn in range(min(len(buffers[0]), len(layers))):
+            self._read(turn)
+        self._lanes = [lanes.submit(self._transfer), lanes.submit(self._release)]
+
+    def next(self) -> LayerKV:
+        """Waits for the next layer's K (before RoPE) and V, `[keys, kv_heads, head_dim]`, on the device.
+
+        Raises:
+            LostChunkError: a chunk is damaged or its tier failed.
+        """
+        began = time.perf_counter()
+        arrived = self._arrived.get()
+        self.waited_s += time.perf_counter() - began
+        if isinstance(arrived, BaseException):
+            raise arrived
+        self._turn += 1
+        self._current = arrived
+        return arrived
+
+    def used_until(self, result: jax.Array) -> None:
+        """Says that the layer last taken is read by the step which computes `result`, and by nothing later."""
+        assert self._current is not None
+        self._in_use.put((self._turn, self._current, result, time.perf_counter()))
+        self._current = None
+
+    def close(self) -> None:
+        """Waits until no thread and no step uses the buffers."""
+        self._closed = True
+        self._in_use.put(None)
+        self._room.release()
+        wait(self._lanes)
+        _abandon([future for reads in self._reads.values() for future in reads])
+        unused = [] if self._current is None else [self._current]
+        while not self._arrived.empty():
+            arrived = self._arrived.get()
+            if isinstance(arrived, LayerKV):
+                unused.append(arrived)
+        for kv in unused:
+            _delete(kv)
+
+    def __enter__(self) -> LayerStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _slot(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
+        slot = turn % len(self._buffers[0])
+        return self._buffers[0][slot], self._buffers[1][slot]
+
+    def _read(self, turn: int) -> None:
+        (k, v), layer = self._slot(turn), self._layers[turn]
+        self._reads[turn] = [
+            self._readers.submit(read_into, placed, layer, k, v, self._trace) for placed in self._chunks
+        ]
+
+    def _transfer(self) -> None:
+        try:
+            for turn, layer in enumerate(self._layers):
+                self._room.acquire()
+                if self._closed:
+                    return
+                for future in self._reads[turn]:
+                    future.result()
+                began = time.perf_counter()
+                on_device = LayerKV(*self._put(self._slot(turn)))
+                jax.block_until_ready(on_device)
+                if self._trace is not None:
+                    self._trace.add("transfer", f"layer {layer}", layer, began, time.perf_counter())
+                self._arrived.put(on_device)
+        except BaseException as error:
+            self._arrived.put(error)
+
+    def _release(self) -> None:
+        free_at = 0.0
+        try:
+            while (used := self._in_use.get()) is not None:
+                turn, kv, result, dispatched = used
+                jax.block_until_ready(result)
+                began, free_at = max(dispatched, free_at), time.perf_counter()
+                if self._trace is not None:
+                    layer = self._layers[turn]
+                    self._trace.add("compute", f"layer {layer}", layer, began, free_at)
+                _delete(kv)
+                again = turn + len(self._buffers[0])
+                if again < len(self._layers) and not self._closed:
+                    self._read(again)
+                self._room.release()
+        except BaseException as error:
+            self._arrived.put(error)
+
+
+def _delete(kv: LayerKV) -> None:
+    for array in jax.tree.leaves(kv):
+        array.delete()

@@ -1,0 +1,166 @@
+"""From a prompt's layout to a prefill: which compiled program runs it, and with what inputs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import jax
+import numpy as np
+
+from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, forced_bucket
+from cacheblend_jax.blend.schedule import (
+    Plan,
+    full_plan,
+    make_plan,
+    survivor_counts,
+)
+from cacheblend_jax.blend.steps import Request
+from cacheblend_jax.engine.layout import Layout
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans the prefills of one model under one blend configuration.
+
+    Raises:
+        CacheBlendError: the blend's check layer is not one of the model's.
+    """
+
+    config: ModelConfig
+    blend: BlendConfig
+    buckets: Buckets = FINE_BUCKETS
+
+    def __post_init__(self) -> None:
+        last = max(self.config.num_layers - 1, 1)
+        chosen = self.blend.check_layer
+        if chosen is not None and chosen > last:
+            raise CacheBlendError(
+                f"check_layer must be in [1, {last}] for {self.config.num_layers} layers, got {chosen}"
+            )
+
+    @property
+    def check_layer(self) -> int:
+        """The blend's, or the model's own."""
+        return self.config.check_layer if self.blend.check_layer is None else self.blend.check_layer
+
+    def blends(self, mode: str) -> bool:
+        """Whether a mode recomputes candidates: at ratio 0 the blend is full KV reuse."""
+        return mode == "blend" and self.blend.recompute_ratio > 0
+
+    def plan(self, mode: str, length: int, exact: int, candidates: int) -> Plan:
+        """Returns the program's name for a prompt of `length` tokens, so many of them exact and candidates.
+
+        Where nothing is loaded every mode is full recompute.
+        """
+        if mode == "full" or exact == candidates == 0:
+            return full_plan(self.config.num_layers, length, self.buckets)
+        blends = self.blends(mode)
+        forced = length - exact - candidates
+        return make_plan(
+            num_layers=self.config.num_layers,
+            length=length,
+            active=length - exact if blends else forced,
+            forced=forced,
+            blend=self.blend if blends else None,
+            check_layer=self.check_layer,
+            buckets=self.buckets,
+        )
+
+    def plan_layout(self, layout: Layout, mode: str) -> tuple[Plan, Request]:
+        """Chooses the program for a layout and fills its traced inputs in."""
+        length = layout.token_ids.size
+        plan = self.plan(mode, length, int(layout.exact.sum()), int(layout.candidate.sum()))
+        skipped = layout.exact if self.blends(mode) else layout.exact | layout.candidate
+        positions = np.flatnonzero(~skipped).astype(np.int32)
+        forced = ~layout.candidate[positions]
+        forced_rows = np.flatnonzero(forced)
+        num_forced = forced_rows.size
+        traced = _padding(plan)
+        traced["length"] = np.int32(length)
+        traced["context_length"] = np.int32(layout.context_length)
+        traced["seed"] = np.int32(self.blend.seed)
+        traced["keep"][:] = survivor_counts(plan, self.blend.recompute_ratio, positions.size - num_forced, num_forced)
+        for name, values in (
+            ("token_ids", layout.token_ids[positions]),
+            ("positions", positions),
+            ("forced", forced),
+            ("chunk_starts", layout.chunk_starts[positions]),
+            ("forced_rows", forced_rows[: plan.forced]),
+            ("is_question", positions[forced_rows[: plan.forced]] >= layout.suffix_start),
+        ):
+            traced[name][: values.size] = values
+        return plan, Request(**traced)
+
+    def plans_up_to(
+        self, most: int, modes: Sequence[str], prefix_tokens: int, suffix_tokens: int, chunk_tokens: int = 0
+    ) -> list[Plan]:
+        """Returns every plan of prompts of up to `most` tokens whose chunks are all stored.
+
+        They have no stored prefix or one of `prefix_tokens`, perhaps with an exact chunk of up to `chunk_tokens` after
+        it, and a question of up to `suffix_tokens`. A plan changes only where a count passes from one bucket to the
+        next: those borders are all that is tried.
+        """
+        exact_ranges = {(0, 0), (prefix_tokens, prefix_tokens), (prefix_tokens, prefix_tokens + chunk_tokens)}
+        lengths = [0, *buckets_up_to(self.buckets.length, most)]
+        borders = [0, *buckets_up_to(self.buckets.active, most)]
+        suffixes = {count + 1 for count in [0, *buckets_up_to(forced_bucket, suffix_tokens), *borders]}
+        plans: dict[Plan, None] = {}
+        for (below, longest), (least, greatest), mode in itertools.product(pairwise(lengths), exact_ranges, modes):
+            for active in {1, *borders, *(border + 1 for border in borders), below + 1 - greatest, most - least}:
+                shortest, longest_here = max(below + 1, active + least), min(longest, most, active + greatest)
+                if active < 1 or shortest > longest_here:
+                    continue
+                counts = {count for count in {*suffixes, active} if count <= min(suffix_tokens, active)}
+                # Whether anything at all is exact may matter: the shortest prompt has the least of it.
+                for length, suffix in itertools.product({shortest, longest_here}, counts):
+                    candidates = 0 if mode in ("full", "prefix") else active - suffix
+                    plans[self.plan(mode, length, length - active, candidates)] = None
+        return list(plans)
+
+    def recompute_ratio(self, layout: Layout, computed: list[np.ndarray]) -> float:
+        """Returns candidates computed afresh / candidates, mean over the layers after the check layer."""
+        candidates = int(layout.candidate.sum())
+        later = computed[self.check_layer + 1 :] or computed[-1:]
+        if candidates == 0:
+            return 0.0
+        return float(np.mean([layout.candidate[positions].sum() / candidates for positions in later]))
+
+
+def _padding(plan: Plan) -> dict[str, Any]:
+    """Returns a request's fields, all of it padding."""
+    active, forced = plan.active, plan.forced
+    return {
+        "token_ids": np.zeros(active, np.int32),
+        "positions": np.full(active, plan.cache_length, np.int32),
+        "length": np.int32(0),
+        "forced": np.zeros(active, bool),
+        "chunk_starts": np.zeros(active, np.int32),
+        "context_length": np.int32(0),
+        "keep": np.zeros(len(plan.stages) - 1, np.int32),
+        "forced_rows": np.full(forced, active, np.int32),
+        "is_question": np.zeros(forced, bool),
+        "oracle": np.zeros(active, np.float32),
+        "seed": np.int32(0),
+    }
+
+
+def abstract_request(plan: Plan) -> Request:
+    """Returns the shapes and dtypes of a plan's requests."""
+    return jax.eval_shape(lambda: Request(**_padding(plan)))
+
+
+def computed_positions(plan: Plan, stage_positions: Sequence[jax.Array]) -> list[np.ndarray]:
+    """Returns, for each layer, the positions whose K, V it computed."""
+    computed = []
+    for stage, padded in zip(plan.stages, stage_positions, strict=True):
+        positions = np.asarray(padded)
+        positions = positions[positions < plan.cache_length]
+        computed += [positions] * (stage.border - stage.first + 1)
+    return computed

@@ -1,0 +1,167 @@
+"""Profiles: what a model's layers and a store's tiers were measured to take on a device, kept as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from platformdirs import user_cache_path
+
+from cacheblend_jax.engine.controller import ComputeModel, Tier
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model.model import Model
+from cacheblend_jax.store import located
+
+logger = logging.getLogger(__name__)
+VERSION = 1
+ASSUMED_DISK = Tier("disk", 1e9, 1e-4)  # a solid-state disk behind checksums
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The measured delays of one model on one device over one store.
+
+    Attributes:
+        model: fingerprint.
+        device: its kind, as JAX names it.
+        store: the store's directory; empty for a store in memory.
+        tiers: by name; `transfer` is the way from host memory to the device.
+        fit: how well the estimators meet what they were fitted to.
+    """
+
+    model: str
+    device: str
+    store: str
+    compute: ComputeModel
+    tiers: dict[str, Tier]
+    transfer: Tier
+    fit: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Writes the profile.
+
+        Raises:
+            CacheBlendError: the file cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"version": VERSION} | asdict(self), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CacheBlendError(f"cannot write the profile {path}: {error.strerror}; choose another path") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Profile:
+        """Reads a profile.
+
+        Raises:
+            CacheBlendError: the file cannot be read, or is no profile of this version.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CacheBlendError(f"cannot read the profile {path}: {error}; make one with `calibrate`") from error
+        try:
+            if content.pop("version") != VERSION:
+                raise CacheBlendError(f"profile {path} is of another version; make a new one with `calibrate`")
+            content["compute"] = ComputeModel(**content["compute"])
+            content["tiers"] = {name: Tier(**tier) for name, tier in content["tiers"].items()}
+            content["transfer"] = Tier(**content["transfer"])
+            if "host" not in content["tiers"]:
+                raise KeyError("tiers: host")
+            return cls(**content)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CacheBlendError(f"{path} is not a profile: {error!r}; make one with `calibrate`") from error
+
+
+def device_kind(model: Model) -> str:
+    """The kind of device that the model is on, as JAX names it, and how many."""
+    devices: list[Any] = list(model.placement.device_set)
+    return f"{devices[0].device_kind} x {len(devices)}"
+
+
+def store_name(directory: Any) -> str:
+    """A store's name in profiles: its absolute path or URL; empty for a store in memory."""
+    return "" if directory is None else str(located(directory))
+
+
+def default_path(model: Model, directory: Any) -> Path:
+    """Where `calibrate` saves, and an engine looks for, the profile of a model, its device and a store."""
+    name = "\n".join((model.fingerprint, device_kind(model), store_name(directory)))
+    return user_cache_path("cacheblend-jax") / "profiles" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+
+
+def profile_for(model: Model, directory: Any, given: Profile | Path | str | None) -> tuple[Profile, str]:
+    """Returns the profile to use, and its name: the one given, the one that `calibrate` saved, or a quick estimate.
+
+    One of another model, device or store is named in a warning and ignored.
+
+    Raises:
+        CacheBlendError: the given path cannot be read.
+    """
+    path = default_path(model, directory) if given is None else given
+    if isinstance(path, Profile):
+        profile, name = path, "the profile given"
+    elif given is None and not Path(path).exists():
+        profile, name = quick_profile(model, directory), "a quick built-in estimate"
+        logger.warning("no profile of this model, device and store: a quick estimate is used; `calibrate` makes one")
+        return profile, name
+    else:
+        profile, name = Profile.read(Path(path)), f"profile {path}"
+    own = {"model": model.fingerprint, "device": device_kind(model), "store": store_name(directory)}
+    if foreign := [what for what, value in own.items() if getattr(profile, what) != value]:
+        what = foreign[0]
+        logger.warning(
+            "%s is of another %s (%r, here %r) and is ignored: a quick estimate is used",
+            name,
+            what,
+            getattr(profile, what),
+            own[what],
+        )
+        return quick_profile(model, directory), "a quick built-in estimate"
+    return profile, name
+
+
+def quick_profile(model: Model, directory: Any) -> Profile:
+    """Estimates the delays from a matrix product and a copy: a second's work, right within a small factor."""
+    config = model.config
+    size = 1024
+    matrix = jax.device_put(jnp.ones((size, size), jnp.dtype(config.dtype)), model.placement)
+    product = jax.jit(jnp.matmul)
+    flops = 2 * size**3 / _seconds_of(lambda: product(matrix, matrix).block_until_ready())
+    host = np.ones(2**24, np.uint8)
+    target = np.empty_like(host)
+    copied = host.nbytes / _seconds_of(lambda: np.copyto(target, host))
+    moved = host.nbytes / _seconds_of(lambda: jax.device_put(host, model.placement).block_until_ready())
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    key_bytes = 2 * kv_size * jnp.dtype(config.dtype).itemsize
+    compute = ComputeModel(
+        layer_s=2e-4,
+        key_s=4 * key_bytes / copied,  # read, rotated and written; on an accelerator less, but small there
+        projected_s=4 * config.hidden_size * kv_size / flops,
+        attending_s=2 * config.hidden_size * (2 * q_size + 3 * config.intermediate_size) / flops,
+        visible_s=4 * q_size / flops,
+        request_s=1e-3,
+    )
+    tiers = {"host": Tier("host", copied), "disk": ASSUMED_DISK}
+    return Profile(
+        model.fingerprint, device_kind(model), store_name(directory), compute, tiers, Tier("transfer", moved), {}
+    )
+
+
+def _seconds_of(work: Callable[[], object], repeats: int = 3) -> float:
+    """The least of a few runs, after one that warms up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return max(min(seconds[1:]), 1e-9)

@@ -1,0 +1,318 @@
+"""Selective attention for NVIDIA Hopper by Pallas' Mosaic GPU: wgmma, TMA, one loading and two computing warpgroups.
+
+A block of the grid is one tile of query rows and one KV head. The loading warpgroup keeps key and value blocks in
+flight; the computing ones take half of the tile's rows each, and take turns at the tensor cores, so that the softmax
+of one runs beside the products of the other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.tiles import KeyBlocks, cost, make_tiles, unpack_rows
+from pallas_kernels.tuning import AttentionBlocks
+
+MASKED = -1e30  # finite: a row that sees nothing of a block stays free of NaN
+COMPUTING = 2  # warpgroups
+LOG2_E = math.log2(math.e)
+
+
+def declines(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | None:
+    """Returns why the kernel can't serve such arrays; `None` where it can."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"computes in bfloat16 or float16 (wgmma would round {q.dtype} to TF32)"
+    if q.shape[2] % 16 or not 32 <= q.shape[2] <= 256:
+        return f"needs a head_dim of 32 to 256 that is a multiple of 16, got {q.shape[2]}"
+    if interpret and not hasattr(plgpu, "InterpretGPUParams"):
+        return "has an interpreter from jax 0.11 on (Python 3.12 or later)"
+    return None
+
+
+class _Shape(NamedTuple):
+    rows: int  # of a warpgroup
+    keys: int
+    stages: int
+    head_dim: int
+    dtype: jnp.dtype
+    scale: float
+    has_starts: bool
+    interpret: bool
+
+
+def attend_mosaic_gpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    starts: jax.Array | None,
+    kv_length: jax.Array,
+    *,
+    scale: float,
+    blocks: AttentionBlocks,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns output and log-sum-exp of validated arguments; `starts` already holds the window's first keys."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    tiles = make_tiles(
+        q,
+        q_positions,
+        starts,
+        kv_length,
+        num_kv_heads=num_kv_heads,
+        tile_rows=blocks.rows,
+        block_keys=blocks.keys,
+    )
+    shape = _Shape(
+        rows=blocks.rows // COMPUTING,
+        keys=blocks.keys,
+        stages=blocks.stages,
+        head_dim=head_dim,
+        dtype=jnp.dtype(q.dtype),
+        scale=scale,
+        has_starts=starts is not None,
+        interpret=interpret,
+    )
+    num_rows = tiles.rows.shape[1]
+    tail = kv_length // blocks.keys
+    # The tensor memory accelerator reads keys by eights; the last ones come from the tail block anyway.
+    k, v = (jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0), (0, 0))) for x in (k, v))
+    tail_blocks = [_tail_block(x, tail, kv_length, blocks.keys) for x in (k, v)]
+    options: dict[str, Any] = {}
+    if interpret:
+        options["interpret"] = vars(plgpu)["InterpretGPUParams"](detect_races=True)
+    if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:  # from jax 0.11 on
+        options["cost_estimate"] = cost(q, k, tile_rows=blocks.rows, block_keys=blocks.keys)
+    out, lse = plgpu.kernel(
+        _kernel(shape, num_rows // blocks.rows),
+        out_type=[
+            jax.ShapeDtypeStruct((num_kv_heads, num_rows, head_dim), q.dtype),
+            jax.ShapeDtypeStruct((num_kv_heads, num_rows), jnp.float32),
+        ],
+        scratch_types=_scratch(shape),
+        grid=(num_kv_heads, num_rows // blocks.rows),
+        grid_names=("kv_head", "tile"),
+        num_threads=COMPUTING + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="selective_attention_mosaic_gpu",
+        **options,
+    )(
+        *tiles.blocks[:4],
+        tail.reshape(1),
+        tiles.first_visible,
+        tiles.last_visible,
+        tiles.rows,
+        k,
+        v,
+        *tail_blocks,
+    )
+    return unpack_rows(out, num_queries, num_heads), unpack_rows(lse, num_queries, num_heads)
+
+
+def _tail_block(x: jax.Array, tail: jax.Array, kv_length: jax.Array, size: int) -> jax.Array:
+    """The block that holds the last valid key, zeros after it: a weight of zero would not silence NaN."""
+    at = tail * size + jnp.arange(size, dtype=jnp.int32)
+    return jnp.where((at < kv_length)[:, None, None], x[jnp.minimum(at, x.shape[0] - 1)], 0)
+
+
+def _scratch(shape: _Shape) -> list:
+    # The widest swizzle whose columns divide a head: no head_dim needs padding.
+    columns = next(size for size in (64, 32, 16) if shape.head_dim % size == 0)
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
+
+    def shared(*sizes: int):
+        return plgpu.SMEM((*sizes, shape.head_dim), shape.dtype, transforms=transforms)
+
+    return [
+        shared(COMPUTING, shape.rows),
+        shared(shape.stages, shape.keys),
+        shared(shape.stages, shape.keys),
+        plgpu.SMEM((COMPUTING, shape.rows), jnp.float32),
+        plgpu.Barrier(num_barriers=COMPUTING),
+        plgpu.Barrier(num_barriers=shape.stages),
+        plgpu.Barrier(num_barriers=shape.stages),
+        plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=shape.stages),
+        plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=shape.stages),
+        plgpu.Barrier(num_arrivals=COMPUTING),
+        *([plgpu.SMEM((COMPUTING, shape.rows, shape.keys), shape.dtype)] if shape.interpret else []),
+    ]
+
+
+class _Shared(NamedTuple):
+    """Shared memory and barriers, in the order of `_scratch`."""
+
+    q: Any
+    k: Any
+    v: Any
+    lse: Any
+    q_loaded: Any
+    k_loaded: Any
+    v_loaded: Any
+    k_read: Any
+    v_read: Any
+    turn: Any
+    weights: Any = None  # in the interpreter only
+
+
+def _kernel(shape: _Shape, num_tiles: int):
+    def kernel(begin, inner_begin, inner_end, end, tail, first_visible, last_visible, q, k, v, k_tail, v_tail, *rest):
+        out, lse, *scratch = rest
+        shared = _Shared(*scratch)
+        kv_head = lax.axis_index("kv_head")
+        # The last tiles see the most keys: they start first, and short ones fill the end.
+        tile = num_tiles - 1 - lax.axis_index("tile")
+        warpgroup = lax.axis_index("warpgroup")
+        # `last` holds the block that comes from the tail arrays: no mask needs the last key here.
+        blocks = KeyBlocks(begin[tile], inner_begin[tile], inner_end[tile], end[tile], tail[0])
+
+        @pl.when(warpgroup < COMPUTING)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            rows = pl.ds((tile * COMPUTING + warpgroup) * shape.rows, shape.rows)
+            plgpu.copy_gmem_to_smem(q.at[kv_head, rows], shared.q.at[warpgroup], shared.q_loaded.at[warpgroup])
+            row_first, row_last = (_load_rows(x, rows) for x in (first_visible, last_visible))
+            plgpu.barrier_wait(shared.q_loaded.at[warpgroup])
+            _compute(shape, shared, blocks, warpgroup, row_first, row_last)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(shared.q.at[warpgroup], out.at[kv_head, rows])
+            plgpu.copy_smem_to_gmem(shared.lse.at[warpgroup], lse.at[kv_head, rows])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == COMPUTING)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            _load(shape, shared, blocks, kv_head, (k, v), (k_tail, v_tail))
+
+    return kernel
+
+
+def _add_product(accumulator, a, b, in_memory):
+    """Returns `accumulator + a @ b`, waited for; `a` is in registers, `b` in shared memory."""
+    if in_memory is None:
+        return pl.run_state(lambda product: plgpu.wgmma(product, a, b))(plgpu.ACC.init(accumulator))
+    # The interpreter knows neither an accumulator that starts with values nor operands in registers.
+    in_memory[...] = a
+
+    def multiply(product):
+        plgpu.wgmma(product, in_memory, b)
+        return product[...]
+
+    return accumulator + pl.run_scoped(multiply, plgpu.ACC(accumulator.shape, jnp.float32))
+
+
+def _load_rows(source, rows) -> jax.Array:
+    options: dict[str, Any] = {"layout": plgpu.Layout.WGMMA.reduce(1), "optimized": False}
+    if "idx" in inspect.signature(plgpu.load).parameters:  # before jax 0.11
+        return plgpu.load(source, (rows,), **options)
+    return plgpu.load(source.at[rows], **options)
+
+
+def _load(shape: _Shape, shared: _Shared, blocks: KeyBlocks, kv_head, stored, tails) -> None:
+    """Keeps `stages` blocks in flight, from the first needed one to the last."""
+    count = blocks.end - blocks.begin
+
+    def fetch(step, slot) -> None:
+        block = blocks.begin + step
+        for source, tail, target, loaded in zip(
+            stored, tails, (shared.k, shared.v), (shared.k_loaded, shared.v_loaded), strict=True
+        ):
+            destination = target.at[slot], loaded.at[slot]
+
+            @pl.when(block == blocks.last)
+            def _from_tail(tail=tail, destination=destination):
+                plgpu.copy_gmem_to_smem(tail.at[:, kv_head], *destination)
+
+            @pl.when(block != blocks.last)
+            def _from_stored(source=source, destination=destination):
+                keys = pl.ds(block * shape.keys, shape.keys)
+                plgpu.copy_gmem_to_smem(source.at[keys, kv_head], *destination)
+
+    def refill(step, carry):
+        slot = lax.rem(step, jnp.int32(shape.stages))
+
+        @pl.when(step >= shape.stages)
+        def _wait_until_read():
+            plgpu.barrier_wait(shared.k_read.at[slot])
+            plgpu.barrier_wait(shared.v_read.at[slot])
+
+        fetch(step, slot)
+        return carry
+
+    lax.fori_loop(0, count, refill, None)
+
+
+def _compute(shape: _Shape, shared: _Shared, blocks: KeyBlocks, warpgroup, row_first, row_last) -> None:
+    """One warpgroup's rows over all the tile's blocks; leaves output and log-sum-exp in shared memory."""
+    rows, head_dim = shape.rows, shape.head_dim
+
+    def take_turns() -> None:
+        plgpu.barrier_arrive(shared.turn)
+        plgpu.barrier_wait(shared.turn)
+
+    def step(masked: bool, block, carry):
+        weighted, maximum, total = carry
+        slot = lax.rem(block - blocks.begin, jnp.int32(shape.stages))
+        plgpu.barrier_wait(shared.k_loaded.at[slot])
+
+        def product(scores):
+            plgpu.wgmma(scores, shared.q.at[warpgroup], plgpu.transpose_ref(shared.k.at[slot], (1, 0)))
+            take_turns()
+            return scores[...]
+
+        scores = pl.run_scoped(product, plgpu.ACC((rows, shape.keys), jnp.float32))
+        plgpu.barrier_arrive(shared.k_read.at[slot])
+        scores = scores * (shape.scale * LOG2_E)  # softmax by powers of two, which the hardware has
+        if masked:
+            key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA) + block * shape.keys
+            visible = key <= lax.broadcast_in_dim(row_last, scores.shape, [0])
+            if shape.has_starts:
+                visible &= key >= lax.broadcast_in_dim(row_first, scores.shape, [0])
+            scores = jnp.where(visible, scores, MASKED)
+        new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+        rescale = jnp.exp2(maximum - new_maximum)
+        weights = jnp.exp2(scores - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
+        total = total * rescale + weights.sum(axis=1)
+        weighted = weighted * lax.broadcast_in_dim(rescale, weighted.shape, [0])
+        weights = weights.astype(shape.dtype)
+        plgpu.barrier_arrive(shared.turn)
+        plgpu.barrier_wait(shared.v_loaded.at[slot])
+        plgpu.barrier_wait(shared.turn)
+
+        weighted = _add_product(
+            weighted, weights, shared.v.at[slot], shared.weights.at[warpgroup] if shape.interpret else None
+        )
+        plgpu.barrier_arrive(shared.v_read.at[slot])
+        return weighted, new_maximum, total
+
+    def filled(size: tuple[int, ...], value: float, layout):
+        return plgpu.layout_cast(jnp.full(size, value, jnp.float32), layout)
+
+    carry = (
+        filled((rows, head_dim), 0.0, plgpu.Layout.WGMMA),
+        filled((rows,), MASKED, plgpu.Layout.WGMMA.reduce(1)),
+        filled((rows,), 0.0, plgpu.Layout.WGMMA.reduce(1)),
+    )
+    # One warpgroup is half a step behind the other: while one multiplies, the other does its softmax.
+    pl.when(warpgroup == 1)(take_turns)
+    if shape.has_starts:
+        carry = lax.fori_loop(blocks.begin, blocks.inner_begin, lambda i, c: step(True, i, c), carry)
+    carry = lax.fori_loop(blocks.inner_begin, blocks.inner_end, lambda i, c: step(False, i, c), carry)
+    weighted, maximum, total = lax.fori_loop(blocks.inner_end, blocks.end, lambda i, c: step(True, i, c), carry)
+    pl.when(warpgroup == 0)(take_turns)
+
+    sees_any = row_last >= 0
+    total = jnp.where(sees_any, total, 1.0)
+    out = weighted * lax.broadcast_in_dim(1.0 / total, weighted.shape, [0])
+    out = jnp.where(lax.broadcast_in_dim(sees_any, out.shape, [0]), out, 0.0)
+    shared.q.at[warpgroup][...] = out.astype(shape.dtype)
+    lse = (maximum + jnp.log2(total)) / LOG2_E
+    shared.lse.at[warpgroup][...] = jnp.where(sees_any, lse, -jnp.inf)

@@ -1,0 +1,116 @@
+"""Selective attention for NVIDIA GPUs before Hopper by Pallas' Triton backend: thin, while JAX keeps that backend."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.attention.tiles import cost, make_tiles, unpack_rows
+from pallas_kernels.tuning import AttentionBlocks
+
+MASKED = -1e30  # finite: a row that sees nothing of a block stays free of NaN
+
+
+def declines(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | None:
+    """Returns why the kernel can't serve such arrays; `None` where it can."""
+    if q.shape[2] > 256:
+        return f"needs a head_dim of at most 256, got {q.shape[2]}"
+    return None
+
+
+def attend_triton(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    starts: jax.Array | None,
+    kv_length: jax.Array,
+    *,
+    scale: float,
+    blocks: AttentionBlocks,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns output and log-sum-exp of validated arguments; `starts` already holds the window's first keys."""
+    num_queries, num_heads, head_dim = q.shape
+    num_keys, num_kv_heads, _ = k.shape
+    # Triton's arrays have powers of two as sizes; other heads, and keys that are no whole blocks, are padded.
+    width = max(pl.next_power_of_2(head_dim), 16)
+    widen = ((0, 0), (0, 0), (0, width - head_dim))
+    lengthen = ((0, -num_keys % blocks.keys), (0, 0), (0, width - head_dim))
+    q, k, v = jnp.pad(q, widen), jnp.pad(k, lengthen), jnp.pad(v, lengthen)
+    tiles = make_tiles(
+        q,
+        q_positions,
+        starts,
+        kv_length,
+        num_kv_heads=num_kv_heads,
+        tile_rows=blocks.rows,
+        block_keys=blocks.keys,
+    )
+    num_rows = tiles.rows.shape[1]
+    whole = pl.BlockSpec((k.shape[0], None, width), lambda tile, head: (0, head, 0))
+    row = pl.BlockSpec((blocks.rows,), lambda tile, head: (tile,))
+    bound = pl.BlockSpec((1,), lambda tile, head: (tile,))
+    rows = pl.BlockSpec((None, blocks.rows, width), lambda tile, head: (head, tile, 0))
+    out, lse = pl.pallas_call(
+        _kernel(scale, blocks.keys, has_starts=starts is not None),
+        grid=(num_rows // blocks.rows, num_kv_heads),
+        in_specs=[*[bound] * len(tiles.blocks), row, row, rows, whole, whole],
+        out_specs=[rows, pl.BlockSpec((None, blocks.rows), lambda tile, head: (head, tile))],
+        out_shape=[
+            jax.ShapeDtypeStruct((num_kv_heads, num_rows, width), q.dtype),
+            jax.ShapeDtypeStruct((num_kv_heads, num_rows), jnp.float32),
+        ],
+        compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        cost_estimate=cost(q, k, tile_rows=blocks.rows, block_keys=blocks.keys),
+        interpret=interpret,
+        name="selective_attention_triton",
+    )(*tiles.blocks, tiles.first_visible, tiles.last_visible, tiles.rows, k, v)
+    return unpack_rows(out, num_queries, num_heads)[..., :head_dim], unpack_rows(lse, num_queries, num_heads)
+
+
+def _kernel(scale: float, block_keys: int, *, has_starts: bool):
+    def kernel(begin, inner_begin, inner_end, end, last, first_visible, last_visible, q, k, v, out, lse):
+        num_rows, width = q.shape
+        queries, row_first, row_last, last_key = q[...], first_visible[...], last_visible[...], last[0]
+        precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+        def step(masked: bool, block, carry):
+            weighted, maximum, total = carry
+            keys = pl.ds(block * block_keys, block_keys)
+            scores = plt.dot(queries, k[keys, :], trans_b=True, precision=precision).astype(jnp.float32) * scale
+            value_block = v[keys, :]
+            if masked:
+                key = block * block_keys + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+                visible = key <= row_last[:, None]
+                if has_starts:
+                    visible &= key >= row_first[:, None]
+                scores = jnp.where(visible, scores, MASKED)
+                # Keys that nobody sees may be NaN, which a weight of zero would not silence.
+                key = block * block_keys + lax.broadcasted_iota(jnp.int32, value_block.shape, 0)
+                value_block = jnp.where(key < last_key, value_block, jnp.zeros_like(value_block))
+            new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+            weights = jnp.exp(scores - new_maximum[:, None])
+            rescale = jnp.exp(maximum - new_maximum)
+            gathered = plt.dot(weights.astype(value_block.dtype), value_block, precision=precision)
+            weighted = weighted * rescale[:, None] + gathered.astype(jnp.float32)
+            return weighted, new_maximum, total * rescale + weights.sum(axis=1)
+
+        carry = (
+            jnp.zeros((num_rows, width), jnp.float32),
+            jnp.full((num_rows,), MASKED, jnp.float32),
+            jnp.zeros((num_rows,), jnp.float32),
+        )
+        if has_starts:
+            carry = lax.fori_loop(begin[0], inner_begin[0], lambda i, c: step(True, i, c), carry)
+        carry = lax.fori_loop(inner_begin[0], inner_end[0], lambda i, c: step(False, i, c), carry)
+        weighted, maximum, total = lax.fori_loop(inner_end[0], end[0], lambda i, c: step(True, i, c), carry)
+        sees_any = row_last >= 0
+        total = jnp.where(sees_any, total, 1.0)
+        out[...] = jnp.where(sees_any[:, None], weighted / total[:, None], 0.0).astype(out.dtype)
+        lse[...] = jnp.where(sees_any, maximum + jnp.log(total), -jnp.inf)
+
+    return kernel

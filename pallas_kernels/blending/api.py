@@ -1,0 +1,121 @@
+"""KV blending: cached keys are rotated to their places and the recomputed tokens' rows replaced, in one pass."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib import import_module
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import tuning
+from pallas_kernels.blending.xla import blend_xla
+from pallas_kernels.dispatch import Declines, choose_backend, current_target, declines_of
+
+# Imported when first used: a platform's Pallas needs not be there on another.
+BACKENDS = {
+    "triton": ("pallas_kernels.blending.triton", "blend_triton"),
+    "tpu": ("pallas_kernels.blending.tpu", "blend_tpu"),
+}
+
+
+def blend_kv(
+    k_cached: Float[Array, "keys kv_heads head_dim"],
+    v_cached: Float[Array, "keys kv_heads head_dim"],
+    k_fresh: Float[Array, "tokens kv_heads head_dim"],
+    v_fresh: Float[Array, "tokens kv_heads head_dim"],
+    indices: Int[Array, " tokens"],
+    *,
+    cos: Float[Array, "keys half"],
+    sin: Float[Array, "keys half"],
+    return_deviation: bool = False,
+    implementation: str | None = None,
+) -> (
+    tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"]]
+    | tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"], Float[Array, "tokens 2"]]
+):
+    """Returns one layer's blended `(k rotated, v)`: the cached rows, those at `indices` replaced by the fresh ones.
+
+    `k_cached` and `k_fresh` are before RoPE; `cos` and `sin` (float32) hold every key's angles. `indices` ascend;
+    an index of `keys` or more is padding and writes nothing.
+
+    The Pallas kernels work in place: where `k_cached` and `v_cached` are donated or needed no more, keys pass through
+    once and of the values nothing is moved but the fresh rows; else XLA copies them first.
+
+    Args:
+        return_deviation: also return how far each fresh row is from the one that it replaces, see below.
+        implementation: `None` (best for the platform: today `"xla"` on all), `"xla"`, `"pallas"` (the platform's
+            Pallas kernel; on a CPU interpreted, for tests), or one of them by name: `"triton"`, `"tpu"`.
+
+    With `return_deviation` a third result, float32 `[tokens, 2]`: how far each fresh row is from the cached one that
+    it replaces, `[Σ (k_fresh - k_cached)², Σ (v_fresh - v_cached)²]` over heads and dims, before RoPE, not divided by
+    the layer's norms; zeros for padding.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an implementation that is unknown or can't serve the call; the
+            message says why.
+
+    Source: CacheBlend (arXiv 2405.16444) §4.2, with keys cached before RoPE.
+    """
+    _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)
+    # Memory-bound: the kernels are not chosen unasked before they were measured to be faster than XLA.
+    backend = choose_backend(implementation, "blend_kv", _declines(k_cached, k_fresh), default="xla")
+    arguments = k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin
+    with jax.named_scope("blend_kv"):
+        if backend == "xla":
+            k, v, deviation = blend_xla(*arguments, with_deviation=return_deviation)
+        else:
+            k, v, deviation = _blend_pallas(backend, arguments, return_deviation)
+    return (k, v) if deviation is None else (k, v, deviation)
+
+
+def _declines(k_cached: jax.Array, k_fresh: jax.Array) -> Declines:
+    def declined(_: str, module: ModuleType) -> str | None:
+        return module.declines(k_cached, k_fresh, interpret=current_target().platform == "cpu")
+
+    empty = 0 in (*k_cached.shape, *k_fresh.shape)
+    return declines_of(BACKENDS, declined, "needs a key and a fresh row" if empty else None)
+
+
+def _blend_pallas(backend: str, arguments: tuple[jax.Array, ...], with_deviation: bool):
+    module, function = BACKENDS[backend]
+    blend = partial(
+        getattr(import_module(module), function),
+        with_deviation=with_deviation,
+        blocks=tuning.BLEND_KV[backend],
+        interpret=current_target().platform == "cpu",
+    )
+    # A batch runs one by one: a kernel's grid is full with one member.
+    return sequential_vmap(lambda *arrays: blend(*arrays))(*arguments)
+
+
+def _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin) -> None:
+    for name, array in (("k_cached", k_cached), ("k_fresh", k_fresh)):
+        if array.ndim != 3:
+            raise ValueError(f"blend_kv: {name} must be of rank 3, [tokens, kv_heads, head_dim], got {array.shape}")
+    if k_cached.shape[2] % 2:
+        raise ValueError(f"blend_kv: k_cached must have an even head_dim, got {k_cached.shape}")
+    for name, array, wanted in (
+        ("v_cached", v_cached, k_cached.shape),
+        ("k_fresh", k_fresh, (*k_fresh.shape[:1], *k_cached.shape[1:])),
+        ("v_fresh", v_fresh, k_fresh.shape),
+        ("indices", indices, k_fresh.shape[:1]),
+        ("cos", cos, (k_cached.shape[0], k_cached.shape[2] // 2)),
+        ("sin", sin, (k_cached.shape[0], k_cached.shape[2] // 2)),
+    ):
+        if array.shape != wanted:
+            raise ValueError(f"blend_kv: {name} must have shape {wanted}, got {array.shape}")
+    for name, array, dtype in (
+        ("k_cached", k_cached, jnp.floating),
+        ("indices", indices, jnp.integer),
+        ("cos", cos, jnp.floating),
+        ("sin", sin, jnp.floating),
+    ):
+        if not jnp.issubdtype(array.dtype, dtype):
+            raise ValueError(f"blend_kv: {name} must be {dtype.__name__}, got {array.dtype}{list(array.shape)}")
+    for name, array in (("v_cached", v_cached), ("k_fresh", k_fresh), ("v_fresh", v_fresh)):
+        if array.dtype != k_cached.dtype:
+            raise ValueError(f"blend_kv: {name} must have k_cached's dtype {k_cached.dtype}, got {array.dtype}")

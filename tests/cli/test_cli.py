@@ -1,0 +1,276 @@
+"""The command line, run in this process on tiny checkpoints and real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import HF
+
+import cacheblend_jax as cb
+from cacheblend_jax.cli import ask as ask_module
+from cacheblend_jax.cli.main import main
+from cacheblend_jax.model.demo import demo_directory
+
+MODEL = ["--model", str(HF / "llama3"), "--no-compile-cache"]
+TEXT = "The Cobalt team works in Oslo.\n\nAna joined the Cobalt team.\n\nCats purr at night."
+
+
+@pytest.fixture
+def docs(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "company.md").write_text(TEXT)
+    return str(tmp_path / "docs")
+
+
+def ask(docs, *options, question="Where does Ana of the Cobalt team work?"):
+    common = ["--chunk-tokens", "40", "--max-new-tokens", "4"]
+    return main(["ask", *MODEL, "--docs", docs, *common, *options, question])
+
+
+def test_ask_answers_and_says_what_was_reused(docs, capsys, tmp_path):
+    report = tmp_path / "report.json"
+    assert ask(docs, "--top-k", "2", "--json", str(report)) == 0
+    printed = capsys.readouterr().out
+    assert "TTFT" in printed
+    assert "reused" in printed
+    content = json.loads(report.read_text())
+    assert [chunk["index"] for chunk in content["chunks"]] == [0, 1]
+    prefill = content["answers"]["blend"]["prefill"]
+    assert prefill["hits"] == 2
+    assert prefill["misses"] == 0
+    assert 0 < prefill["recompute_ratio"] < 0.3
+    assert prefill["reused"] == prefill["exact"] + prefill["candidates"]
+
+
+def test_ask_compares_the_four_modes(docs, capsys, tmp_path):
+    report = tmp_path / "report.json"
+    assert ask(docs, "--all", "--compare", "--json", str(report)) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["mode", "full", "prefix", "reuse", "blend"]
+    answers = json.loads(report.read_text())["answers"]
+    assert answers["prefix"]["token_ids"] == answers["full"]["token_ids"]
+    assert answers["full"]["prefill"]["flops"] > answers["blend"]["prefill"]["flops"]
+    assert answers["blend"]["prefill"]["flops"] > answers["reuse"]["prefill"]["flops"]
+
+
+def test_ask_without_a_chat_template(docs, tmp_path, capsys):
+    model = shutil.copytree(HF / "llama3", tmp_path / "plain")
+    path = model / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["chat_template"]
+    path.write_text(json.dumps(config))
+    assert (
+        main(["ask", "--model", str(model), "--no-compile-cache", "--docs", docs, "--max-new-tokens", "2", "Why?"]) == 0
+    )
+    assert "TTFT" in capsys.readouterr().out
+
+
+def test_the_question_may_follow_the_paths(docs, capsys):
+    options = [*MODEL, "--max-new-tokens", "2"]
+    assert main(["ask", *options, "--docs", docs, docs + "/company.md", "Where is Oslo?"]) == 0
+    assert "TTFT" in capsys.readouterr().out
+    assert main(["ask", *options, "--docs", docs, "Where is Oslo? " * 20]) == 0  # too long for a path
+    for without in (["--docs", docs], ["--docs", docs, docs]):
+        assert main(["ask", *options, *without]) == 2
+        assert "a question is missing" in capsys.readouterr().err
+    assert main(["ask", *options, "--docs", docs, "--top-k", "1", " "]) == 2
+    assert "the question is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ratio", "1.5"], "recompute_ratio must be in [0, 1], got 1.5"),
+        (["--ratio", "nan"], "got nan"),
+        (["--selector", "best"], "unknown selector 'best'; known: cross"),
+        (["--temperature", "-1"], "temperature must be"),
+        (["--docs", "/nowhere"], "'/nowhere' does not exist"),
+        (["--model", "/nowhere"], "model '/nowhere' is not a directory"),
+        (["--model", str(HF / "llama2")], "has no tokenizer"),
+        (["--store-bytes", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--chunk-tokens", "-5"], "must be a whole number of at least 1, got '-5'"),
+        (["--top-k", "many"], "must be a whole number of at least 1, got 'many'"),
+        (["--mode", "fast"], "invalid choice: 'fast'"),
+        (["--json", "/nowhere/report.json"], "/nowhere/report.json"),
+        (["--json", "/"], "cannot write --json /: is a directory"),
+        (["--json", f"{__file__}/report.json"], f"{__file__} is not a directory"),
+        (["--trace", "/nowhere/trace.json"], "cannot write --trace /nowhere/trace.json"),
+        (["--trace", "trace.png"], "give one that ends in .json"),
+        (["--model", "m" * 300], "is not a directory"),
+        (["--seed", "99999999999999999999"], "seed must be"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(docs, capsys, options, message):
+    try:
+        code = ask(docs, *options)
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    assert code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in last
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "cacheblend-jax: interrupted"),
+        (PermissionError(13, "Permission denied", "/secret"), 2, "error: [Errno 13] Permission denied: '/secret'"),
+    ],
+)
+def test_what_stops_a_command_is_one_line(docs, capsys, monkeypatch, error, code, message):
+    def stop(_):
+        raise error
+
+    monkeypatch.setattr(ask_module, "read_documents", stop)
+    assert ask(docs) == code
+    assert capsys.readouterr().err.strip().endswith(message)
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    with cb.ChunkStore(tmp_path):
+        pass
+    command = f"{sys.executable} -m cacheblend_jax store ls {tmp_path} | true; echo ${{PIPESTATUS[0]}}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert (done.stdout.strip(), done.stderr) == ("0", "")
+
+
+def test_precompute_into_what_cannot_be_written_stops_before_any_work(docs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cacheblend_jax.store.disk.DiskTier._make_directories", lambda self: False)
+    options = [*MODEL, "--docs", docs, "--store", str(tmp_path)]
+    assert main(["precompute", *options]) == 2
+    assert f"store '{tmp_path}' cannot be written" in capsys.readouterr().err
+
+
+def test_a_prompt_too_long_is_an_error_before_anything_is_stored(tmp_path, capsys):
+    (tmp_path / "long.txt").write_text("\n\n".join([TEXT] * 20))
+    assert ask(str(tmp_path), "--all") == 2
+    assert "the model takes at most 512; use fewer or shorter chunks" in capsys.readouterr().err
+
+
+def test_bench_prints_a_table_and_writes_json(tmp_path, capsys):
+    report = tmp_path / "bench.json"
+    sizes = ["--tokens", "64", "--chunks", "2", "--prefix-tokens", "8", "--question-tokens", "8", "--repeats", "2"]
+    options = ["--ratios", "0.2", "0.5", "--json", str(report), "--no-compile-cache"]
+    assert main(["bench", "--model", str(HF / "qwen3"), "--dtype", "float32", *sizes, *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    rows = {row["mode"]: row for row in json.loads(report.read_text())["rows"]}
+    assert list(rows) == ["full", "prefix", "reuse", "blend 0.2", "blend 0.5"]
+    assert all(row["compiles_after_warmup"] == 0 for row in rows.values())
+    assert rows["full"]["efficiency"] == 1
+    assert rows["blend 0.2"]["ideal_speed_up"] > rows["blend 0.5"]["ideal_speed_up"] > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "4", "--chunks", "8"], "--tokens must be at least --chunks (8), got 4"),
+        (["--tokens", "100000"], "the model takes at most 32768"),
+        (["--ratios", "2"], "recompute_ratio must be in [0, 1], got 2.0"),
+        (["--prefix-tokens", "-1"], "--prefix-tokens"),
+    ],
+)
+def test_bench_names_what_makes_no_sense(capsys, options, message):
+    assert main(["bench", "--no-compile-cache", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_module_and_keeps_compiled_programs(tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("JAX_COMPILATION_CACHE_DIR")
+    (tmp_path / "names.md").write_text("Reyes took the nickname Cobalt. The green car was given to Cobalt.")
+    command = [sys.executable, "-m", "cacheblend_jax", "ask", "--docs", str(tmp_path / "names.md")]
+    done = subprocess.run([*command, "Which car was given to Reyes?"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("green\n")
+    assert "TTFT" in done.stdout
+    assert list((tmp_path / "cache" / "cacheblend-jax" / "compiled").iterdir())
+
+
+def evaluate(*options):
+    return main(["evaluate", "--no-compile-cache", *options])
+
+
+def test_evaluate_goes_on_where_it_was_stopped(tmp_path, capsys):
+    out, report = tmp_path / "results.jsonl", tmp_path / "report.json"
+    told = ("Reyes took the nickname Cobalt.", "Lima is the birthplace of Novak.")
+    passages = [{"title": "Names", "text": told[0]}, {"text": told[1]}]
+    rows = [
+        {"question": "Whose nickname is Cobalt?", "answers": ["Reyes"], "ctxs": passages},
+        {"question": "Where is the birthplace of Novak?", "answers": ["Oslo", "Lima"], "ctxs": passages},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    common = ["--data", str(tmp_path / "rows.json"), "--out", str(out), "--max-new-tokens", "2"]
+    assert evaluate(*common, "--modes", "full", "--limit", "1") == 0
+    first = out.read_text()
+    assert len(first.splitlines()) == 2
+    out.write_text(first + '{"row": "rows/1", "set')  # killed while writing
+    assert evaluate(*common, "--modes", "full", "blend", "--selectors", "hkvd", "--json", str(report)) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert out.read_text().startswith(first)
+    done = [(line["row"], line["setting"]) for line in lines[1:]]
+    assert sorted(done) == sorted((f"rows/{i}", setting) for i in (0, 1) for setting in ("full", "hkvd 0.15"))
+    summary = {line["setting"]: line for line in json.loads(report.read_text())["summary"]}
+    assert summary["full"]["rows"] == 2
+    assert summary["full"]["kl"] == 0.0
+    assert "hkvd 0.15" in capsys.readouterr().out
+    for change, name in ((["--max-new-tokens", "3"], "max_new_tokens"), (["--system", "Other."], "system")):
+        assert evaluate(*common, *change) == 2
+        assert f"holds results of another {name}; choose another --out" in capsys.readouterr().err
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:1]))
+    assert evaluate(*common) == 2
+    assert "holds results of another data's content" in capsys.readouterr().err
+    out.write_text("")
+    assert evaluate(*common, "--modes", "full") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nowhere.json"], "data set 'nowhere.json' is neither a file nor 'bundled'"),
+        (["--ratios", "1.5"], "recompute_ratio must be in [0, 1], got 1.5"),
+        (["--selectors", "best"], "unknown selector 'best'; known: cross, "),
+        (["--check-layer", "20"], "check_layer"),
+        (["--out", "/nowhere/results.jsonl"], "cannot write --out /nowhere/results.jsonl"),
+    ],
+)
+def test_evaluate_names_what_makes_no_sense(capsys, options, message):
+    assert evaluate(*options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_check_layers_are_measured_and_saved(tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(demo_directory(), model)
+    (model / "cacheblend.json").unlink()
+    assert cb.load_model(model).config.check_layer == 1
+    assert evaluate("--model", str(model), "--check-layers", "--limit", "2") == 0
+    assert "check layer: " in capsys.readouterr().out
+    assert cb.load_model(model).config.check_layer == cb.load_model("demo").config.check_layer > 1
+
+
+def test_demo_shows_that_reuse_fails_and_blend_does_not(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    # Each ratio has programs of its own to compile.
+    monkeypatch.setattr("cacheblend_jax.evaluation.plots.CURVE_RATIOS", (0.05, 0.15))
+    report, plots = tmp_path / "demo.json", tmp_path / "plots"
+    assert main(["demo", "--no-compile-cache", "--json", str(report), "--plot", str(plots)]) == 0
+    printed = capsys.readouterr().out
+    assert "For instance: " in printed
+    right = {line["setting"]: line for line in json.loads(report.read_text())["summary"] if line["kind"] == "reference"}
+    assert right["full"]["exact_match"] == 1
+    assert right["hkvd 0.15"]["exact_match"] >= 0.8
+    assert right["reuse"]["exact_match"] <= 0.6
+    assert sorted(path.name for path in plots.iterdir()) == [
+        "deviation.png",
+        "insights.png",
+        "layers.png",
+        "quality.png",
+    ]
+    assert all(path.stat().st_size > 10_000 for path in plots.iterdir())

@@ -1,0 +1,115 @@
+"""The commands that look after a store's directory, and those that fill and use one."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from conftest import HF
+from store_cases import BIG, fill, key_of, largest_file, make_entry, packs
+
+import cacheblend_jax as cb
+from cacheblend_jax.cli.main import main
+from cacheblend_jax.store.disk import DiskTier
+from cacheblend_jax.store.maintenance import prune
+
+
+def run(capsys, tmp_path, *arguments, code: int = 0) -> dict:
+    report = tmp_path / "report.json"
+    assert main([*map(str, arguments), "--json", str(report)]) == code
+    return json.loads(report.read_text()) | {"printed": capsys.readouterr().out}
+
+
+def test_ls_lists_and_rm_removes(capsys, tmp_path):
+    fill(tmp_path / "kv", [2**255 + 1, 2**255 + 2, 5])
+    listed = run(capsys, tmp_path, "store", "ls", tmp_path / "kv")
+    assert len(listed["entries"]) == 3
+    assert "3 entries" in listed["printed"]
+    first = next(entry for entry in listed["entries"] if entry["key"] == key_of(5))
+    assert (first["tokens"], first["dtype"], first["fingerprint"]) == (6, "float32", "fingerprint")
+    assert main(["store", "rm", str(tmp_path / "kv"), key_of(2**255 + 1)[:10]]) == 2  # two begin so
+    assert "names 2 entries" in capsys.readouterr().err
+    assert run(capsys, tmp_path, "store", "rm", tmp_path / "kv", key_of(5)[:12])["removed"] == 1
+    with cb.ChunkStore(tmp_path / "kv") as store:
+        assert sorted(store.keys()) == [key_of(2**255 + 1), key_of(2**255 + 2)]
+
+
+def test_verify_says_what_is_damaged_and_repairs_it(capsys, tmp_path):
+    fill(tmp_path / "kv", range(3), one_by_one=True, tokens=BIG)
+    assert run(capsys, tmp_path, "store", "verify", tmp_path / "kv")["problems"] == []
+    os.truncate(largest_file(packs(tmp_path / "kv")[0]), 100)
+    damaged = run(capsys, tmp_path, "store", "verify", tmp_path / "kv", code=1)
+    assert damaged["entries"] == 3
+    assert any(problem["name"] for problem in damaged["problems"])
+    assert "100 bytes" in damaged["printed"]
+    run(capsys, tmp_path, "store", "verify", "--repair", tmp_path / "kv", code=1)
+    assert run(capsys, tmp_path, "store", "verify", tmp_path / "kv")["entries"] == 2
+    assert run(capsys, tmp_path, "store", "prune", "--quarantine", tmp_path / "kv")["quarantined_removed"] == 1
+
+
+def test_prune_keeps_what_was_used_last(capsys, tmp_path):
+    fill(tmp_path / "kv", range(4), one_by_one=True, tokens=BIG)
+    size = make_entry(0, BIG).num_bytes
+    report = run(capsys, tmp_path, "store", "prune", "--max-bytes", str(5 * size // 2), tmp_path / "kv")
+    assert (report["removed"], report["entries"]) == (2, 2)
+    with cb.ChunkStore(tmp_path / "kv") as store:
+        assert sorted(store.keys()) == [key_of(2), key_of(3)]
+    assert run(capsys, tmp_path, "store", "prune", "--unused-days", "1", tmp_path / "kv")["removed"] == 0
+    assert run(capsys, tmp_path, "store", "prune", "--unused-days", "0", tmp_path / "kv")["entries"] == 0
+
+
+@pytest.mark.parametrize("days", ["-1", "nan", "inf", "soon"])
+def test_days_that_make_no_sense_remove_nothing(capsys, tmp_path, days):
+    fill(tmp_path, [1])
+    with pytest.raises(SystemExit, match="2"):
+        main(["store", "prune", str(tmp_path), "--unused-days", days])
+    assert "must be a number of at least 0" in capsys.readouterr().err
+    disk = DiskTier(tmp_path, 2**40)
+    if days != "soon":
+        with pytest.raises(cb.CacheBlendError, match="unused_days must be at least 0 and finite"):
+            prune(disk, unused_days=float(days))
+    assert disk.index.totals()[1] == 1
+    disk.close()
+
+
+def test_prune_removes_packs_of_another_version_that_the_index_does_not_know(capsys, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        for module in ("record", "pack"):
+            patch.setattr(f"cacheblend_jax.store.{module}.FORMAT_VERSION", 2)
+        fill(tmp_path / "kv", range(2), one_by_one=True)
+    (tmp_path / "kv" / "index.sqlite").unlink()
+    fill(tmp_path / "kv", [5])
+    assert len(run(capsys, tmp_path, "store", "verify", "--repair", tmp_path / "kv", code=1)["problems"]) == 2
+    report = run(capsys, tmp_path, "store", "prune", "--unused-days", "9", tmp_path / "kv")
+    assert (report["outdated_packs_removed"], report["entries"]) == (2, 1)
+    assert len(packs(tmp_path / "kv")) == 1
+    assert run(capsys, tmp_path, "store", "verify", tmp_path / "kv")["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ls", "{}/none"], "is not there"),
+        (["prune", "{}"], "prune needs --max-bytes"),
+        (["rm", "{}", "12"], "names 0 entries; give the first 8"),
+    ],
+)
+def test_what_makes_no_sense_is_named(capsys, tmp_path, arguments, message):
+    fill(tmp_path, [1])
+    assert main(["store", *(text.format(tmp_path) for text in arguments)]) == 2
+    assert message in capsys.readouterr().err
+    with cb.ChunkStore(tmp_path) as store:
+        assert len(store) == 1
+
+
+def test_ask_finds_what_precompute_stored(capsys, tmp_path):
+    (tmp_path / "notes.md").write_text("The Cobalt team works in Oslo.\n\nAna joined the Cobalt team.")
+    common = ["--model", HF / "llama3", "--no-compile-cache", "--docs", tmp_path / "notes.md", "--chunk-tokens", "40"]
+    stored = run(capsys, tmp_path, "precompute", *common, "--store", tmp_path / "kv")
+    assert stored["written"] == len(stored["chunks"]) + 1  # and the prefix
+    before = {path.name for path in packs(tmp_path / "kv")}
+    asked = ["ask", *common, "--all", "--max-new-tokens", "2", "--store", tmp_path / "kv", "Where?"]
+    report = run(capsys, tmp_path, *asked)
+    assert report["answers"]["blend"]["prefill"]["hits"] == len(stored["chunks"])
+    assert {path.name for path in packs(tmp_path / "kv")} == before  # nothing was computed again

@@ -1,0 +1,431 @@
+"""The controller: its estimates, what it chooses, profiles and their mix-ups, and the command line around it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import FAMILIES, HF, family_model, random_prompt, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cacheblend_jax as cb
+from cacheblend_jax.cli.main import main
+from cacheblend_jax.engine.controller import (
+    LADDER,
+    ComputeModel,
+    Estimator,
+    Stored,
+    decide,
+    explain,
+    layer_sizes,
+    pipeline_s,
+)
+from cacheblend_jax.engine.planner import Planner
+from cacheblend_jax.engine.profile import default_path, device_kind, profile_for, store_name
+from cacheblend_jax.evaluation import calibrate
+
+CONFIG = FAMILIES["llama3"]
+ROW_S = 1e-4  # of a row that goes on: all that computing costs in these tests
+COMPUTE = ComputeModel(0.0, 0.0, 0.0, ROW_S, 0.0)
+CHUNK_BYTES = 512 * CONFIG.num_layers * 100
+CHUNKS = [Stored(i * 512, 512, CHUNK_BYTES, "disk", False) for i in range(2)]
+LENGTH = 1024 + 32
+
+
+def estimator(bytes_per_s=1e6, latency_s=0.0, compute=COMPUTE, **tiers):
+    tiers = {"disk": cb.Tier("disk", bytes_per_s, latency_s)} | tiers
+    return Estimator("test", compute, tiers, cb.Tier("transfer", 1e15), host_layers=3, device_layers=2)
+
+
+def planner(floor=0.15):
+    return Planner(CONFIG, cb.BlendConfig(floor))
+
+
+def recompute_s(ratio):
+    plan = planner(ratio).plan("blend", LENGTH, 0, 1024)
+    return sum(COMPUTE.layer_seconds(plan))
+
+
+def load_at(seconds):
+    """A tier that loads both chunks in so many seconds."""
+    return estimator(2 * CHUNK_BYTES / seconds)
+
+
+def test_a_layers_time_follows_the_rows_it_computes():
+    plan = planner().plan("blend", LENGTH, 0, 1024)
+    rows = [(projected, attending) for _, _, projected, attending, _ in layer_sizes(plan)]
+    assert rows[0] == (plan.active, plan.active)
+    assert rows[1] == (plan.active, plan.stages[1].rows)  # the check layer: all are projected, few go on
+    assert rows[-1] == (plan.stages[-1].rows, 1)
+    assert len(rows) == CONFIG.num_layers
+    model = ComputeModel(1.0, 0.0, 2.0, 3.0, 0.0)
+    assert model.layer_seconds(plan)[1] == 1 + 2 * plan.active + 3 * plan.stages[1].rows
+    full = planner().plan("full", LENGTH, 0, 0)
+    assert layer_sizes(full)[0] == (1, full.cache_length, full.active, full.active, full.active * full.cache_length / 2)
+
+
+@pytest.mark.parametrize("ratio", LADDER[1:-2])  # above, computing one chunk and loading the other wins
+def test_the_ratio_is_the_highest_that_loading_hides(ratio):
+    decision = decide(load_at(recompute_s(ratio) * 1.001), planner(), LENGTH, CHUNKS, 100)
+    assert (decision.ratio, decision.bound, decision.computed_chunks) == (ratio, "load", 0)
+    assert decision.recompute_s <= decision.load_s
+    slightly_faster = decide(load_at(recompute_s(ratio) * 0.999), planner(), LENGTH, CHUNKS, 100)
+    assert slightly_faster.ratio < ratio
+
+
+def test_what_is_not_streamed_hides_nothing():
+    resident = dataclasses.replace(load_at(recompute_s(0.5)), executor="resident")
+    decision = decide(resident, planner(), LENGTH, CHUNKS, 100)
+    assert (decision.ratio, decision.bound) == (0.15, "floor")
+    assert decision.predicted_ttft_s == pytest.approx(decision.load_s + decision.recompute_s, rel=1e-3)
+
+
+def test_the_ratio_never_falls_below_the_floor():
+    decision = decide(load_at(recompute_s(0.15) / 10), planner(), LENGTH, CHUNKS, 100)
+    assert (decision.ratio, decision.bound) == (0.15, "floor")
+    assert decision.recompute_s > decision.load_s
+    assert decide(load_at(1e-6), planner(0.4), LENGTH, CHUNKS, 100).ratio == 0.4
+
+
+def test_chunks_that_load_slower_than_they_compute_are_computed():
+    slow = load_at(recompute_s(1.0) * 10)
+    decision = decide(slow, planner(), LENGTH, CHUNKS, 100)
+    assert decision.computed_chunks == 2
+    assert decision.computed_starts == (0, 512)
+    assert decision.predicted_ttft_s < slow.load_s(CHUNKS, CONFIG.num_layers) * CONFIG.num_layers / 5
+    # one of them comes from memory: only the other is computed
+    mixed = [CHUNKS[0], dataclasses.replace(CHUNKS[1], tier="host")]
+    fast = dataclasses.replace(slow, tiers=slow.tiers | {"host": cb.Tier("host", 1e15)})
+    decision = decide(fast, planner(), LENGTH, mixed, 100)
+    assert (decision.computed_starts, decision.loaded_chunks) == ((0,), 1)
+
+
+def test_what_is_not_compiled_is_not_worth_it():
+    slow = load_at(1e6)
+    mixed = [CHUNKS[0], dataclasses.replace(CHUNKS[1], tier="host")]
+    fast = dataclasses.replace(slow, tiers=slow.tiers | {"host": cb.Tier("host", 1e15)})
+    nothing = decide(fast, planner(), LENGTH, mixed, 100, compiled=lambda plan, executor: False)
+    assert nothing.computed_chunks == 0
+    full = decide(fast, planner(), LENGTH, mixed, 100, compiled=lambda plan, _: plan.nothing_cached)
+    assert full.computed_chunks == 2
+    resident = decide(fast, planner(), LENGTH, mixed, 100, compiled=lambda _, executor: executor == "resident")
+    assert resident.computed_starts == (0,)  # what is left comes from memory
+
+
+def test_the_cap_is_recomputing_everything_that_is_loaded():
+    # Many layers: waiting for the first one's KV costs little, so that loading is still worth it.
+    deep = Planner(dataclasses.replace(CONFIG, num_layers=64, windows=()), cb.BlendConfig())
+    whole = [Stored(0, 1024, 2 * CHUNK_BYTES, "disk", False)]
+    at_one = dataclasses.replace(deep, blend=cb.BlendConfig(1.0)).plan("blend", LENGTH, 0, 1024)
+    all_of_it = sum(COMPUTE.layer_seconds(at_one))
+    decision = decide(load_at(all_of_it * 1.01), deep, LENGTH, whole, 100)
+    assert (decision.ratio, decision.bound, decision.computed_chunks) == (1.0, "cap", 0)
+
+
+def test_nothing_stored_is_all_recomputed():
+    decision = decide(estimator(), planner(), LENGTH, [], 100)
+    assert (decision.loaded_chunks, decision.load_s, decision.bound) == (0, 0.0, "floor")
+
+
+@given(
+    st.floats(0, 5),
+    st.floats(0, 5),
+    st.lists(st.floats(0.01, 5), min_size=1, max_size=12),
+    st.integers(1, 4),
+    st.integers(0, 4),
+)
+def test_a_pipeline_takes_as_long_as_its_slowest_lane_and_at_most_the_sum(load, transfer, compute, device, more):
+    seconds = pipeline_s(load, transfer, compute, device + more, device)
+    lanes = (load * len(compute), transfer * len(compute), sum(compute))
+    assert seconds >= max(max(lanes), load + transfer + compute[-1]) - 1e-9
+    assert seconds <= sum(lanes) + 1e-9
+
+
+def test_a_pipeline_hides_loading_but_for_the_first_layer():
+    assert pipeline_s(1.0, 0.0, [1.0] * 10, 4, 2) == pytest.approx(11.0)
+    assert pipeline_s(0.1, 0.0, [1.0] * 10, 4, 2) == pytest.approx(10.1)
+    assert pipeline_s(2.0, 0.0, [1.0] * 10, 4, 2) == pytest.approx(21.0)
+    assert pipeline_s(1.0, 0.0, [1.0] * 10, 1, 1) == pytest.approx(20.0)  # no room to run ahead
+
+
+def test_the_cheapest_tier_that_hides():
+    tiers = [cb.Tier("ram", 1e10, 0, 10.0), cb.Tier("ssd", 1e9, 0, 0.1), cb.Tier("disk", 1e8, 0, 0.02)]
+    assert cb.cheapest_tier(tiers, 1e6, 0.1) == (tiers[2], True)
+    assert cb.cheapest_tier(tiers, 1e6, 0.005) == (tiers[1], True)
+    assert cb.cheapest_tier(tiers, 1e6, 1e-6) == (tiers[0], False)
+    latency = [tiers[0], dataclasses.replace(tiers[1], latency_s=0.1)]
+    assert cb.cheapest_tier(latency, 1e6, 0.1, reads=8) == (tiers[0], True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: cb.Tier("ssd", 0), "tier 'ssd': bytes_per_s must be positive and finite, got 0"),
+        (lambda: cb.Tier("ssd", -1.0), "bytes_per_s must be positive"),
+        (lambda: cb.Tier("ssd", 1.0, -1.0), "latency_s must be at least 0"),
+        (lambda: cb.Tier("ssd", 1.0, 0.0, -1.0), "price_per_gb_month must be at least 0"),
+        (lambda: cb.cheapest_tier([], 1, 1), "the list of tiers is empty"),
+        (lambda: cb.cheapest_tier([cb.Tier("ssd", 1.0)], 1, 1), "tier 'ssd' has no price"),
+        (lambda: cb.AutoBlend(ratios=()), "ratios must be some in"),
+        (lambda: cb.AutoBlend(ratios=(0.5, 1.5)), "ratios must be some in"),
+        (lambda: cb.AutoBlend(cb.BlendConfig(0.0)), "the floor of an automatic ratio must be above 0"),
+        (
+            lambda: cb.Engine(family_model("llama3"), blend="fast"),
+            "blend must be a BlendConfig",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_named(make, message):
+    with pytest.raises(cb.CacheBlendError, match=message):
+        make()
+
+
+def profile(model, directory=None, changes=()):
+    own = {"model": model.fingerprint, "device": device_kind(model), "store": store_name(directory)}
+    tiers = {"host": cb.Tier("host", 1e9), "disk": cb.Tier("disk", 1e5)}
+    own |= {"compute": COMPUTE, "tiers": tiers, "transfer": cb.Tier("transfer", 1e15), "fit": {}}
+    return cb.Profile(**own | dict(changes))
+
+
+def balanced_bytes_per_s(ratio, prefix, chunks, suffix):
+    """Throughput at which loading takes a tenth longer than recomputing at that ratio (in one stage)."""
+    planner = Planner(CONFIG, cb.BlendConfig(ratio, num_stages=1))
+    plan = planner.plan("blend", prefix + chunks + suffix, prefix, chunks)
+    token_bytes = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4
+    return token_bytes * (prefix + chunks) / (1.1 * sum(COMPUTE.layer_seconds(plan)))
+
+
+def test_an_automatic_engine_follows_its_profile_and_says_so():
+    model, prompt = family_model("llama3"), random_prompt(1, (310,))
+    store = cb.ThrottledStore(cb.ChunkStore(), 1e12)
+    balanced = balanced_bytes_per_s(0.3, 9, 310, 7)
+    for bytes_per_s, ratio, computed in ((1e15, 0.15, 0), (balanced, 0.3, 0), (1e2, 0.15, 2)):
+        tiers = {"disk": cb.Tier("disk", bytes_per_s)}
+        own = profile(model, store.directory, {"tiers": tiers})
+        auto = cb.AutoBlend(cb.BlendConfig(num_stages=1), own, (0.3, 0.5))
+        with cb.Engine(model, store, auto) as engine:
+            engine.precompute(prompt)
+            out = engine.prefill(prompt)
+            decision = out.stats.decision
+            assert (decision.ratio, decision.computed_chunks) == (ratio, computed)
+            assert (out.stats.hits, out.stats.misses) == (1, 0)
+            if computed:
+                full = engine.prefill(prompt, "full")
+                assert relative_error(out.logits, full.logits) < 1e-5
+                assert out.recomputed.all()
+                assert full.stats.decision is None
+            else:
+                assert out.stats.recompute_ratio == pytest.approx(decision.ratio, abs=0.01)
+            text = explain(decision, out.stats.ttft_s)
+            assert f"recompute ratio {decision.ratio:g}" in text
+            assert "the profile given" in text
+            assert len(store) == 2  # what was computed for cost was in the store already
+
+
+def test_warm_up_compiles_every_ratio():
+    model, prompt = family_model("llama3"), random_prompt(2, (116,), 5)
+    auto = cb.AutoBlend(cb.BlendConfig(num_stages=1), profile(model), (0.5,))
+    with cb.Engine(model, blend=auto, executor="streamed") as engine:
+        engine.warmup(128, prefix_tokens=5, suffix_tokens=7)
+        engine.precompute(prompt)
+        count = engine.model.programs.count
+        for ratio, bytes_per_s in ((0.15, 1e15), (0.5, balanced_bytes_per_s(0.5, 5, 116, 7))):
+            tiers = {"host": cb.Tier("host", bytes_per_s)}
+            engine.auto = dataclasses.replace(auto, profile=profile(model, changes={"tiers": tiers}))
+            engine.__dict__.pop("estimator", None)
+            assert engine.prefill(prompt).stats.decision.ratio == ratio
+        tiers = {"host": cb.Tier("host", 1e2)}  # so slow that nothing is worth loading
+        engine.auto = dataclasses.replace(auto, profile=profile(model, changes={"tiers": tiers}))
+        engine.__dict__.pop("estimator", None)
+        assert engine.prefill(prompt).stats.decision.computed_chunks == 2
+        assert engine.model.programs.count == count
+
+
+def test_a_profile_is_kept_as_it_was(tmp_path):
+    model = family_model("llama3")
+    path = tmp_path / "deep" / "profile.json"
+    profile(model).save(path)
+    assert cb.Profile.read(path) == profile(model)
+    assert profile_for(model, None, path)[1] == f"profile {path}"
+
+
+@pytest.mark.parametrize(("what", "value"), [("model", "0" * 64), ("device", "TPU v9 x 4"), ("store", "/elsewhere")])
+def test_a_foreign_profile_is_named_and_ignored(what, value, tmp_path, caplog):
+    model, path = family_model("llama3"), tmp_path / "profile.json"
+    foreign = profile(model, changes={what: value})
+    foreign.save(path)
+    used, name = profile_for(model, None, path)
+    assert name == "a quick built-in estimate"
+    assert used.compute != COMPUTE
+    assert f"{path} is of another {what} ({value!r}" in caplog.text
+    assert "is ignored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot read the profile"),
+        ("[]", "is not a profile"),
+        ('{"version": 0}', "is of another version"),
+        ('{"version": 1}', "is not a profile"),
+    ],
+)
+def test_a_profile_that_is_none_is_named(content, message, tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(content)
+    with pytest.raises(cb.CacheBlendError, match=message):
+        cb.Profile.read(path)
+
+
+def test_a_profile_with_a_throughput_of_zero_is_named(tmp_path):
+    model, path = family_model("llama3"), tmp_path / "profile.json"
+    profile(model).save(path)
+    content = json.loads(path.read_text())
+    content["tiers"]["disk"]["bytes_per_s"] = 0
+    path.write_text(json.dumps(content))
+    with pytest.raises(cb.CacheBlendError, match="bytes_per_s must be positive"):
+        cb.Profile.read(path)
+
+
+def test_without_a_profile_a_quick_estimate_is_used_and_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, prompt = family_model("llama3"), random_prompt(3)
+    with cb.Engine(model, blend=cb.AutoBlend(cb.BlendConfig(num_stages=1), ratios=(0.3,))) as engine:
+        engine.precompute(prompt)
+        for _ in range(2):
+            decision = engine.prefill(prompt).stats.decision
+    assert caplog.text.count("a quick estimate is used") == 1
+    assert decision.estimated_by == "a quick built-in estimate"
+    assert decision.predicted_ttft_s > 0
+    profile(model).save(default_path(model, None))
+    assert profile_for(model, None, None)[0].compute == COMPUTE
+
+
+def test_calibration_finds_the_numbers_that_steps_were_made_with(monkeypatch):
+    truth = ComputeModel(3e-4, 2e-7, 1e-6, 4e-6, 5e-9)
+
+    class Planned:
+        """An engine that only plans."""
+
+        def __init__(self, model, store, blend, executor):
+            self.planner = Planner(model.config, blend)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def precompute(self, prompt):
+            pass
+
+        def prefill(self, prompt):
+            candidates = sum(len(chunk) for chunk in prompt.chunks)
+            return SimpleNamespace(plan=self.planner.plan("blend", candidates + len(prompt.suffix), 0, candidates))
+
+    def timed(engine, prompt):
+        return truth.layer_seconds(engine.prefill(prompt).plan), 1e-3
+
+    monkeypatch.setattr(calibrate, "Engine", Planned)
+    monkeypatch.setattr(calibrate, "_timed_layers", timed)
+    fitted, fit = calibrate.fit_compute(family_model("llama3"), (128, 512, 1024), (0.2, 0.5), 2, lambda items, _: items)
+    assert fit["worst_error"] < 1e-6
+    np.testing.assert_allclose(dataclasses.astuple(fitted), [*dataclasses.astuple(truth)[:5], 1e-3], rtol=1e-4)
+
+
+def test_a_throttled_tier_is_measured_as_it_is(monkeypatch):
+    model, memory = family_model("llama3"), cb.ChunkStore()
+    now = {"s": 0.0}
+
+    def sleep(seconds):
+        now["s"] += seconds
+
+    def open_store():
+        return cb.ThrottledStore(memory, 1e6, 1e-3, clock=lambda: now["s"], sleep=sleep)
+
+    monkeypatch.setattr(calibrate, "READERS", 1)
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: now["s"])
+    tier, page_cache = calibrate._measured_tier(model, open_store, "disk", 2)
+    assert (tier.name, page_cache) == ("disk", calibrate.NOT_USED)
+    assert tier.bytes_per_s == pytest.approx(1e6, rel=0.01)
+    assert tier.latency_s == pytest.approx(1e-3, rel=0.2)  # a read of one token's bytes is in it
+
+
+def test_probes_leave_the_store_alone_and_nothing_open(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibrate, "PROBE_TOKENS", 16)
+    model, directory = family_model("llama3"), tmp_path / "kv"
+    with cb.ChunkStore(directory) as store, cb.Engine(model, store) as engine:
+        engine.precompute(random_prompt(1))
+        kept = store.keys()
+    parsed = argparse.Namespace(store=str(directory), ratios=[0.2], lengths=[64], repeats=1, out=None)
+    report = calibrate.run_calibrate(parsed, model, lambda items, _: items)
+    assert report["store"] == str(directory)
+    assert report["tiers"]["disk"]["bytes_per_s"] > 0
+    assert sorted(path.name for path in directory.iterdir()) == ["index.sqlite", "packs", "quarantine", "writing"]
+    with cb.ChunkStore(directory) as store:
+        assert store.keys() == kept
+    with pytest.raises(cb.CacheBlendError, match="probes of 16 tokens could not be stored in"):
+        calibrate.measure_tiers(model, lambda: cb.ChunkStore(tmp_path / "small", host_bytes=1, disk_bytes=1), 1)
+
+
+def test_a_stores_name_is_its_place_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert store_name("~/kv") == str(tmp_path / "kv")
+    monkeypatch.chdir(tmp_path)
+    assert store_name("kv") == str(tmp_path / "kv")
+    assert store_name("gs://bucket/kv") == "gs://bucket/kv"
+    assert store_name(None) == ""
+
+
+MODEL = ["--model", str(HF / "llama3"), "--dtype", "float32", "--no-compile-cache"]
+
+
+def test_calibrate_then_ask_explains_and_draws(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    report = tmp_path / "report.json"
+    assert (
+        main(["calibrate", *MODEL, "--lengths", "128", "--ratios", "0.2", "--repeats", "1", "--json", str(report)]) == 0
+    )
+    assert "fit over" in capsys.readouterr().out
+    content = json.loads(report.read_text())
+    assert content["tiers"]["host"]["bytes_per_s"] > 0
+    assert "layers" not in content["fit"]
+    (tmp_path / "note.md").write_text("The Cobalt team works in Oslo.\n\nAna joined the Cobalt team.")
+    trace = tmp_path / "trace.json"
+    ask = ["ask", *MODEL, "--docs", str(tmp_path / "note.md"), "--max-new-tokens", "2"]
+    options = ["--ratio", "auto", "--explain", "--executor", "streamed", "--trace", str(trace), "--json", str(report)]
+    assert main([*ask, *options, "Where is Ana?"]) == 0
+    printed = capsys.readouterr()
+    assert "TTFT predicted" in printed.out
+    assert content["saved"] in printed.out
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert trace.with_suffix(".png").stat().st_size > 1000
+    decision = json.loads(report.read_text())["answers"]["blend"]["prefill"]["decision"]
+    assert decision["bound"] in ("floor", "load", "cap")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["calibrate", "--store", "/vanished/mount/kv"], "/vanished/mount is not a directory; is it mounted?"),
+        (["calibrate", "--lengths", "100000"], "no length of [100000] fits the model"),
+        (["calibrate", "--lengths", "4"], "lengths must be at least 8 tokens"),
+        (["calibrate", "--ratios", "2"], "recompute_ratio must be in [0, 1], got 2.0"),
+        (["ask", "--docs", "README.md", "--explain", "why?"], "--explain needs --mode blend --ratio auto"),
+        (
+            ["ask", "--docs", "README.md", "--ratio", "auto", "--profile", "/nowhere.json", "why?"],
+            "cannot read the profile",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(options, message, capsys, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("Ana leads the team.")
+    monkeypatch.chdir(tmp_path)
+    assert main([options[0], *MODEL, *options[1:]]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]

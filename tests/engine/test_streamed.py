@@ -1,0 +1,346 @@
+"""The streamed executor: I6 (equal to the resident one), what is on the device at a time, and chunks that are lost."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+from conftest import FAMILIES, HF, family_model, random_prompt, relative_error
+
+import cacheblend_jax as cb
+from cacheblend_jax.blend.layer_step import LayerKV
+from cacheblend_jax.engine.loading import LayerStream, LostChunkError, Placed, Staging
+
+SELECTORS = sorted(set(cb.SELECTORS) - {"oracle"})
+CASES = [(family, "hkvd", 0.1) for family in FAMILIES]
+CASES += [("llama3", "hkvd", 0.0), ("llama3", "hkvd", 0.4), ("qwen2", "hkvd", 1.0)]
+CASES += [("qwen2", "cross", 0.3), ("qwen2", "query", 0.3)]
+CASES += [("qwen3", selector, 0.2) for selector in SELECTORS if selector != "hkvd"] + [("qwen3", "oracle", 0.2)]
+
+
+def engines(model, blend=None, store=None, **options):
+    """A resident and a streamed engine over one store."""
+    store = cb.ChunkStore() if store is None else store
+    return [cb.Engine(model, store, blend, executor=executor, **options) for executor in ("resident", "streamed")]
+
+
+def assert_same(out, wanted, tolerance=2e-6):
+    assert (out.stats.executor, wanted.stats.executor) == ("streamed", "resident")
+    np.testing.assert_array_equal(out.recomputed, wanted.recomputed)
+    assert relative_error(out.logits, wanted.logits) < tolerance
+    assert relative_error(out.cache.k, wanted.cache.k) < tolerance
+    assert relative_error(out.cache.v, wanted.cache.v) < tolerance
+    assert out.next_token == wanted.next_token
+    assert out.stats.flops == wanted.stats.flops
+
+
+@pytest.mark.parametrize(("family", "selector", "ratio"), CASES)
+def test_i6_streamed_is_resident(family, selector, ratio):
+    resident, streamed = engines(family_model(family), cb.BlendConfig(ratio, selector))
+    prompt, other = random_prompt(1), random_prompt(2, (25, 30, 33))
+    for each in (prompt, other, prompt):  # the second leaves its KV in the buffers that the third uses
+        resident.precompute(each)
+        assert_same(streamed.prefill(each), resident.prefill(each))
+
+
+@pytest.mark.parametrize("mode", ["prefix", "reuse", "blend"])
+def test_i6_with_misses_and_an_exact_chunk(mode):
+    resident, streamed = engines(family_model("mistral"), cb.BlendConfig(0.3), context_tokens=None)
+    prompt = random_prompt(3)
+    resident.precompute(prompt.chunks[:1] + prompt.chunks[2:], prefix=prompt.prefix)
+    wanted = resident.prefill(prompt, mode)
+    resident.flush()
+    resident.store.clear()
+    resident.precompute(prompt.chunks[:1] + prompt.chunks[2:], prefix=prompt.prefix)
+    out = streamed.prefill(prompt, mode)
+    assert out.stats.exact == 9 + 30
+    assert_same(out, wanted)
+
+
+def test_i6_on_a_mesh():
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    resident, streamed = engines(
+        cb.load_model(HF / "qwen3", dtype="float32", mesh=mesh), cb.BlendConfig(selector="query", num_stages=1)
+    )
+    prompt = random_prompt(28)
+    resident.precompute(prompt)
+    for _ in range(2):
+        assert_same(streamed.prefill(prompt), resident.prefill(prompt), 1e-5)
+
+
+def test_a_streamed_cache_decodes_on():
+    resident, streamed = engines(family_model("llama3"))
+    prompt = random_prompt(4)
+    resident.precompute(prompt)
+    wanted = resident.generate(prompt, max_new_tokens=5, stop_token_ids=()).token_ids
+    assert streamed.generate(prompt, max_new_tokens=5, stop_token_ids=()).token_ids == wanted
+
+
+def test_auto_streams_what_comes_from_a_slow_tier():
+    store, model, prompt = cb.ChunkStore(), family_model("llama3"), random_prompt(5)
+    with cb.Engine(model, store) as engine:
+        engine.precompute(prompt)
+        assert engine.prefill(prompt).stats.executor == "resident"
+    with cb.Engine(model, cb.ThrottledStore(store, 1e12)) as engine:
+        assert engine.prefill(prompt).stats.executor == "streamed"
+        assert engine.prefill(prompt, "full").stats.executor == "resident"
+    with cb.Engine(model, cb.ThrottledStore(store, 1e12), executor="resident") as engine:
+        assert engine.prefill(prompt).stats.executor == "resident"
+
+
+def test_nothing_compiles_for_another_prompt_of_the_bucket_and_ratios_share_programs():
+    # A model of its own: its programs are no other test's.
+    (_, streamed), prompt = engines(cb.random_model(FAMILIES["llama3"], seed=7)), random_prompt(6)
+    streamed.warmup(128, prefix_tokens=9, suffix_tokens=7)
+    count = streamed.model.programs.count
+    for each in (prompt, random_prompt(7, (20, 50, 30))):
+        streamed.precompute(each)
+        assert streamed.prefill(each).stats.compile_s == 0
+    assert streamed.model.programs.count == count + 1  # precompute's
+
+
+class DeviceWatch(cb.Trace):
+    """Counts, whenever work ends, the arrays on the device that are one layer of cached K or V."""
+
+    def __init__(self, shape) -> None:
+        super().__init__()
+        self.shape, self.most = shape, 0
+        self.before = jax.live_arrays()  # other tests' arrays of that shape; kept, so that no new one gets their ids
+
+    def add(self, *span) -> None:
+        known = {id(x) for x in self.before}
+        arrays = [x for x in jax.live_arrays() if x.shape == self.shape and id(x) not in known]
+        # JAX now and then makes a second array of a buffer: it is buffers that take memory.
+        self.most = max(self.most, len({pointer for x in arrays if (pointer := self._pointer(x)) is not None}))
+        super().add(*span)
+
+    @staticmethod
+    def _pointer(array) -> int | None:
+        try:
+            return array.unsafe_buffer_pointer()
+        except (RuntimeError, ValueError):  # deleted, maybe just now
+            return None
+
+
+@pytest.mark.parametrize("prefetch_layers", [1, 2, 4])
+@pytest.mark.parametrize("selector", ["hkvd", "query"])
+def test_at_most_prefetch_layers_of_cached_kv_are_on_the_device(selector, prefetch_layers):
+    (_, streamed), prompt = (
+        engines(family_model("llama3"), cb.BlendConfig(selector=selector), prefetch_layers=prefetch_layers),
+        random_prompt(8),
+    )
+    streamed.precompute(prompt)
+    streamed.prefill(prompt)
+    watch = DeviceWatch((128, 2, 8))
+    before = len(jax.live_arrays())
+    out = streamed.prefill(prompt, trace=watch)
+    assert 0 < watch.most <= 2 * prefetch_layers  # K and V
+    assert watch.spans
+    out.padded_cache.k.delete()
+    out.padded_cache.v.delete()
+    del out
+    assert len(jax.live_arrays()) <= before + 2  # nothing is left behind but the tables
+
+
+def test_the_blended_cache_is_written_in_place():
+    (_, streamed), prompt = engines(cb.random_model(FAMILIES["llama3"], seed=7)), random_prompt(9)
+    streamed.precompute(prompt)
+    streamed.prefill(prompt)
+    stack = "f32[6,128,2,8]"
+    writers = [text for text in streamed.model.programs.texts() if text.split("->")[0].count(stack) == 2]
+    assert writers
+    for text in writers:
+        assert text.splitlines()[0].count("may-alias") + text.splitlines()[0].count("must-alias") == 2
+
+
+class FaultyStore(cb.ThrottledStore):
+    """Reading `layer` of the `number`-th chunk opened fails, once; a damaged entry is dropped, as a store does."""
+
+    def __init__(self, store, number: int, layer: int, error: Exception) -> None:
+        super().__init__(store, 1e12)
+        self.number, self.layer, self.error, self.opened = number, layer, error, 0
+
+    def open(self, key):
+        chunk = super().open(key)
+        if chunk is not None:
+            self.opened += 1
+            if self.opened == self.number:
+                self._fail(key, chunk)
+        return chunk
+
+    def _fail(self, key, chunk) -> None:
+        read_layer = chunk.read_layer
+
+        def fail(layer):
+            if layer == self.layer:
+                if isinstance(self.error, cb.DamagedEntryError):
+                    self.wrapped.remove(key)
+                raise self.error
+            return read_layer(layer)
+
+        chunk.read_layer = fail
+
+
+@pytest.mark.parametrize("executor", ["resident", "streamed"])
+@pytest.mark.parametrize("layer", [0, 4])
+@pytest.mark.parametrize("error", [cb.DamagedEntryError("chunk: layer 4 is damaged"), OSError("stale file handle")])
+def test_a_lost_chunk_becomes_a_miss_and_the_answer_is_right(executor, layer, error, caplog):
+    model, store, prompt = family_model("qwen2"), cb.ChunkStore(), random_prompt(10)
+    clean = cb.Engine(model, store, cb.BlendConfig(0.3, num_stages=1), executor="resident")
+    clean.precompute([*prompt.chunks[:1], *prompt.chunks[2:]], prefix=prompt.prefix)
+    wanted = clean.prefill(prompt)
+    clean.flush()
+    faulty = FaultyStore(store, number=3, layer=layer, error=error)  # the prefix is opened first
+    with cb.Engine(model, faulty, cb.BlendConfig(0.3, num_stages=1), executor=executor) as engine:
+        out = engine.prefill(prompt)
+        assert (out.stats.damaged, out.stats.hits, out.stats.misses) == (1, 3, 1)
+        np.testing.assert_array_equal(out.recomputed, wanted.recomputed)
+        assert relative_error(out.logits, wanted.logits) < 2e-6
+        assert "computed instead" in caplog.text
+        engine.flush()
+        again = engine.prefill(prompt)
+    assert (again.stats.damaged, again.stats.hits) == (0, 4)
+
+
+def test_a_store_all_of_whose_chunks_are_lost_still_answers():
+    model, prompt = family_model("llama3"), random_prompt(11)
+
+    class Broken(cb.ThrottledStore):
+        def open(self, key):
+            chunk = super().open(key)
+            if chunk is not None:
+                chunk.read_layer = self.fail
+            return chunk
+
+        def fail(self, layer):
+            raise OSError("the mount is gone")
+
+    with cb.Engine(model, Broken(cb.ChunkStore(), 1e12)) as engine:
+        engine.precompute(prompt)
+        out, full = engine.prefill(prompt), engine.prefill(prompt, "full")
+    assert out.stats.damaged == 5
+    assert relative_error(out.logits, full.logits) < 1e-5
+
+
+class Rows:
+    """A chunk whose layer l holds the value l."""
+
+    tier = "host"
+
+    def __init__(self, tokens: int, fail_at: int | None = None) -> None:
+        self.tokens, self.fail_at = tokens, fail_at
+
+    def read_layer(self, layer):
+        if layer == self.fail_at:
+            raise cb.DamagedEntryError("damaged")
+        return np.full((self.tokens, 1, 2), layer, np.float32), np.full((self.tokens, 1, 2), -layer, np.float32)
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(4) as readers, ThreadPoolExecutor(2) as lanes:
+        yield readers, lanes
+
+
+def stream_of(chunk, layers, threads, host_layers=3, device_layers=2):
+    buffers = Staging(np.dtype(np.float32)).arrays((host_layers, 16, 1, 2))
+    return LayerStream([Placed("key", 2, 6, chunk)], layers, buffers, device_layers, jax.device_put, *threads)
+
+
+def test_a_buffer_is_not_filled_again_before_its_step_is_done(threads):
+    layers = [*range(7), *range(7)]
+    with stream_of(Rows(4), layers, threads) as stream:
+        for layer in layers:
+            kv = stream.next()
+            result = jax.jit(lambda kv: jax.tree.map(lambda x: x * 1, kv))(kv)
+            stream.used_until(result.v)
+            np.testing.assert_array_equal(np.asarray(result.k)[2:6], np.full((4, 1, 2), layer))
+            np.testing.assert_array_equal(np.asarray(result.v)[2:6], np.full((4, 1, 2), -layer))
+            np.testing.assert_array_equal(np.asarray(result.k)[6:], 0)
+
+
+def test_no_layer_arrives_beyond_the_bound_until_one_is_released(threads):
+    put, arrived = [], threading.Event()
+
+    def device_put(kv):
+        put.append(kv)
+        if len(put) == 3:
+            arrived.set()
+        return jax.device_put(kv)
+
+    buffers = Staging(np.dtype(np.float32)).arrays((3, 16, 1, 2))
+    stream = LayerStream([Placed("key", 0, 4, Rows(4))], range(5), buffers, 2, device_put, *threads)
+    with stream:
+        stream.next(), stream.next()
+        assert len(put) == 2  # the third waits, since neither layer is said to be done with
+        stream.used_until(jax.numpy.zeros(()))
+        assert arrived.wait(60)
+
+
+def test_a_loss_reaches_the_loop_after_the_layers_before_it_and_nothing_is_left_running(threads):
+    with stream_of(Rows(4, fail_at=3), range(6), threads) as stream:
+        for layer in range(3):
+            kv = stream.next()
+            assert isinstance(kv, LayerKV)
+            assert float(kv.k[2, 0, 0]) == layer
+            stream.used_until(kv.k * 1)
+        with pytest.raises(LostChunkError, match="damaged") as error:
+            stream.next()
+    assert error.value.key == "key"
+    assert threads[1].submit(lambda: "free").result() == "free"
+
+
+class ManualTime:
+    """A clock that only sleeping moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_throttled_tier_takes_latency_and_bytes_over_bandwidth():
+    time, store = ManualTime(), cb.ChunkStore()
+    entry = cb.ChunkEntry(*(np.zeros((2, 10, 1, 5), np.float32) for _ in range(2)))
+    throttled = cb.ThrottledStore(store, 400.0, 0.5, clock=time.clock, sleep=time.sleep)
+    assert throttled.put("key", entry)
+    assert "key" in throttled
+    assert len(throttled) == 1
+    assert throttled.open("other") is None
+    with throttled.open("key") as chunk:
+        assert (chunk.tier, chunk.num_tokens, chunk.num_layers, chunk.num_bytes) == ("disk", 10, 2, 800)
+        assert time.now == 100.0
+        chunk.read_layer(1)
+        assert time.now == pytest.approx(100.0 + 0.5 + 1.0)
+    throttled.get("key")
+    assert time.now == pytest.approx(101.5 + 0.5 + 2.0)
+
+
+def test_readers_of_a_throttled_tier_share_its_bandwidth():
+    slept: list[float] = []
+    throttled = cb.ThrottledStore(cb.ChunkStore(), 100.0, 0.25, clock=lambda: 0.0, sleep=slept.append)
+    for _ in range(3):  # all at the same instant: latencies overlap, bytes do not
+        throttled.wait_for(100)
+    assert slept == pytest.approx([1.25, 2.25, 3.25])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: cb.ThrottledStore(cb.ChunkStore(), 0), "bytes_per_s must be positive and finite, got 0"),
+        (lambda: cb.ThrottledStore(cb.ChunkStore(), -1.0), "bytes_per_s must be positive"),
+        (lambda: cb.ThrottledStore(cb.ChunkStore(), 1.0, -1.0), "latency_s must be at least 0"),
+        (lambda: cb.Engine(family_model("llama3"), executor="fast"), "unknown executor 'fast'; expected one of auto"),
+        (lambda: cb.Engine(family_model("llama3"), prefetch_layers=0), "prefetch_layers must be a whole number"),
+    ],
+)
+def test_what_makes_no_sense_is_named(make, message):
+    with pytest.raises(cb.CacheBlendError, match=message):
+        make()

@@ -1,0 +1,227 @@
+"""Every kernel, and the whole blend of a Llama-3-8B shape, compiled for an H200 and a TPU v5e without either."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ahead_of_time import compiler
+
+from cacheblend_jax.blend.layer_step import LayerKV
+from cacheblend_jax.blend.resident import Request, prefill
+from cacheblend_jax.blend.schedule import BlendConfig, make_plan
+from cacheblend_jax.evaluation.bench import SHAPES
+from cacheblend_jax.model import transformer
+from cacheblend_jax.model.decode import decode_step
+from cacheblend_jax.model.transformer import abstract_params
+from cacheblend_jax.runtime.programs import COMPILER_OPTIONS
+from pallas_kernels import blend_kv, selective_attention, tuning
+from pallas_kernels.attention.tiles import cost
+from pallas_kernels.dispatch import OVERRIDE, Target
+from pallas_kernels.tuning import AttentionBlocks
+
+pytestmark = pytest.mark.aot
+NO_SPILL = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+LLAMA3_8B = SHAPES["llama-3-8b"]
+
+
+def _attention(
+    head_dim: int, dtype=jnp.bfloat16, num_queries: int = 1229, implementation: str = "pallas", num_keys: int = 8192
+):
+    def shape(*sizes: int, of=dtype):
+        return jax.ShapeDtypeStruct(sizes, of)
+
+    def attend(q, k, v, positions, starts, length):
+        options = {"kv_length": length, "return_lse": True, "implementation": implementation}
+        return selective_attention(q, k, v, positions, q_starts=starts, **options)
+
+    integers = [shape(*sizes, of=jnp.int32) for sizes in ((num_queries,), (num_queries,), ())]
+    keys = shape(num_keys, 8, head_dim)
+    return attend, shape(num_queries, 32, head_dim), keys, keys, *integers
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_attention_for_hopper_spills_no_register(head_dim, capfd):
+    compiled = compiler("gpu")(*_attention(head_dim))
+    text = compiled.as_text()
+    assert "selective_attention_mosaic_gpu" in text or "mosaic_gpu" in text
+    printed = "".join(capfd.readouterr())
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", printed)
+    assert spills, "ptxas printed no account of registers"
+    assert set(spills) == {("0", "0")}
+
+
+@pytest.mark.parametrize("num_keys", [100, 1001])
+def test_attention_for_hopper_takes_any_number_of_keys(num_keys):
+    compiler("gpu")(*_attention(128, num_queries=65, num_keys=num_keys, implementation="mosaic_gpu"))
+
+
+def test_a_kernel_beyond_shared_memory_fails_for_hopper(monkeypatch):
+    too_many = [(2, 256, AttentionBlocks(rows=128, keys=128, stages=16))]
+    monkeypatch.setitem(tuning.SELECTIVE_ATTENTION, ("mosaic_gpu", ""), too_many)
+    with pytest.raises(Exception, match=r"(?i)shared memory|smem|SMEM"):
+        compiler("gpu")(*_attention(128))
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (80, "bfloat16"), (128, "bfloat16"), (64, "float32")])
+def test_attention_by_triton_spills_no_register(head_dim, dtype):
+    arguments = _attention(head_dim, jnp.dtype(dtype), implementation="triton")
+    assert "selective_attention_triton" in compiler("gpu")(*arguments, options=NO_SPILL).as_text()
+
+
+def test_a_kernel_that_spills_fails_for_hopper(monkeypatch):
+    too_many = [(2, 256, AttentionBlocks(rows=128, keys=64))]
+    monkeypatch.setitem(tuning.SELECTIVE_ATTENTION, ("triton", ""), too_many)
+    with pytest.raises(Exception, match="register spilling"):
+        compiler("gpu")(*_attention(128, implementation="triton"), options=NO_SPILL)
+
+
+def _blend_kv(backend: str, head_dim: int, dtype, kv_heads: int, *, return_deviation: bool):
+    shape, keys, rows = jax.ShapeDtypeStruct, 8192, 1293
+    cached, fresh = (shape((tokens, kv_heads, head_dim), dtype) for tokens in (keys, rows))
+    angles = shape((keys, head_dim // 2), jnp.float32)
+
+    def blend(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin):
+        options = {"cos": cos, "sin": sin, "return_deviation": return_deviation, "implementation": backend}
+        return blend_kv(k_cached, v_cached, k_fresh, v_fresh, indices, **options)
+
+    return blend, cached, cached, fresh, fresh, shape((rows,), jnp.int32), angles, angles
+
+
+@pytest.mark.parametrize("return_deviation", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "dtype", "kv_heads"),
+    [
+        ("triton", 128, "bfloat16", 8),
+        ("triton", 80, "bfloat16", 2),
+        ("triton", 256, "float32", 8),
+        ("tpu", 128, "bfloat16", 8),
+        ("tpu", 256, "float32", 8),
+    ],
+)
+def test_blending_in_place_copies_nothing(backend, head_dim, dtype, kv_heads, return_deviation):
+    platform = "gpu" if backend == "triton" else "tpu"
+    arguments = _blend_kv(backend, head_dim, jnp.dtype(dtype), kv_heads, return_deviation=return_deviation)
+    compiled = compiler(platform)(*arguments, donate=(0, 1), options=NO_SPILL if platform == "gpu" else None)
+    text = compiled.as_text()
+    assert f"blend_kv_{backend}" in text
+    assert not re.search(rf"\[8192,{kv_heads},{head_dim}\]\S* copy\(", text)
+    memory = compiled.memory_analysis()
+    pass_over_keys = arguments[1].size * arguments[1].dtype.itemsize
+    assert memory.alias_size_in_bytes >= 2 * pass_over_keys
+    assert memory.temp_size_in_bytes < 0.15 * pass_over_keys
+
+
+def test_blending_heads_that_fill_no_lanes_compiles_for_tpu():
+    # XLA lays such arrays out with the keys as lanes, and turns them round for the kernel: it copies.
+    assert "blend_kv_tpu" in compiler("tpu")(*_blend_kv("tpu", 80, jnp.bfloat16, 2, return_deviation=True)).as_text()
+
+
+def test_a_copy_of_what_is_not_donated_is_seen():
+    arguments = _blend_kv("triton", 128, jnp.bfloat16, 8, return_deviation=False)
+    assert re.search(r"\[8192,8,128\]\S* copy\(", compiler("gpu")(*arguments).as_text())
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(64, "bfloat16"), (80, "float32"), (128, "bfloat16"), (256, "float32")]
+)
+def test_attention_for_tpu_fits_its_memory(head_dim, dtype):
+    arguments = _attention(head_dim, jnp.dtype(dtype))
+    compiled = compiler("tpu")(*arguments)
+    assert "selective_attention_tpu" in compiled.as_text()
+    blocks = tuning.attention_blocks("tpu", "TPU v5 lite", jnp.dtype(dtype), head_dim)
+    least = cost(*arguments[1:3], tile_rows=blocks.rows, block_keys=blocks.keys).flops
+    assert least <= compiled.cost_analysis()["flops"] <= 1.1 * least
+    # Scores of all queries and keys would be 1.3 GB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 3e8
+
+
+def test_a_kernel_beyond_vmem_fails_for_tpu(monkeypatch):
+    too_large = [(2, 256, AttentionBlocks(rows=4096, keys=8192))]
+    monkeypatch.setitem(tuning.SELECTIVE_ATTENTION, ("tpu", ""), too_large)
+    with pytest.raises(Exception, match=r"(?i)vmem|memory"):
+        compiler("tpu")(*_attention(128))
+
+
+def _shape(*sizes: int, of=jnp.int32):
+    return jax.ShapeDtypeStruct(sizes, of)
+
+
+def _blend_arguments(config, num_stages: int):
+    length, forced, layers = 8192, 64, config.num_layers
+    blend_config = BlendConfig(num_stages=num_stages)
+    plan = make_plan(num_layers=layers, length=length, active=length, forced=forced, blend=blend_config, check_layer=1)
+    request = Request(
+        token_ids=_shape(plan.active),
+        positions=_shape(plan.active),
+        length=_shape(),
+        forced=_shape(plan.active, of=jnp.bool_),
+        chunk_starts=_shape(plan.active),
+        context_length=_shape(),
+        keep=_shape(len(plan.stages) - 1),
+        forced_rows=_shape(plan.forced),
+        is_question=_shape(plan.forced, of=jnp.bool_),
+        oracle=_shape(plan.active, of=jnp.float32),
+        seed=_shape(),
+    )
+    cached = _shape(layers, plan.cache_length, 8, 128, of=jnp.bfloat16)
+    angles = _shape(plan.cache_length, 64, of=jnp.float32)
+
+    def blend(params, request, cached, cos, sin):
+        return prefill(params, request, cached, cos, sin, config=config, plan=plan)
+
+    return blend, abstract_params(config), request, LayerKV(cached, cached), angles, angles
+
+
+def _slices_of_weights(text: str) -> list[str]:
+    """Operations of their own, within no fusion, that take a layer's matrix out of its stack."""
+    matrices = {x.shape[1:] for x in jax.tree.leaves(abstract_params(LLAMA3_8B).layers) if x.ndim == 3}
+    sizes = "|".join(f"{rows},{columns}" for rows, columns in matrices)
+    taken = re.compile(rf"%\S*(slice|copy)\S* = \(?bf16\[1,({sizes})\]")
+    computations = re.split(r"^(?=\S)", text, flags=re.MULTILINE)
+    run = [computation for computation in computations if computation.startswith(("ENTRY", "%region"))]  # and loops
+    return [line for computation in run for line in computation.splitlines() if taken.search(line)]
+
+
+def test_a_whole_blend_for_an_h200_spills_nothing_and_copies_no_weights(capfd, monkeypatch):
+    monkeypatch.setenv(OVERRIDE, "pallas")
+    compiled = compiler("gpu")(*_blend_arguments(LLAMA3_8B, 4), options=COMPILER_OPTIONS["gpu"])
+    assert "mosaic_gpu" in compiled.as_text()
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", "".join(capfd.readouterr()))
+    assert spills, "ptxas printed no account of registers"
+    assert set(spills) == {("0", "0")}
+    assert _slices_of_weights(compiled.as_text()) == []
+    # Beside 16 GB of weights and 2 GB of KV: activations of 8192 tokens, never scores of tokens by tokens (8.6 GB).
+    assert compiled.memory_analysis().temp_size_in_bytes < 2e9
+
+
+def test_decoding_for_an_h200_copies_no_weights():
+    cached, angles = _shape(32, 8192, 8, 128, of=jnp.bfloat16), _shape(8192, 64, of=jnp.float32)
+
+    def decode(params, k, v, token_id, position, cos, sin):
+        return decode_step(params, k, v, token_id, position, cos, sin, config=LLAMA3_8B)
+
+    arguments = abstract_params(LLAMA3_8B), cached, cached, _shape(), _shape(), angles, angles
+    compiled = compiler("gpu")(decode, *arguments, donate=(1, 2), options=COMPILER_OPTIONS["gpu"])
+    assert _slices_of_weights(compiled.as_text()) == []
+
+
+def test_weights_that_a_loop_copies_are_seen(monkeypatch):
+    monkeypatch.setattr(transformer, "current_target", lambda: Target("cpu"))
+    config = replace(LLAMA3_8B, num_layers=4, windows=(None,) * 4)
+    assert _slices_of_weights(compiler("gpu")(*_blend_arguments(config, 1)).as_text())
+
+
+def test_a_whole_blend_compiles_for_a_tpu(monkeypatch):
+    # As many layers of Llama 3 8B as a v5e holds weights, KV and embeddings of.
+    monkeypatch.setenv(OVERRIDE, "pallas")
+    compiled = compiler("tpu")(*_blend_arguments(replace(LLAMA3_8B, num_layers=12, windows=(None,) * 12), 2))
+    text = compiled.as_text()
+    assert "selective_attention_tpu" in text
+    assert "blend_kv_tpu" in text
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes < 15.75 * 2**30
+    assert memory.temp_size_in_bytes < 1.5e9

@@ -1,0 +1,187 @@
+"""`blend_kv`: every backend (the Pallas ones interpreted) against the reference in float64, and misuse."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import TOLERANCE
+
+from pallas_kernels import blend_kv, tuning
+from pallas_kernels.blending.reference import blend_kv_reference
+from pallas_kernels.tuning import BlendBlocks
+
+BACKENDS = ("xla", "triton", "tpu")
+NAMES = ("k_cached", "v_cached", "k_fresh", "v_fresh", "indices", "cos", "sin")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    # So that few keys have many borders.
+    monkeypatch.setattr(tuning, "BLEND_KV", {"triton": BlendBlocks(keys=16), "tpu": BlendBlocks(keys=128)})
+
+
+def arguments(num_keys: int, places, head_dim: int, dtype: str, *, padding: int = 0, kv_heads: int = 2, seed: int = 0):
+    """Arguments of `blend_kv` by name: fresh rows at `places`, then `padding` ones that are NaN."""
+    rng = np.random.default_rng(seed)
+    num_fresh = len(places) + padding
+
+    def array(rows: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal((rows, kv_heads, head_dim)), dtype)
+
+    fresh = [array(num_fresh).at[len(places) :].set(jnp.nan) for _ in range(2)]
+    indices = jnp.asarray([*sorted(places), *range(num_keys, num_keys + padding)], jnp.int32)
+    angles = rng.uniform(0, 1000, (num_keys, head_dim // 2))
+    tables = [jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin)]
+    return dict(zip(NAMES, (array(num_keys), array(num_keys), *fresh, indices, *tables), strict=True))
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "return_deviation"))
+def call(named: dict, **options):
+    by_position = {name: named[name] for name in NAMES[:5]}
+    return blend_kv(*by_position.values(), cos=named["cos"], sin=named["sin"], **options)
+
+
+@jax.jit
+def reference(named: dict):
+    return blend_kv_reference(*(named[name] for name in NAMES[:5]), cos=named["cos"], sin=named["sin"])
+
+
+def check(named: dict, implementation: str | None) -> None:
+    k, v, deviation = call(named, implementation=implementation, return_deviation=True)
+    with jax.enable_x64(True):
+        exact = {
+            name: x if name == "indices" else jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64)
+            for name, x in named.items()
+        }
+        wanted_k, wanted_v, wanted_deviation = map(np.asarray, reference(exact))
+    dtype = named["k_cached"].dtype
+    tolerance = TOLERANCE[str(dtype)]
+    np.testing.assert_array_equal(np.asarray(v, np.float64), wanted_v)
+    np.testing.assert_allclose(np.asarray(k, np.float64), wanted_k, atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(deviation, wanted_deviation, rtol=1e-5)
+    assert k.dtype == v.dtype == dtype
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=6, deadline=None)
+@given(
+    sizes=st.sampled_from(((1, 1), (300, 24), (300, 300))),  # few, since each is compiled
+    filled=st.sampled_from((0.0, 0.8, 1.0)),
+    heads=st.sampled_from(((1, 16), (3, 80))),
+    dtype=st.sampled_from(sorted(TOLERANCE)),
+    seed=st.integers(0, 2**16),
+)
+def test_keys_are_rotated_once_and_rows_replaced(backend, sizes, filled, heads, dtype, seed):
+    (num_keys, num_fresh), (kv_heads, head_dim) = sizes, heads
+    count = round(filled * num_fresh)
+    places = np.random.default_rng(seed).choice(num_keys, count, replace=False)
+    padding = num_fresh - count
+    check(arguments(num_keys, places, head_dim, dtype, padding=padding, kv_heads=kv_heads, seed=seed), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("places", [[0, 127, 128, 255, 256, 299], [128], range(128, 152), [299]])
+def test_rows_at_the_borders_of_blocks(backend, places):
+    check(arguments(300, places, 16, "float32", padding=24 - len(places)), backend)
+
+
+@pytest.mark.parametrize("backend", ["xla", "triton"])  # the TPU's interpreter can't: see test_ahead_of_time.py
+def test_donated_keys_and_values_are_replaced_in_place(backend):
+    named = arguments(40, [3, 20], 16, "float32")
+    wanted = call(named)
+    donated = [jnp.array(named.pop(name)) for name in NAMES[:2]]
+    places = {x.unsafe_buffer_pointer() for x in donated}
+
+    def blend(donated, rest):
+        return call({"k_cached": donated[0], "v_cached": donated[1], **rest}, implementation=backend)
+
+    blended = jax.jit(blend, donate_argnums=0)(donated, named)
+    for one, other in zip(blended, wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=1e-6)
+    assert {x.unsafe_buffer_pointer() for x in blended} == places
+    assert all(x.is_deleted() for x in donated)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_callers_values_stay_as_they_were(backend):
+    """And without the deviation the same comes out."""
+    named = arguments(40, [3, 20], 16, "float32")
+    before = {name: np.array(x) for name, x in named.items()}
+    plain = call(named, implementation=backend)
+    for one, other in zip(plain, call(named, implementation=backend, return_deviation=True), strict=False):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    for name, x in named.items():
+        np.testing.assert_array_equal(np.asarray(x), before[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_equals_one_by_one(backend):
+    members = [arguments(40, places, 16, "float32", seed=seed) for seed, places in enumerate(([1, 5], [0, 39]))]
+    stacked = {name: jnp.stack([member[name] for member in members]) for name in NAMES}
+    batched = jax.vmap(lambda named: call(named, implementation=backend, return_deviation=True))(stacked)
+    for i, member in enumerate(members):
+        alone = call(member, implementation=backend, return_deviation=True)
+        for one, other in zip(batched, alone, strict=True):
+            np.testing.assert_allclose(one[i], other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k_cached": jnp.zeros((6, 8))}, r"k_cached must be of rank 3.*\(6, 8\)"),
+        ({"k_cached": jnp.zeros((6, 2, 7))}, "k_cached must have an even head_dim"),
+        ({"k_cached": jnp.zeros((6, 2, 16), jnp.int32)}, "k_cached must be floating, got int32"),
+        ({"v_cached": jnp.zeros((5, 2, 16))}, r"v_cached must have shape \(6, 2, 16\), got \(5, 2, 16\)"),
+        ({"k_fresh": jnp.zeros((2, 3, 16))}, r"k_fresh must have shape \(2, 2, 16\), got \(2, 3, 16\)"),
+        ({"v_fresh": jnp.zeros((3, 2, 16))}, r"v_fresh must have shape \(2, 2, 16\), got \(3, 2, 16\)"),
+        ({"v_fresh": jnp.zeros((2, 2, 16), jnp.bfloat16)}, "v_fresh must have k_cached's dtype float32, got bfloat16"),
+        ({"indices": jnp.zeros(3, jnp.int32)}, r"indices must have shape \(2,\), got \(3,\)"),
+        ({"indices": jnp.zeros(2)}, r"indices must be integer, got float32\[2\]"),
+        ({"cos": jnp.zeros((6, 16))}, r"cos must have shape \(6, 8\), got \(6, 16\)"),
+        ({"sin": jnp.zeros((6, 8), jnp.int32)}, "sin must be floating"),
+        ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
+        ({"implementation": "mosaic_gpu"}, "unknown implementation 'mosaic_gpu'"),
+        ({"implementation": "tpu", "k_fresh": jnp.zeros((0, 2, 16))}, "needs a key and a fresh row"),
+    ],
+)
+def test_what_does_not_fit_is_named_when_traced(change, message):
+    named = arguments(6, [1, 4], 16, "float32") | change
+    if "k_fresh" in change and not change["k_fresh"].size:
+        named |= {"v_fresh": named["k_fresh"], "indices": jnp.zeros(0, jnp.int32)}
+    implementation = named.pop("implementation", None)
+    unchecked = getattr(blend_kv, "__wrapped__", blend_kv)  # without jaxtyping's own check
+
+    def blend(named):
+        return unchecked(
+            *(named[n] for n in NAMES[:5]), cos=named["cos"], sin=named["sin"], implementation=implementation
+        )
+
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(blend, named)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "backend", "message"),
+    [(24, "tpu", "a multiple of 16, got 24"), (512, "tpu", "at most 256"), (512, "triton", "at most 256")],
+)
+def test_a_backend_that_cannot_serve_says_why(head_dim, backend, message):
+    with pytest.raises(ValueError, match=message):
+        call(arguments(6, [1, 4], head_dim, "float32"), implementation=backend)
+
+
+def test_no_keys_and_no_fresh_rows_are_legal():
+    none, rows, angles = jnp.ones((0, 2, 4)), jnp.ones((3, 2, 4)), jnp.ones((0, 2))
+    k, v, deviation = blend_kv(none, none, rows, rows, jnp.arange(3), cos=angles, sin=angles, return_deviation=True)
+    assert (k.shape, v.shape) == (none.shape, none.shape)
+    np.testing.assert_array_equal(deviation, np.zeros((3, 2)))
+    k, v, deviation = blend_kv(
+        rows, rows, none, none, jnp.arange(0), cos=jnp.ones((3, 2)), sin=jnp.zeros((3, 2)), return_deviation=True
+    )
+    np.testing.assert_array_equal(k, rows)
+    assert deviation.shape == (0, 2)

@@ -1,0 +1,175 @@
+"""The kernels against their references in float64, over shapes, positions, windows and poisoned padding."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES, family_model
+from hypothesis import given, settings
+from jax.experimental import checkify
+from kernel_cases import TOLERANCE, cases
+
+from cacheblend_jax.blend import layer_step
+from cacheblend_jax.blend.layer_step import LayerKV
+from cacheblend_jax.blend.resident import prefill
+from cacheblend_jax.blend.schedule import BlendConfig, make_plan
+from cacheblend_jax.evaluation.whole_prefills import request_of
+from cacheblend_jax.model import transformer
+from cacheblend_jax.model.rope import rope_tables
+from pallas_kernels import apply_rope, attention_mass, selective_attention
+from pallas_kernels.attention.reference import selective_attention_reference
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_selective_attention_equals_its_reference(case):
+    case.check("xla")
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases())
+def test_poisoned_padding_never_reaches_a_result(case):
+    poison = (jnp.arange(case.k.shape[0]) >= case.kv_length)[:, None, None]
+    k, v = (jnp.where(poison, jnp.nan, x) for x in (case.k, case.v))
+    clean = selective_attention(case.q, case.k, case.v, case.positions, return_lse=True, **case.masks)
+    poisoned = selective_attention(case.q, k, v, case.positions, return_lse=True, **case.masks)
+    for one, other in zip(clean, poisoned, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_keys_after_the_last_visible_one_are_not_computed():
+    # NaN in every key block past the last that the query needs: it is skipped, not masked.
+    keys, q = jnp.zeros((4096, 1, 8)), jnp.ones((1, 1, 8))
+    poisoned = keys.at[2048:].set(jnp.nan)
+    positions = jnp.asarray([300], jnp.int32)
+    assert np.isfinite(np.asarray(selective_attention(q, poisoned, poisoned, positions))).all()
+    assert np.isnan(np.asarray(selective_attention(q, poisoned, poisoned, positions + 2000))).any()
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
+def test_nothing_to_attend_to_gives_zeros(queries, keys):
+    q, kv = jnp.ones((queries, 4, 8)), jnp.ones((keys, 2, 8))
+    positions = jnp.arange(queries)
+    out, lse = selective_attention(q, kv, kv, positions, return_lse=True)
+    np.testing.assert_array_equal(out, np.zeros(q.shape))
+    np.testing.assert_array_equal(lse, np.full((queries, 4), -np.inf))
+    np.testing.assert_array_equal(attention_mass(q, kv, lse, positions), np.zeros(keys))
+
+
+def test_padding_queries_give_zeros():
+    q, k = jnp.ones((3, 2, 8)), jnp.ones((16, 1, 8))
+    out, lse = selective_attention(q, k, k, jnp.asarray([3, 12, 16], jnp.int32), kv_length=10, return_lse=True)
+    assert (np.asarray(out[0]) == 1).all()
+    assert (np.asarray(out[1:]) == 0).all()
+    assert np.isneginf(np.asarray(lse[1:])).all()
+
+
+@pytest.mark.parametrize("kv_length", [None, 40])
+def test_attention_works_under_vmap_and_with_a_traced_length(kv_length):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((3, tokens, 2, 8)), jnp.float32) for tokens in (5, 50, 50))
+    positions = jnp.asarray(np.sort(rng.integers(0, 50, (3, 5)), axis=1), jnp.int32)
+
+    def one(q, k, v, positions, length):
+        return selective_attention(q, k, v, positions, kv_length=length)
+
+    lengths = jnp.full(3, 50 if kv_length is None else kv_length, jnp.int32)
+    batched = jax.jit(jax.vmap(one))(q, k, v, positions, lengths)
+    for i in range(3):
+        alone = selective_attention(q[i], k[i], v[i], positions[i], kv_length=kv_length)
+        np.testing.assert_allclose(batched[i], alone, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases())
+def test_attention_mass_is_the_column_sum_of_the_weights(case):
+    _, lse = selective_attention(case.q, case.k, case.v, case.positions, return_lse=True, **case.masks)
+    mass = attention_mass(case.q, case.k, lse, case.positions, **case.masks)
+    num_keys, kv_heads, _ = case.k.shape
+    # With one-hot values the output of attention is its weights.
+    one_hot = jnp.broadcast_to(jnp.eye(num_keys)[:, None, :], (num_keys, kv_heads, num_keys))
+    with jax.enable_x64(True):
+        as_float64 = [jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64) for x in (case.q, case.k)]
+        padded = [jnp.pad(x, ((0, 0), (0, 0), (0, max(num_keys - x.shape[2], 0)))) for x in as_float64]
+        values = jnp.pad(jnp.asarray(one_hot, jnp.float64), ((0, 0), (0, 0), (0, padded[1].shape[2] - num_keys)))
+        scale = case.q.shape[2] ** -0.5
+        weights, _ = selective_attention_reference(*padded, values, case.positions, scale=scale, **case.masks)
+        wanted = np.asarray(weights.sum(axis=(0, 1)))[:num_keys]
+    tolerance = TOLERANCE[str(case.q.dtype)] * 10
+    np.testing.assert_allclose(np.asarray(mass), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.zeros((2, 3, 8))}, "multiple of k's 2 kv_heads"),
+        ({"k": jnp.zeros((5, 2, 8))}, "v must be of k's shape"),
+        ({"q": jnp.zeros((2, 4, 16))}, "head_dim 8"),
+        ({"q": jnp.zeros((2, 4, 8), jnp.bfloat16)}, "one dtype"),
+        ({"q_positions": jnp.zeros(3, jnp.int32)}, "integers of shape"),
+        ({"q_positions": jnp.zeros(2)}, "integers of shape"),
+        ({"kv_length": 7}, r"in \[0, 6\]"),
+        ({"window": 0}, "at least 1"),
+        ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
+        ({"implementation": "mosaic_gpu"}, "mosaic_gpu computes in bfloat16 or float16"),
+        ({"implementation": "tpu", "q": jnp.zeros((0, 4, 8)), "q_positions": jnp.zeros(0, jnp.int32)}, "needs a query"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    arguments = {"q": jnp.zeros((2, 4, 8)), "k": jnp.zeros((6, 2, 8)), "v": jnp.zeros((6, 2, 8))}
+    arguments |= {"q_positions": jnp.zeros(2, jnp.int32)} | change
+    q, k, v, positions = (arguments.pop(name) for name in ("q", "k", "v", "q_positions"))
+    unchecked = selective_attention.__wrapped__ if hasattr(selective_attention, "__wrapped__") else selective_attention
+    with pytest.raises(ValueError, match=message):
+        unchecked(q, k, v, positions, **arguments)
+
+
+def test_rotated_keys_and_queries_see_only_their_distance():
+    rng = np.random.default_rng(3)
+    x, y = (jnp.asarray(rng.standard_normal((1, 1, 16)), jnp.float32) for _ in range(2))
+    frequency = 10000.0 ** -(np.arange(8) / 8)
+
+    def product(i: int, j: int) -> float:
+        angles = [jnp.asarray(p * frequency, jnp.float32)[None] for p in (i, j)]
+        turned = [apply_rope(z, jnp.cos(a), jnp.sin(a)) for z, a in zip((x, y), angles, strict=True)]
+        return float((turned[0] * turned[1]).sum())
+
+    assert product(7, 3) == pytest.approx(product(107, 103), abs=1e-4)
+    assert product(7, 3) != pytest.approx(product(7, 5), abs=1e-2)
+
+
+def ascending(attend):
+    """Attention that also checks, when it runs under `checkify`, what can't be seen when it is traced."""
+
+    def checked(q, k, v, q_positions, **options):
+        checkify.check((jnp.diff(q_positions) >= 0).all(), "q_positions descend")
+        return attend(q, k, v, q_positions, **options)
+
+    return checked
+
+
+def test_descending_positions_are_found_by_checkify():
+    q, k = jnp.ones((3, 2, 8)), jnp.ones((9, 2, 8))
+    attend = checkify.checkify(jax.jit(ascending(selective_attention)))
+    assert attend(q, k, k, jnp.asarray([2, 2, 7]))[0].get() is None
+    assert "q_positions descend" in attend(q, k, k, jnp.asarray([2, 7, 6]))[0].get()
+
+
+@pytest.mark.parametrize("selector", ["hkvd", "random", "cross"])
+def test_a_blend_attends_at_ascending_positions_only(monkeypatch, selector):
+    for module in (transformer, layer_step):
+        monkeypatch.setattr(module, "selective_attention", ascending(selective_attention))
+    config, length = FAMILIES["llama2"], 200
+    blend = BlendConfig(0.3, selector=selector)
+    plan = make_plan(num_layers=6, length=length, active=length, forced=64, blend=blend, check_layer=1)
+    cached = jax.random.normal(jax.random.key(0), (2, 6, plan.cache_length, config.num_kv_heads, config.head_dim))
+    tables = rope_tables(config, plan.cache_length)
+    arguments = request_of(plan, length, config.vocab_size, 0.3), LayerKV(*cached), *tables
+    run = checkify.checkify(jax.jit(partial(prefill, family_model("llama2").params, config=config, plan=plan)))
+    error, out = run(*arguments)
+    error.throw()
+    assert np.isfinite(out.logits).all()
