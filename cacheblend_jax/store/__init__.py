@@ -8,7 +8,10 @@ from cacheblend_jax.store.location import is_local, located
 from cacheblend_jax.store.stats import StoreStats
 from cacheblend_jax.store.throttled import ThrottledStore
 
+Store = ChunkStore | ThrottledStore
+
 __all__ = [
+    "Store",
     "ChunkEntry",
     "ChunkStore",
     "DeviceChunk",

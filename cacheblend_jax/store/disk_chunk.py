@@ -23,6 +23,7 @@ class DiskChunk:
     """
 
     tier = "disk"
+    device_entry = None
 
     def __init__(
         self,
