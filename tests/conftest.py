@@ -1,9 +1,10 @@
-"""Switches jaxtyping's shape checks on (beartype) for the whole suite, and shares small models between tests."""
+"""Checks the package's annotations while tests run (jaxtyping, beartype), and shares small models between tests."""
 
 from __future__ import annotations
 
 import functools
 import os
+import sys
 from pathlib import Path
 
 # The suite is mostly compilation: what one test has compiled, the others (and the next run) need not compile again.
@@ -14,12 +15,37 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # A mesh needs devices: two, on a CPU.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 
-from jaxtyping import install_import_hook  # noqa: E402
-
-# Records are left out: flax rebuilds them with stacked and abstract leaves.
-install_import_hook(["pallas_kernels", "cacheblend_jax.blend.deviation"], "beartype.beartype")
-
 import jax  # noqa: E402
+from beartype import beartype  # noqa: E402
+from flax import struct  # noqa: E402
+from jaxtyping import install_import_hook, jaxtyped  # noqa: E402
+
+_record = struct.dataclass
+
+
+def _checked_record(cls, **options):
+    """A record whose shapes are checked where the package makes one, not where a tree function rebuilds it.
+
+    JAX rebuilds records with whatever leaves it has: stacked, abstract, or none at all. Loops over shapes make records
+    of shapes.
+    """
+    record = _record(cls, **options)
+    rebuild = record.__init__
+
+    def make_or_rebuild(self, *args, **kwargs):
+        made_here = sys._getframe(1).f_globals.get("__name__", "").startswith("cacheblend_jax")
+        of_shapes = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((args, kwargs)))
+        (self._checked_init if made_here and not of_shapes else functools.partial(rebuild, self))(*args, **kwargs)
+
+    record._checked_init = jaxtyped(rebuild, typechecker=beartype)
+    record.__init__ = make_or_rebuild
+    record.__no_type_check__ = True  # the import hook would check every one
+    return record
+
+
+struct.dataclass = _checked_record
+install_import_hook(["cacheblend_jax", "pallas_kernels"], "beartype.beartype")
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -27,7 +53,9 @@ import cacheblend_jax as cb  # noqa: E402
 from cacheblend_jax.model.config import ModelConfig, RopeConfig  # noqa: E402
 from cacheblend_jax.runtime.programs import COMPILER_OPTIONS, mapped_share  # noqa: E402
 
-COMPILER_OPTIONS["cpu"]["xla_backend_optimization_level"] = "0"  # a third less of the suite's time
+# The suite is mostly compilation: these take two thirds of it away.
+COMPILER_OPTIONS["cpu"] |= {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 HF = Path(__file__).parent / "data" / "hf"  # tiny checkpoints: scripts/make_hf_goldens.py
 SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_layers": 6, "num_heads": 4}
@@ -57,7 +85,7 @@ def _room_for_compiled_programs():
 
 @functools.cache
 def family_model(name: str) -> cb.Model:
-    return cb.random_model(FAMILIES[name], seed=7)
+    return cb.model.random_model(FAMILIES[name], seed=7)
 
 
 @functools.lru_cache(maxsize=8)  # each keeps its compiled programs, and a process may map only so many

@@ -59,7 +59,7 @@ def test_i1_ratio_one_is_full_prefill(family, selector):
 
 
 def test_i1_bfloat16_within_rounding(family):
-    model = cb.random_model(dataclasses.replace(FAMILIES[family], dtype="bfloat16"), seed=7)
+    model = cb.model.random_model(dataclasses.replace(FAMILIES[family], dtype="bfloat16"), seed=7)
     engine, prompt = cb.Engine(model, blend=cb.BlendConfig(1.0)), random_prompt(1)
     engine.precompute(prompt)
     out, full = engine.prefill(prompt), engine.prefill(prompt, "full")
@@ -73,10 +73,10 @@ def test_layers_written_out_for_a_gpu_compute_what_a_loop_does(family, selector,
 
     def run():
         config = dataclasses.replace(FAMILIES[family], num_layers=4, windows=FAMILIES[family].windows[:4])
-        engine = cb.Engine(cb.random_model(config, seed=7), blend=cb.BlendConfig(selector=selector))
+        engine = cb.Engine(cb.model.random_model(config, seed=7), blend=cb.BlendConfig(selector=selector))
         engine.precompute(prompt)
         text = engine.generate(prompt, max_new_tokens=3)
-        return engine.prefill(prompt), text.token_ids, engine.model.programs.texts()
+        return engine.prefill(prompt), text.token_ids, engine.model.runner.texts()
 
     looped, tokens, programs = run()
     monkeypatch.setattr(transformer, "current_target", lambda: Target("gpu"))
@@ -301,7 +301,7 @@ def test_a_stage_more_takes_no_memory_for_layers_that_are_not_running():
     config = dataclasses.replace(
         FAMILIES["llama2"], hidden_size=128, intermediate_size=1024, num_layers=12, windows=(), check_layer=1
     )
-    model, prompt, peak = cb.random_model(config), random_prompt(5), {}
+    model, prompt, peak = cb.model.random_model(config), random_prompt(5), {}
     layer_bytes = sum(leaf[0].nbytes for leaf in jax.tree.leaves(model.params.layers))
     for stages in (1, 5):
         engine = cb.Engine(model, blend=cb.BlendConfig(num_stages=stages))
@@ -319,7 +319,7 @@ def test_no_array_is_tokens_by_tokens():
         assert engine.prefill(prompt, mode).token_ids.size == tokens
     shapes = [
         [int(size) for size in shape.split(",") if size]
-        for program in engine.model.programs.texts()
+        for program in engine.model.runner.texts()
         for shape in re.findall(r"\w\[([\d,]*)\]", program)
     ]
     assert max(sum(size >= tokens // 2 for size in shape) for shape in shapes) == 1
@@ -328,7 +328,7 @@ def test_no_array_is_tokens_by_tokens():
 def test_another_model_finds_nothing():
     store, prompt = cb.ChunkStore(), random_prompt(11)
     cb.Engine(family_model("llama3"), store).precompute(prompt)
-    other = cb.random_model(FAMILIES["llama3"], seed=8)
+    other = cb.model.random_model(FAMILIES["llama3"], seed=8)
     assert cb.Engine(other, store).prefill(prompt).stats.hits == 0
     assert cb.Engine(family_model("llama3"), store).prefill(prompt).stats.hits == 4
 
@@ -339,8 +339,8 @@ def test_no_compile_for_another_prompt_of_the_same_bucket():
     prompts = [random_prompt(seed, lengths, 9, 20) for seed, lengths in ((1, (30, 60)), (2, (45, 33)), (3, (99, 99)))]
     for prompt in prompts:
         engine.precompute(prompt)
-    count = engine.model.programs.count
+    count = engine.model.runner.count
     for prompt in prompts:
         for mode in ("blend", "full"):
             assert engine.prefill(prompt, mode).stats.compile_s == 0
-    assert engine.model.programs.count == count
+    assert engine.model.runner.count == count

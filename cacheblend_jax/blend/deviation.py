@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from cacheblend_jax.model.kv_cache import KVCache
 from pallas_kernels import apply_rope
 
 
@@ -46,24 +47,24 @@ def relative_squared_distance(
 
 
 def total_deviation(
-    k_full: Float[Array, "layers keys kv_heads head_dim"],
-    v_full: Float[Array, "layers keys kv_heads head_dim"],
-    k_cached: Float[Array, "layers keys kv_heads head_dim"],
-    v_cached: Float[Array, "layers keys kv_heads head_dim"],
+    full: KVCache,
+    cached: KVCache,
     cos: Float[Array, "keys half"],
     sin: Float[Array, "keys half"],
     length: Int[Array, ""] | int,
 ) -> Float[Array, " keys"]:
-    """Returns each token's KV deviation summed over all layers, from the cache of a full prefill (`k_full` rotated).
+    """Returns each token's KV deviation summed over all layers, from the cache of a full prefill (keys rotated).
 
-    `k_cached` is before RoPE. Rotation keeps distances but for YaRN's attention factor, which both sides carry.
+    The keys of `cached` are before RoPE. Rotation keeps distances but for YaRN's attention factor, which both sides
+    carry.
     """
-    valid = jnp.arange(k_full.shape[1]) < length
+    valid = jnp.arange(full.k.shape[1]) < length
 
-    def add_layer(total: jax.Array, layer: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        k, v, k_stored, v_stored = layer
-        k_stored = apply_rope(k_stored, cos, sin)
-        total += relative_squared_distance(k, k_stored, valid) + relative_squared_distance(v, v_stored, valid)
+    def add_layer(total: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        true, stored = full.layer(index), cached.layer(index)
+        total += relative_squared_distance(true.k, apply_rope(stored.k, cos, sin), valid)
+        total += relative_squared_distance(true.v, stored.v, valid)
         return total, None
 
-    return lax.scan(add_layer, jnp.zeros(k_full.shape[1], jnp.float32), (k_full, v_full, k_cached, v_cached))[0]
+    layers = jnp.arange(full.k.shape[0], dtype=jnp.int32)
+    return lax.scan(add_layer, jnp.zeros(full.k.shape[1], jnp.float32), layers)[0]

@@ -15,25 +15,25 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.kv_cache import LayerKV
 from cacheblend_jax.model.transformer import DecoderLayer, Params, Rows, attend, layer_at, layer_starts
 from pallas_kernels import apply_rope, blend_kv, selective_attention
+
+HostOrDevice = Any  # a jax array, or numpy's on the host
 
 
 @struct.dataclass
 class Sequence:
     """The prompt as all layers see it: its true length, and the angles of every position of the cache."""
 
-    length: Int[Array, ""]
+    length: Int[HostOrDevice, ""]
     cos: Float[Array, "keys half"]
     sin: Float[Array, "keys half"]
 
-
-@struct.dataclass
-class LayerKV:
-    """One layer's keys and values, `[keys, kv_heads, head_dim]`."""
-
-    k: Float[Array, "keys kv_heads head_dim"]
-    v: Float[Array, "keys kv_heads head_dim"]
+    @property
+    def num_keys(self) -> int:
+        """Keys of the cache, padding included."""
+        return self.cos.shape[0]
 
 
 def blend_layer(layer: DecoderLayer, rows: Rows, cached: LayerKV | None, sequence: Sequence) -> tuple[LayerKV, LayerKV]:
@@ -57,15 +57,24 @@ class Survivors:
     valid: Bool[Array, " kept"]
 
 
-class Step(NamedTuple):
-    """A layer step's results: the rows that go on, the layer's blended KV, and the attention as seen from outside."""
+class LayerStep(NamedTuple):
+    """What a layer step computed.
+
+    Attributes:
+        rows: those that go on, after the layer.
+        kept: which of the rows that came in these are.
+        blended: the layer's whole KV, keys rotated.
+        fresh: K (before RoPE) and V of the rows that came in.
+        q: the rotated queries of the rows that go on.
+        lse: the log-sum-exp of each query's visible scores.
+    """
 
     rows: Rows
-    kept: Int[Array, " rows"]  # which of the rows that came in these are
+    kept: Int[Array, " kept"]
     blended: LayerKV
-    fresh: LayerKV  # of the rows that came in, keys before RoPE
-    q: Float[Array, "rows heads head_dim"]
-    lse: Float[Array, "rows heads"]
+    fresh: LayerKV
+    q: Float[Array, "kept heads head_dim"]
+    lse: Float[Array, "kept heads"]
 
 
 def layer_step(
@@ -75,27 +84,33 @@ def layer_step(
     rows: Rows,
     cached: LayerKV | None,
     sequence: Sequence,
-    narrow: Callable[[LayerKV], Survivors] | None = None,
-) -> Step:
-    """One layer, for one set of rows. At a stage's border `narrow` shrinks it between the K, V and the attention.
+    select: Callable[[LayerKV], Survivors] | None = None,
+) -> LayerStep:
+    """One layer, for one set of rows. At a stage's border `select` shrinks it between the K, V and the attention.
 
-    All rows' fresh K, V go into the layer; those that `narrow(fresh)` names attend and go on.
+    All rows' fresh K, V go into the layer; those that `select(fresh)` names attend and go on.
     """
     layer = layer_at(params, config, index)
     fresh, blended = blend_layer(layer, rows, cached, sequence)
-    if narrow is None:
+    if select is None:
         kept = jnp.arange(rows.positions.shape[0], dtype=jnp.int32)
     else:
-        survivors = narrow(fresh)
+        survivors = select(fresh)
         kept = survivors.indices
         rows = rows.take(kept, survivors.valid, blended.k.shape[0])
     starts = layer_starts(config, index, rows.positions)
-    attended = attend(layer, rows, blended.k, blended.v, starts=starts, kv_length=sequence.length)
-    return Step(attended.rows, kept, blended, fresh, attended.q, attended.lse)
+    attended = attend(layer, rows, blended, starts=starts, kv_length=sequence.length)
+    return LayerStep(attended.rows, kept, blended, fresh, attended.q, attended.lse)
 
 
-def highest(scores: Float[Array, " rows"], forced: Bool[Array, " rows"], valid: Bool[Array, " rows"], keep, room: int):
-    """Returns as `Survivors` the `keep` (traced) rows of highest score in `room` (static) places, forced ones first.
+def highest(
+    scores: Float[Array, " rows"],
+    forced: Bool[Array, " rows"],
+    valid: Bool[Array, " rows"],
+    keep: Int[Array, ""],
+    room: int,
+) -> Survivors:
+    """Returns the `keep` (traced) rows of highest score in `room` (static) places, forced ones first.
 
     Equal scores are decided by place, the earlier first.
     """
@@ -111,19 +126,19 @@ def highest(scores: Float[Array, " rows"], forced: Bool[Array, " rows"], valid: 
 
 
 def last_row(rows: Rows, sequence: Sequence) -> Survivors:
-    """Returns as `Survivors` the prompt's last token, the only one that the last layer's output is needed of."""
+    """Returns the prompt's last token: the only one whose output of the last layer is needed."""
     is_last = rows.positions == sequence.length - 1
     return Survivors(jnp.argmax(is_last)[None].astype(jnp.int32), is_last.any()[None])
 
 
 def cross_mass(
-    step: Step,
-    chunk_starts: Int[Array, " rows"],
+    step: LayerStep,
+    chunk_starts: Int[Array, " kept"],
     context_length: Int[Array, ""],
     sequence: Sequence,
-    window_starts: Int[Array, " rows"] | None,
-) -> Float[Array, " rows"]:
-    """Attention that each row paid in this step to what its stand-alone KV has not seen: other chunks, say.
+    window_starts: Int[Array, " kept"] | None,
+) -> Float[Array, " kept"]:
+    """Returns the attention that each row paid, in this step, to what its stand-alone KV has not seen: other chunks.
 
     1 − (exp(lse_own) + exp(lse_context)) / exp(lse_all), mean over heads, from three log-sum-exps; no scores are
     kept. The context is the tokens that each chunk was precomputed after.
@@ -132,10 +147,12 @@ def cross_mass(
         positions = step.rows.positions
         is_row = positions < sequence.length
 
-        def log_sum_exp(last_visible: jax.Array, starts: jax.Array | None) -> jax.Array:
+        def log_sum_exp(last_visible: Int[Array, " kept"], starts: Int[Array, " kept"] | None) -> jax.Array:
             k, v = step.blended.k, step.blended.v
-            seen: dict[str, Any] = {"q_starts": starts, "kv_length": sequence.length, "return_lse": True}
-            return selective_attention(step.q, k, v, last_visible, **seen)[1]
+            _, lse = selective_attention(
+                step.q, k, v, last_visible, q_starts=starts, kv_length=sequence.length, return_lse=True
+            )
+            return lse
 
         own_starts = chunk_starts if window_starts is None else jnp.maximum(chunk_starts, window_starts)
         own = log_sum_exp(positions, own_starts)

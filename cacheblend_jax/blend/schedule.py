@@ -7,50 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, forced_bucket
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.blend.config import BlendConfig
+from cacheblend_jax.blend.selectors import Selector, selector_of
 
 TAPER = 0.15  # the first stage's ratio is up to this much above the mean, the last as much below
-
-
-@dataclass(frozen=True)
-class BlendConfig:
-    """How a blend chooses the tokens to recompute.
-
-    Attributes:
-        recompute_ratio: HKVD tokens / candidates, averaged over the layers after the check layer; in [0, 1].
-        selector: name of a selector (`cacheblend_jax.blend.SELECTORS`).
-        check_layer: the layer where tokens are first chosen; `None`: the model's own.
-        deviation: what the KV deviation is measured on: `"kv"`, `"k"` or `"v"`.
-        num_stages: groups of layers after the check layer; the set shrinks between them (gradual filtering).
-        seed: of the `random` selector.
-    """
-
-    recompute_ratio: float = 0.15
-    selector: str = "hkvd"
-    check_layer: int | None = None
-    deviation: str = "kv"
-    num_stages: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        from cacheblend_jax.blend.selectors import get_selector
-
-        ratio = self.recompute_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-            raise CacheBlendError(f"recompute_ratio must be in [0, 1], got {ratio!r}")
-        get_selector(self.selector)
-        if self.deviation not in ("kv", "k", "v"):
-            raise CacheBlendError(f"deviation must be 'kv', 'k' or 'v', got {self.deviation!r}")
-        if not _is_integer(self.num_stages) or self.num_stages < 1:
-            raise CacheBlendError(f"num_stages must be a whole number of at least 1, got {self.num_stages!r}")
-        if self.check_layer is not None and (not _is_integer(self.check_layer) or self.check_layer < 1):
-            raise CacheBlendError(f"check_layer must be None or a layer from 1 on, got {self.check_layer!r}")
-        if not _is_integer(self.seed) or not 0 <= self.seed < 2**31:
-            raise CacheBlendError(f"seed must be a whole number in [0, 2^31), got {self.seed!r}")
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _smallest_in_bucket(bucket: int) -> int:
@@ -69,9 +29,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A prefill's static half: it names one compiled program.
+    """A prefill's static half: what its programs are compiled for.
 
-    `nothing_cached` marks prefill from scratch: active tokens are all tokens, and no cached KV is read.
+    Attributes:
+        cache_length: keys of the blended cache, padding included.
+        active: rows for the active tokens, padding included.
+        stages: groups of layers, with the rows that each computes.
+        forced: places for the forced tokens among the active ones.
+        nothing_cached: prefill from scratch: active tokens are all tokens, and no cached KV is read.
+        selector: `None` where no tokens are chosen.
+        deviation: see `BlendConfig`.
     """
 
     cache_length: int
@@ -79,8 +46,12 @@ class Plan:
     stages: tuple[Stage, ...]
     forced: int = 0
     nothing_cached: bool = False
-    selector: str | None = None
+    selector: Selector | None = None
     deviation: str = "kv"
+
+    def needs(self, evidence: str) -> bool:
+        """Returns whether the plan's selector reads that costly evidence."""
+        return self.selector is not None and evidence in self.selector.needs
 
 
 def make_plan(
@@ -105,7 +76,7 @@ def make_plan(
     most_candidates = active_rows - _smallest_in_bucket(forced_rows)
     stages = [Stage(0, check_layer, active_rows)]
     groups = layer_groups(num_layers, check_layer, blend.num_stages)
-    ratios = stage_ratios(blend.recompute_ratio, [last - first + 1 for first, last in groups])
+    ratios = stage_ratios(blend.ratio, [last - first + 1 for first, last in groups])
     for (first, last), ratio in zip(groups, ratios, strict=True):
         rows = _row_bucket(math.ceil(ratio * most_candidates) + forced_rows)
         stages.append(Stage(first, last, min(rows, stages[-1].rows)))
@@ -114,7 +85,7 @@ def make_plan(
         active_rows,
         tuple(stages),
         forced=min(forced_rows, active_rows),
-        selector=blend.selector,
+        selector=selector_of(blend.selector),
         deviation=blend.deviation,
     )
 

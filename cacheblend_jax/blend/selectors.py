@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +14,29 @@ from jaxtyping import Array, Bool, Float, Int
 from cacheblend_jax.blend.deviation import kv_deviation
 from cacheblend_jax.errors import CacheBlendError
 
+COSTLY_EVIDENCE = ("cross_mass", "oracle", "question_mass")  # computed only for selectors that need it
+
 
 @struct.dataclass
 class Evidence:
-    """What is known of each token at a stage border, where its K, V were just computed.
+    """What is known of each token at a stage's border, where its K, V have just been computed.
 
-    `cross_mass`, `question_mass` and `oracle` are zeros unless the selector says that it needs them; `part` is the
-    configuration's choice of K, V or both.
+    Attributes:
+        valid: false for padding.
+        positions, chunk_starts: of the token, and of the first token of its chunk, in the prompt.
+        index: the token's number among the prompt's active tokens: the same at every border.
+        k_fresh, v_fresh: what this layer has just computed, keys before RoPE.
+        k_cached, v_cached: what the store holds for it.
+        cross_mass, question_mass, oracle: zeros unless the selector needs them.
+        seed: the configuration's.
+        part: what the configuration measures deviation on: `"kv"`, `"k"` or `"v"`.
     """
 
     valid: Bool[Array, " tokens"]
     positions: Int[Array, " tokens"]
-    chunk_starts: Int[Array, " tokens"]  # position of the first token of its chunk
-    index: Int[Array, " tokens"]  # among the active tokens of the prompt: the same at every border
-    k_fresh: Float[Array, "tokens kv_heads head_dim"]  # before RoPE
+    chunk_starts: Int[Array, " tokens"]
+    index: Int[Array, " tokens"]
+    k_fresh: Float[Array, "tokens kv_heads head_dim"]
     v_fresh: Float[Array, "tokens kv_heads head_dim"]
     k_cached: Float[Array, "tokens kv_heads head_dim"]
     v_cached: Float[Array, "tokens kv_heads head_dim"]
@@ -43,10 +53,25 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Selector:
-    """A score, and which costly evidence it needs: `"cross_mass"`, `"question_mass"`, `"oracle"`."""
+    """How tokens are chosen: by the highest score.
 
+    Attributes:
+        name: what results and messages call it.
+        score: a pure, traceable function of `Evidence` to float32 `[tokens]`.
+        needs: which costly evidence it reads: `"cross_mass"` (attention that each token pays to other chunks),
+            `"question_mass"` (attention that the question pays to each token), `"oracle"` (the true deviation).
+
+    Raises:
+        CacheBlendError: `needs` names unknown evidence.
+    """
+
+    name: str
     score: Callable[[Evidence], jax.Array]
     needs: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.needs) - set(COSTLY_EVIDENCE)):
+            raise CacheBlendError(f"unknown evidence {unknown[0]!r}; known: {', '.join(COSTLY_EVIDENCE)}")
 
 
 def _hkvd(evidence: Evidence) -> jax.Array:
@@ -84,35 +109,45 @@ def _oracle(evidence: Evidence) -> jax.Array:
     return evidence.oracle
 
 
-SELECTORS: dict[str, Selector] = {
-    "hkvd": Selector(_hkvd),
-    "cross": Selector(_cross, frozenset({"cross_mass"})),
-    "query": Selector(_query, frozenset({"question_mass"})),
-    "epic": Selector(_epic),
-    "random": Selector(_random),
-    "oracle": Selector(_oracle, frozenset({"oracle"})),
+_registered: dict[str, Selector] = {
+    selector.name: selector
+    for selector in (
+        Selector("hkvd", _hkvd),
+        Selector("cross", _cross, frozenset({"cross_mass"})),
+        Selector("query", _query, frozenset({"question_mass"})),
+        Selector("epic", _epic),
+        Selector("random", _random),
+        Selector("oracle", _oracle, frozenset({"oracle"})),
+    )
 }
+SELECTORS: Mapping[str, Selector] = MappingProxyType(_registered)
+"""The selectors by name. Read-only: `register_selector` adds to it."""
 
 
-def get_selector(name: str) -> Selector:
-    """Returns the selector of that name.
+def selector_of(selector: str | Selector) -> Selector:
+    """Returns the selector of that name, or the selector itself.
 
     Raises:
-        CacheBlendError: there is none; the message lists those there are.
+        CacheBlendError: there is none of that name; the message lists those there are.
     """
-    if name not in SELECTORS:
-        raise CacheBlendError(f"unknown selector {name!r}; known: {', '.join(sorted(SELECTORS))}")
-    return SELECTORS[name]
+    if isinstance(selector, Selector):
+        return selector
+    if not isinstance(selector, str) or selector not in SELECTORS:
+        raise CacheBlendError(f"unknown selector {selector!r}; known: {', '.join(sorted(SELECTORS))}")
+    return SELECTORS[selector]
 
 
-def register_selector(name: str, score: Callable[[Evidence], jax.Array], needs: frozenset[str] = frozenset()) -> None:
-    """Adds a selector under a new name. `score` must be a pure, traceable function of `Evidence`.
+def register_selector(
+    name: str, score: Callable[[Evidence], jax.Array], needs: frozenset[str] = frozenset()
+) -> Selector:
+    """Adds a selector under a new name, for configurations and the command line; returns it.
+
+    A `Selector` can also be used without a name: `BlendConfig(selector=Selector(…))`.
 
     Raises:
         CacheBlendError: the name is taken, or `needs` names unknown evidence.
     """
     if name in SELECTORS:
         raise CacheBlendError(f"selector {name!r} exists already; choose another name")
-    if unknown := sorted(set(needs) - {"cross_mass", "question_mass", "oracle"}):
-        raise CacheBlendError(f"unknown evidence {unknown[0]!r}; known: cross_mass, oracle, question_mass")
-    SELECTORS[name] = Selector(score, frozenset(needs))
+    _registered[name] = Selector(name, score, frozenset(needs))
+    return _registered[name]

@@ -1,49 +1,60 @@
-"""The steps of a planned prefill, written once for both executors: begin, layer, border, question pass, logits.
+"""The steps of a planned prefill, written once for both executors: begin, layer, border, question pass, last layer.
 
-The resident executor scans them inside one program, the streamed one calls each as a program of its own.
+The resident executor runs them inside one program; the streamed executor runs each as a program of its own. Arrays come
+first, in order; what a program is compiled for comes by keyword.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from cacheblend_jax.blend.layer_step import (
-    LayerKV,
+    HostOrDevice,
+    LayerStep,
     Sequence,
-    Step,
     Survivors,
     cross_mass,
     highest,
     last_row,
     layer_step,
 )
-from cacheblend_jax.blend.selectors import Evidence, get_selector
+from cacheblend_jax.blend.selectors import Evidence, Selector
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.kv_cache import KVCache, LayerKV
 from cacheblend_jax.model.transformer import Params, Rows, embedder, layer_starts, rows_at
 from pallas_kernels import attention_mass
+
+LayerIndex = Int[Array, ""] | int
 
 
 @struct.dataclass
 class Request:
-    """A prefill's traced half. Active tokens are those that are not exact; padding rows have `positions` = keys."""
+    """A prefill's traced half. Active tokens are those that are not exact; padding rows have `positions` = keys.
 
-    token_ids: Int[Array, " active"]
-    positions: Int[Array, " active"]
-    length: Int[Array, ""]
-    forced: Bool[Array, " active"]
-    chunk_starts: Int[Array, " active"]
-    context_length: Int[Array, ""]
-    keep: Int[Array, " borders"]  # survivors of each border but the last, forced ones included
-    forced_rows: Int[Array, " forced"]  # indices into the active tokens; `active` is padding
-    is_question: Bool[Array, " forced"]
-    oracle: Float[Array, " active"]
-    seed: Int[Array, ""]
+    A request is made on the host, of `numpy` arrays.
+
+    Attributes:
+        keep: survivors of each border but the last, forced ones included.
+        forced_rows: indices of the forced tokens among the active ones; an index of `active` is padding.
+    """
+
+    token_ids: Int[HostOrDevice, " active"]
+    positions: Int[HostOrDevice, " active"]
+    length: Int[HostOrDevice, ""]
+    forced: Bool[HostOrDevice, " active"]
+    chunk_starts: Int[HostOrDevice, " active"]
+    context_length: Int[HostOrDevice, ""]
+    keep: Int[HostOrDevice, " borders"]
+    forced_rows: Int[HostOrDevice, " forced"]
+    is_question: Bool[HostOrDevice, " forced"]
+    oracle: Float[HostOrDevice, " active"]
+    seed: Int[HostOrDevice, ""]
 
 
 @struct.dataclass
@@ -52,14 +63,13 @@ class Prefilled:
 
     logits: Float[Array, " vocab"]
     next_token: Int[Array, ""]
-    k: Float[Array, "layers keys kv_heads head_dim"]  # rotated
-    v: Float[Array, "layers keys kv_heads head_dim"]
-    stage_positions: tuple[Int[Array, " rows"], ...]
+    cache: KVCache
+    stage_positions: tuple[Int[Array, " _"], ...]
 
 
 @struct.dataclass
-class Known:
-    """What a border knows of all active tokens, besides the K, V that its layer has just computed."""
+class TokenSignals:
+    """What selection at a border reads of all active tokens, besides the K, V that its layer has just computed."""
 
     forced: Bool[Array, " active"]
     chunk_starts: Int[Array, " active"]
@@ -70,135 +80,135 @@ class Known:
 
 
 @struct.dataclass
-class Current:
-    """The rows that are still computed, and the place of each among the active tokens."""
+class ActiveRows:
+    """The rows that are still computed, and the number of each among the prompt's active tokens."""
 
     rows: Rows
     index: Int[Array, " rows"]
 
 
-def begin(params: Params, config: ModelConfig, request: Request, sequence: Sequence) -> tuple[Current, LayerKV]:
-    """Embeds the active tokens; returns them, and the empty blended cache, `[layers, keys, kv_heads, head_dim]`."""
+def begin(params: Params, request: Request, sequence: Sequence, *, config: ModelConfig) -> tuple[ActiveRows, KVCache]:
+    """Embeds the active tokens; returns them, and the empty blended cache."""
     hidden = embedder(params, config).embed(request.token_ids)
     # Written into a buffer of its own: one that is read and overwritten in turn would be copied whole between stages.
-    empty = jnp.zeros((config.num_layers, sequence.cos.shape[0], config.num_kv_heads, config.head_dim), hidden.dtype)
+    empty = jnp.zeros((config.num_layers, sequence.num_keys, config.num_kv_heads, config.head_dim), hidden.dtype)
     rows = rows_at(hidden, request.positions, sequence.cos, sequence.sin)
     index = jnp.arange(request.positions.shape[0], dtype=jnp.int32)
-    return Current(rows, index), LayerKV(empty, empty)
+    return ActiveRows(rows, index), KVCache(empty, empty)
 
 
-def known_of(request: Request, question_mass: Float[Array, " keys"] | None) -> Known:
-    """Returns what is known before the first layer: `question_mass` of every key, where a selector asked for it."""
+def token_signals(request: Request, question_mass: Float[Array, " keys"] | None) -> TokenSignals:
+    """Returns what is known before the first layer: `question_mass` of every key, where the selector needs it."""
     zeros = jnp.zeros(request.positions.shape[0], jnp.float32)
     if question_mass is None:
         of_active = zeros
     else:
         of_active = question_mass[jnp.minimum(request.positions, question_mass.shape[0] - 1)]
-    return Known(request.forced, request.chunk_starts, request.oracle, request.seed, zeros, of_active)
+    return TokenSignals(request.forced, request.chunk_starts, request.oracle, request.seed, zeros, of_active)
 
 
-def advance(
+def plain_layer(
     params: Params,
-    config: ModelConfig,
-    index: Int[Array, ""] | int,
-    current: Current,
+    active: ActiveRows,
     cached: LayerKV | None,
-    blended: LayerKV,
+    blended: KVCache,
     sequence: Sequence,
-    narrow: Callable[[LayerKV], Survivors] | None = None,
-) -> tuple[Current, LayerKV, Step]:
-    """Takes layer `index`, whose cached KV is `cached`, and writes its blended KV into the whole cache's."""
-    step = layer_step(params, config, index, current.rows, cached, sequence, narrow)
-    blended = jax.tree.map(lambda stack, x: lax.dynamic_update_index_in_dim(stack, x, index, 0), blended, step.blended)
-    return Current(step.rows, current.index[step.kept]), blended, step
+    index: LayerIndex,
+    *,
+    config: ModelConfig,
+) -> tuple[ActiveRows, KVCache]:
+    """Takes the rows through layer `index`, whose cached KV is `cached`, and writes its blended KV into the cache."""
+    return _advance(params, active, cached, blended, sequence, index, config)[:2]
 
 
-def to_survivors(
-    current: Current,
+def cross_mass_layer(
+    params: Params,
+    active: ActiveRows,
+    cached: LayerKV | None,
+    blended: KVCache,
+    sequence: Sequence,
+    index: LayerIndex,
+    signals: TokenSignals,
+    context_length: Int[Array, ""],
+    *,
+    config: ModelConfig,
+) -> tuple[ActiveRows, KVCache, TokenSignals]:
+    """As `plain_layer` over all active tokens; also measures the attention that they pay to other chunks."""
+    after, blended, step = _advance(params, active, cached, blended, sequence, index, config)
+    starts = layer_starts(config, index, active.rows.positions)
+    mass = cross_mass(step, signals.chunk_starts, context_length, sequence, starts)
+    return after, blended, replace(signals, cross_mass=mass)
+
+
+def border_layer(
+    params: Params,
+    active: ActiveRows,
     cached: LayerKV,
-    known: Known,
+    blended: KVCache,
+    sequence: Sequence,
+    index: LayerIndex,
+    signals: TokenSignals,
     keep: Int[Array, ""],
     *,
-    room: int,
-    selector: str,
-    deviation: str,
-) -> Callable[[LayerKV], Survivors]:
-    """Returns the narrowing of a border: the `keep` rows (in `room` places) that the selector scores highest."""
-
-    def narrow(fresh: LayerKV) -> Survivors:
-        evidence = evidence_of(fresh, cached, current, known, deviation)
-        scores = get_selector(selector).score(evidence)
-        return highest(scores, known.forced[current.index], evidence.valid, keep, room)
-
-    return narrow
-
-
-def to_last_row(current: Current, sequence: Sequence) -> Callable[[LayerKV], Survivors]:
-    """Returns the narrowing of the last layer: the prompt's last token alone goes on."""
-    return lambda fresh: last_row(current.rows, sequence)
-
-
-def evidence_of(fresh: LayerKV, cached: LayerKV, current: Current, known: Known, deviation: str) -> Evidence:
-    """Returns what a selector is shown: what is known of the current rows, and this layer's K, V."""
-    positions, index, num_keys = current.rows.positions, current.index, cached.k.shape[0]
-    at = jnp.minimum(positions, num_keys - 1)
-    return Evidence(
-        valid=positions < num_keys,
-        positions=positions,
-        chunk_starts=known.chunk_starts[index],
-        index=index,
-        k_fresh=fresh.k,
-        v_fresh=fresh.v,
-        k_cached=cached.k[at],
-        v_cached=cached.v[at],
-        cross_mass=known.cross_mass[index],
-        question_mass=known.question_mass[index],
-        oracle=known.oracle[index],
-        seed=known.seed,
-        part=deviation,
-    )
-
-
-def cross_mass_of(
     config: ModelConfig,
-    index: Int[Array, ""] | int,
-    step: Step,
-    positions: Int[Array, " active"],
-    known: Known,
-    context_length: Int[Array, ""],
+    selector: Selector,
+    deviation: str,
+    room: int,
+) -> tuple[ActiveRows, KVCache]:
+    """As `plain_layer`; between its K, V and its attention the rows shrink to the `keep` that score highest.
+
+    Args:
+        keep: rows that go on, at most `room`.
+        deviation: what the selector's KV deviation is measured on.
+    """
+
+    def select(fresh: LayerKV) -> Survivors:
+        evidence = _evidence(fresh, cached, active, signals, deviation)
+        return highest(selector.score(evidence), signals.forced[active.index], evidence.valid, keep, room)
+
+    return _advance(params, active, cached, blended, sequence, index, config, select)[:2]
+
+
+def last_layer(
+    params: Params,
+    active: ActiveRows,
+    cached: LayerKV | None,
+    blended: KVCache,
     sequence: Sequence,
-) -> Float[Array, " active"]:
-    """Returns the attention that layer `index`'s step paid to other chunks, for all active tokens."""
-    starts = layer_starts(config, index, positions)
-    return cross_mass(step, known.chunk_starts, context_length, sequence, starts)
+    index: LayerIndex,
+    *,
+    config: ModelConfig,
+) -> tuple[Float[Array, " vocab"], Int[Array, ""], KVCache]:
+    """As `plain_layer`, but only the last token attends; returns its logits, the likeliest next token, the cache."""
+    active, blended, _ = _advance(
+        params, active, cached, blended, sequence, index, config, lambda _: last_row(active.rows, sequence)
+    )
+    logits = embedder(params, config).logits(active.rows.hidden)[0]
+    return logits, jnp.argmax(logits).astype(jnp.int32), blended
 
 
-def needs(selector: str | None, evidence: str) -> bool:
-    """Whether the selector asks for that costly evidence."""
-    return selector is not None and evidence in get_selector(selector).needs
-
-
-def begin_question_pass(request: Request, current: Current, sequence: Sequence) -> tuple[Rows, Float[Array, " keys"]]:
+def begin_question_pass(request: Request, active: ActiveRows, sequence: Sequence) -> tuple[Rows, Float[Array, " keys"]]:
     """Returns the rows of the question pass, the forced tokens, and the attention paid so far: none."""
-    num_active, num_keys = request.token_ids.shape[0], sequence.cos.shape[0]
+    num_active, num_keys = request.token_ids.shape[0], sequence.num_keys
     is_row = request.forced_rows < num_active
     at = jnp.minimum(request.forced_rows, num_active - 1)
-    return current.rows.take(at, is_row, num_keys), jnp.zeros(num_keys, jnp.float32)
+    return active.rows.take(at, is_row, num_keys), jnp.zeros(num_keys, jnp.float32)
 
 
-def question_step(
+def question_layer(
     params: Params,
-    config: ModelConfig,
-    index: Int[Array, ""] | int,
     rows: Rows,
     mass: Float[Array, " keys"],
     cached: LayerKV,
     is_question: Bool[Array, " forced"],
     sequence: Sequence,
+    index: LayerIndex,
+    *,
+    config: ModelConfig,
 ) -> tuple[Rows, Float[Array, " keys"]]:
     """One layer of the question pass: adds the attention that the question pays to every key.
 
-    The pass writes no cache: it is full KV reuse, watched.
+    The pass is full KV reuse by the forced tokens alone; it writes no cache.
     """
     with jax.named_scope("question_pass"):
         step = layer_step(params, config, index, rows, cached, sequence)
@@ -208,7 +218,36 @@ def question_step(
         return step.rows, mass
 
 
-def logits_of(params: Params, config: ModelConfig, rows: Rows) -> tuple[Float[Array, " vocab"], Int[Array, ""]]:
-    """Returns the next token's logits after the one row that is left, and the likeliest token."""
-    logits = embedder(params, config).logits(rows.hidden)[0]
-    return logits, jnp.argmax(logits).astype(jnp.int32)
+def _advance(
+    params: Params,
+    active: ActiveRows,
+    cached: LayerKV | None,
+    blended: KVCache,
+    sequence: Sequence,
+    index: LayerIndex,
+    config: ModelConfig,
+    select: Callable[[LayerKV], Survivors] | None = None,
+) -> tuple[ActiveRows, KVCache, LayerStep]:
+    step = layer_step(params, config, index, active.rows, cached, sequence, select)
+    return ActiveRows(step.rows, active.index[step.kept]), blended.with_layer(index, step.blended), step
+
+
+def _evidence(fresh: LayerKV, cached: LayerKV, active: ActiveRows, signals: TokenSignals, deviation: str) -> Evidence:
+    """Returns what a selector is shown: the signals of the current rows, and this layer's K, V."""
+    positions, index, num_keys = active.rows.positions, active.index, cached.k.shape[0]
+    at = jnp.minimum(positions, num_keys - 1)
+    return Evidence(
+        valid=positions < num_keys,
+        positions=positions,
+        chunk_starts=signals.chunk_starts[index],
+        index=index,
+        k_fresh=fresh.k,
+        v_fresh=fresh.v,
+        k_cached=cached.k[at],
+        v_cached=cached.v[at],
+        cross_mass=signals.cross_mass[index],
+        question_mass=signals.question_mass[index],
+        oracle=signals.oracle[index],
+        seed=signals.seed,
+        part=deviation,
+    )

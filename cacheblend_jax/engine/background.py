@@ -1,4 +1,4 @@
-"""What requests leave for later, by one thread: missing chunks are computed and stored, slow ones brought nearer."""
+"""What requests leave for later, on one thread: missing chunks are computed and stored, slow ones brought nearer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
-from cacheblend_jax.engine.layout import Missing
+from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.runtime.exit_hook import finished, flush_before_exit
-from cacheblend_jax.store import ChunkEntry, ChunkStore, DeviceEntry, ThrottledStore
+from cacheblend_jax.store import ChunkEntry, DeviceEntry, Store
 
 logger = logging.getLogger(__name__)
 MOST_PENDING = 256  # missing chunks waiting to be computed; a flood beyond that is not stored
@@ -22,14 +22,14 @@ class Background:
 
     Args:
         store: where chunks go.
-        standalone: computes a missing chunk's KV.
+        standalone: computes a chunk's stand-alone KV.
         to_device: copies an entry to the device, where the store keeps entries there.
     """
 
     def __init__(
         self,
-        store: ChunkStore | ThrottledStore,
-        standalone: Callable[[Missing], ChunkEntry],
+        store: Store,
+        standalone: Callable[[PlacedChunk], ChunkEntry],
         to_device: Callable[[ChunkEntry], DeviceEntry] | None,
     ) -> None:
         self._store, self._standalone, self._to_device = store, standalone, to_device
@@ -37,24 +37,24 @@ class Background:
         self._pending: dict[str, Future] = {}  # in the order in which they are computed
         flush_before_exit(self)
 
-    def store_later(self, missing: Missing, *, again: bool = False) -> None:
+    def store_later(self, chunk: PlacedChunk, *, again: bool = False) -> None:
         """Computes and stores a chunk: one that is not there, or `again` one that is and cannot be read."""
-        if missing.key in self._pending or len(self._pending) >= MOST_PENDING:
+        if chunk.key in self._pending or len(self._pending) >= MOST_PENDING:
             return
         noted = threading.Event()  # the task must not end before it is noted
 
         def work() -> None:
             noted.wait()
             try:
-                if again or missing.key not in self._store:
-                    self._store.put(missing.key, self._standalone(missing))
+                if again or chunk.key not in self._store:
+                    self._store.put(chunk.key, self._standalone(chunk))
             except Exception:  # costs a later request its hit, never an answer
-                logger.exception("a chunk of %d tokens could not be stored", missing.token_ids.size)
+                logger.exception("a chunk of %d tokens could not be stored", chunk.num_tokens)
             finally:
-                self._pending.pop(missing.key, None)
+                self._pending.pop(chunk.key, None)
 
         try:
-            self._pending[missing.key] = self._thread.submit(work)
+            self._pending[chunk.key] = self._thread.submit(work)
         except RuntimeError as error:  # closed, or no thread can be started: the task may have been queued all the same
             logger.debug("a chunk is not stored: %s", error)
         finally:

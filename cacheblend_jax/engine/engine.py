@@ -1,34 +1,25 @@
-"""The facade: prompt to layout, store, plan, prefill, decode; missing chunks are stored after the first token."""
+"""The facade: what users call. One prefill is the `Prefiller`'s, an answer the `TokenStream`'s."""
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import replace
-from functools import cached_property
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
-from cacheblend_jax.blend.deviation import total_deviation
-from cacheblend_jax.blend.flops import prefill_flops
-from cacheblend_jax.blend.schedule import Plan
-from cacheblend_jax.blend.steps import Request, needs
 from cacheblend_jax.engine.background import Background
-from cacheblend_jax.engine.controller import AutoBlend, Decision, Estimator, Stored, decide
-from cacheblend_jax.engine.executors import Attempt, Execution, Timer, may_be_slow
-from cacheblend_jax.engine.generation import decode
-from cacheblend_jax.engine.layout import Found, Layout, Span, context_of, lay_out, look_up, spans_of
-from cacheblend_jax.engine.loading import LostChunkError, Placed
-from cacheblend_jax.engine.planner import Planner, computed_positions
-from cacheblend_jax.engine.profile import profile_for
+from cacheblend_jax.engine.delays import Estimator
+from cacheblend_jax.engine.executors import Executors
+from cacheblend_jax.engine.generation import TokenStream
+from cacheblend_jax.engine.layout import context_of
+from cacheblend_jax.engine.planner import Planner
+from cacheblend_jax.engine.prefilling import Prefiller
+from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.engine.prompt import (
     Prompt,
     TextOrIds,
@@ -37,16 +28,13 @@ from cacheblend_jax.engine.prompt import (
     tokenize_parts,
     tokenize_prompt,
 )
-from cacheblend_jax.engine.results import GenerateStats, Generation, KVCache, PrefillResult, PrefillStats
-from cacheblend_jax.engine.warmup import Sizes
+from cacheblend_jax.engine.results import Generation, PrefillResult
+from cacheblend_jax.engine.warmup import Sizes, compile_tasks
 from cacheblend_jax.errors import CacheBlendError, PromptError
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
-from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.runtime.trace import Trace
-from cacheblend_jax.store import ChunkStore, ThrottledStore, is_slow
-
-logger = logging.getLogger(__name__)
+from cacheblend_jax.store import ChunkStore, Store
 
 
 class Engine:
@@ -55,14 +43,16 @@ class Engine:
     Args:
         model: what `load_model` returned.
         store: where chunk KV is kept; a memory-only one of default size if `None`.
-        blend: how the blend chooses the tokens to recompute; `"auto"` or an `AutoBlend`: the controller chooses the
-            ratio of each request, and what to load.
+        blend: how the blend chooses the tokens to recompute, unless a request says otherwise. `"auto"` is
+            `BlendConfig(recompute_ratio="auto")`: the controller chooses the ratio of each request, and what to load.
         context_tokens: how many of the prefix's first tokens a chunk is precomputed after; `None`: all of them.
         length_buckets: sizes that lengths are padded to, ascending: few sizes for few programs to compile, at the price
             of padding. `None`: many, with at most 3.1 % padding above 1024 tokens.
         executor: `"resident"` (all cached KV on the device, one program), `"streamed"` (a layer's KV arrives while
             others compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory.
         prefetch_layers: the most layers of cached KV on the device while streaming.
+        profile: what the controller estimates delays from: a `Profile` or the path of one; `None`: what `calibrate`
+            saved for this model, device and store, or where there is none a quick estimate.
 
     Raises:
         CacheBlendError: a check layer the model does not have, or another value that makes no sense.
@@ -71,39 +61,31 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        store: ChunkStore | ThrottledStore | None = None,
-        blend: BlendConfig | AutoBlend | str | None = None,
+        store: Store | None = None,
+        blend: BlendConfig | str | None = None,
         *,
         context_tokens: int | None = 4,
         length_buckets: Sequence[int] | None = None,
         executor: str = "auto",
         prefetch_layers: int = 2,
+        profile: Profile | Path | str | None = None,
     ) -> None:
         if context_tokens is not None and (not isinstance(context_tokens, int) or context_tokens < 0):
             raise CacheBlendError(
                 f"context_tokens must be None or a whole number of at least 0, got {context_tokens!r}"
             )
         self.model = model
-        self.store = ChunkStore() if store is None else store
-        if isinstance(blend, str) and blend != "auto":
-            raise CacheBlendError(f"blend must be a BlendConfig, an AutoBlend or 'auto', got {blend!r}")
-        self.auto = AutoBlend() if isinstance(blend, str) else blend if isinstance(blend, AutoBlend) else None
-        self.blend = self.auto.base if self.auto else blend if isinstance(blend, BlendConfig) else BlendConfig()
+        self.store: Store = ChunkStore() if store is None else store
+        self.blend = _blend_config(blend)
         self.context_tokens = context_tokens
         self._buckets = Buckets(None if length_buckets is None else tuple(length_buckets))
         self._planner = Planner(model.config, self.blend, self._buckets)
-        self._execution = Execution(
-            model,
-            executor,
-            prefetch_layers,
-            buckets=self._buckets,
-            may_be_slow=may_be_slow(self.store),
-            may_be_on_device=self.store.device_bytes > 0,
+        self._executors = Executors(model, executor, prefetch_layers, buckets=self._buckets, tiers=self.store.tiers)
+        to_device = self._executors.to_device if self._executors.uses_device_tier else None
+        self._background = Background(self.store, self._executors.standalone, to_device)
+        self._prefiller = Prefiller(
+            model, self.store, self._executors, self._background, context_tokens=context_tokens, profile=profile
         )
-        self._lock = threading.RLock()
-        self._is_warm = False  # whether programs were compiled in advance
-        to_device = self._execution.to_device if self._execution.uses_device_tier else None
-        self._background = Background(self.store, self._execution.standalone, to_device)
 
     def precompute(
         self,
@@ -128,167 +110,47 @@ class Engine:
             )
         context = context_of(tokenized.prefix, self.context_tokens)
         check_length(tokenized.prefix.size, config.max_positions, "the prefix")
-        for i, chunk in enumerate(tokenized.chunks):
-            check_length(context.size + chunk.size, config.max_positions, f"chunk {i} with its context")
-        spans = self._spans(tokenized, "blend")
-        for done, span in enumerate(spans):
-            self._background.wait_for([span.missing.key])
-            if span.missing.key not in self.store:
+        for i, ids in enumerate(tokenized.chunks):
+            check_length(context.size + ids.size, config.max_positions, f"chunk {i} with its context")
+        chunks = self._prefiller.place(tokenized, "blend")
+        for done, chunk in enumerate(chunks):
+            self._background.wait_for([chunk.key])
+            if chunk.key not in self.store:
                 # No request has asked for it yet: it goes before what one has.
-                self.store.put(span.missing.key, self._execution.standalone(span.missing), wait=True, uses=0)
+                self.store.put(chunk.key, self._executors.standalone(chunk), wait=True, uses=0)
             if progress is not None:
-                progress(done + 1, len(spans))
-        return [span.missing.key for span in spans if not span.is_prefix]
+                progress(done + 1, len(chunks))
+        return [chunk.key for chunk in chunks if not chunk.is_prefix]
 
-    def prefill(self, prompt: Prompt, mode: str = "blend", *, trace: Trace | None = None) -> PrefillResult:
+    def prefill(
+        self,
+        prompt: Prompt,
+        mode: str = "blend",
+        *,
+        blend: BlendConfig | str | None = None,
+        trace: Trace | None = None,
+    ) -> PrefillResult:
         """Prefills a prompt; what the store lacks is computed in place, and stored after the first token is out.
 
         Args:
             mode: `"full"` (full recompute), `"prefix"` (exact entries only: prefix caching), `"reuse"` (full KV reuse)
                 or `"blend"`.
+            blend: for this request, in place of the engine's.
             trace: collects what happened when: reading, transfer, and the computation of each layer.
 
         Raises:
             PromptError: see `tokenize_prompt`; an unknown mode.
+            CacheBlendError: a check layer the model does not have.
         """
-        return self._prefill(self._tokenize(prompt), mode, trace)
-
-    def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        config = self.model.config
-        return tokenize_prompt(
-            prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
-        )
-
-    def _spans(self, tokenized: TokenizedPrompt, mode: str) -> list[Span]:
-        return spans_of(
-            tokenized,
-            mode,
-            context_tokens=self.context_tokens,
-            fingerprint=self.model.fingerprint,
-            salt=self.store.salt,
-        )
-
-    def _prefill(self, tokenized: TokenizedPrompt, mode: str, trace: Trace | None = None) -> PrefillResult:
-        _ = self.model.fingerprint  # computed once a model, not a part of any request
-        timer, lost = Timer(), set[str]()
-        spans = self._spans(tokenized, mode)
-        looked_s = timer.elapsed_s()
-        self._background.wait_for_next([span.missing.key for span in spans])
-        with self._lock:
-            wait_s = timer.elapsed_s() - looked_s
-            if self.auto is not None:
-                with timer.stopped():
-                    _ = self.estimator  # a quick estimate is no part of any request
-            while True:
-                try:
-                    attempt = self._attempt(tokenized, spans, mode, lost, timer, trace)
-                    break
-                except LostChunkError as error:  # costs this request its hit, never its answer
-                    logger.warning("a stored chunk could not be read and is computed instead: %s", error)
-                    lost.add(error.key)
-            ttft_s = timer.elapsed_s()
-            logits = np.asarray(attempt.ran.out.logits)
-        for missing in attempt.layout.to_store:
-            self._background.store_later(missing, again=missing.key in lost)
-        for span, chunk in attempt.layout.loaded:
-            if is_slow(chunk.tier) or (chunk.tier == "host" and self._execution.uses_device_tier):
-                self._background.promote_later(span.missing.key, chunk.num_bytes)
-        return self._result(mode, attempt, logits, ttft_s, wait_s, len(lost))
-
-    def _attempt(
-        self,
-        tokenized: TokenizedPrompt,
-        spans: Sequence[Span],
-        mode: str,
-        lost: Collection[str],
-        timer: Timer,
-        trace: Trace | None,
-    ) -> Attempt:
-        """Runs a prefill, with what of the store is not `lost`.
-
-        Raises:
-            LostChunkError: a chunk could not be read.
-        """
-        context = context_of(tokenized.prefix, self.context_tokens)
-        with ExitStack() as handles:
-            found = look_up(spans, self.store, handles, lost=lost)
-            planner, decision = self._planner, None
-            if self.auto is not None and mode == "blend":
-                decision = self._decide(tokenized, found)
-                planner = self._planner_at(decision.ratio)
-            compute = () if decision is None else decision.computed_starts
-            layout = lay_out(tokenized, found, context_length=context.size, compute=compute)
-            plan, request = planner.plan_layout(layout, mode)
-            chunks = [Placed(span.missing.key, span.start, span.stop, chunk) for span, chunk in layout.loaded]
-            with timer.stopped():
-                compile_s = self._execution.compile(plan, self._execution.chosen(plan, chunks), chunks)
-                if self._is_warm and compile_s > 0:
-                    logger.warning("a request waited for the compiler: warm-up did not provide for %s", plan)
-                self._add_oracle(plan, request, layout, chunks, tokenized)
-            ran = self._execution.run(plan, request, chunks, trace)
-            return Attempt(layout, plan, ran, compile_s, planner, decision)
-
-    def _decide(self, tokenized: TokenizedPrompt, found: Sequence[Found]) -> Decision:
-        """Asks the controller for a request's ratio and what to load."""
-        assert self.auto is not None
-        config = self.model.config
-        stored = [
-            Stored(each.span.start, each.chunk.num_tokens, each.chunk.num_bytes, each.chunk.tier, each.span.exact)
-            for each in found
-            if each.chunk is not None
-        ]
-        token_bytes = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
-        length = tokenized.token_ids.size
-        compiled = self._execution.has_compiled if self._is_warm else None
-        return decide(self.estimator, self._planner, length, stored, token_bytes, self.auto.ratios, compiled)
-
-    @cached_property
-    def estimator(self) -> Estimator:
-        """What the controller estimates delays from: the profile, or where there is none a quick estimate."""
-        given = None if self.auto is None else self.auto.profile
-        profile, name = profile_for(self.model, self.store.directory, given)
-        ahead = (self._execution.host_layers, self._execution.prefetch_layers)
-        return Estimator(
-            name, profile.compute, profile.tiers, profile.transfer, *ahead, executor=self._execution.executor
-        )
-
-    def _planner_at(self, ratio: float) -> Planner:
-        return replace(self._planner, blend=replace(self.blend, recompute_ratio=ratio))
-
-    def _result(
-        self, mode: str, attempt: Attempt, logits: np.ndarray, ttft_s: float, wait_s: float, damaged: int
-    ) -> PrefillResult:
-        layout, ran = attempt.layout, attempt.ran
-        computed = computed_positions(attempt.plan, ran.out.stage_positions)
-        stats = PrefillStats(
-            mode=mode,
-            tokens=layout.token_ids.size,
-            ttft_s=ttft_s,
-            host_s=ttft_s - ran.run_s - wait_s,
-            load_s=ran.load_s,
-            compile_s=attempt.compile_s,
-            hits=layout.hits,
-            misses=layout.misses,
-            exact=int(layout.exact.sum()),
-            candidates=int(layout.candidate.sum()),
-            forced=int((~layout.exact & ~layout.candidate).sum()),
-            recompute_ratio=attempt.planner.recompute_ratio(layout, computed),
-            flops=prefill_flops(self.model.config, computed),
-            peak_memory_bytes=ran.peak_memory_bytes,
-            executor=ran.executor,
-            damaged=damaged,
-            decision=attempt.decision,
-            wait_s=wait_s,
-        )
-        return PrefillResult(
-            logits, layout.token_ids, ran.next_token, stats, KVCache(ran.out.k, ran.out.v), computed, attempt.plan
-        )
+        planner = self._planner if blend is None else replace(self._planner, blend=_blend_config(blend))
+        return self._prefiller.prefill(self._tokenize(prompt), mode, planner, trace)
 
     def generate(
         self,
         prompt: Prompt,
         mode: str = "blend",
         *,
+        blend: BlendConfig | str | None = None,
         max_new_tokens: int = 32,
         sampling: Sampling | None = None,
         stop_token_ids: Sequence[int] | None = None,
@@ -297,6 +159,7 @@ class Engine:
         """Prefills and decodes, greedily unless `sampling` says otherwise.
 
         Args:
+            blend: for this request, in place of the engine's.
             max_new_tokens: at most this many, the first one included; the model's maximal length bounds it too.
             stop_token_ids: decoding ends before any of these; the model's own by default.
             on_token: called with each token's id and the text it adds, as soon as it is known.
@@ -306,12 +169,30 @@ class Engine:
         """
         _check_max_new_tokens(max_new_tokens)
         return self.complete(
-            self.prefill(prompt, mode),
+            self.prefill(prompt, mode, blend=blend),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop_token_ids=stop_token_ids,
             on_token=on_token,
         )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        mode: str = "blend",
+        *,
+        blend: BlendConfig | str | None = None,
+        max_new_tokens: int = 32,
+        sampling: Sampling | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+    ) -> TokenStream:
+        """As `generate`, but returns an iterator over `(token id, text it adds)`, each as soon as it is known.
+
+        The prefill has run when this returns. The iterator's `generation` is the answer as far as it has come.
+        """
+        _check_max_new_tokens(max_new_tokens)
+        out = self.prefill(prompt, mode, blend=blend)
+        return self._token_stream(out, max_new_tokens, sampling, stop_token_ids)
 
     def complete(
         self,
@@ -324,23 +205,11 @@ class Engine:
     ) -> Generation:
         """Decodes from a prefill; what `generate` does after it, with the same arguments. `out` stays as it is."""
         _check_max_new_tokens(max_new_tokens)
-        stops = set(self.model.stop_token_ids if stop_token_ids is None else stop_token_ids)
-        room = min(max_new_tokens, self.model.config.max_positions - out.token_ids.size + 1)
-        token_ids: list[int] = []
-        text, reason, decode_s = "", "length", 0.0
-        for token, seconds in decode(self.model, self._buckets, out, room, sampling or Sampling()):
-            if token in stops:
-                reason = "stop"
-                break
-            token_ids.append(token)
-            grown = self._decode_text(token_ids)
+        tokens = self._token_stream(out, max_new_tokens, sampling, stop_token_ids)
+        for token, text in tokens:
             if on_token is not None:
-                on_token(token, grown[len(text) :])
-            text = grown
-            decode_s += seconds
-        decoded = max(len(token_ids) - 1, 0)
-        per_token = decode_s / decoded if decoded else 0.0
-        return Generation(text, token_ids, GenerateStats(out.stats, decoded, per_token, reason))
+                on_token(token, text)
+        return tokens.generation
 
     def warmup(
         self,
@@ -365,24 +234,27 @@ class Engine:
             chunk_tokens: also what computes missing chunks of up to so many tokens, for the store. And where chunks are
                 computed after the whole prefix (`context_tokens`), so that the first one is exact: what such prompts
                 need if it has up to so many tokens. That may be many times the programs; fewer with `length_buckets`.
-            max_new_tokens: also what decodes up to so many, on one device.
+            max_new_tokens: also what decodes up to so many.
             progress: called with the programs done and their total.
 
         Raises:
             CacheBlendError: `max_tokens` is beyond the model's maximum, or another value makes no sense.
         """
-        wanted = (*modes, *(["full"] if self.auto is not None else []))
-        sizes = Sizes(max_tokens, wanted, prefix_tokens, suffix_tokens, chunk_tokens, max_new_tokens)
-        blends = [self.blend] if self.auto is None else self.auto.configurations()
-        planners = [replace(self._planner, blend=blend) for blend in blends]
-        work = sizes.programs(self.model, planners, self._execution, self._buckets, self.context_tokens)
-        before = self.model.programs.count
+        modes = (*modes, *(["full"] if self.blend.is_auto else []))
+        sizes = Sizes(max_tokens, modes, prefix_tokens, suffix_tokens, chunk_tokens, max_new_tokens)
+        planners = [replace(self._planner, blend=blend) for blend in self.blend.fixed()]
+        tasks = compile_tasks(sizes, self.model, planners, self._executors, self._buckets, self.context_tokens)
+        before = self.model.runner.count
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for done, _ in enumerate(pool.map(lambda compile_one: compile_one(), work), 1):
+            for done, _ in enumerate(pool.map(lambda task: task(), tasks), 1):
                 if progress is not None:
-                    progress(done, len(work))
-        self._is_warm = True
-        return self.model.programs.count - before
+                    progress(done, len(tasks))
+        self._prefiller.is_warm = True
+        return self.model.runner.count - before
+
+    def estimator(self) -> Estimator:
+        """Returns what the controller estimates delays from: the profile, or where there is none a quick estimate."""
+        return self._prefiller.estimator()
 
     def flush(self) -> None:
         """Waits until every missing chunk seen so far is stored, on disk too where the store has a directory."""
@@ -398,30 +270,34 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _add_oracle(
-        self, plan: Plan, request: Request, layout: Layout, chunks: Sequence[Placed], tokenized: TokenizedPrompt
-    ) -> None:
-        """Fills the oracle's scores in from a full prefill, if the selector wants them."""
-        if not needs(plan.selector, "oracle"):
-            return
-        full = self._prefill(tokenized, "full").padded_cache
-        rows = min(full.k.shape[1], plan.cache_length)
-        cos, sin = rope_tables(self.model.config, plan.cache_length)
-        cached = self._execution.load(plan, chunks)
-        scores = jax.jit(total_deviation)(
-            *(x[:, :rows] for x in (full.k, full.v, cached.k, cached.v)), cos[:rows], sin[:rows], layout.token_ids.size
+    def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        config = self.model.config
+        return tokenize_prompt(
+            prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
         )
-        count = int(np.sum(request.positions < plan.cache_length))
-        request.oracle[:count] = np.asarray(scores)[request.positions[:count]]
 
-    def _decode_text(self, token_ids: list[int]) -> str:
-        if self.model.tokenizer is None:
-            return ""
-        text = self.model.tokenizer.decode(token_ids, skip_special_tokens=True)
-        # A character may span tokens: what is not whole yet is held back.
-        return text.rstrip("\ufffd")
+    def _token_stream(
+        self,
+        out: PrefillResult,
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        stop_token_ids: Sequence[int] | None,
+    ) -> TokenStream:
+        room = min(max_new_tokens, self.model.config.max_positions - out.token_ids.size + 1)
+        stops = self.model.stop_token_ids if stop_token_ids is None else stop_token_ids
+        return TokenStream(self.model, self._buckets, out, room=room, sampling=sampling or Sampling(), stops=stops)
+
+
+def _blend_config(blend: BlendConfig | str | None) -> BlendConfig:
+    if blend is None:
+        return BlendConfig()
+    if blend == "auto":
+        return BlendConfig(recompute_ratio="auto")
+    if not isinstance(blend, BlendConfig):
+        raise CacheBlendError(f"blend must be a BlendConfig or 'auto', got {blend!r}")
+    return blend
 
 
 def _check_max_new_tokens(max_new_tokens: int) -> None:
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
         raise PromptError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")

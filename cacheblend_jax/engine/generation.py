@@ -1,31 +1,84 @@
-"""The decoding loop: after a prefill, one token at a time over a cache that grows in place."""
+"""Generation: after a prefill, one token at a time over a cache that grows in place; an answer as it is decoded."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Generator, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets
-from cacheblend_jax.engine.results import PrefillResult
+from cacheblend_jax.engine.results import GenerateStats, Generation, PrefillResult
 from cacheblend_jax.model.decode import Sampling, decode_step, sample
+from cacheblend_jax.model.kv_cache import KVCache, abstract_cache
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
-from cacheblend_jax.runtime.programs import Program
 
 _draw = jax.jit(sample)
 
 
+class TokenStream:
+    """An answer while it is decoded: iterates over `(token id, text that it adds)`, each as soon as it is known.
+
+    A character may span tokens: its text comes with the token that completes it.
+
+    Args:
+        room: the most tokens, the first one included.
+        stops: decoding ends before any of these.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        buckets: Buckets,
+        prefill: PrefillResult,
+        *,
+        room: int,
+        sampling: Sampling,
+        stops: Collection[int],
+    ) -> None:
+        self._model, self._prefill, self._stops = model, prefill, set(stops)
+        self._tokens = decode(model, buckets, prefill, room, sampling)
+        self._token_ids: list[int] = []
+        self._text, self._finish_reason, self._decode_s = "", "length", 0.0
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return self
+
+    def __next__(self) -> tuple[int, str]:
+        token, seconds = next(self._tokens)
+        if token in self._stops:
+            self._finish_reason = "stop"
+            self._tokens.close()
+            raise StopIteration
+        self._token_ids.append(token)
+        self._decode_s += seconds
+        grown = self._decoded_text()
+        added, self._text = grown[len(self._text) :], grown
+        return token, added
+
+    @property
+    def generation(self) -> Generation:
+        """The answer as far as it is decoded, and what it took."""
+        decoded = max(len(self._token_ids) - 1, 0)
+        per_token = self._decode_s / decoded if decoded else 0.0
+        stats = GenerateStats(self._prefill.stats, decoded, per_token, self._finish_reason)
+        return Generation(self._text, list(self._token_ids), stats)
+
+    def _decoded_text(self) -> str:
+        if self._model.tokenizer is None:
+            return ""
+        text = self._model.tokenizer.decode(self._token_ids, skip_special_tokens=True)
+        return text.rstrip("\ufffd")  # a character that is not whole yet
+
+
 def decode(
     model: Model, buckets: Buckets, out: PrefillResult, room: int, sampling: Sampling
-) -> Iterator[tuple[int, float]]:
+) -> Generator[tuple[int, float], None, None]:
     """Yields up to `room` token ids and the seconds that each one's decoding step took; the first needs none."""
-    config = model.config
-    length = out.token_ids.size
+    config, length = model.config, out.token_ids.size
     key = jax.random.key(sampling.seed)
 
     def choose(logits: jax.Array, likeliest: jax.Array | int, step: int) -> int:
@@ -39,33 +92,31 @@ def decode(
     if room == 1:
         return
     size = buckets.length(length + room - 1)
-    k, v = (_resized(x, size) for x in (out.padded_cache.k, out.padded_cache.v))
+    cache = jax.device_put(_resized(out.padded_cache, size), model.placement)
     cos, sin = jax.device_put(rope_tables(config, size), model.placement)
-
-    program = decoding_program(model, size, k.sharding)
     for step in range(1, room):
         began = time.perf_counter()
         place = np.int32(length + step - 1)
-        logits, likeliest, k, v = program.run(model.params, k, v, np.int32(token), place, cos, sin)
+        logits, likeliest, cache = model.runner(
+            decode_step, model.params, cache, np.int32(token), place, cos, sin, donate=("cache",), config=config
+        )
         token = choose(logits, likeliest, step)
         yield token, time.perf_counter() - began
 
 
-def decoding_program(model: Model, size: int, sharding: jax.sharding.Sharding) -> Program:
-    """Returns the program that decodes one token over a cache of `size` tokens, laid out as a prefill left it."""
-    config = model.config
-
-    def arguments() -> tuple[Any, ...]:
-        shape = (config.num_layers, size, config.num_kv_heads, config.head_dim)
-        cache = jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype), sharding=sharding)
-        scalar = jax.ShapeDtypeStruct((), jnp.int32)
-        table = jax.ShapeDtypeStruct((size, config.head_dim // 2), jnp.float32, sharding=model.placement)
-        return model.params, cache, cache, scalar, scalar, table, table
-
-    return model.programs.get(decode_step, arguments, donate=(1, 2), config=config, keys=size, sharding=sharding)
+def warm_up_decoding(model: Model, size: int) -> None:
+    """Compiles the program that decodes one token over a cache of `size` tokens."""
+    config, number = model.config, np.int32(0)
+    cache = abstract_cache(config, size, model.placement)
+    cos, sin = jax.device_put(rope_tables(config, size), model.placement)
+    model.runner(decode_step, model.params, cache, number, number, cos, sin, donate=("cache",), config=config)
 
 
-def _resized(x: jax.Array, size: int) -> jax.Array:
-    """A copy of the cache with room for `size` tokens: decoding donates it, the prefill's result keeps its own."""
-    length = min(x.shape[1], size)
-    return jnp.zeros((x.shape[0], size, *x.shape[2:]), x.dtype).at[:, :length].set(x[:, :length])
+def _resized(cache: KVCache, size: int) -> KVCache:
+    """Copies a cache into one with room for `size` tokens: decoding donates it, the prefill's result keeps its own."""
+    length = min(cache.k.shape[1], size)
+
+    def resize(x: jax.Array) -> jax.Array:
+        return jnp.zeros((x.shape[0], size, *x.shape[2:]), x.dtype).at[:, :length].set(x[:, :length])
+
+    return KVCache(resize(cache.k), resize(cache.v))

@@ -4,62 +4,91 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.errors import PromptError
-from cacheblend_jax.store import StoredChunk, chunk_key
+from cacheblend_jax.store import Store, StoredChunk, chunk_key
 
 MODES = ("full", "prefix", "reuse", "blend")
 NO_CONTEXT = np.zeros(0, np.int32)
 
 
-@dataclass(frozen=True)
-class Missing:
-    """A chunk (or prefix) whose stand-alone KV is to be computed, and the context it is computed after.
+@dataclass(frozen=True, eq=False)
+class PlacedChunk:
+    """A chunk of a prompt (or its prefix) at its place: from layout to device, the one record of it.
 
-    `fingerprint` is the model's that its key was made with: the KV of other weights must not be stored under it.
+    Attributes:
+        key: what finds it in the store.
+        fingerprint: of the model that `key` was made with; KV of other weights must not be stored under it.
+        context_ids: int32, the ids that its stand-alone KV is computed after.
+        token_ids: int32, its own ids.
+        start: position of its first token in the prompt.
+        exact: whether the context is precisely what stands before it, so that stored KV needs no recomputing.
+        is_prefix: whether it is the prompt's prefix.
+        stored: the open handle on its KV; `None` where the store has none, or nobody has looked.
     """
 
     key: str
     fingerprint: str
     context_ids: np.ndarray
     token_ids: np.ndarray
-
-
-@dataclass(frozen=True)
-class Span:
-    """A prefix or chunk at its place, and what is computed where it is missing."""
-
     start: int
-    missing: Missing
-    exact: bool
-    is_prefix: bool
+    exact: bool = False
+    is_prefix: bool = False
+    stored: StoredChunk | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Its own tokens, without the context."""
+        return self.token_ids.size
 
     @property
     def stop(self) -> int:
         """Position after the last token."""
-        return self.start + self.missing.token_ids.size
+        return self.start + self.num_tokens
+
+    @property
+    def tier(self) -> str:
+        """Where its stored KV is.
+
+        Raises:
+            ValueError: none is stored.
+        """
+        return self.handle.tier
+
+    @property
+    def handle(self) -> StoredChunk:
+        """The open handle on its stored KV.
+
+        Raises:
+            ValueError: none is stored.
+        """
+        if self.stored is None:
+            raise ValueError(f"chunk {self.key[:16]} at {self.start} has no stored KV")
+        return self.stored
 
 
-@dataclass(frozen=True)
-class Found:
-    """What the store holds of a span: an open handle, or nothing."""
-
-    span: Span
-    chunk: StoredChunk | None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """A prompt's tokens in place. `loaded` are the chunks to reuse; masks and starts are `[tokens]`."""
+    """A prompt's tokens in place.
+
+    Attributes:
+        token_ids: int32 `[tokens]`.
+        loaded: the stored chunks (and prefix) to reuse.
+        missing: those whose stand-alone KV is to be computed and stored, each once.
+        exact, candidate: bool `[tokens]`; what is neither is forced.
+        chunk_starts: int32 `[tokens]`, position of the first token of each token's chunk; the suffix is one.
+        context_length: tokens that chunks are precomputed after.
+        suffix_start: position of the suffix; of the last token where there is none.
+        hits, misses: chunks that the store has, and has not; the prefix does not count.
+    """
 
     token_ids: np.ndarray
-    loaded: list[tuple[Span, StoredChunk]]
-    to_store: list[Missing]
+    loaded: list[PlacedChunk]
+    missing: list[PlacedChunk]
     exact: np.ndarray
     candidate: np.ndarray
     chunk_starts: np.ndarray
@@ -74,12 +103,12 @@ def context_of(prefix_ids: np.ndarray, context_tokens: int | None) -> np.ndarray
     return prefix_ids if context_tokens is None else prefix_ids[:context_tokens]
 
 
-def spans_of(
+def place_chunks(
     prompt: TokenizedPrompt, mode: str, *, context_tokens: int | None, fingerprint: str, salt: str
-) -> list[Span]:
-    """Lays out the prefix and the chunks that a mode looks up: `full` none, `prefix` only exact ones.
+) -> list[PlacedChunk]:
+    """Places the prefix and the chunks that a mode looks up: `full` none, `prefix` only exact ones.
 
-    A span is exact where its context is precisely the ids that stand before it: a prefix always, the first chunk where
+    A chunk is exact where its context is precisely the ids that stand before it: a prefix always, the first chunk where
     the context is the whole prefix.
 
     Raises:
@@ -91,67 +120,62 @@ def spans_of(
         return []
     context = context_of(prompt.prefix, context_tokens)
 
-    def span(start: int, context_ids: np.ndarray, ids: np.ndarray, is_prefix: bool) -> Span:
-        missing = Missing(chunk_key(fingerprint, context_ids, ids, salt), fingerprint, context_ids, ids)
-        return Span(start, missing, exact=context_ids.size == start, is_prefix=is_prefix)
+    def place(start: int, context_ids: np.ndarray, ids: np.ndarray, is_prefix: bool) -> PlacedChunk:
+        key = chunk_key(fingerprint, context_ids, ids, salt)
+        return PlacedChunk(key, fingerprint, context_ids, ids, start, context_ids.size == start, is_prefix)
 
-    spans = [span(0, NO_CONTEXT, prompt.prefix, True)] if prompt.prefix.size else []
+    chunks = [place(0, NO_CONTEXT, prompt.prefix, True)] if prompt.prefix.size else []
     start = prompt.prefix.size
-    for chunk in prompt.chunks:
-        spans.append(span(start, context, chunk, False))
-        start += chunk.size
-    return [span for span in spans if span.exact or mode != "prefix"]
+    for ids in prompt.chunks:
+        chunks.append(place(start, context, ids, False))
+        start += ids.size
+    return [chunk for chunk in chunks if chunk.exact or mode != "prefix"]
 
 
-def look_up(spans: Sequence[Span], store: Any, handles: ExitStack, *, lost: Collection[str] = ()) -> list[Found]:
-    """Opens what the store holds of the spans, in `handles`.
+def look_up(
+    chunks: Sequence[PlacedChunk], store: Store, handles: ExitStack, *, lost: Collection[str] = ()
+) -> list[PlacedChunk]:
+    """Opens what the store holds of the chunks, in `handles`.
 
-    Entries whose keys are among `lost` (could not be read a moment ago) count as missing.
+    Entries whose keys are among `lost` (they could not be read a moment ago) count as missing.
     """
-    found = []
-    for span in spans:
-        chunk = None if span.missing.key in lost else store.open(span.missing.key)
-        found.append(Found(span, None if chunk is None else handles.enter_context(chunk)))
-    return found
+    looked_up = []
+    for chunk in chunks:
+        stored = None if chunk.key in lost else store.open(chunk.key)
+        looked_up.append(chunk if stored is None else replace(chunk, stored=handles.enter_context(stored)))
+    return looked_up
 
 
 def lay_out(
-    prompt: TokenizedPrompt, found: Sequence[Found], *, context_length: int, compute: Collection[int] = ()
+    prompt: TokenizedPrompt, chunks: Sequence[PlacedChunk], *, context_length: int, compute: Collection[int] = ()
 ) -> Layout:
     """Says of every token whether it is exact, a candidate, or forced (neither).
 
-    The suffix is forced; without one, the prompt's last token is. So are the spans that start at a position in
+    The suffix is forced; without one, the prompt's last token is. So are the chunks that start at a position in
     `compute`: stored, but not worth loading.
     """
     token_ids = prompt.token_ids
     exact, candidate = np.zeros(token_ids.size, bool), np.zeros(token_ids.size, bool)
     chunk_starts = np.zeros(token_ids.size, np.int32)
     start = prompt.prefix.size
-    for chunk in prompt.chunks:
-        chunk_starts[start : start + chunk.size] = start
-        start += chunk.size
-    loaded, to_store, hits, misses = [], {}, 0, 0
-    for each in found:
-        span = each.span
-        if each.chunk is None:
-            to_store[span.missing.key] = span.missing
-        elif span.start not in compute:
-            loaded.append((span, each.chunk))
-            (exact if span.exact else candidate)[span.start : span.stop] = True
-        hits += each.chunk is not None and not span.is_prefix
-        misses += each.chunk is None and not span.is_prefix
+    for ids in prompt.chunks:
+        chunk_starts[start : start + ids.size] = start
+        start += ids.size
     suffix_start = token_ids.size - prompt.suffix.size
     chunk_starts[suffix_start:] = suffix_start
+    loaded = [chunk for chunk in chunks if chunk.stored is not None and chunk.start not in compute]
+    for chunk in loaded:
+        (exact if chunk.exact else candidate)[chunk.start : chunk.stop] = True
     exact[-1] = candidate[-1] = False
     return Layout(
         token_ids,
         loaded,
-        list(to_store.values()),
+        list({chunk.key: chunk for chunk in chunks if chunk.stored is None}.values()),
         exact,
         candidate,
         chunk_starts,
         context_length,
         min(suffix_start, token_ids.size - 1),
-        hits,
-        misses,
+        hits=sum(chunk.stored is not None and not chunk.is_prefix for chunk in chunks),
+        misses=sum(chunk.stored is None and not chunk.is_prefix for chunk in chunks),
     )

@@ -12,42 +12,20 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cacheblend_jax.blend.layer_step import LayerKV
+from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.errors import DamagedEntryError
-from cacheblend_jax.runtime.host_buffers import aligned_empty
+from cacheblend_jax.model.kv_cache import KVCache, LayerKV
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import is_slow
 
 READERS = 4  # reads at a time: they wait for a tier more than they work
-
-
-class LayerSource(Protocol):
-    """What is loaded from: a stored chunk."""
-
-    @property
-    def tier(self) -> str:
-        """Where it is: on the `"device"`, in `"host"` memory, or in what is slower."""
-
-    def read_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns K (before RoPE) and V of one layer, each `[tokens, kv_heads, head_dim]`."""
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A stored chunk and the places of its tokens in the prompt, `start … stop - 1`."""
-
-    key: str
-    start: int
-    stop: int
-    chunk: LayerSource
 
 
 class LostChunkError(Exception):
@@ -58,26 +36,7 @@ class LostChunkError(Exception):
         self.key = key
 
 
-class Staging:
-    """Host buffers for K and V that are used again from request to request, and grow.
-
-    Rows that nothing was put into hold what an earlier request left there (at first zeros): finite, and never read
-    into a result.
-    """
-
-    def __init__(self, dtype: np.dtype) -> None:
-        self._k, self._v = (aligned_empty((0,), dtype) for _ in range(2))
-
-    def arrays(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns K's and V's buffer, aligned so that a CPU device takes them over as they are."""
-        size = int(np.prod(shape))
-        if self._k.size < size:
-            self._k, self._v = (aligned_empty((size,), self._k.dtype) for _ in range(2))
-            self._k[:] = self._v[:] = 0
-        return self._k[:size].reshape(shape), self._v[:size].reshape(shape)
-
-
-def read_into(placed: Placed, layer: int, k: np.ndarray, v: np.ndarray, trace: Trace | None) -> None:
+def read_into(chunk: PlacedChunk, layer: int, k: np.ndarray, v: np.ndarray, trace: Trace | None) -> None:
     """Reads one layer of one chunk into its rows of `k` and `v`, each `[keys, kv_heads, head_dim]`.
 
     Raises:
@@ -85,29 +44,28 @@ def read_into(placed: Placed, layer: int, k: np.ndarray, v: np.ndarray, trace: T
     """
 
     def span(lane: str) -> AbstractContextManager[None]:
-        return nullcontext() if trace is None else trace.span(lane, f"layer {layer} at {placed.start}", layer)
+        return nullcontext() if trace is None else trace.span(lane, f"layer {layer} at {chunk.start}", layer)
 
-    tier = placed.chunk.tier
     try:
-        with span(tier) if is_slow(tier) else nullcontext():
-            k_layer, v_layer = placed.chunk.read_layer(layer)
+        with span(chunk.tier) if is_slow(chunk.tier) else nullcontext():
+            k_layer, v_layer = chunk.handle.read_layer(layer)
     except (DamagedEntryError, OSError) as error:
-        raise LostChunkError(placed.key, error) from error
+        raise LostChunkError(chunk.key, error) from error
     with span("host"):
-        k[placed.start : placed.stop] = k_layer
-        v[placed.start : placed.stop] = v_layer
+        k[chunk.start : chunk.stop] = k_layer
+        v[chunk.start : chunk.stop] = v_layer
 
 
 def load_all(
-    chunks: Sequence[Placed], k: np.ndarray, v: np.ndarray, readers: ThreadPoolExecutor, trace: Trace | None = None
+    chunks: Sequence[PlacedChunk], k: np.ndarray, v: np.ndarray, readers: ThreadPoolExecutor, trace: Trace | None = None
 ) -> None:
     """Reads every layer of the chunks into `k` and `v`, each `[layers, keys, kv_heads, head_dim]`.
 
     Raises:
         LostChunkError: a chunk is damaged or its tier failed.
     """
-    slow = any(is_slow(placed.chunk.tier) for placed in chunks)
-    reads = [(placed, layer, k[layer], v[layer], trace) for layer in range(len(k)) for placed in chunks]
+    slow = any(is_slow(chunk.tier) for chunk in chunks)
+    reads = [(chunk, layer, k[layer], v[layer], trace) for layer in range(len(k)) for chunk in chunks]
     if not slow:  # a copy within memory: threads cost more than they bring
         for read in reads:
             read_into(*read)
@@ -121,23 +79,30 @@ def load_all(
 
 
 def place(
-    cached: LayerKV,
+    cached: KVCache,
     k: Float[Array, "layers rows kv_heads head_dim"],
     v: Float[Array, "layers rows kv_heads head_dim"],
     start: Int[Array, ""],
     tokens: Int[Array, ""],
-) -> LayerKV:
+) -> KVCache:
     """Writes a chunk that is on the device to its places in all layers' KV; its rows after `tokens` are padding."""
     keys = cached.k.shape[1]
     rows = jnp.arange(k.shape[1], dtype=jnp.int32)
     places = jnp.where(rows < tokens, start + rows, keys)  # beyond the end: dropped
-    return LayerKV(cached.k.at[:, places].set(k, mode="drop"), cached.v.at[:, places].set(v, mode="drop"))
+    return KVCache(cached.k.at[:, places].set(k, mode="drop"), cached.v.at[:, places].set(v, mode="drop"))
 
 
-def place_first(k: Any, v: Any, start: Any, tokens: Any, *, keys: int) -> LayerKV:
+def place_first(
+    k: Float[Array, "layers rows kv_heads head_dim"],
+    v: Float[Array, "layers rows kv_heads head_dim"],
+    start: Int[Array, ""],
+    tokens: Int[Array, ""],
+    *,
+    keys: int,
+) -> KVCache:
     """As `place`, into `keys` rows of zeros."""
     shape = (k.shape[0], keys, *k.shape[2:])
-    return place(LayerKV(jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype)), k, v, start, tokens)
+    return place(KVCache(jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype)), k, v, start, tokens)
 
 
 def _abandon(futures: Sequence[Future]) -> None:
@@ -165,7 +130,7 @@ class LayerStream:
 
     def __init__(
         self,
-        chunks: Sequence[Placed],
+        chunks: Sequence[PlacedChunk],
         layers: Sequence[int],
         buffers: tuple[np.ndarray, np.ndarray],
         device_layers: int,
@@ -236,9 +201,7 @@ class LayerStream:
 
     def _read(self, turn: int) -> None:
         (k, v), layer = self._slot(turn), self._layers[turn]
-        self._reads[turn] = [
-            self._readers.submit(read_into, placed, layer, k, v, self._trace) for placed in self._chunks
-        ]
+        self._reads[turn] = [self._readers.submit(read_into, chunk, layer, k, v, self._trace) for chunk in self._chunks]
 
     def _transfer(self) -> None:
         try:

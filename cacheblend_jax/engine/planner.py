@@ -1,14 +1,13 @@
-"""From a prompt's layout to a prefill: which compiled program runs it, and with what inputs."""
+"""From a prompt's layout to a prefill: by which executor and which programs it runs, and with what inputs."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import jax
 import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
@@ -23,11 +22,24 @@ from cacheblend_jax.blend.steps import Request
 from cacheblend_jax.engine.layout import Layout
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.store import is_slow
+
+EXECUTORS = ("auto", "resident", "streamed")
+
+
+def choose_executor(setting: str, tiers: Collection[str]) -> str:
+    """Returns the executor of a prefill that loads from these tiers: the one place that decides it.
+
+    Where nothing is loaded there is nothing to stream. `"auto"` streams where a tier is slower than host memory.
+    """
+    if not tiers or setting == "resident":
+        return "resident"
+    return "streamed" if setting == "streamed" or any(map(is_slow, tiers)) else "resident"
 
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans the prefills of one model under one blend configuration.
+    """Plans the prefills of one model under one blend configuration; `at` fixes the ratio of one that is automatic.
 
     Raises:
         CacheBlendError: the blend's check layer is not one of the model's.
@@ -50,12 +62,16 @@ class Planner:
         """The blend's, or the model's own."""
         return self.config.check_layer if self.blend.check_layer is None else self.blend.check_layer
 
+    def at(self, ratio: float) -> Planner:
+        """Returns the planner of the same blend at a fixed ratio."""
+        return replace(self, blend=self.blend.with_ratio(ratio))
+
     def blends(self, mode: str) -> bool:
-        """Whether a mode recomputes candidates: at ratio 0 the blend is full KV reuse."""
-        return mode == "blend" and self.blend.recompute_ratio > 0
+        """Returns whether a mode recomputes candidates: at ratio 0 the blend is full KV reuse."""
+        return mode == "blend" and self.blend.ratio > 0
 
     def plan(self, mode: str, length: int, exact: int, candidates: int) -> Plan:
-        """Returns the program's name for a prompt of `length` tokens, so many of them exact and candidates.
+        """Plans a prompt of `length` tokens, so many of them exact and candidates.
 
         Where nothing is loaded every mode is full recompute.
         """
@@ -74,7 +90,7 @@ class Planner:
         )
 
     def plan_layout(self, layout: Layout, mode: str) -> tuple[Plan, Request]:
-        """Chooses the program for a layout and fills its traced inputs in."""
+        """Plans a layout and fills in its traced inputs."""
         length = layout.token_ids.size
         plan = self.plan(mode, length, int(layout.exact.sum()), int(layout.candidate.sum()))
         skipped = layout.exact if self.blends(mode) else layout.exact | layout.candidate
@@ -83,10 +99,10 @@ class Planner:
         forced_rows = np.flatnonzero(forced)
         num_forced = forced_rows.size
         traced = _padding(plan)
-        traced["length"] = np.int32(length)
-        traced["context_length"] = np.int32(layout.context_length)
-        traced["seed"] = np.int32(self.blend.seed)
-        traced["keep"][:] = survivor_counts(plan, self.blend.recompute_ratio, positions.size - num_forced, num_forced)
+        traced["length"] = np.asarray(length, np.int32)
+        traced["context_length"] = np.asarray(layout.context_length, np.int32)
+        traced["seed"] = np.asarray(self.blend.seed, np.int32)
+        traced["keep"][:] = survivor_counts(plan, self.blend.ratio, positions.size - num_forced, num_forced)
         for name, values in (
             ("token_ids", layout.token_ids[positions]),
             ("positions", positions),
@@ -139,28 +155,27 @@ def _padding(plan: Plan) -> dict[str, Any]:
     return {
         "token_ids": np.zeros(active, np.int32),
         "positions": np.full(active, plan.cache_length, np.int32),
-        "length": np.int32(0),
+        "length": np.zeros((), np.int32),
         "forced": np.zeros(active, bool),
         "chunk_starts": np.zeros(active, np.int32),
-        "context_length": np.int32(0),
+        "context_length": np.zeros((), np.int32),
         "keep": np.zeros(len(plan.stages) - 1, np.int32),
         "forced_rows": np.full(forced, active, np.int32),
         "is_question": np.zeros(forced, bool),
         "oracle": np.zeros(active, np.float32),
-        "seed": np.int32(0),
+        "seed": np.zeros((), np.int32),
     }
 
 
-def abstract_request(plan: Plan) -> Request:
-    """Returns the shapes and dtypes of a plan's requests."""
-    return jax.eval_shape(lambda: Request(**_padding(plan)))
+def empty_request(plan: Plan) -> Request:
+    """Returns a request that is all padding: of the shapes that the plan's programs are compiled for."""
+    return Request(**_padding(plan))
 
 
-def computed_positions(plan: Plan, stage_positions: Sequence[jax.Array]) -> list[np.ndarray]:
-    """Returns, for each layer, the positions whose K, V it computed."""
+def computed_positions(plan: Plan, stage_positions: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns, for each layer, the positions whose K, V it computed; `stage_positions` holds each stage's, padded."""
     computed = []
     for stage, padded in zip(plan.stages, stage_positions, strict=True):
-        positions = np.asarray(padded)
-        positions = positions[positions < plan.cache_length]
+        positions = padded[padded < plan.cache_length]
         computed += [positions] * (stage.border - stage.first + 1)
     return computed

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from platformdirs import user_cache_path
 
-from cacheblend_jax.engine.controller import ComputeModel, Tier
+from cacheblend_jax.engine.delays import ComputeModel, Tier
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.store import located

@@ -5,21 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import jax
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Float
 
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.engine.controller import Decision
-
-
-@struct.dataclass
-class KVCache:
-    """K (rotated to final positions) and V of a whole prompt, each `[layers, tokens, kv_heads, head_dim]`."""
-
-    k: Float[Array, "layers tokens kv_heads head_dim"]
-    v: Float[Array, "layers tokens kv_heads head_dim"]
+from cacheblend_jax.model.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -80,6 +70,9 @@ class PrefillResult:
         token_ids: int32 `[tokens]`.
         next_token: the likeliest next token.
         stats: what was done, and how long it took.
+        padded_cache: the blended KV; keys beyond the prompt's tokens are padding.
+        computed_positions: for each layer, the positions whose K, V it computed afresh.
+        plan: what its programs were compiled for.
     """
 
     logits: np.ndarray
@@ -93,7 +86,7 @@ class PrefillResult:
     @property
     def cache(self) -> KVCache:
         """The blended KV of exactly the prompt's tokens."""
-        return jax.tree.map(lambda x: x[:, : self.token_ids.size], self.padded_cache)
+        return self.padded_cache.first(self.token_ids.size)
 
     @cached_property
     def recomputed(self) -> np.ndarray:

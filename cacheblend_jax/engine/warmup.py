@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from cacheblend_jax.blend.buckets import Buckets, buckets_up_to
-from cacheblend_jax.engine.executors import Execution
-from cacheblend_jax.engine.generation import decoding_program
+from cacheblend_jax.engine.executors import Executors
+from cacheblend_jax.engine.generation import warm_up_decoding
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.errors import CacheBlendError
@@ -39,32 +39,33 @@ class Sizes:
             if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
                 raise CacheBlendError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
 
-    def programs(
-        self,
-        model: Model,
-        planners: Sequence[Planner],
-        execution: Execution,
-        buckets: Buckets,
-        context_tokens: int | None,
-    ) -> list[Callable[[], object]]:
-        """Returns what compiles them, each some of the programs.
 
-        Raises:
-            CacheBlendError: `max_tokens` is beyond the model's maximum.
-        """
-        most = model.config.max_positions
-        if self.max_tokens > most:
-            raise CacheBlendError(f"max_tokens must be in [1, {most}], got {self.max_tokens!r}")
-        context = self.prefix_tokens if context_tokens is None else min(self.prefix_tokens, context_tokens)
-        exact_chunk = self.chunk_tokens if context == self.prefix_tokens else 0
-        sizes = (self.max_tokens, self.modes, self.prefix_tokens, self.suffix_tokens, exact_chunk)
-        plans = dict.fromkeys(plan for planner in planners for plan in planner.plans_up_to(*sizes))
-        work: list[Callable[[], object]] = [partial(execution.warm_up, plan) for plan in plans]
-        if self.chunk_tokens:
-            alone = {buckets.length(max(self.prefix_tokens, 1))}
-            alone |= {*buckets_up_to(buckets.length, min(context + self.chunk_tokens, most))}
-            work += [partial(execution.standalone_program, size) for size in sorted(alone)]
-        if self.max_new_tokens > 1 and len(model.placement.device_set) == 1:  # a mesh's prefills say how KV is split
-            decoded = buckets_up_to(buckets.length, min(self.max_tokens + self.max_new_tokens - 1, most))
-            work += [partial(decoding_program, model, size, model.placement) for size in decoded]
-        return work
+def compile_tasks(
+    sizes: Sizes,
+    model: Model,
+    planners: Sequence[Planner],
+    executors: Executors,
+    buckets: Buckets,
+    context_tokens: int | None,
+) -> list[Callable[[], object]]:
+    """Returns the calls that compile all programs of those sizes, each some of them; they may run at the same time.
+
+    Raises:
+        CacheBlendError: `max_tokens` is beyond the model's maximum.
+    """
+    most = model.config.max_positions
+    if sizes.max_tokens > most:
+        raise CacheBlendError(f"max_tokens must be in [1, {most}], got {sizes.max_tokens!r}")
+    context = sizes.prefix_tokens if context_tokens is None else min(sizes.prefix_tokens, context_tokens)
+    exact_chunk = sizes.chunk_tokens if context == sizes.prefix_tokens else 0
+    limits = (sizes.max_tokens, sizes.modes, sizes.prefix_tokens, sizes.suffix_tokens, exact_chunk)
+    plans = dict.fromkeys(plan for planner in planners for plan in planner.plans_up_to(*limits))
+    tasks: list[Callable[[], object]] = [partial(executors.warm_up, plan) for plan in plans]
+    if sizes.chunk_tokens:
+        alone = {buckets.length(max(sizes.prefix_tokens, 1))}
+        alone |= {*buckets_up_to(buckets.length, min(context + sizes.chunk_tokens, most))}
+        tasks += [partial(executors.warm_up_standalone, size) for size in sorted(alone)]
+    if sizes.max_new_tokens > 1:
+        decoded = buckets_up_to(buckets.length, min(sizes.max_tokens + sizes.max_new_tokens - 1, most))
+        tasks += [partial(warm_up_decoding, model, size) for size in decoded]
+    return tasks

@@ -1,7 +1,19 @@
 """One config-driven decoder for the Llama form: Llama 2/3.x, Mistral, Qwen2/2.5, Qwen3 and what shares it."""
 
 from cacheblend_jax.model.config import ModelConfig, RopeConfig
+from cacheblend_jax.model.decode import Sampling
+from cacheblend_jax.model.kv_cache import KVCache, LayerKV
 from cacheblend_jax.model.model import Model, random_model
 from cacheblend_jax.model.weights import load_model, save_check_layer
 
-__all__ = ["Model", "ModelConfig", "RopeConfig", "load_model", "random_model", "save_check_layer"]
+__all__ = [
+    "KVCache",
+    "LayerKV",
+    "Model",
+    "ModelConfig",
+    "RopeConfig",
+    "Sampling",
+    "load_model",
+    "random_model",
+    "save_check_layer",
+]

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.transformer import Params, Rows, attend, embedder, layer_at, layer_starts, scan_layers
 from pallas_kernels import apply_rope
 
@@ -61,39 +62,34 @@ def sample(
 
 def decode_step(
     params: Params,
-    k: Float[Array, "layers keys kv_heads head_dim"],
-    v: Float[Array, "layers keys kv_heads head_dim"],
+    cache: KVCache,
     token_id: Int[Array, ""],
     position: Int[Array, ""],
     cos: Float[Array, "keys half"],
     sin: Float[Array, "keys half"],
     *,
     config: ModelConfig,
-) -> tuple[Float[Array, " vocab"], Int[Array, ""], jax.Array, jax.Array]:
+) -> tuple[Float[Array, " vocab"], Int[Array, ""], KVCache]:
     """Runs one token at `position` over the cache (keys rotated), which it extends by that token's K, V.
 
-    Returns float32 logits, the greedy next token, and the cache; callers donate `k` and `v`.
+    Returns float32 logits, the greedy next token, and the cache; callers donate `cache`.
     """
     at = jnp.reshape(position, (1,))
     rows = Rows(embedder(params, config).embed(token_id[None]), at, cos[at], sin[at])
 
-    def body(carry: tuple[Rows, jax.Array, jax.Array], index: jax.Array | int) -> tuple[tuple, None]:
-        rows, k, v = carry
+    def body(carry: tuple[Rows, KVCache], index: Int[Array, ""] | int) -> tuple[tuple[Rows, KVCache], None]:
+        rows, cache = carry
         layer = layer_at(params, config, index)
         k_fresh, v_fresh = layer.keys_values(rows.hidden)
         k_fresh = apply_rope(k_fresh, rows.cos, rows.sin)
-        k = lax.dynamic_update_slice(k, k_fresh[None], (index, position, 0, 0))
-        v = lax.dynamic_update_slice(v, v_fresh[None], (index, position, 0, 0))
-        attended = attend(
-            layer,
-            rows,
-            lax.dynamic_index_in_dim(k, index, keepdims=False),
-            lax.dynamic_index_in_dim(v, index, keepdims=False),
-            starts=layer_starts(config, index, at),
-            kv_length=position + 1,
+        cache = KVCache(
+            lax.dynamic_update_slice(cache.k, k_fresh[None], (index, position, 0, 0)),
+            lax.dynamic_update_slice(cache.v, v_fresh[None], (index, position, 0, 0)),
         )
-        return (attended.rows, k, v), None
+        starts = layer_starts(config, index, at)
+        attended = attend(layer, rows, cache.layer(index), starts=starts, kv_length=position + 1)
+        return (attended.rows, cache), None
 
-    (rows, k, v), _ = scan_layers(body, (rows, k, v), range(config.num_layers))
+    (rows, cache), _ = scan_layers(body, (rows, cache), range(config.num_layers))
     logits = embedder(params, config).logits(rows.hidden)[0]
-    return logits, jnp.argmax(logits).astype(jnp.int32), k, v
+    return logits, jnp.argmax(logits).astype(jnp.int32), cache

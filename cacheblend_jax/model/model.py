@@ -14,7 +14,7 @@ import jax
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.transformer import Params, init_params
 from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, params_digest
-from cacheblend_jax.runtime.programs import ProgramCache
+from cacheblend_jax.runtime.programs import Runner
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,10 @@ class Model:
             known = self._hashed["fingerprint"] = (SameLeaves(self.params), self._computed_fingerprint())
         return known[1]
 
+    def compute_fingerprint(self) -> None:
+        """Has the fingerprint ready: hashing the weights takes a while, the first time."""
+        self.fingerprint  # noqa: B018
+
     def _computed_fingerprint(self) -> str:
         digest = hashlib.sha256()
         # The check layer says where HKVD tokens are chosen: stand-alone KV does not depend on it.
@@ -60,9 +64,9 @@ class Model:
         return {}
 
     @cached_property
-    def programs(self) -> ProgramCache:
-        """What was compiled for this model: shared by all its engines."""
-        return ProgramCache(self.platform)
+    def runner(self) -> Runner:
+        """Runs this model's programs; shared by all its engines."""
+        return Runner(self.platform, self.placement)
 
     @property
     def placement(self) -> jax.sharding.Sharding:

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.kv_cache import LayerKV
 from pallas_kernels import apply_rope, selective_attention
 from pallas_kernels.dispatch import current_target
 
@@ -257,13 +258,14 @@ class Attended(NamedTuple):
 def attend(
     layer: DecoderLayer,
     rows: Rows,
-    k: Float[Array, "keys kv_heads head_dim"],
-    v: Float[Array, "keys kv_heads head_dim"],
+    kv: LayerKV,
     *,
     starts: Int[Array, " rows"] | None,
     kv_length: Int[Array, ""] | int,
 ) -> Attended:
-    """The second half of every layer step: attention of the rows over rotated keys, output projection, MLP."""
+    """The second half of every layer step: attention over the rotated keys, output projection, MLP."""
     q = apply_rope(layer.queries(rows.hidden), rows.cos, rows.sin)
-    attended, lse = selective_attention(q, k, v, rows.positions, q_starts=starts, kv_length=kv_length, return_lse=True)
+    attended, lse = selective_attention(
+        q, kv.k, kv.v, rows.positions, q_starts=starts, kv_length=kv_length, return_lse=True
+    )
     return Attended(replace(rows, hidden=layer.finish(rows.hidden, attended)), q, lse)

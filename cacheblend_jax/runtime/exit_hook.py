@@ -8,11 +8,12 @@ import logging
 import os
 import threading
 import weakref
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Flushable(Protocol):
     """What finishes its work when told to."""
 

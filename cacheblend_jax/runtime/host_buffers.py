@@ -1,4 +1,4 @@
-"""Host buffers that a device can take over without a copy."""
+"""Host buffers that a device can take over without a copy, and that are used again from request to request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-ALIGNMENT = 64  # what XLA's CPU client asks of a buffer that it uses in place
+ALIGNMENT = 64  # bytes; what XLA's CPU client asks of a buffer that it uses in place
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -15,3 +15,22 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(size + ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT
     return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+class HostBuffers:
+    """A pair of host buffers, for K and V, that grow and are used again.
+
+    Rows that nothing was put into hold what an earlier request left there (at first zeros): finite, and never read
+    into a result.
+    """
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self._k, self._v = (aligned_empty((0,), dtype) for _ in range(2))
+
+    def arrays(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns K's and V's buffer, aligned so that a CPU device takes them over as they are."""
+        size = math.prod(shape)
+        if self._k.size < size:
+            self._k, self._v = (aligned_empty((size,), self._k.dtype) for _ in range(2))
+            self._k[:] = self._v[:] = 0
+        return self._k[:size].reshape(shape), self._v[:size].reshape(shape)

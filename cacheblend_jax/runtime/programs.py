@@ -1,8 +1,7 @@
-"""Compiled programs, made once per static shape and counted: so that compilation is never mistaken for work."""
+"""Functions as compiled programs: made for the shapes they meet, counted, and dropped where no more can be mapped."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 import threading
@@ -13,9 +12,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import numpy as np
+
+from pallas_kernels.dispatch import implementation_override
 
 logger = logging.getLogger(__name__)
 COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
@@ -26,46 +28,74 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
 }
 MAPPED_SHARE = 0.75  # of the memory regions that the kernel lets a process map
 EVICTED_AT_ONCE = 8
-KEPT = 16  # programs used last: those of the request that wants another, in the first place
+KEPT = 16  # the programs used last: a request that compiles one more needs its others, too
 MOST_REGIONS, REGIONS = Path("/proc/sys/vm/max_map_count"), Path("/proc/self/maps")
-_cpu_caches: weakref.WeakSet[ProgramCache] = weakref.WeakSet()  # of the process, which the limit is one of
-_lock = threading.Lock()  # of all caches' entries
+
+_lock = threading.Lock()  # of all runners' programs
+_cpu_runners: weakref.WeakSet[Runner] = weakref.WeakSet()  # the limit of mapped regions is one for the whole process
 _uses = itertools.count()
+_drops = 0  # times that programs were dropped in this process
 
 
-class Program(NamedTuple):
-    """A compiled program.
+@dataclass(frozen=True)
+class Prepared:
+    """What it took to have a loop's programs ready.
 
     Attributes:
-        run: calls it.
-        peak_memory_bytes: device memory that a run takes by the compiler's account: arguments, results, temporaries.
-        compile_s: seconds that this caller waited for the compilation; 0 where the program was ready.
+        compile_s: seconds that this caller waited for compilation; 0 where all was ready.
+        peak_memory_bytes: the most device memory that one of the programs takes by the compiler's account: arguments,
+            results and temporaries.
     """
 
-    run: Any
-    peak_memory_bytes: int
     compile_s: float
+    peak_memory_bytes: int
 
 
-class ProgramCache:
-    """Programs compiled ahead of time, by name and static arguments. Safe to use from several threads.
+class Runner:
+    """Runs functions of arrays as programs compiled for the shapes that they meet.
 
-    Different programs compile at the same time; a program that two threads want is compiled once.
+    `runner(function, *arrays, donate=…, **static)` is `function(*arrays, **static)`, compiled the first time that the
+    function meets arrays of such structure, shapes, dtypes and placements with such static arguments. Given a
+    `jax.ShapeDtypeStruct` among the arrays, it compiles and returns the shapes of the results: a loop over programs,
+    run over shapes, compiles all of them and computes nothing. A `numpy` array stands for one on the host.
+
+    Safe to use from several threads. Different programs compile at the same time; a program that two threads want is
+    compiled once.
 
     Args:
+        placement: where results go on a mesh: replicated or split as this sharding says. On a single device they stay
+            where they are.
         platform: `"cpu"`, `"gpu"` or `"tpu"`, which the programs run on. A program for a CPU maps up to a thousand
-            regions of memory, and Linux lets a process map 65 530 of them: there, the programs of the process used
-            least recently, whichever cache they are in, make room for new ones.
+            regions of memory, and Linux lets a process map 65,530 of them: there, the least recently used programs of
+            the process, whichever runner they belong to, make room for new ones.
     """
 
-    def __init__(self, platform: str) -> None:
+    def __init__(self, platform: str, placement: jax.sharding.Sharding | None = None) -> None:
         self._compiler_options = compiler_options(platform)
+        self._out_shardings = placement if isinstance(placement, jax.sharding.NamedSharding) else None
         self._entries: dict[Hashable, _Entry] = {}
+        self._prepared: dict[Hashable, tuple[Prepared, int]] = {}
         self._count = 0
         self._evicts = platform == "cpu"
         if self._evicts:
             with _lock:
-                _cpu_caches.add(self)
+                _cpu_runners.add(self)
+
+    def __call__(
+        self, function: Callable[..., Any], *arrays: Any, donate: tuple[str, ...] = (), **static: Hashable
+    ) -> Any:
+        """Runs `function`, or compiles it where it is given shapes.
+
+        Args:
+            arrays: pytrees of arrays, `numpy` arrays and shapes.
+            donate: names of the parameters whose buffers the program may overwrite.
+            static: keyword arguments that programs are compiled for.
+        """
+        leaves, structure = jax.tree.flatten(arrays)
+        program, _ = self._program(function, arrays, leaves, structure, donate, static)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+            return program.result_shapes
+        return program.run(*arrays)
 
     @property
     def count(self) -> int:
@@ -73,82 +103,149 @@ class ProgramCache:
         return self._count
 
     def texts(self) -> list[str]:
-        """The compiled programs' HLO: what really runs, buffers and all."""
-        return [entry.made.result().run.as_text() for entry in list(self._entries.values())]
+        """Returns the compiled programs' HLO: what really runs, buffers and all."""
+        return [entry.program.result().run.as_text() for entry in list(self._entries.values())]
 
-    def get(
+    def prepare(self, name: Hashable, loop: Callable[[Callable[..., Any]], object]) -> Prepared:
+        """Has every program of a loop ready.
+
+        Args:
+            name: what tells this loop and its shapes from others. A loop that was prepared is not run again, unless
+                programs were dropped since.
+            loop: runs over shapes; called with what it is to call in place of this runner.
+        """
+        known, drops = self._prepared.get(name, (None, -1))
+        if known is not None and drops == _drops:
+            return known
+        drops, recorder = _drops, _Recorder(self)
+        loop(recorder)
+        prepared = Prepared(recorder.compile_s, recorder.peak_memory_bytes)
+        self._prepared[name] = Prepared(0.0, recorder.peak_memory_bytes), drops
+        return prepared
+
+    def is_prepared(self, name: Hashable) -> bool:
+        """Returns whether a loop of this name was prepared, and no program was dropped since."""
+        return self._prepared.get(name, (None, -1))[1] == _drops
+
+    def _program(
         self,
         function: Callable[..., Any],
-        arguments: Callable[[], tuple[Any, ...]],
-        *,
-        donate: tuple[int, ...] = (),
-        **static: Hashable,
-    ) -> Program:
-        """Returns `function` compiled for these static keyword arguments; compiles it the first time.
-
-        A static argument that `function` does not take (`rows=` of a shape, say) only tells programs apart.
-        `arguments()` gives the shapes, dtypes and shardings of the traced arguments; they must follow from `static`.
-        """
-        key = (function, donate, tuple(sorted(static.items())))
+        arrays: tuple[Any, ...],
+        leaves: list[Any],
+        structure: Any,
+        donate: tuple[str, ...],
+        static: dict[str, Hashable],
+    ) -> tuple[_Program, float]:
+        """Returns the program, and the seconds that this caller waited for its compilation."""
+        shapes = tuple(map(_shape_of, leaves))
+        # A kernel is chosen while a function is traced: what the environment asked for then is part of the program.
+        key = (function, donate, tuple(sorted(static.items())), structure, shapes, implementation_override())
         with _lock:
             entry = self._entries.get(key)
             ours = entry is None
             if entry is None:
                 entry = self._entries[key] = _Entry(key)
             entry.used = next(_uses)
-        made = entry.made
-        if made.done() and not ours:
-            return made.result()
+        if entry.program.done() and not ours:
+            return entry.program.result(), 0.0
         began = time.perf_counter()
         if ours:
-            taken = {name: static[name] for name in inspect.signature(function).parameters if name in static}
-            try:
-                if self._evicts:
-                    _make_room()
-                jitted = jax.jit(partial(function, **taken), donate_argnums=donate)
-                compiled = jitted.lower(*arguments()).compile(compiler_options=self._compiler_options)
-                with _lock:
-                    self._count += 1
-                made.set_result(Program(compiled, _peak_memory_bytes(compiled), 0.0))
-            except BaseException as error:
-                with _lock:
-                    self._entries.pop(key, None)  # the next caller tries again
-                made.set_exception(error)
-        return made.result()._replace(compile_s=time.perf_counter() - began)
+            self._compile(entry, partial(function, **static), arrays, donate)
+        return entry.program.result(), time.perf_counter() - began
+
+    def _compile(self, entry: _Entry, function: Callable[..., Any], arrays: tuple[Any, ...], donate: tuple) -> None:
+        try:
+            if self._evicts:
+                _make_room()
+            jitted = jax.jit(function, donate_argnames=donate, out_shardings=self._out_shardings)
+            compiled = jitted.lower(*arrays).compile(compiler_options=self._compiler_options)
+            with _lock:
+                self._count += 1
+            result_shapes = jax.tree.map(_without_layout, compiled.out_info)
+            entry.program.set_result(_Program(compiled, result_shapes, _peak_memory_bytes(compiled)))
+        except BaseException as error:
+            with _lock:
+                self._entries.pop(entry.key, None)  # the next caller tries again
+            entry.program.set_exception(error)
+
+
+class _Recorder:
+    """Stands in for a runner while a loop runs over shapes: adds up what its programs take."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.compile_s, self.peak_memory_bytes = 0.0, 0
+
+    def __call__(
+        self, function: Callable[..., Any], *arrays: Any, donate: tuple[str, ...] = (), **static: Hashable
+    ) -> Any:
+        leaves, structure = jax.tree.flatten(arrays)
+        program, compile_s = self._runner._program(function, arrays, leaves, structure, donate, static)
+        self.compile_s += compile_s
+        self.peak_memory_bytes = max(self.peak_memory_bytes, program.peak_memory_bytes)
+        return program.result_shapes
+
+
+@dataclass(frozen=True)
+class _Program:
+    run: Any
+    result_shapes: Any
+    peak_memory_bytes: int
 
 
 @dataclass(eq=False)
 class _Entry:
     key: Hashable
-    made: Future[Program] = field(default_factory=Future)
+    program: Future[_Program] = field(default_factory=Future)
     used: int = 0  # when last, by `_uses`
 
 
+def shapes_of(tree: Any, placement: jax.sharding.Sharding | None = None) -> Any:
+    """Returns the shapes and dtypes of a tree of arrays, as arrays placed there would have them."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement), tree)
+
+
+def _shape_of(leaf: Any) -> Hashable:
+    """Returns what a program is compiled for: shape, dtype, and where the array is; `None` for one on the host."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.shape, leaf.dtype, None, False
+    sharding = leaf.sharding
+    if isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        (sharding,) = sharding.device_set  # however its memory is spelled
+    return leaf.shape, leaf.dtype, sharding, leaf.weak_type
+
+
+def _without_layout(shape: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shape.sharding, weak_type=shape.weak_type)
+
+
 def _make_room() -> None:
-    """Drops the process's programs used least recently while it has mapped nearly all the regions that it may."""
+    """Drops the process's least recently used programs while it has mapped nearly all the regions that it may."""
     while mapped_share() > MAPPED_SHARE:
         dropped = _drop_oldest()
         if not dropped:
             return
-        _tell_of_drops()
+        _warn_of_drops()
         logger.debug("dropped %d compiled programs", dropped)
 
 
 def _drop_oldest() -> int:
     """Drops some programs; returns how many. They are freed when it returns."""
+    global _drops
     with _lock:
-        made = [(entry, where._entries) for where in _cpu_caches for entry in where._entries.values()]
-        made = [(entry, entries) for entry, entries in made if entry.made.done()]
+        made = [(entry, where._entries) for where in _cpu_runners for entry in where._entries.values()]
+        made = [(entry, entries) for entry, entries in made if entry.program.done()]
         oldest = sorted(made, key=lambda each: each[0].used)[:-KEPT][:EVICTED_AT_ONCE]
         for entry, entries in oldest:
             del entries[entry.key]
+        _drops += bool(oldest)
     return len(oldest)
 
 
 @cache
-def _tell_of_drops() -> None:
+def _warn_of_drops() -> None:
     logger.warning(
-        "from now on, compiled programs used least recently are dropped: this process has mapped nearly as many "
+        "from now on, the least recently used compiled programs are dropped: this process has mapped nearly as many "
         "regions of memory as it may; raise vm.max_map_count, or use fewer programs (length_buckets)"
     )
 

@@ -11,11 +11,11 @@ from cacheblend_jax.store.throttled import ThrottledStore
 Store = ChunkStore | ThrottledStore
 
 __all__ = [
-    "Store",
     "ChunkEntry",
     "ChunkStore",
     "DeviceChunk",
     "DeviceEntry",
+    "Store",
     "StoreStats",
     "StoredChunk",
     "ThrottledStore",

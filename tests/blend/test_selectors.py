@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cacheblend_jax as cb
+from cacheblend_jax.blend import selectors
 from cacheblend_jax.blend.deviation import kv_deviation
 from cacheblend_jax.blend.layer_step import highest
 from cacheblend_jax.model.rope import rope_tables
@@ -191,7 +192,9 @@ def test_a_selector_of_ones_own():
         with pytest.raises(cb.CacheBlendError, match="exists already"):
             cb.register_selector("last_tokens", lambda evidence: evidence.index)
     finally:
-        del cb.SELECTORS["last_tokens"]
+        del selectors._registered["last_tokens"]
+    with pytest.raises(TypeError):
+        cb.SELECTORS["mine"] = cb.SELECTORS["hkvd"]  # read-only: nothing can be replaced unnoticed
     with pytest.raises(cb.CacheBlendError, match="unknown evidence 'logits'"):
         cb.register_selector("other", lambda evidence: evidence.index, frozenset({"logits"}))
 

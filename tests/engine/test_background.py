@@ -79,7 +79,7 @@ def test_a_thread_that_cannot_be_started_keeps_nobody_waiting(monkeypatch):
 
 def test_kv_of_other_weights_is_not_stored_under_the_old_key(slow_storing):
     engine, go_on = slow_storing
-    model = cb.random_model(FAMILIES["llama3"], seed=7)
+    model = cb.model.random_model(FAMILIES["llama3"], seed=7)
     engine = cb.Engine(model)
     compute, engine._background._standalone = engine._background._standalone, None
     engine._background._standalone = lambda missing: (go_on.wait(30), compute(missing))[1]
@@ -171,7 +171,7 @@ def test_a_store_that_fails_to_open_a_chunk_leaves_no_other_open(monkeypatch):
 
 
 def test_a_prefix_longer_than_the_model_is_named_before_any_work():
-    engine = cb.Engine(cb.random_model(FAMILIES["llama3"]))
+    engine = cb.Engine(cb.model.random_model(FAMILIES["llama3"]))
     with pytest.raises(cb.PromptError, match="the prefix has 2049 tokens"):
         engine.precompute([[1, 2]], prefix=np.ones(2049, np.int32))
     assert len(engine.store) == 0

@@ -14,17 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cacheblend_jax as cb
+from cacheblend_jax.blend.config import AUTO_RATIOS
 from cacheblend_jax.cli.main import main
-from cacheblend_jax.engine.controller import (
-    LADDER,
-    ComputeModel,
-    Estimator,
-    Stored,
-    decide,
-    explain,
-    layer_sizes,
-    pipeline_s,
-)
+from cacheblend_jax.engine.controller import decide, explain
+from cacheblend_jax.engine.delays import ComputeModel, Estimator, layer_sizes, pipeline_s
+from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.profile import default_path, device_kind, profile_for, store_name
 from cacheblend_jax.evaluation import calibrate
@@ -33,21 +27,56 @@ CONFIG = FAMILIES["llama3"]
 ROW_S = 1e-4  # of a row that goes on: all that computing costs in these tests
 COMPUTE = ComputeModel(0.0, 0.0, 0.0, ROW_S, 0.0)
 CHUNK_BYTES = 512 * CONFIG.num_layers * 100
-CHUNKS = [Stored(i * 512, 512, CHUNK_BYTES, "disk", False) for i in range(2)]
 LENGTH = 1024 + 32
 
 
+@dataclasses.dataclass
+class Handle:
+    """A stored chunk that only says what it is."""
+
+    num_tokens: int
+    num_bytes: int
+    tier: str
+    num_layers: int = CONFIG.num_layers
+    device_entry: None = None
+
+    def read_layer(self, layer):
+        raise AssertionError("nothing is read here")
+
+    def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def stored(start, tokens, num_bytes, tier="disk"):
+    ids = np.zeros(tokens, np.int32)
+    return PlacedChunk("", "", ids[:0], ids, start, stored=Handle(tokens, num_bytes, tier))
+
+
+def at_tier(chunk, tier):
+    return dataclasses.replace(chunk, stored=dataclasses.replace(chunk.stored, tier=tier))
+
+
+CHUNKS = [stored(i * 512, 512, CHUNK_BYTES) for i in range(2)]
+
+
 def estimator(bytes_per_s=1e6, latency_s=0.0, compute=COMPUTE, **tiers):
-    tiers = {"disk": cb.Tier("disk", bytes_per_s, latency_s)} | tiers
-    return Estimator("test", compute, tiers, cb.Tier("transfer", 1e15), host_layers=3, device_layers=2)
+    tiers = {"disk": cb.engine.Tier("disk", bytes_per_s, latency_s)} | tiers
+    return Estimator("test", compute, tiers, cb.engine.Tier("transfer", 1e15), host_layers=3, device_layers=2)
 
 
 def planner(floor=0.15):
-    return Planner(CONFIG, cb.BlendConfig(floor))
+    ratios = (floor, *(ratio for ratio in AUTO_RATIOS if ratio > floor))
+    return Planner(CONFIG, cb.BlendConfig("auto", auto_ratios=ratios))
 
 
 def recompute_s(ratio):
-    plan = planner(ratio).plan("blend", LENGTH, 0, 1024)
+    plan = planner().at(ratio).plan("blend", LENGTH, 0, 1024)
     return sum(COMPUTE.layer_seconds(plan))
 
 
@@ -57,7 +86,7 @@ def load_at(seconds):
 
 
 def test_a_layers_time_follows_the_rows_it_computes():
-    plan = planner().plan("blend", LENGTH, 0, 1024)
+    plan = planner().at(0.15).plan("blend", LENGTH, 0, 1024)
     rows = [(projected, attending) for _, _, projected, attending, _ in layer_sizes(plan)]
     assert rows[0] == (plan.active, plan.active)
     assert rows[1] == (plan.active, plan.stages[1].rows)  # the check layer: all are projected, few go on
@@ -69,66 +98,66 @@ def test_a_layers_time_follows_the_rows_it_computes():
     assert layer_sizes(full)[0] == (1, full.cache_length, full.active, full.active, full.active * full.cache_length / 2)
 
 
-@pytest.mark.parametrize("ratio", LADDER[1:-2])  # above, computing one chunk and loading the other wins
+@pytest.mark.parametrize("ratio", AUTO_RATIOS[1:-2])  # above, computing one chunk and loading the other wins
 def test_the_ratio_is_the_highest_that_loading_hides(ratio):
-    decision = decide(load_at(recompute_s(ratio) * 1.001), planner(), LENGTH, CHUNKS, 100)
+    decision = decide(load_at(recompute_s(ratio) * 1.001), planner(), LENGTH, CHUNKS)
     assert (decision.ratio, decision.bound, decision.computed_chunks) == (ratio, "load", 0)
     assert decision.recompute_s <= decision.load_s
-    slightly_faster = decide(load_at(recompute_s(ratio) * 0.999), planner(), LENGTH, CHUNKS, 100)
+    slightly_faster = decide(load_at(recompute_s(ratio) * 0.999), planner(), LENGTH, CHUNKS)
     assert slightly_faster.ratio < ratio
 
 
 def test_what_is_not_streamed_hides_nothing():
     resident = dataclasses.replace(load_at(recompute_s(0.5)), executor="resident")
-    decision = decide(resident, planner(), LENGTH, CHUNKS, 100)
+    decision = decide(resident, planner(), LENGTH, CHUNKS)
     assert (decision.ratio, decision.bound) == (0.15, "floor")
     assert decision.predicted_ttft_s == pytest.approx(decision.load_s + decision.recompute_s, rel=1e-3)
 
 
 def test_the_ratio_never_falls_below_the_floor():
-    decision = decide(load_at(recompute_s(0.15) / 10), planner(), LENGTH, CHUNKS, 100)
+    decision = decide(load_at(recompute_s(0.15) / 10), planner(), LENGTH, CHUNKS)
     assert (decision.ratio, decision.bound) == (0.15, "floor")
     assert decision.recompute_s > decision.load_s
-    assert decide(load_at(1e-6), planner(0.4), LENGTH, CHUNKS, 100).ratio == 0.4
+    assert decide(load_at(1e-6), planner(0.4), LENGTH, CHUNKS).ratio == 0.4
 
 
 def test_chunks_that_load_slower_than_they_compute_are_computed():
     slow = load_at(recompute_s(1.0) * 10)
-    decision = decide(slow, planner(), LENGTH, CHUNKS, 100)
+    decision = decide(slow, planner(), LENGTH, CHUNKS)
     assert decision.computed_chunks == 2
     assert decision.computed_starts == (0, 512)
     assert decision.predicted_ttft_s < slow.load_s(CHUNKS, CONFIG.num_layers) * CONFIG.num_layers / 5
     # one of them comes from memory: only the other is computed
-    mixed = [CHUNKS[0], dataclasses.replace(CHUNKS[1], tier="host")]
-    fast = dataclasses.replace(slow, tiers=slow.tiers | {"host": cb.Tier("host", 1e15)})
-    decision = decide(fast, planner(), LENGTH, mixed, 100)
+    mixed = [CHUNKS[0], at_tier(CHUNKS[1], "host")]
+    fast = dataclasses.replace(slow, tiers=slow.tiers | {"host": cb.engine.Tier("host", 1e15)})
+    decision = decide(fast, planner(), LENGTH, mixed)
     assert (decision.computed_starts, decision.loaded_chunks) == ((0,), 1)
 
 
 def test_what_is_not_compiled_is_not_worth_it():
     slow = load_at(1e6)
-    mixed = [CHUNKS[0], dataclasses.replace(CHUNKS[1], tier="host")]
-    fast = dataclasses.replace(slow, tiers=slow.tiers | {"host": cb.Tier("host", 1e15)})
-    nothing = decide(fast, planner(), LENGTH, mixed, 100, compiled=lambda plan, executor: False)
+    mixed = [CHUNKS[0], at_tier(CHUNKS[1], "host")]
+    fast = dataclasses.replace(slow, tiers=slow.tiers | {"host": cb.engine.Tier("host", 1e15)})
+    nothing = decide(fast, planner(), LENGTH, mixed, is_prepared=lambda plan, executor: False)
     assert nothing.computed_chunks == 0
-    full = decide(fast, planner(), LENGTH, mixed, 100, compiled=lambda plan, _: plan.nothing_cached)
+    full = decide(fast, planner(), LENGTH, mixed, is_prepared=lambda plan, _: plan.nothing_cached)
     assert full.computed_chunks == 2
-    resident = decide(fast, planner(), LENGTH, mixed, 100, compiled=lambda _, executor: executor == "resident")
+    resident = decide(fast, planner(), LENGTH, mixed, is_prepared=lambda _, executor: executor == "resident")
     assert resident.computed_starts == (0,)  # what is left comes from memory
 
 
 def test_the_cap_is_recomputing_everything_that_is_loaded():
     # Many layers: waiting for the first one's KV costs little, so that loading is still worth it.
-    deep = Planner(dataclasses.replace(CONFIG, num_layers=64, windows=()), cb.BlendConfig())
-    whole = [Stored(0, 1024, 2 * CHUNK_BYTES, "disk", False)]
-    at_one = dataclasses.replace(deep, blend=cb.BlendConfig(1.0)).plan("blend", LENGTH, 0, 1024)
+    deep = Planner(dataclasses.replace(CONFIG, num_layers=64, windows=()), cb.BlendConfig("auto"))
+    whole = [stored(0, 1024, 2 * CHUNK_BYTES)]
+    at_one = deep.at(1.0).plan("blend", LENGTH, 0, 1024)
     all_of_it = sum(COMPUTE.layer_seconds(at_one))
-    decision = decide(load_at(all_of_it * 1.01), deep, LENGTH, whole, 100)
+    decision = decide(load_at(all_of_it * 1.01), deep, LENGTH, whole)
     assert (decision.ratio, decision.bound, decision.computed_chunks) == (1.0, "cap", 0)
 
 
 def test_nothing_stored_is_all_recomputed():
-    decision = decide(estimator(), planner(), LENGTH, [], 100)
+    decision = decide(estimator(), planner(), LENGTH, [])
     assert (decision.loaded_chunks, decision.load_s, decision.bound) == (0, 0.0, "floor")
 
 
@@ -154,30 +183,38 @@ def test_a_pipeline_hides_loading_but_for_the_first_layer():
 
 
 def test_the_cheapest_tier_that_hides():
-    tiers = [cb.Tier("ram", 1e10, 0, 10.0), cb.Tier("ssd", 1e9, 0, 0.1), cb.Tier("disk", 1e8, 0, 0.02)]
-    assert cb.cheapest_tier(tiers, 1e6, 0.1) == (tiers[2], True)
-    assert cb.cheapest_tier(tiers, 1e6, 0.005) == (tiers[1], True)
-    assert cb.cheapest_tier(tiers, 1e6, 1e-6) == (tiers[0], False)
+    tiers = [
+        cb.engine.Tier("ram", 1e10, 0, 10.0),
+        cb.engine.Tier("ssd", 1e9, 0, 0.1),
+        cb.engine.Tier("disk", 1e8, 0, 0.02),
+    ]
+    assert cb.engine.cheapest_tier(tiers, 1e6, 0.1) == (tiers[2], True)
+    assert cb.engine.cheapest_tier(tiers, 1e6, 0.005) == (tiers[1], True)
+    assert cb.engine.cheapest_tier(tiers, 1e6, 1e-6) == (tiers[0], False)
     latency = [tiers[0], dataclasses.replace(tiers[1], latency_s=0.1)]
-    assert cb.cheapest_tier(latency, 1e6, 0.1, reads=8) == (tiers[0], True)
+    assert cb.engine.cheapest_tier(latency, 1e6, 0.1, reads=8) == (tiers[0], True)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: cb.Tier("ssd", 0), "tier 'ssd': bytes_per_s must be positive and finite, got 0"),
-        (lambda: cb.Tier("ssd", -1.0), "bytes_per_s must be positive"),
-        (lambda: cb.Tier("ssd", 1.0, -1.0), "latency_s must be at least 0"),
-        (lambda: cb.Tier("ssd", 1.0, 0.0, -1.0), "price_per_gb_month must be at least 0"),
-        (lambda: cb.cheapest_tier([], 1, 1), "the list of tiers is empty"),
-        (lambda: cb.cheapest_tier([cb.Tier("ssd", 1.0)], 1, 1), "tier 'ssd' has no price"),
-        (lambda: cb.AutoBlend(ratios=()), "ratios must be some in"),
-        (lambda: cb.AutoBlend(ratios=(0.5, 1.5)), "ratios must be some in"),
-        (lambda: cb.AutoBlend(cb.BlendConfig(0.0)), "the floor of an automatic ratio must be above 0"),
+        (lambda: cb.engine.Tier("ssd", 0), "tier 'ssd': bytes_per_s must be positive and finite, got 0"),
+        (lambda: cb.engine.Tier("ssd", -1.0), "bytes_per_s must be positive"),
+        (lambda: cb.engine.Tier("ssd", 1.0, -1.0), "latency_s must be at least 0"),
+        (lambda: cb.engine.Tier("ssd", 1.0, 0.0, -1.0), "price_per_gb_month must be at least 0"),
+        (lambda: cb.engine.cheapest_tier([], 1, 1), "the list of tiers is empty"),
+        (lambda: cb.engine.cheapest_tier([cb.engine.Tier("ssd", 1.0)], 1, 1), "tier 'ssd' has no price"),
+        (lambda: cb.BlendConfig("auto", auto_ratios=()), "auto_ratios must be some in"),
+        (lambda: cb.BlendConfig("auto", auto_ratios=(0.5, 1.5)), "auto_ratios must be some in"),
+        (lambda: cb.BlendConfig("auto", auto_ratios=(0.0, 0.5)), "auto_ratios must be some in"),
+        (lambda: cb.BlendConfig("auto", auto_ratios=(0.5, 0.3)), "auto_ratios must ascend"),
+        (lambda: cb.BlendConfig("much"), r"recompute_ratio must be in \[0, 1\], got 'much'; 'auto' lets"),
         (
             lambda: cb.Engine(family_model("llama3"), blend="fast"),
-            "blend must be a BlendConfig",
+            "blend must be a BlendConfig or 'auto', got 'fast'",
         ),
+        (lambda: cb.Engine(family_model("llama3"), blend=1.0), "blend must be a BlendConfig or 'auto', got 1.0"),
+        (lambda: cb.Engine(family_model("llama3"), blend={}), "blend must be a BlendConfig or 'auto', got {}"),
     ],
 )
 def test_what_makes_no_sense_is_named(make, message):
@@ -187,9 +224,9 @@ def test_what_makes_no_sense_is_named(make, message):
 
 def profile(model, directory=None, changes=()):
     own = {"model": model.fingerprint, "device": device_kind(model), "store": store_name(directory)}
-    tiers = {"host": cb.Tier("host", 1e9), "disk": cb.Tier("disk", 1e5)}
-    own |= {"compute": COMPUTE, "tiers": tiers, "transfer": cb.Tier("transfer", 1e15), "fit": {}}
-    return cb.Profile(**own | dict(changes))
+    tiers = {"host": cb.engine.Tier("host", 1e9), "disk": cb.engine.Tier("disk", 1e5)}
+    own |= {"compute": COMPUTE, "tiers": tiers, "transfer": cb.engine.Tier("transfer", 1e15), "fit": {}}
+    return cb.engine.Profile(**own | dict(changes))
 
 
 def balanced_bytes_per_s(ratio, prefix, chunks, suffix):
@@ -202,13 +239,13 @@ def balanced_bytes_per_s(ratio, prefix, chunks, suffix):
 
 def test_an_automatic_engine_follows_its_profile_and_says_so():
     model, prompt = family_model("llama3"), random_prompt(1, (310,))
-    store = cb.ThrottledStore(cb.ChunkStore(), 1e12)
+    store = cb.store.ThrottledStore(cb.ChunkStore(), 1e12)
     balanced = balanced_bytes_per_s(0.3, 9, 310, 7)
     for bytes_per_s, ratio, computed in ((1e15, 0.15, 0), (balanced, 0.3, 0), (1e2, 0.15, 2)):
-        tiers = {"disk": cb.Tier("disk", bytes_per_s)}
+        tiers = {"disk": cb.engine.Tier("disk", bytes_per_s)}
         own = profile(model, store.directory, {"tiers": tiers})
-        auto = cb.AutoBlend(cb.BlendConfig(num_stages=1), own, (0.3, 0.5))
-        with cb.Engine(model, store, auto) as engine:
+        auto = cb.BlendConfig("auto", num_stages=1, auto_ratios=(0.15, 0.3, 0.5))
+        with cb.Engine(model, store, auto, profile=own) as engine:
             engine.precompute(prompt)
             out = engine.prefill(prompt)
             decision = out.stats.decision
@@ -229,28 +266,28 @@ def test_an_automatic_engine_follows_its_profile_and_says_so():
 
 def test_warm_up_compiles_every_ratio():
     model, prompt = family_model("llama3"), random_prompt(2, (116,), 5)
-    auto = cb.AutoBlend(cb.BlendConfig(num_stages=1), profile(model), (0.5,))
-    with cb.Engine(model, blend=auto, executor="streamed") as engine:
-        engine.warmup(128, prefix_tokens=5, suffix_tokens=7)
-        engine.precompute(prompt)
-        count = engine.model.programs.count
-        for ratio, bytes_per_s in ((0.15, 1e15), (0.5, balanced_bytes_per_s(0.5, 5, 116, 7))):
-            tiers = {"host": cb.Tier("host", bytes_per_s)}
-            engine.auto = dataclasses.replace(auto, profile=profile(model, changes={"tiers": tiers}))
-            engine.__dict__.pop("estimator", None)
-            assert engine.prefill(prompt).stats.decision.ratio == ratio
-        tiers = {"host": cb.Tier("host", 1e2)}  # so slow that nothing is worth loading
-        engine.auto = dataclasses.replace(auto, profile=profile(model, changes={"tiers": tiers}))
-        engine.__dict__.pop("estimator", None)
-        assert engine.prefill(prompt).stats.decision.computed_chunks == 2
-        assert engine.model.programs.count == count
+    auto, store, counts = cb.BlendConfig("auto", num_stages=1, auto_ratios=(0.15, 0.5)), cb.ChunkStore(), set()
+    for bytes_per_s, ratio, computed in (
+        (1e15, 0.15, 0),
+        (balanced_bytes_per_s(0.5, 5, 116, 7), 0.5, 0),
+        (1e2, 0.15, 2),  # so slow that nothing is worth loading
+    ):
+        own = profile(model, changes={"tiers": {"host": cb.engine.Tier("host", bytes_per_s)}})
+        with cb.Engine(model, store, auto, executor="streamed", profile=own) as engine:
+            engine.warmup(128, prefix_tokens=5, suffix_tokens=7)
+            engine.precompute(prompt)
+            counts.add(engine.model.runner.count)
+            decision = engine.prefill(prompt).stats.decision
+            assert (decision.ratio, decision.computed_chunks) == (ratio, computed)
+            counts.add(engine.model.runner.count)
+    assert len(counts) == 1  # the first warm-up compiled what all of them need
 
 
 def test_a_profile_is_kept_as_it_was(tmp_path):
     model = family_model("llama3")
     path = tmp_path / "deep" / "profile.json"
     profile(model).save(path)
-    assert cb.Profile.read(path) == profile(model)
+    assert cb.engine.Profile.read(path) == profile(model)
     assert profile_for(model, None, path)[1] == f"profile {path}"
 
 
@@ -279,7 +316,7 @@ def test_a_profile_that_is_none_is_named(content, message, tmp_path):
     path = tmp_path / "profile.json"
     path.write_text(content)
     with pytest.raises(cb.CacheBlendError, match=message):
-        cb.Profile.read(path)
+        cb.engine.Profile.read(path)
 
 
 def test_a_profile_with_a_throughput_of_zero_is_named(tmp_path):
@@ -289,13 +326,13 @@ def test_a_profile_with_a_throughput_of_zero_is_named(tmp_path):
     content["tiers"]["disk"]["bytes_per_s"] = 0
     path.write_text(json.dumps(content))
     with pytest.raises(cb.CacheBlendError, match="bytes_per_s must be positive"):
-        cb.Profile.read(path)
+        cb.engine.Profile.read(path)
 
 
 def test_without_a_profile_a_quick_estimate_is_used_and_said_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, prompt = family_model("llama3"), random_prompt(3)
-    with cb.Engine(model, blend=cb.AutoBlend(cb.BlendConfig(num_stages=1), ratios=(0.3,))) as engine:
+    with cb.Engine(model, blend=cb.BlendConfig("auto", num_stages=1, auto_ratios=(0.15, 0.3))) as engine:
         engine.precompute(prompt)
         for _ in range(2):
             decision = engine.prefill(prompt).stats.decision
@@ -346,7 +383,7 @@ def test_a_throttled_tier_is_measured_as_it_is(monkeypatch):
         now["s"] += seconds
 
     def open_store():
-        return cb.ThrottledStore(memory, 1e6, 1e-3, clock=lambda: now["s"], sleep=sleep)
+        return cb.store.ThrottledStore(memory, 1e6, 1e-3, clock=lambda: now["s"], sleep=sleep)
 
     monkeypatch.setattr(calibrate, "READERS", 1)
     monkeypatch.setattr(calibrate.time, "perf_counter", lambda: now["s"])

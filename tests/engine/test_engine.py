@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +12,6 @@ from conftest import FAMILIES, HF, family_model, fresh_engine, random_prompt, re
 
 import cacheblend_jax as cb
 from cacheblend_jax.model.decode import Sampling
-from cacheblend_jax.runtime.programs import (
-    COMPILER_OPTIONS,
-    REGIONS,
-    ProgramCache,
-    _tell_of_drops,
-    compiler_options,
-    mapped_share,
-)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +82,6 @@ def test_sampling_follows_its_seed_and_its_cuts(text_engine):
 
 
 def test_sampling_draws_from_the_cut_softmax():
-    import jax
 
     from cacheblend_jax.model.decode import sample
 
@@ -211,7 +200,6 @@ def test_threads_share_an_engine():
 
 
 def test_a_mesh_gives_what_one_device_gives():
-    import jax
 
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     plain = cb.Engine(cb.load_model(HF / "qwen3", dtype="float32"))
@@ -257,12 +245,12 @@ BAD_CALLS = {
 def test_bad_calls_are_named_before_any_work(case):
     engine = fresh_engine("llama3")
     call, message = BAD_CALLS[case]
-    programs = engine.model.programs.count
+    programs = engine.model.runner.count
     with pytest.raises(cb.CacheBlendError, match=message):
         call(engine, random_prompt(1))
     engine.flush()
     assert len(engine.store) == 0
-    assert engine.model.programs.count == programs
+    assert engine.model.runner.count == programs
 
 
 @pytest.mark.parametrize("tokens", [-1, 1.5, "4"])
@@ -280,8 +268,8 @@ def test_a_models_fingerprint_follows_weights_configuration_and_tokenizer():
     import dataclasses
 
     model = family_model("llama3")
-    assert model.fingerprint == cb.random_model(FAMILIES["llama3"], seed=7).fingerprint
-    assert model.fingerprint != cb.random_model(FAMILIES["llama3"], seed=8).fingerprint
+    assert model.fingerprint == cb.model.random_model(FAMILIES["llama3"], seed=7).fingerprint
+    assert model.fingerprint != cb.model.random_model(FAMILIES["llama3"], seed=8).fingerprint
     longer = dataclasses.replace(model.config, rms_norm_eps=1e-3)
     assert cb.Model(longer, model.params).fingerprint != model.fingerprint
     elsewhere = dataclasses.replace(model.config, check_layer=3)
@@ -292,91 +280,72 @@ def test_a_models_fingerprint_follows_weights_configuration_and_tokenizer():
 
 def test_chosen_buckets_change_programs_and_not_answers():
     model, prompts = family_model("llama3"), [random_prompt(seed, (30, size), 9, 7) for seed, size in ((1, 3), (2, 99))]
-    coarse = cb.Engine(cb.random_model(model.config, seed=7), length_buckets=(200,))
+    coarse = cb.Engine(cb.model.random_model(model.config, seed=7), length_buckets=(200,))
     for prompt in prompts:
         for mode in ("full", "blend"):
             wanted = fresh_engine("llama3").prefill(prompt, mode)
             np.testing.assert_allclose(coarse.prefill(prompt, mode).logits, wanted.logits, atol=1e-5)
         coarse.flush()
-    once = coarse.model.programs.count
+    once = coarse.model.runner.count
     coarse.prefill(random_prompt(3, (30, 55), 9, 7), "full")
-    assert coarse.model.programs.count == once
+    assert coarse.model.runner.count == once
 
 
 def test_warm_up_provides_for_exact_first_chunks_missing_ones_and_decoding(caplog):
     """No prefix: the first chunk is exact, and as many tokens less are active as it has."""
-    engine = cb.Engine(cb.random_model(FAMILIES["llama3"], seed=9))
+    engine = cb.Engine(cb.model.random_model(FAMILIES["llama3"], seed=9))
     engine.warmup(128, suffix_tokens=7, chunk_tokens=40, max_new_tokens=3)
-    count = engine.model.programs.count
+    count = engine.model.runner.count
     for seed, lengths in ((1, (30, 40)), (2, (5, 70)), (3, (40,))):
         prompt = random_prompt(seed, lengths, 0)
         engine.precompute([chunk[:40] for chunk in prompt.chunks])
         engine.precompute(prompt)
         assert engine.generate(prompt, max_new_tokens=3).stats.prefill.compile_s == 0
-    assert engine.model.programs.count == count
+    assert engine.model.runner.count == count
     assert not caplog.records
     assert engine.prefill(random_prompt(4, (200,), 0)).stats.compile_s > 0
     assert "warm-up did not provide for Plan(" in caplog.text
 
 
-def test_programs_used_least_recently_make_room(monkeypatch, caplog):
-    """A process may map only so many regions of memory; a compiler that finds none left kills it."""
-    share = 0.0
-    monkeypatch.setattr("cacheblend_jax.runtime.programs.mapped_share", lambda: share)
-    monkeypatch.setattr("cacheblend_jax.runtime.programs.KEPT", 2)
-    monkeypatch.setattr("cacheblend_jax.runtime.programs._cpu_caches", weakref.WeakSet())  # other tests' programs stay
-    _tell_of_drops.cache_clear()
-    idle, busy = ProgramCache("cpu"), ProgramCache("cpu")
-
-    def compile_s(programs: ProgramCache, number: int) -> float:
-        shape = jax.ShapeDtypeStruct((number,), np.float32)
-        return programs.get(jnp.negative, lambda: (shape,), number=number).compile_s
-
-    assert all(compile_s(busy, number) > 0 for number in (1, 2, 3))
-    assert all(compile_s(idle, number) > 0 for number in (1, 2))
-    assert compile_s(busy, 1) == compile_s(busy, 3) == 0  # used again: 2 is the oldest now, then what is idle
-    share = 0.99
-    assert compile_s(busy, 4) > 0
-    assert caplog.text.count("used least recently are dropped") == 1
-    assert compile_s(busy, 1) == compile_s(busy, 3) == compile_s(busy, 4) == 0
-    share = 0.0
-    assert all(compile_s(*dropped) > 0 for dropped in ((busy, 2), (idle, 1), (idle, 2)))
-    assert (busy.count, idle.count) == (5, 4)
+def test_a_request_may_choose_its_own_blend():
+    engine, prompt = fresh_engine("llama3"), random_prompt(21)
+    engine.precompute(prompt)
+    usual = engine.prefill(prompt).stats.recompute_ratio
+    other = engine.prefill(prompt, blend=cb.BlendConfig(0.5, "epic"))
+    assert (other.plan.selector, other.stats.recompute_ratio) == (cb.SELECTORS["epic"], pytest.approx(0.5, abs=0.01))
+    answer = engine.generate(prompt, blend=cb.BlendConfig(1.0), max_new_tokens=1)
+    assert answer.stats.prefill.recompute_ratio == 1.0
+    assert engine.generate(prompt, blend="auto", max_new_tokens=1).stats.prefill.decision is not None
+    assert engine.prefill(prompt).stats.recompute_ratio == usual  # the engine's own is as it was
+    with pytest.raises(cb.CacheBlendError, match="check_layer must be in"):
+        engine.prefill(prompt, blend=cb.BlendConfig(check_layer=99))
+    with pytest.raises(cb.CacheBlendError, match=r"blend must be a BlendConfig or 'auto', got 0\.5"):
+        engine.prefill(prompt, blend=0.5)
 
 
-def test_no_more_programs_are_dropped_than_needed(monkeypatch):
-    """What a dropped program had mapped is given back before it is asked whether more must go."""
-    monkeypatch.setattr("cacheblend_jax.runtime.programs._cpu_caches", weakref.WeakSet())
-    monkeypatch.setattr("cacheblend_jax.runtime.programs.KEPT", 1)
-    monkeypatch.setattr("cacheblend_jax.runtime.programs.EVICTED_AT_ONCE", 2)
-    programs, alive = ProgramCache("cpu"), []
-
-    def compile_one(number: int) -> None:
-        shape = jax.ShapeDtypeStruct((number,), np.float32)
-        alive.append(weakref.ref(programs.get(jnp.negative, lambda: (shape,), number=number).run))
-
-    for number in range(6):
-        compile_one(number)
-    monkeypatch.setattr(
-        "cacheblend_jax.runtime.programs.mapped_share", lambda: sum(program() is not None for program in alive) / 6
-    )
-    compile_one(6)  # full
-    assert sum(program() is not None for program in alive) == 5  # four are little enough
+def test_streaming_gives_what_generating_gives(text_engine):
+    options = {"max_new_tokens": 10, "stop_token_ids": ()}
+    wanted = text_engine.generate(PROMPT, **options)
+    stream = text_engine.stream(PROMPT, **options)
+    first = next(stream)
+    assert first[0] == wanted.token_ids[0] == stream.generation.token_ids[0]
+    pieces = [first, *stream]
+    assert [token for token, _ in pieces] == wanted.token_ids
+    assert "".join(text for _, text in pieces) == wanted.text == stream.generation.text
+    assert stream.generation.stats.finish_reason == wanted.stats.finish_reason == "length"
+    stopped = text_engine.stream(PROMPT, max_new_tokens=10, stop_token_ids=wanted.token_ids[2:3])
+    assert [token for token, _ in stopped] == wanted.token_ids[: wanted.token_ids.index(wanted.token_ids[2])]
+    assert stopped.generation.stats.finish_reason == "stop"
+    assert next(stopped, None) is None
 
 
-def test_what_a_process_has_mapped_is_counted(monkeypatch):
-    assert 0 <= mapped_share() < 1
-    assert mapped_share() > 0 or not REGIONS.exists()
-    monkeypatch.setattr("cacheblend_jax.runtime.programs.REGIONS", Path("/nowhere"))  # as on other systems than Linux
-    assert mapped_share() == 0
-
-
-def test_a_compiler_that_dropped_an_option_is_told_of_and_used_without(monkeypatch, caplog):
-    monkeypatch.setitem(COMPILER_OPTIONS, "cpu", {"xla_cpu_was_dropped": "1"})
-    compiler_options.cache_clear()
-    try:
-        assert compiler_options("cpu") == {}
-        assert "compiled without xla_cpu_was_dropped" in caplog.text
-        assert ProgramCache("cpu").get(jnp.negative, lambda: (jax.ShapeDtypeStruct((2,), np.float32),)).compile_s > 0
-    finally:
-        compiler_options.cache_clear()
+def test_a_selector_replaced_under_its_name_is_not_the_compiled_one(monkeypatch):
+    """Programs are compiled for the selector itself, not for its name."""
+    engine, prompt = fresh_engine("llama3", 0.3), random_prompt(22)
+    engine.precompute(prompt)
+    first = cb.Selector("mine", lambda evidence: -evidence.positions.astype(jnp.float32))
+    last = cb.Selector("mine", lambda evidence: evidence.positions.astype(jnp.float32))
+    chosen = [engine.prefill(prompt, blend=cb.BlendConfig(0.3, selector)).recomputed for selector in (first, last)]
+    candidates = slice(9, 9 + 96)
+    assert chosen[0][-1, candidates][:20].all()
+    assert chosen[1][-1, candidates][-20:].all()

@@ -11,8 +11,10 @@ import pytest
 from conftest import FAMILIES, HF, family_model, random_prompt, relative_error
 
 import cacheblend_jax as cb
-from cacheblend_jax.blend.layer_step import LayerKV
-from cacheblend_jax.engine.loading import LayerStream, LostChunkError, Placed, Staging
+from cacheblend_jax.engine.layout import PlacedChunk
+from cacheblend_jax.engine.loading import LayerStream, LostChunkError
+from cacheblend_jax.model import LayerKV
+from cacheblend_jax.runtime.host_buffers import HostBuffers
 
 SELECTORS = sorted(set(cb.SELECTORS) - {"oracle"})
 CASES = [(family, "hkvd", 0.1) for family in FAMILIES]
@@ -84,22 +86,22 @@ def test_auto_streams_what_comes_from_a_slow_tier():
     with cb.Engine(model, store) as engine:
         engine.precompute(prompt)
         assert engine.prefill(prompt).stats.executor == "resident"
-    with cb.Engine(model, cb.ThrottledStore(store, 1e12)) as engine:
+    with cb.Engine(model, cb.store.ThrottledStore(store, 1e12)) as engine:
         assert engine.prefill(prompt).stats.executor == "streamed"
         assert engine.prefill(prompt, "full").stats.executor == "resident"
-    with cb.Engine(model, cb.ThrottledStore(store, 1e12), executor="resident") as engine:
+    with cb.Engine(model, cb.store.ThrottledStore(store, 1e12), executor="resident") as engine:
         assert engine.prefill(prompt).stats.executor == "resident"
 
 
 def test_nothing_compiles_for_another_prompt_of_the_bucket_and_ratios_share_programs():
     # A model of its own: its programs are no other test's.
-    (_, streamed), prompt = engines(cb.random_model(FAMILIES["llama3"], seed=7)), random_prompt(6)
+    (_, streamed), prompt = engines(cb.model.random_model(FAMILIES["llama3"], seed=7)), random_prompt(6)
     streamed.warmup(128, prefix_tokens=9, suffix_tokens=7)
-    count = streamed.model.programs.count
+    count = streamed.model.runner.count
     for each in (prompt, random_prompt(7, (20, 50, 30))):
         streamed.precompute(each)
         assert streamed.prefill(each).stats.compile_s == 0
-    assert streamed.model.programs.count == count + 1  # precompute's
+    assert streamed.model.runner.count == count + 1  # precompute's
 
 
 class DeviceWatch(cb.Trace):
@@ -146,17 +148,17 @@ def test_at_most_prefetch_layers_of_cached_kv_are_on_the_device(selector, prefet
 
 
 def test_the_blended_cache_is_written_in_place():
-    (_, streamed), prompt = engines(cb.random_model(FAMILIES["llama3"], seed=7)), random_prompt(9)
+    (_, streamed), prompt = engines(cb.model.random_model(FAMILIES["llama3"], seed=7)), random_prompt(9)
     streamed.precompute(prompt)
     streamed.prefill(prompt)
     stack = "f32[6,128,2,8]"
-    writers = [text for text in streamed.model.programs.texts() if text.split("->")[0].count(stack) == 2]
+    writers = [text for text in streamed.model.runner.texts() if text.split("->")[0].count(stack) == 2]
     assert writers
     for text in writers:
         assert text.splitlines()[0].count("may-alias") + text.splitlines()[0].count("must-alias") == 2
 
 
-class FaultyStore(cb.ThrottledStore):
+class FaultyStore(cb.store.ThrottledStore):
     """Reading `layer` of the `number`-th chunk opened fails, once; a damaged entry is dropped, as a store does."""
 
     def __init__(self, store, number: int, layer: int, error: Exception) -> None:
@@ -208,7 +210,7 @@ def test_a_lost_chunk_becomes_a_miss_and_the_answer_is_right(executor, layer, er
 def test_a_store_all_of_whose_chunks_are_lost_still_answers():
     model, prompt = family_model("llama3"), random_prompt(11)
 
-    class Broken(cb.ThrottledStore):
+    class Broken(cb.store.ThrottledStore):
         def open(self, key):
             chunk = super().open(key)
             if chunk is not None:
@@ -228,15 +230,29 @@ def test_a_store_all_of_whose_chunks_are_lost_still_answers():
 class Rows:
     """A chunk whose layer l holds the value l."""
 
-    tier = "host"
+    tier, device_entry, num_layers, num_bytes = "host", None, 7, 0
 
     def __init__(self, tokens: int, fail_at: int | None = None) -> None:
-        self.tokens, self.fail_at = tokens, fail_at
+        self.num_tokens, self.fail_at = tokens, fail_at
 
     def read_layer(self, layer):
         if layer == self.fail_at:
             raise cb.DamagedEntryError("damaged")
-        return np.full((self.tokens, 1, 2), layer, np.float32), np.full((self.tokens, 1, 2), -layer, np.float32)
+        return np.full((self.num_tokens, 1, 2), layer, np.float32), np.full((self.num_tokens, 1, 2), -layer, np.float32)
+
+    def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def placed(chunk, start):
+    ids = np.zeros(chunk.num_tokens, np.int32)
+    return PlacedChunk("key", "", ids[:0], ids, start, stored=chunk)
 
 
 @pytest.fixture
@@ -246,8 +262,8 @@ def threads():
 
 
 def stream_of(chunk, layers, threads, host_layers=3, device_layers=2):
-    buffers = Staging(np.dtype(np.float32)).arrays((host_layers, 16, 1, 2))
-    return LayerStream([Placed("key", 2, 6, chunk)], layers, buffers, device_layers, jax.device_put, *threads)
+    buffers = HostBuffers(np.dtype(np.float32)).arrays((host_layers, 16, 1, 2))
+    return LayerStream([placed(chunk, 2)], layers, buffers, device_layers, jax.device_put, *threads)
 
 
 def test_a_buffer_is_not_filled_again_before_its_step_is_done(threads):
@@ -271,8 +287,8 @@ def test_no_layer_arrives_beyond_the_bound_until_one_is_released(threads):
             arrived.set()
         return jax.device_put(kv)
 
-    buffers = Staging(np.dtype(np.float32)).arrays((3, 16, 1, 2))
-    stream = LayerStream([Placed("key", 0, 4, Rows(4))], range(5), buffers, 2, device_put, *threads)
+    buffers = HostBuffers(np.dtype(np.float32)).arrays((3, 16, 1, 2))
+    stream = LayerStream([placed(Rows(4), 0)], range(5), buffers, 2, device_put, *threads)
     with stream:
         stream.next(), stream.next()
         assert len(put) == 2  # the third waits, since neither layer is said to be done with
@@ -309,7 +325,7 @@ class ManualTime:
 def test_a_throttled_tier_takes_latency_and_bytes_over_bandwidth():
     time, store = ManualTime(), cb.ChunkStore()
     entry = cb.ChunkEntry(*(np.zeros((2, 10, 1, 5), np.float32) for _ in range(2)))
-    throttled = cb.ThrottledStore(store, 400.0, 0.5, clock=time.clock, sleep=time.sleep)
+    throttled = cb.store.ThrottledStore(store, 400.0, 0.5, clock=time.clock, sleep=time.sleep)
     assert throttled.put("key", entry)
     assert "key" in throttled
     assert len(throttled) == 1
@@ -325,7 +341,7 @@ def test_a_throttled_tier_takes_latency_and_bytes_over_bandwidth():
 
 def test_readers_of_a_throttled_tier_share_its_bandwidth():
     slept: list[float] = []
-    throttled = cb.ThrottledStore(cb.ChunkStore(), 100.0, 0.25, clock=lambda: 0.0, sleep=slept.append)
+    throttled = cb.store.ThrottledStore(cb.ChunkStore(), 100.0, 0.25, clock=lambda: 0.0, sleep=slept.append)
     for _ in range(3):  # all at the same instant: latencies overlap, bytes do not
         throttled.wait_for(100)
     assert slept == pytest.approx([1.25, 2.25, 3.25])
@@ -334,9 +350,9 @@ def test_readers_of_a_throttled_tier_share_its_bandwidth():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: cb.ThrottledStore(cb.ChunkStore(), 0), "bytes_per_s must be positive and finite, got 0"),
-        (lambda: cb.ThrottledStore(cb.ChunkStore(), -1.0), "bytes_per_s must be positive"),
-        (lambda: cb.ThrottledStore(cb.ChunkStore(), 1.0, -1.0), "latency_s must be at least 0"),
+        (lambda: cb.store.ThrottledStore(cb.ChunkStore(), 0), "bytes_per_s must be positive and finite, got 0"),
+        (lambda: cb.store.ThrottledStore(cb.ChunkStore(), -1.0), "bytes_per_s must be positive"),
+        (lambda: cb.store.ThrottledStore(cb.ChunkStore(), 1.0, -1.0), "latency_s must be at least 0"),
         (lambda: cb.Engine(family_model("llama3"), executor="fast"), "unknown executor 'fast'; expected one of auto"),
         (lambda: cb.Engine(family_model("llama3"), prefetch_layers=0), "prefetch_layers must be a whole number"),
     ],

@@ -1,0 +1,176 @@
+"""Delays: what recomputing a layer and loading its KV take, estimated from what was measured.
+
+They are what the loading controller decides by (CacheBlend, arXiv 2405.16444, §5.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from cacheblend_jax.blend.schedule import Plan
+from cacheblend_jax.engine.layout import PlacedChunk
+from cacheblend_jax.engine.loading import READERS
+from cacheblend_jax.engine.planner import choose_executor
+from cacheblend_jax.errors import CacheBlendError
+
+
+@dataclass(frozen=True)
+class ComputeModel:
+    """Seconds of a layer step, linear in the sizes that it is compiled for; and of all else in a request.
+
+    Attributes:
+        layer_s: each layer's own.
+        key_s: for each key of the cache, which is rotated, written and read.
+        projected_s: for each row whose K, V are computed.
+        attending_s: for each row that goes on: queries, output projection, MLP.
+        visible_s: for each pair of a row that goes on and a key that it sees.
+        request_s: once a request.
+    """
+
+    layer_s: float
+    key_s: float
+    projected_s: float
+    attending_s: float
+    visible_s: float
+    request_s: float = 0.0
+
+    def layer_seconds(self, plan: Plan) -> list[float]:
+        """T_recompute of each layer of a plan."""
+        coefficients = (self.layer_s, self.key_s, self.projected_s, self.attending_s, self.visible_s)
+        return [sum(c * x for c, x in zip(coefficients, sizes, strict=True)) for sizes in layer_sizes(plan)]
+
+
+def layer_sizes(plan: Plan) -> list[tuple[float, float, float, float, float]]:
+    """Returns what each layer's time is linear in: 1, keys, rows computed, rows that go on, and pairs they see.
+
+    Rows stand all over the prompt: each sees half of the keys in the mean.
+    """
+    sizes: list[tuple[float, float, float, float, float]] = []
+    for stage, after in pairwise((*plan.stages, None)):
+        assert stage is not None
+        for layer in range(stage.first, stage.border + 1):
+            attending = stage.rows if layer < stage.border else 1 if after is None else after.rows
+            sizes.append((1.0, plan.cache_length, stage.rows, attending, attending * plan.cache_length / 2))
+    return sizes
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Where KV is kept: its throughput in bytes/s, a read's latency in seconds, and its price per GB and month.
+
+    Raises:
+        CacheBlendError: a throughput that is not positive and finite, a negative latency or price.
+    """
+
+    name: str
+    bytes_per_s: float
+    latency_s: float = 0.0
+    price_per_gb_month: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bytes_per_s < float("inf"):
+            raise CacheBlendError(
+                f"tier {self.name!r}: bytes_per_s must be positive and finite, got {self.bytes_per_s!r}"
+            )
+        if not 0 <= self.latency_s < float("inf"):
+            raise CacheBlendError(f"tier {self.name!r}: latency_s must be at least 0, got {self.latency_s!r}")
+        if self.price_per_gb_month is not None and not 0 <= self.price_per_gb_month < float("inf"):
+            raise CacheBlendError(
+                f"tier {self.name!r}: price_per_gb_month must be at least 0, got {self.price_per_gb_month!r}"
+            )
+
+    def load_s(self, num_bytes: float, reads: int = 1) -> float:
+        """T_load: seconds that so many bytes take in so many reads, several of them at a time."""
+        return num_bytes / self.bytes_per_s + self.latency_s * -(-reads // READERS)
+
+
+def pipeline_s(load: float, transfer: float, compute: Sequence[float], host_layers: int, device_layers: int) -> float:
+    """Returns the seconds until the last layer is computed where each layer takes `load` to read, then `transfer`.
+
+    A layer is read when the one `host_layers` before it is done, and transferred when the one `device_layers` before
+    it is: the streamed executor's own order.
+    """
+    read_at = transferred_at = 0.0
+    done: list[float] = []
+    for layer, seconds in enumerate(compute):
+        read_at = max(read_at, done[layer - host_layers] if layer >= host_layers else 0.0) + load
+        room_at = done[layer - device_layers] if layer >= device_layers else 0.0
+        transferred_at = max(transferred_at, read_at, room_at) + transfer
+        done.append(max(transferred_at, done[-1] if done else 0.0) + seconds)
+    return done[-1]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Everything that delays are estimated from.
+
+    Attributes:
+        name: what to call it.
+        tiers: by the names that stored chunks give.
+        transfer: from host memory to the device.
+        host_layers, device_layers: how far the streamed executor runs ahead.
+        executor: the engine's setting.
+    """
+
+    name: str
+    compute: ComputeModel
+    tiers: dict[str, Tier]
+    transfer: Tier
+    host_layers: int
+    device_layers: int
+    executor: str = "auto"
+
+    def load_s(self, chunks: Sequence[PlacedChunk], num_layers: int) -> float:
+        """T_load of one layer of stored chunks."""
+        total = 0.0
+        for name in dict.fromkeys(chunk.tier for chunk in chunks if chunk.tier != "device"):
+            own = [chunk for chunk in chunks if chunk.tier == name]
+            total += self.tier(name).load_s(sum(chunk.handle.num_bytes for chunk in own) / num_layers, len(own))
+        return total
+
+    def tier(self, name: str) -> Tier:
+        """Returns the tier of that name; one that was never measured counts as the slowest that was."""
+        return self.tiers.get(name) or min(self.tiers.values(), key=lambda tier: tier.bytes_per_s)
+
+    def executor_of(self, chunks: Sequence[PlacedChunk]) -> str:
+        """Returns the executor of a prefill with these chunks: a streamed one hides loading, a resident one waits."""
+        return choose_executor(self.executor, [chunk.tier for chunk in chunks])
+
+    def ttft_s(self, plan: Plan, chunks: Sequence[PlacedChunk], layer_bytes: int) -> float:
+        """Predicts the TTFT of a plan whose padded layers take `layer_bytes` (K and V)."""
+        compute = self.compute.layer_seconds(plan)
+        if all(chunk.tier == "device" for chunk in chunks):
+            return self.compute.request_s + sum(compute)
+        load = self.load_s(chunks, len(compute))
+        transfer = self.transfer.load_s(layer_bytes)
+        if self.executor_of(chunks) == "streamed":
+            return self.compute.request_s + pipeline_s(load, transfer, compute, self.host_layers, self.device_layers)
+        return self.compute.request_s + (load + transfer) * len(compute) + sum(compute)
+
+
+def cheapest_tier(
+    tiers: Sequence[Tier], layer_bytes: float, recompute_s: float, *, reads: int = 1
+) -> tuple[Tier, bool]:
+    """Returns the cheapest tier whose loading hides behind recomputing, and whether any does; else the fastest.
+
+    Args:
+        tiers: each with its price.
+        layer_bytes: bytes of one layer's stored KV.
+        recompute_s: T_recompute of one layer at the ratio wanted.
+        reads: chunks, each of them a read.
+
+    Raises:
+        CacheBlendError: no tiers, or one without a price.
+
+    Source: CacheBlend (arXiv 2405.16444) §5.1, the choice of a storage device.
+    """
+    if not tiers:
+        raise CacheBlendError("the list of tiers is empty; give at least one Tier(name, bytes_per_s, latency_s, price)")
+    if without := [tier.name for tier in tiers if tier.price_per_gb_month is None]:
+        raise CacheBlendError(f"tier {without[0]!r} has no price; choosing the cheapest needs price_per_gb_month")
+    hiding = [tier for tier in tiers if tier.load_s(layer_bytes, reads) <= recompute_s]
+    if not hiding:
+        return min(tiers, key=lambda tier: tier.load_s(layer_bytes, reads)), False
+    return min(hiding, key=lambda tier: (tier.price_per_gb_month, tier.load_s(layer_bytes, reads))), True

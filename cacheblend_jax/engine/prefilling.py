@@ -1,0 +1,224 @@
+"""One prefill: the chunks are placed and looked up, the controller decides, a plan is made, prepared and run.
+
+What the store lacks is computed in place, and stored after the first token is out.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cacheblend_jax.blend.deviation import total_deviation
+from cacheblend_jax.blend.flops import prefill_flops
+from cacheblend_jax.blend.schedule import Plan
+from cacheblend_jax.blend.steps import Request
+from cacheblend_jax.engine.background import Background
+from cacheblend_jax.engine.controller import Decision, decide
+from cacheblend_jax.engine.delays import Estimator
+from cacheblend_jax.engine.executors import Executors, PrefillRun
+from cacheblend_jax.engine.layout import Layout, PlacedChunk, context_of, lay_out, look_up, place_chunks
+from cacheblend_jax.engine.loading import LostChunkError
+from cacheblend_jax.engine.planner import Planner, computed_positions
+from cacheblend_jax.engine.profile import Profile, profile_for
+from cacheblend_jax.engine.prompt import TokenizedPrompt
+from cacheblend_jax.engine.results import PrefillResult, PrefillStats
+from cacheblend_jax.model.model import Model
+from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.runtime.trace import Trace
+from cacheblend_jax.store import Store, is_slow
+
+logger = logging.getLogger(__name__)
+
+
+class Prefiller:
+    """Prefills prompts, one at a time.
+
+    Args:
+        context_tokens, profile: see `Engine`.
+
+    Attributes:
+        is_warm: whether programs were compiled in advance, so that a request which waits for the compiler is news, and
+            the controller considers only what is compiled.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        store: Store,
+        executors: Executors,
+        background: Background,
+        *,
+        context_tokens: int | None,
+        profile: Profile | Path | str | None,
+    ) -> None:
+        self._model, self._store, self._executors, self._background = model, store, executors, background
+        self._context_tokens, self._profile = context_tokens, profile
+        self._estimator: Estimator | None = None
+        self._lock = threading.RLock()  # reentrant: the oracle's full prefill is a part of a prefill
+        self.is_warm = False
+
+    def place(self, tokenized: TokenizedPrompt, mode: str) -> list[PlacedChunk]:
+        """Places the chunks that a mode looks up."""
+        return place_chunks(
+            tokenized,
+            mode,
+            context_tokens=self._context_tokens,
+            fingerprint=self._model.fingerprint,
+            salt=self._store.salt,
+        )
+
+    def prefill(
+        self, tokenized: TokenizedPrompt, mode: str, planner: Planner, trace: Trace | None = None
+    ) -> PrefillResult:
+        """Prefills a prompt in a mode, see `Engine.prefill`."""
+        self._model.compute_fingerprint()  # once a model: no part of any request
+        timer, lost = Timer(), set[str]()
+        chunks = self.place(tokenized, mode)
+        placed_s = timer.elapsed_s()
+        self._background.wait_for_next([chunk.key for chunk in chunks])
+        with self._lock:
+            timer.wait_s = timer.elapsed_s() - placed_s
+            while True:
+                try:
+                    layout, result = self._attempt(tokenized, chunks, mode, planner, lost, timer, trace)
+                    break
+                except LostChunkError as error:  # costs this request its hit, never its answer
+                    logger.warning("a stored chunk could not be read and is computed instead: %s", error)
+                    lost.add(error.key)
+        for chunk in layout.missing:
+            self._background.store_later(chunk, again=chunk.key in lost)
+        for chunk in layout.loaded:
+            if is_slow(chunk.tier) or (chunk.tier == "host" and self._executors.uses_device_tier):
+                self._background.promote_later(chunk.key, chunk.handle.num_bytes)
+        return result
+
+    def _attempt(
+        self,
+        tokenized: TokenizedPrompt,
+        chunks: Sequence[PlacedChunk],
+        mode: str,
+        planner: Planner,
+        lost: Collection[str],
+        timer: Timer,
+        trace: Trace | None,
+    ) -> tuple[Layout, PrefillResult]:
+        """Runs a prefill, with what of the store is not `lost`.
+
+        Raises:
+            LostChunkError: a chunk could not be read.
+        """
+        context = context_of(tokenized.prefix, self._context_tokens)
+        with ExitStack() as handles:
+            chunks = look_up(chunks, self._store, handles, lost=lost)
+            decision = None
+            if planner.blend.is_auto and mode == "blend":
+                decision = self._decide(planner, tokenized.token_ids.size, chunks, timer)
+            if planner.blend.is_auto:
+                planner = planner.at(planner.blend.auto_ratios[0] if decision is None else decision.ratio)
+            compute = () if decision is None else decision.computed_starts
+            layout = lay_out(tokenized, chunks, context_length=context.size, compute=compute)
+            plan, request = planner.plan_layout(layout, mode)
+            with timer.stopped():
+                prepared = self._executors.prepare(plan, layout.loaded)
+                if self.is_warm and prepared.compile_s > 0:
+                    logger.warning("a request waited for the compiler: warm-up did not provide for %s", plan)
+                if plan.needs("oracle"):
+                    self._add_oracle(plan, request, layout, tokenized, planner)
+            run = self._executors.run(plan, request, layout.loaded, prepared, trace)
+            return layout, self._result(mode, planner, layout, plan, run, timer, prepared.compile_s, decision, lost)
+
+    def _decide(self, planner: Planner, length: int, chunks: Sequence[PlacedChunk], timer: Timer) -> Decision:
+        """Asks the controller for a request's ratio and what to load."""
+        with timer.stopped():  # a quick estimate is no part of any request
+            estimator = self.estimator()
+        stored = [chunk for chunk in chunks if chunk.stored is not None]
+        return decide(estimator, planner, length, stored, self._executors.is_prepared if self.is_warm else None)
+
+    def estimator(self) -> Estimator:
+        """Returns what the controller estimates delays from; made once, from the profile or by a quick estimate."""
+        if self._estimator is None:
+            profile, name = profile_for(self._model, self._store.directory, self._profile)
+            ahead = (self._executors.host_layers, self._executors.prefetch_layers)
+            self._estimator = Estimator(
+                name, profile.compute, profile.tiers, profile.transfer, *ahead, executor=self._executors.setting
+            )
+        return self._estimator
+
+    def _add_oracle(
+        self, plan: Plan, request: Request, layout: Layout, tokenized: TokenizedPrompt, planner: Planner
+    ) -> None:
+        """Fills in the oracle's scores from a full prefill."""
+        full = self.prefill(tokenized, "full", planner).padded_cache
+        rows = min(full.k.shape[1], plan.cache_length)
+        cos, sin = rope_tables(self._model.config, plan.cache_length)
+        cached = self._executors.load(plan, layout.loaded)
+        scores = jax.jit(total_deviation)(
+            full.first(rows), cached.first(rows), cos[:rows], sin[:rows], layout.token_ids.size
+        )
+        count = int(np.sum(request.positions < plan.cache_length))
+        request.oracle[:count] = np.asarray(scores)[request.positions[:count]]
+
+    def _result(
+        self,
+        mode: str,
+        planner: Planner,
+        layout: Layout,
+        plan: Plan,
+        run: PrefillRun,
+        timer: Timer,
+        compile_s: float,
+        decision: Decision | None,
+        lost: Collection[str],
+    ) -> PrefillResult:
+        ttft_s = timer.elapsed_s()
+        computed = computed_positions(plan, [np.asarray(positions) for positions in run.out.stage_positions])
+        stats = PrefillStats(
+            mode=mode,
+            tokens=layout.token_ids.size,
+            ttft_s=ttft_s,
+            host_s=ttft_s - run.run_s - timer.wait_s,
+            load_s=run.load_s,
+            compile_s=compile_s,
+            hits=layout.hits,
+            misses=layout.misses,
+            exact=int(layout.exact.sum()),
+            candidates=int(layout.candidate.sum()),
+            forced=int((~layout.exact & ~layout.candidate).sum()),
+            recompute_ratio=planner.recompute_ratio(layout, computed),
+            flops=prefill_flops(self._model.config, computed),
+            peak_memory_bytes=run.peak_memory_bytes,
+            executor=run.executor,
+            damaged=len(lost),
+            decision=decision,
+            wait_s=timer.wait_s,
+        )
+        logits = np.asarray(run.out.logits)
+        return PrefillResult(logits, layout.token_ids, run.next_token, stats, run.out.cache, computed, plan)
+
+
+class Timer:
+    """Measures a request without what is no part of it: compilation, the oracle."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.wait_s = 0.0
+
+    def elapsed_s(self) -> float:
+        """Seconds since it was made."""
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The body takes no time."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - began

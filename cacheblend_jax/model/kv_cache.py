@@ -1,0 +1,59 @@
+"""The two records of keys and values: one layer's, and all layers' stacked."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from cacheblend_jax.model.config import ModelConfig
+
+
+@struct.dataclass
+class LayerKV:
+    """One layer's keys and values, each `[keys, kv_heads, head_dim]`."""
+
+    k: Float[Array, "keys kv_heads head_dim"]
+    v: Float[Array, "keys kv_heads head_dim"]
+
+
+@struct.dataclass
+class KVCache:
+    """All layers' keys and values, each `[layers, keys, kv_heads, head_dim]`.
+
+    Keys are rotated to their positions in what a prefill returns and decoding extends, before RoPE in what a store
+    keeps.
+    """
+
+    k: Float[Array, "layers keys kv_heads head_dim"]
+    v: Float[Array, "layers keys kv_heads head_dim"]
+
+    def layer(self, index: Int[Array, ""] | int) -> LayerKV:
+        """Returns one layer's; `index` may be traced."""
+        return LayerKV(*(lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.k, self.v)))
+
+    def with_layer(self, index: Int[Array, ""] | int, layer: LayerKV) -> KVCache:
+        """Returns the cache with one layer's replaced; in place where the cache is donated or needed no more."""
+        return KVCache(
+            lax.dynamic_update_index_in_dim(self.k, layer.k, index, 0),
+            lax.dynamic_update_index_in_dim(self.v, layer.v, index, 0),
+        )
+
+    def first(self, num_keys: int) -> KVCache:
+        """Returns the first `num_keys` keys and values of each layer."""
+        return jax.tree.map(lambda x: x[:, :num_keys], self)
+
+
+def cache_shape(config: ModelConfig, num_keys: int) -> tuple[int, int, int, int]:
+    """Returns the shape of K, and of V: `[layers, keys, kv_heads, head_dim]`."""
+    return config.num_layers, num_keys, config.num_kv_heads, config.head_dim
+
+
+def abstract_cache(config: ModelConfig, num_keys: int, placement: jax.sharding.Sharding) -> KVCache:
+    """Returns a cache of `num_keys` keys as `jax.ShapeDtypeStruct`s with that placement."""
+    shape, dtype = cache_shape(config, num_keys), jnp.dtype(config.dtype)
+    leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=placement)
+    empty = jax.eval_shape(lambda: KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+    return jax.tree.map(lambda _: leaf, empty)

@@ -1,0 +1,187 @@
+"""The runner: compiles what it meets, or shapes alone; counts, keeps and drops programs."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacheblend_jax.runtime import programs
+from cacheblend_jax.runtime.programs import (
+    COMPILER_OPTIONS,
+    REGIONS,
+    Runner,
+    _warn_of_drops,
+    compiler_options,
+    mapped_share,
+)
+from pallas_kernels.dispatch import OVERRIDE
+
+
+def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, np.float32)
+
+
+def scaled_sum(x: dict, y: jax.Array, *, factor: int) -> dict:
+    return {"sum": factor * x["x"] + y, "last": y[-1]}
+
+
+def test_what_is_run_over_shapes_is_compiled_and_what_is_run_over_arrays_is_computed():
+    runner = Runner("cpu")
+    abstract = runner(scaled_sum, {"x": shape(3)}, shape(3), factor=2)
+    assert runner.count == 1
+    assert jax.tree.map(lambda x: (x.shape, x.dtype.name), abstract) == {
+        "sum": ((3,), "float32"),
+        "last": ((), "float32"),
+    }
+    out = runner(scaled_sum, {"x": np.ones(3, np.float32)}, np.ones(3, np.float32), factor=2)
+    assert out["sum"].tolist() == [3.0, 3.0, 3.0]
+    assert runner.count == 1  # arrays of those shapes, on the host as shapes without a placement are
+
+
+@pytest.mark.parametrize(
+    ("arguments", "static"),
+    [
+        (({"x": shape(4)}, shape(4)), {"factor": 2}),
+        (({"x": shape(3)}, shape(3)), {"factor": 3}),
+        (({"x": jax.ShapeDtypeStruct((3,), np.float16)}, shape(3)), {"factor": 2}),
+    ],
+    ids=["shape", "static argument", "dtype"],
+)
+def test_other_shapes_dtypes_and_static_arguments_are_other_programs(arguments, static):
+    runner = Runner("cpu")
+    runner(scaled_sum, {"x": shape(3)}, shape(3), factor=2)
+    runner(scaled_sum, *arguments, **static)
+    assert runner.count == 2
+
+
+def test_results_lead_to_the_next_programs_whether_they_are_shapes_or_arrays():
+    """Warm-up is the loop itself, run over shapes: what it compiles is all that the loop needs."""
+    runner, placement = Runner("cpu"), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def add(x, step):
+        return x + step
+
+    def loop(run, x):
+        for step in range(4):
+            x = run(add, x, np.int32(step), donate=("x",))
+        return run(scaled_sum, {"x": x}, x, factor=1)
+
+    loop(runner, jax.ShapeDtypeStruct((5,), np.float32, sharding=placement))
+    count = runner.count
+    out = loop(runner, jax.device_put(np.zeros(5, np.float32), placement))
+    assert runner.count == count == 2
+    assert out["sum"].tolist() == [12.0] * 5
+
+
+def test_a_donated_buffer_is_overwritten():
+    runner, x = Runner("cpu"), jnp.arange(4.0)
+    runner(lambda x: x + 1, x, donate=("x",))
+    assert x.is_deleted()
+
+
+def test_a_loop_is_prepared_once_and_again_when_programs_were_dropped(monkeypatch):
+    runner, runs = Runner("cpu"), []
+
+    def loop(run):
+        runs.append(run(jnp.negative, shape(7)))
+
+    first, again = runner.prepare("loop", loop), runner.prepare("loop", loop)
+    assert (len(runs), again.compile_s) == (1, 0.0)
+    assert first.compile_s > 0
+    assert first.peak_memory_bytes == again.peak_memory_bytes >= 2 * 7 * 4
+    assert runner.is_prepared("loop")
+    assert not runner.is_prepared("another")
+    monkeypatch.setattr(programs, "_drops", programs._drops + 1)
+    assert not runner.is_prepared("loop")
+    assert runner.prepare("loop", loop).compile_s == 0.0  # its program is there still
+    assert len(runs) == 2
+
+
+def test_what_fails_to_compile_is_tried_again():
+    runner, fails = Runner("cpu"), [True]
+
+    def function(x):
+        if fails.pop():
+            raise ValueError("not this time")
+        return x
+
+    with pytest.raises(ValueError, match="not this time"):
+        runner(function, shape(2))
+    fails.append(False)
+    assert runner(function, np.ones(2, np.float32)).tolist() == [1.0, 1.0]
+
+
+def test_another_kernel_implementation_is_another_program(monkeypatch):
+    runner = Runner("cpu")
+    runner(jnp.negative, shape(3))
+    monkeypatch.setenv(OVERRIDE, "xla")
+    runner(jnp.negative, shape(3))
+    assert runner.count == 2
+
+
+def compile_s(runner: Runner, number: int) -> float:
+    recorder = programs._Recorder(runner)
+    recorder(jnp.negative, shape(number))
+    return recorder.compile_s
+
+
+def test_programs_used_least_recently_make_room(monkeypatch, caplog):
+    """A process may map only so many regions of memory; a compiler that finds none left kills it."""
+    share = 0.0
+    monkeypatch.setattr(programs, "mapped_share", lambda: share)
+    monkeypatch.setattr(programs, "KEPT", 2)
+    monkeypatch.setattr(programs, "_cpu_runners", weakref.WeakSet())  # other tests' programs stay
+    _warn_of_drops.cache_clear()
+    idle, busy = Runner("cpu"), Runner("cpu")
+    assert all(compile_s(busy, number) > 0 for number in (1, 2, 3))
+    assert all(compile_s(idle, number) > 0 for number in (1, 2))
+    assert compile_s(busy, 1) == compile_s(busy, 3) == 0  # used again: 2 is the oldest now, then what is idle
+    share = 0.99
+    assert compile_s(busy, 4) > 0
+    assert caplog.text.count("least recently used compiled programs are dropped") == 1
+    assert compile_s(busy, 1) == compile_s(busy, 3) == compile_s(busy, 4) == 0
+    share = 0.0
+    assert all(compile_s(*dropped) > 0 for dropped in ((busy, 2), (idle, 1), (idle, 2)))
+    assert (busy.count, idle.count) == (5, 4)
+
+
+def test_no_more_programs_are_dropped_than_needed(monkeypatch):
+    """What a dropped program had mapped is given back before it is asked whether more must go."""
+    monkeypatch.setattr(programs, "_cpu_runners", weakref.WeakSet())
+    monkeypatch.setattr(programs, "KEPT", 1)
+    monkeypatch.setattr(programs, "EVICTED_AT_ONCE", 2)
+    runner, alive = Runner("cpu"), []
+
+    def compile_one(number: int) -> None:
+        runner(jnp.negative, shape(number))
+        (*_, entry) = runner._entries.values()
+        alive.append(weakref.ref(entry.program.result().run))
+
+    for number in range(6):
+        compile_one(number)
+    monkeypatch.setattr(programs, "mapped_share", lambda: sum(program() is not None for program in alive) / 6)
+    compile_one(6)  # full
+    assert sum(program() is not None for program in alive) == 5  # four are little enough
+
+
+def test_what_a_process_has_mapped_is_counted(monkeypatch):
+    assert 0 <= mapped_share() < 1
+    assert mapped_share() > 0 or not REGIONS.exists()
+    monkeypatch.setattr(programs, "REGIONS", Path("/nowhere"))  # as on other systems than Linux
+    assert mapped_share() == 0
+
+
+def test_a_compiler_that_dropped_an_option_is_told_of_and_used_without(monkeypatch, caplog):
+    monkeypatch.setitem(COMPILER_OPTIONS, "cpu", {"xla_cpu_was_dropped": "1"})
+    compiler_options.cache_clear()
+    try:
+        assert compiler_options("cpu") == {}
+        assert "compiled without xla_cpu_was_dropped" in caplog.text
+        assert compile_s(Runner("cpu"), 2) > 0
+    finally:
+        compiler_options.cache_clear()
