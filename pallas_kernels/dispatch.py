@@ -127,10 +127,6 @@ def choose_backend(implementation: str | None, operation: str, declines: Decline
     )
 
 
-def implementation_override():
-    return os.environ.get(OVERRIDE)
-
-
 def _wish(known: tuple[str, ...]) -> str | None:
     """What the environment asks for, as far as the operation has it."""
     wish = os.environ.get(OVERRIDE)

@@ -8,8 +8,6 @@ from cacheblend_jax.store.location import is_local, located
 from cacheblend_jax.store.stats import StoreStats
 from cacheblend_jax.store.throttled import ThrottledStore
 
-Store = ChunkStore | ThrottledStore
-
 __all__ = [
     "ChunkEntry",
     "ChunkStore",

@@ -252,10 +252,6 @@ class ChunkStore:
                 self._stats = replace(self._with_host(), **on_disk)
             disk.close()
 
-    @property
-    def tiers(self):
-        return (*(("device",) if self.device_bytes else ()), "host", *(("disk",) if self.directory is not None else ()))
-
     def __enter__(self) -> ChunkStore:
         return self
 

@@ -42,7 +42,7 @@ class DeviceChunk:
     tier = "device"
 
     def __init__(self, entry: DeviceEntry, unpin: Callable[[], None]) -> None:
-        self.entry = self.device_entry = entry
+        self.entry = entry
         self._unpin: Callable[[], None] | None = unpin
         self.num_tokens = entry.num_tokens
         self.num_layers = entry.k.shape[0]

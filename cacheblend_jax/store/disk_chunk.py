@@ -23,7 +23,6 @@ class DiskChunk:
     """
 
     tier = "disk"
-    device_entry = None
 
     def __init__(
         self,

@@ -74,7 +74,6 @@ class HostChunk:
     """A `StoredChunk` in host memory."""
 
     tier = "host"
-    device_entry = None
 
     def __init__(self, entry: ChunkEntry, unpin: Callable[[], None]) -> None:
         self._entry = entry

@@ -54,10 +54,6 @@ class ThrottledStore:
         self._free_at = float("-inf")
         self._lock = threading.Lock()
 
-    @property
-    def tiers(self):
-        return (self.tier,)
-
     def open(self, key: str) -> ThrottledChunk | None:
         """Returns a handle whose reads are throttled; `None` where the wrapped store has no such entry."""
         chunk = self.wrapped.open(key)
@@ -93,8 +89,6 @@ class ThrottledStore:
 
 class ThrottledChunk:
     """A handle of a `ThrottledStore`."""
-
-    device_entry = None
 
     def __init__(self, chunk: StoredChunk, store: ThrottledStore) -> None:
         self._chunk, self._store = chunk, store
