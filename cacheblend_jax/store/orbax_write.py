@@ -17,7 +17,7 @@ from cacheblend_jax.store.kvstore import KvStoreSpec, base_spec
 from cacheblend_jax.store.places import is_local
 
 TREE = "state"  # Orbax's name of the tree in a checkpoint
-DATA_FILE_BYTES = 2**25  # a pack with several data files has them written in parallel
+DATA_FILE_BYTES = 2**25  # larger packs are split into files of this size, which are written in parallel
 
 
 def save_tree(path: epath.Path, tree: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from cacheblend_jax.store.stored_chunk import Rows, StoredChunk
 class ThrottledStore:
     """A `Store` whose reads take as long as from a tier of that latency and bandwidth, which all its readers share.
 
-    All of its entries are on that one tier, whatever the wrapped store's; everything but reading is left to that store.
+    Its entries claim to be on that one tier, wherever the wrapped store, which does everything but reading, keeps them.
 
     Args:
         store: the store to slow down; `close` closes it.
