@@ -67,7 +67,7 @@ class Bench:
         self.resident = cb.Engine(model, self.store, executor="resident")
         self.streamed = cb.Engine(model, self.store, executor="streamed")
         self.resident.precompute(self.prompt)
-        self.num_bytes = self.store.stats.bytes
+        self.num_bytes = self.store.stats.host.bytes
         self.recompute_s = 0.0
 
     def balance(self) -> dict[str, float]:

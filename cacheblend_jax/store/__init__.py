@@ -1,11 +1,12 @@
 """Stand-alone KV of chunks, found by content."""
 
 from cacheblend_jax.store.chunk_store import ChunkStore
-from cacheblend_jax.store.device import DeviceChunk, DeviceEntry
-from cacheblend_jax.store.entry import ChunkEntry, StoredChunk, is_slow
+from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
 from cacheblend_jax.store.keys import chunk_key
-from cacheblend_jax.store.location import is_local, located
-from cacheblend_jax.store.stats import StoreStats
+from cacheblend_jax.store.places import is_local, located
+from cacheblend_jax.store.protocol import Store
+from cacheblend_jax.store.stats import StoreStats, TierStats
+from cacheblend_jax.store.stored_chunk import DeviceChunk, StoredChunk, is_slow
 from cacheblend_jax.store.throttled import ThrottledStore
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "StoreStats",
     "StoredChunk",
     "ThrottledStore",
+    "TierStats",
     "chunk_key",
     "is_local",
     "is_slow",

@@ -1,28 +1,30 @@
-"""A stored entry that is read from disk, layer by layer or whole."""
+"""A handle on an entry on disk, which reports what is wrong with it to the tier."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-import numpy as np
+from collections.abc import Callable
+from typing import TypeVar
 
 from cacheblend_jax.errors import DamagedEntryError
-from cacheblend_jax.store.entry import ChunkEntry, check_layer
-from cacheblend_jax.store.pack import EntryReader, UnreadableError
+from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
+from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
 from cacheblend_jax.store.pins import Pin
+from cacheblend_jax.store.stored_chunk import Rows, check_layer
+
+Result = TypeVar("Result")
 
 
 class DiskChunk:
     """A `StoredChunk` on disk.
 
     Args:
-        uses: how often the entry was seen before.
-        pin: what keeps its pack from being evicted.
-        on_damage, on_failure: told what is wrong: with the entry's bytes, or with reading them now.
+        uses: how often the entry had been used before.
+        pin: keeps its pack from being evicted.
+        on_damage, on_failure: called with what is wrong with the entry's bytes, or with reading them now.
     """
 
     tier = "disk"
+    device_entry: DeviceEntry | None = None
 
     def __init__(
         self,
@@ -37,23 +39,19 @@ class DiskChunk:
         self.num_layers, self.num_tokens = reader.record.shape[:2]
         self.num_bytes = reader.record.num_bytes
 
-    def read_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    def read_layer(self, layer: int) -> tuple[Rows, Rows]:
         """See `StoredChunk`."""
         check_layer(layer, self.num_layers)
-        with self._damage_noted():
-            return self._reader.read_layer(layer)
-        raise AssertionError("unreachable")
+        return self._reported(lambda: self._reader.read_layer(layer))
 
     def read(self) -> ChunkEntry:
         """Returns the whole entry; errors as `read_layer`."""
-        with self._damage_noted():
-            return self._reader.read()
-        raise AssertionError("unreachable")
+        return self._reported(self._reader.read)
 
-    @contextmanager
-    def _damage_noted(self) -> Iterator[None]:
+    def _reported(self, read: Callable[[], Result]) -> Result:
+        """Returns what `read` returns; reports what it raises, and raises it as damage."""
         try:
-            yield
+            return read()
         except DamagedEntryError as error:
             self._on_damage(str(error))
             raise

@@ -1,20 +1,23 @@
-"""One chunk's stored KV, and the handle that reads it layer by layer."""
+"""One chunk's KV: on the host, on a device, or queued for the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
+import jax
 import numpy as np
+from jaxtyping import Float
 
 
 @dataclass(frozen=True, eq=False)
 class ChunkEntry:
     """K before RoPE and V of a chunk computed alone, each `[layers, tokens, kv_heads, head_dim]`, on the host.
 
-    `fingerprint` (the model's) and `context_ids` say what it was computed from and after; a store keeps them on disk
-    for people to read. Neither finds an entry: keys do.
+    `fingerprint` (the model's) and `context_ids` say what it was computed from and after. A store writes them to disk
+    for people to read; it finds entries by key alone.
+
+    Raises:
+        ValueError: `k` and `v` differ in shape or dtype, or do not have four dimensions.
     """
 
     k: np.ndarray
@@ -40,76 +43,34 @@ class ChunkEntry:
         return self.k.nbytes + self.v.nbytes
 
 
-class StoredChunk(Protocol):
-    """A stored entry that is in use: it is not evicted until `close`. Safe to use from several threads.
+@dataclass(frozen=True, eq=False)
+class DeviceEntry:
+    """A `ChunkEntry` in a device's memory: its `num_tokens` rows come first, then padding.
 
-    Attributes:
-        num_tokens, num_layers: the entry's.
-        num_bytes: of K and V of all layers.
-        tier: where it is read from, `"device"`, `"host"` or `"disk"`.
+    Compiled programs are specific to a shape; padding lets chunks of many lengths share a few of them.
     """
 
+    k: Float[jax.Array, "layers rows kv_heads head_dim"]
+    v: Float[jax.Array, "layers rows kv_heads head_dim"]
     num_tokens: int
-    num_layers: int
-    num_bytes: int
-    tier: str
+    fingerprint: str = ""
+    context_ids: tuple[int, ...] = ()
 
-    def read_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns K before RoPE and V of one layer, each `[tokens, kv_heads, head_dim]`.
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that K and V take on the device, padding included (on each device, where a mesh has copies)."""
+        return self.k.nbytes + self.v.nbytes
 
-        Raises:
-            DamagedEntryError: the bytes on disk are not those written; the store has quarantined and counted it.
-            IndexError: no such layer.
-        """
-
-    def close(self) -> None:
-        """Lets the entry go; once or more."""
-
-    def __enter__(self) -> StoredChunk: ...
-
-    def __exit__(self, *_: object) -> None: ...
+    def on_host(self) -> ChunkEntry:
+        """Copies the entry to the host, without the padding."""
+        k, v = (np.array(array[:, : self.num_tokens]) for array in (np.asarray(self.k), np.asarray(self.v)))
+        return ChunkEntry(k, v, self.fingerprint, self.context_ids)
 
 
-class HostChunk:
-    """A `StoredChunk` in host memory."""
+@dataclass(frozen=True, eq=False)
+class QueuedEntry:
+    """An entry to be written to disk, and how many requests have used it so far."""
 
-    tier = "host"
-
-    def __init__(self, entry: ChunkEntry, unpin: Callable[[], None]) -> None:
-        self._entry = entry
-        self._unpin: Callable[[], None] | None = unpin
-        self.num_tokens = entry.num_tokens
-        self.num_layers = entry.k.shape[0]
-        self.num_bytes = entry.num_bytes
-
-    def read_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `StoredChunk`."""
-        check_layer(layer, self.num_layers)
-        return self._entry.k[layer], self._entry.v[layer]
-
-    def close(self) -> None:
-        """See `StoredChunk`."""
-        unpin, self._unpin = self._unpin, None
-        if unpin is not None:
-            unpin()
-
-    def __enter__(self) -> HostChunk:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def is_slow(tier: str) -> bool:
-    """Whether a tier is slower than host memory."""
-    return tier not in ("device", "host")
-
-
-def check_layer(layer: int, num_layers: int) -> None:
-    """Refuses a layer that there is not.
-
-    Raises:
-        IndexError: by number.
-    """
-    if not 0 <= layer < num_layers:
-        raise IndexError(f"layer must be in [0, {num_layers - 1}], got {layer}")
+    key: str
+    entry: ChunkEntry
+    uses: int = 1

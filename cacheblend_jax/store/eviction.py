@@ -1,60 +1,78 @@
-"""Making room on disk: packs go as wholes, never one that is in use, and their files with them."""
+"""Makes room on disk: packs are removed whole, never while they are read."""
 
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from cacheblend_jax.store.disk_log import DiskLog
+from cacheblend_jax.store.index import Index
 from cacheblend_jax.store.pins import BusyError, Pin
-
-if TYPE_CHECKING:
-    from cacheblend_jax.store.disk import DiskTier
+from cacheblend_jax.store.places import Places
 
 
-def make_room(disk: DiskTier, capacity: int | None = None) -> bool:
-    """Evicts packs until all fit into the capacity; returns whether they do (those in use stay)."""
-    capacity = disk.capacity if capacity is None else capacity
-    sweep(disk)
-    while disk.index.totals()[0] > capacity:
+def make_room(places: Places, index: Index, log: DiskLog, capacity: int) -> bool:
+    """Evicts packs until the rest fits into so many bytes; returns whether it does. Packs being read stay."""
+    sweep(places, index)
+    while index.totals()[0] > capacity:
         progress = False
-        for pack in disk.index.candidates(capacity):
-            if disk.index.totals()[0] <= capacity:
+        for pack in index.candidates(capacity):
+            if index.totals()[0] <= capacity:
                 return True
-            if remove_pack(disk, pack, evict=True):
+            if _evict(places, index, log, pack):
                 progress = True
         if not progress:
-            disk.index.recount()  # all that is left is in use; or the totals were wrong
+            index.recount()  # every pack left is being read, or the totals were wrong
             break
-    return disk.index.totals()[0] <= capacity
+    return index.totals()[0] <= capacity
 
 
-def sweep(disk: DiskTier) -> None:
-    """Removes the files of packs that hold no entry any more and that nobody reads."""
-    for pack in disk.index.packs("dead"):
-        remove_pack(disk, pack)
+def sweep(places: Places, index: Index) -> None:
+    """Removes the files of packs that hold no entries any more and that nobody reads."""
+    for pack in index.packs("dead"):
+        remove_pack(places, index, pack)
 
 
-def remove_pack(disk: DiskTier, pack: str, *, evict: bool = False) -> bool:
-    """Removes a pack's files, and to `evict` it its entries before; returns whether nobody reads it."""
+def remove_pack(places: Places, index: Index, pack: str) -> bool:
+    """Removes the files of a pack without entries; returns whether it could: nobody reads it."""
+    with _held_alone(places, pack) as is_free:
+        if is_free:
+            _remove_files(places, index, pack)
+        return is_free
+
+
+def _evict(places: Places, index: Index, log: DiskLog, pack: str) -> bool:
+    """Removes a pack with its entries; returns whether it could: nobody reads it."""
+    with _held_alone(places, pack) as is_free:
+        if is_free:
+            log.count("evicted", index.bury(pack))
+            _remove_files(places, index, pack)
+        return is_free
+
+
+@contextmanager
+def _held_alone(places: Places, pack: str) -> Iterator[bool]:
+    """Holds a pack alone for the body, if possible: yields whether nobody else reads it."""
     try:
-        pin = Pin(disk.pack_path(pack), alone=True) if disk.local else None
-    except (BusyError, PermissionError):  # read by others, or another user's
-        return False
+        pin = Pin(places.pack(pack), alone=True) if places.local else None
+    except (BusyError, PermissionError):  # being read, or another user's
+        yield False
+        return
     except FileNotFoundError:
         pin = None
-    if evict:
-        disk.count("evicted", disk.index.bury(pack))
-    _remove_files(disk, pack)
-    if pin is not None:
-        pin.close()
-    return True
+    try:
+        yield True
+    finally:
+        if pin is not None:
+            pin.close()
 
 
-def _remove_files(disk: DiskTier, pack: str) -> None:
-    path = disk.pack_path(pack)
-    if disk.local:
+def _remove_files(places: Places, index: Index, pack: str) -> None:
+    path = places.pack(pack)
+    if places.local:
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
         path.rmtree()
     if not path.exists():
-        disk.index.forget_pack(pack, "dead")
+        index.forget_pack(pack, "dead")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
@@ -29,11 +29,12 @@ from cacheblend_jax.store.record import (
     usable_record,
 )
 
-PROTECTED = 0.8  # of the capacity may hold entries seen twice; the least recent of them count as seen once then
+PROTECTED = 0.8  # of the capacity, at most, for packs with entries used twice
+Run = Callable[..., sqlite3.Cursor]  # executes a statement: `sqlite3.Connection.execute`
 
 
 class Found(NamedTuple):
-    """An entry's place: `record` and `crc` are for `load_record`; `uses` counts how often it was seen."""
+    """Where an entry is: its pack, its record (for `load_record`) and how often it has been used."""
 
     pack: str
     record: bytes
@@ -42,7 +43,7 @@ class Found(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """An entry as `ls` shows it; `used` is the time of its last use, in milliseconds since 1970."""
+    """A row of the index: an entry, with the time of its last use (`used`) in milliseconds since 1970."""
 
     name: str
     pack: str
@@ -56,15 +57,15 @@ class Listed(NamedTuple):
 class Index:
     """Entries and packs of one directory.
 
-    A pack is `writing` (its bytes are reserved), `ready`, or `dead` (no entry left, its files are to be removed).
-    Times of use never go backwards, whatever the clock does.
+    A pack is `writing` (its bytes are reserved), `ready`, or `dead` (it holds no entries, and its files may go). Times
+    of use never go backwards, whatever the clock does. Safe to use from several threads and processes.
 
     Args:
-        path: the database's file, or `None`: in memory, for a directory that cannot hold one.
-        read_only: open one that cannot be written, and is not changed here.
+        path: the database's file; `None`: in memory, for a directory that cannot hold one.
+        read_only: open a file that this process may not write.
 
     Attributes:
-        identity: device and inode of the file.
+        identity: device and inode of the file; `None` where there is none, or it is only read.
 
     Raises:
         sqlite3.Error: it cannot be opened, or is not an index of this version (`sqlite3.DatabaseError`).
@@ -72,7 +73,7 @@ class Index:
 
     def __init__(self, path: str | None, *, read_only: bool = False) -> None:
         self._path = path
-        self._seen: tuple[int, ...] | None = None  # of a file that was opened as one that nobody changes
+        self._seen: tuple[int, ...] | None = None  # state of a file that was opened as one that does not change
         self._lock = self._reading_lock = threading.RLock()
         self.identity: tuple[int, int] | None = None
         if read_only:
@@ -81,7 +82,8 @@ class Index:
         self._writing = self._reading = connected(path)
         try:
             self._set_up()
-            # Looking up never waits for another process's writing. One in memory has a single connection.
+            # A second connection, so that reads never wait for another thread's or process's writes. A database in
+            # memory belongs to its one connection.
             if path is not None:
                 self._reading, self._reading_lock = connected(path), threading.RLock()
             check(self._reading)
@@ -92,12 +94,12 @@ class Index:
             self.identity = identity_of(path)
 
     def _connect_to_read(self) -> None:
-        """Connects who may not write: to a database that others write where SQLite can, else to a file at rest."""
+        """Connects without writing: to a database that others may write where SQLite can, or else to a file at rest."""
         assert self._path is not None
         seen = None
         try:
             connection = connected(self._path, "mode=ro")
-        except INDEX_ERRORS:  # it needs files beside it then that are not there, and cannot be made
+        except INDEX_ERRORS:  # SQLite needs its files beside the database, which are missing and cannot be made
             seen = state_of(self._path)
             connection = connected(self._path, "mode=ro&immutable=1")
         self._writing = self._reading = connection
@@ -108,7 +110,7 @@ class Index:
         while True:
             try:
                 return self._make_tables()
-            except sqlite3.OperationalError as error:  # WAL mode is refused at once while others open the file
+            except sqlite3.OperationalError as error:  # SQLite refuses WAL mode at once while others open the file
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF not in BUSY_CODES or time.monotonic() > until:
                     raise
             time.sleep(0.01)
@@ -123,17 +125,17 @@ class Index:
                     run(statement)
 
     def is_complete(self) -> bool:
-        """Whether every pack that was there when the index was made has been entered."""
+        """Whether the index has every pack that was there when it was made."""
         with self._read() as run:
             return run("PRAGMA application_id").fetchone()[0] == COMPLETE
 
     def mark_complete(self) -> None:
-        """Notes for all later openings that `is_complete`."""
+        """Records, for everyone who opens the index later, that it `is_complete`."""
         with self._transaction() as run:
             run(f"PRAGMA application_id = {COMPLETE}")
 
     @contextmanager
-    def _read(self) -> Iterator:
+    def _read(self) -> Iterator[Run]:
         with self._reading_lock:
             if self._seen is not None and self._path is not None and self._seen != state_of(self._path):
                 old = self._reading
@@ -142,7 +144,7 @@ class Index:
             yield self._reading.execute
 
     @contextmanager
-    def _transaction(self) -> Iterator:
+    def _transaction(self) -> Iterator[Run]:
         with self._lock:
             self._writing.execute("BEGIN IMMEDIATE")
             try:
@@ -177,7 +179,7 @@ class Index:
         return size, entries
 
     def listed(self, pack: str | None = None) -> list[Listed]:
-        """Returns all entries, or a pack's, the least recently used first."""
+        """Returns all entries, or those of a pack, the least recently used first."""
         sql = """SELECT lower(hex(e.name)), p.name, e.bytes, e.uses, e.used, e.record, e.crc
             FROM entries e JOIN packs p ON p.id = e.pack WHERE ? IS NULL OR p.name = ? ORDER BY e.used, e.rowid"""
         with self._read() as run:
@@ -189,7 +191,7 @@ class Index:
             return [name for (name,) in run("SELECT name FROM packs WHERE state = ?", (state,))]
 
     def reserve(self, pack: str, size: int) -> None:
-        """Notes a pack that is about to be written, so that its bytes count."""
+        """Adds a pack that is about to be written, so that its bytes count already."""
         with self._transaction() as run:
             run("INSERT INTO packs(name, state, bytes, used) VALUES(?, 'writing', ?, ?)", (pack, size, _tick(run)))
 
@@ -202,12 +204,16 @@ class Index:
         adopt: bool = False,
         uses: dict[str, int] | None = None,
     ) -> int:
-        """Makes a written pack's entries known, all at once; returns how many of them it now holds.
+        """Enters a written pack and its entries in one transaction; returns how many entries it now holds.
 
-        An entry that is known already with the same checksums stays where it is; with others it moves here. Packs that
-        are left empty are dead. `uses` says by key how often entries were seen, if not once. To `adopt` a pack that was
-        found moves no entry, and changes nothing where the pack has become known meanwhile: what was removed since
-        would come back.
+        An entry that the index already has from another pack stays there if its checksums are the same, and moves here
+        otherwise. Packs left without entries are dead.
+
+        Args:
+            size: bytes of all its files.
+            adopt: the pack was found in the directory, not just written. No entry moves to it; and nothing changes if
+                the pack has been entered meanwhile, since entries removed since then would come back.
+            uses: how often entries have been used, by key; those not named, once.
         """
         with self._transaction() as run:
             known = run("SELECT id, state FROM packs WHERE name = ?", (pack,)).fetchone()
@@ -233,11 +239,11 @@ class Index:
             _bury_empty(run, left | {number})
             return run("SELECT count(*) FROM entries WHERE pack = ?", (number,)).fetchone()[0]
 
-    def touch(self, seen: dict[str, int]) -> None:
-        """Counts entries as seen so many times more, in the order given."""
+    def touch(self, uses: dict[str, int]) -> None:
+        """Adds to the uses of entries, by storage name, in order: the last one counts as used last."""
         with self._transaction() as run:
             tick = _tick(run)
-            for name, count in seen.items():
+            for name, count in uses.items():
                 key = bytes.fromhex(name)
                 run("UPDATE entries SET uses = uses + ?, used = ? WHERE name = ?", (count, tick, key))
                 run(
@@ -248,7 +254,7 @@ class Index:
                 tick += 1
 
     def remove(self, names: Iterable[str], pack: str | None = None) -> int:
-        """Forgets entries, or those of them that are in `pack`; packs left empty are dead. Returns how many."""
+        """Forgets entries, or those of them in `pack`; returns how many. Packs left without entries are dead."""
         count = 0
         with self._transaction() as run:
             left = set()
@@ -265,22 +271,22 @@ class Index:
         return count
 
     def bury(self, pack: str) -> int:
-        """Forgets the entries of a pack, which is dead then; returns how many there were."""
+        """Forgets the entries of a pack, which then is dead; returns how many there were."""
         with self._transaction() as run:
             deleted = run("DELETE FROM entries WHERE pack = (SELECT id FROM packs WHERE name = ?)", (pack,)).rowcount
             run("UPDATE packs SET state = 'dead' WHERE name = ?", (pack,))
         return deleted
 
     def forget_pack(self, pack: str, state: str) -> None:
-        """Forgets a pack whose files are gone, if it is in this state: its bytes count no more."""
+        """Forgets a pack whose files are gone, if it is in this state; its bytes no longer count."""
         with self._transaction() as run:
             run("DELETE FROM packs WHERE name = ? AND state = ?", (pack, state))
 
     def candidates(self, capacity: int) -> list[str]:
-        """Returns the ready packs in the order in which they are to be evicted.
+        """Returns ready packs in the order of eviction, up to 256.
 
-        Packs of entries seen once come first, then those of entries seen twice, each by their last use. Where the
-        latter hold more than four fifths of the capacity, the least recent of them count as seen once again.
+        Packs whose entries were all used once come first, then the others; within each group, the least recently used.
+        Where the others hold more than four fifths of the capacity, the least recent of them move to the first group.
         """
         with self._transaction() as run:
             (hot_bytes,) = run("SELECT hot_bytes FROM totals").fetchone()
@@ -295,7 +301,7 @@ class Index:
             ]
 
     def recount(self) -> None:
-        """Takes the totals anew from the rows."""
+        """Computes the totals anew from the rows."""
         with self._transaction() as run:
             run(
                 """UPDATE totals SET bytes = (SELECT ifnull(sum(bytes), 0) FROM packs),
@@ -303,18 +309,18 @@ class Index:
             )
 
     def problems(self) -> list[str]:
-        """Returns what SQLite finds wrong with the database."""
+        """Returns what SQLite finds wrong with the database, as text."""
         with self._read() as run:
             return [text for (text,) in run("PRAGMA integrity_check") if text != "ok"]
 
 
-def _tick(run) -> int:
+def _tick(run: Run) -> int:
     """Returns milliseconds since 1970, or more where the clock went backwards: later than every use so far."""
     (latest,) = run("SELECT max(used) FROM packs").fetchone()
     return max(time.time_ns() // 10**6, (latest or 0) + 1)
 
 
-def _bury_empty(run, packs: Iterable[int]) -> None:
+def _bury_empty(run: Run, packs: Iterable[int]) -> None:
     for number in packs:
         run(
             "UPDATE packs SET state = 'dead' WHERE id = ? AND NOT EXISTS (SELECT 1 FROM entries WHERE pack = ?)",
@@ -322,6 +328,6 @@ def _bury_empty(run, packs: Iterable[int]) -> None:
         )
 
 
-def _same_content(text: bytes, crc: int, record: EntryRecord) -> bool:
+def _same_content(text: object, crc: object, record: EntryRecord) -> bool:
     old = usable_record(text, crc, storage_name(record.key))
     return old is not None and content_of(old) == content_of(record)

@@ -1,4 +1,4 @@
-"""The file of an index: its tables, how to connect to it, and how to tell that it is another or has changed."""
+"""The file of an index: its tables, how to connect to it, and how to notice that it was replaced or changed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 INDEX_VERSION = 1
 COMPLETE = 0x43424C44  # the `application_id` of an index in which every pack has been entered
-# A broken database can make sqlite3 fail at decoding its own message.
+# On a broken database, sqlite3 may fail to decode its own error message.
 INDEX_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 BUSY_SECONDS = 10.0
 BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-CACHE_KIB = 128 * 1024  # of pages, for looking up; a million keys need about that much
+CACHE_KIB = 128 * 1024  # of pages; a million keys need about that much
 
 SCHEMA = f"""
 CREATE TABLE packs(
@@ -41,7 +41,7 @@ PRAGMA user_version = {INDEX_VERSION};
 
 
 def statements(script: str) -> Iterator[str]:
-    """Splits a script into statements (`executescript` would end the transaction); triggers hold semicolons."""
+    """Splits a script into statements, since `executescript` would end the transaction. Triggers contain semicolons."""
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
@@ -51,7 +51,15 @@ def statements(script: str) -> Iterator[str]:
 
 
 def connected(path: str | None, mode: str = "") -> sqlite3.Connection:
-    """Connects to a file, or to a database in memory; `mode` is for files that are only read, and checked at once."""
+    """Connects to a file, or to a new database in memory.
+
+    Args:
+        path: `None`: in memory.
+        mode: SQLite's URI parameters for a file that is only read; it is checked at once.
+
+    Raises:
+        sqlite3.Error: the file cannot be opened; or, where it is checked, as `check`.
+    """
     target = ":memory:" if path is None else f"{Path(path).absolute().as_uri()}?{mode}" if mode else path
     connection = sqlite3.connect(
         target, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=bool(mode)
@@ -67,7 +75,11 @@ def connected(path: str | None, mode: str = "") -> sqlite3.Connection:
 
 
 def check(connection: sqlite3.Connection) -> None:
-    """Refuses what is no index of this version, by a `sqlite3.Error`."""
+    """Checks that a database is an index of this version.
+
+    Raises:
+        sqlite3.Error: it is not, or cannot be read.
+    """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     connection.execute("SELECT bytes, entries FROM totals").fetchone()
     if version != INDEX_VERSION:
@@ -75,7 +87,7 @@ def check(connection: sqlite3.Connection) -> None:
 
 
 def identity_of(path: str) -> tuple[int, int] | None:
-    """Returns device and inode of a file, `None` where there is none."""
+    """Returns device and inode of a file; `None` where there is none."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -84,6 +96,6 @@ def identity_of(path: str) -> tuple[int, int] | None:
 
 
 def state_of(path: str) -> tuple[int, ...]:
-    """Returns what changes when others write the database."""
+    """Returns the size, the time of change and whether there is a write-ahead log: one changes with every write."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, os.path.exists(path + "-wal")

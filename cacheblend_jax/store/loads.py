@@ -1,4 +1,4 @@
-"""Entries on their way up, from disk to memory or device: who replaces or removes one meanwhile marks the old one."""
+"""Entries on their way from disk to memory or the device, which must not arrive once replaced or removed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from dataclasses import dataclass
 
 @dataclass(eq=False)
 class Load:
-    """An entry that is being read or copied; `outdated` once it is not to be kept any more."""
+    """An entry being read or copied; `outdated` once it has been replaced or removed, and must not be kept."""
 
     key: str
     outdated: bool = False
 
 
 class Loads:
-    """The loads in flight of a store, under its lock."""
+    """A store's loads in flight.
+
+    Args:
+        lock: the store's, which guards them.
+    """
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
@@ -25,7 +29,7 @@ class Loads:
 
     @contextmanager
     def begin(self, key: str) -> Iterator[Load]:
-        """Notes a load until it is over: it is to begin before the entry is looked up. Takes the lock."""
+        """Registers a load for the body, which looks the entry up. Takes the lock."""
         load = Load(key)
         with self._lock:
             self._loads.add(load)
@@ -36,6 +40,6 @@ class Loads:
                 self._loads.discard(load)
 
     def outdate(self, key: str | None = None) -> None:
-        """Marks the loads of an entry, or all; for who holds the lock."""
+        """Marks the loads of an entry, or all loads, as outdated. The caller holds the lock."""
         for load in self._loads:
             load.outdated |= key in (None, load.key)

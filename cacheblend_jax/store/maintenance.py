@@ -1,4 +1,4 @@
-"""Looking after a store's directory: what is in it, what is damaged, and what may go."""
+"""Looking after a store's directory: what is in it, what is damaged, and what may be removed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
 from cacheblend_jax.store import quarantine, recovery
 from cacheblend_jax.store.disk import DiskTier
+from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
 from cacheblend_jax.store.eviction import make_room, remove_pack, sweep
 from cacheblend_jax.store.index import Listed
-from cacheblend_jax.store.pack import EntryReader, UnreadableError, file_problems, read_contents
+from cacheblend_jax.store.pack import file_problems, read_contents
 from cacheblend_jax.store.pins import BusyError, Pin
+from cacheblend_jax.store.places import Places
 from cacheblend_jax.store.record import (
     DamagedRecordError,
     EntryRecord,
@@ -24,44 +26,20 @@ from cacheblend_jax.store.record import (
 
 
 def list_entries(disk: DiskTier) -> list[dict[str, Any]]:
-    """Describes every entry, the least recently used first; `problem` says why one cannot be used."""
-    entries = []
-    for row in disk.index.listed():
-        described: dict[str, Any] = {
-            "name": row.name,
-            "pack": row.pack,
-            "bytes": row.size,
-            "uses": row.uses,
-            "used": row.used / 1000,
-        }
-        try:
-            record = load_record(row.record, row.crc, row.name)
-        except (DamagedRecordError, OtherVersionError) as error:
-            described["problem"] = str(error)
-        else:
-            described |= {
-                "key": record.key,
-                "tokens": record.shape[1],
-                "shape": list(record.shape),
-                "dtype": record.dtype,
-                "created": record.created,
-                "fingerprint": record.fingerprint,
-                "context_tokens": len(record.context_ids),
-            }
-        entries.append(described)
-    return entries
+    """Describes every entry, the least recently used first; `problem` says why an entry cannot be used."""
+    return [_described(row) for row in disk.index.listed()]
 
 
 def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
     """Reads every file and every layer, and says what is damaged.
 
     Args:
-        repair: quarantine damaged entries, enter packs that the index has lost, remove packs that hold no entry any
-            more. Packs of another format version stay, as problems: `prune` removes them.
+        repair: quarantine damaged entries, enter packs that the index does not know, and remove packs without entries.
+            Packs of another format version stay, as problems: `prune` removes them.
 
     Returns:
-        Counts of `entries` and `packs` read, and `problems`: `{pack, name, problem}`, `name` being empty where a
-        problem is the pack's.
+        Counts of the `entries` and `packs` read; and `problems`, each `{pack, name, problem}`, where `name` is empty if
+        the problem concerns the whole pack.
     """
     problems = [{"pack": "", "name": "", "problem": f"index: {text}"} for text in disk.index.problems()]
     packs = disk.index.packs("ready")
@@ -69,8 +47,8 @@ def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
     for pack in packs:
         rows = disk.index.listed(pack)
         try:
-            with Pin(disk.pack_path(pack)) if disk.local else nullcontext():
-                found = _pack_problems(disk, pack, rows)
+            with Pin(disk.places.pack(pack)) if disk.places.local else nullcontext():
+                found = _pack_problems(disk.places, pack, rows)
         except BusyError:  # being evicted
             continue
         except FileNotFoundError:
@@ -82,55 +60,64 @@ def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
         if repair:
             for name in {name for name, _ in found if name}:
                 disk.quarantine(name, pack, next(text for other, text in found if other == name))
-    unknown = recovery.unknown_packs(disk)
+    unknown = recovery.unknown_packs(disk.places, disk.index)
     problems += [{"pack": pack, "name": "", "problem": "the index does not know it"} for pack in unknown]
     if repair:
-        recovery.adopt_all(disk)
+        recovery.adopt_all(disk.places, disk.index, disk.log)
         disk.index.recount()
-        sweep(disk)
+        sweep(disk.places, disk.index)
     return {"packs": len(packs), "entries": count, "problems": problems}
 
 
 def prune(
     disk: DiskTier, *, max_bytes: int | None = None, unused_days: float | None = None, quarantined: bool = False
 ) -> dict[str, int]:
-    """Removes entries: unused for so many days; then the first to be evicted, until `max_bytes` are left.
+    """Removes entries: those of other format versions, those unused for long, then those evicted first.
 
-    `quarantined` empties the quarantine too. Entries of other format versions go in any case, and packs of theirs that
-    the index does not know. Returns counts.
+    Packs of other format versions that the index does not know are removed too.
+
+    Args:
+        max_bytes: evict until so many bytes are left.
+        unused_days: remove entries that have not been used for so long.
+        quarantined: empty the quarantine too.
+
+    Returns:
+        Counts: entries, packs of other versions and quarantined packs removed; entries and bytes left.
 
     Raises:
         CacheBlendError: `unused_days` is negative or not finite; nothing is removed then.
     """
     if unused_days is not None and not 0 <= unused_days < float("inf"):
         raise CacheBlendError(f"unused_days must be at least 0 and finite, got {unused_days!r}")
-    _, before = disk.index.totals()
-    rows = disk.index.listed()
-    disk.index.remove([row.name for row in rows if _is_outdated(load_record, row.record, row.crc, row.name)])
+    places, index = disk.places, disk.index
+    _, before = index.totals()
+    outdated = [row.name for row in index.listed() if _is_outdated(load_record, row.record, row.crc, row.name)]
+    index.remove(outdated)
     if unused_days is not None:
         limit = (time.time() - unused_days * 86400) * 1000
-        disk.index.remove([row.name for row in disk.index.listed() if row.used < limit])
-    unknown = [pack for pack in recovery.unknown_packs(disk) if _is_outdated(read_contents, disk.pack_path(pack))]
-    packs_removed = sum(remove_pack(disk, pack) and not disk.pack_path(pack).exists() for pack in unknown)
-    sweep(disk)
+        index.remove([row.name for row in index.listed() if row.used < limit])
+    unknown = recovery.unknown_packs(places, index)
+    outdated_packs = [pack for pack in unknown if _is_outdated(read_contents, places.pack(pack))]
+    packs_removed = sum(remove_pack(places, index, pack) and not places.pack(pack).exists() for pack in outdated_packs)
+    sweep(places, index)
     if max_bytes is not None:
-        make_room(disk, max_bytes)
-    gone = quarantine.bound(disk, 0, 0) if quarantined else 0
-    size, entries = disk.index.totals()
+        make_room(places, index, disk.log, max_bytes)
+    quarantined_removed = quarantine.empty(places) if quarantined else 0
+    size, entries = index.totals()
     return {
         "removed": before - entries,
         "outdated_packs_removed": packs_removed,
-        "quarantined_removed": gone,
+        "quarantined_removed": quarantined_removed,
         "entries": entries,
         "bytes": size,
     }
 
 
 def remove(disk: DiskTier, prefixes: list[str]) -> int:
-    """Removes entries by the first digits of their names, eight at least; returns how many.
+    """Removes entries by the first digits of their names, at least eight; returns how many.
 
     Raises:
-        CacheBlendError: a prefix that is too short, or that none or several entries have; nothing is removed then.
+        CacheBlendError: a prefix is too short, or no entry or several have it; nothing is removed then.
     """
     names = [row.name for row in disk.index.listed()]
     chosen = []
@@ -142,12 +129,36 @@ def remove(disk: DiskTier, prefixes: list[str]) -> int:
             )
         chosen += matching
     removed = disk.index.remove(chosen)
-    sweep(disk)
+    sweep(disk.places, disk.index)
     return removed
 
 
-def _pack_problems(disk: DiskTier, pack: str, rows: list[Listed]) -> list[tuple[str, str]]:
-    path = disk.pack_path(pack)
+def _described(row: Listed) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "name": row.name,
+        "pack": row.pack,
+        "bytes": row.size,
+        "uses": row.uses,
+        "used": row.used / 1000,
+    }
+    try:
+        record = load_record(row.record, row.crc, row.name)
+    except (DamagedRecordError, OtherVersionError) as error:
+        return described | {"problem": str(error)}
+    return described | {
+        "key": record.key,
+        "tokens": record.shape[1],
+        "shape": list(record.shape),
+        "dtype": record.dtype,
+        "created": record.created,
+        "fingerprint": record.fingerprint,
+        "context_tokens": len(record.context_ids),
+    }
+
+
+def _pack_problems(places: Places, pack: str, rows: list[Listed]) -> list[tuple[str, str]]:
+    """Returns what is wrong with a pack and its entries: `(name, problem)`, the name being empty for the pack's own."""
+    path = places.pack(pack)
     problems = []
     written: dict[str, EntryRecord] = {}
     try:
@@ -167,12 +178,12 @@ def _pack_problems(disk: DiskTier, pack: str, rows: list[Listed]) -> list[tuple[
     return problems
 
 
-def _is_outdated(read: Callable[..., object], *arguments: Any) -> bool:
+def _is_outdated(read: Callable[..., object], *arguments: object) -> bool:
     """Whether what `read` reads is of another format version."""
     try:
         read(*arguments)
     except OtherVersionError:
         return True
     except (DamagedRecordError, OSError):
-        return False
+        pass
     return False

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
-PROTECTED = 0.8  # of the capacity may hold entries seen twice; so new ones always find room
+from cacheblend_jax.store.stats import TierStats
+
+PROTECTED = 0.8  # of the capacity, at most, for entries seen twice: new ones then always find room
 
 
+@runtime_checkable
 class Sized(Protocol):
-    """What takes memory."""
+    """Anything that takes memory."""
 
     @property
     def num_bytes(self) -> int:
-        """How much."""
+        """How many bytes of it."""
 
 
 Entry = TypeVar("Entry", bound=Sized)
 
 
 class MemoryTier(Generic[Entry]):
-    """A segmented least-recently-used cache. Not safe to use from several threads by itself.
+    """A segmented least-recently-used cache. Not thread-safe by itself.
 
-    Entries seen once wait in one queue, those seen twice in another, which holds at most four fifths of the capacity:
-    beyond, its least recent count as seen once again. Evicted is the least recent of the first queue, and only where
-    that is empty, of the second; a pinned entry never. So a flood of new entries passes by those that are in use.
+    Entries seen once wait in one queue and those seen twice in another, which holds at most four fifths of the
+    capacity: beyond that, its least recent entry moves back to the first queue. Entries are evicted from the first
+    queue, least recent first, and from the second once the first is empty; pinned entries never are. So a flood of new
+    entries does not displace those in use.
 
     Args:
         capacity: bytes.
@@ -39,9 +43,10 @@ class MemoryTier(Generic[Entry]):
         self._twice_bytes = 0
         self._uses: dict[str, int] = {}
         self._pins: Counter[str] = Counter()
+        self._evicted = self._rejected = 0
 
     def get(self, key: str) -> Entry | None:
-        """Returns an entry and counts it as seen; `None` where there is none."""
+        """Returns an entry and counts a use; `None` where there is none."""
         entry = self.peek(key)
         if entry is None:
             return None
@@ -49,23 +54,25 @@ class MemoryTier(Generic[Entry]):
         self._place(key, self._take(key))
         return entry
 
-    def put(self, key: str, entry: Entry, uses: int) -> int | None:
-        """Keeps an entry that was seen so often; returns how many others went for it, `None` where it has no room.
+    def put(self, key: str, entry: Entry, uses: int) -> bool:
+        """Keeps an entry that has been used so often; returns whether it has room.
 
-        One of the same key goes in any case, others only where that makes room.
+        It replaces one of the same key in any case, and evicts others only where that makes room for it.
         """
         self.remove(key)
         victims = self._victims(entry.num_bytes)
         if victims is None:
-            return None
+            self._rejected += 1
+            return False
         for victim in victims:
             self.remove(victim)
+        self._evicted += len(victims)
         self._uses[key] = uses
         self._place(key, entry)
-        return len(victims)
+        return True
 
     def _victims(self, num_bytes: int) -> list[str] | None:
-        """Returns the entries that are to go for so many bytes; `None` where all that are not in use do not suffice."""
+        """Returns the entries to evict for so many bytes; `None` where no eviction makes enough room."""
         excess = self.bytes + num_bytes - self.capacity
         victims = []
         for name, entry in itertools.chain(self._once.items(), self._twice.items()):
@@ -77,15 +84,15 @@ class MemoryTier(Generic[Entry]):
         return victims if excess <= 0 else None
 
     def peek(self, key: str) -> Entry | None:
-        """Returns an entry without counting it as seen."""
+        """Returns an entry without counting a use."""
         return self._once.get(key) or self._twice.get(key)
 
     def uses(self, key: str) -> int:
-        """Returns how often an entry was seen; 1 where there is none."""
+        """Returns how often an entry has been used; 1 where there is none."""
         return self._uses.get(key, 1)
 
     def pin(self, key: str) -> None:
-        """Keeps an entry from being evicted, once more."""
+        """Keeps an entry from being evicted until a matching `unpin`."""
         self._pins[key] += 1
 
     def unpin(self, key: str) -> None:
@@ -95,14 +102,18 @@ class MemoryTier(Generic[Entry]):
             del self._pins[key]
 
     def remove(self, key: str) -> None:
-        """Drops an entry, if there."""
+        """Drops an entry if there is one."""
         if self.peek(key) is not None:
             self._take(key)
             del self._uses[key]
 
     def keys(self) -> list[str]:
-        """Keys in the order in which they would go."""
+        """Returns the keys in the order in which their entries would be evicted."""
         return [*self._once, *self._twice]
+
+    def stats(self, hits: int) -> TierStats:
+        """Returns the tier's counts, with the hits that the store has counted."""
+        return TierStats(hits, len(self), self.bytes, self._evicted, self._rejected)
 
     def __len__(self) -> int:
         return len(self._once) + len(self._twice)

@@ -1,4 +1,4 @@
-"""The one place that uses `orbax.checkpoint.v1`, a young API: it writes a tree so that layers can be read alone."""
+"""Writes arrays with Orbax so that single layers can be read. Nothing else uses `orbax.checkpoint.v1`, a young API."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from cacheblend_jax.store.location import is_local
-from cacheblend_jax.store.pack import base_spec
+from cacheblend_jax.store.kvstore import KvStoreSpec, base_spec
+from cacheblend_jax.store.places import is_local
 
 TREE = "state"  # Orbax's name of the tree in a checkpoint
-DATA_FILE_BYTES = 2**25  # a pack's data files are written several at once
+DATA_FILE_BYTES = 2**25  # larger packs are split into files of this size, which are written in parallel
 
 
-def save_tree(path: Any, tree: dict[str, Any]) -> None:
+def save_tree(path: epath.Path, tree: dict[str, Any]) -> None:
     """Writes nested dicts of arrays `[layers, tokens, kv_heads, head_dim]` as an Orbax checkpoint.
 
-    Each layer is a storage chunk of its own.
+    Each layer is a storage chunk of its own. Nothing is compressed: KV hardly shrinks, and a layer should be readable
+    in a fraction of a millisecond. Nothing is synced to the disk.
 
-    Uncompressed: KV hardly compresses, and a layer is to be read in a fraction of a millisecond. `path` must not exist;
-    on a file system it appears, complete, by a rename. Nothing is synced.
+    Args:
+        path: must not exist; on a file system it appears by a rename, once it is complete.
 
     Raises:
-        OSError, ValueError: whatever the file system or TensorStore say (disk full, no permission).
+        OSError, ValueError: as the file system or TensorStore report (disk full, no permission).
     """
     context = ocp.Context()
     saving = context.array.saving
-    # The files that these write serve resharding and multi-host training; the store checks what it wrote itself.
+    # The files that these options write serve resharding and multi-host training, and the store has its own checks.
     saving.array_metadata_store = None
     saving.enable_write_sharding_file = False
     saving.enable_post_merge_validation = False
-    if not is_local(path):  # object storage has no rename; the store counts a pack by `entries.json`, written last
+    if not is_local(path):  # object storage has no renames; there a pack is complete once it has an `entries.json`
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     registry = ocp.handlers.local_registry(include_global_registry=False)
     context.checkpointables.registry = registry.add(_TreeHandler, checkpointable_name=TREE)
@@ -45,14 +47,14 @@ def save_tree(path: Any, tree: dict[str, Any]) -> None:
 
 
 class _TreeHandler:
-    """Orbax's own handler of trees, but for who writes the leaves."""
+    """Makes Orbax's own handler of trees, with leaves that we write."""
 
     def __new__(cls) -> Any:
         return ocp.handlers.PyTreeHandler(leaf_handler_registry=_Leaves())
 
 
 class _Leaves:
-    """Orbax's `LeafHandlerRegistry` of numpy arrays alone. Others read them as it reads its own."""
+    """Orbax's `LeafHandlerRegistry`, for numpy arrays only. Plain Orbax reads what it writes."""
 
     def get_all(self) -> list[tuple[type, type, type]]:
         return [(np.ndarray, np.ndarray, _OneTransaction)]
@@ -67,9 +69,9 @@ class _Leaves:
 
 
 class _OneTransaction:
-    """Orbax's `LeafHandler` which writes all arrays by one commit of the OCDBT database, and syncs nothing.
+    """An Orbax `LeafHandler` that writes all arrays in one commit of the OCDBT database, and syncs nothing.
 
-    Orbax's own makes two commits an array, each synced four times, to a database that another one refers to then.
+    Orbax's own makes two commits per array, syncs each four times, and merges that database into a second one.
     """
 
     def __init__(self, context: Any = None) -> None:
@@ -80,7 +82,7 @@ class _OneTransaction:
 
     async def _write(self, params: Sequence[Any], directory: Any) -> None:
         base = base_spec((await directory.await_creation()).parent)
-        # Orbax runs this on a thread of its own: what blocks it blocks nobody.
+        # Blocking is fine here: Orbax runs this on a thread of its own.
         with ts.Transaction() as transaction:
             opening = [
                 ts.open(spec, context=_context(), transaction=transaction)
@@ -88,7 +90,7 @@ class _OneTransaction:
                 for spec in (_array_spec(base, param.name, param.value), _data_spec(base, param.name, param.value))
             ]
             arrays = [array.result() for array in opening]
-            # Entries are read-only: no copy is needed.
+            # Entries are read-only, so TensorStore need not copy them.
             writing = [
                 data.write(param.value.reshape(data.shape), can_reference_source_data_indefinitely=True)
                 for data, param in zip(arrays[1::2], params, strict=True)
@@ -97,23 +99,26 @@ class _OneTransaction:
                 write.result()
 
 
-def _array_spec(base: Any, name: str, array: np.ndarray) -> dict[str, Any]:
+def _array_spec(base: KvStoreSpec, name: str, array: np.ndarray) -> dict[str, Any]:
     return _spec(base, name, array.dtype, array.shape, (1, *array.shape[1:])) | {"create": True}
 
 
-def _data_spec(base: Any, name: str, array: np.ndarray) -> dict[str, Any]:
-    """The same chunks with the same bytes, by other axes: TensorStore copies a chunk that has an axis of length 1.
+def _data_spec(base: KvStoreSpec, name: str, array: np.ndarray) -> dict[str, Any]:
+    """Describes the same chunks, of the same bytes, by axes that spare TensorStore a copy.
 
-    Its stride is 0 then, which passes for scattered data; without such an axis what is written is the array itself.
+    TensorStore takes a chunk with an axis of length 1 for scattered data, since that axis has stride 0, and copies it.
+    Without such an axis it writes the array's own memory.
     """
     layers, tokens, *token = array.shape
     size = math.prod(token)
     block = (tokens, size // 4, 2, 2) if size % 4 == 0 else (tokens, size, 1, 1)
     spec = _spec(base, name, array.dtype, (layers * tokens, *block[1:]), block)
-    return spec | {"open": True, "assume_metadata": True}  # what `_array_spec` writes stays
+    return spec | {"open": True, "assume_metadata": True}  # keep the metadata that `_array_spec` wrote
 
 
-def _spec(base: Any, name: str, dtype: np.dtype, shape: Sequence[int], chunk_shape: Sequence[int]) -> dict[str, Any]:
+def _spec(
+    base: KvStoreSpec, name: str, dtype: np.dtype, shape: Sequence[int], chunk_shape: Sequence[int]
+) -> dict[str, Any]:
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/", "target_data_file_size": DATA_FILE_BYTES},
@@ -123,24 +128,24 @@ def _spec(base: Any, name: str, dtype: np.dtype, shape: Sequence[int], chunk_sha
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         },
-        "store_data_equal_to_fill_value": True,  # a layer that is missing is damage, not zeros
+        "store_data_equal_to_fill_value": True,  # a missing layer is damage, not zeros
     }
 
 
 @cache
 def _context() -> ts.Context:
-    return ts.Context({"file_io_sync": False})  # what a power failure takes is a miss: every read checks
+    return ts.Context({"file_io_sync": False})  # data lost in a power failure is a miss: every read checks
 
 
-NO_NEWS = (
+IGNORED_MESSAGES = (
     "Skipping merge of OCDBT checkpoints",  # there is nothing to merge
     "No jax.Array in TypeHandlerRegistry",  # a pack has none
-    "_SignalingThread.run() raised",  # what Orbax's threads raise it raises here again
+    "_SignalingThread.run() raised",  # the error is raised again in our thread
 )
 
 
-def _is_news(message: logging.LogRecord) -> bool:
-    return not any(text in str(message.msg) for text in NO_NEWS)
+def _is_wanted(message: logging.LogRecord) -> bool:
+    return not any(text in str(message.msg) for text in IGNORED_MESSAGES)
 
 
-logging.getLogger("absl").addFilter(_is_news)
+logging.getLogger("absl").addFilter(_is_wanted)  # Orbax logs through absl

@@ -1,4 +1,4 @@
-"""Marks a directory as in use, across processes: a `flock` on it, which the kernel drops when its process dies."""
+"""Marks directories as in use, across processes: by a `flock`, which the kernel releases when its holder dies."""
 
 from __future__ import annotations
 
@@ -6,35 +6,34 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there, a store's directory serves one process at a time
+except ImportError:  # Windows: a store's directory then serves one process at a time
     fcntl = None  # type: ignore[assignment]
-
 
 WAIT_SECONDS = 10.0
 
 
 class BusyError(Exception):
-    """Someone else holds the directory in a way that excludes this use."""
+    """Another holder of the directory excludes this use of it."""
 
 
 class Pin:
-    """Holds a directory: shared by all who read it, or alone by who is to remove or fill it. Never waits.
+    """Holds a directory: together with other readers, or `alone` to remove or fill it. Never waits.
 
     Raises:
-        FileNotFoundError: there is no such directory (any more).
-        BusyError: it is held by others.
+        FileNotFoundError: there is no such directory, or no longer.
+        BusyError: others hold it.
+        OSError: it cannot be opened or locked.
     """
 
-    def __init__(self, path: Any, *, alone: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, alone: bool = False) -> None:
         self._descriptor: int | None = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
         try:
             if fcntl is not None:
                 fcntl.flock(self._descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            # Between opening and locking, another process may have moved it away.
+            # Another process may have moved it away between opening and locking.
             if not os.path.samestat(os.stat(path), os.fstat(self._descriptor)):
                 raise FileNotFoundError(f"{path} was replaced")
         except BlockingIOError as error:
@@ -45,7 +44,7 @@ class Pin:
             raise
 
     def close(self) -> None:
-        """Lets go; once or more."""
+        """Lets the directory go. Calling it again does nothing."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -57,13 +56,14 @@ class Pin:
         self.close()
 
 
-def make_and_hold(path: Any) -> Pin:
-    """Makes a directory under `writing/` and holds it, so that nobody takes it for what a killed process left there.
+def make_and_hold(path: str | os.PathLike[str]) -> Pin:
+    """Makes a directory under `writing/` and holds it alone, so that no process takes it for a killed one's leftover.
 
     Raises:
         OSError: it cannot be made.
+        BusyError: others hold it.
     """
-    for _ in range(3):  # another process's clean-up may take it before it is held
+    for _ in range(3):  # another process's clean-up may remove it before it is held
         os.makedirs(path, exist_ok=True)
         try:
             return Pin(path, alone=True)
@@ -73,8 +73,11 @@ def make_and_hold(path: Any) -> Pin:
 
 
 @contextmanager
-def held(path: Any, *, alone: bool = False) -> Iterator[None]:
-    """Holds a directory as a `Pin` does, and waits for it; goes on without where that takes too long or cannot be."""
+def held(path: str | os.PathLike[str], *, alone: bool = False) -> Iterator[None]:
+    """Holds a directory for the body as a `Pin` does, but waits while others hold it.
+
+    After 10 s, or where the file system has no locks, the body runs without.
+    """
     pin = None
     until = time.monotonic() + WAIT_SECONDS
     while pin is None and time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""Where damaged packs are kept for inspection: the latest of them, bounded in number and bytes."""
+"""Keeps damaged packs for inspection: the latest of them, bounded in number and bytes."""
 
 from __future__ import annotations
 
@@ -7,60 +7,73 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from etils import epath
+
+from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.eviction import sweep
-from cacheblend_jax.store.location import is_local
+from cacheblend_jax.store.index import Index
+from cacheblend_jax.store.places import Places, is_local
 
-if TYPE_CHECKING:
-    from cacheblend_jax.store.disk import DiskTier
-
-MOST_QUARANTINED = 16
-QUARANTINE_BYTES = 2**30
+MAX_PACKS = 16
+MAX_BYTES = 2**30
 
 
-def keep_pack(disk: DiskTier, pack: str) -> None:
-    """Moves a pack to the quarantine, or where other entries live in it, a copy made of links."""
-    source = disk.pack_path(pack)
-    kept = disk.root / "quarantine" / source.name
-    if not disk.local:  # object storage has neither renames nor links
-        if source.exists() and not disk.index.listed(pack):
+def keep_pack(places: Places, index: Index, pack: str) -> None:
+    """Moves a pack with a damaged entry, which the index has forgotten, to the quarantine.
+
+    Where the pack holds other entries, it stays, and the quarantine gets a copy made of links.
+    """
+    source = places.pack(pack)
+    kept = places.quarantine / source.name
+    if not places.local:  # object storage has neither renames nor links
+        if source.exists() and not index.listed(pack):
             source.rmtree()
     elif source.exists() and not kept.exists():
-        if not disk.index.listed(pack):
+        if not index.listed(pack):
             source.rename(kept)
         else:
             shutil.copytree(source, kept, copy_function=os.link)
     if not source.exists():
-        disk.index.bury(pack)
-        disk.index.forget_pack(pack, "dead")
-    sweep(disk)
-    bound(disk)
+        index.bury(pack)
+        index.forget_pack(pack, "dead")
+    sweep(places, index)
+    remove_oldest(places)
 
 
-def set_aside(disk: DiskTier, pack: str) -> None:
+def set_aside(places: Places, log: DiskLog, pack: str) -> None:
     """Moves a pack that the index does not know to the quarantine."""
-    kept = disk.root / "quarantine" / pack
-    if kept.exists():  # an earlier one's copy, made of links
-        kept = disk.root / "quarantine" / f"{pack}-{uuid.uuid4().hex}"
+    kept = places.quarantine / pack
+    if kept.exists():  # an earlier copy, made of links
+        kept = places.quarantine / f"{pack}-{uuid.uuid4().hex}"
     try:
-        disk.pack_path(pack).rename(kept)
+        places.pack(pack).rename(kept)
     except OSError as error:
-        disk.say_once(f"store {disk.root}: a damaged pack cannot be quarantined: {error}", "write_errors")
+        log.warn_once(f"a damaged pack cannot be quarantined: {error}", "write_errors")
 
 
-def bound(disk: DiskTier, most: int | None = None, most_bytes: int = QUARANTINE_BYTES) -> int:
-    """Removes the oldest of what is in quarantine beyond a count or bytes; returns how many."""
-    if not (disk.root / "quarantine").exists():
+def remove_oldest(places: Places) -> int:
+    """Removes the oldest packs in the quarantine, until the rest is within its bounds; returns how many."""
+    return _keep_latest(places, MAX_PACKS, MAX_BYTES)
+
+
+def empty(places: Places) -> int:
+    """Removes everything in the quarantine; returns how many packs."""
+    return _keep_latest(places, 0, 0)
+
+
+def _keep_latest(places: Places, max_packs: int, max_bytes: int) -> int:
+    if not places.quarantine.exists():
         return 0
-    most = MOST_QUARANTINED if most is None else most
-    kept = sorted((disk.root / "quarantine").iterdir(), key=lambda path: path.stat().mtime, reverse=True)
+    kept = sorted(places.quarantine.iterdir(), key=lambda path: path.stat().mtime, reverse=True)
     sizes = itertools.accumulate(_tree_bytes(path) for path in kept)
-    beyond = [path for i, (path, size) in enumerate(zip(kept, sizes, strict=True)) if i >= most or size > most_bytes]
+    beyond = [
+        path for i, (path, size) in enumerate(zip(kept, sizes, strict=True)) if i >= max_packs or size > max_bytes
+    ]
     for path in beyond:
         path.rmtree() if path.is_dir() else path.unlink()
     return len(beyond)
 
 
-def _tree_bytes(path: Any) -> int:
+def _tree_bytes(path: epath.Path) -> int:
     return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file()) if is_local(path) else 0

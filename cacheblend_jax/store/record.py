@@ -1,4 +1,4 @@
-"""What is known of an entry on disk: shape, dtype, origin, and the checksum of every layer; itself under a checksum."""
+"""What is known of an entry on disk: shape, dtype, origin and the checksum of every layer, under one of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (numpy then knows bfloat16 by name)
+import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 from google_crc32c import value as crc32c_of_bytes
 
@@ -26,7 +26,7 @@ class DamagedRecordError(Exception):
 
 
 class OtherVersionError(Exception):
-    """A record of a format version that this code does not read."""
+    """A record is of a format version that this code does not read."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class EntryRecord:
     """An entry's metadata.
 
     Attributes:
-        key: what finds it.
-        tree: its name in the checkpoint's tree; empty where the checkpoint holds this entry alone.
+        key: the store finds the entry by it.
+        tree: the entry's name in the checkpoint's tree; empty where the checkpoint holds this entry alone.
         dtype, shape: of K and of V, `[layers, tokens, kv_heads, head_dim]`.
         crc_k, crc_v: CRC32C of each layer's bytes (C order, little endian).
         created: seconds since 1970.
@@ -64,7 +64,7 @@ class EntryRecord:
 
 
 def record_of(key: str, entry: ChunkEntry, tree: str, created: float) -> EntryRecord:
-    """Describes an entry and takes its checksums."""
+    """Describes an entry, with its checksums."""
     return EntryRecord(
         key,
         tree,
@@ -88,21 +88,21 @@ def checksum(array: np.ndarray) -> int:
     return crc32c_of_bytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
-def content_of(record: EntryRecord) -> tuple:
-    """Returns what must be equal for two entries to be the same arrays."""
+def content_of(record: EntryRecord) -> tuple[object, ...]:
+    """Returns what two entries of the same arrays have in common."""
     return record.dtype, record.shape, record.crc_k, record.crc_v
 
 
 def storage_name(key: str) -> str:
-    """Returns 64 hexadecimal digits for a key: the key itself, or the SHA-256 of one that is not of that form.
+    """Returns 64 hexadecimal digits for a key: the key itself, or its SHA-256 where it has another form.
 
-    Only this name goes into checkpoints and index, so that nothing in a key can name a path.
+    Checkpoints and index hold only this name, so that no key can name a path.
     """
     return key if _HEX_KEY.fullmatch(key) else sha256(key.encode()).hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:
-    """Returns the one text of a value: any other text is damage."""
+    """Returns the one text that stands for a value; any other text is damage."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -126,8 +126,8 @@ def record_from_json(value: Any) -> EntryRecord:
     """Reads a record and checks that it makes sense.
 
     Raises:
-        OtherVersionError: of another format version.
-        DamagedRecordError: anything else.
+        OtherVersionError: it is of another format version.
+        DamagedRecordError: it is no record, or its fields contradict each other.
     """
     version = value.get("version") if isinstance(value, dict) else None
     if isinstance(version, int) and version != FORMAT_VERSION:
@@ -152,9 +152,9 @@ def record_from_json(value: Any) -> EntryRecord:
             and record.tree in ("", storage_name(record.key))
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedRecordError(f"a record that cannot be read: {error!r}") from error
+        raise DamagedRecordError(f"its record cannot be read: {error!r}") from error
     if not consistent:
-        raise DamagedRecordError("a record whose fields contradict each other")
+        raise DamagedRecordError("the fields of its record contradict each other")
     return record
 
 
@@ -164,29 +164,33 @@ def dump_record(record: EntryRecord) -> tuple[bytes, int]:
     return text, crc32c_of_bytes(text)
 
 
-def usable_record(text: bytes, crc: int, name: str) -> EntryRecord | None:
-    """As `load_record`; `None` where it is damaged or of another version."""
+def usable_record(text: object, crc: object, name: str) -> EntryRecord | None:
+    """As `load_record`, but `None` where the record is damaged or of another version."""
     try:
         return load_record(text, crc, name)
     except (DamagedRecordError, OtherVersionError):
         return None
 
 
-def load_record(text: bytes, crc: int, name: str) -> EntryRecord:
-    """Reads what `dump_record` returned, for the entry of this storage name.
+def load_record(text: object, crc: object, name: str) -> EntryRecord:
+    """Reads what `dump_record` returned, out of an index that may be damaged and hold anything.
+
+    Args:
+        name: the storage name of the entry that it should describe.
 
     Raises:
-        DamagedRecordError, OtherVersionError: see `record_from_json`; or it is another entry's.
+        DamagedRecordError: its checksum is wrong, it is another entry's, or as `record_from_json`.
+        OtherVersionError: it is of another format version.
     """
     if not isinstance(text, bytes) or crc32c_of_bytes(text) != crc:
-        raise DamagedRecordError("a record whose checksum is wrong")
+        raise DamagedRecordError("its record has a wrong checksum")
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise DamagedRecordError("a record that is not JSON") from error
+        raise DamagedRecordError("its record is not JSON") from error
     record = record_from_json(value)
     if storage_name(record.key) != name:
-        raise DamagedRecordError("another entry's record")
+        raise DamagedRecordError("its record is another entry's")
     return record
 
 

@@ -1,80 +1,75 @@
-"""Opening a directory: what killed writers left is tidied up, and an index that is lost is made from the packs."""
+"""Opens a directory's index: tidies up after killed writers, and makes an index that is lost from the packs."""
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import sqlite3
 import uuid
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from cacheblend_jax.store import quarantine
+from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.eviction import sweep
 from cacheblend_jax.store.index import Index
 from cacheblend_jax.store.index_file import INDEX_ERRORS, identity_of
-from cacheblend_jax.store.location import PACK_NAME
 from cacheblend_jax.store.pack import read_contents, size_of
 from cacheblend_jax.store.pins import BusyError, Pin, held
+from cacheblend_jax.store.places import INDEX_NAME, PACK_NAME, Places
 from cacheblend_jax.store.record import DamagedRecordError, OtherVersionError
 
-if TYPE_CHECKING:
-    from cacheblend_jax.store.disk import DiskTier
 
-logger = logging.getLogger(__name__)
-INDEX_FILE = "index.sqlite"
+def open_index(places: Places, log: DiskLog) -> tuple[Index, Places]:
+    """Opens a directory's index, or makes one; tidies up after killed writers first, where it may.
 
-
-def open_index(disk: DiskTier) -> Index:
-    """Opens a directory's index, or makes it; tidies up first what killed processes left."""
-    path = os.path.abspath(disk.root / INDEX_FILE)
-    if disk.local and disk.writable:
+    Returns:
+        The index, in memory for a directory that can hold none, and the places: no longer writable where the index
+        turned out not to be.
+    """
+    if places.local and places.writable:
         try:
-            return _open_to_write(disk, path)
+            return _open_to_write(places, log), places
         except (OSError, *INDEX_ERRORS) as error:  # no permission, no room
-            disk.writable = False
-            disk.say_once(f"store {disk.root}: entries are read, and not written: {error}", "write_errors")
-    if disk.local and os.path.exists(path):
+            places = replace(places, writable=False)
+            log.warn_once(f"entries are read, but not written: {error}", "write_errors")
+    if places.local and os.path.exists(places.index):
         try:
-            return Index(path, read_only=True)
+            return Index(places.index, read_only=True), places
         except (OSError, *INDEX_ERRORS):
             pass
-    disk.index = Index(None)
-    adopt_all(disk)
-    return disk.index
+    index = Index(None)
+    adopt_all(places, index, log)
+    return index, places
 
 
-def is_replaced(disk: DiskTier) -> bool:
-    """Whether another process found our index broken, moved it away and made a new one."""
-    ours = disk.index.identity
-    return ours is not None and identity_of(os.path.abspath(disk.root / INDEX_FILE)) not in (None, ours)
+def is_replaced(places: Places, index: Index) -> bool:
+    """Whether another process has found our index broken, moved it away and made a new one."""
+    return index.identity is not None and identity_of(places.index) not in (None, index.identity)
 
 
-def _open_to_write(disk: DiskTier, path: str) -> Index:
-    """Opens the index, and makes it from the packs where it is new; one that is broken is moved aside first."""
-    for attempt in (1, 2):
-        found = None
-        try:
-            with held(disk.root):  # so that nobody moves it away while it is being opened
-                found = identity_of(path)
-                index = Index(path)
-            return _tidied(disk, index)
-        except sqlite3.OperationalError:
-            raise
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            if attempt == 2:
-                raise
-            disk.say_once(f"store {disk.root}: the index is made anew: {error}", "damaged")
-            set_index_aside(disk, found)
-    raise AssertionError("unreachable")
-
-
-def _tidied(disk: DiskTier, index: Index) -> Index:
-    disk.index = index
+def _open_to_write(places: Places, log: DiskLog) -> Index:
+    """Opens the index; moves a broken one aside first, and fills a new one from the packs."""
+    broken = None
     try:
-        recover(disk)
-        if not index.is_complete() and adopt_all(disk):  # it is new, or who made it was killed at it
+        with held(places.root):  # so that no other process moves the file away meanwhile
+            broken = identity_of(places.index)
+            index = Index(places.index)
+        return _tidied(places, index, log)
+    except sqlite3.OperationalError:  # locked, full, not permitted: not broken
+        raise
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        log.warn_once(f"the index is made anew: {error}", "damaged")
+        set_index_aside(places, broken)
+    with held(places.root):
+        index = Index(places.index)
+    return _tidied(places, index, log)
+
+
+def _tidied(places: Places, index: Index, log: DiskLog) -> Index:
+    try:
+        tidy_up(places, index, log)
+        if not index.is_complete() and adopt_all(places, index, log):  # new, or its maker was killed while filling it
             index.mark_complete()
     except BaseException:
         index.close()
@@ -82,74 +77,81 @@ def _tidied(disk: DiskTier, index: Index) -> Index:
     return index
 
 
-def set_index_aside(disk: DiskTier, broken: tuple[int, int] | None) -> None:
-    """Moves the index to the quarantine, if it still is the one that was found broken and not its successor."""
-    path = os.path.abspath(disk.root / INDEX_FILE)
-    with held(disk.root, alone=True):
-        if broken is None or identity_of(path) != broken:
+def set_index_aside(places: Places, broken: tuple[int, int] | None) -> None:
+    """Moves the index to the quarantine, unless another process has already replaced the `broken` one.
+
+    Args:
+        broken: the identity of the file that was found broken; `None` where there was none.
+    """
+    with held(places.root, alone=True):
+        if broken is None or identity_of(places.index) != broken:
             return
-        kept = disk.root / "quarantine" / f"index-{uuid.uuid4().hex}"
+        kept = places.quarantine / f"index-{uuid.uuid4().hex}"
         kept.mkdir(parents=True)
         for suffix in ("-wal", "-shm", ""):
-            if os.path.exists(path + suffix):
-                os.rename(path + suffix, kept / (INDEX_FILE + suffix))
-    quarantine.bound(disk)
+            if os.path.exists(places.index + suffix):
+                os.rename(places.index + suffix, kept / (INDEX_NAME + suffix))
+    quarantine.remove_oldest(places)
 
 
-def recover(disk: DiskTier) -> None:
-    """Removes what killed writers left: places of writing, reservations, files of dead packs."""
-    for outer in (disk.root / "writing").iterdir():
+def tidy_up(places: Places, index: Index, log: DiskLog) -> None:
+    """Removes what killed writers left: their places of writing, reservations, files of packs without entries."""
+    for outer in places.writing.iterdir():
         try:
             with Pin(outer, alone=True):
                 shutil.rmtree(outer, ignore_errors=True)
-        except (BusyError, OSError):  # such as another user's, which is theirs to remove
+        except (BusyError, OSError):  # being written; or another user's, which is theirs to remove
             continue
-    for pack in disk.index.packs("writing"):
-        if (disk.root / "writing" / pack).exists():
+    for pack in index.packs("writing"):
+        if (places.writing / pack).exists():
             continue
-        # Killed between rename and index: nothing is lost.
-        if not disk.pack_path(pack).exists() or adopt(disk, pack):
-            disk.index.forget_pack(pack, "writing")
-    sweep(disk)
+        # A pack whose writer was killed after the rename is complete: it is entered.
+        if not places.pack(pack).exists() or adopt(places, index, log, pack):
+            index.forget_pack(pack, "writing")
+    sweep(places, index)
 
 
-def unknown_packs(disk: DiskTier) -> list[str]:
+def unknown_packs(places: Places, index: Index) -> list[str]:
     """Returns the packs that the index does not know."""
-    if not (disk.root / "packs").exists():
+    if not places.packs.exists():
         return []
-    present = [path.name for path in (disk.root / "packs").iterdir() if PACK_NAME.fullmatch(path.name)]
-    # Asked after listing: the index knows a pack before it appears, and until its files are gone.
-    known = {pack for state in ("ready", "writing", "dead") for pack in disk.index.packs(state)}
-    return sorted(pack for pack in present if pack not in known and disk.pack_path(pack).exists())
+    present = [path.name for path in places.packs.iterdir() if PACK_NAME.fullmatch(path.name)]
+    # Asked after listing: the index knows a pack before its files appear, and until they are gone.
+    known = {pack for state in ("ready", "writing", "dead") for pack in index.packs(state)}
+    return sorted(pack for pack in present if pack not in known and places.pack(pack).exists())
 
 
-def adopt_all(disk: DiskTier) -> bool:
-    """Enters packs in the index that it does not know; returns whether all could be read. Again does no harm."""
-    unread = [pack for pack in unknown_packs(disk) if not adopt(disk, pack)]
+def adopt_all(places: Places, index: Index, log: DiskLog) -> bool:
+    """Enters the packs that the index does not know; returns whether all could be read. Repeating it does no harm."""
+    unread = [pack for pack in unknown_packs(places, index) if not adopt(places, index, log, pack)]
     return not unread
 
 
-def adopt(disk: DiskTier, pack: str) -> bool:
-    """Enters a pack in the index from its own `entries.json`; returns whether it could be read, for better or worse."""
-    path = disk.pack_path(pack)
+def adopt(places: Places, index: Index, log: DiskLog, pack: str) -> bool:
+    """Enters a pack in the index from its own `entries.json`; one that is damaged is quarantined.
+
+    Returns:
+        False where the pack may be readable later: it is being evicted, or the file system refuses just now.
+    """
+    path = places.pack(pack)
     try:
-        with Pin(path) if disk.local else nullcontext():  # nobody evicts it meanwhile
+        with Pin(path) if places.local else nullcontext():  # so that nobody evicts it meanwhile
             records = read_contents(path).records
-            disk.index.add(pack, size_of(path), records, adopt=True)
+            index.add(pack, size_of(path), records, adopt=True)
     except BusyError:  # being evicted
         return False
     except OtherVersionError as error:
-        disk.say_once(f"store {disk.root}: pack {pack} is of {error}; its entries count as missing", "outdated")
+        log.warn_once(f"pack {pack} is of {error}; its entries count as missing", "outdated")
     except (DamagedRecordError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        if not disk.local and isinstance(error, FileNotFoundError):  # its writer is at it, or died at it
+        if not places.local and isinstance(error, FileNotFoundError):  # not complete: being written, or abandoned
             return True
-        if not path.exists():  # another process took it away
+        if not path.exists():  # another process has removed it
             return True
-        logger.warning("store %s: pack %s is not used: %s", disk.root, pack, error)
-        disk.count("damaged")
-        if disk.writable and disk.local:
-            quarantine.set_aside(disk, pack)
-    except OSError as error:  # which says nothing about the pack
-        disk.say_once(f"store {disk.root}: pack {pack} cannot be read now: {error}", "read_errors")
+        log.count("damaged")
+        log.warn(f"pack {pack} is not used: {error}")
+        if places.writable and places.local:
+            quarantine.set_aside(places, log, pack)
+    except OSError as error:  # says nothing about the pack
+        log.warn_once(f"pack {pack} cannot be read now: {error}", "read_errors")
         return False
     return True

@@ -1,40 +1,40 @@
-"""A tier of any speed, over any store: for tests, and for planning with storage that this machine has not got."""
+"""A tier of any speed, over any store: for tests, and for planning with storage that this machine does not have."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
+from etils import epath
 
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.store.entry import ChunkEntry, StoredChunk
+from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
+from cacheblend_jax.store.protocol import Store
+from cacheblend_jax.store.stats import StoreStats
+from cacheblend_jax.store.stored_chunk import Rows, StoredChunk
 
 
 class ThrottledStore:
-    """A store whose reads take as long as from a tier of that bandwidth, shared by all its readers, and latency.
+    """A `Store` whose reads take as long as from a tier of that latency and bandwidth, which all its readers share.
 
-    Everything else is the wrapped store's. Its entries say that they are on `tier`.
+    Its entries claim to be on that one tier, wherever the wrapped store, which does everything but reading, keeps them.
 
     Args:
-        store: the store to slow down.
+        store: the store to slow down; `close` closes it.
         bytes_per_s: bandwidth of all reads together.
         latency_s: seconds before each read's first byte; latencies of concurrent reads overlap.
-        tier: what the entries say they are on.
-        clock: seconds now.
+        tier: the tier that entries claim to be on.
+        clock: returns the time in seconds.
         sleep: waits so many seconds.
 
     Raises:
-        CacheBlendError: a bandwidth that is not positive and finite, or a negative latency.
+        CacheBlendError: a bandwidth that is not positive and finite, or a latency that is negative or not finite.
     """
-
-    device_bytes = 0  # see `promote`
 
     def __init__(
         self,
-        store: Any,
+        store: Store,
         bytes_per_s: float,
         latency_s: float = 0.0,
         *,
@@ -54,6 +54,36 @@ class ThrottledStore:
         self._free_at = float("-inf")
         self._lock = threading.Lock()
 
+    @property
+    def salt(self) -> str:
+        """The wrapped store's."""
+        return self.wrapped.salt
+
+    @property
+    def directory(self) -> epath.Path | None:
+        """The wrapped store's."""
+        return self.wrapped.directory
+
+    @property
+    def host_bytes(self) -> int:
+        """The wrapped store's."""
+        return self.wrapped.host_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """0: nothing is promoted to the device."""
+        return 0
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The one tier that entries claim to be on."""
+        return (self.tier,)
+
+    @property
+    def stats(self) -> StoreStats:
+        """The wrapped store's."""
+        return self.wrapped.stats
+
     def open(self, key: str) -> ThrottledChunk | None:
         """Returns a handle whose reads are throttled; `None` where the wrapped store has no such entry."""
         chunk = self.wrapped.open(key)
@@ -66,8 +96,32 @@ class ThrottledStore:
             self.wait_for(entry.num_bytes)
         return entry
 
-    def promote(self, key: str, to_device: Any = None) -> None:
-        """Does nothing: what is throttled stays where it is."""
+    def put(self, key: str, entry: ChunkEntry, *, wait: bool = False, uses: int = 1) -> bool:
+        """As the wrapped store does."""
+        return self.wrapped.put(key, entry, wait=wait, uses=uses)
+
+    def promote(self, key: str, to_device: Callable[[ChunkEntry], DeviceEntry] | None = None) -> None:
+        """Does nothing: throttled entries stay where they are."""
+
+    def remove(self, key: str) -> bool:
+        """As the wrapped store does."""
+        return self.wrapped.remove(key)
+
+    def check_writable(self) -> None:
+        """As the wrapped store does."""
+        self.wrapped.check_writable()
+
+    def flush(self) -> None:
+        """As the wrapped store does."""
+        self.wrapped.flush()
+
+    def close(self) -> None:
+        """Closes the wrapped store."""
+        self.wrapped.close()
+
+    def keys(self) -> list[str]:
+        """The wrapped store's."""
+        return self.wrapped.keys()
 
     def wait_for(self, num_bytes: int) -> None:
         """Waits as long as a read of `num_bytes` takes, behind the reads that came before."""
@@ -77,31 +131,36 @@ class ThrottledStore:
         if (seconds := ends - self._clock()) > 0:
             self._sleep(seconds)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.wrapped, name)
-
     def __contains__(self, key: object) -> bool:
         return key in self.wrapped
 
     def __len__(self) -> int:
         return len(self.wrapped)
 
+    def __enter__(self) -> ThrottledStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 class ThrottledChunk:
     """A handle of a `ThrottledStore`."""
+
+    device_entry: DeviceEntry | None = None
 
     def __init__(self, chunk: StoredChunk, store: ThrottledStore) -> None:
         self._chunk, self._store = chunk, store
         self.num_tokens, self.num_layers, self.num_bytes = chunk.num_tokens, chunk.num_layers, chunk.num_bytes
         self.tier = store.tier
 
-    def read_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `StoredChunk.read_layer`, after the time that it takes on the slower tier."""
+    def read_layer(self, layer: int) -> tuple[Rows, Rows]:
+        """As `StoredChunk.read_layer`, after the time that it takes on the throttled tier."""
         self._store.wait_for(self.num_bytes // self.num_layers)
         return self._chunk.read_layer(layer)
 
     def close(self) -> None:
-        """Unpins the chunk."""
+        """See `StoredChunk`."""
         self._chunk.close()
 
     def __enter__(self) -> ThrottledChunk:

@@ -7,30 +7,28 @@ import threading
 from collections.abc import Callable, Sequence
 
 from cacheblend_jax.runtime.exit_hook import finished, flush_before_exit
-from cacheblend_jax.store.entry import ChunkEntry
+from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
 
 logger = logging.getLogger(__name__)
 BATCH_ENTRIES = 64
 BATCH_BYTES = 2**28
-LINGER_SECONDS = 0.05  # for more entries to come: small ones share a pack
+LINGER_SECONDS = 0.05  # waits for more entries, since small ones share a pack
 IDLE_SECONDS = 5.0  # after which the thread ends; the next entry starts another
-
-Batch = Sequence[tuple[str, ChunkEntry]]
 
 
 class WriteBack:
-    """Entries on their way to the disk. They stay readable here until they have been written, or have failed.
+    """A queue of entries to write. They stay readable here until they have been written, or could not be.
 
     Args:
-        write: writes a batch; called by one thread at a time. What it raises is logged, and the batch is dropped.
+        write: writes a batch; called by one thread at a time. Where it raises, that is logged and the batch dropped.
         capacity: bytes that may wait.
     """
 
-    def __init__(self, write: Callable[[Batch], None], capacity: int) -> None:
+    def __init__(self, write: Callable[[Sequence[QueuedEntry]], None], capacity: int) -> None:
         self._write = write
         self._capacity = capacity
-        self._waiting: dict[str, ChunkEntry] = {}
-        self._in_work: dict[str, ChunkEntry] = {}
+        self._waiting: dict[str, QueuedEntry] = {}
+        self._in_work: dict[str, QueuedEntry] = {}
         self._bytes = 0
         self._changed = threading.Condition()
         self._hurry = 0
@@ -39,12 +37,17 @@ class WriteBack:
         self._thread: threading.Thread | None = None
         self._thread_refused = False
 
-    def submit(self, key: str, entry: ChunkEntry, *, wait: bool) -> bool:
-        """Queues an entry; returns false where it was not. Where the queue is full, waits for room, or does not."""
+    def submit(self, queued: QueuedEntry, *, wait: bool) -> bool:
+        """Queues an entry, in place of one of the same key; returns whether it did.
+
+        Args:
+            wait: where the queue is full, wait for room instead of returning false.
+        """
+        num_bytes = queued.entry.num_bytes
         with self._changed:
 
             def has_room() -> bool:
-                return self._closed or not self._bytes or self._bytes + entry.num_bytes <= self._capacity
+                return self._closed or not self._bytes or self._bytes + num_bytes <= self._capacity
 
             if not has_room():
                 if not wait:
@@ -55,13 +58,13 @@ class WriteBack:
                 self._hurry -= 1
             if self._closed or not self._wake():
                 return False
-            old = self._waiting.pop(key, None)
-            self._bytes += entry.num_bytes - (0 if old is None else old.num_bytes)
-            self._waiting[key] = entry
+            old = self._waiting.pop(queued.key, None)
+            self._bytes += num_bytes - (0 if old is None else old.entry.num_bytes)
+            self._waiting[queued.key] = queued
             return True
 
     def run_soon(self, chore: Callable[[], None]) -> None:
-        """Calls `chore` on the writing thread; the latest one where several wait. What it raises is logged."""
+        """Calls `chore` on the writing thread; of several that wait, only the latest. What it raises is logged."""
         with self._changed:
             if not self._closed:
                 self._chore = chore
@@ -73,7 +76,7 @@ class WriteBack:
             thread = threading.Thread(target=self._run, name="cacheblend-write", daemon=True)
             try:
                 thread.start()
-            except RuntimeError as error:  # the process may have no more
+            except RuntimeError as error:  # the process may have no more threads
                 if not self._thread_refused:
                     logger.warning("entries are not written for want of a thread: %s", error)
                 self._thread_refused = True
@@ -86,28 +89,29 @@ class WriteBack:
     def pending(self, key: str) -> ChunkEntry | None:
         """Returns an entry that has not been written yet."""
         with self._changed:
-            return self._waiting.get(key) or self._in_work.get(key)
+            queued = self._waiting.get(key) or self._in_work.get(key)
+            return None if queued is None else queued.entry
 
     def keys(self) -> set[str]:
-        """Keys of the entries that have not been written yet."""
+        """Returns the keys of the entries that have not been written yet."""
         with self._changed:
             return {*self._waiting, *self._in_work}
 
     def discard(self, keys: set[str] | None = None) -> None:
-        """Takes entries (or all) out of the queue; waits for those that are just being written."""
+        """Takes entries, or all of them, out of the queue; waits for those that are being written."""
         with self._changed:
             for key in set(self._waiting) if keys is None else keys & self._waiting.keys():
-                self._bytes -= self._waiting.pop(key).num_bytes
+                self._bytes -= self._waiting.pop(key).entry.num_bytes
             self._changed.notify_all()
             self._changed.wait_for(lambda: not (self._in_work if keys is None else keys & self._in_work.keys()))
 
     def flush(self) -> None:
-        """Waits until everything queued so far has been written or has failed."""
+        """Waits until everything queued so far has been written, or could not be."""
         with self._changed:
             self._hurry += 1
             self._changed.notify_all()
-            queued = [*self._waiting.items(), *self._in_work.items()]
-            self._changed.wait_for(lambda: not any(self._holds(key, entry) for key, entry in queued))
+            unwritten = [*self._waiting.values(), *self._in_work.values()]
+            self._changed.wait_for(lambda: not any(self._holds(queued) for queued in unwritten))
             self._hurry -= 1
 
     def close(self) -> None:
@@ -121,15 +125,15 @@ class WriteBack:
             thread.join()
         finished(self)
 
-    def _holds(self, key: str, entry: ChunkEntry) -> bool:
-        return self._waiting.get(key) is entry or self._in_work.get(key) is entry
+    def _holds(self, queued: QueuedEntry) -> bool:
+        return self._waiting.get(queued.key) is queued or self._in_work.get(queued.key) is queued
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._chore or self._closed, timeout=IDLE_SECONDS)
                 chore, self._chore = self._chore, None
-                if not self._waiting and chore is None:  # an idle thread would keep a forgotten store alive
+                if not self._waiting and chore is None:  # an idle thread would keep an abandoned store alive
                     self._thread = None
                     return
                 if self._waiting:
@@ -142,24 +146,24 @@ class WriteBack:
                 logger.exception("%r failed", chore)
             try:
                 if self._in_work:
-                    self._write(list(self._in_work.items()))
-            except Exception:  # what cannot be written costs a later process its hit, never an answer
+                    self._write(list(self._in_work.values()))
+            except Exception:  # costs a later process its hits, never an answer
                 logger.exception("%d entries could not be written", len(self._in_work))
             with self._changed:
-                self._bytes -= sum(entry.num_bytes for entry in self._in_work.values())
+                self._bytes -= sum(queued.entry.num_bytes for queued in self._in_work.values())
                 self._in_work = {}
                 self._changed.notify_all()
 
     def _is_due(self) -> bool:
-        waiting = sum(entry.num_bytes for entry in self._waiting.values())
+        waiting = sum(queued.entry.num_bytes for queued in self._waiting.values())
         return bool(self._hurry or self._closed or len(self._waiting) >= BATCH_ENTRIES or waiting >= BATCH_BYTES)
 
-    def _next_batch(self) -> dict[str, ChunkEntry]:
-        batch: dict[str, ChunkEntry] = {}
+    def _next_batch(self) -> dict[str, QueuedEntry]:
+        batch: dict[str, QueuedEntry] = {}
         size = 0
-        for key, entry in list(self._waiting.items()):
-            if batch and (len(batch) == BATCH_ENTRIES or size + entry.num_bytes > BATCH_BYTES):
+        for key, queued in list(self._waiting.items()):
+            if batch and (len(batch) == BATCH_ENTRIES or size + queued.entry.num_bytes > BATCH_BYTES):
                 break
             batch[key] = self._waiting.pop(key)
-            size += entry.num_bytes
+            size += queued.entry.num_bytes
         return batch

@@ -141,7 +141,7 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path):
 
 
 def test_precompute_into_what_cannot_be_written_stops_before_any_work(docs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cacheblend_jax.store.disk.DiskTier._make_directories", lambda self: False)
+    monkeypatch.setattr("cacheblend_jax.store.disk.make_directories", lambda *_: False)
     options = [*MODEL, "--docs", docs, "--store", str(tmp_path)]
     assert main(["precompute", *options]) == 2
     assert f"store '{tmp_path}' cannot be written" in capsys.readouterr().err

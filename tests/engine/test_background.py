@@ -150,7 +150,7 @@ def test_what_is_too_large_for_memory_still_goes_to_the_device(tmp_path):
         engine.flush()
         engine.prefill(random_prompt(30))
         engine.flush()
-        assert store.stats.device_entries == 5
+        assert store.stats.device.entries == 5
 
 
 def test_a_store_that_fails_to_open_a_chunk_leaves_no_other_open(monkeypatch):

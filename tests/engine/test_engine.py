@@ -146,7 +146,7 @@ def test_a_repeated_missing_chunk_is_computed_once():
     chunk = random_prompt(24).chunks[0]
     engine.prefill(cb.Prompt([1, 2, 3, 4, 5], [chunk] * 3, [7]))
     engine.flush()
-    assert engine.store.stats.entries == 2  # prefix and chunk
+    assert engine.store.stats.host.entries == 2  # prefix and chunk
 
 
 def test_a_store_too_small_costs_hits_and_never_an_answer():

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cacheblend_jax as cb
-from cacheblend_jax.store import ChunkEntry, chunk_key
+from cacheblend_jax.store import ChunkEntry, TierStats, chunk_key
+from cacheblend_jax.store.chunk_store import check_capacity
 
 ENTRY_BYTES = 2 * 2 * 3 * 1 * 4 * 4
 
@@ -25,8 +26,8 @@ def test_the_least_recently_used_goes_first():
     assert store.put("c", entry())
     assert store.keys() == ["c", "a"]  # what was seen twice goes last
     assert store.get("b") is None
-    stats = store.stats
-    assert (stats.hits, stats.misses, stats.evicted, stats.entries, stats.bytes) == (1, 1, 1, 2, 2 * ENTRY_BYTES)
+    assert (store.stats.hits, store.stats.misses) == (1, 1)
+    assert store.stats.host == TierStats(hits=1, entries=2, bytes=2 * ENTRY_BYTES, evicted=1)
 
 
 def test_what_is_larger_than_the_store_evicts_nothing():
@@ -34,7 +35,7 @@ def test_what_is_larger_than_the_store_evicts_nothing():
     store.put("a", entry())
     assert not store.put("huge", entry(tokens=9))
     assert store.keys() == ["a"]
-    assert store.stats.rejected == 1
+    assert store.stats.host.rejected == 1
 
 
 def test_what_finds_no_room_among_entries_in_use_evicts_nothing():
@@ -48,7 +49,7 @@ def test_what_finds_no_room_among_entries_in_use_evicts_nothing():
         assert sorted(store.keys()) == list("abd")
     assert not store.put("d", entry(tokens=99))
     assert sorted(store.keys()) == list("ab")
-    assert (store.stats.evicted, store.stats.rejected) == (0, 3)
+    assert (store.stats.host.evicted, store.stats.host.rejected) == (0, 3)
 
 
 def test_entries_are_read_only():
@@ -68,14 +69,21 @@ def test_the_store_never_holds_more_than_its_bytes(steps):
         else:
             store.put(key, entry(tokens=tokens))
         held = sum(store._host.peek(name).num_bytes for name in list(store.keys()))
-        assert store.stats.bytes == held <= 4 * ENTRY_BYTES
-        assert store.stats.entries == len(store)
+        assert store.stats.host.bytes == held <= 4 * ENTRY_BYTES
+        assert store.stats.host.entries == len(store)
 
 
-@pytest.mark.parametrize("size", [0, -1, True, 1.5])
-def test_a_capacity_that_makes_no_sense_is_refused(size):
-    with pytest.raises(cb.CacheBlendError, match="host_bytes must be"):
-        cb.ChunkStore(host_bytes=size)
+@pytest.mark.parametrize("size", [0, -1, True])
+@pytest.mark.parametrize("name", ["host_bytes", "disk_bytes", "queue_bytes"])
+def test_a_capacity_that_makes_no_sense_is_refused(name, size):
+    with pytest.raises(cb.CacheBlendError, match=f"{name} must be a whole number of at least 1"):
+        cb.ChunkStore(**{name: size})
+
+
+@pytest.mark.parametrize("size", [1.5, "1", None])  # which the type checks of the suite would refuse first
+def test_a_capacity_that_is_no_number_of_bytes_is_refused(size):
+    with pytest.raises(cb.CacheBlendError, match="host_bytes must be a whole number of at least 1"):
+        check_capacity("host_bytes", size, least=1)
 
 
 def test_an_entry_of_two_shapes_is_refused():

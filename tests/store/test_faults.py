@@ -204,14 +204,14 @@ def test_a_damaged_layer_raises_and_leaves_the_others_of_its_pack(tmp_path):
 
 
 def test_quarantine_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("cacheblend_jax.store.quarantine.MOST_QUARANTINED", 3)
+    monkeypatch.setattr("cacheblend_jax.store.quarantine.MAX_PACKS", 3)
     fill(tmp_path, range(6), one_by_one=True, tokens=BIG)
     for pack in packs(tmp_path):
         os.truncate(largest_file(pack), 10)
     with cb.ChunkStore(tmp_path) as store:
         assert all(store.get(key_of(seed)) is None for seed in range(6))
         assert store.stats.damaged == 6
-        assert store.stats.disk_bytes == 0
+        assert store.stats.disk.bytes == 0
     assert len(list((tmp_path / "quarantine").iterdir())) == 3
 
 
@@ -300,7 +300,7 @@ with cb.ChunkStore(sys.argv[1], disk_bytes=int(sys.argv[4]), host_bytes=300_000)
     store.flush()
     stats = store.stats
     assert stats.damaged == stats.write_errors == stats.read_errors == 0, stats
-    print(hits, stats.disk_hits, stats.written, stats.disk_evicted)
+    print(hits, stats.disk.hits, stats.written, stats.disk.evicted)
 """
 
 
@@ -316,8 +316,8 @@ def test_four_processes_hammer_one_store_beyond_its_capacity(tmp_path):
     assert min(hits, disk_hits, written, evicted) > 0
     assert report_of(tmp_path)["problems"] == []
     with cb.ChunkStore(tmp_path, disk_bytes=capacity) as store:
-        assert store.stats.disk_bytes <= capacity
-        assert store.stats.disk_bytes == sum(
+        assert store.stats.disk.bytes <= capacity
+        assert store.stats.disk.bytes == sum(
             path.stat().st_size for path in (tmp_path / "packs").rglob("*") if path.is_file()
         )
 

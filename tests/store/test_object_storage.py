@@ -111,6 +111,6 @@ def test_the_disks_capacity_holds_there_too(s3):
         for seed in range(8):
             store.put(key_of(seed), make_entry(seed, BIG))
             store.flush()
-        assert store.stats.disk_evicted > 0
-        assert 0 < store.stats.disk_bytes <= size
-        assert np.sum([store.get(key_of(seed)) is not None for seed in range(8)]) == store.stats.disk_entries
+        assert store.stats.disk.evicted > 0
+        assert 0 < store.stats.disk.bytes <= size
+        assert np.sum([store.get(key_of(seed)) is not None for seed in range(8)]) == store.stats.disk.entries

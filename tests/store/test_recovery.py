@@ -16,6 +16,7 @@ from store_cases import BIG, check_all, fill, key_of, make_entry, packs, report_
 import cacheblend_jax as cb
 from cacheblend_jax.store import index_file, recovery
 from cacheblend_jax.store.disk import DiskTier
+from cacheblend_jax.store.entry import QueuedEntry
 
 
 def test_strangers_and_names_taken_stop_no_opening(tmp_path, monkeypatch):
@@ -37,7 +38,7 @@ def test_strangers_and_names_taken_stop_no_opening(tmp_path, monkeypatch):
 
     monkeypatch.setattr(recovery, "read_contents", read_contents)
     with cb.ChunkStore(tmp_path) as store:
-        assert (store.stats.disk_entries, store.stats.damaged) == (1, 1)
+        assert (store.stats.disk.entries, store.stats.damaged) == (1, 1)
     assert not torn.exists()
     assert len(list((tmp_path / "quarantine").iterdir())) == 2
     assert {".DS_Store", ".ipynb_checkpoints"} < {path.name for path in packs(tmp_path)}
@@ -48,10 +49,10 @@ def test_a_crash_while_the_index_is_made_anew_loses_nothing(tmp_path, monkeypatc
     (tmp_path / "index.sqlite").unlink()
     adopt, calls = recovery.adopt, itertools.count()
 
-    def crash(disk, name):
+    def crash(*arguments):
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return adopt(disk, name)
+        return adopt(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(recovery, "adopt", crash)
@@ -87,7 +88,7 @@ def test_what_was_removed_does_not_come_back_by_an_opening(tmp_path):
     (pack,) = packs(tmp_path)
     with closing(DiskTier(tmp_path, 2**40)) as disk, disk.open(key_of(1)):  # read: the files stay
         disk.remove([key_of(1)])
-        assert recovery.adopt(disk, pack.name)
+        assert recovery.adopt(disk.places, disk.index, disk.log, pack.name)
         assert disk.load(key_of(1)) is None
 
 
@@ -114,8 +115,8 @@ def test_an_index_that_breaks_under_two_stores_is_made_anew_once(tmp_path):
         for connection in (disk.index._reading, disk.index._writing):
             connection.execute("PRAGMA shrink_memory")  # of the pages that it remembers
         assert disk.load(key_of(0)) is None
-        assert disk.counts.damaged == 1
-        disk.write([(key_of(8 + (disk is other)), make_entry(8 + (disk is other)))])
+        assert disk.stats().damaged == 1
+        disk.write([QueuedEntry(key_of(8 + (disk is other)), make_entry(8 + (disk is other)))])
     for disk in (one, other):
         assert all(same(disk.load(key_of(seed))[0], make_entry(seed)) for seed in (0, 1, 2, 8, 9))
         disk.close()
@@ -125,9 +126,9 @@ def test_an_index_that_breaks_under_two_stores_is_made_anew_once(tmp_path):
 def test_who_writes_follows_an_index_that_another_made(tmp_path):
     fill(tmp_path, [1])
     with closing(DiskTier(tmp_path, 2**40)) as ours:
-        recovery.set_index_aside(ours, ours.index.identity)  # as another process does that finds it broken
+        recovery.set_index_aside(ours.places, ours.index.identity)  # as another process does that finds it broken
         fill(tmp_path, [2])
-        ours.write([(key_of(3), make_entry(3))])
+        ours.write([QueuedEntry(key_of(3), make_entry(3))])
     with cb.ChunkStore(tmp_path) as store:
         assert {*store.keys()} == {key_of(seed) for seed in (1, 2, 3)}
 
@@ -142,7 +143,7 @@ def test_an_index_that_cannot_be_made_anew_is_a_miss(tmp_path, monkeypatch):
         def refuse(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(store._disk.index, "find", broken)
+        monkeypatch.setattr(store._disk.disk.index, "find", broken)
         monkeypatch.setattr(recovery, "open_index", refuse)
         for _ in range(2):
             assert store.get(key_of(1)) is None

@@ -13,7 +13,8 @@ from store_cases import fill, key_of, make_entry, same
 
 import cacheblend_jax as cb
 from cacheblend_jax.runtime import exit_hook
-from cacheblend_jax.store.chunk_store import TOUCHES_KEPT, TOUCHES_SECONDS
+from cacheblend_jax.store.entry import QueuedEntry
+from cacheblend_jax.store.persistent import MAX_UNWRITTEN_SECONDS, MAX_UNWRITTEN_USES
 from cacheblend_jax.store.record import storage_name
 from cacheblend_jax.store.writeback import WriteBack
 
@@ -28,7 +29,7 @@ def ends(action: Callable[[], object]) -> bool:
 def test_a_flush_does_not_wait_for_what_is_discarded(monkeypatch):
     monkeypatch.setattr(WriteBack, "_wake", lambda self: True)  # a writer that is late
     queue = WriteBack(lambda batch: None, 2**30)
-    queue.submit("a", make_entry(1), wait=False)
+    queue.submit(QueuedEntry("a", make_entry(1)), wait=False)
 
     def discard() -> None:
         while True:
@@ -47,9 +48,9 @@ def test_a_chore_that_fails_does_not_end_the_writing(caplog):
     written = []
     queue = WriteBack(written.extend, 2**30)
     queue.run_soon(lambda: 1 // 0)
-    queue.submit("a", make_entry(1), wait=False)
+    queue.submit(QueuedEntry("a", make_entry(1)), wait=False)
     assert ends(queue.close)
-    assert [key for key, _ in written] == ["a"]
+    assert [queued.key for queued in written] == ["a"]
     assert "ZeroDivisionError" in caplog.text
 
 
@@ -66,14 +67,14 @@ def test_without_a_thread_entries_stay_in_memory(tmp_path, monkeypatch, caplog):
     assert caplog.text.count("can't start new thread") == 1
     assert store.put(key_of(3), make_entry(3))
     assert ends(store.close)
-    assert (store.stats.written, store.stats.entries) == (1, 3)
+    assert (store.stats.written, store.stats.host.entries) == (1, 3)
 
 
 @pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="no forks here")
 def test_a_forked_process_does_not_wait_at_its_exit():
     gate = threading.Event()
     queue = WriteBack(lambda batch: gate.wait(), 2**30)
-    queue.submit("a", make_entry(1), wait=False)
+    queue.submit(QueuedEntry("a", make_entry(1)), wait=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # JAX's: the fork runs none of it
         child = os.fork()
@@ -88,20 +89,20 @@ def test_a_forked_process_does_not_wait_at_its_exit():
 def test_uses_reach_the_index_by_number_and_by_time(tmp_path, monkeypatch):
     fill(tmp_path, [1])
     with cb.ChunkStore(tmp_path) as store:
-        monkeypatch.setattr(store._queue, "run_soon", lambda chore: chore())
+        monkeypatch.setattr(store._disk.queue, "run_soon", lambda chore: chore())
 
         def uses() -> int:
-            return store._disk.index.find(storage_name(key_of(1))).uses
+            return store._disk.disk.index.find(storage_name(key_of(1))).uses
 
-        for _ in range(TOUCHES_KEPT - 1):
+        for _ in range(MAX_UNWRITTEN_USES - 1):
             store.get(key_of(1))
         assert uses() == 1
         store.get(key_of(1))
-        assert uses() == 1 + TOUCHES_KEPT
+        assert uses() == 1 + MAX_UNWRITTEN_USES
         now = time.monotonic()
-        monkeypatch.setattr(time, "monotonic", lambda: now + TOUCHES_SECONDS)
+        monkeypatch.setattr(time, "monotonic", lambda: now + MAX_UNWRITTEN_SECONDS)
         store.get(key_of(1))
-        assert uses() == 2 + TOUCHES_KEPT
+        assert uses() == 2 + MAX_UNWRITTEN_USES
 
 
 @pytest.mark.parametrize("read", ["get", "promote"])
@@ -131,9 +132,17 @@ def test_what_changes_while_it_is_read_is_not_kept_as_it_was(tmp_path, monkeypat
 
 def test_uses_of_what_is_not_written_are_forgotten(tmp_path):
     with cb.ChunkStore(tmp_path, disk_bytes=20_000) as store:
+
+        def uses(key: str) -> int:
+            return store._disk.disk.index.find(storage_name(key)).uses
+
         store.put(key_of(1), make_entry(1, tokens=400), uses=0)  # larger than the disk
         for _ in range(2):  # the second time there is nothing to write
             store.put(key_of(2), make_entry(2), uses=0)
             store.flush()
-        assert (store.stats.written, store.stats.disk_rejected) == (1, 1)
-        assert store._disk.first_uses == {}
+        assert (store.stats.written, store.stats.disk.rejected) == (1, 1)
+        assert uses(key_of(2)) == 0
+        for seed in (1, 2):  # other entries of the same keys, which a request has used
+            store.put(key_of(seed), make_entry(seed + 2))
+        store.flush()
+        assert (store.stats.written, uses(key_of(1)), uses(key_of(2))) == (3, 1, 1)

@@ -1,0 +1,134 @@
+"""The disk tier as a store uses it: writes are queued, and uses are counted in batches, off the critical path."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from etils import epath
+
+from cacheblend_jax.store.disk import DiskTier
+from cacheblend_jax.store.disk_chunk import DiskChunk
+from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
+from cacheblend_jax.store.stats import DiskStats
+from cacheblend_jax.store.writeback import WriteBack
+
+MAX_UNWRITTEN_USES, MAX_UNWRITTEN_SECONDS = 64, 10.0  # before the uses are written to the index
+
+
+class PersistentTier:
+    """A directory of entries, and the queue of those to be written there. Safe to use from several threads.
+
+    Args:
+        directory, capacity: see `DiskTier`.
+        queue_bytes: how much may wait to be written.
+
+    Attributes:
+        disk, queue: its two parts.
+
+    Raises:
+        CacheBlendError: as `DiskTier`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], capacity: int | None, queue_bytes: int) -> None:
+        self.disk = DiskTier(directory, capacity)
+        self.queue = WriteBack(self.disk.write, queue_bytes)
+        self._uses = UnwrittenUses()
+
+    @property
+    def root(self) -> epath.Path:
+        """The directory: an absolute path, or a URL."""
+        return self.disk.places.root
+
+    @property
+    def writable(self) -> bool:
+        """Whether this process may write in the directory."""
+        return self.disk.writable
+
+    def submit(self, queued: QueuedEntry, *, wait: bool) -> bool:
+        """Queues an entry to be written; returns false where the queue is full, unless it is to `wait` for room."""
+        return self.queue.submit(queued, wait=wait)
+
+    def pending(self, key: str) -> ChunkEntry | None:
+        """Returns an entry that has not been written yet."""
+        return self.queue.pending(key)
+
+    def load(self, key: str) -> tuple[ChunkEntry, int] | None:
+        """See `DiskTier.load`."""
+        return self.disk.load(key)
+
+    def open(self, key: str) -> DiskChunk | None:
+        """See `DiskTier.open`."""
+        return self.disk.open(key)
+
+    def touch(self, key: str) -> None:
+        """Counts a use of an entry, for the order of eviction. Never waits for the index."""
+        if self._uses.add(key):
+            self.queue.run_soon(self._write_uses)
+
+    def check_writable(self) -> None:
+        """See `DiskTier.check_writable`."""
+        self.disk.check_writable()
+
+    def remove(self, key: str) -> None:
+        """Removes an entry, written or not. Errors as `check_writable`."""
+        self.queue.discard({key})
+        self.disk.remove([key])
+
+    def clear(self) -> None:
+        """Removes every entry, written or not. Errors as `check_writable`."""
+        self.queue.discard()
+        self.disk.clear()
+        self._uses.take()
+
+    def flush(self) -> None:
+        """Waits until every entry submitted so far has been written, or could not be; writes the uses too."""
+        self.queue.flush()
+        self._write_uses()
+
+    def stop(self) -> None:
+        """Flushes, and takes no more entries; reading goes on until `close`."""
+        self.queue.close()
+        self._write_uses()
+
+    def close(self) -> None:
+        """Closes the index, after `stop`."""
+        self.disk.close()
+
+    def stats(self) -> DiskStats:
+        """See `DiskTier.stats`."""
+        return self.disk.stats()
+
+    def keys(self) -> list[str]:
+        """Returns the keys of all entries: those not written yet, then the others, the least recently used first."""
+        return list(dict.fromkeys([*sorted(self.queue.keys()), *self.disk.keys()]))
+
+    def __contains__(self, key: str) -> bool:
+        return self.pending(key) is not None or key in self.disk
+
+    def _write_uses(self) -> None:
+        self.disk.touch(self._uses.take())
+
+
+class UnwrittenUses:
+    """Uses of entries that the index does not know of yet, by key. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._uses: dict[str, int] = {}  # the latest used last
+        self._total, self._written_at = 0, time.monotonic()
+
+    def add(self, key: str) -> bool:
+        """Counts a use; returns whether it is time to write them."""
+        with self._lock:
+            self._uses[key] = self._uses.pop(key, 0) + 1
+            self._total += 1
+            return self._total >= MAX_UNWRITTEN_USES or time.monotonic() - self._written_at >= MAX_UNWRITTEN_SECONDS
+
+    def take(self) -> dict[str, int]:
+        """Returns the uses, and starts anew."""
+        with self._lock:
+            uses, self._uses = self._uses, {}
+            self._total, self._written_at = 0, time.monotonic()
+            return uses

@@ -1,0 +1,136 @@
+"""Handles on stored entries: they keep an entry from being evicted while a request reads it layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
+
+Rows = Float[np.ndarray, "tokens kv_heads head_dim"]
+
+
+@runtime_checkable
+class StoredChunk(Protocol):
+    """A stored entry in use: it is not evicted before `close`. Safe to use from several threads.
+
+    Attributes:
+        num_tokens, num_layers: the entry's.
+        num_bytes: of K and V, all layers together.
+        tier: where it is read from: `"device"`, `"host"` or `"disk"`.
+        device_entry: the entry itself where it is in the device's memory, so that nothing need be read.
+    """
+
+    num_tokens: int
+    num_layers: int
+    num_bytes: int
+    tier: str
+    device_entry: DeviceEntry | None
+
+    def read_layer(self, layer: int) -> tuple[Rows, Rows]:
+        """Returns K before RoPE and V of one layer, each `[tokens, kv_heads, head_dim]`.
+
+        Raises:
+            DamagedEntryError: the bytes on disk are not those that were written; the store has quarantined the entry
+                and counted it.
+            IndexError: there is no such layer.
+        """
+
+    def close(self) -> None:
+        """Lets the entry go. Calling it again does nothing."""
+
+    def __enter__(self) -> StoredChunk: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class HostChunk:
+    """A `StoredChunk` in host memory.
+
+    Args:
+        unpin: called once, by `close`.
+    """
+
+    tier = "host"
+    device_entry: DeviceEntry | None = None
+
+    def __init__(self, entry: ChunkEntry, unpin: Callable[[], None]) -> None:
+        self._entry = entry
+        self._unpin: Callable[[], None] | None = unpin
+        self.num_tokens = entry.num_tokens
+        self.num_layers = entry.k.shape[0]
+        self.num_bytes = entry.num_bytes
+
+    def read_layer(self, layer: int) -> tuple[Rows, Rows]:
+        """See `StoredChunk`."""
+        check_layer(layer, self.num_layers)
+        return self._entry.k[layer], self._entry.v[layer]
+
+    def close(self) -> None:
+        """See `StoredChunk`."""
+        unpin, self._unpin = self._unpin, None
+        if unpin is not None:
+            unpin()
+
+    def __enter__(self) -> HostChunk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class DeviceChunk:
+    """A `StoredChunk` in the device's memory.
+
+    Args:
+        unpin: called once, by `close`.
+    """
+
+    tier = "device"
+
+    def __init__(self, entry: DeviceEntry, unpin: Callable[[], None]) -> None:
+        self.entry = entry
+        self.device_entry: DeviceEntry | None = entry
+        self._unpin: Callable[[], None] | None = unpin
+        self.num_tokens = entry.num_tokens
+        self.num_layers = entry.k.shape[0]
+        self.num_bytes = entry.num_bytes * entry.num_tokens // entry.k.shape[1]
+
+    def read_layer(self, layer: int) -> tuple[Rows, Rows]:
+        """See `StoredChunk`. The first call copies all layers to the host."""
+        return self._on_host.read_layer(layer)
+
+    @cached_property
+    def _on_host(self) -> HostChunk:
+        return HostChunk(self.entry.on_host(), lambda: None)
+
+    def close(self) -> None:
+        """See `StoredChunk`."""
+        unpin, self._unpin = self._unpin, None
+        if unpin is not None:
+            unpin()
+
+    def __enter__(self) -> DeviceChunk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def is_slow(tier: str) -> bool:
+    """Whether a tier is slower than host memory."""
+    return tier not in ("device", "host")
+
+
+def check_layer(layer: int, num_layers: int) -> None:
+    """Checks that an entry has a layer.
+
+    Raises:
+        IndexError: it has not.
+    """
+    if not 0 <= layer < num_layers:
+        raise IndexError(f"layer must be in [0, {num_layers - 1}], got {layer}")
