@@ -21,10 +21,10 @@ def attention_mass(
     window: int | None = None,
     scale: float | None = None,
 ) -> Float[Array, " keys"]:
-    """Attention that each key receives from all the queries: the sum of its softmax weights over queries and heads.
+    """Returns the attention that each key receives: the sum of its softmax weights over queries and heads.
 
     `lse` is what `selective_attention(..., return_lse=True)` returned for the same arguments; queries whose `lse` is
-    `-inf` (padding) add nothing. Memory O(heads x 8 x keys). The sum over keys is heads x valid queries.
+    `-inf` (padding) add nothing. The results sum to heads x valid queries. Memory is O(heads x 8 x keys).
     """
     num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape

@@ -12,8 +12,9 @@ from types import ModuleType
 import jax
 
 BACKENDS = ("xla", "mosaic_gpu", "triton", "tpu")
-OVERRIDE = "PALLAS_KERNELS_IMPLEMENTATION"  # what `implementation=None` means, for users whose caller does not ask
-# Backends that scripts/gpu_bench.py has checked on a device: only these are chosen unasked.
+# The environment variable that says what `implementation=None` means, for users whose caller does not pass one.
+OVERRIDE = "PALLAS_KERNELS_IMPLEMENTATION"
+# Backends that scripts/gpu_bench.py has checked on a device: only these are chosen by default.
 PROVEN: frozenset[str] = frozenset()
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
@@ -30,33 +31,37 @@ class Target:
         return f"{self.platform} ({self.chip})" if self.chip else self.platform
 
 
-Declines = Mapping[str, Callable[[], str | None]]
+UnsupportedReasons = Mapping[str, Callable[[], str | None]]
 """By backend, in any order: why it can't serve this call's shapes and dtypes; `None` where it can."""
 
 
-def declines_of(
-    backends: Mapping[str, tuple[str, str]], declined: Callable[[str, ModuleType], str | None], of_all: str | None
-) -> Declines:
-    """Returns why backends can't serve a call: `of_all` if given, a failing import, or what `declined` says.
+def unsupported_reasons(
+    backends: Mapping[str, tuple[str, str]],
+    reason_of: Callable[[str, ModuleType], str | None],
+    shared_reason: str | None,
+) -> UnsupportedReasons:
+    """Returns why backends can't serve a call: `shared_reason` if given, a failing import, or what `reason_of` says.
 
     Args:
-        backends: each one's module, imported when asked about, and function.
+        backends: each backend's module, imported only when its reason is asked for, and function.
+        reason_of: the reason of one backend, given its name and module.
+        shared_reason: a reason that holds for all backends.
     """
 
     def reason(backend: str) -> str | None:
-        if of_all is not None:
-            return of_all
+        if shared_reason is not None:
+            return shared_reason
         try:
             module = import_module(backends[backend][0])
-        except ImportError as error:  # what a release of JAX dropped or renamed
+        except ImportError as error:  # JAX releases drop and rename backends
             return f"can't be imported ({error})"
-        return declined(backend, module)
+        return reason_of(backend, module)
 
     return {backend: partial(reason, backend) for backend in backends}
 
 
 def current_target() -> Target:
-    """Returns the device that what is traced now is meant for.
+    """Returns the device that the code being traced is meant for.
 
     The abstract device of the mesh in use (ahead-of-time compilation), else JAX's default device.
     """
@@ -80,22 +85,44 @@ def _target(platform: str | None, chip: str, capability: str | None) -> Target:
     return Target("gpu", chip, (int(major), int(minor)))
 
 
-def choose_backend(implementation: str | None, operation: str, declines: Declines, default: str | None = None) -> str:
+def implementation_override() -> str | None:
+    """Returns the implementation that the environment variable `PALLAS_KERNELS_IMPLEMENTATION` asks for now.
+
+    `None` where it is unset or empty. Traced programs depend on it: whoever keeps them must key them by it.
+
+    Raises:
+        ValueError: it names no implementation.
+    """
+    override = os.environ.get(OVERRIDE)
+    if not override:
+        return None
+    if override not in (*BACKENDS, "pallas"):
+        expected = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"the environment variable {OVERRIDE} is {override!r}; expected {expected} or 'pallas'")
+    return override
+
+
+def choose_backend(
+    implementation: str | None, operation: str, unsupported: UnsupportedReasons, default: str | None = None
+) -> str:
     """Returns the backend that serves this call of `operation`.
 
     Args:
         implementation: `None`: `default`, or where that is `None` the first of the platform's Pallas backends that is
-            `PROVEN` and does not decline, or else `"xla"`. `"pallas"`: the first of all that do not decline; on a CPU
-            an interpreted one. Or a backend's name; on a CPU it is interpreted.
-        declines: the operation's Pallas backends, and why each can't serve the call.
+            `PROVEN` and supports the call, or else `"xla"`. `"pallas"`: the first of the platform's Pallas backends
+            that supports the call; on a CPU an interpreted one. Or a backend's name; on a CPU it is interpreted.
+        operation: its name, for messages.
+        unsupported: the operation's Pallas backends, and why each can't serve the call.
+        default: what `None` means for this operation, where the environment asks for nothing that it has.
 
     Raises:
         ValueError: the implementation is unknown, or can't serve the call; the message says why.
     """
-    asked = implementation is not None
-    known = tuple(name for name in BACKENDS if name == "xla" or name in declines)
-    if not asked:
-        implementation = _wish(known) or default
+    is_required = implementation is not None
+    known = ("xla", *(name for name in BACKENDS if name in unsupported))
+    if not is_required:
+        override = implementation_override()
+        implementation = override if override in (*known, "pallas") else default
     if implementation is not None and implementation not in (*known, "pallas"):
         raise ValueError(
             f"{operation}: unknown implementation {implementation!r}; expected None (best for the platform), "
@@ -104,21 +131,14 @@ def choose_backend(implementation: str | None, operation: str, declines: Decline
         )
     if implementation == "xla":
         return "xla"
-    target = current_target()
-    candidates: tuple[str, ...]
-    if implementation is not None and implementation in declines:
-        candidates = (implementation,)
-    else:
-        candidates = tuple(name for name in _pallas_backends(target, implementation) if name in declines)
-    if implementation is None:
-        candidates = tuple(name for name in candidates if name in PROVEN)
     reasons = []
-    for name in candidates:
-        reason = _wrong_platform(name, target) or declines[name]()
+    target = current_target()
+    for name in _candidates(implementation, target, unsupported):
+        reason = _wrong_platform(name, target) or unsupported[name]()
         if reason is None:
             return name
         reasons.append(f"{name} {reason}")
-    if not asked:  # the environment's wish is no demand: not every operation has every backend
+    if not is_required:  # an environment override is only a preference: not every operation has every backend
         return "xla"
     raise ValueError(
         f"{operation}: implementation={implementation!r} can't serve this call: "
@@ -127,17 +147,16 @@ def choose_backend(implementation: str | None, operation: str, declines: Decline
     )
 
 
-def _wish(known: tuple[str, ...]) -> str | None:
-    """What the environment asks for, as far as the operation has it."""
-    wish = os.environ.get(OVERRIDE)
-    if wish and wish not in (*BACKENDS, "pallas"):
-        expected = ", ".join(map(repr, BACKENDS))
-        raise ValueError(f"the environment variable {OVERRIDE} is {wish!r}; expected {expected} or 'pallas'")
-    return wish if wish in (*known, "pallas") else None
+def _candidates(implementation: str | None, target: Target, unsupported: UnsupportedReasons) -> tuple[str, ...]:
+    """Returns the operation's Pallas backends to try, best first."""
+    if implementation is not None and implementation in unsupported:
+        return (implementation,)
+    candidates = tuple(name for name in _pallas_backends(target, implementation) if name in unsupported)
+    return candidates if implementation == "pallas" else tuple(name for name in candidates if name in PROVEN)
 
 
 def _pallas_backends(target: Target, implementation: str | None) -> tuple[str, ...]:
-    """The platform's Pallas backends, best first. By default nothing is interpreted: it is for tests."""
+    """Returns the platform's Pallas backends, best first. By default nothing is interpreted: that is for tests."""
     if target.platform == "tpu":
         return ("tpu",)
     if target.platform == "gpu":
@@ -148,6 +167,7 @@ def _pallas_backends(target: Target, implementation: str | None) -> tuple[str, .
 
 
 def _wrong_platform(backend: str, target: Target) -> str | None:
+    """Returns why the backend can't run on the device at all; `None` where it can. A CPU interprets each."""
     if target.platform == "cpu":
         return None
     if (backend == "tpu") != (target.platform == "tpu"):

@@ -1,6 +1,6 @@
-"""Block sizes of the Pallas kernels, one small table: measured where marked so, else by what fits without spills.
+"""Block sizes of the Pallas kernels: chosen by what compiles without spilling, until measured on a device.
 
-On a machine with the chip, `python scripts/gpu_bench.py --only sweep` times every candidate, to choose these rows by.
+`python scripts/gpu_bench.py --only sweep` times the candidates on the device at hand.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ class AttentionBlocks(NamedTuple):
     """Sizes of `selective_attention`'s tiles.
 
     Attributes:
-        rows: query rows (queries x heads that share a KV head) a tile, an upper bound on a TPU; on Hopper, those of
-            all its warpgroups.
-        keys: keys a step.
-        stages: key and value blocks in flight (GPU).
-        warps: of a Triton program.
+        rows: query rows (queries x heads that share a KV head) per tile; an upper bound on a TPU, and on Hopper the
+            rows of both computing warpgroups together.
+        keys: keys per step; an upper bound on a TPU.
+        stages: key and value blocks in flight (GPUs).
+        warps: warps of a Triton program.
     """
 
     rows: int
@@ -27,8 +27,9 @@ class AttentionBlocks(NamedTuple):
     warps: int = 4
 
 
-# By backend, chip (the longest name that the device's name holds; "" is any), bytes of an element, and the largest
-# head_dim that the sizes are for. Nothing here was measured on an accelerator yet: see docs/kernels.md.
+# By backend and chip: the longest chip name that the device's name contains counts, and "" matches any. Each row
+# holds the bytes of an element, the largest head_dim that the sizes are for, and the sizes; the first that fits counts.
+# None of them has been measured on an accelerator yet (docs/kernels.md).
 SELECTIVE_ATTENTION: dict[tuple[str, str], list[tuple[int, int, AttentionBlocks]]] = {
     ("mosaic_gpu", ""): [
         (2, 64, AttentionBlocks(rows=128, keys=128, stages=4)),
@@ -53,9 +54,9 @@ class BlendBlocks(NamedTuple):
     """Sizes of `blend_kv`'s blocks.
 
     Attributes:
-        keys: keys a block, on a TPU an upper bound.
-        block_bytes: of a block's keys at most (TPU); several such blocks are in VMEM at a time.
-        warps: of a Triton program.
+        keys: keys per block; an upper bound on a TPU.
+        block_bytes: upper bound of the bytes of a block's keys (TPU); several such blocks are in VMEM at a time.
+        warps: warps of a Triton program.
     """
 
     keys: int
@@ -67,8 +68,8 @@ BLEND_KV = {"triton": BlendBlocks(keys=32), "tpu": BlendBlocks(keys=512)}
 
 
 def attention_blocks(backend: str, chip: str, dtype: jnp.dtype, head_dim: int) -> AttentionBlocks | None:
-    """Returns the block sizes of that backend on that chip; `None` where the table has none for them."""
-    named = (name for of, name in SELECTIVE_ATTENTION if of == backend and name.lower() in chip.lower())
-    rows = SELECTIVE_ATTENTION[backend, max(named, key=len)]
-    fits = (blocks for size, widest, blocks in rows if size == jnp.dtype(dtype).itemsize and head_dim <= widest)
-    return next(fits, None)
+    """Returns a backend's block sizes on a chip; `None` where the table has none for that dtype and head_dim."""
+    chips = (name for of, name in SELECTIVE_ATTENTION if of == backend and name.lower() in chip.lower())
+    rows = SELECTIVE_ATTENTION[backend, max(chips, key=len)]
+    fitting = (blocks for size, widest, blocks in rows if size == jnp.dtype(dtype).itemsize and head_dim <= widest)
+    return next(fitting, None)

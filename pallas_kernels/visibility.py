@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 
-def first_visible(q_positions: jax.Array, q_starts: jax.Array | None, window: int | None) -> jax.Array | None:
+def first_visible(
+    q_positions: Int[Array, " queries"], q_starts: Int[Array, " queries"] | None, window: int | None
+) -> Int[Array, " queries"] | None:
     """Returns each query's first visible key; `None` where that is key 0 for all."""
     if window is None:
         return q_starts

@@ -19,23 +19,23 @@ from cacheblend_jax.runtime.programs import Runner
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A decoder ready to run. `tokenizer` is `None` where the checkpoint has none: then prompts are token ids."""
+    """A decoder ready to run. `tokenizer` is `None` where the checkpoint has none: prompts are then token ids."""
 
     config: ModelConfig
     params: Params
     tokenizer: Any = None
     name: str = ""
     stop_token_ids: tuple[int, ...] = ()
-    directory: Path | None = None  # the checkpoint's, if it has one
-    weight_files: WeightFiles | None = None  # those in it that the parameters were loaded from
+    directory: Path | None = None  # the checkpoint's, if there is one
+    weight_files: WeightFiles | None = None  # the files in it that the parameters were loaded from
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over configuration, weights and tokenizer: stored KV is valid for them alone.
 
-        The weights enter by the SHA-256 of the files they were loaded from, which is remembered beside them; without
-        files, or where these have changed since, by that of the parameters themselves. Computed once, and again where
-        a parameter was put in another's place (weights merged into `params.layers`, say).
+        The weights enter by the SHA-256 of the files they were loaded from, which the user's cache remembers; without
+        files, or where these have changed since, by that of the parameters themselves. Computed once, and again after
+        a parameter was replaced (by merging an adapter into `params.layers`, say).
         """
         known = self._hashed.get("fingerprint")
         if known is None or not known[0].as_in(self.params):
@@ -52,7 +52,7 @@ class Model:
         shape = {name: value for name, value in asdict(self.config).items() if name != "check_layer"}
         parts = [json.dumps(shape, sort_keys=True).encode(), _tokenizer_bytes(self.tokenizer)]
         files = self.weight_files
-        # Parameters that were put in the place of those loaded are not what the files hold.
+        # Parameters that replaced loaded ones are not what the files hold.
         loaded = files.digest() if files is not None and files.loaded.as_in(self.params) else None
         parts.append(f"files {loaded}".encode() if loaded else f"params {params_digest(self.params)}".encode())
         for part in parts:
@@ -70,7 +70,7 @@ class Model:
 
     @property
     def placement(self) -> jax.sharding.Sharding:
-        """Where what is not a parameter goes: the parameters' device, or all of their mesh."""
+        """Where arrays other than parameters go: the parameters' device, or all devices of their mesh."""
         sharding = jax.tree.leaves(self.params)[0].sharding
         if isinstance(sharding, jax.sharding.NamedSharding):
             return jax.sharding.NamedSharding(sharding.mesh, jax.P())
@@ -78,7 +78,7 @@ class Model:
 
     @property
     def platform(self) -> str:
-        """What the parameters live on: `"cpu"`, `"gpu"` or `"tpu"`."""
+        """The platform that the parameters are on: `"cpu"`, `"gpu"` or `"tpu"`."""
         device: Any = next(iter(self.placement.device_set))
         return device.platform
 
@@ -96,7 +96,7 @@ def _tokenizer_bytes(tokenizer: Any) -> bytes:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return json.dumps(vocabulary).encode()
-    if backend.truncation or backend.padding:  # left behind by someone's call: no part of what a text's ids are
+    if backend.truncation or backend.padding:  # left behind by an earlier call: a text's ids don't depend on them
         backend = type(backend).from_str(backend.to_str())
         backend.no_truncation()
         backend.no_padding()

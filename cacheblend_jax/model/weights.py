@@ -1,9 +1,8 @@
-"""Loading Hugging Face checkpoints: configuration, safetensors stacked into `[layers, …]` leaves, tokenizer."""
+"""Loading models: a checkpoint's tensors stacked into `[layers, …]` leaves, and the check layer that goes with them."""
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,21 +10,30 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from cacheblend_jax.errors import CheckpointError
+from cacheblend_jax.model.checkpoint import (
+    checkpoint_directory,
+    load_tokenizer,
+    open_tensors,
+    read_config,
+    read_json,
+    stop_token_ids,
+    tensor_files,
+)
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.demo import demo_directory
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.transformer import Params, abstract_params, partition_specs
-from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, signature_of
+from cacheblend_jax.model.user_cache import read_record, record_path, write_record
+from cacheblend_jax.model.weights_digest import FileState, SameLeaves, WeightFiles, file_states, sampled_digest
 from cacheblend_jax.runtime.host_buffers import aligned_empty
 
+logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 STORED_DTYPES = {"F64", "F32", "F16", "BF16"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
-CALIBRATION_FILE = "cacheblend.json"
+DEFAULTS_FILE = "cacheblend.json"  # what a checkpoint's author ships with it; read, never written
+CHECK_LAYERS = "check-layers"  # the kind of record
 
 # The path of a leaf in `Params` and its name in a checkpoint; `{}` is the layer. Kernels are stored [in, out] here and
 # [out, in] there.
@@ -49,21 +57,28 @@ def load_model(
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: Progress | None = None,
+    verify: bool = False,
 ) -> Model:
     """Loads a Hugging Face checkpoint: a directory, a hub id, or `"demo"` for the bundled one.
 
     Reads `config.json` (of transformers 4 or 5), safetensors in one file or many, and the tokenizer if there is one;
-    never pickle, never remote code. Peak host memory is about 1.25 times the weights.
+    never pickle, never remote code. Nothing is written in the checkpoint's directory. Peak host memory is about 1.25
+    times the weights.
+
+    The model's check layer is the one that `evaluate --check-layers` measured and saved in the user's cache for these
+    weights, else the one that the checkpoint's author ships in `cacheblend.json`, else 1.
 
     Args:
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; the weights are cast while they are read. As stored by default.
         mesh: a mesh with an axis named `model`, over which the parameters are split (tensor parallelism).
         progress: called with the bytes loaded so far and their total.
+        verify: compute the weights' digest, which stored KV is tied to, from all bytes, and remember it anew. By
+            default a remembered digest is used for files that look unchanged (`weights_digest.FileState`).
 
     Raises:
-        CheckpointError: what is missing, unsupported or misshapen, by name.
+        CheckpointError: something is missing, unsupported or misshapen; the message names it.
     """
-    directory = _resolve(name_or_path)
+    directory = checkpoint_directory(name_or_path)
     raw = read_config(directory)
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -72,116 +87,61 @@ def load_model(
         raise CheckpointError(
             f"{directory}: dtype {config.dtype!r} is not supported; pass dtype= one of {', '.join(DTYPES)}"
         )
-    config = _with_check_layer(config, directory)
-    names = sorted({str(file.relative_to(directory)) for file in _tensor_files(directory).values()})
-    signature = signature_of(directory, names)  # before reading: a file that changes meanwhile is noticed
+    names = sorted({str(file.relative_to(directory)) for file in tensor_files(directory).values()})
+    states = file_states(directory, names)  # before the weights are read, so that later changes are noticed
+    config = replace(config, check_layer=_check_layer(config, directory, states))
     params = load_params(directory, config, mesh=mesh, progress=progress)
-    files = None if signature is None else WeightFiles(directory, signature, SameLeaves(params))
+    files = None if states is None else WeightFiles(directory, states, SameLeaves(params))
+    if verify and files is not None:
+        files = replace(files, verified=files.digest(verify=True))
     tokenizer = load_tokenizer(directory)
-    stops = _stop_token_ids(directory, raw, tokenizer)
+    stops = stop_token_ids(directory, raw, tokenizer)
     name = str(name_or_path)
     return Model(config, params, tokenizer, name=name, stop_token_ids=stops, directory=directory, weight_files=files)
 
 
-def _resolve(name_or_path: str | Path) -> Path:
-    if name_or_path == "demo":
-        return demo_directory()
-    directory = Path(name_or_path).expanduser()
-    if os.path.isdir(directory):
-        return directory
-    text = str(name_or_path)
-    is_path = isinstance(name_or_path, Path) or text.startswith((".", "/", "~")) or os.path.exists(directory)
-    if is_path or text.count("/") != 1:
-        raise CheckpointError(
-            f"model {text!r} is not a directory; pass a checkpoint's directory or a hub id (owner/name)"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=HUB_PATTERNS))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"model {text!r} is neither a local directory nor a reachable hub id: {reason}"
-        ) from error
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """Reads `config.json` as it stands."""
-    return _read_json(directory / "config.json", "a Hugging Face checkpoint's directory holds config.json")
-
-
-def _read_json(path: Path, hint: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: {hint}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
 def save_check_layer(model: Model, check_layer: int) -> Path | None:
-    """Saves a measured check layer beside the model, where `load_model` finds it; returns the file.
+    """Saves a measured check layer in the user's cache, where `load_model` finds it; returns the file.
 
-    `None` for a model that came from no directory.
+    It is kept for the weights, not for their directory: a copy of the same files finds it too. `None` for a model that
+    was loaded from no files.
 
     Raises:
-        CheckpointError: the directory cannot be written.
+        CheckpointError: the user's cache directory can't be written.
     """
-    if model.directory is None:
+    if model.weight_files is None:
         return None
-    path = model.directory / CALIBRATION_FILE
-    known = _read_json(path, "") if path.exists() else {}
+    name = sampled_digest(model.weight_files.states)
     try:
-        path.write_text(json.dumps(known | {"check_layer": check_layer}) + "\n", encoding="utf-8")
+        return write_record(CHECK_LAYERS, name, {"check_layer": check_layer, "model": model.name})
     except OSError as error:
+        path = record_path(CHECK_LAYERS, name)
         raise CheckpointError(f"cannot save the check layer in {path}: {error.strerror}") from error
-    return path
 
 
-def _with_check_layer(config: ModelConfig, directory: Path) -> ModelConfig:
-    path = directory / CALIBRATION_FILE
+def _check_layer(config: ModelConfig, directory: Path, states: tuple[FileState, ...] | None) -> int:
+    measured = None if states is None else read_record(CHECK_LAYERS, sampled_digest(states))
+    if measured is not None and _is_check_layer(measured.get("check_layer"), config):
+        return measured["check_layer"]
+    path = directory / DEFAULTS_FILE
     if not path.is_file():
-        return config
-    check_layer = _read_json(path, "").get("check_layer", config.check_layer)
-    if not isinstance(check_layer, int) or not 1 <= check_layer < max(config.num_layers, 2):
+        return config.check_layer
+    check_layer = read_json(path).get("check_layer", config.check_layer)
+    if not _is_check_layer(check_layer, config):
         raise CheckpointError(f"{path}: check_layer must be in [1, {config.num_layers - 1}], got {check_layer!r}")
-    return replace(config, check_layer=check_layer)
+    return check_layer
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """Loads the checkpoint's tokenizer; `None` where it has none."""
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything at all for a broken tokenizer
-        raise CheckpointError(f"{directory}: its tokenizer does not load: {error}") from error
-
-
-def _stop_token_ids(directory: Path, raw: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    generation = directory / "generation_config.json"
-    sources = [_read_json(generation, "")] if generation.is_file() else []
-    ids: set[int] = set()
-    for source in [*sources, raw]:
-        eos = source.get("eos_token_id")
-        ids.update([eos] if isinstance(eos, int) else eos or [])
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return tuple(sorted(ids))
+def _is_check_layer(value: object, config: ModelConfig) -> bool:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return is_integer and 1 <= value < max(config.num_layers, 2)  # type: ignore[operator]
 
 
 def load_params(
     directory: Path, config: ModelConfig, *, mesh: jax.sharding.Mesh | None = None, progress: Progress | None = None
 ) -> Params:
     """Loads the weights leaf by leaf: each is filled on the host, cast, and moved to the device before the next."""
-    files = _tensor_files(directory)
+    files = tensor_files(directory)
     wanted = abstract_params(config)
     names = Params(
         embedder=_map_paths(wanted.embedder, lambda path: EMBEDDER_NAMES[path]),
@@ -229,34 +189,6 @@ def _dotted(path: Sequence[Any]) -> str:
     return ".".join(entry.key for entry in path)
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Returns the file of every tensor in the checkpoint."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_json(index, "").get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} has no weight_map")
-        files = {name: directory / file for name, file in weight_map.items()}
-        for file in sorted(set(files.values())):
-            if not file.is_file():
-                raise CheckpointError(f"{file} is missing: {index.name} names it")
-        return files
-    single = directory / "model.safetensors"
-    if not single.is_file():
-        pickled = next(iter(sorted(directory.glob("*.bin"))), None)
-        hint = f"; {pickled.name} is pickle, which is not loaded: convert it to safetensors" if pickled else ""
-        raise CheckpointError(f"{directory} has no model.safetensors and no model.safetensors.index.json{hint}")
-    with _open(single) as tensors:
-        return dict.fromkeys(tensors.keys(), single)
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="np")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
-
-
 def _check_names(directory: Path, files: dict[str, Path], config: ModelConfig, names: Params) -> None:
     layers = range(config.num_layers)
     expected = set(jax.tree.leaves(names.embedder))
@@ -278,7 +210,7 @@ def _read_leaf(directory: Path, files: dict[str, Path], name: str, leaf: jax.Sha
     transposed = out.ndim == (3 if stacked else 2) and not name.endswith("embed_tokens.weight")
     for file, tensor_names in _by_file(files, places):
         # Opened anew for each leaf: the pages that a memory map has touched count as ours until it is closed.
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             for tensor_name in tensor_names:
                 place = places[tensor_name]
                 _copy_tensor(file, tensors, tensor_name, place.T if transposed else place)

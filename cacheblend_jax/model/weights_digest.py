@@ -1,90 +1,172 @@
-"""SHA-256 of a checkpoint's weight files: computed once, and remembered beside them while they stay as they are."""
+"""What weight files hold, as digests: of all their bytes, remembered while the files stay as they are, and of samples.
+
+The full SHA-256 ties stored KV to its model. It takes seconds for large checkpoints, so it is remembered in the user's
+cache and believed only for files of the same device, inode, size, times of change and sampled content.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import time
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from platformdirs import user_cache_path
+
+from cacheblend_jax.model.user_cache import read_record, write_record
 
 logger = logging.getLogger(__name__)
-DIGEST_FILE = "cacheblend-digest.json"
-REMEMBERED_BYTES = 2**26  # fewer are hashed again in less time than it takes to notice
-SETTLED_SECONDS = 2.0  # a file changed later than that before now may change again within its time stamp
-
-Signature = tuple[tuple[str, int, int], ...]
+REMEMBERED_BYTES = 2**26  # fewer bytes are hashed again faster than anyone notices
+SETTLED_SECONDS = 2.0  # a file changed less long ago may change again without a new time stamp
+SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 class SameLeaves:
-    """Whether parameters are still those that they were, leaf by leaf: one that was replaced is not what was hashed.
+    """Recognises parameters that are still those it was made from, leaf by leaf: a replaced leaf was never hashed.
 
-    Holds no leaf: those that are replaced can be freed.
+    Keeps no leaf alive.
     """
 
     def __init__(self, params: Any) -> None:
         self._leaves = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
 
     def as_in(self, params: Any) -> bool:
-        """Whether `params` has these very leaves."""
+        """Returns whether `params` has these very leaves."""
         leaves = jax.tree.leaves(params)
         return len(leaves) == len(self._leaves) and all(
             known() is leaf for known, leaf in zip(self._leaves, leaves, strict=True)
         )
 
 
+@dataclass(frozen=True)
+class FileState:
+    """A file as it was at one time: whatever changes its content changes one of these.
+
+    `mtime_ns` can be set to any value, by unpacking an archive for example; `ctime_ns` can't. `sample` is the SHA-256
+    (hex) of evenly spaced blocks of the file.
+    """
+
+    name: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    sample: str
+
+
+def file_states(directory: Path, names: Iterable[str]) -> tuple[FileState, ...] | None:
+    """Returns the state of each file, by name; `None` where one can't be read or changes meanwhile."""
+    try:
+        return tuple(_file_state(directory, name) for name in sorted(names))
+    except OSError as error:
+        logger.debug("the state of a weight file is unknown: %s", error)
+        return None
+
+
+def _file_state(directory: Path, name: str) -> FileState:
+    with open(directory / name, "rb", buffering=0) as file:
+        before = os.fstat(file.fileno())
+        sample = hashlib.sha256()
+        for offset in _sample_offsets(before.st_size):
+            file.seek(offset)
+            sample.update(file.read(SAMPLE_BYTES))
+        after = os.fstat(file.fileno())
+    if _stamp(before) != _stamp(after):
+        raise OSError(f"{directory / name} changed while it was read")
+    return FileState(name, *_stamp(before), sample.hexdigest())
+
+
+def _sample_offsets(size: int) -> list[int]:
+    """Returns where the blocks begin: evenly spaced, the first at the beginning and the last at the end."""
+    if size <= SAMPLES * SAMPLE_BYTES:
+        return list(range(0, size, SAMPLE_BYTES))
+    return [(size - SAMPLE_BYTES) * block // (SAMPLES - 1) for block in range(SAMPLES)]
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int, int, int, int]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
 @dataclass(frozen=True, eq=False)
 class WeightFiles:
     """The files that parameters were loaded from, as they were then.
 
-    `loaded` is what was loaded: parameters that someone has changed since are others, and have another digest.
+    `loaded` recognises what was loaded: parameters that someone has changed since have another digest.
     """
 
     directory: Path
-    signature: Signature
+    states: tuple[FileState, ...]
     loaded: SameLeaves
+    verified: str | None = None  # a digest that was computed from all bytes since loading
 
-    def digest(self) -> str | None:
-        """Returns the SHA-256 (hex) over names and contents of the files; `None` where they changed since loading."""
-        names = [name for name, _, _ in self.signature]
-        if signature_of(self.directory, names) != self.signature:
+    def digest(self, *, verify: bool = False) -> str | None:
+        """Returns the SHA-256 (hex) over names and contents of the files; `None` where they changed since loading.
+
+        Args:
+            verify: compute it from all bytes and remember it anew, whatever is remembered.
+        """
+        if self._current() != self.states:
             return None
-        size = sum(size for _, size, _ in self.signature)
-        if size < REMEMBERED_BYTES:
-            return self._computed(names)
-        known = _recall(self.directory, self.signature)
-        if known is None:
-            known = self._computed(names)
-            if known is not None:
-                _remember(self.directory, self.signature, known)
-        return known
+        if self.verified is not None and not verify:
+            return self.verified
+        is_remembered = sum(state.size for state in self.states) >= REMEMBERED_BYTES
+        known = self._recall() if is_remembered else None
+        if known is not None and not verify:
+            return known
+        computed = self._computed()
+        if computed is not None and is_remembered:
+            if known not in (None, computed):
+                logger.warning("%s: the digest remembered for its weights was wrong and is replaced", self.directory)
+            self._remember(computed)
+        return computed
 
-    def _computed(self, names: Iterable[str]) -> str | None:
+    def _current(self) -> tuple[FileState, ...] | None:
+        return file_states(self.directory, [state.name for state in self.states])
+
+    def _computed(self) -> str | None:
         digest = hashlib.sha256()
-        for name in names:
+        for name in [state.name for state in self.states]:
             with open(self.directory / name, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").digest()
             digest.update(len(name.encode()).to_bytes(8, "little") + name.encode() + content)
-        unchanged = signature_of(self.directory, [name for name, _, _ in self.signature]) == self.signature
-        return digest.hexdigest() if unchanged else None
+        return digest.hexdigest() if self._current() == self.states else None
+
+    def _record_name(self) -> str:
+        # One record for each directory: a changed checkpoint replaces the record of the one before.
+        return hashlib.sha256(str(self.directory.resolve()).encode()).hexdigest()[:32]
+
+    def _recall(self) -> str | None:
+        record = read_record("digests", self._record_name())
+        if record is None or record.get("files") != [asdict(state) for state in self.states]:
+            return None
+        digest = record.get("sha256")
+        return digest if isinstance(digest, str) and len(digest) == 64 else None
+
+    def _remember(self, digest: str) -> None:
+        settled = time.time_ns() - SETTLED_SECONDS * 10**9
+        if max(max(state.mtime_ns, state.ctime_ns) for state in self.states) > settled:
+            return
+        try:
+            write_record(
+                "digests", self._record_name(), {"files": [asdict(state) for state in self.states], "sha256": digest}
+            )
+        except OSError as error:
+            logger.debug("the digest of the weights in %s can't be remembered: %s", self.directory, error)
 
 
-def signature_of(directory: Path, names: Iterable[str]) -> Signature | None:
-    """Returns name, bytes and time of change (ns) of each file; `None` where one is missing."""
-    try:
-        stats = [(name, os.stat(directory / name)) for name in sorted(names)]
-    except OSError:
-        return None
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+def sampled_digest(states: Iterable[FileState]) -> str:
+    """Returns a SHA-256 (hex) over names, sizes and samples: the same for a copy of the files elsewhere."""
+    digest = hashlib.sha256()
+    for state in states:
+        digest.update(f"{len(state.name)} {state.name} {state.size} {state.sample}\n".encode())
+    return digest.hexdigest()
 
 
 def params_digest(params: Any) -> str:
@@ -96,35 +178,3 @@ def params_digest(params: Any) -> str:
         digest.update(f"{array.dtype.name}{list(array.shape)}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _places(directory: Path) -> list[Path]:
-    """Where a digest is kept: beside the model, or in the user's cache where that cannot be written."""
-    elsewhere = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:32]
-    return [directory / DIGEST_FILE, user_cache_path("cacheblend-jax") / "digests" / f"{elsewhere}.json"]
-
-
-def _recall(directory: Path, signature: Signature) -> str | None:
-    for place in _places(directory):
-        try:
-            kept = json.loads(place.read_text(encoding="utf-8"))
-            digest = kept["sha256"]
-            if kept["files"] == [list(file) for file in signature] and len(bytes.fromhex(digest)) == 32:
-                return digest
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
-
-
-def _remember(directory: Path, signature: Signature, digest: str) -> None:
-    if max(changed for _, _, changed in signature) > time.time_ns() - SETTLED_SECONDS * 10**9:
-        return
-    for place in _places(directory):
-        temporary = place.with_name(f"{place.name}.{os.getpid()}")
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"files": signature, "sha256": digest}) + "\n", encoding="utf-8")
-            os.replace(temporary, place)
-            return
-        except OSError as error:
-            logger.debug("the weights' digest cannot be kept in %s: %s", place, error)

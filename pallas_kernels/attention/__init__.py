@@ -1,1 +1,1 @@
-"""Attention of scattered queries, each at its own position: interface, reference, and one file a backend."""
+"""Attention of scattered queries, each at its own position: interface, reference, and one file per backend."""

@@ -15,11 +15,11 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.xla import attend_xla
-from pallas_kernels.dispatch import Declines, choose_backend, current_target, declines_of
+from pallas_kernels.dispatch import UnsupportedReasons, choose_backend, current_target, unsupported_reasons
 from pallas_kernels.tuning import attention_blocks
 from pallas_kernels.visibility import first_visible
 
-# Imported when first used: a platform's Pallas needs not be there on another.
+# By backend: module and function. Imported when first used: a machine may lack the Pallas of other platforms.
 BACKENDS = {
     "mosaic_gpu": ("pallas_kernels.attention.mosaic_gpu", "attend_mosaic_gpu"),
     "triton": ("pallas_kernels.attention.triton", "attend_triton"),
@@ -43,33 +43,34 @@ def selective_attention(
     Float[Array, "queries heads head_dim"]
     | tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]
 ):
-    """Causal attention of queries at given positions: the query at position p sees keys `start … p`, nothing later.
+    """Returns causal attention of queries at given positions: the query at position p sees keys `start … p` only.
 
-    `q_positions` ascend (ties are legal; not checked, since they are traced). A position of `kv_length` or more is
-    padding and yields zeros, as does a query that sees no key; their log-sum-exp is `-inf`. Query head h reads KV
+    `q_positions` must ascend (ties are legal; not checked, since they are traced). A position of `kv_length` or more
+    is padding and yields zeros, as does a query that sees no key; their log-sum-exp is `-inf`. Query head h reads KV
     head `h // (heads // kv_heads)`.
 
     Args:
         q_starts: first visible key of each query (its chunk's start, say); 0 by default.
-        kv_length: valid keys, traced or not; keys beyond it are never read into a result, not even NaN. All by default.
+        kv_length: number of valid keys, traced or not; all by default. Keys beyond it never reach a result, even if
+            they are NaN.
         window: the query at p sees at most the `window` keys up to and including p.
         scale: factor of the scores; `head_dim ** -0.5` by default.
         return_lse: also return float32 `[queries, heads]`, the log-sum-exp of the visible scaled scores.
         implementation: `None` (best for the platform), `"xla"` (blockwise; memory O(queries x block)), `"pallas"`
-            (the platform's Pallas kernel; on a CPU interpreted, for tests), or one of them by name: `"mosaic_gpu"`,
+            (the platform's Pallas kernel; on a CPU interpreted, for tests), or a Pallas kernel by name: `"mosaic_gpu"`,
             `"triton"`, `"tpu"`.
 
-    Work is proportional to what is visible: a tile of queries starts at its first visible key block and stops at its
+    Work is proportional to the visible keys: a tile of queries starts at its first visible key block and stops at its
     last. Accumulation is in float32; the result has the dtype of `q`.
 
     Raises:
-        ValueError: shapes, head counts, dtypes, `kv_length`, `window` or `implementation` that do not fit, or an
-            implementation asked for that can't serve the call; the message says why.
+        ValueError: shapes, head counts, dtypes, `kv_length`, `window` or `implementation` do not fit, or the
+            implementation asked for can't serve the call; the message says why.
 
     Source: FlashAttention (arXiv 2205.14135) for the online softmax; CacheBlend (arXiv 2405.16444) §4.2 for the use.
     """
     _validate(q, k, v, q_positions, q_starts, kv_length, window)
-    backend = choose_backend(implementation, "selective_attention", _declines(q, k))
+    backend = choose_backend(implementation, "selective_attention", _unsupported(q, k))
     num_keys, head_dim = k.shape[0], q.shape[2]
     kv_length = jnp.minimum(jnp.asarray(num_keys if kv_length is None else kv_length, jnp.int32), num_keys)
     starts = first_visible(q_positions, q_starts, window)
@@ -83,19 +84,28 @@ def selective_attention(
     return (out, lse) if return_lse else out
 
 
-def _declines(q: jax.Array, k: jax.Array) -> Declines:
-    def declined(backend: str, module: ModuleType) -> str | None:
+def _unsupported(q: jax.Array, k: jax.Array) -> UnsupportedReasons:
+    def reason_of(backend: str, module: ModuleType) -> str | None:
         target = current_target()
-        why = module.declines(q, k, interpret=target.platform == "cpu")
-        if why is None and attention_blocks(backend, target.chip, q.dtype, q.shape[2]) is None:
+        reason = module.unsupported_reason(q, k, interpret=target.platform == "cpu")
+        if reason is None and attention_blocks(backend, target.chip, q.dtype, q.shape[2]) is None:
             return f"has no block sizes for {q.dtype} and head_dim {q.shape[2]} (pallas_kernels/tuning.py)"
-        return why
+        return reason
 
     empty = min(q.shape[0], k.shape[0]) == 0
-    return declines_of(BACKENDS, declined, "needs a query and a key" if empty else None)
+    return unsupported_reasons(BACKENDS, reason_of, "needs a query and a key" if empty else None)
 
 
-def _attend_pallas(backend, q, k, v, q_positions, starts, kv_length, scale) -> tuple[jax.Array, jax.Array]:
+def _attend_pallas(
+    backend: str,
+    q: Float[Array, "queries heads head_dim"],
+    k: Float[Array, "keys kv_heads head_dim"],
+    v: Float[Array, "keys kv_heads head_dim"],
+    q_positions: Int[Array, " queries"],
+    starts: Int[Array, " queries"] | None,
+    kv_length: Int[Array, ""],
+    scale: float,
+) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
     target = current_target()
     module, function = BACKENDS[backend]
     attend = partial(
@@ -105,7 +115,7 @@ def _attend_pallas(backend, q, k, v, q_positions, starts, kv_length, scale) -> t
         interpret=target.platform == "cpu",
     )
     with jax.named_scope("selective_attention"):
-        # A batch runs one by one: a kernel's grid is full with one member, whose block bounds are its own.
+        # A batch's members run one after another: each fills the kernel's grid, and has block bounds of its own.
         if starts is None:
             return sequential_vmap(lambda q, k, v, positions, length: attend(q, k, v, positions, None, length))(
                 q, k, v, q_positions, kv_length
@@ -113,7 +123,15 @@ def _attend_pallas(backend, q, k, v, q_positions, starts, kv_length, scale) -> t
         return sequential_vmap(attend)(q, k, v, q_positions, starts, kv_length)
 
 
-def _validate(q, k, v, q_positions, q_starts, kv_length, window) -> None:
+def _validate(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    q_starts: jax.Array | None,
+    kv_length: jax.Array | int | None,
+    window: int | None,
+) -> None:
     def complain(name: str, got: object, expected: str) -> None:
         raise ValueError(f"selective_attention: {name} must be {expected}, got {got}")
 
@@ -128,9 +146,9 @@ def _validate(q, k, v, q_positions, q_starts, kv_length, window) -> None:
         complain("q's heads", q.shape[1], f"a multiple of k's {k.shape[1]} kv_heads")
     if not q.dtype == k.dtype == v.dtype:
         complain("q, k and v", f"{q.dtype}, {k.dtype}, {v.dtype}", "of one dtype")
-    for name, array in (("q_positions", q_positions), ("q_starts", q_starts)):
-        if array is not None and (array.shape != q.shape[:1] or not jnp.issubdtype(array.dtype, jnp.integer)):
-            complain(name, f"{array.dtype}{list(array.shape)}", f"integers of shape [{q.shape[0]}]")
+    for name, keys in (("q_positions", q_positions), ("q_starts", q_starts)):
+        if keys is not None and (keys.shape != q.shape[:1] or not jnp.issubdtype(keys.dtype, jnp.integer)):
+            complain(name, f"{keys.dtype}{list(keys.shape)}", f"integers of shape [{q.shape[0]}]")
     if isinstance(kv_length, int) and not 0 <= kv_length <= k.shape[0]:
         complain("kv_length", kv_length, f"in [0, {k.shape[0]}]")
     if window is not None and window < 1:

@@ -1,14 +1,18 @@
 """Selective attention for NVIDIA Hopper by Pallas' Mosaic GPU: wgmma, TMA, one loading and two computing warpgroups.
 
-A block of the grid is one tile of query rows and one KV head. The loading warpgroup keeps key and value blocks in
-flight; the computing ones take half of the tile's rows each, and take turns at the tensor cores, so that the softmax
-of one runs beside the products of the other.
+Each block of the grid computes one tile of query rows for one KV head. The loading warpgroup keeps key and value
+blocks in flight. The two computing warpgroups have half of the tile's rows each and take turns at the tensor cores, so
+that the softmax of one runs beside the products of the other.
+
+Arguments named after what they hold are references to arrays in GPU or shared memory; Pallas has no public type for
+them, so they are `Any`.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,17 +20,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.tiles import KeyBlocks, cost, make_tiles, unpack_rows
 from pallas_kernels.tuning import AttentionBlocks
 
-MASKED = -1e30  # finite: a row that sees nothing of a block stays free of NaN
-COMPUTING = 2  # warpgroups
+MASKED = -1e30  # finite, so that a row that sees nothing of a block stays free of NaN
+COMPUTING = 2  # computing warpgroups
 LOG2_E = math.log2(math.e)
 
 
-def declines(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | None:
-    """Returns why the kernel can't serve such arrays; `None` where it can."""
+def unsupported_reason(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | None:
+    """Returns why the kernel can't serve arrays of these shapes and dtypes; `None` where it can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"computes in bfloat16 or float16 (wgmma would round {q.dtype} to TF32)"
     if q.shape[2] % 16 or not 32 <= q.shape[2] <= 256:
@@ -37,8 +42,10 @@ def declines(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | None:
 
 
 class _Shape(NamedTuple):
-    rows: int  # of a warpgroup
-    keys: int
+    """What the kernel is compiled for."""
+
+    rows: int  # of one warpgroup
+    keys: int  # of one block
     stages: int
     head_dim: int
     dtype: jnp.dtype
@@ -48,18 +55,18 @@ class _Shape(NamedTuple):
 
 
 def attend_mosaic_gpu(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_positions: jax.Array,
-    starts: jax.Array | None,
-    kv_length: jax.Array,
+    q: Float[Array, "queries heads head_dim"],
+    k: Float[Array, "keys kv_heads head_dim"],
+    v: Float[Array, "keys kv_heads head_dim"],
+    q_positions: Int[Array, " queries"],
+    starts: Int[Array, " queries"] | None,
+    kv_length: Int[Array, ""],
     *,
     scale: float,
     blocks: AttentionBlocks,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns output and log-sum-exp of validated arguments; `starts` already holds the window's first keys."""
+) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
+    """Returns output and log-sum-exp for validated arguments; `starts` already takes the window into account."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     tiles = make_tiles(
@@ -83,7 +90,7 @@ def attend_mosaic_gpu(
     )
     num_rows = tiles.rows.shape[1]
     tail = kv_length // blocks.keys
-    # The tensor memory accelerator reads keys by eights; the last ones come from the tail block anyway.
+    # The tensor memory accelerator reads keys in groups of eight; the last ones come from the tail block anyway.
     k, v = (jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0), (0, 0))) for x in (k, v))
     tail_blocks = [_tail_block(x, tail, kv_length, blocks.keys) for x in (k, v)]
     options: dict[str, Any] = {}
@@ -118,18 +125,20 @@ def attend_mosaic_gpu(
     return unpack_rows(out, num_queries, num_heads), unpack_rows(lse, num_queries, num_heads)
 
 
-def _tail_block(x: jax.Array, tail: jax.Array, kv_length: jax.Array, size: int) -> jax.Array:
-    """The block that holds the last valid key, zeros after it: a weight of zero would not silence NaN."""
+def _tail_block(
+    x: Float[Array, "keys kv_heads head_dim"], tail: Int[Array, ""], kv_length: Int[Array, ""], size: int
+) -> Float[Array, "size kv_heads head_dim"]:
+    """Returns the block that holds the last valid key, with zeros after it: zero times NaN is NaN."""
     at = tail * size + jnp.arange(size, dtype=jnp.int32)
     return jnp.where((at < kv_length)[:, None, None], x[jnp.minimum(at, x.shape[0] - 1)], 0)
 
 
-def _scratch(shape: _Shape) -> list:
-    # The widest swizzle whose columns divide a head: no head_dim needs padding.
+def _scratch(shape: _Shape) -> list[Any]:
+    # The widest swizzle whose columns divide head_dim: then no head_dim needs padding.
     columns = next(size for size in (64, 32, 16) if shape.head_dim % size == 0)
     transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
 
-    def shared(*sizes: int):
+    def shared(*sizes: int) -> Any:
         return plgpu.SMEM((*sizes, shape.head_dim), shape.dtype, transforms=transforms)
 
     return [
@@ -163,15 +172,15 @@ class _Shared(NamedTuple):
     weights: Any = None  # in the interpreter only
 
 
-def _kernel(shape: _Shape, num_tiles: int):
+def _kernel(shape: _Shape, num_tiles: int) -> Callable[..., None]:
     def kernel(begin, inner_begin, inner_end, end, tail, first_visible, last_visible, q, k, v, k_tail, v_tail, *rest):
         out, lse, *scratch = rest
         shared = _Shared(*scratch)
         kv_head = lax.axis_index("kv_head")
-        # The last tiles see the most keys: they start first, and short ones fill the end.
+        # The last tiles see the most keys: they start first, and short ones fill the gaps at the end.
         tile = num_tiles - 1 - lax.axis_index("tile")
         warpgroup = lax.axis_index("warpgroup")
-        # `last` holds the block that comes from the tail arrays: no mask needs the last key here.
+        # Here `last` names the block that comes from the tail arrays, whose padding is zero: no mask needs it.
         blocks = KeyBlocks(begin[tile], inner_begin[tile], inner_end[tile], end[tile], tail[0])
 
         @pl.when(warpgroup < COMPUTING)
@@ -195,32 +204,40 @@ def _kernel(shape: _Shape, num_tiles: int):
     return kernel
 
 
-def _add_product(accumulator, a, b, in_memory):
-    """Returns `accumulator + a @ b`, waited for; `a` is in registers, `b` in shared memory."""
+def _add_product(
+    accumulator: Float[Array, "rows head_dim"], a: Float[Array, "rows keys"], b: Any, in_memory: Any
+) -> Float[Array, "rows head_dim"]:
+    """Returns `accumulator + a @ b` once it is complete; `a` is in registers, `b` in shared memory.
+
+    In the interpreter `in_memory` is the shared memory that `a` is copied to; else it is `None`.
+    """
     if in_memory is None:
         return pl.run_state(lambda product: plgpu.wgmma(product, a, b))(plgpu.ACC.init(accumulator))
-    # The interpreter knows neither an accumulator that starts with values nor operands in registers.
+    # The interpreter supports neither an accumulator with initial values nor operands in registers.
     in_memory[...] = a
 
-    def multiply(product):
+    def multiply(product: Any) -> jax.Array:
         plgpu.wgmma(product, in_memory, b)
         return product[...]
 
-    return accumulator + pl.run_scoped(multiply, plgpu.ACC(accumulator.shape, jnp.float32))
+    rows, columns = accumulator.shape
+    return accumulator + pl.run_scoped(multiply, plgpu.ACC((rows, columns), jnp.float32))
 
 
-def _load_rows(source, rows) -> jax.Array:
+def _load_rows(source: Any, rows: Any) -> Int[Array, " rows"]:
     options: dict[str, Any] = {"layout": plgpu.Layout.WGMMA.reduce(1), "optimized": False}
     if "idx" in inspect.signature(plgpu.load).parameters:  # before jax 0.11
         return plgpu.load(source, (rows,), **options)
     return plgpu.load(source.at[rows], **options)
 
 
-def _load(shape: _Shape, shared: _Shared, blocks: KeyBlocks, kv_head, stored, tails) -> None:
+def _load(
+    shape: _Shape, shared: _Shared, blocks: KeyBlocks, kv_head: Any, stored: Sequence[Any], tails: Sequence[Any]
+) -> None:
     """Keeps `stages` blocks in flight, from the first needed one to the last."""
     count = blocks.end - blocks.begin
 
-    def fetch(step, slot) -> None:
+    def fetch(step: jax.Array, slot: jax.Array) -> None:
         block = blocks.begin + step
         for source, tail, target, loaded in zip(
             stored, tails, (shared.k, shared.v), (shared.k_loaded, shared.v_loaded), strict=True
@@ -236,7 +253,7 @@ def _load(shape: _Shape, shared: _Shared, blocks: KeyBlocks, kv_head, stored, ta
                 keys = pl.ds(block * shape.keys, shape.keys)
                 plgpu.copy_gmem_to_smem(source.at[keys, kv_head], *destination)
 
-    def refill(step, carry):
+    def refill(step: jax.Array, carry: None) -> None:
         slot = lax.rem(step, jnp.int32(shape.stages))
 
         @pl.when(step >= shape.stages)
@@ -250,27 +267,34 @@ def _load(shape: _Shape, shared: _Shared, blocks: KeyBlocks, kv_head, stored, ta
     lax.fori_loop(0, count, refill, None)
 
 
-def _compute(shape: _Shape, shared: _Shared, blocks: KeyBlocks, warpgroup, row_first, row_last) -> None:
-    """One warpgroup's rows over all the tile's blocks; leaves output and log-sum-exp in shared memory."""
+def _compute(
+    shape: _Shape,
+    shared: _Shared,
+    blocks: KeyBlocks,
+    warpgroup: Any,
+    row_first: Int[Array, " rows"],
+    row_last: Int[Array, " rows"],
+) -> None:
+    """Runs one warpgroup's rows over all the tile's blocks; leaves output and log-sum-exp in shared memory."""
     rows, head_dim = shape.rows, shape.head_dim
 
     def take_turns() -> None:
         plgpu.barrier_arrive(shared.turn)
         plgpu.barrier_wait(shared.turn)
 
-    def step(masked: bool, block, carry):
+    def step(masked: bool, block: jax.Array, carry: Any) -> Any:
         weighted, maximum, total = carry
         slot = lax.rem(block - blocks.begin, jnp.int32(shape.stages))
         plgpu.barrier_wait(shared.k_loaded.at[slot])
 
-        def product(scores):
+        def product(scores: Any) -> jax.Array:
             plgpu.wgmma(scores, shared.q.at[warpgroup], plgpu.transpose_ref(shared.k.at[slot], (1, 0)))
             take_turns()
             return scores[...]
 
         scores = pl.run_scoped(product, plgpu.ACC((rows, shape.keys), jnp.float32))
         plgpu.barrier_arrive(shared.k_read.at[slot])
-        scores = scores * (shape.scale * LOG2_E)  # softmax by powers of two, which the hardware has
+        scores = scores * (shape.scale * LOG2_E)  # softmax in powers of two, which the hardware computes
         if masked:
             key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA) + block * shape.keys
             visible = key <= lax.broadcast_in_dim(row_last, scores.shape, [0])
@@ -293,7 +317,7 @@ def _compute(shape: _Shape, shared: _Shared, blocks: KeyBlocks, warpgroup, row_f
         plgpu.barrier_arrive(shared.v_read.at[slot])
         return weighted, new_maximum, total
 
-    def filled(size: tuple[int, ...], value: float, layout):
+    def filled(size: tuple[int, ...], value: float, layout: Any) -> jax.Array:
         return plgpu.layout_cast(jnp.full(size, value, jnp.float32), layout)
 
     carry = (

@@ -1,4 +1,4 @@
-"""What `selective_attention` means, in plain `jnp` over a dense mask: what every backend is tested against."""
+"""What `selective_attention` means, in plain `jnp` over a dense mask: every backend is tested against it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def selective_attention_reference(
     window: int | None = None,
     scale: float | None = None,
 ) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
-    """What `selective_attention(..., return_lse=True)` means, in plain `jnp` over a dense mask, in the dtype of `q`."""
+    """Returns what `selective_attention(..., return_lse=True)` must, computed in the dtype of `q`."""
     num_keys, num_kv_heads, head_dim = k.shape
     kv_length = num_keys if kv_length is None else kv_length
     starts = first_visible(q_positions, q_starts, window)

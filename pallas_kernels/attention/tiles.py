@@ -1,4 +1,4 @@
-"""What every Pallas backend of `selective_attention` shares: query tiles, and the key blocks that each needs."""
+"""What the Pallas backends of `selective_attention` share: query tiles, and the key blocks that each needs."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int, Shaped
 
-BIG = 2**30
-Shaped = jax.Array | jax.ShapeDtypeStruct
+BIG = 2**30  # beyond every position
 
 
 class KeyBlocks(NamedTuple):
-    """The key blocks that each tile of queries needs: `begin … end`, of them `inner_begin … inner_end` unmasked."""
+    """The key blocks that each tile needs, `[begin, end)`; those in `[inner_begin, inner_end)` need no mask."""
 
-    begin: jax.Array  # int32 [tiles], as all of them
-    inner_begin: jax.Array
-    inner_end: jax.Array
-    end: jax.Array
-    last: jax.Array  # keys from here on are seen by no query of the tile; in keys, not in blocks
+    begin: Int[Array, " tiles"]
+    inner_begin: Int[Array, " tiles"]
+    inner_end: Int[Array, " tiles"]
+    end: Int[Array, " tiles"]
+    last: Int[Array, " tiles"]  # no query of the tile sees this key or a later one; counts keys, not blocks
 
 
 class QueryTiles(NamedTuple):
-    """Queries as rows of matrix products. The heads that share a KV head are neighbours: a tile spans few positions."""
+    """Queries as rows of matrix products. Heads that share a KV head are adjacent rows: a tile spans few positions."""
 
-    rows: jax.Array  # [kv_heads, rows, head_dim]; row = query * group + head of the group
-    last_visible: jax.Array  # int32 [rows]; -1 where a row sees nothing
-    first_visible: jax.Array  # int32 [rows]
+    rows: Float[Array, "kv_heads rows head_dim"]  # row = query * group + head of the group
+    last_visible: Int[Array, " rows"]  # -1 where a row sees nothing
+    first_visible: Int[Array, " rows"]
     blocks: KeyBlocks
 
 
 def make_tiles(
-    q: jax.Array,
-    positions: jax.Array,
-    starts: jax.Array | None,
-    kv_length: jax.Array,
+    q: Float[Array, "queries heads head_dim"],
+    positions: Int[Array, " queries"],
+    starts: Int[Array, " queries"] | None,
+    kv_length: Int[Array, ""],
     *,
     num_kv_heads: int,
     tile_rows: int,
     block_keys: int,
 ) -> QueryTiles:
-    """Packs `q` `[queries, heads, head_dim]` into tiles of `tile_rows` rows, the last one padded."""
+    """Packs queries into tiles of `tile_rows` rows, the last one padded."""
     num_queries, num_heads, head_dim = q.shape
     group = num_heads // num_kv_heads
     padding = -(num_queries * group) % tile_rows
@@ -56,7 +56,9 @@ def make_tiles(
     return QueryTiles(rows, last, first, _key_blocks(last, first, tile_rows, block_keys))
 
 
-def _key_blocks(last_visible: jax.Array, first_visible: jax.Array, tile_rows: int, block_keys: int) -> KeyBlocks:
+def _key_blocks(
+    last_visible: Int[Array, " rows"], first_visible: Int[Array, " rows"], tile_rows: int, block_keys: int
+) -> KeyBlocks:
     last_visible, first_visible = last_visible.reshape(-1, tile_rows), first_visible.reshape(-1, tile_rows)
     sees_any = last_visible >= 0
     last = last_visible.max(axis=1) + 1
@@ -69,11 +71,17 @@ def _key_blocks(last_visible: jax.Array, first_visible: jax.Array, tile_rows: in
     return KeyBlocks(begin, inner_begin, inner_end, end, last)
 
 
-def cost(q: Shaped, k: Shaped, *, tile_rows: int, block_keys: int) -> pl.CostEstimate:
-    """Returns what attention costs by tiles of such sizes, declared to XLA when positions are not known yet.
+def cost(
+    q: Float[Array, "queries heads head_dim"] | jax.ShapeDtypeStruct,
+    k: Float[Array, "keys kv_heads head_dim"] | jax.ShapeDtypeStruct,
+    *,
+    tile_rows: int,
+    block_keys: int,
+) -> pl.CostEstimate:
+    """Returns what attention in tiles of these sizes costs, as declared to XLA before positions are known.
 
-    Of queries spread evenly over the keys, each of which sees all keys before it; full prefill and the survivors of a
-    blend are such. A tile reads the key and value blocks up to its last query's position.
+    Assumes queries spread evenly over the keys, each seeing all keys before it: so are those of a full prefill and the
+    survivors of a blend. A tile reads the key and value blocks up to its last query's position.
     """
     (num_queries, num_heads, head_dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
     num_rows = num_queries * num_heads // num_kv_heads
@@ -89,8 +97,10 @@ def cost(q: Shaped, k: Shaped, *, tile_rows: int, block_keys: int) -> pl.CostEst
     )
 
 
-def unpack_rows(packed: jax.Array, num_queries: int, num_heads: int) -> jax.Array:
-    """Undoes the packing: `[kv_heads, rows, …]` becomes `[queries, heads, …]`."""
+def unpack_rows(
+    packed: Shaped[Array, "kv_heads rows *rest"], num_queries: int, num_heads: int
+) -> Shaped[Array, "queries heads *rest"]:
+    """Undoes the packing of queries into rows."""
     num_kv_heads, _, *rest = packed.shape
     group = num_heads // num_kv_heads
     rows = packed[:, : num_queries * group].reshape(num_kv_heads, num_queries, group, *rest)

@@ -1,26 +1,30 @@
-"""Selective attention as a Pallas TPU kernel: block bounds are prefetched scalars, so unneeded keys are never fetched.
+"""Selective attention for TPUs: block bounds are prefetched scalars, so that unneeded keys are never fetched.
 
 Everything is transposed, scores `[keys, rows]` and output `[head_dim, rows]`: the softmax then reduces over sublanes,
-its state is one lane a row, and positions and log-sum-exp are plain vectors of lanes.
+its state is one lane per row, and positions and log-sum-exp are plain vectors of lanes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.tiles import KeyBlocks, cost, make_tiles, unpack_rows
 from pallas_kernels.tuning import AttentionBlocks
 
-MASKED = -1e30  # finite: a row that sees nothing of a block stays free of NaN
+MASKED = -1e30  # finite, so that a row that sees nothing of a block stays free of NaN
 LANES = 128
 
 
-def declines(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | None:
-    """Returns why the kernel can't serve such arrays; `None` where it can."""
+def unsupported_reason(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | None:
+    """Returns why the kernel can't serve arrays of these shapes and dtypes; `None` where it can."""
     if q.dtype == jnp.float16 and not interpret:
         return "computes in bfloat16 or float32, not float16"
     if q.shape[2] % 8 or q.shape[2] > 256:
@@ -29,18 +33,18 @@ def declines(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | None:
 
 
 def attend_tpu(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_positions: jax.Array,
-    starts: jax.Array | None,
-    kv_length: jax.Array,
+    q: Float[Array, "queries heads head_dim"],
+    k: Float[Array, "keys kv_heads head_dim"],
+    v: Float[Array, "keys kv_heads head_dim"],
+    q_positions: Int[Array, " queries"],
+    starts: Int[Array, " queries"] | None,
+    kv_length: Int[Array, ""],
     *,
     scale: float,
     blocks: AttentionBlocks,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns output and log-sum-exp of validated arguments; `starts` already holds the window's first keys."""
+) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
+    """Returns output and log-sum-exp for validated arguments; `starts` already takes the window into account."""
     num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
     tile_rows = min(blocks.rows, _round_up(num_queries * num_heads // num_kv_heads, LANES))
@@ -48,16 +52,16 @@ def attend_tpu(
     tiles = make_tiles(
         q, q_positions, starts, kv_length, num_kv_heads=num_kv_heads, tile_rows=tile_rows, block_keys=block_keys
     )
-    # The copies in head-major order, which the tiling of memory asks for, are padded in passing.
+    # The tiling of memory asks for copies in head-major order; padding them costs nothing more.
     padding = ((0, _round_up(num_keys, block_keys) - num_keys), (0, 0), (0, 0))
     keys, values = jnp.pad(k, padding).transpose(1, 0, 2), jnp.pad(v, padding).transpose(1, 2, 0)
     num_rows, num_blocks = tiles.rows.shape[1], keys.shape[1] // block_keys
 
-    def key_block(tile, step, begin, end):
-        # Steps past the last block name it again: nothing is fetched for them.
+    def key_block(tile: jax.Array, step: jax.Array, begin: Any, end: Any) -> jax.Array:
+        # Steps past the last block name it again: then nothing is fetched.
         return jnp.minimum(begin[tile] + step, jnp.maximum(end[tile] - 1, 0))
 
-    def of_tile(rows: int):
+    def of_tile(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, rows, tile_rows), lambda head, tile, *_: (head, 0, tile))
 
     grid_spec = pltpu.PrefetchScalarGridSpec(
@@ -94,7 +98,7 @@ def attend_tpu(
     return unpack_rows(out.transpose(0, 2, 1), num_queries, num_heads), unpack_rows(lse[:, 0], num_queries, num_heads)
 
 
-def _kernel(scale: float, block_keys: int, num_blocks: int):
+def _kernel(scale: float, block_keys: int, num_blocks: int) -> Callable[..., None]:
     def kernel(begin, inner_begin, inner_end, end, last, visible, q, k, v, out, lse, maximum, total, weighted):
         tile, step = pl.program_id(1), pl.program_id(2)
         block = begin[tile] + step
@@ -115,7 +119,7 @@ def _kernel(scale: float, block_keys: int, num_blocks: int):
             if masked:
                 key = block * block_keys + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
                 scores = jnp.where((key >= visible[0:1]) & (key <= visible[1:2]), scores, MASKED)
-                # Keys that nobody sees may be NaN, which a weight of zero would not silence.
+                # Keys that no query sees may be NaN, and zero times NaN is NaN.
                 key = block * block_keys + lax.broadcasted_iota(jnp.int32, value_block.shape, 1)
                 value_block = jnp.where(key < last[tile], value_block, jnp.zeros_like(value_block))
             new_maximum = jnp.maximum(maximum[...], scores.max(axis=0, keepdims=True))

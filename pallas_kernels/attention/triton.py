@@ -1,42 +1,46 @@
-"""Selective attention for NVIDIA GPUs before Hopper by Pallas' Triton backend: thin, while JAX keeps that backend."""
+"""Selective attention for NVIDIA GPUs other than Hopper by Pallas' Triton backend, for as long as JAX keeps it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.tiles import cost, make_tiles, unpack_rows
 from pallas_kernels.tuning import AttentionBlocks
 
-MASKED = -1e30  # finite: a row that sees nothing of a block stays free of NaN
+MASKED = -1e30  # finite, so that a row that sees nothing of a block stays free of NaN
 
 
-def declines(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | None:
-    """Returns why the kernel can't serve such arrays; `None` where it can."""
+def unsupported_reason(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | None:
+    """Returns why the kernel can't serve arrays of these shapes and dtypes; `None` where it can."""
     if q.shape[2] > 256:
         return f"needs a head_dim of at most 256, got {q.shape[2]}"
     return None
 
 
 def attend_triton(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_positions: jax.Array,
-    starts: jax.Array | None,
-    kv_length: jax.Array,
+    q: Float[Array, "queries heads head_dim"],
+    k: Float[Array, "keys kv_heads head_dim"],
+    v: Float[Array, "keys kv_heads head_dim"],
+    q_positions: Int[Array, " queries"],
+    starts: Int[Array, " queries"] | None,
+    kv_length: Int[Array, ""],
     *,
     scale: float,
     blocks: AttentionBlocks,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns output and log-sum-exp of validated arguments; `starts` already holds the window's first keys."""
+) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
+    """Returns output and log-sum-exp for validated arguments; `starts` already takes the window into account."""
     num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
-    # Triton's arrays have powers of two as sizes; other heads, and keys that are no whole blocks, are padded.
+    # The sizes of Triton's arrays are powers of two: other head_dims, and a last block of keys, are padded.
     width = max(pl.next_power_of_2(head_dim), 16)
     widen = ((0, 0), (0, 0), (0, width - head_dim))
     lengthen = ((0, -num_keys % blocks.keys), (0, 0), (0, width - head_dim))
@@ -72,13 +76,13 @@ def attend_triton(
     return unpack_rows(out, num_queries, num_heads)[..., :head_dim], unpack_rows(lse, num_queries, num_heads)
 
 
-def _kernel(scale: float, block_keys: int, *, has_starts: bool):
+def _kernel(scale: float, block_keys: int, *, has_starts: bool) -> Callable[..., None]:
     def kernel(begin, inner_begin, inner_end, end, last, first_visible, last_visible, q, k, v, out, lse):
         num_rows, width = q.shape
         queries, row_first, row_last, last_key = q[...], first_visible[...], last_visible[...], last[0]
         precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
-        def step(masked: bool, block, carry):
+        def step(masked: bool, block: jax.Array, carry: Any) -> Any:
             weighted, maximum, total = carry
             keys = pl.ds(block * block_keys, block_keys)
             scores = plt.dot(queries, k[keys, :], trans_b=True, precision=precision).astype(jnp.float32) * scale
@@ -89,7 +93,7 @@ def _kernel(scale: float, block_keys: int, *, has_starts: bool):
                 if has_starts:
                     visible &= key >= row_first[:, None]
                 scores = jnp.where(visible, scores, MASKED)
-                # Keys that nobody sees may be NaN, which a weight of zero would not silence.
+                # Keys that no query sees may be NaN, and zero times NaN is NaN.
                 key = block * block_keys + lax.broadcasted_iota(jnp.int32, value_block.shape, 0)
                 value_block = jnp.where(key < last_key, value_block, jnp.zeros_like(value_block))
             new_maximum = jnp.maximum(maximum, scores.max(axis=1))

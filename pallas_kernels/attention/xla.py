@@ -7,20 +7,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
-MASKED = -1e30  # finite: a fully masked row stays free of NaN until it is overwritten by zeros
+MASKED = -1e30  # finite, so that a fully masked row stays free of NaN until zeros overwrite it
 
 
 def attend_xla(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_positions: jax.Array,
-    starts: jax.Array | None,
-    kv_length: jax.Array,
+    q: Float[Array, "queries heads head_dim"],
+    k: Float[Array, "keys kv_heads head_dim"],
+    v: Float[Array, "keys kv_heads head_dim"],
+    q_positions: Int[Array, " queries"],
+    starts: Int[Array, " queries"] | None,
+    kv_length: Int[Array, ""],
     scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns output and log-sum-exp of validated arguments; `starts` already holds the window's first keys."""
+) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
+    """Returns output and log-sum-exp for validated arguments; `starts` already takes the window into account."""
     num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
     tile_size, blocks = block_sizes(num_queries, num_keys)
@@ -34,7 +35,7 @@ def attend_xla(
             positions=jnp.pad(q_positions, (0, padding), constant_values=num_keys).reshape(num_tiles, tile_size),
             starts=None if starts is None else jnp.pad(starts, (0, padding)).reshape(num_tiles, tile_size),
         )
-        # One tile reads each key once, where it lies; several share a copy in the order that their products want.
+        # One tile reads each key once, in place; several share a copy in the order that their products want.
         stored = _Stored(k, v) if num_tiles == 1 else _Stored(k.transpose(1, 0, 2), v.transpose(1, 0, 2), True)
 
         def attend_tile(_: None, tile: _Tile) -> tuple[None, tuple[jax.Array, jax.Array]]:
@@ -52,18 +53,18 @@ def attend_xla(
 
 
 class BlockSizes(NamedTuple):
-    """Keys a step: `inner` (a multiple of `edge`) where all the tile's queries see every key, `edge` where not."""
+    """Keys per step: `inner` (a multiple of `edge`) where all the tile's queries see every key, else `edge`."""
 
     inner: int
     edge: int
 
 
 def block_sizes(num_queries: int, num_keys: int) -> tuple[int, BlockSizes]:
-    """Returns queries a tile and keys a step of the XLA implementation, as they were fastest on a CPU.
+    """Returns queries per tile and keys per step of the XLA implementation: those that are fastest on a CPU.
 
-    Tiles are equal, so that the last one is not mostly padding: its queries see the most keys. Steps are large, since
-    each operation of a step has its own cost. Scattered queries span several times their number in positions: little
-    of what a tile sees is common to all of it, and its tiles are smaller.
+    Tiles are equal, so that the last one, whose queries see the most keys, is not mostly padding. Steps are large,
+    since every operation of a step has a fixed cost. Scattered queries get smaller tiles: they span several times
+    their number in positions, so that few keys are visible to a whole tile.
     """
     dense = num_queries * 2 > num_keys
     tiles = max(round(num_queries / (352 if dense else 224)), 1)
@@ -74,24 +75,26 @@ def block_sizes(num_queries: int, num_keys: int) -> tuple[int, BlockSizes]:
 
 
 class _Tile(NamedTuple):
-    q: jax.Array  # [tile, heads, head_dim]
-    positions: jax.Array  # [tile]
-    starts: jax.Array | None  # [tile]
+    q: Float[Array, "tile heads head_dim"]
+    positions: Int[Array, " tile"]
+    starts: Int[Array, " tile"] | None
 
 
 class _Stored(NamedTuple):
     """Keys and values, `[keys, kv_heads, head_dim]` or, if `head_major`, `[kv_heads, keys, head_dim]`."""
 
-    k: jax.Array
-    v: jax.Array
+    k: Float[Array, "_ _ head_dim"]
+    v: Float[Array, "_ _ head_dim"]
     head_major: bool = False
 
     @property
     def num_keys(self) -> int:
         return self.k.shape[int(self.head_major)]
 
-    def block(self, begin: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-        """Returns `size` keys and values from `begin` on, `[kv_heads, size, head_dim]`."""
+    def block(
+        self, begin: Int[Array, ""], size: int
+    ) -> tuple[Float[Array, "kv_heads size head_dim"], Float[Array, "kv_heads size head_dim"]]:
+        """Returns `size` keys and values from `begin` on."""
         k, v = (lax.dynamic_slice_in_dim(x, begin, size, axis=int(self.head_major)) for x in (self.k, self.v))
         return (k, v) if self.head_major else (k.transpose(1, 0, 2), v.transpose(1, 0, 2))
 
@@ -99,19 +102,20 @@ class _Stored(NamedTuple):
 class _Softmax(NamedTuple):
     """The online softmax's state of one tile's rows."""
 
-    maximum: jax.Array  # [kv_heads, rows]
-    total: jax.Array  # [kv_heads, rows]
-    weighted: jax.Array  # [kv_heads, rows, head_dim]
+    maximum: Float[Array, "kv_heads rows"]
+    total: Float[Array, "kv_heads rows"]
+    weighted: Float[Array, "kv_heads rows head_dim"]
 
 
 def _attend_tile(
     tile: _Tile,
-    rows: jax.Array,
+    rows: Float[Array, "kv_heads rows head_dim"],
     stored: _Stored,
-    kv_length: jax.Array,
+    kv_length: Int[Array, ""],
     scale: float,
     blocks: BlockSizes,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "kv_heads rows head_dim"], Float[Array, "kv_heads rows"]]:
+    """Returns output and log-sum-exp of one tile, whose queries are repeated in `rows` for the heads of a group."""
     num_kv_heads, num_rows, head_dim = rows.shape
     group = num_rows // tile.positions.shape[0]
     num_keys = stored.num_keys
@@ -129,7 +133,7 @@ def _attend_tile(
     row_positions, row_starts, row_valid = (jnp.tile(x, group)[None, :, None] for x in (tile.positions, starts, valid))
 
     def step(block: int, masked: bool, index: jax.Array, state: _Softmax) -> _Softmax:
-        # A block that would stick out of the array is moved back; the keys seen before are masked.
+        # A block that would reach beyond the array is moved back; keys that an earlier block held are masked.
         begin = jnp.minimum(index * block, num_keys - block)
         key_block, value_block = stored.block(begin, block)
         scores = jnp.einsum("hqd,hkd->hqk", query_rows, key_block, preferred_element_type=jnp.float32)
@@ -153,7 +157,7 @@ def _attend_tile(
         )
 
     def steps(block: int, masked: bool, begin: jax.Array, end: jax.Array, state: _Softmax) -> _Softmax:
-        """Runs over the keys `[begin, end)`, both multiples of `block` or, for `end`, past the last visible key."""
+        """Runs over the keys `[begin, end)`: multiples of `block`, but for an `end` past the last visible key."""
         return lax.fori_loop(begin // block, -(-end // block), lambda i, s: step(block, masked, i, s), state)
 
     state = _Softmax(

@@ -1,1 +1,1 @@
-"""Blending of cached with fresh KV: interface, reference, and one file a backend."""
+"""Blending of cached with fresh KV: interface, reference, and one file per backend."""

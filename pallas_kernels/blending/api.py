@@ -1,4 +1,4 @@
-"""KV blending: cached keys are rotated to their places and the recomputed tokens' rows replaced, in one pass."""
+"""KV blending: in one pass, cached keys are rotated to their places and recomputed tokens' rows replaced."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tuning
 from pallas_kernels.blending.xla import blend_xla
-from pallas_kernels.dispatch import Declines, choose_backend, current_target, declines_of
+from pallas_kernels.dispatch import UnsupportedReasons, choose_backend, current_target, unsupported_reasons
 
-# Imported when first used: a platform's Pallas needs not be there on another.
+# By backend: module and function. Imported when first used: a machine may lack the Pallas of other platforms.
 BACKENDS = {
     "triton": ("pallas_kernels.blending.triton", "blend_triton"),
     "tpu": ("pallas_kernels.blending.tpu", "blend_tpu"),
@@ -37,32 +37,32 @@ def blend_kv(
     tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"]]
     | tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"], Float[Array, "tokens 2"]]
 ):
-    """Returns one layer's blended `(k rotated, v)`: the cached rows, those at `indices` replaced by the fresh ones.
+    """Returns one layer's blended `(k rotated, v)`: the cached rows, with those at `indices` replaced by fresh ones.
 
-    `k_cached` and `k_fresh` are before RoPE; `cos` and `sin` (float32) hold every key's angles. `indices` ascend;
+    `k_cached` and `k_fresh` are before RoPE; `cos` and `sin` (float32) hold every key's angles. `indices` must ascend;
     an index of `keys` or more is padding and writes nothing.
 
-    The Pallas kernels work in place: where `k_cached` and `v_cached` are donated or needed no more, keys pass through
-    once and of the values nothing is moved but the fresh rows; else XLA copies them first.
+    The Pallas kernels work in place: where `k_cached` and `v_cached` are donated or no longer needed, keys pass through
+    once and only the fresh rows of the values move; otherwise XLA copies the cached arrays first.
 
     Args:
-        return_deviation: also return how far each fresh row is from the one that it replaces, see below.
+        return_deviation: also return how far each fresh row is from the one that it replaces; see below.
         implementation: `None` (best for the platform: today `"xla"` on all), `"xla"`, `"pallas"` (the platform's
-            Pallas kernel; on a CPU interpreted, for tests), or one of them by name: `"triton"`, `"tpu"`.
+            Pallas kernel; on a CPU interpreted, for tests), or a Pallas kernel by name: `"triton"`, `"tpu"`.
 
     With `return_deviation` a third result, float32 `[tokens, 2]`: how far each fresh row is from the cached one that
     it replaces, `[Σ (k_fresh - k_cached)², Σ (v_fresh - v_cached)²]` over heads and dims, before RoPE, not divided by
     the layer's norms; zeros for padding.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or an implementation that is unknown or can't serve the call; the
-            message says why.
+        ValueError: shapes or dtypes do not fit, or the implementation is unknown or can't serve the call; the message
+            says why.
 
     Source: CacheBlend (arXiv 2405.16444) §4.2, with keys cached before RoPE.
     """
     _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)
-    # Memory-bound: the kernels are not chosen unasked before they were measured to be faster than XLA.
-    backend = choose_backend(implementation, "blend_kv", _declines(k_cached, k_fresh), default="xla")
+    # Memory-bound: no kernel is chosen by default until it has been measured to be faster than XLA.
+    backend = choose_backend(implementation, "blend_kv", _unsupported(k_cached, k_fresh), default="xla")
     arguments = k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin
     with jax.named_scope("blend_kv"):
         if backend == "xla":
@@ -72,15 +72,17 @@ def blend_kv(
     return (k, v) if deviation is None else (k, v, deviation)
 
 
-def _declines(k_cached: jax.Array, k_fresh: jax.Array) -> Declines:
-    def declined(_: str, module: ModuleType) -> str | None:
-        return module.declines(k_cached, k_fresh, interpret=current_target().platform == "cpu")
+def _unsupported(k_cached: jax.Array, k_fresh: jax.Array) -> UnsupportedReasons:
+    def reason_of(_: str, module: ModuleType) -> str | None:
+        return module.unsupported_reason(k_cached, k_fresh, interpret=current_target().platform == "cpu")
 
     empty = 0 in (*k_cached.shape, *k_fresh.shape)
-    return declines_of(BACKENDS, declined, "needs a key and a fresh row" if empty else None)
+    return unsupported_reasons(BACKENDS, reason_of, "needs a key and a fresh row" if empty else None)
 
 
-def _blend_pallas(backend: str, arguments: tuple[jax.Array, ...], with_deviation: bool):
+def _blend_pallas(
+    backend: str, arguments: tuple[jax.Array, ...], with_deviation: bool
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     module, function = BACKENDS[backend]
     blend = partial(
         getattr(import_module(module), function),
@@ -88,11 +90,19 @@ def _blend_pallas(backend: str, arguments: tuple[jax.Array, ...], with_deviation
         blocks=tuning.BLEND_KV[backend],
         interpret=current_target().platform == "cpu",
     )
-    # A batch runs one by one: a kernel's grid is full with one member.
+    # A batch's members run one after another: each fills the kernel's grid.
     return sequential_vmap(lambda *arrays: blend(*arrays))(*arguments)
 
 
-def _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin) -> None:
+def _validate(
+    k_cached: jax.Array,
+    v_cached: jax.Array,
+    k_fresh: jax.Array,
+    v_fresh: jax.Array,
+    indices: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+) -> None:
     for name, array in (("k_cached", k_cached), ("k_fresh", k_fresh)):
         if array.ndim != 3:
             raise ValueError(f"blend_kv: {name} must be of rank 3, [tokens, kv_heads, head_dim], got {array.shape}")

@@ -1,4 +1,4 @@
-"""What `blend_kv` means, in plain `jnp` over a dense match of keys and rows: what every backend is tested against."""
+"""What `blend_kv` means, in plain `jnp` over a dense match of keys and rows: every backend is tested against it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def blend_kv_reference(
     cos: Float[Array, "keys half"],
     sin: Float[Array, "keys half"],
 ) -> tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"], Float[Array, "tokens 2"]]:
-    """What `blend_kv(..., return_deviation=True)` means, in the dtype of its arguments."""
+    """Returns what `blend_kv(..., return_deviation=True)` must, computed in the dtype of its arguments."""
     is_place = indices[None, :] == jnp.arange(k_cached.shape[0])[:, None]  # [keys, tokens]
     replaced, row = is_place.any(axis=1)[:, None, None], is_place.argmax(axis=1)
     k = jnp.where(replaced, k_fresh[row], k_cached)

@@ -1,27 +1,31 @@
-"""KV blending as a Pallas TPU kernel, in place: keys stream through VMEM, of values only what changes is moved.
+"""KV blending for TPUs, in place: keys stream through VMEM, and only the values that change are moved.
 
-While one block of keys is rotated, the fresh rows of the next one are on their way: fresh rows ascend, so a block's
+While one block of keys is rotated, the fresh rows of the next one are fetched. Fresh rows ascend, so those of a block
 are a range, whose ends are prefetched scalars.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blending.traffic import cost, distances_of_rows
 from pallas_kernels.tuning import BlendBlocks
 
-MOST_ROWS = 2**16  # their indices are scalars, in scalar memory
-MOST_BYTES = 2**13  # of a key, so that a dozen blocks of 128 keys are in VMEM at a time
+MOST_ROWS = 2**16  # fresh rows, whose indices lie in scalar memory
+MOST_BYTES = 2**13  # of one key, so that a dozen blocks of 128 keys fit in VMEM at a time
 LANES = 128
 
 
-def declines(k_cached: jax.Array, k_fresh: jax.Array, *, interpret: bool) -> str | None:
-    """Returns why the kernel can't serve such arrays; `None` where it can."""
+def unsupported_reason(k_cached: jax.Array, k_fresh: jax.Array, *, interpret: bool) -> str | None:
+    """Returns why the kernel can't serve arrays of these shapes and dtypes; `None` where it can."""
     if k_cached.dtype == jnp.float16 and not interpret:
         return "computes in bfloat16 or float32, not float16"
     if k_cached.shape[2] % 16 or k_cached.shape[2] > 256:
@@ -34,19 +38,21 @@ def declines(k_cached: jax.Array, k_fresh: jax.Array, *, interpret: bool) -> str
 
 
 def blend_tpu(
-    k_cached: jax.Array,
-    v_cached: jax.Array,
-    k_fresh: jax.Array,
-    v_fresh: jax.Array,
-    indices: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
+    k_cached: Float[Array, "keys kv_heads head_dim"],
+    v_cached: Float[Array, "keys kv_heads head_dim"],
+    k_fresh: Float[Array, "tokens kv_heads head_dim"],
+    v_fresh: Float[Array, "tokens kv_heads head_dim"],
+    indices: Int[Array, " tokens"],
+    cos: Float[Array, "keys half"],
+    sin: Float[Array, "keys half"],
     *,
     with_deviation: bool,
     blocks: BlendBlocks,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Returns `(k rotated, v, deviation)` of validated arguments."""
+) -> tuple[
+    Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"], Float[Array, "tokens 2"] | None
+]:
+    """Returns `(k rotated, v, deviation)` for validated arguments."""
     num_keys, num_kv_heads, head_dim = k_cached.shape
     size = _block_keys(k_cached, blocks)
     num_blocks = pl.cdiv(num_keys, size)
@@ -76,9 +82,9 @@ def blend_tpu(
             *out_shape,
             *([jax.ShapeDtypeStruct((2, num_keys), jnp.float32)] if with_deviation else []),
         ],
-        # What the caller still needs, XLA copies first. The interpreter can't alias an array that is no whole blocks.
+        # XLA first copies what the caller still needs. The interpreter can't alias arrays with a partial last block.
         input_output_aliases={7: 1} if interpret else {2: 0, 7: 1},
-        # In order: a block's fresh rows are fetched by the step before.
+        # In order, since each step fetches the fresh rows of the next block.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         cost_estimate=cost(k_cached, k_fresh, cos, with_deviation),
         interpret=pltpu.InterpretParams() if interpret else False,
@@ -88,23 +94,25 @@ def blend_tpu(
 
 
 def _block_keys(k_cached: jax.Array, blocks: BlendBlocks) -> int:
+    """Returns the keys of a block."""
     return max(min(blocks.keys, blocks.block_bytes // _padded_bytes(k_cached) // LANES * LANES), LANES)
 
 
 def _padded_bytes(k_cached: jax.Array) -> int:
+    """Returns the bytes of one key in VMEM, where heads are padded to sublanes and head_dim to lanes."""
     _, num_kv_heads, head_dim = k_cached.shape
     return -(-num_kv_heads // 8) * 8 * -(-head_dim // LANES) * LANES * k_cached.dtype.itemsize
 
 
-def _kernel(size: int, num_blocks: int, with_deviation: bool):
+def _kernel(size: int, num_blocks: int, with_deviation: bool) -> Callable[..., None]:
     def kernel(indices, ends, k_cached, cos, sin, k_fresh, v_fresh, v_cached, k, v, *rest):
         k_rows, *to_compare, arrived, written = rest[with_deviation:]
         block = pl.program_id(0)
 
-        def each_row(of_block, act) -> None:
+        def each_row(of_block: jax.Array, act: Callable[[jax.Array], None]) -> None:
             lax.fori_loop(ends[of_block], ends[of_block + 1], lambda row, _: act(row), None)
 
-        def copies_in(row, of_block):
+        def copies_in(row: jax.Array, of_block: jax.Array) -> list[Any]:
             slot = of_block % 2
             pairs = [(k_fresh.at[row], k_rows)]
             if with_deviation:
@@ -114,18 +122,18 @@ def _kernel(size: int, num_blocks: int, with_deviation: bool):
                 for source, target in pairs
             ]
 
-        def start(of_block) -> None:
-            def start_row(row) -> None:
+        def start(of_block: jax.Array) -> None:
+            def start_row(row: jax.Array) -> None:
                 for copy in copies_in(row, of_block):
                     copy.start()
 
             each_row(of_block, start_row)
 
-        def wait_for(row) -> None:
+        def wait_for(row: jax.Array) -> None:
             for copy in copies_in(row, block):
                 copy.wait()
 
-        def copy_out(row):
+        def copy_out(row: jax.Array) -> Any:
             return pltpu.make_async_copy(v_fresh.at[row], v.at[indices[row]], written)
 
         pl.when(block == 0)(lambda: start(block))
@@ -135,7 +143,7 @@ def _kernel(size: int, num_blocks: int, with_deviation: bool):
             v_difference = to_compare[2]
             v_difference[...] = jnp.zeros_like(v_difference)
 
-        def replace(row) -> None:
+        def replace(row: jax.Array) -> None:
             copy_out(row).start()
             at, place = (block % 2, row - ends[block]), indices[row] - block * size
             k[place] = k_rows[at]
@@ -143,7 +151,7 @@ def _kernel(size: int, num_blocks: int, with_deviation: bool):
                 new, old = (x[at].astype(jnp.float32) for x in to_compare[:2])
                 v_difference[place] = new - old
 
-        each_row(block, wait_for)  # all of them: a semaphore counts bytes, not which row has come
+        each_row(block, wait_for)  # for all before the first is used: a semaphore counts bytes, not which row came
         each_row(block, replace)
         if with_deviation:
             distances = rest[0]
@@ -155,7 +163,9 @@ def _kernel(size: int, num_blocks: int, with_deviation: bool):
     return kernel
 
 
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def _rotate(
+    x: Float[Array, "keys kv_heads head_dim"], cos: Float[Array, "keys half"], sin: Float[Array, "keys half"]
+) -> Float[Array, "keys kv_heads head_dim"]:
     half = cos.shape[1]
     cos = jnp.concatenate([cos, cos], axis=1)[:, None, :]
     sin = jnp.concatenate([-sin, sin], axis=1)[:, None, :]
@@ -163,8 +173,8 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return x * cos + swapped * sin
 
 
-def _squared_norms(x: jax.Array) -> jax.Array:
-    """Returns `[1, keys]`, lanes of keys, of `[keys, kv_heads, head_dim]`: the sum over lanes is a matrix product."""
+def _squared_norms(x: Float[Array, "keys kv_heads head_dim"]) -> Float[Array, "1 keys"]:
+    """Returns each key's squared norm, one lane per key: the sum over a head's lanes is a matrix product."""
     squares = jnp.square(x).sum(axis=1)
     ones = jnp.ones((8, squares.shape[1]), jnp.float32)
     sums = lax.dot_general(

@@ -1,13 +1,18 @@
-"""What the Pallas backends of `blend_kv` share: the memory traffic that they declare, and distances by row."""
+"""What the Pallas backends of `blend_kv` share: the memory traffic that they declare, and distances per row."""
 
 from __future__ import annotations
 
-import jax
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
 
 
-def cost(k_cached: jax.Array, k_fresh: jax.Array, cos: jax.Array, with_deviation: bool) -> pl.CostEstimate:
-    """Returns what a blend in place costs: keys pass once, of the values the fresh rows alone."""
+def cost(
+    k_cached: Float[Array, "keys kv_heads head_dim"],
+    k_fresh: Float[Array, "tokens kv_heads head_dim"],
+    cos: Float[Array, "keys half"],
+    with_deviation: bool,
+) -> pl.CostEstimate:
+    """Returns what a blend in place costs: keys pass once, and of the values only the fresh rows move."""
     num_keys, row = k_cached.shape[0], k_cached.nbytes // k_cached.shape[0]
     num_fresh, angles = k_fresh.shape[0], 2 * cos.nbytes
     read = num_keys * row + angles + 4 * num_fresh + 2 * num_fresh * row
@@ -19,6 +24,6 @@ def cost(k_cached: jax.Array, k_fresh: jax.Array, cos: jax.Array, with_deviation
     )
 
 
-def distances_of_rows(by_key: jax.Array, indices: jax.Array) -> jax.Array:
-    """Returns float32 `[tokens, 2]` from `[2, keys]`; zeros for padding rows."""
+def distances_of_rows(by_key: Float[Array, "2 keys"], indices: Int[Array, " tokens"]) -> Float[Array, "tokens 2"]:
+    """Picks the fresh rows' distances out of every key's; zeros for padding rows."""
     return by_key.at[:, indices].get(mode="fill", fill_value=0.0).T

@@ -1,41 +1,47 @@
-"""KV blending for NVIDIA GPUs by Pallas' Triton backend, in place: keys in one pass, of values only what changes.
+"""KV blending for NVIDIA GPUs by Pallas' Triton backend, in place: keys pass once, and only changed values move.
 
-Memory is all that it costs. A program finds the fresh rows of its keys by binary search, so that no table of them is
-made before; it loads of each key either the fresh row or the cached one, and of the values only what it replaces.
+The kernel is bound by memory. Each program finds the fresh rows of its keys by binary search, so that no table of them
+is needed; for each key it loads either the fresh row or the cached one, and of the values only those it replaces.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.blending.traffic import cost, distances_of_rows
 from pallas_kernels.tuning import BlendBlocks
 
 
-def declines(k_cached: jax.Array, k_fresh: jax.Array, *, interpret: bool) -> str | None:
-    """Returns why the kernel can't serve such arrays; `None` where it can."""
+def unsupported_reason(k_cached: jax.Array, k_fresh: jax.Array, *, interpret: bool) -> str | None:
+    """Returns why the kernel can't serve arrays of these shapes and dtypes; `None` where it can."""
     if k_cached.shape[2] > 256:
         return f"needs a head_dim of at most 256, got {k_cached.shape[2]}"
     return None
 
 
 def blend_triton(
-    k_cached: jax.Array,
-    v_cached: jax.Array,
-    k_fresh: jax.Array,
-    v_fresh: jax.Array,
-    indices: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
+    k_cached: Float[Array, "keys kv_heads head_dim"],
+    v_cached: Float[Array, "keys kv_heads head_dim"],
+    k_fresh: Float[Array, "tokens kv_heads head_dim"],
+    v_fresh: Float[Array, "tokens kv_heads head_dim"],
+    indices: Int[Array, " tokens"],
+    cos: Float[Array, "keys half"],
+    sin: Float[Array, "keys half"],
     *,
     with_deviation: bool,
     blocks: BlendBlocks,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Returns `(k rotated, v, deviation)` of validated arguments."""
+) -> tuple[
+    Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"], Float[Array, "tokens 2"] | None
+]:
+    """Returns `(k rotated, v, deviation)` for validated arguments."""
     num_keys, num_kv_heads, head_dim = k_cached.shape
     whole = [pl.BlockSpec(x.shape, _origin(x.ndim)) for x in (k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)]
     by_key = jax.ShapeDtypeStruct((2, num_kv_heads, num_keys), jnp.float32)
@@ -46,7 +52,7 @@ def blend_triton(
         in_specs=whole,
         out_specs=[*whole[:2], *([pl.BlockSpec(by_key.shape, _origin(3))] if with_deviation else [])],
         out_shape=[*out_shape, *([by_key] if with_deviation else [])],
-        input_output_aliases={0: 0, 1: 1},  # what the caller still needs, XLA copies first
+        input_output_aliases={0: 0, 1: 1},  # XLA first copies what the caller still needs
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=1),
         cost_estimate=cost(k_cached, k_fresh, cos, with_deviation),
         interpret=interpret,
@@ -55,12 +61,12 @@ def blend_triton(
     return k, v, distances_of_rows(deviation[0].sum(axis=1), indices) if with_deviation else None
 
 
-def _origin(ndim: int):
+def _origin(ndim: int) -> Callable[..., tuple[int, ...]]:
     return lambda *_: (0,) * ndim
 
 
-def _kernel(block_keys: int, half: int):
-    width = pl.next_power_of_2(half)  # Triton's arrays have powers of two as sizes
+def _kernel(block_keys: int, half: int) -> Callable[..., None]:
+    width = pl.next_power_of_2(half)  # the sizes of Triton's arrays are powers of two
 
     def kernel(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin, k, v, *deviation):
         num_keys, num_rows = k_cached.shape[0], k_fresh.shape[0]
@@ -69,16 +75,16 @@ def _kernel(block_keys: int, half: int):
         is_key = keys < num_keys
         rows, replaced = _find(indices, keys, num_rows)
         column = jnp.arange(width, dtype=jnp.int32)
-        # Masked lanes keep places of their own: the interpreter writes there what it has read.
+        # Masked lanes have places of their own, since the interpreter writes back there what it read.
         key, row, first, second = keys[:, None], rows[:, None], column[None, :], half + column[None, :]
         is_value = is_key[:, None] & (column < half)[None, :]
         is_fresh = is_value & replaced[:, None]
         is_read = is_value if deviation else is_value & ~replaced[:, None]
 
-        def load(source, mask, *at):
+        def load(source: Any, mask: jax.Array, *at: Any) -> jax.Array:
             return plt.load(source.at[at], mask=mask, other=0)
 
-        def squared_distance(fresh, cached):
+        def squared_distance(fresh: jax.Array, cached: jax.Array) -> jax.Array:
             difference = jnp.where(is_fresh, fresh.astype(jnp.float32) - cached.astype(jnp.float32), 0.0)
             return jnp.square(difference).sum(axis=1)
 
@@ -102,8 +108,8 @@ def _kernel(block_keys: int, half: int):
     return kernel
 
 
-def _find(indices, key: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """Returns for each key the first row whose index is not below it, and whether it is that key."""
+def _find(indices: Any, key: Int[Array, " keys"], num_rows: int) -> tuple[Int[Array, " keys"], Bool[Array, " keys"]]:
+    """Returns for each key the first row whose index is not below the key, and whether that index is the key."""
     low, high = jnp.zeros_like(key), jnp.full_like(key, num_rows)
     for _ in range(num_rows.bit_length()):
         middle = (low + high) // 2

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.rotary import apply_rope
 
 
 def blend_xla(
-    k_cached: jax.Array,
-    v_cached: jax.Array,
-    k_fresh: jax.Array,
-    v_fresh: jax.Array,
-    indices: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
+    k_cached: Float[Array, "keys kv_heads head_dim"],
+    v_cached: Float[Array, "keys kv_heads head_dim"],
+    k_fresh: Float[Array, "tokens kv_heads head_dim"],
+    v_fresh: Float[Array, "tokens kv_heads head_dim"],
+    indices: Int[Array, " tokens"],
+    cos: Float[Array, "keys half"],
+    sin: Float[Array, "keys half"],
     *,
     with_deviation: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Returns `(k rotated, v, deviation)` of validated arguments."""
-    # Few rows are fresh: one pass over the keys and a scatter beat a gather of a row for every key.
+) -> tuple[
+    Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"], Float[Array, "tokens 2"] | None
+]:
+    """Returns `(k rotated, v, deviation)` for validated arguments."""
+    # Few rows are fresh: one pass over the keys and a scatter are faster than gathering a row for every key.
     num_keys = k_cached.shape[0]
     if num_keys == 0:
         return k_cached, v_cached, jnp.zeros((indices.shape[0], 2), jnp.float32) if with_deviation else None
@@ -38,5 +41,7 @@ def blend_xla(
     return k, v, jnp.where((indices < num_keys)[:, None], jnp.stack(parts, axis=1), 0.0)
 
 
-def _squared_distance(fresh: jax.Array, cached: jax.Array) -> jax.Array:
+def _squared_distance(
+    fresh: Float[Array, "tokens kv_heads head_dim"], cached: Float[Array, "tokens kv_heads head_dim"]
+) -> Float[Array, " tokens"]:
     return jnp.square(fresh.astype(jnp.float32) - cached.astype(jnp.float32)).sum(axis=(1, 2))

@@ -6,12 +6,12 @@ import dataclasses
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import jax
 import pytest
 from conftest import HF
+from own_user_cache import own_user_cache  # noqa: F401
 
 import cacheblend_jax as cb
 from cacheblend_jax.model import weights_digest
@@ -20,72 +20,149 @@ from cacheblend_jax.model import weights_digest
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(weights_digest, "REMEMBERED_BYTES", 0)
-    monkeypatch.setattr(weights_digest, "user_cache_path", lambda _: tmp_path / "cache")
-    directory = shutil.copytree(HF / "llama3", tmp_path / "model")
-    settle(directory)
-    return directory
+    monkeypatch.setattr(weights_digest, "SETTLED_SECONDS", 0.0)
+    return shutil.copytree(HF / "llama3", tmp_path / "model")
 
 
-def settle(directory: Path, seconds_ago: float = 100.0) -> None:
-    for file in directory.glob("*.safetensors"):
-        os.utime(file, (time.time() - seconds_ago,) * 2)
+def records(own_user_cache: Path) -> list[Path]:  # noqa: F811
+    return list((own_user_cache / "digests").glob("*"))
 
 
 def count_hashing(monkeypatch) -> list[int]:
     calls = []
     computed = weights_digest.WeightFiles._computed
-    monkeypatch.setattr(
-        weights_digest.WeightFiles, "_computed", lambda self, names: calls.append(1) or computed(self, names)
-    )
+    monkeypatch.setattr(weights_digest.WeightFiles, "_computed", lambda self: calls.append(1) or computed(self))
     return calls
 
 
 def change_a_weight(directory: Path) -> None:
     file = min(directory.glob("*.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    with open(file, "r+b") as weights:
+        weights.seek(-1, os.SEEK_END)
+        last = weights.read(1)
+        weights.seek(-1, os.SEEK_END)
+        weights.write(bytes([last[0] ^ 1]))
 
 
-def test_the_digest_is_computed_once_and_remembered_beside_the_model(checkpoint, monkeypatch):
+def listing(directory: Path) -> dict:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (directory, *directory.rglob("*"))}
+
+
+def test_the_digest_is_computed_once_and_remembered_in_the_users_cache(checkpoint, monkeypatch, own_user_cache):  # noqa: F811
+    before = listing(checkpoint)
     calls = count_hashing(monkeypatch)
     prints = {cb.load_model(checkpoint).fingerprint for _ in range(3)}
     assert len(prints) == len(calls) == 1
-    kept = json.loads((checkpoint / weights_digest.DIGEST_FILE).read_text())
-    assert len(kept["sha256"]) == 64
+    assert [len(json.loads(record.read_text())["sha256"]) for record in records(own_user_cache)] == [64]
+    assert listing(checkpoint) == before
 
 
-@pytest.mark.parametrize("aged", [True, False])
-def test_a_changed_file_changes_the_fingerprint(checkpoint, aged):
+def test_files_that_may_still_change_within_their_time_stamp_are_not_remembered(
+    checkpoint,
+    monkeypatch,
+    own_user_cache,  # noqa: F811
+):
+    monkeypatch.setattr(weights_digest, "SETTLED_SECONDS", 3600.0)
+    assert cb.load_model(checkpoint).fingerprint
+    assert not records(own_user_cache)
+
+
+def test_verify_hashes_all_bytes_and_remembers_them_anew(checkpoint, monkeypatch, own_user_cache, caplog):  # noqa: F811
+    before = cb.load_model(checkpoint).fingerprint
+    (record,) = records(own_user_cache)
+    known = json.loads(record.read_text())
+    record.write_text(json.dumps(known | {"sha256": "0" * 64}))
+    calls = count_hashing(monkeypatch)
+    assert cb.load_model(checkpoint).fingerprint != before  # the record of the user's own cache is believed
+    assert not calls
+    assert cb.load_model(checkpoint, verify=True).fingerprint == before
+    assert len(calls) == 1
+    assert "was wrong and is replaced" in caplog.text
+    assert json.loads(record.read_text()) == known
+
+
+def test_equal_sizes_times_and_records_do_not_make_two_checkpoints_one(checkpoint, tmp_path):
+    """As with archives and images that set all times to one, the record of an earlier version copied along."""
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    change_a_weight(other)
+    for file in [*checkpoint.iterdir(), *other.iterdir()]:
+        os.utime(file, (1e9, 1e9))
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    first = cb.load_model(checkpoint)
+    travelling = {
+        "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights],
+        "sha256": first.weight_files.digest(),
+    }
+    for directory in (checkpoint, other):
+        (directory / "cacheblend-digest.json").write_text(json.dumps(travelling))
+    assert cb.load_model(other).fingerprint != first.fingerprint
+
+
+def test_a_file_changed_in_place_under_its_old_time_changes_the_fingerprint(checkpoint):
+    file = min(checkpoint.glob("*.safetensors"))
+    stat = file.stat()
     before = cb.load_model(checkpoint).fingerprint
     change_a_weight(checkpoint)
-    if aged:
-        settle(checkpoint, 50.0)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_mtime_ns == stat.st_mtime_ns
     assert cb.load_model(checkpoint).fingerprint != before
 
 
-def test_a_digest_that_was_tampered_with_in_form_is_computed_anew(checkpoint, monkeypatch):
+@pytest.mark.parametrize("change", ["device", "inode", "size", "mtime_ns", "ctime_ns", "sample"])
+def test_a_record_is_believed_only_where_everything_agrees(checkpoint, monkeypatch, own_user_cache, change):  # noqa: F811
     before = cb.load_model(checkpoint).fingerprint
-    (checkpoint / weights_digest.DIGEST_FILE).write_text("{}")
+    (record,) = records(own_user_cache)
+    known = json.loads(record.read_text())
+    value = known["files"][-1][change]
+    known["files"][-1][change] = "0" * 64 if change == "sample" else value + 1
+    record.write_text(json.dumps(known | {"sha256": "0" * 64}))
     calls = count_hashing(monkeypatch)
     assert cb.load_model(checkpoint).fingerprint == before
     assert calls
 
 
-def test_where_the_model_cannot_be_written_the_digest_is_in_the_users_cache(checkpoint, monkeypatch, tmp_path):
-    (checkpoint / weights_digest.DIGEST_FILE).mkdir()  # nothing can be put in its place
+@pytest.mark.parametrize("size", [0, 1, 4096, 64 * 4096, 64 * 4096 + 1, 10**7])
+def test_samples_begin_with_a_file_and_end_with_it(tmp_path, size):
+    offsets = weights_digest._sample_offsets(size)
+    assert len(offsets) == min(-(-size // 4096), 64)
+    if size:
+        assert offsets[0] == 0
+        assert offsets[-1] + 4096 >= size
+    content = bytearray(size)
+    (tmp_path / "a").write_bytes(content)
+    (state,) = weights_digest.file_states(tmp_path, ["a"])
+    for place in {0, size - 1} if size else ():
+        changed = content.copy()
+        changed[place] = 1
+        (tmp_path / "a").write_bytes(changed)
+        assert weights_digest.file_states(tmp_path, ["a"])[0].sample != state.sample
+
+
+def test_a_changed_file_changes_the_fingerprint(checkpoint):
     before = cb.load_model(checkpoint).fingerprint
-    assert len(list((tmp_path / "cache" / "digests").glob("*.json"))) == 1
+    change_a_weight(checkpoint)
+    assert cb.load_model(checkpoint).fingerprint != before
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", "[" * 10**5, '{"files": 1, "sha256": 2}'])
+def test_a_record_that_is_none_is_computed_anew(checkpoint, monkeypatch, own_user_cache, content):  # noqa: F811
+    before = cb.load_model(checkpoint).fingerprint
+    (record,) = records(own_user_cache)
+    record.write_text(content)
     calls = count_hashing(monkeypatch)
     assert cb.load_model(checkpoint).fingerprint == before
-    assert not calls
+    assert calls
+
+
+def test_a_cache_that_cannot_be_written_costs_the_hash_alone(checkpoint, own_user_cache):  # noqa: F811
+    (own_user_cache / "digests").write_text("a file")
+    assert cb.load_model(checkpoint).fingerprint == cb.load_model(checkpoint, verify=True).fingerprint
 
 
 def test_weights_that_change_after_loading_are_not_mistaken_for_those_loaded(checkpoint):
     unchanged = cb.load_model(checkpoint)
     model = cb.load_model(checkpoint)
     change_a_weight(checkpoint)
-    settle(checkpoint, 50.0)
     changed = cb.load_model(checkpoint)
     # Neither may pass for the other: the files no longer say what the earlier one holds.
     assert model.fingerprint == unchanged.fingerprint != changed.fingerprint

@@ -11,9 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import HF
+from own_user_cache import own_user_cache  # noqa: F401
 from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
+from cacheblend_jax.model import save_check_layer
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.weights import hugging_face_tensors
 
@@ -139,10 +141,48 @@ def test_a_directory_without_a_tokenizer_serves_token_ids():
     assert cb.Engine(model).prefill(cb.Prompt([1], [[2, 3]], [4])).logits.shape == (160,)
 
 
-def test_a_calibrated_check_layer_is_the_models(checkpoint):
+def test_a_shipped_check_layer_is_the_default_and_the_users_own_wins(checkpoint, tmp_path):
     (checkpoint / "cacheblend.json").write_text('{"check_layer": 2}')
     assert cb.load_model(checkpoint).config.check_layer == 2
-    assert cb.load_model(HF / "llama2").config.check_layer == 1
+    saved = save_check_layer(cb.load_model(checkpoint), 3)
+    assert cb.load_model(checkpoint).config.check_layer == 3
+    assert checkpoint not in saved.parents
+    assert (checkpoint / "cacheblend.json").read_text() == '{"check_layer": 2}'
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    assert cb.load_model(copy).config.check_layer == 3
+    edit_tensors(copy, lambda tensors: tensors.update({TENSOR: tensors[TENSOR] * 2}))
+    assert cb.load_model(copy).config.check_layer == 2
+    (copy / "cacheblend.json").unlink()
+    assert cb.load_model(copy).config.check_layer == 1
+
+
+@pytest.mark.parametrize("record", ["{}", "{", '{"check_layer": 9}', '{"check_layer": true}', '{"check_layer": "2"}'])
+def test_a_saved_check_layer_that_is_none_is_passed_over(checkpoint, record):
+    saved = save_check_layer(cb.load_model(checkpoint), 3)
+    saved.write_text(record)
+    assert cb.load_model(checkpoint).config.check_layer == 1
+
+
+def test_a_check_layer_that_cannot_be_saved_is_an_error(checkpoint, own_user_cache):  # noqa: F811
+    (own_user_cache / "check-layers").write_text("a file")
+    with pytest.raises(cb.CheckpointError, match=r"cannot save the check layer in .*check-layers"):
+        save_check_layer(cb.load_model(checkpoint), 2)
+
+
+def test_a_model_of_no_files_saves_no_check_layer():
+    model = cb.load_model(HF / "llama2")
+    assert save_check_layer(cb.Model(model.config, model.params), 2) is None
+
+
+def test_nothing_is_written_in_the_checkpoints_directory(checkpoint):
+    def listing():
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (checkpoint, *checkpoint.rglob("*"))}
+
+    before = listing()
+    model = cb.load_model(checkpoint, verify=True)
+    assert model.fingerprint
+    save_check_layer(model, 2)
+    assert listing() == before
 
 
 def test_the_stop_tokens_are_the_checkpoints(checkpoint):

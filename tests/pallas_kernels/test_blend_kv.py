@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import TOLERANCE
+from kernel_cases import TOLERANCE, as_float64, quick_jit
 
 from pallas_kernels import blend_kv, tuning
+from pallas_kernels.blending import api
 from pallas_kernels.blending.reference import blend_kv_reference
 from pallas_kernels.tuning import BlendBlocks
 
-BACKENDS = ("xla", "triton", "tpu")
+BACKENDS = ("xla", *api.BACKENDS)
 NAMES = ("k_cached", "v_cached", "k_fresh", "v_fresh", "indices", "cos", "sin")
 
 
@@ -41,13 +40,14 @@ def arguments(num_keys: int, places, head_dim: int, dtype: str, *, padding: int 
     return dict(zip(NAMES, (array(num_keys), array(num_keys), *fresh, indices, *tables), strict=True))
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "return_deviation"))
-def call(named: dict, **options):
-    by_position = {name: named[name] for name in NAMES[:5]}
-    return blend_kv(*by_position.values(), cos=named["cos"], sin=named["sin"], **options)
+def call_traced(named: dict, **options):
+    return blend_kv(*(named[name] for name in NAMES[:5]), cos=named["cos"], sin=named["sin"], **options)
 
 
-@jax.jit
+call = quick_jit(call_traced, static_argnames=("implementation", "return_deviation"))
+
+
+@quick_jit
 def reference(named: dict):
     return blend_kv_reference(*(named[name] for name in NAMES[:5]), cos=named["cos"], sin=named["sin"])
 
@@ -55,10 +55,7 @@ def reference(named: dict):
 def check(named: dict, implementation: str | None) -> None:
     k, v, deviation = call(named, implementation=implementation, return_deviation=True)
     with jax.enable_x64(True):
-        exact = {
-            name: x if name == "indices" else jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64)
-            for name, x in named.items()
-        }
+        exact = {name: x if name == "indices" else as_float64(x) for name, x in named.items()}
         wanted_k, wanted_v, wanted_deviation = map(np.asarray, reference(exact))
     dtype = named["k_cached"].dtype
     tolerance = TOLERANCE[str(dtype)]
@@ -99,7 +96,7 @@ def test_donated_keys_and_values_are_replaced_in_place(backend):
     places = {x.unsafe_buffer_pointer() for x in donated}
 
     def blend(donated, rest):
-        return call({"k_cached": donated[0], "v_cached": donated[1], **rest}, implementation=backend)
+        return call_traced({"k_cached": donated[0], "v_cached": donated[1], **rest}, implementation=backend)
 
     blended = jax.jit(blend, donate_argnums=0)(donated, named)
     for one, other in zip(blended, wanted, strict=True):

@@ -1,4 +1,4 @@
-"""Each Pallas backend of `selective_attention` in its interpreter, against the reference in float64."""
+"""Every backend of `selective_attention`, the Pallas ones interpreted, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_cases import cases
+from kernel_cases import attend, cases, quick_jit
 
 from pallas_kernels import dispatch, selective_attention, tuning
+from pallas_kernels.attention.api import BACKENDS
+from pallas_kernels.attention.xla import BlockSizes, block_sizes
 from pallas_kernels.tuning import AttentionBlocks
 
 INTERPRETS_MOSAIC_GPU = hasattr(plgpu, "InterpretGPUParams")
@@ -44,29 +46,60 @@ def callbacks_run_at_once():
     jax.config.update("jax_cpu_enable_async_dispatch", True)
 
 
-small = {"lengths": (1, 300), "groups": ((1, 1), (2, 3)), "border": 128}
+EACH_PALLAS_BACKEND = [
+    "tpu",
+    "triton",
+    pytest.param("mosaic_gpu", marks=[needs_mosaic_interpreter, pytest.mark.mosaic]),
+]
+# By backend: the cases that it is checked with, and how many of them. XLA's blocks are fixed: 40 keys are one block of
+# one tile, 720 have several blocks in one tile and in two, also unmasked ones of twice the size.
+CASES = {
+    "xla": (cases(lengths=(1, 40, 720), head_dims=(8, 80), borders=(360, 512)), 40),
+    "tpu": (cases(lengths=(1, 300), head_dims=(32, 80), borders=(128,)), 8),
+    "triton": (cases(lengths=(1, 300), head_dims=(32, 80), borders=(64,)), 10),
+    "mosaic_gpu": (
+        cases(lengths=(1, 300), head_dims=(32, 80), borders=(64,), dtypes=("bfloat16", "float16")),
+        25,
+    ),
+}
 
 
-@settings(max_examples=8, deadline=None)
-@given(cases(head_dims=(32, 80), **small), st.booleans())
-def test_tpu(case, poisoned):
-    case.check("tpu", poisoned=poisoned)
-
-
-@settings(max_examples=10, deadline=None)
-@given(cases(head_dims=(32, 80), **small | {"border": 64}), st.booleans())
-def test_triton(case, poisoned):
-    case.check("triton", poisoned=poisoned)
-
-
-@pytest.mark.mosaic
-@needs_mosaic_interpreter
 @pytest.mark.usefixtures("callbacks_run_at_once")
-@settings(max_examples=25, deadline=None)
-@given(cases(head_dims=(32, 80), dtypes=("bfloat16", "float16"), **small | {"border": 64}), st.booleans())
-def test_mosaic_gpu(case, poisoned):
-    case.check("mosaic_gpu", poisoned=poisoned)
-    assert not _races_found()
+@pytest.mark.parametrize("backend", ["xla", *EACH_PALLAS_BACKEND])
+def test_attention_equals_its_reference(backend):
+    strategy, max_examples = CASES[backend]
+
+    @settings(max_examples=max_examples, deadline=None)
+    @given(strategy, st.booleans())
+    def check(case, poisoned):
+        case.check(backend, poisoned=poisoned)
+        assert backend != "mosaic_gpu" or not _races_found()
+
+    check()
+
+
+@pytest.mark.usefixtures("callbacks_run_at_once")
+@pytest.mark.parametrize("backend", ["xla", *EACH_PALLAS_BACKEND])
+def test_poisoned_padding_never_reaches_a_result(backend):
+    # NaN from inside the block that holds the last valid key: read, masked, and multiplied by a weight of zero.
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((tokens, 1, 32)).astype(jnp.bfloat16) for tokens in (24, 300, 300))
+    positions, length = np.arange(130, 154, dtype=np.int32), np.int32(150)
+    options = {"kv_length": length, "return_lse": True, "implementation": backend}
+    clean = attend(q, k, v, positions, **options)
+    k[length:] = v[length:] = np.nan
+    for one, other in zip(clean, attend(q, k, v, positions, **options), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_every_backend_is_compared_with_the_reference():
+    assert CASES.keys() == {"xla", *BACKENDS}
+
+
+def test_the_cases_of_xla_cross_its_blocks():
+    assert block_sizes(40, 40) == (40, BlockSizes(inner=40, edge=40))
+    assert block_sizes(720, 720) == (360, BlockSizes(inner=720, edge=360))
+    assert block_sizes(24, 720) == (24, BlockSizes(inner=512, edge=512))
 
 
 def _races_found() -> bool:
@@ -79,27 +112,24 @@ def _races_found() -> bool:
 POSITIONS = jnp.asarray([300], jnp.int32)
 
 
-EACH_BACKEND = ["tpu", "triton", pytest.param("mosaic_gpu", marks=[needs_mosaic_interpreter, pytest.mark.mosaic])]
-
-
 @pytest.mark.usefixtures("callbacks_run_at_once")
-@pytest.mark.parametrize("backend", EACH_BACKEND)
+@pytest.mark.parametrize("backend", EACH_PALLAS_BACKEND)
 def test_keys_outside_of_the_visible_blocks_are_not_computed(backend):
     # NaN before the window's first block and after the last visible one: skipped, not masked. The control sees it.
     q = jnp.ones((1, 1, 32), jnp.bfloat16)
     keys = jnp.zeros((640, 1, 32), jnp.bfloat16)
     poisoned = keys.at[:256].set(jnp.nan).at[384:].set(jnp.nan)
 
-    def attend(positions):
-        out = selective_attention(q, poisoned, poisoned, positions, window=20, implementation=backend)
+    def attended(positions):
+        out = attend(q, poisoned, poisoned, positions, window=20, implementation=backend)
         return np.asarray(out, np.float32)
 
-    assert np.isfinite(attend(POSITIONS)).all()
-    assert np.isnan(attend(POSITIONS + 140)).any()
+    assert np.isfinite(attended(POSITIONS)).all()
+    assert np.isnan(attended(POSITIONS + 140)).any()
 
 
 @pytest.mark.usefixtures("callbacks_run_at_once")
-@pytest.mark.parametrize("backend", EACH_BACKEND)
+@pytest.mark.parametrize("backend", EACH_PALLAS_BACKEND)
 def test_a_batch_equals_one_by_one(backend):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((3, tokens, 2, 32)), jnp.bfloat16) for tokens in (5, 50, 50))
@@ -109,9 +139,9 @@ def test_a_batch_equals_one_by_one(backend):
     def one(q, k, v, positions, length):
         return selective_attention(q, k, v, positions, kv_length=length, implementation=backend)
 
-    batched = jax.vmap(one)(q, k, v, positions, lengths)
+    batched, alone = quick_jit(jax.vmap(one))(q, k, v, positions, lengths), quick_jit(one)
     for i in range(3):
-        np.testing.assert_array_equal(batched[i], one(q[i], k[i], v[i], positions[i], lengths[i]))
+        np.testing.assert_array_equal(batched[i], alone(q[i], k[i], v[i], positions[i], lengths[i]))
 
 
 # --- dispatch ------------------------------------------------------------------------------------------------------
@@ -124,16 +154,16 @@ V5E = dispatch.Target("tpu", "TPU v5 lite")
 CPU = dispatch.Target("cpu", "cpu")
 
 
-def _choose(implementation, target, monkeypatch, declined=(), proven=("mosaic_gpu", "triton", "tpu")):
+def _choose(implementation, target, monkeypatch, unsupported=(), proven=("mosaic_gpu", "triton", "tpu")):
     monkeypatch.setattr(dispatch, "current_target", lambda: target)
     monkeypatch.setattr(dispatch, "PROVEN", frozenset(proven))
     backends = ("mosaic_gpu", "triton", "tpu")
-    declines = {name: (lambda name=name: "declines" if name in declined else None) for name in backends}
-    return dispatch.choose_backend(implementation, "op", declines)
+    reasons = {name: (lambda name=name: "is out of order" if name in unsupported else None) for name in backends}
+    return dispatch.choose_backend(implementation, "op", reasons)
 
 
 @pytest.mark.parametrize(
-    ("implementation", "target", "declined", "chosen"),
+    ("implementation", "target", "unsupported", "chosen"),
     [
         (None, CPU, (), "xla"),
         (None, H200, (), "mosaic_gpu"),
@@ -150,25 +180,25 @@ def _choose(implementation, target, monkeypatch, declined=(), proven=("mosaic_gp
         ("triton", H200, (), "triton"),
     ],
 )
-def test_the_best_backend_that_can_serve_the_call_is_chosen(implementation, target, declined, chosen, monkeypatch):
-    assert _choose(implementation, target, monkeypatch, declined) == chosen
+def test_the_best_backend_that_can_serve_the_call_is_chosen(implementation, target, unsupported, chosen, monkeypatch):
+    assert _choose(implementation, target, monkeypatch, unsupported) == chosen
 
 
 @pytest.mark.parametrize(
-    ("implementation", "target", "declined", "message"),
+    ("implementation", "target", "unsupported", "message"),
     [
         ("mosaic_gpu", A100, (), "needs a Hopper GPU"),
         ("mosaic_gpu", B200, (), "needs a Hopper GPU"),
         ("tpu", H200, (), "needs a TPU"),
         ("triton", V5E, (), "needs a GPU"),
         ("pallas", T4, (), "needs an NVIDIA GPU of compute capability 8.0 or more"),
-        ("pallas", V5E, ("tpu",), "tpu declines"),
+        ("pallas", V5E, ("tpu",), "tpu is out of order"),
         ("cuda", H200, (), "unknown implementation 'cuda'"),
     ],
 )
-def test_what_cannot_be_served_says_why(implementation, target, declined, message, monkeypatch):
+def test_what_cannot_be_served_says_why(implementation, target, unsupported, message, monkeypatch):
     with pytest.raises(ValueError, match=message):
-        _choose(implementation, target, monkeypatch, declined)
+        _choose(implementation, target, monkeypatch, unsupported)
 
 
 def test_what_never_ran_on_a_device_is_not_chosen_unasked(monkeypatch):
@@ -183,7 +213,20 @@ def test_the_environment_replaces_the_default(monkeypatch):
     assert _choose("pallas", H200, monkeypatch) == "mosaic_gpu"
     monkeypatch.setenv(dispatch.OVERRIDE, "pallas")
     assert _choose(None, H200, monkeypatch, proven=()) == "mosaic_gpu"
-    assert _choose(None, H200, monkeypatch, declined=("mosaic_gpu", "triton")) == "xla"
+    assert _choose(None, H200, monkeypatch, unsupported=("mosaic_gpu", "triton")) == "xla"
+
+
+def test_the_override_is_what_the_environment_says_now(monkeypatch):
+    monkeypatch.delenv(dispatch.OVERRIDE, raising=False)
+    assert dispatch.implementation_override() is None
+    for value in ("xla", "pallas", "mosaic_gpu"):
+        monkeypatch.setenv(dispatch.OVERRIDE, value)
+        assert dispatch.implementation_override() == value
+    monkeypatch.setenv(dispatch.OVERRIDE, "")
+    assert dispatch.implementation_override() is None
+    monkeypatch.setenv(dispatch.OVERRIDE, "palas")
+    with pytest.raises(ValueError, match=f"the environment variable {dispatch.OVERRIDE} is 'palas'; expected 'xla', "):
+        dispatch.implementation_override()
 
 
 def test_an_operation_without_the_backend_that_the_environment_names_takes_its_default(monkeypatch):
