@@ -26,8 +26,9 @@ import numpy as np
 
 from cacheblend_jax.blend.flops import prefill_flops
 from cacheblend_jax.engine.planner import computed_positions
-from cacheblend_jax.evaluation.bench import SHAPES, torch_model
 from cacheblend_jax.evaluation.device_profile import time_by_stage
+from cacheblend_jax.evaluation.shapes import SHAPES
+from cacheblend_jax.evaluation.torch_peer import torch_model
 from cacheblend_jax.evaluation.whole_prefills import RATIO, Mode, config_of, kernels, prefills, whole_blend_error
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.transformer import init_params

@@ -20,8 +20,10 @@ import numpy as np
 
 import cacheblend_jax as cb
 from cacheblend_jax.engine.profile import device_kind, store_name
-from cacheblend_jax.evaluation.bench import SHAPES
-from cacheblend_jax.evaluation.calibrate import fit_compute, measure_tiers, random_prompt
+from cacheblend_jax.evaluation.layer_times import fit_compute
+from cacheblend_jax.evaluation.prompts import random_prompt
+from cacheblend_jax.evaluation.shapes import SHAPES
+from cacheblend_jax.evaluation.tier_speeds import measure_tiers
 
 PAUSE_S = 0.2
 TOKENS = 4096
@@ -63,7 +65,7 @@ class Bench:
     def __init__(self, model: cb.Model, repeats: int, tokens: int, lengths: list[int]) -> None:
         self.model, self.repeats, self.tokens, self.lengths = model, repeats, tokens, lengths
         self.store = cb.ChunkStore(host_bytes=2**40)
-        self.prompt = random_prompt(model, tokens)
+        self.prompt = random_prompt(model.config.vocab_size, tokens)
         self.resident = cb.Engine(model, self.store, executor="resident")
         self.streamed = cb.Engine(model, self.store, executor="streamed")
         self.resident.precompute(self.prompt)
@@ -149,13 +151,13 @@ class Bench:
     def prediction(self) -> list[dict[str, Any]]:
         """The controller's predicted TTFT against the measured one, over lengths and throughputs."""
         measured = sorted({self.lengths[0], *self.lengths[-2:]})
-        compute, fit = fit_compute(self.model, measured, (0.15, 0.5), 2, lambda items, _: items)
+        compute, fit = fit_compute(self.model, measured, (0.15, 0.5), repeats=2)
         print(f"fit: error {fit['median_error']:.1%} in the median, {fit['worst_error']:.1%} at worst", flush=True)
-        tiers, transfer, _ = measure_tiers(self.model, lambda: cb.ChunkStore(), 2)
+        tiers, transfer, _ = measure_tiers(self.model, lambda: cb.ChunkStore(), repeats=2)
         rows = []
         engine = cb.Engine(self.model, self.store, blend=cb.AutoBlend(ratios=RATIOS), executor="streamed")
         for tokens in self.lengths:
-            self.prompt = random_prompt(self.model, tokens)
+            self.prompt = random_prompt(self.model.config.vocab_size, tokens)
             self.store.clear()
             engine.store = self.store
             engine.precompute(self.prompt)

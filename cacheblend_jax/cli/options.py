@@ -1,4 +1,4 @@
-"""What the commands share: options, progress, loading, and the files that results go to."""
+"""What the commands share: options, the files that results go to, progress on a terminal, and loading a model."""
 
 from __future__ import annotations
 
@@ -18,32 +18,59 @@ from cacheblend_jax.model import Model, load_model
 
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what all commands over a model take."""
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the weights (as stored)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    """Adds what every command takes that runs a model."""
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="cast the weights to it (default: as stored)"
+    )
+    add_json_option(parser)
     parser.add_argument("--no-compile-cache", action="store_true", help="do not keep compiled programs on disk")
 
 
-def count(text: str) -> int:
-    """An argument that counts something: a whole number of at least 1."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--json`, which `main` serves."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--model`, the bundled one by default."""
+    parser.add_argument(
+        "--model", default="demo", metavar="DIR_OR_ID", help="checkpoint directory or hub id (default: demo)"
+    )
+
+
+def at_least_one(text: str) -> int:
+    """Parses a whole number of at least 1."""
+    return _whole_number(text, 1)
+
+
+def at_least_zero(text: str) -> int:
+    """Parses a whole number of at least 0."""
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, least: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
     return int(text)
 
 
 def check_writable(option: str, path: Path | None) -> None:
-    """Refuses a file that cannot be written, before the work whose results are to go there."""
+    """Refuses a file that cannot be written, before the work whose results are to go there.
+
+    Raises:
+        CacheBlendError: names the option, the file and the reason.
+    """
     if path is None:
         return
-    why = None
+    reason = None
     if path.is_dir():
-        why = "is a directory"
+        reason = "is a directory"
     elif not path.parent.is_dir():
-        why = f"{path.parent} is not a directory"
+        reason = f"{path.parent} is not a directory"
     elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        why = "no permission"
-    if why is not None:
-        raise CacheBlendError(f"cannot write {option} {path}: {why}")
+        reason = "no permission"
+    if reason is not None:
+        raise CacheBlendError(f"cannot write {option} {path}: {reason}")
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
@@ -58,20 +85,20 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
         raise CacheBlendError(f"cannot write --json {path}: {error.strerror}; choose another path") from error
 
 
-def load(name: str, dtype: str | None) -> Model:
-    """Loads a model, with a bar."""
+def load_with_bar(name: str, dtype: str | None) -> Model:
+    """Loads a model and shows how far it has come."""
     with progress_bar("load", unit="B", unit_scale=True) as advance:
         return load_model(name, dtype=dtype, progress=advance)
 
 
 def progress(items: Iterable, what: str) -> Iterable:
-    """The items, with a bar on a terminal."""
+    """Shows a bar on a terminal while the items are taken: the `Progress` of `cacheblend_jax.evaluation`."""
     return tqdm(items, desc=what, disable=not sys.stderr.isatty(), leave=False)
 
 
 @contextmanager
 def progress_bar(what: str, **options: Any) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; yields what is to be called with the amount done and the total."""
+    """Shows a bar on a terminal; yields a function to be called with the amount done and the total."""
     with tqdm(total=None, desc=what, disable=not sys.stderr.isatty(), leave=False, **options) as bar:
 
         def advance(done: int, total: int) -> None:
@@ -81,6 +108,6 @@ def progress_bar(what: str, **options: Any) -> Iterator[Callable[[int, int], Non
         yield advance
 
 
-def say(line: str) -> None:
-    """Prints a line that is no result."""
+def print_status(line: str) -> None:
+    """Prints a line that is not a result: to stderr."""
     print(line, file=sys.stderr, flush=True)

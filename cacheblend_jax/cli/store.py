@@ -1,41 +1,47 @@
-"""The commands `store ls`, `store verify`, `store prune` and `store rm`."""
+"""The command `store` with its actions `ls`, `verify`, `prune` and `rm`: looks after a directory of stored chunks."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from cacheblend_jax.cli.options import add_json_option, at_least_zero
 from cacheblend_jax.errors import CacheBlendError
 
 
-def add_store_commands(commands: Any) -> None:
-    """Adds `store` and its commands to the command line's."""
+def add_parser(commands: Any) -> None:
+    """Adds `store` to the command line's commands."""
     store = commands.add_parser("store", help="look after a directory of stored chunks")
     actions = store.add_subparsers(required=True, metavar="ACTION")
-    for name, run, text in (
-        ("ls", _run_ls, "list its entries, the least recently used first"),
-        ("verify", _run_verify, "read all of it and say what is damaged; exit code 1 if something is"),
-        ("prune", _run_prune, "remove entries that are old, unused or too many"),
-        ("rm", _run_rm, "remove entries by key"),
-    ):
-        action = actions.add_parser(name, help=text)
-        action.add_argument("directory", metavar="DIR", help="the store's directory")
-        action.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-        action.set_defaults(run=run, no_compile_cache=True)
-        if name == "verify":
-            action.add_argument(
-                "--repair", action="store_true", help="quarantine what is damaged, find what the index has lost"
-            )
-        if name == "prune":
-            action.add_argument("--max-bytes", type=_not_negative, metavar="N", help="until N bytes are left")
-            action.add_argument("--unused-days", type=_days, metavar="D", help="not used for D days")
-            action.add_argument("--quarantine", action="store_true", help="also empty the quarantine")
-        if name == "rm":
-            action.add_argument("keys", nargs="+", metavar="KEY", help="first digits of a key, 8 at least")
+    _add_action(actions, _ls, "ls", "list its entries, the least recently used first")
+    verify = _add_action(
+        actions, _verify, "verify", "read all of it and say what is damaged; exit code 1 if something is"
+    )
+    verify.add_argument(
+        "--repair", action="store_true", help="quarantine what is damaged, find what the index has lost"
+    )
+    prune = _add_action(actions, _prune, "prune", "remove entries that are old, unused or too many")
+    prune.add_argument("--max-bytes", type=at_least_zero, metavar="N", help="until at most N bytes are left")
+    prune.add_argument("--unused-days", type=_days, metavar="D", help="those not used for D days")
+    prune.add_argument("--quarantine", action="store_true", help="also empty the quarantine")
+    rm = _add_action(actions, _rm, "rm", "remove entries by key")
+    rm.add_argument("keys", nargs="+", metavar="KEY", help="first digits of a key, at least 8")
+
+
+def _add_action(actions: Any, action: Callable[[argparse.Namespace], dict[str, Any]], name: str, text: str) -> Any:
+    parser = actions.add_parser(name, help=text)
+    parser.add_argument("directory", metavar="DIR", help="the store's directory")
+    add_json_option(parser)
+    parser.set_defaults(run=run, action=action, no_compile_cache=True)
+    return parser
+
+
+def run(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Does what the action says; returns what `--json` writes."""
+    return parsed.action(parsed)
 
 
 @contextmanager
@@ -53,7 +59,7 @@ def _opened(parsed: argparse.Namespace, *, to_write: bool = False) -> Iterator[A
         disk.close()
 
 
-def _run_ls(parsed: argparse.Namespace) -> dict[str, Any]:
+def _ls(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.store.maintenance import list_entries
 
     with _opened(parsed) as disk:
@@ -69,7 +75,7 @@ def _run_ls(parsed: argparse.Namespace) -> dict[str, Any]:
     return {"entries": entries, "bytes": size}
 
 
-def _run_verify(parsed: argparse.Namespace) -> dict[str, Any]:
+def _verify(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.store.maintenance import verify
 
     with _opened(parsed, to_write=parsed.repair) as disk:
@@ -80,7 +86,7 @@ def _run_verify(parsed: argparse.Namespace) -> dict[str, Any]:
     return report | {"exit_code": 1 if report["problems"] else 0}
 
 
-def _run_prune(parsed: argparse.Namespace) -> dict[str, Any]:
+def _prune(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.store.maintenance import prune
 
     if parsed.max_bytes is None and parsed.unused_days is None and not parsed.quarantine:
@@ -91,19 +97,13 @@ def _run_prune(parsed: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _run_rm(parsed: argparse.Namespace) -> dict[str, Any]:
+def _rm(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.store.maintenance import remove
 
     with _opened(parsed, to_write=True) as disk:
         removed = remove(disk, parsed.keys)
     print(f"{removed} entries removed")
     return {"removed": removed}
-
-
-def _not_negative(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-    return int(text)
 
 
 def _days(text: str) -> float:

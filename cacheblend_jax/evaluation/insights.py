@@ -1,12 +1,11 @@
-"""What the paper observes of KV deviation, as functions to check it with; and from it, a model's check layer.
+"""What the paper observes of KV deviation, as functions that check whether it holds for a model.
 
 All take the deviation of stand-alone KV from full prefill's, `[layers, candidates]`: exactly what a blend would measure
-at each layer, were it the check layer.
+at each layer if that were the check layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -15,8 +14,7 @@ from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.evaluation.metrics import kv_deviation_by_layer, rank_correlation
 
-TOP_SHARE = 0.15
-GOOD_ENOUGH = 0.9  # of the best layer's score
+TOP_SHARE = 0.15  # of the tokens: as many as a blend recomputes by default
 
 
 def standalone_deviation(engine: Engine, prompt: Prompt) -> np.ndarray:
@@ -30,9 +28,9 @@ def standalone_deviation(engine: Engine, prompt: Prompt) -> np.ndarray:
 
 
 def concentration(deviation: np.ndarray, share: float = TOP_SHARE) -> np.ndarray:
-    """Share of each layer's total deviation that its highest `share` of tokens hold, `[layers]`. Paper's figure 7.
+    """Returns what part of each layer's deviation is held by the `share` of tokens that deviate most, `[layers]`.
 
-    `share` itself would be an even spread; a layer without deviation gives NaN.
+    An even spread gives `share` itself; a layer without deviation gives NaN. Source: CacheBlend, figure 7.
     """
     count = max(1, round(share * deviation.shape[1]))
     highest = np.sort(deviation, axis=1)[:, -count:].sum(axis=1)
@@ -41,32 +39,8 @@ def concentration(deviation: np.ndarray, share: float = TOP_SHARE) -> np.ndarray
 
 
 def neighbour_correlation(deviation: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation of each layer's deviation with the next one's, `[layers - 1]`. Paper's figure 8."""
-    return np.array([rank_correlation(*pair) for pair in pairwise(deviation)])
+    """Returns Spearman's rank correlation of each layer's deviation with the next layer's, `[layers - 1]`.
 
-
-def check_layer_scores(deviations: Sequence[np.ndarray], share: float = TOP_SHARE) -> np.ndarray:
-    """How well each layer's deviation finds the tokens that deviate above it, `[layers]`, in [0, 1].
-
-    The deviation (summed over the layers above) that the highest `share` of tokens by this layer's deviation hold,
-    over the most that so many tokens can hold; mean over prompts. NaN for layer 0 and the last.
+    Source: CacheBlend, figure 8.
     """
-    return np.mean([_captured(deviation, share) for deviation in deviations], axis=0)
-
-
-def _captured(deviation: np.ndarray, share: float) -> np.ndarray:
-    layers, tokens = deviation.shape
-    count = max(1, round(share * tokens))
-    scores = np.full(layers, np.nan)
-    for layer in range(1, layers - 1):
-        above = deviation[layer + 1 :].sum(axis=0)
-        picked = np.argsort(-deviation[layer], kind="stable")[:count]
-        scores[layer] = above[picked].sum() / max(np.sort(above)[-count:].sum(), np.finfo(np.float32).tiny)
-    return scores
-
-
-def find_check_layer(scores: np.ndarray) -> int:
-    """The lowest layer whose score comes near the best one's; 1 for a model too shallow to choose."""
-    if np.all(np.isnan(scores)):
-        return 1
-    return int(np.flatnonzero(scores >= GOOD_ENOUGH * np.nanmax(scores))[0])
+    return np.array([rank_correlation(*pair) for pair in pairwise(deviation)])

@@ -5,23 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.evaluation.insights import (
-    TOP_SHARE,
-    concentration,
-    neighbour_correlation,
-    standalone_deviation,
-)
+from cacheblend_jax.evaluation.insights import TOP_SHARE, concentration, neighbour_correlation
+from cacheblend_jax.evaluation.settings import Setting
+from cacheblend_jax.evaluation.summary import of_all_kinds
 
-if TYPE_CHECKING:
-    from cacheblend_jax.evaluation.datasets import Row
-    from cacheblend_jax.evaluation.evaluate import Evaluator, Setting
-
-CURVE_RATIOS = (0.05, 0.1, 0.15, 0.3, 0.5)
 SELECTOR_COLOURS = {"hkvd": "C0", "cross": "C1", "query": "C2", "epic": "C4", "random": "C7", "oracle": "C3"}
 CURVES = {
     "exact_match": "answers right",
@@ -30,33 +22,30 @@ CURVES = {
 }
 
 
-def save_all(
-    directory: Path,
-    settings: Sequence[Setting],
-    summary: Sequence[dict[str, Any]],
-    evaluator: Evaluator,
-    row: Row,
+def draw(
+    directory: Path, settings: Sequence[Setting], summary: Sequence[dict[str, Any]], deviation: np.ndarray
 ) -> list[Path]:
-    """Draws every picture that the settings allow into `directory`; returns the files.
+    """Draws an evaluation's pictures into `directory`, which is made if missing; returns the files.
+
+    Args:
+        settings: those of the summary; the ones of mode `blend` become points of curves over the ratio.
+        summary: what `summarize` returned.
+        deviation: of one prompt's stand-alone KV, `[layers, candidates]`: see `insights.standalone_deviation`.
 
     Raises:
         CacheBlendError: matplotlib is missing, or the directory cannot be written.
     """
-    from cacheblend_jax.evaluation.evaluate import Setting
-
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CacheBlendError(f"cannot make --plot {directory}: {error.strerror}") from error
-    by_label = {line["setting"]: line for line in summary if line["kind"] == "all"}
-    saved = [_quality_curves(directory / "quality.png", settings, by_label)]
-    saved.append(_deviation_by_layer(directory / "layers.png", by_label))
-    deviation = standalone_deviation(evaluator.engine(Setting("full")), evaluator.prompt(row))
-    saved.append(_heat_map(directory / "deviation.png", deviation))
-    saved.append(_insights(directory / "insights.png", deviation))
-    for path in saved:
-        print(f"drew {path}")
-    return saved
+    lines = of_all_kinds(summary)
+    return [
+        _quality_curves(directory / "quality.png", settings, lines),
+        _deviation_by_layer(directory / "layers.png", lines),
+        _heat_map(directory / "deviation.png", deviation),
+        _insights(directory / "insights.png", deviation),
+    ]
 
 
 def _figure(columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -79,7 +68,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _quality_curves(path: Path, settings: Sequence[Setting], lines: dict[str, dict[str, Any]]) -> Path:
-    """Each measure against the recompute ratio, a line a way of choosing tokens, with `full` and `reuse` as levels."""
+    """Each measure against the recompute ratio: a curve for each selector, levels for `full` and `reuse`."""
     figure, axes = _figure(len(CURVES), (4.2 * len(CURVES), 3.4))
     blends = [setting for setting in settings if setting.mode == "blend"]
     for axis, (measure, title) in zip(axes, CURVES.items(), strict=True):
@@ -87,7 +76,7 @@ def _quality_curves(path: Path, settings: Sequence[Setting], lines: dict[str, di
             own = sorted((s for s in blends if replace(s, ratio=0.0) == curve), key=lambda setting: setting.ratio)
             ratios = [setting.ratio for setting in own]
             values = [lines[setting.label][measure] for setting in own]
-            # A selector with other settings than usual is named with them, and takes the next colour.
+            # Only a selector's usual settings have its colour; any others take matplotlib's next one.
             (drawn,) = axis.plot(ratios, values, "o-", label=curve.name, color=SELECTOR_COLOURS.get(curve.name))
             if measure == "exact_match":
                 low, high = zip(*(lines[setting.label]["exact_match_interval"] for setting in own), strict=True)
@@ -103,7 +92,7 @@ def _quality_curves(path: Path, settings: Sequence[Setting], lines: dict[str, di
 
 
 def _deviation_by_layer(path: Path, lines: dict[str, dict[str, Any]]) -> Path:
-    """KV and attention deviation of each layer, a line a setting."""
+    """KV and attention deviation by layer: a line for each setting but `full`, which has none."""
     figure, axes = _figure(2, (9.5, 3.6))
     for axis, measure in zip(axes, ("kv_deviation_by_layer", "attention_deviation_by_layer"), strict=True):
         for label, line in lines.items():
@@ -125,7 +114,7 @@ def _heat_map(path: Path, deviation: np.ndarray) -> Path:
 
 
 def _insights(path: Path, deviation: np.ndarray) -> Path:
-    """The paper's figures 7 and 8: deviation is in few tokens, and neighbouring layers agree on which."""
+    """CacheBlend's figures 7 and 8: few tokens hold most of the deviation, and neighbouring layers agree on which."""
     figure, (left, right) = _figure(2, (9, 3.4))
     tokens = np.arange(1, deviation.shape[1] + 1) / deviation.shape[1]
     for layer in range(1, len(deviation)):

@@ -17,7 +17,7 @@ from cacheblend_jax.blend.layer_step import LayerKV
 from cacheblend_jax.blend.resident import prefill
 from cacheblend_jax.blend.schedule import BlendConfig, Plan, full_plan, make_plan, survivor_counts
 from cacheblend_jax.blend.steps import Request
-from cacheblend_jax.evaluation.bench import SHAPES
+from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.transformer import Params, init_params

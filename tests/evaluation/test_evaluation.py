@@ -8,7 +8,7 @@ import pytest
 import cacheblend_jax as cb
 from cacheblend_jax.engine.results import KVCache
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.evaluation import insights, metrics, plots
+from cacheblend_jax.evaluation import check_layer, insights, metrics, plots
 from cacheblend_jax.evaluation.corpus import (
     KINDS,
     NAMES,
@@ -21,7 +21,9 @@ from cacheblend_jax.evaluation.corpus import (
     vocabulary,
 )
 from cacheblend_jax.evaluation.datasets import SEED, Row, bundled_rows, load_rows
-from cacheblend_jax.evaluation.evaluate import Evaluator, Setting, summarize
+from cacheblend_jax.evaluation.evaluator import Evaluator
+from cacheblend_jax.evaluation.settings import Setting
+from cacheblend_jax.evaluation.summary import of_all_kinds, summarize
 from cacheblend_jax.model.demo import demo_directory
 
 HKVD, RANDOM = Setting("blend", "hkvd", 0.15), Setting("blend", "random", 0.15)
@@ -120,7 +122,7 @@ def test_blend_restores_what_reuse_loses(demo):
     ]
     evaluator = Evaluator(demo, rows, max_new_tokens=2)
     records = [record for row in rows for record in evaluator.evaluate_row(row, settings)]
-    lines = {line["setting"]: line for line in summarize(records, [s.label for s in settings]) if line["kind"] == "all"}
+    lines = of_all_kinds(summarize(records, [setting.label for setting in settings]))
     right = {label: line["exact_match"] for label, line in lines.items()}
     assert right["full"] >= 0.95
     assert right[HKVD.label] >= right["full"] - 0.1
@@ -215,10 +217,10 @@ def test_insights_on_deviations_made_by_hand():
     )
     assert np.isnan(insights.concentration(deviation)[0])
     np.testing.assert_allclose(insights.neighbour_correlation(deviation)[1:], [-1, 1, 1])
-    scores = insights.check_layer_scores([deviation, deviation])
+    scores = check_layer.check_layer_scores([deviation, deviation])
     assert scores[1] < 0.01
     assert scores[2] == pytest.approx(1)
-    assert insights.find_check_layer(scores) == 2
+    assert check_layer.find_check_layer(scores) == 2
 
 
 def write(path, content):

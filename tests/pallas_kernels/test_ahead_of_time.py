@@ -13,7 +13,7 @@ from ahead_of_time import compiler
 from cacheblend_jax.blend.layer_step import LayerKV
 from cacheblend_jax.blend.resident import Request, prefill
 from cacheblend_jax.blend.schedule import BlendConfig, make_plan
-from cacheblend_jax.evaluation.bench import SHAPES
+from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.model import transformer
 from cacheblend_jax.model.decode import decode_step
 from cacheblend_jax.model.transformer import abstract_params

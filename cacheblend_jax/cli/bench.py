@@ -1,0 +1,81 @@
+"""The command `bench`: times the modes against each other."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.cli.options import add_shared_options, at_least_one, load_with_bar, print_status
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.evaluation.shapes import SHAPES
+from cacheblend_jax.model import Model, random_model
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `bench` to the command line's commands."""
+    parser = commands.add_parser("bench", help="time the modes against each other")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory or hub id")
+    source.add_argument(
+        "--shape", choices=sorted(SHAPES), default="bench-16l", help="with random weights (default: bench-16l)"
+    )
+    parser.add_argument(
+        "--tokens", type=at_least_one, nargs="+", default=[4096], metavar="N", help="tokens in chunks (default: 4096)"
+    )
+    parser.add_argument("--chunks", type=at_least_one, default=8, metavar="N", help="equal chunks (default: 8)")
+    parser.add_argument(
+        "--prefix-tokens", type=int, default=0, metavar="N", help="tokens before the chunks (default: 0)"
+    )
+    parser.add_argument(
+        "--question-tokens", type=at_least_one, default=32, metavar="N", help="tokens after the chunks (default: 32)"
+    )
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=[0.15], metavar="R", help="recompute ratios (default: 0.15)"
+    )
+    parser.add_argument("--selector", default="hkvd", help="how the tokens to recompute are chosen (default: hkvd)")
+    parser.add_argument("--repeats", type=at_least_one, default=7, metavar="N", help="interleaved rounds (default: 7)")
+    parser.add_argument("--peer", choices=("torch",), help="also time full prefill by transformers and torch")
+    add_shared_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Times, and prints a table; returns what `--json` writes."""
+    from cacheblend_jax.evaluation.bench import bench
+    from cacheblend_jax.evaluation.tables import bench_table
+
+    _check(parsed)
+    report = bench(
+        _model(parsed),
+        tokens=parsed.tokens,
+        chunks=parsed.chunks,
+        prefix_tokens=parsed.prefix_tokens,
+        question_tokens=parsed.question_tokens,
+        ratios=parsed.ratios,
+        selector=parsed.selector,
+        repeats=parsed.repeats,
+        peer=parsed.peer,
+        announce=print_status,
+    )
+    print(bench_table(report))
+    name = parsed.model or parsed.shape
+    return {"model": name, "device": report.device, "jax": report.jax, "rows": report.rows}
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    """Refuses what makes no sense before a model is loaded."""
+    if parsed.prefix_tokens < 0:
+        raise CacheBlendError(f"--prefix-tokens must be at least 0, got {parsed.prefix_tokens}")
+    if short := [tokens for tokens in parsed.tokens if tokens < parsed.chunks]:
+        raise CacheBlendError(f"--tokens must be at least --chunks ({parsed.chunks}), got {short[0]}")
+    for ratio in parsed.ratios:
+        BlendConfig(ratio, parsed.selector)
+
+
+def _model(parsed: argparse.Namespace) -> Model:
+    if parsed.model is not None:
+        return load_with_bar(parsed.model, parsed.dtype)
+    shape = SHAPES[parsed.shape]
+    return random_model(shape if parsed.dtype is None else replace(shape, dtype=parsed.dtype))

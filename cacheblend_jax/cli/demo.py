@@ -1,0 +1,34 @@
+"""The command `demo`: asks the bundled model a dozen questions in every mode."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cacheblend_jax.cli.options import add_shared_options, load_with_bar, progress
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `demo` to the command line's commands."""
+    parser = commands.add_parser("demo", help="ask the bundled model in every mode")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="also draw quality against ratio, and deviation")
+    add_shared_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Asks, prints a table and one worked example, and draws; returns what `--json` writes."""
+    from cacheblend_jax.evaluation.demo import demo, ratio_curves, worked_example
+    from cacheblend_jax.evaluation.tables import demo_table, worked_example_text
+
+    model = load_with_bar("demo", parsed.dtype)
+    answers = demo(model, progress=progress)
+    print(f"{demo_table(answers)}\n\n{worked_example_text(worked_example(answers))}")
+    if parsed.plot is not None:
+        from cacheblend_jax.evaluation.plots import draw
+
+        curves = ratio_curves(model, progress=progress)
+        for path in draw(parsed.plot, curves.settings, curves.summary, curves.deviation):
+            print(f"drew {path}")
+    return {"questions": len(answers.rows), "summary": answers.summary, "records": answers.records}

@@ -1,0 +1,56 @@
+"""From text files to a prompt: what `ask` and `precompute` share, so that the one finds what the other has stored."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+
+from cacheblend_jax.cli.options import add_model_option, at_least_one, load_with_bar, progress
+from cacheblend_jax.documents import Chunk, Document, chunk_documents
+from cacheblend_jax.engine.prompt import Prompt, encode
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model import Model
+
+SEPARATOR = "\n\n"  # after each chunk
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say what prompts are made of."""
+    add_model_option(parser)
+    parser.add_argument(
+        "--docs", nargs="+", action="extend", required=True, metavar="PATH", help=".txt and .md files, or directories"
+    )
+    parser.add_argument(
+        "--chunk-tokens", type=at_least_one, default=512, metavar="N", help="longest chunk (default: 512)"
+    )
+    parser.add_argument(
+        "--system", help="system text before the chunks (default: the tokenizer's own, or a general one)"
+    )
+
+
+def load_with_tokenizer(name: str, dtype: str | None) -> Model:
+    """Loads a model that can read text.
+
+    Raises:
+        CacheBlendError: it has no tokenizer, or cannot be loaded.
+    """
+    model = load_with_bar(name, dtype)
+    if model.tokenizer is None:
+        raise CacheBlendError(f"model {name!r} has no tokenizer; text needs one")
+    return model
+
+
+def split(documents: Sequence[Document], model: Model, chunk_tokens: int) -> list[Chunk]:
+    """Splits documents into chunks of at most `chunk_tokens` tokens, the separator after each included."""
+
+    def count_tokens(text: str) -> int:
+        return len(encode(model.tokenizer, text + SEPARATOR, plain=True))
+
+    return chunk_documents(documents, chunk_tokens, count_tokens, partial(progress, what="split"))
+
+
+def prompt_of(chunks: Sequence[Chunk], question: str, model: Model, system: str | None) -> Prompt:
+    """Returns the prompt that asks a question of chunks."""
+    texts = [chunk.text for chunk in chunks]
+    return Prompt.to_answer(model.tokenizer, texts, question, system=system, separator=SEPARATOR)

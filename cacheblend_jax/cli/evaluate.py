@@ -1,0 +1,135 @@
+"""The command `evaluate`: measures quality on a data set, or finds a model's check layer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cacheblend_jax.cli.options import add_model_option, add_shared_options, at_least_one, load_with_bar, progress
+from cacheblend_jax.engine.layout import MODES
+from cacheblend_jax.model import Model, save_check_layer
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `evaluate` to the command line's commands."""
+    parser = commands.add_parser("evaluate", help="measure quality on a data set, by mode, selector and ratio")
+    add_model_option(parser)
+    parser.add_argument(
+        "--data",
+        default="bundled",
+        metavar="FILE",
+        help="JSON of question, answers and ctxs, or LongBench's jsonl (default: the bundled corpus)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=at_least_one,
+        metavar="N",
+        help="first N rows (default: all); of the bundled corpus, N of each kind of question (default: 200)",
+    )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=["full", "reuse", "blend"],
+        help="modes to compare (default: full reuse blend)",
+    )
+    parser.add_argument(
+        "--selectors", nargs="+", default=["hkvd", "random", "epic"], help="for blend (default: hkvd random epic)"
+    )
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=[0.15], metavar="R", help="recompute ratios (default: 0.15)"
+    )
+    parser.add_argument(
+        "--deviations",
+        nargs="+",
+        choices=("kv", "k", "v"),
+        default=["kv"],
+        help="what the deviation is measured on (default: kv)",
+    )
+    parser.add_argument(
+        "--stages", type=at_least_one, nargs="+", default=[4], metavar="N", help="stages of filtering (default: 4)"
+    )
+    parser.add_argument(
+        "--check-layer", type=at_least_one, metavar="L", help="where tokens are first chosen (default: the model's own)"
+    )
+    parser.add_argument("--check-layers", action="store_true", help="find the model's check layer and save it")
+    parser.add_argument(
+        "--chunk-tokens", type=at_least_one, default=512, metavar="N", help="longest chunk of LongBench (default: 512)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=at_least_one, default=16, metavar="N", help="longest answer (default: 16)"
+    )
+    parser.add_argument(
+        "--system", help="system text before the chunks (default: the tokenizer's own, or a general one)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="keep the results, a line each; an interrupted run goes on from there"
+    )
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw quality against ratio, and deviation")
+    add_shared_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Evaluates, prints a table and draws; returns what `--json` writes."""
+    from cacheblend_jax.evaluation.evaluate import evaluate
+    from cacheblend_jax.evaluation.settings import settings_for
+    from cacheblend_jax.evaluation.tables import summary_table
+
+    settings = settings_for(
+        modes=parsed.modes,
+        selectors=parsed.selectors,
+        ratios=parsed.ratios,
+        deviations=parsed.deviations,
+        num_stages=parsed.stages,
+        check_layer=parsed.check_layer,
+    )
+    model = load_with_bar(parsed.model, parsed.dtype)
+    if parsed.check_layers:
+        return _find_check_layer(parsed, model)
+    found = evaluate(
+        model,
+        settings,
+        data_set=parsed.data,
+        limit=parsed.limit,
+        chunk_tokens=parsed.chunk_tokens,
+        max_new_tokens=parsed.max_new_tokens,
+        system=parsed.system,
+        out=parsed.out,
+        with_deviation=parsed.plot is not None,
+        progress=progress,
+    )
+    print(summary_table(found.summary))
+    if found.deviation is not None:
+        from cacheblend_jax.evaluation.plots import draw
+
+        for path in draw(parsed.plot, settings, found.summary, found.deviation):
+            print(f"drew {path}")
+    return {"model": parsed.model, "data": parsed.data, "rows": found.rows, "summary": found.summary}
+
+
+def _find_check_layer(parsed: argparse.Namespace, model: Model) -> dict[str, Any]:
+    from cacheblend_jax.evaluation.check_layer import measure_check_layer
+    from cacheblend_jax.evaluation.tables import check_layer_table
+
+    measured = measure_check_layer(
+        model,
+        data_set=parsed.data,
+        limit=parsed.limit,
+        chunk_tokens=parsed.chunk_tokens,
+        system=parsed.system,
+        progress=progress,
+    )
+    print(check_layer_table(measured))
+    saved = save_check_layer(model, measured.layer)
+    where = f", saved in {saved}" if saved else " (not saved: the model has no directory)"
+    print(f"check layer: {measured.layer}{where}")
+    return {
+        "check_layer": measured.layer,
+        "scores": [None if np.isnan(score) else float(score) for score in measured.scores],
+        "concentration": measured.concentration.tolist(),
+        "neighbour_correlation": measured.neighbour_correlation.tolist(),
+    }

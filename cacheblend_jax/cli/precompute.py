@@ -1,0 +1,50 @@
+"""The command `precompute`: computes the KV of text files and keeps it in a directory."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from cacheblend_jax.cli.documents_prompt import add_source_options, load_with_tokenizer, prompt_of, split
+from cacheblend_jax.cli.options import add_shared_options, progress_bar
+from cacheblend_jax.documents import read_documents
+from cacheblend_jax.engine.engine import Engine
+from cacheblend_jax.store import ChunkStore
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `precompute` to the command line's commands."""
+    parser = commands.add_parser("precompute", help="compute the KV of text files and keep it in a directory")
+    add_source_options(parser)
+    parser.add_argument("--store", required=True, metavar="DIR", help="where to keep it")
+    add_shared_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Stores the KV of all chunks of the documents; returns what `--json` writes."""
+    documents = read_documents(parsed.docs)
+    model = load_with_tokenizer(parsed.model, parsed.dtype)
+    chunks = split(documents, model, parsed.chunk_tokens)
+    # Chunks are computed after the prefix of the prompt that `ask` will make of them, whatever its question.
+    prompt = prompt_of(chunks, "?", model, parsed.system)
+    with (
+        ChunkStore(parsed.store) as store,
+        Engine(model, store) as engine,
+        progress_bar("precompute") as advance,
+    ):
+        store.check_writable()
+        keys = engine.precompute(prompt.chunks, prefix=prompt.prefix, progress=advance)
+        engine.flush()
+        stats = store.stats
+    failed = f", {stats.write_errors} errors of writing: see above" if stats.write_errors else ""
+    size = stats.disk_bytes / 1e6
+    print(f"{len(keys)} chunks, {stats.written} entries written to {parsed.store} ({size:.1f} MB){failed}")
+    return {
+        "chunks": [
+            {"source": chunk.source, "index": chunk.index, "key": key} for chunk, key in zip(chunks, keys, strict=True)
+        ],
+        "written": stats.written,
+        "store_bytes": stats.disk_bytes,
+        "exit_code": 1 if stats.write_errors else 0,
+    }

@@ -1,0 +1,79 @@
+"""Settings: the ways to answer that are compared with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.engine.layout import MODES
+from cacheblend_jax.errors import CacheBlendError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to answer: a mode and, for `blend`, how it chooses the tokens to recompute (see `BlendConfig`)."""
+
+    mode: str
+    selector: str = ""
+    ratio: float = 0.0
+    deviation: str = "kv"
+    num_stages: int = 4
+    check_layer: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Names the setting in tables, plots and result files: short, and different for different settings."""
+        return self.mode if self.mode != "blend" else " ".join([self.selector, f"{self.ratio:g}", *self._unusual])
+
+    @property
+    def name(self) -> str:
+        """The label without the ratio: the same for all points of one curve."""
+        return self.mode if self.mode != "blend" else " ".join([self.selector, *self._unusual])
+
+    @property
+    def _unusual(self) -> list[str]:
+        usual = Setting("blend")
+        words = [f"{self.deviation} only"] if self.deviation != usual.deviation else []
+        words += [f"{self.num_stages} stages"] if self.num_stages != usual.num_stages else []
+        return words + ([f"check {self.check_layer}"] if self.check_layer is not None else [])
+
+    def blend_config(self) -> BlendConfig:
+        """Returns the configuration of an engine that answers so.
+
+        Raises:
+            CacheBlendError: a value is out of its range, or the selector is unknown.
+        """
+        if self.mode != "blend":
+            return BlendConfig()
+        return BlendConfig(self.ratio, self.selector, self.check_layer, self.deviation, self.num_stages)
+
+
+def settings_for(
+    *,
+    modes: Sequence[str] = ("full", "reuse", "blend"),
+    selectors: Sequence[str] = ("hkvd", "random", "epic"),
+    ratios: Sequence[float] = (0.15,),
+    deviations: Sequence[str] = ("kv",),
+    num_stages: Sequence[int] = (4,),
+    check_layer: int | None = None,
+) -> list[Setting]:
+    """Returns every mode once and, in place of `blend`, every selector at every ratio, deviation and number of stages.
+
+    Raises:
+        CacheBlendError: a mode or a selector is unknown, or a value is out of its range.
+    """
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        raise CacheBlendError(f"unknown mode {unknown[0]!r}; known: {', '.join(MODES)}")
+    settings = [Setting(mode) for mode in modes if mode != "blend"]
+    if "blend" in modes:
+        settings += [
+            Setting("blend", selector, ratio, deviation, stages, check_layer)
+            for selector in selectors
+            for ratio in ratios
+            for deviation in deviations
+            for stages in num_stages
+        ]
+    for setting in settings:
+        setting.blend_config()  # so that a bad value is found before any work
+    return settings

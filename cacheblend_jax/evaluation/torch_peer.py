@@ -1,0 +1,68 @@
+"""The peer: the same model by transformers and torch, to time beside ours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cacheblend_jax.engine.prompt import Prompt
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model import Model, ModelConfig
+from cacheblend_jax.model.weights import hugging_face_tensors
+
+
+def torch_model(config: ModelConfig, device: str) -> Any:
+    """Returns the model by transformers and torch (sdpa) on a device of torch's, with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = getattr(torch, config.dtype)
+    peer_config = AutoConfig.for_model(**config.to_hugging_face())
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(peer_config, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def torch_prefill(model: Model, prompt: Prompt, next_token: int) -> Callable[[], float]:
+    """Returns a full prefill by torch of the same weights and prompt, on its GPU or its threads, ready to be timed.
+
+    Args:
+        prompt: in token ids.
+        next_token: what our full prefill gives; in float32, torch must give the same.
+
+    Returns:
+        A function that runs the prefill and returns its time to first token in seconds.
+
+    Raises:
+        CacheBlendError: torch is missing, or its next token is not ours.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise CacheBlendError(f"--peer torch needs torch: pip install torch ({error})") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peer = torch_model(model.config, device)
+    tensors = {
+        name: torch.from_numpy(array.astype(np.float32)).to(peer.dtype)
+        for name, array in hugging_face_tensors(model.params).items()
+    }
+    peer.load_state_dict(tensors, strict=not model.config.tied_embeddings)
+    parts = [np.asarray(part) for part in (prompt.prefix, *prompt.chunks, prompt.suffix)]
+    ids = torch.from_numpy(np.concatenate(parts).astype(np.int64)[None])
+
+    @torch.no_grad()
+    def first_token() -> int:
+        out = peer(ids.to(device), use_cache=True, logits_to_keep=1)
+        return int(out.logits[0, -1].argmax())
+
+    def ttft_s() -> float:
+        began = time.perf_counter()
+        first_token()
+        return time.perf_counter() - began
+
+    token = first_token()
+    if model.config.dtype == "float32" and token != next_token:
+        raise CacheBlendError(f"torch's next token is {token}, ours {next_token}: the two do not compute the same")
+    return ttft_s
