@@ -45,7 +45,7 @@ def main() -> None:
     parsed = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         jax.config.update("jax_compilation_cache_dir", str(parsed.compiled or temporary))
-        model = cb.random_model(SHAPES["bench-16l"])
+        model = cb.model.random_model(SHAPES["bench-16l"])
         bench = Bench(model, parsed.repeats, parsed.tokens, parsed.lengths)
         report: dict[str, Any] = {"device": device_kind(model), "jax": jax.__version__}
         report["balance"] = bench.balance()
@@ -86,10 +86,10 @@ class Bench:
         time.sleep(PAUSE_S)
         return engine.prefill(self.prompt, mode).stats
 
-    def over(self, engine: cb.Engine, factor: float) -> cb.Engine:
-        """The engine over a tier `factor` times as fast as balance; it shares the engine's programs."""
-        engine.store = cb.ThrottledStore(self.store, self.bytes_per_s * factor)
-        return engine
+    def over(self, executor: str, factor: float) -> cb.Engine:
+        """An engine over a tier `factor` times as fast as balance; the model's engines share their programs."""
+        store = cb.store.ThrottledStore(self.store, self.bytes_per_s * factor)
+        return cb.Engine(self.model, store, executor=executor)
 
     def overlap(self, docs: Path) -> dict[str, float]:
         """Fast tier: streamed against resident. Balanced tier: pipelined against sequential. All interleaved."""
@@ -102,19 +102,16 @@ class Bench:
                 (self.resident, "resident", "sequential"),
                 (self.streamed, "streamed", "pipelined"),
             ):
-                engine.store = self.store
                 rounds[fast].append(self.ttft(engine))
-                stats = self.stats(self.over(engine, 1.0))
+                stats = self.stats(self.over(fast, 1.0))
                 rounds[slow].append(stats.ttft_s)
                 if engine is self.resident:
                     rounds["load"].append(stats.load_s)
         trace = cb.Trace()
-        self.over(self.streamed, 1.0).prefill(self.prompt, trace=trace)
+        self.over("streamed", 1.0).prefill(self.prompt, trace=trace)
         trace.save_picture(
             docs / "streaming-timeline.png", f"a streamed prefill: {self.tokens} tokens, r = 0.15, balanced tier"
         )
-        for engine in (self.resident, self.streamed):
-            engine.store = self.store
         result = {name: statistics.median(values) for name, values in rounds.items()}
         layer_s = max(span.ended - span.began for span in trace.lane("compute"))
         result["layer_s"] = layer_s
@@ -137,15 +134,13 @@ class Bench:
         for factor in FACTORS:
             runs: dict[str, list[float]] = {"reuse": [], "sequential": [], "pipelined": []}
             for _ in range(2):
-                runs["reuse"].append(self.ttft(self.over(self.streamed, factor), "reuse"))
-                runs["pipelined"].append(self.ttft(self.streamed))
-                runs["sequential"].append(self.ttft(self.over(self.resident, factor)))
+                runs["reuse"].append(self.ttft(self.over("streamed", factor), "reuse"))
+                runs["pipelined"].append(self.ttft(self.over("streamed", factor)))
+                runs["sequential"].append(self.ttft(self.over("resident", factor)))
             row = {"bytes_per_s": factor * self.bytes_per_s, "full": full}
             rows.append(row | {name: statistics.mean(values) for name, values in runs.items()})
             print(line(rows[-1]), flush=True)
         draw(rows, docs / "streaming-ttft.png", f"{self.tokens} tokens in 8 chunks, r = 0.15")
-        for engine in (self.resident, self.streamed):
-            engine.store = self.store
         return rows
 
     def prediction(self) -> list[dict[str, Any]]:
@@ -155,20 +150,18 @@ class Bench:
         print(f"fit: error {fit['median_error']:.1%} in the median, {fit['worst_error']:.1%} at worst", flush=True)
         tiers, transfer, _ = measure_tiers(self.model, lambda: cb.ChunkStore(), repeats=2)
         rows = []
-        engine = cb.Engine(self.model, self.store, blend=cb.AutoBlend(ratios=RATIOS), executor="streamed")
         for tokens in self.lengths:
             self.prompt = random_prompt(self.model.config.vocab_size, tokens)
             self.store.clear()
-            engine.store = self.store
-            engine.precompute(self.prompt)
+            self.resident.precompute(self.prompt)
             for factor in (2.0, 1.0, 0.5):
-                throttled = cb.ThrottledStore(self.store, self.bytes_per_s * factor)
-                tier = cb.Tier("disk", throttled.bytes_per_s)
+                throttled = cb.store.ThrottledStore(self.store, self.bytes_per_s * factor)
+                tier = cb.engine.Tier("disk", throttled.bytes_per_s)
                 own = {"model": self.model.fingerprint, "device": device_kind(self.model)}
                 own |= {"store": store_name(throttled.directory), "compute": compute, "transfer": transfer, "fit": {}}
-                auto = cb.AutoBlend(profile=cb.Profile(tiers=tiers | {"disk": tier}, **own), ratios=RATIOS)
-                engine.store, engine.auto = throttled, auto
-                engine.__dict__.pop("estimator", None)
+                profile = cb.engine.Profile(tiers=tiers | {"disk": tier}, **own)
+                auto = cb.BlendConfig("auto", auto_ratios=RATIOS)
+                engine = cb.Engine(self.model, throttled, auto, executor="streamed", profile=profile)
                 self.stats(engine)
                 runs = [self.stats(engine) for _ in range(2)]
                 decision = runs[0].decision

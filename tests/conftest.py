@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -16,6 +17,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 from beartype import beartype  # noqa: E402
 from flax import struct  # noqa: E402
 from jaxtyping import install_import_hook, jaxtyped  # noqa: E402
@@ -73,6 +75,22 @@ FAMILIES = {
         rope=RopeConfig("yarn", 10000.0, 4.0, 32),
     ),
 }
+
+
+@contextlib.contextmanager
+def unchecked():
+    """What users may pass, whatever the annotations say: the package itself is to refuse it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_where_marked(request):
+    with unchecked() if request.node.get_closest_marker("wrong_types") else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

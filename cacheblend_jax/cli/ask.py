@@ -12,10 +12,10 @@ from cacheblend_jax.blend import SELECTORS, BlendConfig
 from cacheblend_jax.cli.documents_prompt import add_source_options, load_with_tokenizer, prompt_of, split
 from cacheblend_jax.cli.options import add_shared_options, at_least_one, check_writable, print_status, progress_bar
 from cacheblend_jax.documents import read_documents, select_top_k
-from cacheblend_jax.engine.controller import AutoBlend, explain
+from cacheblend_jax.engine.controller import explain
 from cacheblend_jax.engine.engine import Engine
-from cacheblend_jax.engine.executors import EXECUTORS
 from cacheblend_jax.engine.layout import MODES
+from cacheblend_jax.engine.planner import EXECUTORS
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.engine.results import Generation, PrefillStats
 from cacheblend_jax.errors import CacheBlendError
@@ -24,7 +24,6 @@ from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore
 
 AUTO = "auto"
-FLOOR = 0.15  # with `--ratio auto`: the controller never goes below
 
 
 def add_parser(commands: Any) -> None:
@@ -102,7 +101,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     trace = None if parsed.trace is None else Trace()
     with (
         ChunkStore(parsed.store, host_bytes=parsed.store_bytes) as store,
-        Engine(model, store, blend, executor=parsed.executor) as engine,
+        Engine(model, store, blend, executor=parsed.executor, profile=parsed.profile) as engine,
     ):
         answers = _answers(parsed, engine, prompt, sampling, trace)
     answer = answers[parsed.mode]
@@ -132,7 +131,7 @@ def _question_and_paths(question: str | None, paths: list[str]) -> tuple[str, li
     return question, paths
 
 
-def _blend(parsed: argparse.Namespace) -> BlendConfig | AutoBlend:
+def _blend(parsed: argparse.Namespace) -> BlendConfig:
     """How to blend; refuses options that do not go together before any work."""
     auto = parsed.ratio == AUTO
     check_writable("--trace", parsed.trace)
@@ -140,8 +139,7 @@ def _blend(parsed: argparse.Namespace) -> BlendConfig | AutoBlend:
         raise CacheBlendError(f"--trace {parsed.trace} is the name of its picture; give one that ends in .json")
     if parsed.explain and (not auto or parsed.mode != "blend"):
         raise CacheBlendError("--explain needs --mode blend --ratio auto: else there is no decision to explain")
-    config = BlendConfig(FLOOR if auto else parsed.ratio, selector=parsed.selector)
-    return AutoBlend(config, parsed.profile) if auto else config
+    return BlendConfig(parsed.ratio, selector=parsed.selector)
 
 
 def _answers(

@@ -38,13 +38,13 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         engine.flush()
         stats = store.stats
     failed = f", {stats.write_errors} errors of writing: see above" if stats.write_errors else ""
-    size = stats.disk_bytes / 1e6
+    size = stats.disk.bytes / 1e6
     print(f"{len(keys)} chunks, {stats.written} entries written to {parsed.store} ({size:.1f} MB){failed}")
     return {
         "chunks": [
             {"source": chunk.source, "index": chunk.index, "key": key} for chunk, key in zip(chunks, keys, strict=True)
         ],
         "written": stats.written,
-        "store_bytes": stats.disk_bytes,
+        "store_bytes": stats.disk.bytes,
         "exit_code": 1 if stats.write_errors else 0,
     }

@@ -115,7 +115,7 @@ def _time_length(
         torch_ttft_s = None
         if peer is not None:
             torch_ttft_s = torch_prefill(model, prompt, engines[0].prefill(prompt, "full").next_token)
-        compiled = model.programs.count
+        compiled = model.runner.count
         samples: dict[str, list[PrefillStats]] = {mode: [] for mode in prefills}
         torch_seconds: list[float] = []
         for repeat in range(repeats):
@@ -129,7 +129,7 @@ def _time_length(
         engines[0].precompute(another)
         for prefill in prefills.values():
             prefill(another)
-    programs = {"programs": compiled, "compiles_after_warmup": model.programs.count - compiled}
+    programs = {"programs": compiled, "compiles_after_warmup": model.runner.count - compiled}
     rows = [_row(mode, length, stats, samples["full"], compile_s[mode]) | programs for mode, stats in samples.items()]
     if torch_seconds:
         median = statistics.median(torch_seconds)

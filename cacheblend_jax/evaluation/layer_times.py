@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from cacheblend_jax.blend import BlendConfig
-from cacheblend_jax.engine.controller import ComputeModel, layer_sizes
+from cacheblend_jax.engine.delays import ComputeModel, layer_sizes
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.evaluation.progress import Progress, no_progress

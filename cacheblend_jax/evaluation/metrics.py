@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 from scipy.stats import bootstrap, spearmanr
 
 from cacheblend_jax.blend.deviation import relative_squared_distance
-from cacheblend_jax.engine.results import KVCache
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model, ModelConfig
+from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.transformer import Params, Rows, attend, embedder, layer_at, layer_starts, rows_at
 
@@ -125,10 +125,10 @@ def _attention_deviation(
 
     def step(index: jax.Array, rows: Rows, kv: KVCache) -> tuple[Rows, jax.Array]:
         layer = layer_at(params, config, index)
-        k, v = (lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (kv.k, kv.v))
+        layer_kv = kv.layer(index)
         starts = layer_starts(config, index, rows.positions)
-        attended = attend(layer, rows, k, v, starts=starts, kv_length=length)
-        return attended.rows, _probabilities(attended.q, k, attended.lse, rows.positions, starts, length)
+        attended = attend(layer, rows, layer_kv, starts=starts, kv_length=length)
+        return attended.rows, _probabilities(attended.q, layer_kv.k, attended.lse, rows.positions, starts, length)
 
     def both(carry: tuple[Rows, Rows], index: jax.Array) -> tuple[tuple[Rows, Rows], jax.Array]:
         rows, seen = step(index, carry[0], cache)

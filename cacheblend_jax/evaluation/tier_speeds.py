@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cacheblend_jax.engine.controller import Tier
+from cacheblend_jax.engine.delays import Tier
 from cacheblend_jax.engine.engine import Engine
-from cacheblend_jax.engine.loading import READERS, Placed, Staging, load_all
+from cacheblend_jax.engine.layout import NO_CONTEXT, PlacedChunk
+from cacheblend_jax.engine.loading import READERS, load_all
 from cacheblend_jax.engine.profile import ASSUMED_DISK
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.prompts import random_prompt
 from cacheblend_jax.model import Model
+from cacheblend_jax.runtime.host_buffers import HostBuffers
 from cacheblend_jax.store import ChunkStore, is_local
 
 PROBE_CHUNKS = 4
@@ -77,7 +79,7 @@ def _measured_tier(model: Model, open_store: Callable[[], Any], repeats: int) ->
     with closing(open_store()) as store, Engine(model, store, executor="resident") as engine:
         keys = [engine.precompute(chunks, prefix=prompts[0].suffix[:4]) for chunks in (large, small)]
     shape = (config.num_layers, PROBE_CHUNKS * tokens, config.num_kv_heads, config.head_dim)
-    buffers = Staging(np.dtype(config.dtype)).arrays(shape)
+    buffers = HostBuffers(np.dtype(config.dtype)).arrays(shape)
     large_runs = []
     small_runs = []
     for _ in range(repeats):
@@ -111,7 +113,8 @@ def _read_probes(
                 f"{len(found) - len(chunks)} of {len(found)} probes of {tokens} tokens could not be stored in "
                 f"{store.directory or 'memory'}; is there room, and the right to write?"
             )
-        placed = [Placed("", i * tokens, (i + 1) * tokens, chunk) for i, chunk in enumerate(chunks)]
+        ids = np.zeros(tokens, np.int32)
+        placed = [PlacedChunk("", "", NO_CONTEXT, ids, i * tokens, stored=chunk) for i, chunk in enumerate(chunks)]
         num_bytes = sum(chunk.num_bytes for chunk in chunks)
         with ThreadPoolExecutor(READERS) as readers:
             began = time.perf_counter()
@@ -123,7 +126,7 @@ def _read_probes(
 def _measured_transfer(model: Model, repeats: int) -> Tier:
     config = model.config
     shape = (min(config.max_positions, TRANSFER_KEYS), config.num_kv_heads, config.head_dim)
-    pair = Staging(np.dtype(config.dtype)).arrays(shape)
+    pair = HostBuffers(np.dtype(config.dtype)).arrays(shape)
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheblend_jax.blend.layer_step import LayerKV
+from cacheblend_jax.blend.config import BlendConfig
+from cacheblend_jax.blend.layer_step import Sequence
 from cacheblend_jax.blend.resident import prefill
-from cacheblend_jax.blend.schedule import BlendConfig, Plan, full_plan, make_plan, survivor_counts
+from cacheblend_jax.blend.schedule import Plan, full_plan, make_plan, survivor_counts
 from cacheblend_jax.blend.steps import Request
 from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.kv_cache import KVCache, cache_shape
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.transformer import Params, init_params
 from cacheblend_jax.runtime.programs import compiler_options
@@ -68,10 +70,10 @@ def prefills(
     modes = {}
     for name in names:
         plan = blending if name == "blend" else full_plan(config.num_layers, length)
-        cos, sin = (jnp.asarray(x) for x in rope_tables(config, plan.cache_length))
-        shape = (config.num_layers, plan.cache_length, config.num_kv_heads, config.head_dim)
-        kv = None if plan.nothing_cached else LayerKV(*(0.1 * jnp.ones(shape, config.dtype) for _ in "kv"))
-        arguments = (params, request_of(plan, length, config.vocab_size, ratio), kv, cos, sin)
+        request = request_of(plan, length, config.vocab_size, ratio)
+        shape = cache_shape(config, plan.cache_length)
+        kv = None if plan.nothing_cached else KVCache(*(0.1 * jnp.ones(shape, config.dtype) for _ in "kv"))
+        arguments = (params, request, kv, Sequence(request.length, *rope_tables(config, plan.cache_length)))
 
         def traced(*arguments, plan=plan):
             return prefill(*arguments, config=config, plan=plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from conftest import FAMILIES, family_model, random_prompt, relative_error
 from hypothesis import given
@@ -139,6 +140,14 @@ def test_what_is_not_compiled_is_not_worth_it():
     assert full.computed_chunks == 2
     resident = decide(fast, planner(), LENGTH, mixed, is_prepared=lambda _, executor: executor == "resident")
     assert resident.computed_starts == (0,)  # what is left comes from memory
+
+
+def test_what_is_on_the_device_needs_no_loading():
+    slow, chunks = load_at(10.0), [at_tier(chunk, "device") for chunk in CHUNKS]
+    assert slow.load_s(chunks, CONFIG.num_layers) == 0
+    assert slow.executor_of(chunks) == "resident"
+    decision = decide(slow, planner(), LENGTH, chunks)
+    assert (decision.loaded_chunks, decision.load_s, decision.bound) == (len(chunks), 0.0, "floor")
 
 
 def test_the_cap_is_recomputing_everything_that_is_loaded():

@@ -137,25 +137,26 @@ def test_without_a_template_it_is_an_error(tokenizer):
         cb.Prompt.from_chat_template(Plain(), chunks=["c"], question="q")
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
-    ("prompt", "message"),
+    ("parts", "message"),
     [
-        (cb.Prompt([], [], []), "the prompt is empty"),
-        (cb.Prompt([1], [[2], []], [3]), "chunk 1 has no tokens"),
-        (cb.Prompt([1], [[2, 160]], [3]), r"chunk 0 has token id 160, which is not in the vocabulary \[0, 159\]"),
-        (cb.Prompt([1], [[2]], [-1]), "suffix has token id -1"),
-        (cb.Prompt([0.5], [[2]], [3]), "prefix must be text or a flat sequence of token ids, got float64"),
-        (cb.Prompt([1], [[[2]]], [3]), "chunk 0 must be text or a flat"),
-        (cb.Prompt([1], [[2], [3, [4]]], [3]), "chunk 1 must be text or a flat"),
-        (cb.Prompt([1], ["text"], [3]), "chunk 0 is text, but the model has no tokenizer"),
-        (cb.Prompt("text", [[1]], [3]), "prefix is text, but the model has no tokenizer"),
-        (cb.Prompt([1], [[1]], "text"), "suffix is text, but the model has no tokenizer"),
-        (cb.Prompt([1], [[1] * 300, [2] * 300], [3]), "the prompt has 602 tokens, the model takes at most 512"),
+        (([], [], []), "the prompt is empty"),
+        (([1], [[2], []], [3]), "chunk 1 has no tokens"),
+        (([1], [[2, 160]], [3]), r"chunk 0 has token id 160, which is not in the vocabulary \[0, 159\]"),
+        (([1], [[2]], [-1]), "suffix has token id -1"),
+        (([0.5], [[2]], [3]), "prefix must be text or a flat sequence of token ids, got float64"),
+        (([1], [[[2]]], [3]), "chunk 0 must be text or a flat"),
+        (([1], [[2], [3, [4]]], [3]), "chunk 1 must be text or a flat"),
+        (([1], ["text"], [3]), "chunk 0 is text, but the model has no tokenizer"),
+        (("text", [[1]], [3]), "prefix is text, but the model has no tokenizer"),
+        (([1], [[1]], "text"), "suffix is text, but the model has no tokenizer"),
+        (([1], [[1] * 300, [2] * 300], [3]), "the prompt has 602 tokens, the model takes at most 512"),
     ],
 )
-def test_what_makes_no_sense_is_named(prompt, message):
+def test_what_makes_no_sense_is_named(parts, message):
     with pytest.raises(cb.PromptError, match=message):
-        tokenize(prompt)
+        tokenize(cb.Prompt(*parts))
 
 
 def test_an_empty_text_chunk_is_an_error(tokenizer):

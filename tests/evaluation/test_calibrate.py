@@ -12,7 +12,7 @@ from conftest import HF, family_model, random_prompt
 
 import cacheblend_jax as cb
 from cacheblend_jax.cli.main import main
-from cacheblend_jax.engine.controller import ComputeModel
+from cacheblend_jax.engine.delays import ComputeModel
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.evaluation import layer_times, tier_speeds
 from cacheblend_jax.evaluation.calibrate import calibrate
@@ -59,7 +59,7 @@ def test_a_throttled_tier_is_measured_as_it_is(monkeypatch):
         now["s"] += seconds
 
     def open_store():
-        return cb.ThrottledStore(memory, 1e6, 1e-3, clock=lambda: now["s"], sleep=sleep)
+        return cb.store.ThrottledStore(memory, 1e6, 1e-3, clock=lambda: now["s"], sleep=sleep)
 
     monkeypatch.setattr(tier_speeds, "READERS", 1)
     monkeypatch.setattr(tier_speeds.time, "perf_counter", lambda: now["s"])

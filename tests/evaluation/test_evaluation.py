@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import cacheblend_jax as cb
-from cacheblend_jax.engine.results import KVCache
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation import check_layer, insights, metrics, plots
 from cacheblend_jax.evaluation.corpus import (
@@ -24,6 +23,7 @@ from cacheblend_jax.evaluation.datasets import SEED, Row, bundled_rows, load_row
 from cacheblend_jax.evaluation.evaluator import Evaluator
 from cacheblend_jax.evaluation.settings import Setting
 from cacheblend_jax.evaluation.summary import of_all_kinds, summarize
+from cacheblend_jax.model import KVCache
 from cacheblend_jax.model.demo import demo_directory
 
 HKVD, RANDOM = Setting("blend", "hkvd", 0.15), Setting("blend", "random", 0.15)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import pytest
 from ahead_of_time import compiler
 
-from cacheblend_jax.blend.layer_step import LayerKV
+from cacheblend_jax.blend.layer_step import Sequence
 from cacheblend_jax.blend.resident import Request, prefill
 from cacheblend_jax.blend.schedule import BlendConfig, make_plan
 from cacheblend_jax.evaluation.shapes import SHAPES
-from cacheblend_jax.model import transformer
+from cacheblend_jax.model import KVCache, transformer
 from cacheblend_jax.model.decode import decode_step
 from cacheblend_jax.model.transformer import abstract_params
 from cacheblend_jax.runtime.programs import COMPILER_OPTIONS
@@ -171,9 +171,10 @@ def _blend_arguments(config, num_stages: int):
     angles = _shape(plan.cache_length, 64, of=jnp.float32)
 
     def blend(params, request, cached, cos, sin):
-        return prefill(params, request, cached, cos, sin, config=config, plan=plan)
+        sequence = Sequence(request.length, cos, sin)
+        return prefill(params, request, cached, sequence, config=config, plan=plan)
 
-    return blend, abstract_params(config), request, LayerKV(cached, cached), angles, angles
+    return blend, abstract_params(config), request, KVCache(cached, cached), angles, angles
 
 
 def _slices_of_weights(text: str) -> list[str]:

@@ -14,11 +14,11 @@ from jax.experimental import checkify
 from kernel_cases import TOLERANCE, as_float64, attend, attend_by_reference, cases, quick_jit
 
 from cacheblend_jax.blend import layer_step
-from cacheblend_jax.blend.layer_step import LayerKV
+from cacheblend_jax.blend.layer_step import Sequence
 from cacheblend_jax.blend.resident import prefill
 from cacheblend_jax.blend.schedule import BlendConfig, make_plan
 from cacheblend_jax.evaluation.whole_prefills import request_of
-from cacheblend_jax.model import transformer
+from cacheblend_jax.model import KVCache, transformer
 from cacheblend_jax.model.rope import rope_tables
 from pallas_kernels import apply_rope, attention_mass, selective_attention
 
@@ -151,7 +151,8 @@ def test_a_blend_attends_at_ascending_positions_only(monkeypatch, selector):
     plan = make_plan(num_layers=6, length=length, active=length, forced=64, blend=blend, check_layer=1)
     cached = jax.random.normal(jax.random.key(0), (2, 6, plan.cache_length, config.num_kv_heads, config.head_dim))
     tables = rope_tables(config, plan.cache_length)
-    arguments = request_of(plan, length, config.vocab_size, 0.3), LayerKV(*cached), *tables
+    request = request_of(plan, length, config.vocab_size, 0.3)
+    arguments = request, KVCache(*cached), Sequence(request.length, *tables)
     run = quick_jit(checkify.checkify(partial(prefill, family_model("llama2").params, config=config, plan=plan)))
     error, out = run(*arguments)
     error.throw()

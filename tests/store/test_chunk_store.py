@@ -106,7 +106,7 @@ def test_keys_are_equal_only_for_equal_fields(one, other):
 
 def test_a_salt_separates_tenants():
     prompt = cb.Prompt([1, 2], [[3, 4, 5]], [6])
-    model = cb.random_model(_tiny())
+    model = cb.model.random_model(_tiny())
     mine, theirs = cb.ChunkStore(salt="mine"), cb.ChunkStore(salt="theirs")
     assert not set(cb.Engine(model, mine).precompute(prompt)) & set(cb.Engine(model, theirs).precompute(prompt))
 

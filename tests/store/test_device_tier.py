@@ -189,7 +189,7 @@ def test_a_hit_on_the_device_transfers_no_kv(monkeypatch):
 
 
 def test_nothing_compiles_after_warm_up():
-    model = cb.random_model(FAMILIES["llama3"], seed=7)  # of its own: its programs are no other test's
+    model = cb.model.random_model(FAMILIES["llama3"], seed=7)  # of its own: its programs are no other test's
     with cb.Engine(model, cb.ChunkStore(device_bytes=2**30)) as engine:
         engine.warmup(128, prefix_tokens=9, suffix_tokens=7)
         for prompt in (random_prompt(6), random_prompt(7, (20, 50, 30))):
@@ -224,14 +224,3 @@ def test_a_streaming_engine_reads_what_another_put_on_the_device():
         out = streamed.prefill(prompt)
         assert store.stats.device.hits == 5
         assert out.logits.tobytes() == before.logits.tobytes()
-
-
-def test_the_controller_knows_that_the_device_needs_no_loading():
-    from test_controller import CHUNKS, CONFIG, LENGTH, decide, load_at, planner
-
-    slow = load_at(10.0)
-    chunks = [type(chunk)(chunk.start, chunk.tokens, chunk.num_bytes, "device", chunk.exact) for chunk in CHUNKS]
-    assert slow.load_s(chunks, CONFIG.num_layers) == 0
-    assert not slow.streams(chunks)
-    decision = decide(slow, planner(), LENGTH, chunks, 100)
-    assert (decision.loaded_chunks, decision.load_s, decision.bound) == (len(chunks), 0.0, "floor")

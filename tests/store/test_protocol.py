@@ -19,7 +19,7 @@ def to_device(entry: cb.ChunkEntry) -> DeviceEntry:
 @pytest.mark.parametrize("throttled", [False, True])
 def test_stores_satisfy_the_protocol_and_can_be_closed_by_a_with(tmp_path, throttled):
     store = cb.ChunkStore(tmp_path, salt="mine", host_bytes=2**20, device_bytes=2**10)
-    with cb.ThrottledStore(store, 1e12) if throttled else store as opened:
+    with cb.store.ThrottledStore(store, 1e12) if throttled else store as opened:
         assert isinstance(opened, Store)
         assert (opened.salt, opened.directory, opened.host_bytes) == ("mine", tmp_path, 2**20)
         assert opened.device_bytes == (0 if throttled else 2**10)
@@ -40,8 +40,8 @@ def test_stores_satisfy_the_protocol_and_can_be_closed_by_a_with(tmp_path, throt
 def test_a_store_names_the_tiers_that_it_may_serve_from(tmp_path):
     with cb.ChunkStore(tmp_path, device_bytes=1) as store:
         assert store.tiers == ("device", "host", "disk")
-        assert cb.ThrottledStore(store, 1.0).tiers == ("disk",)
-        assert cb.ThrottledStore(store, 1.0, tier="network").tiers == ("network",)
+        assert cb.store.ThrottledStore(store, 1.0).tiers == ("disk",)
+        assert cb.store.ThrottledStore(store, 1.0, tier="network").tiers == ("network",)
     with cb.ChunkStore(tmp_path) as store:
         assert store.tiers == ("host", "disk")
     assert cb.ChunkStore().tiers == ("host",)
@@ -52,7 +52,7 @@ def test_only_a_handle_on_the_device_gives_the_entry_there(tmp_path):
         store.put("a", ENTRY)
     with cb.ChunkStore(tmp_path, device_bytes=2**20) as store:
         for tier in ("disk", "host", "device"):
-            with store.open("a") as chunk, cb.ThrottledStore(store, 1e12, tier="network").open("a") as throttled:
+            with store.open("a") as chunk, cb.store.ThrottledStore(store, 1e12, tier="network").open("a") as throttled:
                 assert (chunk.tier, throttled.tier) == (tier, "network")
                 assert (chunk.device_entry is not None) == (tier == "device")
                 assert throttled.device_entry is None
