@@ -77,20 +77,21 @@ FAMILIES = {
 }
 
 
+_raises = pytest.raises
+
+
 @contextlib.contextmanager
-def unchecked():
-    """What users may pass, whatever the annotations say: the package itself is to refuse it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+def _raises_unchecked(*expected, **options):
+    """`pytest.raises`, with annotations unchecked in its body: there, the package itself is to refuse what is wrong."""
+    with _raises(*expected, **options) as info:
+        jaxtyping.config.update("jaxtyping_disable", True)
+        try:
+            yield info
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture(autouse=True)
-def _unchecked_where_marked(request):
-    with unchecked() if request.node.get_closest_marker("wrong_types") else contextlib.nullcontext():
-        yield
+pytest.raises = _raises_unchecked
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -137,7 +137,6 @@ def test_without_a_template_it_is_an_error(tokenizer):
         cb.Prompt.from_chat_template(Plain(), chunks=["c"], question="q")
 
 
-@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
