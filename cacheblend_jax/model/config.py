@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,14 @@ from cacheblend_jax.errors import CheckpointError
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
+# What transformers takes for keys that a configuration lacks, where families differ. Shapes have no default here: a
+# checkpoint that doesn't state them is refused.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {"num_key_value_heads": None, "max_position_embeddings": 2048, "sliding_window": None},
+    "MistralForCausalLM": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+    "Qwen3ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,13 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and options of a Llama-form decoder. `windows` holds each layer's sliding window, `None` for none."""
+    """Shape and options of a Llama-form decoder.
+
+    `windows` holds each layer's sliding window, `None` for none.
+
+    Raises:
+        CheckpointError: a value that no model can have; it is named.
+    """
 
     architecture: str
     vocab_size: int
@@ -65,56 +80,59 @@ class ModelConfig:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
-                raise CheckpointError(f"config: {name} must be at least 1, got {getattr(self, name)}")
+                raise CheckpointError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
-                f"config: num_attention_heads must be a multiple of num_key_value_heads, "
+                f"num_attention_heads must be a multiple of num_key_value_heads, "
                 f"got {self.num_heads} and {self.num_kv_heads}"
             )
+        if not 0 < self.rms_norm_eps < math.inf:
+            raise CheckpointError(f"rms_norm_eps must be a positive number, got {self.rms_norm_eps!r}")
+        if not 0 < self.rope.theta < math.inf:
+            raise CheckpointError(f"rope_theta must be a positive number, got {self.rope.theta!r}")
         if self.head_dim % 2 or self.head_dim < 2:
-            raise CheckpointError(f"config: head_dim must be even and positive, got {self.head_dim}")
+            raise CheckpointError(f"head_dim must be even and positive, got {self.head_dim}")
         if len(self.windows) != self.num_layers:
-            raise CheckpointError(f"config: {len(self.windows)} layer types for {self.num_layers} layers")
+            raise CheckpointError(f"{len(self.windows)} layer types for {self.num_layers} layers")
 
     @classmethod
     def from_hugging_face(cls, raw: Mapping[str, Any], dtype: str | None = None) -> ModelConfig:
         """Reads a Hugging Face configuration as its `config.json` or `to_dict()` gives it, of transformers 4 or 5.
 
-        `dtype` overrides the stored one.
+        `dtype` overrides the stated one. Absent keys have the defaults of transformers' configuration classes.
 
         Raises:
             CheckpointError: the architecture, RoPE type, activation or a value is not supported; it is named.
         """
         architecture = _architecture(raw)
-        hidden, heads = _require(raw, "hidden_size"), _require(raw, "num_attention_heads")
-        num_layers = _require(raw, "num_hidden_layers")
+        raw = {**DEFAULTS[architecture], **raw}
+        hidden, heads = _integer(raw, "hidden_size"), _integer(raw, "num_attention_heads")
+        num_layers = _integer(raw, "num_hidden_layers")
         qwen2, qwen3 = architecture.startswith("Qwen2"), architecture.startswith("Qwen3")
-        attention_bias = bool(raw.get("attention_bias", False)) and not architecture.startswith("Mistral")
+        attention_bias = _flag(raw, "attention_bias") and architecture.startswith(("Llama", "Qwen3"))
         activation = raw.get("hidden_act", "silu")
         if activation not in ACTIVATIONS:
-            raise CheckpointError(
-                f"config: hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
-            )
+            raise CheckpointError(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
         return cls(
             architecture=architecture,
-            vocab_size=_require(raw, "vocab_size"),
+            vocab_size=_integer(raw, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_require(raw, "intermediate_size"),
+            intermediate_size=_integer(raw, "intermediate_size"),
             num_layers=num_layers,
             num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or (128 if qwen3 else hidden // heads),
-            max_positions=raw.get("max_position_embeddings") or 2048,
+            num_kv_heads=_integer(raw, "num_key_value_heads", heads),
+            head_dim=_integer(raw, "head_dim", 128 if qwen3 else hidden // heads),
+            max_positions=_integer(raw, "max_position_embeddings"),
             rope=_rope(raw),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             activation=activation,
             qkv_bias=qwen2 or attention_bias,
             output_bias=attention_bias,
-            mlp_bias=bool(raw.get("mlp_bias", False)) and architecture.startswith("Llama"),
+            mlp_bias=_flag(raw, "mlp_bias") and architecture.startswith("Llama"),
             qk_norm=qwen3,
-            tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tied_embeddings=_flag(raw, "tie_word_embeddings"),
             windows=_windows(raw, architecture, num_layers),
-            dtype=dtype or _stored_dtype(raw),
+            dtype=dtype or stated_dtype(raw) or "float32",
         )
 
     def to_hugging_face(self) -> dict[str, Any]:
@@ -162,57 +180,85 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     architecture = named[0] if named else by_type.get(raw.get("model_type", ""))
     if architecture not in ARCHITECTURES:
         got = architecture or raw.get("model_type") or "none"
-        raise CheckpointError(f"config: architecture {got!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        raise CheckpointError(f"architecture {got!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     return architecture
 
 
-def _require(raw: Mapping[str, Any], key: str) -> int:
+def _integer(raw: Mapping[str, Any], key: str, default: int | None = None, *, minimum: int = 1) -> int:
+    """Returns an integer of at least `minimum`; `default` for a key that is absent or null (an error without one)."""
     value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise CheckpointError(f"config: {key} must be an integer, got {value!r}")
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise CheckpointError(f"{key} must be an integer of at least {minimum}, got {value!r}")
     return value
 
 
-def _stored_dtype(raw: Mapping[str, Any]) -> str:
-    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
+    """Returns a positive, finite number; `default` for a key that is absent or null."""
+    value = raw.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise CheckpointError(f"{key} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{key} must be true or false, got {value!r}")
+    return bool(value)
+
+
+def stated_dtype(raw: Mapping[str, Any]) -> str | None:
+    """Returns the dtype that a Hugging Face configuration states; `None` where it states none."""
+    value = raw.get("dtype") or raw.get("torch_dtype")
+    return str(value).removeprefix("torch.") if value else None
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
     # transformers 5 writes rope_parameters; before it were rope_theta and rope_scaling, whose type was once "type".
-    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    parameters = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise CheckpointError(f"rope_parameters must be a JSON object, got {parameters!r}")
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if any(isinstance(value, Mapping) for value in parameters.values()):
-        raise CheckpointError("config: rope_parameters that differ between layer types are not supported")
+        raise CheckpointError("rope_parameters that differ between layer types are not supported")
     if rope_type not in ROPE_TYPES:
-        raise CheckpointError(f"config: RoPE type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        raise CheckpointError(f"RoPE type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     if raw.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
-        raise CheckpointError("config: partial_rotary_factor other than 1 is not supported")
+        raise CheckpointError("partial_rotary_factor other than 1 is not supported")
     if rope_type != "default" and "factor" not in parameters:
-        raise CheckpointError(f"config: RoPE type {rope_type!r} needs a factor")
-    original = parameters.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+        raise CheckpointError(f"RoPE type {rope_type!r} needs a factor")
+    # As in transformers, the configuration's own key comes before that of its RoPE parameters.
+    original = "original_max_position_embeddings"
+    holder = raw if raw.get(original) is not None else parameters
     return RopeConfig(
         type=rope_type,
-        theta=float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        factor=float(parameters.get("factor") or 1.0),
-        original_max_positions=int(original or raw.get("max_position_embeddings") or 0),
-        low_freq_factor=float(parameters.get("low_freq_factor") or 0.0),
-        high_freq_factor=float(parameters.get("high_freq_factor") or 0.0),
-        beta_fast=float(parameters.get("beta_fast") or 32.0),
-        beta_slow=float(parameters.get("beta_slow") or 1.0),
-        attention_factor=float(parameters.get("attention_factor") or 0.0),
-        mscale=float(parameters.get("mscale") or 0.0),
-        mscale_all_dim=float(parameters.get("mscale_all_dim") or 0.0),
-        truncate=bool(parameters.get("truncate", True)),
+        theta=_number(parameters, "rope_theta", _number(raw, "rope_theta", 10000.0)),
+        factor=_number(parameters, "factor", 1.0),
+        original_max_positions=_integer(holder, original, _integer(raw, "max_position_embeddings")),
+        low_freq_factor=_number(parameters, "low_freq_factor", 0.0),
+        high_freq_factor=_number(parameters, "high_freq_factor", 0.0),
+        beta_fast=_number(parameters, "beta_fast", 32.0),
+        beta_slow=_number(parameters, "beta_slow", 1.0),
+        attention_factor=_number(parameters, "attention_factor", 0.0),
+        mscale=_number(parameters, "mscale", 0.0) if parameters.get("mscale") else 0.0,
+        mscale_all_dim=_number(parameters, "mscale_all_dim", 0.0) if parameters.get("mscale_all_dim") else 0.0,
+        truncate=parameters.get("truncate") is not False,
     )
 
 
 def _windows(raw: Mapping[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window")
-    if window is None or (architecture.startswith("Qwen") and not raw.get("use_sliding_window", False)):
+    is_qwen = architecture.startswith("Qwen")
+    if architecture.startswith("Llama") or (is_qwen and not _flag(raw, "use_sliding_window")):
         return (None,) * num_layers
-    if architecture.startswith("Llama"):
+    if raw["sliding_window"] is None:  # an explicit null means no window
         return (None,) * num_layers
+    window = _integer(raw, "sliding_window")
+    if not is_qwen:  # transformers' Mistral has one window for all layers, whatever layer_types says
+        return (window,) * num_layers
     if layer_types := raw.get("layer_types"):
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    first = raw.get("max_window_layers", 28) if architecture.startswith("Qwen") else 0
+    first = _integer(raw, "max_window_layers", 28, minimum=0)
     return tuple(window if layer >= first else None for layer in range(num_layers))

@@ -22,7 +22,7 @@ from cacheblend_jax.model.checkpoint import (
     stop_token_ids,
     tensor_files,
 )
-from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.config import ModelConfig, stated_dtype
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.transformer import Params, abstract_params, partition_specs
 from cacheblend_jax.model.user_cache import read_record, record_path, write_record
@@ -31,9 +31,13 @@ from cacheblend_jax.runtime.host_buffers import aligned_empty
 
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
-STORED_DTYPES = {"F64", "F32", "F16", "BF16"}
+STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 DEFAULTS_FILE = "cacheblend.json"  # what a checkpoint's author ships with it; read, never written
 CHECK_LAYERS = "check-layers"  # the kind of record
+
+HEAD_ROWS = 4096  # of embedding and output projection, compared at a time
+EXPONENT_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF << 52}
+FINITE_BLOCK = 2**16  # elements, so that a block stays in the processor's cache
 
 # The path of a leaf in `Params` and its name in a checkpoint; `{}` is the layer. Kernels are stored [in, out] here and
 # [out, in] there.
@@ -82,12 +86,9 @@ def load_model(
     raw = read_config(directory)
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    config = ModelConfig.from_hugging_face(raw, dtype)
-    if config.dtype not in DTYPES:
-        raise CheckpointError(
-            f"{directory}: dtype {config.dtype!r} is not supported; pass dtype= one of {', '.join(DTYPES)}"
-        )
-    names = sorted({str(file.relative_to(directory)) for file in tensor_files(directory).values()})
+    files_of_tensors = tensor_files(directory)
+    config = _read_model_config(directory, raw, dtype, files_of_tensors)
+    names = sorted({str(file.relative_to(directory)) for file in files_of_tensors.values()})
     states = file_states(directory, names)  # before the weights are read, so that later changes are noticed
     config = replace(config, check_layer=_check_layer(config, directory, states))
     params = load_params(directory, config, mesh=mesh, progress=progress)
@@ -98,6 +99,25 @@ def load_model(
     stops = stop_token_ids(directory, raw, tokenizer)
     name = str(name_or_path)
     return Model(config, params, tokenizer, name=name, stop_token_ids=stops, directory=directory, weight_files=files)
+
+
+def _read_model_config(directory: Path, raw: dict[str, Any], dtype: str | None, files: dict[str, Path]) -> ModelConfig:
+    stored = dtype or stated_dtype(raw) or _stored_dtype(files)
+    try:
+        config = ModelConfig.from_hugging_face(raw, stored)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory / 'config.json'}: {error}") from None
+    if config.tied_embeddings and _has_own_head(files):
+        logger.warning(
+            "%s: tie_word_embeddings is true, but a different lm_head.weight is stored: the stored one is used",
+            directory,
+        )
+        config = replace(config, tied_embeddings=False)
+    if config.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{directory}: dtype {config.dtype!r} is not supported; pass dtype= one of {', '.join(DTYPES)}"
+        )
+    return config
 
 
 def save_check_layer(model: Model, check_layer: int) -> Path | None:
@@ -233,7 +253,45 @@ def _copy_tensor(file: Path, tensors: Any, name: str, place: np.ndarray) -> None
         raise CheckpointError(
             f"{file}: {name} has shape {list(view.get_shape())}, the configuration asks for {list(place.shape)}"
         )
-    place[...] = tensors.get_tensor(name).astype(place.dtype, copy=False)
+    tensor = tensors.get_tensor(name)
+    if not _all_finite(tensor):
+        raise CheckpointError(f"{file}: {name} holds NaN or infinity; the file is damaged, or its training diverged")
+    place[...] = tensor.astype(place.dtype, copy=False)
+
+
+def _all_finite(tensor: np.ndarray) -> bool:
+    """Looks at exponents, block by block: several times as fast as `np.isfinite` for bfloat16, in little memory."""
+    bits = tensor.reshape(-1).view(f"u{tensor.dtype.itemsize}")
+    exponent = EXPONENT_BITS[tensor.dtype.name]
+    blocks = (bits[begin : begin + FINITE_BLOCK] for begin in range(0, bits.size, FINITE_BLOCK))
+    return all((block & exponent).max() != exponent for block in blocks)
+
+
+def _stored_dtype(files: dict[str, Path]) -> str:
+    """Returns the dtype of the checkpoint's largest tensor: what it is stored in, where nothing states it."""
+    sizes: dict[str, int] = {}
+    dtypes: dict[str, str] = {}
+    for file in sorted(set(files.values())):
+        with open_tensors(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                view = tensors.get_slice(name)
+                dtypes[name] = STORED_DTYPES.get(view.get_dtype(), "float32")  # others are refused when they are read
+                sizes[name] = int(np.prod(view.get_shape()))
+    return dtypes[max(sizes, key=lambda name: sizes[name])] if sizes else "float32"
+
+
+def _has_own_head(files: dict[str, Path]) -> bool:
+    """Returns whether an output projection is stored that is not the embedding."""
+    embedding, head = EMBEDDER_NAMES["embedding"], EMBEDDER_NAMES["lm_head.kernel"]
+    if embedding not in files or head not in files:
+        return False
+    with open_tensors(files[embedding]) as at_embedding, open_tensors(files[head]) as at_head:
+        one, other = at_embedding.get_slice(embedding), at_head.get_slice(head)
+        if one.get_shape() != other.get_shape():
+            return True
+        rows = one.get_shape()[0]
+        blocks = (slice(begin, min(begin + HEAD_ROWS, rows)) for begin in range(0, rows, HEAD_ROWS))
+        return any(not np.array_equal(one[block], other[block]) for block in blocks)
 
 
 def _sharding(mesh: jax.sharding.Mesh | None, spec: jax.P, leaf: jax.ShapeDtypeStruct) -> Any:

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 import cacheblend_jax as cb
 from cacheblend_jax.model import save_check_layer
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.weights import hugging_face_tensors
+from cacheblend_jax.model.weights import _all_finite, hugging_face_tensors
 
 
 @pytest.fixture
@@ -45,6 +47,50 @@ def test_weights_keep_their_dtype_unless_cast():
         model = cb.load_model(HF / "llama2", dtype=dtype)
         assert model.config.dtype == dtype
         assert model.params.layers["q_proj"]["kernel"].dtype == dtype
+
+
+def test_weights_without_a_stated_dtype_keep_that_of_their_file(checkpoint):
+    edit_config(checkpoint, dtype=None, torch_dtype=None)
+    model = cb.load_model(checkpoint)
+    assert model.config.dtype == "bfloat16"
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
+    # Where tensors differ, the largest decides: small norms are often kept in float32.
+    edit_tensors(checkpoint, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(np.float32)}))
+    assert cb.load_model(checkpoint).config.dtype == "bfloat16"
+    edit_tensors(checkpoint, lambda t: t.update({name: x.astype(np.float16) for name, x in t.items()}))
+    assert cb.load_model(checkpoint).config.dtype == "float16"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_what_is_finite_is_seen_in_every_dtype(dtype):
+    largest = float(ml_dtypes.finfo("float16").max)
+    for shape in ((), (0,), (3, 5), (2**16 + 3,)):
+        assert _all_finite(np.full(shape, -largest, dtype))
+        for value in (np.nan, np.inf, -np.inf):
+            tensor = np.ones(shape, dtype)
+            tensor[(-1,) * tensor.ndim if tensor.size else ...] = value
+            assert _all_finite(tensor) == (tensor.size == 0)
+
+
+def test_a_stored_head_that_is_not_the_embedding_is_kept(checkpoint, caplog):
+    """As by transformers 5, whatever tie_word_embeddings says."""
+    edit_config(checkpoint, tie_word_embeddings=False)
+    untied = cb.load_model(checkpoint)
+    edit_config(checkpoint, tie_word_embeddings=True)
+    model = cb.load_model(checkpoint)
+    assert not model.config.tied_embeddings
+    assert len([line for line in caplog.messages if "a different lm_head.weight is stored" in line]) == 1
+    np.testing.assert_array_equal(
+        model.params.embedder["lm_head"]["kernel"], untied.params.embedder["lm_head"]["kernel"]
+    )
+    assert model.fingerprint == untied.fingerprint
+
+    edit_tensors(checkpoint, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    caplog.clear()
+    model = cb.load_model(checkpoint)
+    assert model.config.tied_embeddings
+    assert "lm_head" not in model.params.embedder
+    assert not caplog.messages
 
 
 def test_weights_are_stacked_and_transposed():
@@ -99,7 +145,39 @@ DAMAGES = {
     ),
     "RoPE factor": (lambda d: edit_config(d, rope_parameters={"rope_type": "linear"}), "needs a factor"),
     "activation": (lambda d: edit_config(d, hidden_act="mish"), "hidden_act 'mish' is not supported"),
-    "no size": (lambda d: edit_config(d, hidden_size=None), "hidden_size must be an integer, got None"),
+    "no size": (lambda d: edit_config(d, hidden_size=None), "hidden_size must be an integer of at least 1, got None"),
+    "negative epsilon": (
+        lambda d: edit_config(d, rms_norm_eps=-1),
+        r"model/config\.json: rms_norm_eps must be a positive number, got -1$",
+    ),
+    "negative theta": (
+        lambda d: edit_config(d, rope_parameters={"rope_type": "default", "rope_theta": -1}),
+        r"model/config\.json: rope_theta must be a positive number, got -1$",
+    ),
+    "old negative theta": (
+        lambda d: edit_config(d, rope_parameters=None, rope_theta=-1.0),
+        r"model/config\.json: rope_theta must be a positive number, got -1\.0$",
+    ),
+    "NaN epsilon": (
+        lambda d: edit_config(d, rms_norm_eps=float("nan")),
+        "rms_norm_eps must be a positive number, got nan",
+    ),
+    "text for a number": (
+        lambda d: edit_config(d, num_key_value_heads="1"),
+        r"model/config\.json: num_key_value_heads must be an integer of at least 1, got '1'$",
+    ),
+    "text for a flag": (
+        lambda d: edit_config(d, tie_word_embeddings="false"),
+        "tie_word_embeddings must be true or false, got 'false'",
+    ),
+    "NaN weights": (
+        lambda d: edit_tensors(d, lambda t: t[TENSOR].__setitem__((3, 4), np.nan)),
+        rf"model\.safetensors: {TENSOR} holds NaN or infinity",
+    ),
+    "infinite weights": (
+        lambda d: edit_tensors(d, lambda t: t[TENSOR].__setitem__((3, 4), -np.inf)),
+        rf"model\.safetensors: {TENSOR} holds NaN or infinity",
+    ),
     "heads": (lambda d: edit_config(d, num_key_value_heads=3), "multiple of num_key_value_heads, got 4 and 3"),
     "layers": (lambda d: edit_config(d, num_hidden_layers=5), "missing, among them model.layers.4."),
     "fewer layers": (lambda d: edit_config(d, num_hidden_layers=3), "among them model.layers.3."),
@@ -219,7 +297,7 @@ def test_windows_as_transformers_reads_them(architecture):
     from transformers import AutoConfig
 
     raw = OLD | {"model_type": architecture.lower(), "sliding_window": 5, "use_sliding_window": True}
-    raw |= {"max_window_layers": 1}
+    raw |= {"max_window_layers": 1, "num_key_value_heads": 2}
     theirs = AutoConfig.for_model(**raw)
     layer_types = getattr(theirs, "layer_types", None)
     if architecture == "Mistral":
@@ -229,6 +307,65 @@ def test_windows_as_transformers_reads_them(architecture):
     else:
         wanted = tuple(5 if kind == "sliding_attention" else None for kind in layer_types)
     assert ModelConfig.from_hugging_face(raw).windows == wanted
+
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+SIZES = {"vocab_size": 9, "hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 40}
+SIZES |= {"num_attention_heads": 64}  # a multiple of every family's default of num_key_value_heads
+
+
+def read_by_transformers(raw: dict) -> dict:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**raw).to_dict()
+
+
+def assert_read_alike(raw: dict) -> None:
+    """What `raw` alone says, we read as from the configuration that transformers makes of it, all keys given."""
+    full = read_by_transformers(raw)
+    ours, theirs = ModelConfig.from_hugging_face(raw), ModelConfig.from_hugging_face(full)
+    assert ours == theirs
+    head_dim = full.get("head_dim") or full["hidden_size"] // full["num_attention_heads"]
+    window = None if raw["model_type"] == "llama" else full["sliding_window"]
+    kinds = full.get("layer_types") or ["sliding_attention"] * len(ours.windows)
+    assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    assert (ours.num_kv_heads, ours.head_dim) == (full["num_key_value_heads"], head_dim)
+    assert (ours.max_positions, ours.rms_norm_eps) == (full["max_position_embeddings"], full["rms_norm_eps"])
+    assert (ours.activation, ours.tied_embeddings) == (full["hidden_act"], full["tie_word_embeddings"])
+    assert (ours.rope.type, ours.rope.theta) == (
+        full["rope_parameters"]["rope_type"],
+        full["rope_parameters"]["rope_theta"],
+    )
+    bias = raw["model_type"] in ("llama", "qwen3") and full["attention_bias"]  # others' layers read no such key
+    assert (ours.output_bias, ours.qkv_bias) == (bias, bias or raw["model_type"] == "qwen2")
+    assert ours.mlp_bias == (raw["model_type"] == "llama" and full["mlp_bias"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_absent_key_has_the_default_of_transformers(family):
+    assert_read_alike({"model_type": family} | SIZES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"num_key_value_heads": None},
+        {"sliding_window": None},
+        {"sliding_window": 7},
+        {"use_sliding_window": True},
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 64},
+        {"attention_bias": True, "mlp_bias": True},
+    ],
+    ids=lambda given: ",".join(given),
+)
+def test_given_keys_are_read_as_by_transformers(family, given):
+    if family == "mistral" and "num_key_value_heads" in given:
+        pytest.skip("transformers 5 refuses it")
+    assert_read_alike({"model_type": family} | SIZES | given)
 
 
 PEAK = """

@@ -19,8 +19,19 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 
 # One program for all cases of equal shapes. Backends' block sizes are not in its key: they must stay as they are in one
 # process, as the fixture `small_blocks` sees to.
-attend = quick_jit(selective_attention, static_argnames=("window", "return_lse", "implementation"))
+_attend_compiled = quick_jit(selective_attention, static_argnames=("window", "return_lse", "implementation"))
 attend_by_reference = quick_jit(selective_attention_reference, static_argnames=("window", "scale"))
+
+
+def attend(*arrays, implementation: str | None = None, **options):
+    """`selective_attention` of numpy or jax arrays."""
+    if implementation != "mosaic_gpu":
+        return _attend_compiled(*arrays, implementation=implementation, **options)
+    # The warpgroups of its interpreter are threads that wait for each other: as a part of a program they starve.
+    arrays, options = jax.tree.map(
+        lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, (arrays, options)
+    )
+    return selective_attention(*arrays, implementation=implementation, **options)
 
 
 def as_float64(x: np.ndarray) -> jax.Array:

@@ -139,7 +139,8 @@ def test_a_batch_equals_one_by_one(backend):
     def one(q, k, v, positions, length):
         return selective_attention(q, k, v, positions, kv_length=length, implementation=backend)
 
-    batched, alone = quick_jit(jax.vmap(one))(q, k, v, positions, lengths), quick_jit(one)
+    jit = quick_jit if backend != "mosaic_gpu" else lambda function: function  # see `attend`
+    batched, alone = jit(jax.vmap(one))(q, k, v, positions, lengths), jit(one)
     for i in range(3):
         np.testing.assert_array_equal(batched[i], alone(q[i], k[i], v[i], positions[i], lengths[i]))
 
