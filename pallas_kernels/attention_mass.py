@@ -35,7 +35,7 @@ def attention_mass(
     kv_length = num_keys if kv_length is None else kv_length
     starts = first_visible(q_positions, q_starts, window)
     starts = jnp.zeros_like(q_positions) if starts is None else starts
-    column = jnp.arange(num_keys, dtype=jnp.int32)
+    column = jnp.arange(num_keys, dtype=jnp.int32)[None, :]
 
     def add_tile(mass: jax.Array, tile: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         rows, row_lse, positions, first = tile

@@ -94,6 +94,14 @@ def _raises_unchecked(*expected, **options):
 pytest.raises = _raises_unchecked
 
 
+@pytest.fixture(autouse=True)
+def own_user_cache(monkeypatch, tmp_path_factory) -> Path:
+    """A user's cache of each test's own: none reads or writes that of whoever runs the tests."""
+    directory = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
+    return directory / "cacheblend-jax"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _room_for_compiled_programs():
     """JAX keeps what tests jit themselves (kernels in interpreters, above all), and a process may map only so much."""

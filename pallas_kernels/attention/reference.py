@@ -25,10 +25,10 @@ def selective_attention_reference(
     kv_length = num_keys if kv_length is None else kv_length
     starts = first_visible(q_positions, q_starts, window)
     starts = jnp.zeros_like(q_positions) if starts is None else starts
-    column = jnp.arange(num_keys)
+    column = jnp.arange(num_keys)[None, :]
     valid = (q_positions < kv_length)[:, None]
     visible = (column >= starts[:, None]) & (column <= q_positions[:, None]) & (column < kv_length) & valid
-    k, v = (jnp.where((column < kv_length)[:, None, None], x, 0) for x in (k, v))
+    k, v = (jnp.where((column < kv_length).T[..., None], x, 0) for x in (k, v))
     k, v = (jnp.repeat(x, q.shape[1] // num_kv_heads, axis=1) for x in (k, v))
     scores = jnp.einsum("qhd,khd->hqk", q, k) * (head_dim**-0.5 if scale is None else scale)
     scores = jnp.where(visible, scores, -jnp.inf)

@@ -141,7 +141,8 @@ def _attend_tile(
             scores = scores * scale
         if masked:
             column = begin + jnp.arange(block, dtype=jnp.int32)
-            visible = (column >= index * block) & (column >= row_starts[..., 0, None]) & (column <= row_positions)
+            key = column[None, None, :]
+            visible = (key >= index * block) & (key >= row_starts[..., 0, None]) & (key <= row_positions)
             scores = jnp.where(visible, scores, MASKED)
             value_block = jnp.where((column < kv_length)[None, :, None], value_block, 0)
         maximum = jnp.maximum(state.maximum, scores.max(axis=-1))

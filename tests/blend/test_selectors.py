@@ -208,7 +208,7 @@ def test_highest_keeps_forced_rows_then_the_best_in_order(size, room, seed):
     forced = (rng.random(size) < 0.2) & valid
     room = min(max(room, forced.sum(), 1), size)  # forced rows always fit
     keep = int(rng.integers(forced.sum(), room + 1))
-    survivors = highest(jnp.asarray(scores), jnp.asarray(forced), jnp.asarray(valid), keep, room)
+    survivors = highest(jnp.asarray(scores), jnp.asarray(forced), jnp.asarray(valid), jnp.asarray(keep), int(room))
     kept = np.asarray(survivors.indices)[np.asarray(survivors.valid)]
     clean = np.nan_to_num(scores, nan=0.0, posinf=1e30)
     order = sorted(np.flatnonzero(valid), key=lambda i: (not forced[i], -clean[i], i))

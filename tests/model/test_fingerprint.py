@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import pytest
 from conftest import HF
-from own_user_cache import own_user_cache  # noqa: F401
 
 import cacheblend_jax as cb
 from cacheblend_jax.model import weights_digest
@@ -24,7 +23,7 @@ def checkpoint(tmp_path, monkeypatch):
     return shutil.copytree(HF / "llama3", tmp_path / "model")
 
 
-def records(own_user_cache: Path) -> list[Path]:  # noqa: F811
+def records(own_user_cache: Path) -> list[Path]:
     return list((own_user_cache / "digests").glob("*"))
 
 
@@ -48,7 +47,7 @@ def listing(directory: Path) -> dict:
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (directory, *directory.rglob("*"))}
 
 
-def test_the_digest_is_computed_once_and_remembered_in_the_users_cache(checkpoint, monkeypatch, own_user_cache):  # noqa: F811
+def test_the_digest_is_computed_once_and_remembered_in_the_users_cache(checkpoint, monkeypatch, own_user_cache):
     before = listing(checkpoint)
     calls = count_hashing(monkeypatch)
     prints = {cb.load_model(checkpoint).fingerprint for _ in range(3)}
@@ -60,14 +59,14 @@ def test_the_digest_is_computed_once_and_remembered_in_the_users_cache(checkpoin
 def test_files_that_may_still_change_within_their_time_stamp_are_not_remembered(
     checkpoint,
     monkeypatch,
-    own_user_cache,  # noqa: F811
+    own_user_cache,
 ):
     monkeypatch.setattr(weights_digest, "SETTLED_SECONDS", 3600.0)
     assert cb.load_model(checkpoint).fingerprint
     assert not records(own_user_cache)
 
 
-def test_verify_hashes_all_bytes_and_remembers_them_anew(checkpoint, monkeypatch, own_user_cache, caplog):  # noqa: F811
+def test_verify_hashes_all_bytes_and_remembers_them_anew(checkpoint, monkeypatch, own_user_cache, caplog):
     before = cb.load_model(checkpoint).fingerprint
     (record,) = records(own_user_cache)
     known = json.loads(record.read_text())
@@ -109,7 +108,7 @@ def test_a_file_changed_in_place_under_its_old_time_changes_the_fingerprint(chec
 
 
 @pytest.mark.parametrize("change", ["device", "inode", "size", "mtime_ns", "ctime_ns", "sample"])
-def test_a_record_is_believed_only_where_everything_agrees(checkpoint, monkeypatch, own_user_cache, change):  # noqa: F811
+def test_a_record_is_believed_only_where_everything_agrees(checkpoint, monkeypatch, own_user_cache, change):
     before = cb.load_model(checkpoint).fingerprint
     (record,) = records(own_user_cache)
     known = json.loads(record.read_text())
@@ -145,7 +144,7 @@ def test_a_changed_file_changes_the_fingerprint(checkpoint):
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{", "[" * 10**5, '{"files": 1, "sha256": 2}'])
-def test_a_record_that_is_none_is_computed_anew(checkpoint, monkeypatch, own_user_cache, content):  # noqa: F811
+def test_a_record_that_is_none_is_computed_anew(checkpoint, monkeypatch, own_user_cache, content):
     before = cb.load_model(checkpoint).fingerprint
     (record,) = records(own_user_cache)
     record.write_text(content)
@@ -154,7 +153,8 @@ def test_a_record_that_is_none_is_computed_anew(checkpoint, monkeypatch, own_use
     assert calls
 
 
-def test_a_cache_that_cannot_be_written_costs_the_hash_alone(checkpoint, own_user_cache):  # noqa: F811
+def test_a_cache_that_cannot_be_written_costs_the_hash_alone(checkpoint, own_user_cache):
+    own_user_cache.mkdir()
     (own_user_cache / "digests").write_text("a file")
     assert cb.load_model(checkpoint).fingerprint == cb.load_model(checkpoint, verify=True).fingerprint
 

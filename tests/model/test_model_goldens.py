@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import HF
-from own_user_cache import own_user_cache  # noqa: F401
 
 import cacheblend_jax as cb
 

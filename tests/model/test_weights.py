@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import HF
-from own_user_cache import own_user_cache  # noqa: F401
 from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
@@ -241,7 +240,8 @@ def test_a_saved_check_layer_that_is_none_is_passed_over(checkpoint, record):
     assert cb.load_model(checkpoint).config.check_layer == 1
 
 
-def test_a_check_layer_that_cannot_be_saved_is_an_error(checkpoint, own_user_cache):  # noqa: F811
+def test_a_check_layer_that_cannot_be_saved_is_an_error(checkpoint, own_user_cache):
+    own_user_cache.mkdir()
     (own_user_cache / "check-layers").write_text("a file")
     with pytest.raises(cb.CheckpointError, match=r"cannot save the check layer in .*check-layers"):
         save_check_layer(cb.load_model(checkpoint), 2)
