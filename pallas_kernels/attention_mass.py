@@ -43,7 +43,7 @@ def attention_mass(
         scores = jnp.einsum("qhgd,khd->hgqk", rows, k, preferred_element_type=jnp.float32) * scale
         row_lse = row_lse.reshape(-1, num_kv_heads, group, 1).transpose(1, 2, 0, 3)
         visible = (column >= first[:, None]) & (column <= positions[:, None]) & (column < kv_length)
-        weights = jnp.where(visible & (row_lse > -jnp.inf), jnp.exp(scores - row_lse), 0.0)
+        weights = jnp.where(visible[None, None] & (row_lse > -jnp.inf), jnp.exp(scores - row_lse), 0.0)
         return mass + weights.sum(axis=(0, 1, 2)), None
 
     tile_size = min(8, num_queries)

@@ -137,7 +137,8 @@ def question_attention(engine: cb.Engine, prompt: cb.Prompt) -> np.ndarray:
         q = apply_rope(layer.queries(hidden), cos[positions], sin[positions])
         k, v = (jnp.repeat(x[index], group, 1) for x in (cache.k, cache.v))
         scores = jnp.einsum("qhd,khd->hqk", q, k) / np.sqrt(config.head_dim)
-        scores = jnp.where(jnp.arange(TOTAL) <= positions[:, None], scores, -jnp.inf)
+        visible = np.arange(TOTAL) <= positions[:, None]
+        scores = jnp.where(visible[None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1)
         total += np.asarray(weights.sum((0, 1)))
         hidden = layer.finish(hidden, jnp.einsum("hqk,khd->qhd", weights, v))
