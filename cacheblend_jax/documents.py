@@ -1,12 +1,10 @@
-"""From files on disk to chunks worth asking about: read, split, and pick the few that a question needs.
-
-CacheBlend reuses the KV caches of text chunks, so the chunks have to come from somewhere. Three steps make them:
+"""From files on disk to the chunks of a prompt, in three steps:
 
 1. `read_documents` reads plain text and Markdown files, and refuses whatever is not text;
 2. `chunk_documents` splits each document at paragraph borders, into chunks of at most `chunk_tokens` tokens;
 3. `select_top_k` keeps the chunks that share the most telling words with the question (BM25).
 
-Nothing here needs a model: tokens are counted by a function that the caller passes in.
+No step needs a model: a function that the caller passes in counts tokens.
 """
 
 import os
@@ -85,7 +83,7 @@ def read_documents(paths: Sequence[str | Path]) -> list[Document]:
 
 
 def _text_files(path: Path) -> list[Path]:
-    """List the files that a path named by the user stands for."""
+    """List the text files that a path stands for: itself, or those of the directory."""
     try:
         if path.is_dir():
             files = list(_walk(path))
@@ -126,20 +124,20 @@ def _walk(directory: Path) -> Iterator[Path]:
 def _read_text(path: Path) -> str:
     """Decode a UTF-8 file: no byte order mark, and every line ends with a bare newline."""
     try:
-        data = path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from error
-    if (nul := data.find(b"\0")) >= 0:
+    if (nul := content.find(b"\0")) >= 0:
         raise DocumentError(
             f"{_quoted(path)} is not text: NUL at byte offset {nul}; expected UTF-8; leave it out or convert it"
         )
-    start = len(UTF8_BOM) if data.startswith(UTF8_BOM) else 0
+    start = len(UTF8_BOM) if content.startswith(UTF8_BOM) else 0
     try:
-        text = data[start:].decode("utf-8")
+        text = content[start:].decode("utf-8")
     except UnicodeDecodeError as error:
         offset = start + error.start
         raise DocumentError(
-            f"{_quoted(path)} is not UTF-8: byte 0x{data[offset]:02x} at byte offset {offset}; "
+            f"{_quoted(path)} is not UTF-8: byte 0x{content[offset]:02x} at byte offset {offset}; "
             f"expected UTF-8; convert it, for instance with iconv -t utf-8"
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -167,7 +165,7 @@ def _unreadable(path: Path, error: OSError) -> DocumentError:
 
 
 class Piece(NamedTuple):
-    """A stretch text[start:end] that fits into a chunk, and its tokens counted alone."""
+    """A stretch text[start:end] that fits into a chunk, and the tokens that it counts on its own."""
 
     start: int
     end: int
@@ -300,9 +298,9 @@ def _pack(pieces: Sequence[Piece], chunk_tokens: int, measure: Measure) -> Itera
 def _longest_fit(tokens_of: Callable[[int], int], limit: int, guess: int, most: int) -> int:
     """Find the largest count in 1..most with tokens_of(count) <= limit, starting near `guess`; 0 if none fits.
 
-    Strides double away from the guess until one count fits and a larger one does not; halving then closes in. A
-    good guess takes two countings, a bad one logarithmically many. What is returned has been seen to fit, even if
-    `tokens_of` does not quite grow with its count.
+    Strides away from the guess double until one count fits and a larger one does not; bisection then closes in. A
+    good guess calls `tokens_of` twice, a bad one logarithmically often. What is returned has been seen to fit, even
+    where `tokens_of` is not quite monotonic.
     """
     fitting, failing = 0, most + 1
     probe, stride = min(max(guess, 1), most), 1
