@@ -57,12 +57,15 @@ class Chunk:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_documents(paths: Sequence[str | Path]) -> list[Document]:
+def read_documents(paths: str | Path | Sequence[str | Path]) -> list[Document]:
     """Read the named files, and every text file under the named directories, each file once.
 
-    Files keep the order in which they are named; a directory's entries come in the sorted order of their names, so
-    that the same folder always gives the same prompt. Hidden entries, links to directories, and files with other
-    suffixes are passed over in a directory. An empty file is an error when named, and skipped in a directory.
+    Files keep the order in which they are named; a directory's entries are sorted by name, so that the same folder
+    always gives the same prompt. In a directory, hidden entries, links to directories, files with other suffixes and
+    empty files are passed over.
+
+    Raises:
+        DocumentError: there is nothing to read, or a named path is missing, unreadable, empty or not UTF-8 text.
     """
     named = [paths] if isinstance(paths, str | Path) else paths
     documents: dict[Path, Document] = {}
@@ -183,7 +186,10 @@ def split_into_chunks(text: str, chunk_tokens: int, count_tokens: Callable[[str]
     heading) is split: at sentence ends, else between words, else, for a giant word, between characters.
 
     Tokens do not add up: two texts joined may count more or fewer tokens than the two apart. So the sum of the
-    paragraphs' counts only guesses how many fit, and each chunk is counted again as a whole.
+    paragraphs' counts only suggests how many fit, and each chunk is counted again as a whole.
+
+    Raises:
+        DocumentError: `chunk_tokens` is not a whole number of at least 1, or too small for one of the characters.
     """
     _check_at_least_one("chunk_tokens", chunk_tokens)
 
@@ -323,7 +329,12 @@ def chunk_documents(
     count_tokens: Callable[[str], int],
     progress: Callable[[Iterable[Document]], Iterable[Document]] | None = None,
 ) -> list[Chunk]:
-    """Split every document on its own, so that no chunk mixes two sources; `progress` may wrap the loop (tqdm)."""
+    """Split every document on its own, so that no chunk mixes two sources; see `split_into_chunks`.
+
+    Args:
+        count_tokens: returns the number of tokens of a text.
+        progress: wraps the loop over the documents, as tqdm does.
+    """
     return [
         Chunk(text, document.path, index)
         for document in (progress(documents) if progress else documents)
@@ -331,7 +342,7 @@ def chunk_documents(
     ]
 
 
-def _check_at_least_one(name: str, value: int) -> None:
+def _check_at_least_one(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise DocumentError(f"{name} is {value!r}: expected a whole number of at least 1; pass for instance {name}=8")
 
@@ -345,6 +356,9 @@ def select_top_k(chunks: Sequence[Chunk], question: str, top_k: int) -> list[Chu
     BM25 rewards the question's words, rare words the most. The order of relevance is dropped after the choice: in
     the order of the documents a definition stays before its use, and the chunks read as an abridged text. Of equally
     relevant chunks the earlier win, so a question that shares no word with any chunk gets the first `top_k`.
+
+    Raises:
+        DocumentError: `top_k` is not a whole number of at least 1, or the package bm25s is missing.
     """
     _check_at_least_one("top_k", top_k)
     bm25s = _import_bm25s()

@@ -316,7 +316,7 @@ def _mention(
     facts: list[_Fact],
 ) -> None:
     for number in range(difficulty.mentions):
-        person = people[rng.integers(len(people))]
+        person = people[int(rng.integers(len(people)))]
         chunk = _later_chunk(rng, person, num_chunks)
         whom, _ = _call(rng, 1.0 - number % 2, person, chunk, facts)
         facts.append(_Fact(chunk, _pick(rng, _MENTIONS).format(whom=whom)))

@@ -99,9 +99,8 @@ def _raw_rows(path: Path) -> Iterator[Any]:
     else:
         yield from whole if isinstance(whole, list) else [whole]
         return
-    for number, line in enumerate(
-        line for line in text.split("\n") if line.strip()
-    ):  # not splitlines: JSON text may hold other line breaks
+    # Not `splitlines`: JSON text may hold other line breaks.
+    for number, line in enumerate(line for line in text.split("\n") if line.strip()):
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:

@@ -26,7 +26,7 @@ QUERY_PADDING = 32  # questions are padded to a multiple of it: few shapes to co
 
 
 def normalize_answer(text: str) -> str:
-    """Returns a text in lower case, without punctuation, articles and extra blanks. Source: SQuAD's evaluation script."""
+    """Returns a text in lower case, without punctuation, articles and extra blanks. Source: SQuAD's script."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -164,7 +164,7 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     return float(spearmanr(first, second).statistic)
 
 
-def bootstrap_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float] | np.ndarray, *, level: float = 0.95) -> tuple[float, float]:
     """Returns the percentile bootstrap's confidence interval of the mean: the same for the same values."""
     if len(values) < 2:
         return float(values[0]), float(values[0])
