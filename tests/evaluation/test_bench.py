@@ -48,3 +48,8 @@ def test_a_random_prompt_has_the_parts_asked_for_and_follows_from_its_arguments(
 def test_a_random_prompt_that_makes_no_sense_is_named(options, message):
     with pytest.raises(CacheBlendError, match=message):
         random_prompt(97, 8, **options)
+
+
+def test_a_bench_without_a_ratio_is_named():
+    with pytest.raises(CacheBlendError, match="at least one recompute ratio"):
+        bench(family_model("llama3"), ratios=())

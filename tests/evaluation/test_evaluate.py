@@ -78,7 +78,7 @@ def test_curves_are_of_one_setting_each(tmp_path, monkeypatch):
         each.label: dict.fromkeys(plots.CURVES, each.ratio) | {"exact_match_interval": (0, 1)} for each in settings
     }
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or path)
     plots._quality_curves(tmp_path / "quality.png", settings, lines)
     drawn = figures[0].axes[0].get_lines()
     assert sorted(line.get_label() for line in drawn) == ["hkvd", "hkvd 1 stages"]
