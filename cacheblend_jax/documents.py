@@ -1,12 +1,10 @@
-"""From files on disk to chunks worth asking about: read, split, and pick the few that a question needs.
-
-CacheBlend reuses the KV caches of text chunks, so the chunks have to come from somewhere. Three steps make them:
+"""From files on disk to the chunks of a prompt, in three steps:
 
 1. `read_documents` reads plain text and Markdown files, and refuses whatever is not text;
 2. `chunk_documents` splits each document at paragraph borders, into chunks of at most `chunk_tokens` tokens;
 3. `select_top_k` keeps the chunks that share the most telling words with the question (BM25).
 
-Nothing here needs a model: tokens are counted by a function that the caller passes in.
+No step needs a model: a function that the caller passes in counts tokens.
 """
 
 import os
@@ -59,12 +57,15 @@ class Chunk:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_documents(paths: Sequence[str | Path]) -> list[Document]:
+def read_documents(paths: str | Path | Sequence[str | Path]) -> list[Document]:
     """Read the named files, and every text file under the named directories, each file once.
 
-    Files keep the order in which they are named; a directory's entries come in the sorted order of their names, so
-    that the same folder always gives the same prompt. Hidden entries, links to directories, and files with other
-    suffixes are passed over in a directory. An empty file is an error when named, and skipped in a directory.
+    Files keep the order in which they are named; a directory's entries are sorted by name, so that the same folder
+    always gives the same prompt. In a directory, hidden entries, links to directories, files with other suffixes and
+    empty files are passed over.
+
+    Raises:
+        DocumentError: there is nothing to read, or a named path is missing, unreadable, empty or not UTF-8 text.
     """
     named = [paths] if isinstance(paths, str | Path) else paths
     documents: dict[Path, Document] = {}
@@ -85,7 +86,7 @@ def read_documents(paths: Sequence[str | Path]) -> list[Document]:
 
 
 def _text_files(path: Path) -> list[Path]:
-    """List the files that a path named by the user stands for."""
+    """List the text files that a path stands for: itself, or those of the directory."""
     try:
         if path.is_dir():
             files = list(_walk(path))
@@ -126,20 +127,20 @@ def _walk(directory: Path) -> Iterator[Path]:
 def _read_text(path: Path) -> str:
     """Decode a UTF-8 file: no byte order mark, and every line ends with a bare newline."""
     try:
-        data = path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from error
-    if (nul := data.find(b"\0")) >= 0:
+    if (nul := content.find(b"\0")) >= 0:
         raise DocumentError(
             f"{_quoted(path)} is not text: NUL at byte offset {nul}; expected UTF-8; leave it out or convert it"
         )
-    start = len(UTF8_BOM) if data.startswith(UTF8_BOM) else 0
+    start = len(UTF8_BOM) if content.startswith(UTF8_BOM) else 0
     try:
-        text = data[start:].decode("utf-8")
+        text = content[start:].decode("utf-8")
     except UnicodeDecodeError as error:
         offset = start + error.start
         raise DocumentError(
-            f"{_quoted(path)} is not UTF-8: byte 0x{data[offset]:02x} at byte offset {offset}; "
+            f"{_quoted(path)} is not UTF-8: byte 0x{content[offset]:02x} at byte offset {offset}; "
             f"expected UTF-8; convert it, for instance with iconv -t utf-8"
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -167,7 +168,7 @@ def _unreadable(path: Path, error: OSError) -> DocumentError:
 
 
 class Piece(NamedTuple):
-    """A stretch text[start:end] that fits into a chunk, and its tokens counted alone."""
+    """A stretch text[start:end] that fits into a chunk, and the tokens that it counts on its own."""
 
     start: int
     end: int
@@ -185,7 +186,10 @@ def split_into_chunks(text: str, chunk_tokens: int, count_tokens: Callable[[str]
     heading) is split: at sentence ends, else between words, else, for a giant word, between characters.
 
     Tokens do not add up: two texts joined may count more or fewer tokens than the two apart. So the sum of the
-    paragraphs' counts only guesses how many fit, and each chunk is counted again as a whole.
+    paragraphs' counts only suggests how many fit, and each chunk is counted again as a whole.
+
+    Raises:
+        DocumentError: `chunk_tokens` is not a whole number of at least 1, or too small for one of the characters.
     """
     _check_at_least_one("chunk_tokens", chunk_tokens)
 
@@ -300,9 +304,9 @@ def _pack(pieces: Sequence[Piece], chunk_tokens: int, measure: Measure) -> Itera
 def _longest_fit(tokens_of: Callable[[int], int], limit: int, guess: int, most: int) -> int:
     """Find the largest count in 1..most with tokens_of(count) <= limit, starting near `guess`; 0 if none fits.
 
-    Strides double away from the guess until one count fits and a larger one does not; halving then closes in. A
-    good guess takes two countings, a bad one logarithmically many. What is returned has been seen to fit, even if
-    `tokens_of` does not quite grow with its count.
+    Strides away from the guess double until one count fits and a larger one does not; bisection then closes in. A
+    good guess calls `tokens_of` twice, a bad one logarithmically often. What is returned has been seen to fit, even
+    where `tokens_of` is not quite monotonic.
     """
     fitting, failing = 0, most + 1
     probe, stride = min(max(guess, 1), most), 1
@@ -325,7 +329,12 @@ def chunk_documents(
     count_tokens: Callable[[str], int],
     progress: Callable[[Iterable[Document]], Iterable[Document]] | None = None,
 ) -> list[Chunk]:
-    """Split every document on its own, so that no chunk mixes two sources; `progress` may wrap the loop (tqdm)."""
+    """Split every document on its own, so that no chunk mixes two sources; see `split_into_chunks`.
+
+    Args:
+        count_tokens: returns the number of tokens of a text.
+        progress: wraps the loop over the documents, as tqdm does.
+    """
     return [
         Chunk(text, document.path, index)
         for document in (progress(documents) if progress else documents)
@@ -333,7 +342,7 @@ def chunk_documents(
     ]
 
 
-def _check_at_least_one(name: str, value: int) -> None:
+def _check_at_least_one(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise DocumentError(f"{name} is {value!r}: expected a whole number of at least 1; pass for instance {name}=8")
 
@@ -347,6 +356,9 @@ def select_top_k(chunks: Sequence[Chunk], question: str, top_k: int) -> list[Chu
     BM25 rewards the question's words, rare words the most. The order of relevance is dropped after the choice: in
     the order of the documents a definition stays before its use, and the chunks read as an abridged text. Of equally
     relevant chunks the earlier win, so a question that shares no word with any chunk gets the first `top_k`.
+
+    Raises:
+        DocumentError: `top_k` is not a whole number of at least 1, or the package bm25s is missing.
     """
     _check_at_least_one("top_k", top_k)
     bm25s = _import_bm25s()

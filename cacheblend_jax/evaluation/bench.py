@@ -17,6 +17,7 @@ from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.engine.results import PrefillStats
+from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.prompts import CHUNKS, QUESTION_TOKENS, random_prompt
 from cacheblend_jax.evaluation.torch_peer import torch_prefill
 from cacheblend_jax.model import Model
@@ -74,6 +75,8 @@ def bench(
         CacheBlendError: a length or ratio out of range, an unknown selector, a prompt that does not fit the model, or
             torch is missing.
     """
+    if not ratios:
+        raise CacheBlendError("ratios must hold at least one recompute ratio, got none")
     configs = [BlendConfig(ratio, selector) for ratio in ratios]
     draw = partial(
         random_prompt,

@@ -1,10 +1,10 @@
-"""The bundled corpus: records of an invented company, made from a seed, whose answers need attention between chunks.
+"""The bundled corpus: records of an invented company, drawn from a seed, whose questions need several chunks.
 
-Three kinds of question: `single` (one chunk holds the answer), `reference` (a chunk tells something of "Cobalt", and
-an earlier one whose nickname that is) and `compare` (of which of two people, by their nicknames, a larger number is
-told). Now and then a nickname stands before the surname it belongs to ("Cobalt Reyes"): a reader who has resolved the
-nickname can tell the surname before reading it. All people of a document have the same told of them, so that nothing
-but the resolved nickname says whose a fact is.
+Three kinds of question: `single` (one chunk holds the answer), `reference` (one chunk states a fact about "Cobalt", an
+earlier one says whose nickname that is) and `compare` (which of two people, both called by their nicknames, has the
+larger number). Now and then a nickname stands before its surname ("Cobalt Reyes"): a reader who has resolved the
+nickname can predict the surname. Everyone in a document has the same kind of fact, so that only the resolved nickname
+says whose a fact is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NUMBERS = tuple(str(number) for number in range(2, 50))
 
 @dataclass(frozen=True)
 class _Attribute:
-    """A thing told of a person: its sentences and its question, with {value} and {whom}."""
+    """A kind of fact about a person: the sentences that state it and its question, with {value} and {whom}."""
 
     kind: str
     values: Sequence[str]
@@ -101,7 +101,7 @@ _SLOTS = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer (one word), and the chunks that it needs."""
+    """A question, its answer (one word), and the numbers of the chunks that it needs."""
 
     kind: str
     text: str
@@ -111,7 +111,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """Chunks of text in an order that keeps a definition before its use, and all questions that they answer."""
+    """Chunks of text, each nickname defined before it is used, and all questions that they answer."""
 
     chunks: tuple[str, ...]
     questions: tuple[Question, ...]
@@ -119,7 +119,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Example:
-    """One question to ask of one document."""
+    """One question about one document."""
 
     prefix: str
     chunks: tuple[str, ...]
@@ -128,14 +128,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How long and how dense documents are. The defaults are what the evaluation asks; training begins easier.
+    """How long and how dense documents are. The defaults are those of the evaluation; training begins easier.
 
     Attributes:
-        singles: facts told of people by their surnames.
-        references: people with a nickname, each with a fact.
-        compared: how many of them have a number told of them besides.
-        by_nickname: of facts told of people with a nickname, the share that calls them by nothing else.
-        mentions: sentences that mention a nickname and tell nothing; half of them with the surname.
+        num_chunks: least and most chunks.
+        chunk_words: least and most words of a chunk; the last sentence may go over.
+        singles: facts about people who are called by their surnames.
+        references: people with a nickname; one fact about each.
+        compared: how many of those have a number besides.
+        mentions: sentences that mention a nickname and state no fact; half of them with the surname.
+        by_nickname: of the facts about people with a nickname, the share that uses the nickname alone.
+        filler: whether sentences that mean nothing fill the chunks up.
     """
 
     num_chunks: tuple[int, int] = (6, 12)
@@ -155,12 +158,12 @@ class _Fact:
 
 
 def split_words(text: str) -> list[str]:
-    """Words and punctuation marks, as the bundled tokenizer splits them."""
+    """Splits a text into words and punctuation marks, as the bundled tokenizer does."""
     return re.findall(r"\w+|[^\w\s]", text)
 
 
 def vocabulary() -> list[str]:
-    """All words of the corpus, sorted."""
+    """Returns all words of the corpus, sorted."""
     slots = [word for words in _SLOTS.values() for word in words]
     sentences = [*_DEFINITIONS, *_MENTIONS, *_FILLER, _WHOSE, PREFIX, "or", *NAMES, *NICKNAMES, *slots]
     for attribute in _ATTRIBUTES:
@@ -170,7 +173,7 @@ def vocabulary() -> list[str]:
 
 
 def draw_document(rng: np.random.Generator, difficulty: Difficulty = Difficulty()) -> Document:
-    """Draws a document: facts told of people by their surnames, others by nicknames, numbers, mentions, and filler."""
+    """Draws a document: facts about surnames, about nicknames, numbers to compare, mentions, and filler."""
     num_chunks = int(rng.integers(difficulty.num_chunks[0], difficulty.num_chunks[1] + 1))
     facts: list[_Fact] = []
     questions: list[Question] = []
@@ -186,7 +189,7 @@ def draw_document(rng: np.random.Generator, difficulty: Difficulty = Difficulty(
 
 
 def examples(kind: str, count: int, seed: int, difficulty: Difficulty = Difficulty()) -> list[Example]:
-    """Returns `count` examples of a kind, each of a document of its own."""
+    """Returns `count` examples of a kind of question, each about a document of its own."""
     rng = np.random.default_rng([seed, KINDS.index(kind)])
     drawn: list[Example] = []
     while len(drawn) < count:
@@ -208,14 +211,20 @@ def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Person:
-    """Somebody whom the document may call by the nickname alone after the chunk that tells whose it is."""
+    """Somebody whom the document may call by the nickname alone, once chunk `definition` has said whose it is."""
 
     name: str
     nickname: str
     definition: int
 
 
-def _tell_singles(rng, names: Sequence[str], num_chunks: int, facts: list[_Fact], questions: list[Question]) -> None:
+def _tell_singles(
+    rng: np.random.Generator,
+    names: Sequence[str],
+    num_chunks: int,
+    facts: list[_Fact],
+    questions: list[Question],
+) -> None:
     for name in names:
         attribute = _of_kind(rng, "single")
         chunk, value = int(rng.integers(num_chunks)), _pick(rng, attribute.values)
@@ -223,8 +232,14 @@ def _tell_singles(rng, names: Sequence[str], num_chunks: int, facts: list[_Fact]
         questions.append(Question("single", attribute.question.format(whom=name), value, (chunk,)))
 
 
-def _define(rng, names: Sequence[str], num_chunks: int, facts: list[_Fact], questions: list[Question]) -> list[_Person]:
-    """Tells the nicknames of these people, none in the last chunk."""
+def _define(
+    rng: np.random.Generator,
+    names: Sequence[str],
+    num_chunks: int,
+    facts: list[_Fact],
+    questions: list[Question],
+) -> list[_Person]:
+    """Gives these people nicknames, none in the last chunk."""
     people = []
     for name, nickname in zip(names, rng.choice(NICKNAMES, len(names), replace=False).tolist(), strict=True):
         chunk = int(rng.integers(num_chunks - 1))
@@ -234,10 +249,12 @@ def _define(rng, names: Sequence[str], num_chunks: int, facts: list[_Fact], ques
     return people
 
 
-def _call(rng, by_nickname: float, person: _Person, chunk: int, facts: Sequence[_Fact]) -> tuple[str, bool]:
-    """Draws what a fact of a chunk calls a person, and whether that is the nickname alone, as a share of them is.
+def _call(
+    rng: np.random.Generator, by_nickname: float, person: _Person, chunk: int, facts: Sequence[_Fact]
+) -> tuple[str, bool]:
+    """Draws what a fact in a chunk calls a person, and whether that is the nickname alone.
 
-    The surname stands in no chunk with the nickname alone: it would tell there whose that is.
+    No chunk has both the surname and the nickname alone: that would say whose nickname it is.
     """
     whole = f"{person.nickname} {person.name}"
     there = " ".join(fact.sentence for fact in facts if fact.chunk == chunk)
@@ -247,9 +264,14 @@ def _call(rng, by_nickname: float, person: _Person, chunk: int, facts: Sequence[
 
 
 def _tell_references(
-    rng, difficulty: Difficulty, people: Sequence[_Person], num_chunks: int, facts: list[_Fact], questions
+    rng: np.random.Generator,
+    difficulty: Difficulty,
+    people: Sequence[_Person],
+    num_chunks: int,
+    facts: list[_Fact],
+    questions: list[Question],
 ) -> None:
-    """Tells the same kind of thing of all these people."""
+    """States one kind of fact about all these people."""
     attribute = _of_kind(rng, "reference")
     values = rng.choice(attribute.values, len(people), replace=False).tolist()
     for person, value in zip(people, values, strict=True):
@@ -261,7 +283,12 @@ def _tell_references(
 
 
 def _tell_compared(
-    rng, difficulty: Difficulty, people: Sequence[_Person], num_chunks: int, facts: list[_Fact], questions
+    rng: np.random.Generator,
+    difficulty: Difficulty,
+    people: Sequence[_Person],
+    num_chunks: int,
+    facts: list[_Fact],
+    questions: list[Question],
 ) -> None:
     if len(people) < 2:
         return
@@ -281,11 +308,17 @@ def _tell_compared(
         questions.append(Question("compare", question, people[winner].name, chunks))
 
 
-def _mention(rng, difficulty: Difficulty, people: Sequence[_Person], num_chunks: int, facts: list[_Fact]) -> None:
+def _mention(
+    rng: np.random.Generator,
+    difficulty: Difficulty,
+    people: Sequence[_Person],
+    num_chunks: int,
+    facts: list[_Fact],
+) -> None:
     for number in range(difficulty.mentions):
-        person = people[rng.integers(len(people))]
+        person = people[int(rng.integers(len(people)))]
         chunk = _later_chunk(rng, person, num_chunks)
-        whom, _ = _call(rng, 1 - number % 2, person, chunk, facts)
+        whom, _ = _call(rng, 1.0 - number % 2, person, chunk, facts)
         facts.append(_Fact(chunk, _pick(rng, _MENTIONS).format(whom=whom)))
 
 
@@ -294,7 +327,7 @@ def _later_chunk(rng: np.random.Generator, person: _Person, num_chunks: int) -> 
 
 
 def _chunk(rng: np.random.Generator, difficulty: Difficulty, sentences: list[str]) -> str:
-    """Mixes a chunk's meaningful sentences with filler, up to a length drawn for it."""
+    """Mixes the sentences that state facts with filler, up to a length drawn for the chunk."""
     shortest, longest = difficulty.chunk_words
     words = sum(len(split_words(sentence)) for sentence in sentences)
     wanted = int(rng.integers(shortest, longest + 1))

@@ -1,4 +1,4 @@
-"""What to evaluate on: the bundled corpus, the CacheBlend authors' JSON form, LongBench's jsonl; local files only."""
+"""Data sets: the bundled corpus, JSON in the form of CacheBlend's authors, and LongBench's jsonl; local files only."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.corpus import KINDS, examples
 
 BUNDLED = "bundled"
-SEED = 2026  # of the bundled questions; training draws from small seeds
+SEED = 2026  # of the bundled questions; the model was trained on others, drawn from small seeds
 
 
 @dataclass(frozen=True)
 class Row:
-    """A question with the texts to answer it from, and the answers that count as right."""
+    """A question with the texts to answer it from, and the answers that count as right.
+
+    Attributes:
+        name: unique in its data set.
+        kind: of question; empty where the data set has no kinds.
+    """
 
     name: str
     kind: str
@@ -35,13 +40,13 @@ def load_rows(
 
     Args:
         source: `"bundled"`, or a `.json` or `.jsonl` file.
-        limit: at most so many rows, the first ones; for the bundled corpus, of each kind (200 where it is `None`).
+        limit: at most so many rows, the first ones; of the bundled corpus, of each kind (200 where it is `None`).
         chunk_tokens: LongBench's contexts are split at paragraph borders into chunks of at most this many tokens.
-        count_tokens: tokens of a text.
+        count_tokens: returns the number of tokens of a text.
         seed: of the bundled questions.
 
     Raises:
-        CacheBlendError: no such file, not such a file, or a malformed row; it names the row and the field.
+        CacheBlendError: the file is missing or in neither form, or a row is malformed; names the row and the field.
     """
     if source == BUNDLED:
         return bundled_rows(200 if limit is None else limit, seed)
@@ -67,7 +72,7 @@ def load_rows(
 
 
 def digest_of(source: str, chunk_tokens: int) -> str:
-    """Returns what tells a data set from others: SHA-256 over its file's bytes, or its name; and how it is split."""
+    """Returns SHA-256 (hexadecimal) of a data set's content and of how it is split."""
     content = b"" if source == BUNDLED else Path(source).read_bytes()
     return hashlib.sha256(f"{source == BUNDLED} {chunk_tokens} {SEED} ".encode() + content).hexdigest()
 
@@ -94,7 +99,8 @@ def _raw_rows(path: Path) -> Iterator[Any]:
     else:
         yield from whole if isinstance(whole, list) else [whole]
         return
-    for number, line in enumerate(line for line in text.split("\n") if line.strip()):  # JSON may hold other breaks
+    # Not `splitlines`: JSON text may hold other line breaks.
+    for number, line in enumerate(line for line in text.split("\n") if line.strip()):
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:

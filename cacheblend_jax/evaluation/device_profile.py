@@ -14,7 +14,7 @@ from jax.profiler import ProfileData
 
 INSTRUCTION = re.compile(r'%?([\w.\-]+) = .*metadata=\{[^}]*op_name="([^"]*)"')
 CONTAINERS = ("while", "call", "conditional")  # their events span those of what they hold
-# The first that fits: a name scope of ours, or what XLA calls the operation.
+# The first that matches counts: a name scope of ours, or XLA's name of the operation.
 KINDS = {
     "attention": r"selective_attention|cross_mass|attention_mass",
     "blending": r"blend_kv",
@@ -27,7 +27,7 @@ def time_by_stage(run: Callable[[], Any], program: Any, directory: Path | None =
     """Profiles one call of a compiled program.
 
     Args:
-        run: calls it; called once before, too, so that the profile has nothing else.
+        run: calls the program; called once before the profile begins, so that nothing but the call is in it.
         program: what `jax.jit(…).lower(…).compile()` returned; its text says where operations come from.
         directory: where the trace stays; a temporary one by default.
 
@@ -57,7 +57,7 @@ def _kind(source: str) -> str:
 
 
 def _milliseconds(profile: ProfileData) -> dict[str, float]:
-    """By instruction; of the device alone, where it has events of its own: the host's are then those of launches."""
+    """Time by instruction, on the device alone where it has events: the host's are then those of launching."""
     by_plane: dict[str, dict[str, float]] = {}
     for plane in profile.planes:
         spent: dict[str, float] = defaultdict(float)

@@ -1,4 +1,4 @@
-"""How good an answer is, how near a prefill comes to full recompute, and how sure a mean is."""
+"""Metrics: how good an answer is, how near a prefill comes to full recompute, and how certain a mean is."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ QUERY_PADDING = 32  # questions are padded to a multiple of it: few shapes to co
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation, articles and surplus blanks. Source: SQuAD's evaluation script."""
+    """Returns a text in lower case, without punctuation, articles and extra blanks. Source: SQuAD's script."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction is one of the answers after normalisation, else 0."""
+    """Returns 1 if the prediction is one of the answers after normalisation, else 0."""
     return float(normalize_answer(prediction) in {normalize_answer(answer) for answer in answers})
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
-    """The best F1 of normalised words over the answers, in [0, 1]; two empty texts agree."""
+    """Returns the best F1 of normalised words over the answers, in [0, 1]; two empty texts agree."""
     return max(_f1(normalize_answer(prediction).split(), normalize_answer(answer).split()) for answer in answers)
 
 
@@ -49,7 +49,7 @@ def _f1(predicted: list[str], wanted: list[str]) -> float:
 
 
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:
-    """The best Rouge-L F-measure over the answers, in [0, 1].
+    """Returns the best Rouge-L F-measure over the answers, in [0, 1].
 
     Raises:
         CacheBlendError: rouge-score is not installed.
@@ -65,7 +65,7 @@ def rouge_l(prediction: str, answers: Sequence[str]) -> float:
 
 
 def kl_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
-    """KL(reference ‖ logits) in nats, of the next-token distributions that two rows of logits give."""
+    """Returns KL(reference ‖ logits) in nats, of two next-token distributions given by their logits, `[vocab]`."""
     log_p, log_q = (x - np.logaddexp.reduce(x) for x in (reference.astype(np.float64), logits.astype(np.float64)))
     return float(np.sum(np.exp(log_p) * (log_p - log_q)))
 
@@ -74,11 +74,11 @@ def kl_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
 def kv_deviation_by_layer(
     cache: KVCache, reference: KVCache, length: Int[Array, ""] | int
 ) -> Float[Array, "layers tokens"]:
-    """KV deviation of each layer and token from another cache of the same prompt (a full prefill's).
+    """Returns the KV deviation of each layer and token from another cache of the same prompt (a full prefill's).
 
-    Both caches may be padded beyond `length`; padding gives zeros. Keys are rotated in both, which keeps distances.
-    Same scale as the selectors' deviation: squared L2, K plus V, each over its layer's mean squared norm in
-    `reference`.
+    Both caches may be padded beyond `length`; padding gives zeros. Keys are rotated in both, which leaves distances as
+    they are. The scale is that of the selectors' deviation: squared L2, K plus V, each over its layer's mean squared
+    norm in `reference`.
     """
     valid = jnp.arange(cache.k.shape[1]) < length
 
@@ -92,10 +92,11 @@ def kv_deviation_by_layer(
 def attention_deviation_by_layer(
     model: Model, token_ids: np.ndarray, first_query: int, cache: KVCache, reference: KVCache
 ) -> np.ndarray:
-    """Attention deviation of each layer, float32 `[layers]`: how far the question's attention is from full prefill's.
+    """Returns the attention deviation of each layer, float32 `[layers]`.
 
-    L2 distance of the attention matrices of the tokens from `first_query` on (all heads), over the L2 norm of the
-    true one; both caches may be padded. Source: CacheBlend (arXiv 2405.16444) §4.2, definition 2.
+    How far the attention of the question, the tokens from `first_query` on, is from full prefill's: the L2 distance of
+    the two attention matrices (all heads) over the L2 norm of the true one. Both caches may be padded. Source:
+    CacheBlend (arXiv 2405.16444) §4.2, definition 2.
     """
     keys, length = cache.k.shape[1], token_ids.size
     queries = -(-(length - first_query) // QUERY_PADDING) * QUERY_PADDING
@@ -146,7 +147,7 @@ def _probabilities(
     starts: Int[Array, " queries"] | None,
     length: Int[Array, ""] | int,
 ) -> Float[Array, "queries heads keys"]:
-    """The attention matrix itself, of few queries: for measuring only."""
+    """The attention matrix itself: only for measuring, with few queries."""
     grouped = q.astype(jnp.float32).reshape(q.shape[0], k.shape[1], -1, q.shape[2])
     scores = jnp.einsum("qhgd,khd->qhgk", grouped, k.astype(jnp.float32)).reshape(*q.shape[:2], k.shape[0])
     keys = jnp.arange(k.shape[0])
@@ -157,14 +158,14 @@ def _probabilities(
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's rank correlation of two rows of numbers; NaN where one is constant."""
+    """Returns Spearman's rank correlation of two rows of numbers; NaN where one is constant."""
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return float("nan")
     return float(spearmanr(first, second).statistic)
 
 
-def bootstrap_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
-    """The percentile bootstrap's confidence interval of the mean; the same for the same values."""
+def bootstrap_interval(values: Sequence[float] | np.ndarray, *, level: float = 0.95) -> tuple[float, float]:
+    """Returns the percentile bootstrap's confidence interval of the mean: the same for the same values."""
     if len(values) < 2:
         return float(values[0]), float(values[0])
     drawn = bootstrap(

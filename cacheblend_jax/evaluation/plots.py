@@ -106,7 +106,7 @@ def _deviation_by_layer(path: Path, lines: dict[str, dict[str, Any]]) -> Path:
 
 def _heat_map(path: Path, deviation: np.ndarray) -> Path:
     """Deviation of each token (across) at each layer (down): few columns light up, the same in all layers."""
-    figure, (axis,) = _figure(1, (10, 2.8))
+    figure, (axis,) = _figure(1, (10.0, 2.8))
     image = axis.imshow(np.sqrt(deviation), aspect="auto", cmap="magma", interpolation="nearest")
     axis.set(xlabel="token", ylabel="layer", title="deviation of stand-alone KV from full recompute (square root)")
     figure.colorbar(image, ax=axis)
@@ -115,7 +115,7 @@ def _heat_map(path: Path, deviation: np.ndarray) -> Path:
 
 def _insights(path: Path, deviation: np.ndarray) -> Path:
     """CacheBlend's figures 7 and 8: few tokens hold most of the deviation, and neighbouring layers agree on which."""
-    figure, (left, right) = _figure(2, (9, 3.4))
+    figure, (left, right) = _figure(2, (9.0, 3.4))
     tokens = np.arange(1, deviation.shape[1] + 1) / deviation.shape[1]
     for layer in range(1, len(deviation)):
         held = np.cumsum(np.sort(deviation[layer])[::-1])

@@ -1,4 +1,4 @@
-"""Whole prefills of a model's shape, compiled and ready to be timed or profiled: random weights, prompts of chunks."""
+"""Whole prefills of a model's shape, compiled and ready to be timed or profiled: random weights, random chunks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SUFFIX, CHUNK, RATIO = 64, 512, 0.15
 
 
 def request_of(plan: Plan, length: int, vocab_size: int, ratio: float) -> Request:
-    """A prompt of chunks, all of them stored, and a question of `SUFFIX` tokens."""
+    """Returns the request for a prompt of chunks, all of them stored, and a question of `SUFFIX` tokens."""
     positions = np.arange(plan.active, dtype=np.int32)
     forced = (positions >= length - SUFFIX) & (positions < length) if plan.forced else positions < length
     rows = np.flatnonzero(forced)[: plan.forced]
@@ -62,7 +62,7 @@ class Mode(NamedTuple):
 def prefills(
     config: ModelConfig, length: int, params, names: tuple[str, ...] = ("full", "blend"), ratio: float = RATIO
 ) -> dict[str, Mode]:
-    """The compiled modes, by name."""
+    """Compiles `"full"` and `"blend"`, or those of them named; returns them by name."""
     blend = BlendConfig(ratio)
     blending = make_plan(
         num_layers=config.num_layers, length=length, active=length, forced=SUFFIX, blend=blend, check_layer=1
@@ -86,7 +86,7 @@ def prefills(
 
 @contextlib.contextmanager
 def kernels(implementation: str) -> Iterator[None]:
-    """Programs compiled in the body use this implementation of the kernels."""
+    """Makes programs that are compiled in its body use this implementation of the kernels."""
     before = os.environ.get(OVERRIDE)
     os.environ[OVERRIDE] = implementation
     try:
@@ -113,9 +113,9 @@ def config_of(shape: str, dtype: str) -> ModelConfig:
 
 
 def whole_blend_error(implementation: str, dtype: str) -> float:
-    """Largest difference of the logits of a small blend that recomputes all tokens to `exact_logits`.
+    """Returns how far a small blend that recomputes all tokens is from `exact_logits`.
 
-    Over the largest logit. The weights are the same numbers, rounded once.
+    The largest difference of the logits over the largest logit. The weights are the same numbers, rounded once.
     """
     config, length = _tiny(dtype), 256
     params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
@@ -127,9 +127,9 @@ def whole_blend_error(implementation: str, dtype: str) -> float:
 
 
 def exact_logits(config: ModelConfig, params: Params, token_ids: np.ndarray) -> np.ndarray:
-    """The reference: logits after the last token, `[vocab]`, in float64, all scores in memory, by numpy.
+    """Returns the reference: logits after the last token, float64 `[vocab]`, by numpy, all scores in memory.
 
-    Of the plain Llama form: no bias, no norm of queries and keys, no window, embeddings not tied.
+    Only of the plain Llama form: no bias, no norm of queries and keys, no window, embeddings not tied.
     """
     embedder, layers = (
         jax.tree.map(lambda x: np.asarray(x.astype(jnp.float32), np.float64), of)

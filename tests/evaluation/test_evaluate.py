@@ -1,0 +1,140 @@
+"""Evaluations: what blend restores, what an evaluation returns, and its pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import cacheblend_jax as cb
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.evaluation import plots
+from cacheblend_jax.evaluation.corpus import KINDS, Difficulty, examples
+from cacheblend_jax.evaluation.datasets import SEED, Row, bundled_rows
+from cacheblend_jax.evaluation.evaluate import evaluate
+from cacheblend_jax.evaluation.evaluator import Evaluator
+from cacheblend_jax.evaluation.settings import Setting, settings_for
+from cacheblend_jax.evaluation.summary import MEANS, of_all_kinds, summarize
+from cacheblend_jax.evaluation.tables import summary_table
+from cacheblend_jax.model.demo import demo_directory
+
+HKVD, RANDOM = Setting("blend", "hkvd", 0.15), Setting("blend", "random", 0.15)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return cb.load_model("demo", dtype="float32")
+
+
+def test_blend_restores_what_reuse_loses(demo):
+    """The point of it all, in small: fails where blend's advantage over reuse or over random is gone."""
+    less = Setting("blend", "hkvd", 0.1)
+    settings = [Setting("full"), Setting("reuse"), HKVD, less, RANDOM]
+    difficulty = Difficulty(num_chunks=(7, 7), chunk_words=(48, 56))
+    rows = [
+        replace(row, chunks=example.chunks, question=example.question.text, answers=(example.question.answer,))
+        for row, example in zip(bundled_rows(1) * 24, examples("reference", 24, SEED, difficulty), strict=False)
+    ]
+    with Evaluator(demo, rows, max_new_tokens=2) as evaluator:
+        records = [record for row in rows for record in evaluator.evaluate_row(row, settings)]
+    lines = of_all_kinds(summarize(records, [setting.label for setting in settings]))
+    right = {label: line["exact_match"] for label, line in lines.items()}
+    assert right["full"] >= 0.95
+    assert right[HKVD.label] >= right["full"] - 0.1
+    assert right[less.label] >= right["full"] - 0.05
+    assert right["reuse"] <= 0.6
+    assert right[RANDOM.label] <= right[HKVD.label] - 0.2
+    for measure, over_random in (("kv_deviation", 0.75), ("attention_deviation", 0.8)):
+        hkvd, random, reuse = (lines[label][measure] for label in (HKVD.label, RANDOM.label, "reuse"))
+        assert hkvd < over_random * random, measure
+        assert random < reuse, measure
+    assert lines[HKVD.label]["kl"] < lines["reuse"]["kl"]
+    assert lines["full"]["kl"] == lines["full"]["attention_deviation"] == 0.0
+
+
+@pytest.mark.live
+def test_live_transformers_loads_the_bundled_model_and_answers_the_same(demo):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    peer = AutoModelForCausalLM.from_pretrained(demo_directory(), dtype=torch.float32).eval()
+    engine = cb.Engine(demo)
+    for example in (example for kind in KINDS for example in examples(kind, 2, 11)):
+        prompt = cb.Prompt.to_answer(demo.tokenizer, example.chunks, example.question.text)
+        out = engine.prefill(prompt, "full")
+        ids = torch.from_numpy(out.token_ids.astype(np.int64))[None]
+        with torch.no_grad():
+            logits = peer(ids, logits_to_keep=1).logits[0, -1].numpy()
+        np.testing.assert_allclose(out.logits, logits, rtol=1e-3, atol=1e-3)
+        answer = peer.generate(ids, max_new_tokens=2, do_sample=False)[0, ids.shape[1] :]
+        ours = engine.complete(out, max_new_tokens=2, stop_token_ids=())
+        assert answer.tolist() == ours.token_ids
+
+
+def test_curves_are_of_one_setting_each(tmp_path, monkeypatch):
+    settings = [Setting("blend", "hkvd", ratio, "kv", stages) for ratio in (0.3, 0.1) for stages in (1, 4)]
+    lines = {
+        each.label: dict.fromkeys(plots.CURVES, each.ratio) | {"exact_match_interval": (0, 1)} for each in settings
+    }
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or path)
+    plots._quality_curves(tmp_path / "quality.png", settings, lines)
+    drawn = figures[0].axes[0].get_lines()
+    assert sorted(line.get_label() for line in drawn) == ["hkvd", "hkvd 1 stages"]
+    assert all(line.get_xdata().tolist() == [0.1, 0.3] for line in drawn)
+
+
+def test_a_row_that_does_not_fit_is_named(demo):
+    row = Row("rows/7", "", ("a b " * 3000,), "Why?", ("x",))
+    with pytest.raises(CacheBlendError, match="row rows/7: the prompt has"):
+        Evaluator(demo, [row], max_new_tokens=2)
+
+
+def test_an_evaluation_is_a_call_that_prints_nothing(demo, tmp_path, capsys):
+    settings = settings_for(modes=("full", "blend"), selectors=("hkvd",))
+    seen = []
+
+    def progress(items, what):
+        for item in items:
+            seen.append((what, item.name))
+            yield item
+
+    options = {"limit": 1, "max_new_tokens": 2, "out": tmp_path / "results.jsonl", "progress": progress}
+    found = evaluate(demo, settings, with_deviation=True, **options)
+    assert capsys.readouterr() == ("", "")
+    assert sorted(seen) == [("evaluate", f"{kind}/0") for kind in sorted(KINDS)]
+    assert found.rows == len(KINDS)
+    assert [(line["setting"], line["rows"]) for line in found.summary if line["kind"] == "all"] == [
+        ("full", 3),
+        ("hkvd 0.15", 3),
+    ]
+    assert found.deviation.shape[0] == demo.config.num_layers
+    table = summary_table(found.summary)
+    assert table.startswith("all: 3 questions\n")
+    assert table.count("hkvd 0.15") == len(KINDS) + 1
+    again = evaluate(demo, settings, **options)  # all of it is in the file
+    assert (len(seen), again.records, again.deviation) == (3, found.records, None)
+
+
+def test_a_table_without_rouge_leaves_the_column_empty():
+    means = dict.fromkeys(MEANS, 0.5) | {"rouge_l": None, "exact_match_interval": (0.0, 1.0)}
+    with_rouge, without = (
+        summary_table([{"setting": "full", "kind": "all", "rows": 1} | means | {"rouge_l": rouge}])
+        for rouge in (0.25, None)
+    )
+    assert without == with_rouge.replace("0.250", " " * 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modes": ("fast",)}, "unknown mode 'fast'; known: full, prefix, reuse, blend"),
+        ({"selectors": ("best",)}, "unknown selector 'best'"),
+        ({"ratios": (1.5,)}, "recompute_ratio must be in"),
+        ({"num_stages": (0,)}, "num_stages must be"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named_before_any_work(options, message):
+    with pytest.raises(CacheBlendError, match=message):
+        settings_for(**options)

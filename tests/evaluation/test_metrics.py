@@ -1,0 +1,83 @@
+"""Metrics, what the paper observes of deviation, and the check layer found by it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cacheblend_jax as cb
+from cacheblend_jax.engine.results import KVCache
+from cacheblend_jax.evaluation import check_layer, insights, metrics
+from cacheblend_jax.evaluation.corpus import Difficulty, examples
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return cb.load_model("demo", dtype="float32")
+
+
+def test_answers_are_normalised_as_squad_does():
+    assert metrics.normalize_answer("The  Exeter, College!") == "exeter college"
+    assert metrics.exact_match("the Oslo.", ["Lima", "oslo"]) == 1.0
+    assert metrics.exact_match("Oslo Lima", ["Oslo"]) == 0.0
+    assert metrics.token_f1("Exeter College, Oxford", ["Exeter College"]) == pytest.approx(0.8)
+    assert metrics.token_f1("", ["a"]) == 1.0
+    assert metrics.token_f1("red red", ["red"]) == pytest.approx(2 / 3)
+    assert metrics.rouge_l("the cat sat", ["the dog sat"]) == pytest.approx(2 / 3)
+
+
+def test_kl_divergence_is_that_of_the_distributions():
+    p, q = np.array([0.7, 0.2, 0.1]), np.array([0.1, 0.6, 0.3])
+    expected = np.sum(p * np.log(p / q))
+    assert metrics.kl_divergence(np.log(q) + 5, np.log(p) - 3) == pytest.approx(expected)
+    assert metrics.kl_divergence(np.log(p) + 1, np.log(p)) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_interval_holds_the_mean_and_narrows_with_more_values():
+    values = np.random.default_rng(0).random(400)
+    wide, narrow = metrics.bootstrap_interval(values[:20]), metrics.bootstrap_interval(values)
+    assert narrow[0] < values.mean() < narrow[1]
+    assert narrow[1] - narrow[0] < wide[1] - wide[0]
+    assert metrics.bootstrap_interval([1.0]) == (1.0, 1.0)
+
+
+def test_kv_deviation_counts_only_the_prompts_tokens():
+    rng = np.random.default_rng(0)
+    k, v, other = (rng.standard_normal((2, 6, 1, 4)).astype(np.float32) for _ in range(3))
+    deviation = np.asarray(metrics.kv_deviation_by_layer(KVCache(other, v), KVCache(k, v), 4))
+    expected = np.square(other - k)[:, :4].sum((2, 3)) / np.square(k)[:, :4].sum((2, 3)).mean(1, keepdims=True)
+    np.testing.assert_allclose(deviation[:, :4], expected, rtol=1e-5)
+    assert not deviation[:, 4:].any()
+
+
+def test_attention_deviation_is_the_distance_of_the_attention_matrices(demo):
+    """Against the matrices computed outright, for reuse; and none for the true cache."""
+    engine = cb.Engine(demo)
+    example = examples("reference", 1, 4, Difficulty((6, 6), (32, 34)))[0]
+    prompt = cb.Prompt.to_answer(demo.tokenizer, example.chunks, example.question.text)
+    engine.precompute(prompt)
+    full, reuse = engine.prefill(prompt, "full"), engine.prefill(prompt, "reuse")
+    first = full.token_ids.size - len(prompt.suffix)
+
+    def deviation(out):
+        return metrics.attention_deviation_by_layer(demo, full.token_ids, first, out.padded_cache, full.padded_cache)
+
+    np.testing.assert_array_equal(deviation(full), 0.0)
+    measured = deviation(reuse)
+    assert measured[0] == pytest.approx(0, abs=1e-5)  # keys of layer 0 depend on the token alone
+    assert (measured[2:] > 1e-3).all()
+
+
+def test_insights_on_deviations_made_by_hand():
+    deviation = np.zeros((5, 20), np.float32)
+    deviation[1] = np.arange(20)[::-1]  # ranks the other way round than the layers above
+    deviation[2:] = np.arange(20) ** 3.0
+    assert insights.concentration(deviation, 0.15)[2] == pytest.approx(
+        (17**3 + 18**3 + 19**3) / (np.arange(20) ** 3).sum()
+    )
+    assert np.isnan(insights.concentration(deviation)[0])
+    np.testing.assert_allclose(insights.neighbour_correlation(deviation)[1:], [-1, 1, 1])
+    scores = check_layer.check_layer_scores([deviation, deviation])
+    assert scores[1] < 0.01
+    assert scores[2] == pytest.approx(1)
+    assert check_layer.find_check_layer(scores) == 2
