@@ -46,7 +46,8 @@ def _checked_record(cls, **options):
 
 
 struct.dataclass = _checked_record
-install_import_hook(["cacheblend_jax", "pallas_kernels"], "beartype.beartype")
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"  # an int is a float
+install_import_hook(["cacheblend_jax", "pallas_kernels"], CHECKER)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import jax
 import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
@@ -172,10 +173,11 @@ def empty_request(plan: Plan) -> Request:
     return Request(**_padding(plan))
 
 
-def computed_positions(plan: Plan, stage_positions: Sequence[np.ndarray]) -> list[np.ndarray]:
+def computed_positions(plan: Plan, stage_positions: Sequence[jax.Array]) -> list[np.ndarray]:
     """Returns, for each layer, the positions whose K, V it computed; `stage_positions` holds each stage's, padded."""
     computed = []
     for stage, padded in zip(plan.stages, stage_positions, strict=True):
-        positions = padded[padded < plan.cache_length]
+        positions = np.asarray(padded)
+        positions = positions[positions < plan.cache_length]
         computed += [positions] * (stage.border - stage.first + 1)
     return computed

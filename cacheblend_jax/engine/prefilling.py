@@ -178,7 +178,7 @@ class Prefiller:
         lost: Collection[str],
     ) -> PrefillResult:
         ttft_s = timer.elapsed_s()
-        computed = computed_positions(plan, [np.asarray(positions) for positions in run.out.stage_positions])
+        computed = computed_positions(plan, run.out.stage_positions)
         stats = PrefillStats(
             mode=mode,
             tokens=layout.token_ids.size,

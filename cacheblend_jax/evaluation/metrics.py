@@ -150,7 +150,7 @@ def _probabilities(
     """The attention matrix itself: only for measuring, with few queries."""
     grouped = q.astype(jnp.float32).reshape(q.shape[0], k.shape[1], -1, q.shape[2])
     scores = jnp.einsum("qhgd,khd->qhgk", grouped, k.astype(jnp.float32)).reshape(*q.shape[:2], k.shape[0])
-    keys = jnp.arange(k.shape[0])
+    keys = jnp.arange(k.shape[0])[None, :]
     visible = (keys <= positions[:, None]) & (positions[:, None] < length)
     if starts is not None:
         visible &= keys >= starts[:, None]

@@ -44,7 +44,11 @@ class Sampling:
 
 
 def sample(
-    logits: Float[Array, " vocab"], key: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
+    logits: Float[Array, " vocab"],
+    key: jax.Array,
+    temperature: Float[Array, ""] | float,
+    top_k: Int[Array, ""] | int,
+    top_p: Float[Array, ""] | float,
 ) -> Int[Array, ""]:
     """Draws one token id; `temperature` must be positive, `top_k` 0 means no limit."""
     scaled = logits.astype(jnp.float32) / temperature

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import cacheblend_jax as cb
-from cacheblend_jax.engine.results import KVCache
 from cacheblend_jax.evaluation import check_layer, insights, metrics
 from cacheblend_jax.evaluation.corpus import Difficulty, examples
+from cacheblend_jax.model import KVCache
 
 
 @pytest.fixture(scope="module")

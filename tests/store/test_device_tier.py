@@ -162,7 +162,7 @@ def test_some_on_the_device_and_some_not_is_the_same_answer():
         wanted = plain.prefill(prompt)
         keys = engine.precompute(prompt)
         for key in keys[1:3]:
-            engine.store.promote(key, engine._execution.to_device)
+            engine.store.promote(key, engine._executors.to_device)
         out = engine.prefill(prompt)
         assert engine.store.stats.device.hits == 2
         assert out.logits.tobytes() == wanted.logits.tobytes()
