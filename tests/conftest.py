@@ -54,8 +54,9 @@ import pytest  # noqa: E402
 
 import cacheblend_jax as cb  # noqa: E402
 from cacheblend_jax.model.config import ModelConfig, RopeConfig  # noqa: E402
-from cacheblend_jax.runtime.programs import COMPILER_OPTIONS, mapped_share  # noqa: E402
+from cacheblend_jax.runtime.programs import COMPILER_OPTIONS, compiler_options, mapped_share  # noqa: E402
 
+USERS_OPTIONS = COMPILER_OPTIONS["cpu"].copy()
 # The suite is mostly compilation: these take two thirds of it away.
 COMPILER_OPTIONS["cpu"] |= {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -78,21 +79,37 @@ FAMILIES = {
 }
 
 
+@contextlib.contextmanager
+def unchecked():
+    """Annotations are not checked in the body: it passes what they forbid, or calls very often."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
 _raises = pytest.raises
 
 
 @contextlib.contextmanager
 def _raises_unchecked(*expected, **options):
     """`pytest.raises`, with annotations unchecked in its body: there, the package itself is to refuse what is wrong."""
-    with _raises(*expected, **options) as info:
-        jaxtyping.config.update("jaxtyping_disable", True)
-        try:
-            yield info
-        finally:
-            jaxtyping.config.update("jaxtyping_disable", False)
+    with _raises(*expected, **options) as info, unchecked():
+        yield info
 
 
 pytest.raises = _raises_unchecked
+
+
+@pytest.fixture
+def as_users_run_it(monkeypatch):
+    """Optimised programs and unchecked annotations, for tests that run far more than they compile."""
+    monkeypatch.setitem(COMPILER_OPTIONS, "cpu", USERS_OPTIONS)
+    compiler_options.cache_clear()
+    with unchecked():
+        yield
+    compiler_options.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -257,7 +257,7 @@ def attention_of(engine: cb.Engine, out: cb.PrefillResult) -> np.ndarray:
     config, params = engine.model.config, engine.model.params
     full = engine.prefill(cb.Prompt([], [], out.token_ids), "full").cache
     cos, sin = rope_tables(config, out.token_ids.size)
-    hidden = embedder(params, config).embed(out.token_ids)
+    hidden = embedder(params, config).embed(jax.numpy.asarray(out.token_ids))
     positions = np.arange(out.token_ids.size)
     weights = []
     for index in range(config.num_layers):

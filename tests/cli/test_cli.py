@@ -255,6 +255,7 @@ def test_check_layers_are_measured_and_saved(tmp_path, capsys):
     assert cb.load_model(model).config.check_layer == cb.load_model("demo").config.check_layer > 1
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_demo_shows_that_reuse_fails_and_blend_does_not(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     # Each ratio has programs of its own to compile.
