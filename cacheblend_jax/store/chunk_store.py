@@ -38,8 +38,8 @@ class ChunkStore:
     in `stats`, and each kind is logged once.
 
     Args:
-        directory: a path, made if missing; or a URL that Orbax and TensorStore accept (`gs://…`), which then serves one
-            writing process. `None`: memory only.
+        directory: a path, made if missing; a directory that is there must be empty, or a store. Or a URL that Orbax and
+            TensorStore accept (`gs://…`), which then serves one writing process. `None`: memory only.
         host_bytes: capacity of host memory.
         disk_bytes: capacity of the directory: all its files but the index and the quarantine. `None`: 64 GiB, or as
             much as the directory already holds if that is more.
@@ -49,8 +49,8 @@ class ChunkStore:
         queue_bytes: how much may wait to be written. Entries of requests beyond that stay in memory only.
 
     Raises:
-        CacheBlendError: a capacity that is not positive; a directory that is a file, cannot be made, or has a backslash
-            in its path.
+        CacheBlendError: a capacity that is not positive; a directory that is a file, cannot be made, has other files in
+            it, or has a backslash in its path.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import TypeVar
 from etils import epath
 
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
-from cacheblend_jax.store import quarantine, recovery
+from cacheblend_jax.store import ownership, quarantine, recovery
 from cacheblend_jax.store.disk_chunk import DiskChunk
 from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
@@ -55,7 +55,8 @@ class DiskTier:
         capacity: bytes.
 
     Raises:
-        CacheBlendError: the path is a file, cannot be made, or has a backslash in it.
+        CacheBlendError: the path is a file, cannot be made, is empty, or has a backslash in it; or the directory has
+            other files in it.
     """
 
     def __init__(self, directory: str | os.PathLike[str], capacity: int | None = None) -> None:
@@ -76,7 +77,8 @@ class DiskTier:
     @staticmethod
     def exists(directory: str | os.PathLike[str]) -> bool:
         """Whether there is a store in a directory."""
-        return (located(directory) / "packs").is_dir()
+        root = located(directory)
+        return ownership.is_store(root, local=is_local(root))
 
     @property
     def writable(self) -> bool:
@@ -297,9 +299,11 @@ def make_directories(root: epath.Path, local: bool, log: DiskLog) -> bool:
     """Makes a store's directories; returns whether this process may write there.
 
     Raises:
-        CacheBlendError: there is no directory, and none can be made.
+        CacheBlendError: there is no directory, and none can be made; or, as `ownership.claim`, it is not a store's.
     """
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        ownership.claim(root, log, local=local)
         for name in ("packs", "quarantine", *(["writing"] if local else [])):
             (root / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -74,5 +74,5 @@ def _remove_files(places: Places, index: Index, pack: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
         path.rmtree()
-    if not path.exists():
+    if not places.has_pack(pack):
         index.forget_pack(pack, "dead")

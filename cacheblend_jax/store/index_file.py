@@ -86,6 +86,13 @@ def check(connection: sqlite3.Connection) -> None:
         raise sqlite3.DatabaseError(f"index version {version}; this code reads version {INDEX_VERSION}")
 
 
+def has_index_header(path: str) -> bool:
+    """Whether a file begins as a complete index does, whatever else is in it."""
+    with open(path, "rb") as file:
+        header = file.read(100)
+    return header.startswith(b"SQLite format 3\0") and header[68:72] == COMPLETE.to_bytes(4, "big")
+
+
 def identity_of(path: str) -> tuple[int, int] | None:
     """Returns device and inode of a file; `None` where there is none."""
     try:

@@ -16,7 +16,7 @@ from cacheblend_jax.store.index import Index
 from cacheblend_jax.store.index_file import INDEX_ERRORS, identity_of
 from cacheblend_jax.store.pack import read_contents, size_of
 from cacheblend_jax.store.pins import BusyError, Pin, held
-from cacheblend_jax.store.places import INDEX_NAME, PACK_NAME, Places
+from cacheblend_jax.store.places import INDEX_NAME, PACK_NAME, WRITING_NAME, Places
 from cacheblend_jax.store.record import DamagedRecordError, OtherVersionError
 
 
@@ -97,6 +97,8 @@ def set_index_aside(places: Places, broken: tuple[int, int] | None) -> None:
 def tidy_up(places: Places, index: Index, log: DiskLog) -> None:
     """Removes what killed writers left: their places of writing, reservations, files of packs without entries."""
     for outer in places.writing.iterdir():
+        if not WRITING_NAME.fullmatch(outer.name) or os.path.islink(outer):
+            continue
         try:
             with Pin(outer, alone=True):
                 shutil.rmtree(outer, ignore_errors=True)
@@ -106,7 +108,7 @@ def tidy_up(places: Places, index: Index, log: DiskLog) -> None:
         if (places.writing / pack).exists():
             continue
         # A pack whose writer was killed after the rename is complete: it is entered.
-        if not places.pack(pack).exists() or adopt(places, index, log, pack):
+        if not places.has_pack(pack) or adopt(places, index, log, pack):
             index.forget_pack(pack, "writing")
     sweep(places, index)
 
@@ -118,7 +120,7 @@ def unknown_packs(places: Places, index: Index) -> list[str]:
     present = [path.name for path in places.packs.iterdir() if PACK_NAME.fullmatch(path.name)]
     # Asked after listing: the index knows a pack before its files appear, and until they are gone.
     known = {pack for state in ("ready", "writing", "dead") for pack in index.packs(state)}
-    return sorted(pack for pack in present if pack not in known and places.pack(pack).exists())
+    return sorted(pack for pack in present if pack not in known and places.has_pack(pack))
 
 
 def adopt_all(places: Places, index: Index, log: DiskLog) -> bool:
@@ -145,7 +147,7 @@ def adopt(places: Places, index: Index, log: DiskLog, pack: str) -> bool:
     except (DamagedRecordError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         if not places.local and isinstance(error, FileNotFoundError):  # not complete: being written, or abandoned
             return True
-        if not path.exists():  # another process has removed it
+        if not places.has_pack(pack):  # another process has removed it
             return True
         log.count("damaged")
         log.warn(f"pack {pack} is not used: {error}")
