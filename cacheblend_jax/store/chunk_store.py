@@ -45,12 +45,13 @@ class ChunkStore:
             much as the directory already holds if that is more.
         device_bytes: capacity of the device, which the model and its prefills then lack; 0: entries are copied to the
             device with each request. Engines that stream every layer make no use of it.
-        salt: part of every key: stores with different salts share nothing, even over the same chunks.
+        salt: part of every key: stores with different salts share nothing, even over the same chunks. Over one
+            directory, each sees, counts and removes its own entries only; they share the directory's capacity.
         queue_bytes: how much may wait to be written. Entries of requests beyond that stay in memory only.
 
     Raises:
-        CacheBlendError: a capacity that is not positive; a directory that is a file, cannot be made, has other files in
-            it, or has a backslash in its path.
+        CacheBlendError: a capacity that is not positive; a salt that is no text; a directory that is a file, cannot be
+            made, has other files in it, or has a backslash in its path.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ChunkStore:
             check_capacity("disk_bytes", disk_bytes, least=1)
         check_capacity("queue_bytes", queue_bytes, least=1)
         check_capacity("device_bytes", device_bytes, least=0)
+        check_text("salt", salt)
         self.device_bytes = device_bytes
         self.host_bytes = host_bytes
         self.directory: epath.Path | None = None
@@ -85,7 +87,7 @@ class ChunkStore:
             # Importing TensorStore and SQLite takes a quarter of a second, which a store in memory need not spend.
             from cacheblend_jax.store.persistent import PersistentTier
 
-            self._disk = PersistentTier(directory, disk_bytes, queue_bytes)
+            self._disk = PersistentTier(directory, disk_bytes, queue_bytes, salt)
             self.directory = self._disk.root
 
     @property
@@ -336,6 +338,20 @@ def check_capacity(name: str, value: object, *, least: int) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise CacheBlendError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_text(name: str, value: object) -> None:
+    """Checks that a value is text that UTF-8 can encode: half of a surrogate pair alone is none.
+
+    Raises:
+        CacheBlendError: it is not; names the argument.
+    """
+    try:
+        if not isinstance(value, str):
+            raise TypeError
+        value.encode()
+    except (TypeError, UnicodeEncodeError):
+        raise CacheBlendError(f"{name} must be a str that UTF-8 can encode, got {value!r}") from None
 
 
 def _make_read_only(entry: ChunkEntry) -> None:

@@ -29,6 +29,7 @@ from cacheblend_jax.store.record import (
     content_of,
     load_record,
     record_of,
+    salt_hash,
     storage_name,
     usable_record,
 )
@@ -48,31 +49,35 @@ class DiskTier:
         directory: made if missing; a path of this machine, or one that Orbax and TensorStore accept (`gs://…`).
         capacity: bytes of all packs, with all their files. `None`: 64 GiB, or as much as the directory already holds if
             that is more.
+        salt: of the store; entries of others are neither found nor counted nor removed, except to make room.
 
     Attributes:
         places, index: the directory's; replaced together when the index has to be opened anew.
         log: counts and warnings.
         capacity: bytes.
+        salt: as records have it; see `salt_hash`.
 
     Raises:
         CacheBlendError: the path is a file, cannot be made, is empty, or has a backslash in it; or the directory has
             other files in it.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], capacity: int | None = None) -> None:
+    def __init__(self, directory: str | os.PathLike[str], capacity: int | None = None, salt: str = "") -> None:
         root = located(directory)
         if root.exists() and not root.is_dir():
             raise CacheBlendError(
                 f"store {os.fspath(directory)!r} is a file; expected a directory, or a path to make one at"
             )
         self.log = DiskLog(root)
+        self.salt = salt_hash(salt)
         self._refused: set[str] = set()  # damaged entries that could not be quarantined
         self._lock = threading.Lock()
         self._has_replaced_index = False
         local = is_local(root)
         places = Places(root, local, make_directories(root, local, self.log))
         self.index, self.places = recovery.open_index(places, self.log)
-        self.capacity = max(DEFAULT_BYTES, self._totals()[0]) if capacity is None else capacity
+        held = self._or_else((0, 0), lambda: self.index.totals())[0] if capacity is None else 0
+        self.capacity = max(DEFAULT_BYTES, held) if capacity is None else capacity
 
     @staticmethod
     def exists(directory: str | os.PathLike[str]) -> bool:
@@ -88,7 +93,7 @@ class DiskTier:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def __contains__(self, key: str) -> bool:
-        return self._or_else(False, lambda: self._has(storage_name(key)))
+        return self._or_else(False, lambda: self._has(self._name(key)))
 
     def load(self, key: str) -> tuple[ChunkEntry, int] | None:
         """Returns an entry, and how often it has been used; `None` where there is none that can be trusted."""
@@ -103,19 +108,24 @@ class DiskTier:
 
     def open(self, key: str) -> DiskChunk | None:
         """Returns a handle on an entry, which is not evicted before it is closed; `None` as `load`."""
-        return self._or_else(None, lambda: self._open(storage_name(key)))
+        return self._or_else(None, lambda: self._open(self._name(key)))
 
     def keys(self) -> list[str]:
         """Returns the keys of the entries that can be used, the least recently used first."""
         return self._or_else([], self._usable_keys)
 
+    def _name(self, key: str) -> str:
+        return storage_name(key, self.salt)
+
     def _has(self, name: str) -> bool:
         found = self._find(name)
-        return found is not None and usable_record(found.record, found.crc, name) is not None
+        record = None if found is None else usable_record(found.record, found.crc, name)
+        return record is not None and record.salt == self.salt
 
     def _usable_keys(self) -> list[str]:
-        records = (usable_record(row.record, row.crc, row.name) for row in self.index.listed())
-        return [record.key for record in records if record is not None]
+        rows = self.index.listed(salt=self.salt)
+        records = (usable_record(row.record, row.crc, row.name) for row in rows)
+        return [record.key for record in records if record is not None and record.salt == self.salt]
 
     def _find(self, name: str) -> Found | None:
         return None if name in self._refused else self.index.find(name)
@@ -139,7 +149,8 @@ class DiskTier:
 
     def _record(self, name: str, found: Found) -> EntryRecord | None:
         try:
-            return load_record(found.record, found.crc, name)
+            record = load_record(found.record, found.crc, name)
+            return record if record.salt == self.salt else None
         except DamagedRecordError as error:
             self.quarantine(name, found.pack, str(error))
         except OtherVersionError as error:
@@ -182,25 +193,27 @@ class DiskTier:
         if recovery.is_replaced(self.places, self.index):  # nobody would find what we enter in the old one
             self._reopen_index()
         fresh = [queued for queued in group if not self._is_written(queued)]
-        if fresh and add_pack(self.places, self.index, self.log, self.capacity, fresh):
-            self._refused.difference_update(storage_name(queued.key) for queued in fresh)
+        if fresh and add_pack(self.places, self.index, self.log, self.capacity, fresh, self.salt):
+            self._refused.difference_update(self._name(queued.key) for queued in fresh)
             sweep(self.places, self.index)
 
     def _is_written(self, queued: QueuedEntry) -> bool:
-        """Whether the same key is there with the same arrays."""
-        name = storage_name(queued.key)
+        """Whether the same key is there with the same arrays; or its name is another salt's, whose entry stays."""
+        name = self._name(queued.key)
         found = self.index.find(name)
         old = None if found is None else usable_record(found.record, found.crc, name)
         if old is None:
             return False
-        return content_of(old) == content_of(record_of(queued.key, queued.entry, old.tree, old.created))
+        if old.salt != self.salt:
+            return True
+        return content_of(old) == content_of(record_of(queued.key, queued.entry, old.tree, old.created, self.salt))
 
     def touch(self, uses: dict[str, int]) -> None:
         """Adds to the uses of entries, by key."""
         if not self.writable or not uses:
             return
         try:
-            self.index.touch({storage_name(key): count for key, count in uses.items()})
+            self.index.touch({self._name(key): count for key, count in uses.items()})
         except INDEX_ERRORS as error:
             self.log.warn_once(f"uses are not counted: {error}", "write_errors")
 
@@ -216,16 +229,23 @@ class DiskTier:
     def remove(self, keys: Sequence[str]) -> int:
         """Removes entries; returns how many there were. Errors as `check_writable`."""
         self.check_writable()
-        removed = self.index.remove([storage_name(key) for key in keys])
+        found = [(name, self.index.find(name)) for name in map(self._name, keys)]
+        names = [name for name, row in found if row is not None and self._owns(row.record, row.crc, name)]
+        removed = self.index.remove(names)
         sweep(self.places, self.index)
         return removed
 
     def clear(self) -> None:
-        """Removes every entry. Errors as `check_writable`."""
+        """Removes every entry of the salt. Errors as `check_writable`."""
         self.check_writable()
-        for pack in self.index.packs("ready"):
-            self.index.bury(pack)
+        rows = self.index.listed(salt=self.salt)
+        self.index.remove([row.name for row in rows if self._owns(row.record, row.crc, row.name)])
         sweep(self.places, self.index)
+
+    def _owns(self, record: object, crc: object, name: str) -> bool:
+        """Whether an entry may be removed: it is of this salt, or of no use to any."""
+        usable = usable_record(record, crc, name)
+        return usable is None or usable.salt == self.salt
 
     def close(self) -> None:
         """Closes the index."""
@@ -287,12 +307,9 @@ class DiskTier:
     # --- counting ----------------------------------------------------------------------------------------------------
 
     def stats(self) -> DiskStats:
-        """Returns the counts so far, and what the directory holds now."""
-        size, entries = self._totals()
+        """Returns the counts so far, and what the directory holds now of this salt."""
+        size, entries = self._or_else((0, 0), lambda: self.index.totals_of(self.salt))
         return DiskStats(entries=entries, bytes=size, **self.log.counts())
-
-    def _totals(self) -> tuple[int, int]:
-        return self._or_else((0, 0), lambda: self.index.totals())
 
 
 def make_directories(root: epath.Path, local: bool, log: DiskLog) -> bool:

@@ -14,9 +14,11 @@ from cacheblend_jax.store.index_file import (
     BUSY_SECONDS,
     COMPLETE,
     INDEX_ERRORS,
+    SALTS,
     SCHEMA,
     check,
     connected,
+    has_salts,
     identity_of,
     state_of,
     statements,
@@ -25,7 +27,6 @@ from cacheblend_jax.store.record import (
     EntryRecord,
     content_of,
     dump_record,
-    storage_name,
     usable_record,
 )
 
@@ -102,6 +103,8 @@ class Index:
         except INDEX_ERRORS:  # SQLite needs its files beside the database, which are missing and cannot be made
             seen = state_of(self._path)
             connection = connected(self._path, "mode=ro&immutable=1")
+        if not has_salts(connection):
+            connection.execute("CREATE TEMP TABLE salted(pack TEXT PRIMARY KEY, salt TEXT NOT NULL)")
         self._writing = self._reading = connection
         self._seen = seen
 
@@ -120,9 +123,12 @@ class Index:
             self._writing.execute("PRAGMA journal_mode = WAL")
             self._writing.execute("PRAGMA synchronous = NORMAL")
         with self._transaction() as run:
-            if not run("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                for statement in statements(SCHEMA):
-                    run(statement)
+            new = not run("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if not new:
+                check(self._writing)
+            missing = SCHEMA + SALTS if new else "" if has_salts(self._writing) else SALTS
+            for statement in statements(missing):
+                run(statement)
 
     def is_complete(self) -> bool:
         """Whether the index has every pack that was there when it was made."""
@@ -178,22 +184,35 @@ class Index:
             raise sqlite3.DatabaseError("the totals are not numbers")
         return size, entries
 
-    def listed(self, pack: str | None = None) -> list[Listed]:
-        """Returns all entries, or those of a pack, the least recently used first."""
-        sql = """SELECT lower(hex(e.name)), p.name, e.bytes, e.uses, e.used, e.record, e.crc
-            FROM entries e JOIN packs p ON p.id = e.pack WHERE ? IS NULL OR p.name = ? ORDER BY e.used, e.rowid"""
+    def totals_of(self, salt: str) -> tuple[int, int]:
+        """As `totals`, of the packs and entries of one salt."""
+        sql = """SELECT ifnull(sum(p.bytes), 0), ifnull(sum((SELECT count(*) FROM entries WHERE pack = p.id)), 0)
+            FROM salted s JOIN packs p ON p.name = s.pack WHERE ? = '' OR s.salt = ?"""
         with self._read() as run:
-            return [Listed(*row) for row in run(sql, (pack, pack))]
+            size, entries = run(sql, (salt, salt)).fetchone()
+        if salt:
+            return size, entries
+        all_bytes, all_entries = self.totals()
+        return all_bytes - size, all_entries - entries
+
+    def listed(self, pack: str | None = None, *, salt: str | None = None) -> list[Listed]:
+        """Returns all entries, or those of a pack or of a salt's packs, the least recently used first."""
+        sql = """SELECT lower(hex(e.name)), p.name, e.bytes, e.uses, e.used, e.record, e.crc
+            FROM entries e JOIN packs p ON p.id = e.pack LEFT JOIN salted s ON s.pack = p.name
+            WHERE (?1 IS NULL OR p.name = ?1) AND (?2 IS NULL OR ifnull(s.salt, '') = ?2) ORDER BY e.used, e.rowid"""
+        with self._read() as run:
+            return [Listed(*row) for row in run(sql, (pack, salt))]
 
     def packs(self, state: str) -> list[str]:
         """Returns the names of the packs in a state."""
         with self._read() as run:
             return [name for (name,) in run("SELECT name FROM packs WHERE state = ?", (state,))]
 
-    def reserve(self, pack: str, size: int) -> None:
-        """Adds a pack that is about to be written, so that its bytes count already."""
+    def reserve(self, pack: str, size: int, salt: str = "") -> None:
+        """Adds a pack of a salt that is about to be written, so that its bytes count already."""
         with self._transaction() as run:
             run("INSERT INTO packs(name, state, bytes, used) VALUES(?, 'writing', ?, ?)", (pack, size, _tick(run)))
+            _set_salt(run, pack, salt)
 
     def add(
         self,
@@ -222,9 +241,10 @@ class Index:
             run("INSERT OR IGNORE INTO packs(name, state, bytes, used) VALUES(?, 'ready', 0, ?)", (pack, _tick(run)))
             run("UPDATE packs SET state = 'ready', bytes = ? WHERE name = ?", (size, pack))
             (number, used) = run("SELECT id, used FROM packs WHERE name = ?", (pack,)).fetchone()
+            _set_salt(run, pack, records[0].salt if records else "")
             left = set()
             for record in records:
-                name = bytes.fromhex(storage_name(record.key))
+                name = bytes.fromhex(record.name)
                 text, crc = dump_record(record)
                 old = run("SELECT pack, record, crc FROM entries WHERE name = ?", (name,)).fetchone()
                 if old is not None:
@@ -320,6 +340,11 @@ def _tick(run: Run) -> int:
     return max(time.time_ns() // 10**6, (latest or 0) + 1)
 
 
+def _set_salt(run: Run, pack: str, salt: str) -> None:
+    if salt:  # all entries of a pack were written by one store, and so have one salt
+        run("INSERT OR REPLACE INTO salted VALUES(?, ?)", (pack, salt))
+
+
 def _bury_empty(run: Run, packs: Iterable[int]) -> None:
     for number in packs:
         run(
@@ -329,5 +354,5 @@ def _bury_empty(run: Run, packs: Iterable[int]) -> None:
 
 
 def _same_content(text: object, crc: object, record: EntryRecord) -> bool:
-    old = usable_record(text, crc, storage_name(record.key))
+    old = usable_record(text, crc, record.name)
     return old is not None and content_of(old) == content_of(record)

@@ -39,6 +39,14 @@ CREATE TRIGGER entry_removed AFTER DELETE ON entries BEGIN UPDATE totals SET ent
 PRAGMA user_version = {INDEX_VERSION};
 """
 
+# Whose packs are whose. An index made before entries were told apart by their salts lacks this table until it is opened
+# to be written. A pack without a row belongs to stores without a salt.
+SALTS = """
+CREATE TABLE salted(pack TEXT PRIMARY KEY, salt TEXT NOT NULL);
+CREATE INDEX salted_salt ON salted(salt);
+CREATE TRIGGER salted_removed AFTER DELETE ON packs BEGIN DELETE FROM salted WHERE pack = old.name; END;
+"""
+
 
 def statements(script: str) -> Iterator[str]:
     """Splits a script into statements, since `executescript` would end the transaction. Triggers contain semicolons."""
@@ -84,6 +92,11 @@ def check(connection: sqlite3.Connection) -> None:
     connection.execute("SELECT bytes, entries FROM totals").fetchone()
     if version != INDEX_VERSION:
         raise sqlite3.DatabaseError(f"index version {version}; this code reads version {INDEX_VERSION}")
+
+
+def has_salts(connection: sqlite3.Connection) -> bool:
+    """Whether an index has the table of salts."""
+    return connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'salted'").fetchone()[0] > 0
 
 
 def has_index_header(path: str) -> bool:

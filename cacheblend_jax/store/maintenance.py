@@ -25,13 +25,21 @@ from cacheblend_jax.store.record import (
 )
 
 
-def list_entries(disk: DiskTier) -> list[dict[str, Any]]:
-    """Describes every entry, the least recently used first; `problem` says why an entry cannot be used."""
-    return [_described(row) for row in disk.index.listed()]
+def list_entries(disk: DiskTier, *, all_salts: bool = False) -> list[dict[str, Any]]:
+    """Describes every entry, the least recently used first; `problem` says why an entry cannot be used.
+
+    Args:
+        all_salts: list the entries of all salts, not only those of the disk's.
+    """
+    return [_described(row) for row in _rows(disk, all_salts)]
+
+
+def _rows(disk: DiskTier, all_salts: bool) -> list[Listed]:
+    return disk.index.listed(salt=None if all_salts else disk.salt)
 
 
 def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
-    """Reads every file and every layer, and says what is damaged.
+    """Reads every file and every layer, of all salts, and says what is damaged.
 
     Args:
         repair: quarantine damaged entries, enter packs that the index does not know, and remove packs without entries.
@@ -72,7 +80,7 @@ def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
 def prune(
     disk: DiskTier, *, max_bytes: int | None = None, unused_days: float | None = None, quarantined: bool = False
 ) -> dict[str, int]:
-    """Removes entries: those of other format versions, those unused for long, then those evicted first.
+    """Removes entries, of all salts: those of other format versions, those unused for long, then those evicted first.
 
     Packs of other format versions that the index does not know are removed too.
 
@@ -113,13 +121,16 @@ def prune(
     }
 
 
-def remove(disk: DiskTier, prefixes: list[str]) -> int:
+def remove(disk: DiskTier, prefixes: list[str], *, all_salts: bool = False) -> int:
     """Removes entries by the first digits of their names, at least eight; returns how many.
+
+    Args:
+        all_salts: remove entries of any salt, not only of the disk's.
 
     Raises:
         CacheBlendError: a prefix is too short, or no entry or several have it; nothing is removed then.
     """
-    names = [row.name for row in disk.index.listed()]
+    names = [row.name for row in _rows(disk, all_salts)]
     chosen = []
     for prefix in prefixes:
         matching = [name for name in names if name.startswith(prefix)]
@@ -153,6 +164,7 @@ def _described(row: Listed) -> dict[str, Any]:
         "created": record.created,
         "fingerprint": record.fingerprint,
         "context_tokens": len(record.context_ids),
+        "salt": record.salt,
     }
 
 
@@ -163,14 +175,14 @@ def _pack_problems(places: Places, pack: str, rows: list[Listed]) -> list[tuple[
     written: dict[str, EntryRecord] = {}
     try:
         contents = read_contents(path)
-        written = {record.key: record for record in contents.records}
+        written = {record.name: record for record in contents.records}
         problems += [("", text) for text in file_problems(path, contents)]
     except (OSError, DamagedRecordError, OtherVersionError) as error:
         problems.append(("", str(error)))
     for row in rows:
         try:
             record = load_record(row.record, row.crc, row.name)
-            if written and (record.key not in written or content_of(written[record.key]) != content_of(record)):
+            if written and (record.name not in written or content_of(written[record.name]) != content_of(record)):
                 problems.append((row.name, "index and pack contradict each other"))
             EntryReader(path, record).read()
         except (DamagedRecordError, OtherVersionError, DamagedEntryError, UnreadableError) as error:

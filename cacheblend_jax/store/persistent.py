@@ -21,7 +21,7 @@ class PersistentTier:
     """A directory of entries, and the queue of those to be written there. Safe to use from several threads.
 
     Args:
-        directory, capacity: see `DiskTier`.
+        directory, capacity, salt: see `DiskTier`.
         queue_bytes: how much may wait to be written.
 
     Attributes:
@@ -31,8 +31,8 @@ class PersistentTier:
         CacheBlendError: as `DiskTier`.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], capacity: int | None, queue_bytes: int) -> None:
-        self.disk = DiskTier(directory, capacity)
+    def __init__(self, directory: str | os.PathLike[str], capacity: int | None, queue_bytes: int, salt: str) -> None:
+        self.disk = DiskTier(directory, capacity, salt)
         self.queue = WriteBack(self.disk.write, queue_bytes)
         self._uses = UnwrittenUses()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -105,7 +106,7 @@ def test_a_damaged_marker_is_written_anew_and_a_later_one_is_refused(tmp_path, m
     for damaged in (b"", whole[:20], bytes([*whole[:-40], whole[-40] ^ 1, *whole[-39:]]), b"[]", b"\xff"):
         marker.write_bytes(damaged)
         assert check_all(tmp_path, 6) == 1
-        assert len(marker.read_bytes()) == len(whole)
+        assert json.loads(marker.read_bytes())["store"].keys() == {"format", "id", "version"}
     marker.unlink()
     monkeypatch.setattr("cacheblend_jax.store.ownership.MARKER_VERSION", 2)
     assert check_all(tmp_path, 6) == 1
