@@ -158,11 +158,13 @@ class ChunkStore:
     def put(self, key: str, entry: ChunkEntry, *, wait: bool = False, uses: int = 1) -> bool:
         """Keeps an entry in memory and queues it for the disk; returns whether it is kept anywhere.
 
+        The arrays are copied unless nobody else can write them: see `ChunkEntry.hand_over`.
+
         Args:
             wait: where the queue is full, wait for room instead of leaving the disk out.
             uses: how many requests have used the entry; 0 for one that is stored in advance.
         """
-        _make_read_only(entry)
+        entry = entry.kept()
         with self._lock:
             self._loads.outdate(key)
             self._device.remove(key)
@@ -317,7 +319,7 @@ class ChunkStore:
 
     def _keep_loaded(self, load: Load, entry: ChunkEntry, uses: int) -> None:
         """Keeps an entry in host memory, unless it has been replaced or removed. The caller holds the lock."""
-        _make_read_only(entry)
+        entry.hand_over()
         if not load.outdated:
             self._host.put(load.key, entry, uses)
 
@@ -352,8 +354,3 @@ def check_text(name: str, value: object) -> None:
         value.encode()
     except (TypeError, UnicodeEncodeError):
         raise CacheBlendError(f"{name} must be a str that UTF-8 can encode, got {value!r}") from None
-
-
-def _make_read_only(entry: ChunkEntry) -> None:
-    for array in (entry.k, entry.v):
-        array.flags.writeable = False

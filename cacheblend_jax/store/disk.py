@@ -206,7 +206,7 @@ class DiskTier:
             return False
         if old.salt != self.salt:
             return True
-        return content_of(old) == content_of(record_of(queued.key, queued.entry, old.tree, old.created, self.salt))
+        return content_of(old) == content_of(record_of(queued, old.tree, old.created, self.salt))
 
     def touch(self, uses: dict[str, int]) -> None:
         """Adds to the uses of entries, by key."""

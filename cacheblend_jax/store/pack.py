@@ -54,9 +54,7 @@ def write_pack(path: epath.Path, entries: Sequence[QueuedEntry], salt: str) -> l
     names = ["" if alone else storage_name(queued.key, salt) for queued in entries]
     trees = {name: {"k": queued.entry.k, "v": queued.entry.v} for name, queued in zip(names, entries, strict=True)}
     save_tree(path, trees[""] if alone else trees)
-    records = [
-        record_of(queued.key, queued.entry, name, created, salt) for name, queued in zip(names, entries, strict=True)
-    ]
+    records = [record_of(queued, name, created, salt) for name, queued in zip(names, entries, strict=True)]
     body = {
         "version": FORMAT_VERSION,
         "entries": [record_to_json(record) for record in records],

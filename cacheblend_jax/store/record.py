@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 from google_crc32c import value as crc32c_of_bytes
 
-from cacheblend_jax.store.entry import ChunkEntry
+from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
 
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
@@ -70,20 +70,25 @@ class EntryRecord:
         return 2 * int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
-def record_of(key: str, entry: ChunkEntry, tree: str, created: float, salt: str = "") -> EntryRecord:
+def record_of(queued: QueuedEntry, tree: str, created: float, salt: str = "") -> EntryRecord:
     """Describes an entry, with its checksums."""
+    entry = queued.entry
     return EntryRecord(
-        key,
+        queued.key,
         tree,
         entry.k.dtype.name,
         entry.k.shape,
-        layer_checksums(entry.k),
-        layer_checksums(entry.v),
+        *(checksums_of(entry) if queued.checksums is None else queued.checksums),
         round(created, 3),
         entry.fingerprint,
         tuple(int(token) for token in entry.context_ids),
         salt,
     )
+
+
+def checksums_of(entry: ChunkEntry) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the checksums of the layers of K, and of those of V."""
+    return layer_checksums(entry.k), layer_checksums(entry.v)
 
 
 def layer_checksums(array: np.ndarray) -> tuple[int, ...]:
