@@ -62,13 +62,13 @@ def _opened(parsed: argparse.Namespace, *, to_write: bool = False) -> Iterator[A
 
 
 def _ls(parsed: argparse.Namespace) -> dict[str, Any]:
-    from cacheblend_jax.store.maintenance import list_entries
+    from cacheblend_jax.store.maintenance import list_entries, totals
 
     with _opened(parsed) as disk:
         entries = list_entries(disk, all_salts=parsed.all)
-        size, count = disk.index.totals()
+        size, count = totals(disk)
         if not parsed.all:
-            size, _ = disk.index.totals_of("")
+            size, _ = disk.mended(lambda: disk.index.totals_of(""))
     print(f"{'key':18}{'tokens':>8}{'MB':>9}{'uses':>6}  {'last used':19}  model")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["used"]))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from etils import epath
@@ -18,7 +17,7 @@ from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
 from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
 from cacheblend_jax.store.eviction import sweep
 from cacheblend_jax.store.index import Found
-from cacheblend_jax.store.index_file import INDEX_ERRORS
+from cacheblend_jax.store.index_file import INDEX_ERRORS, is_broken
 from cacheblend_jax.store.packing import add_pack, bytes_on_disk, grouped
 from cacheblend_jax.store.pins import BusyError, Pin
 from cacheblend_jax.store.places import Places, is_local, located
@@ -33,6 +32,7 @@ from cacheblend_jax.store.record import (
     storage_name,
     usable_record,
 )
+from cacheblend_jax.store.space import WRITE_ERRORS, forget_removed, with_space
 from cacheblend_jax.store.stats import DiskStats
 
 DEFAULT_BYTES = 64 * 2**30
@@ -186,14 +186,16 @@ class DiskTier:
         for group in grouped(fitting, self.capacity):
             try:
                 self._write_group(group)
-            except (OSError, ValueError, RuntimeError, BusyError, *INDEX_ERRORS) as error:
+            except (CacheBlendError, BusyError, *WRITE_ERRORS) as error:
                 self.log.warn_once(f"entries stay in memory only: {_first_line(error)}", "write_errors")
 
     def _write_group(self, group: Sequence[QueuedEntry]) -> None:
         if recovery.is_replaced(self.places, self.index):  # nobody would find what we enter in the old one
             self._reopen_index()
         fresh = [queued for queued in group if not self._is_written(queued)]
-        if fresh and add_pack(self.places, self.index, self.log, self.capacity, fresh, self.salt):
+        if not fresh:
+            return
+        if self.changed(lambda: add_pack(self.places, self.index, self.log, self.capacity, fresh, self.salt)):
             self._refused.difference_update(self._name(queued.key) for queued in fresh)
             sweep(self.places, self.index)
 
@@ -229,18 +231,37 @@ class DiskTier:
     def remove(self, keys: Sequence[str]) -> int:
         """Removes entries; returns how many there were. Errors as `check_writable`."""
         self.check_writable()
-        found = [(name, self.index.find(name)) for name in map(self._name, keys)]
-        names = [name for name, row in found if row is not None and self._owns(row.record, row.crc, name)]
-        removed = self.index.remove(names)
-        sweep(self.places, self.index)
-        return removed
+
+        def own() -> list[str]:
+            found = [(name, self.index.find(name)) for name in map(self._name, keys)]
+            return [name for name, row in found if row is not None and self._owns(row.record, row.crc, name)]
+
+        return self.remove_names(own)
+
+    def remove_names(self, names: Callable[[], list[str]]) -> int:
+        """Removes entries by their storage names; returns how many there were. Errors as `changed`."""
+
+        def doomed() -> list[str]:
+            chosen = set(names())
+            packs = {found.pack for name in chosen if (found := self.index.find(name)) is not None}
+            return [pack for pack in packs if chosen.issuperset(row.name for row in self.index.listed(pack))]
+
+        def remove() -> int:
+            removed = self.index.remove(names())
+            sweep(self.places, self.index)
+            return removed
+
+        return self.changed(remove, doomed)
 
     def clear(self) -> None:
         """Removes every entry of the salt. Errors as `check_writable`."""
         self.check_writable()
-        rows = self.index.listed(salt=self.salt)
-        self.index.remove([row.name for row in rows if self._owns(row.record, row.crc, row.name)])
-        sweep(self.places, self.index)
+
+        def own() -> list[str]:
+            rows = self.index.listed(salt=self.salt)
+            return [row.name for row in rows if self._owns(row.record, row.crc, row.name)]
+
+        self.remove_names(own)
 
     def _owns(self, record: object, crc: object, name: str) -> bool:
         """Whether an entry may be removed: it is of this salt, or of no use to any."""
@@ -277,17 +298,48 @@ class DiskTier:
             return look_up()
         except (*INDEX_ERRORS, OSError) as error:
             self.log.warn_once(f"entries cannot be looked up: {error}", "read_errors")
-            # Subclasses of DatabaseError say that the index is locked, closed or full, but not that it is broken.
-            if type(error) in (sqlite3.DatabaseError, UnicodeDecodeError):
-                self._replace_broken_index()
+            if is_broken(error):
+                self.replace_broken_index()
             return default
 
-    def _replace_broken_index(self) -> None:
+    def mended(self, action: Callable[[], Result]) -> Result:
+        """Returns what `action` returns; where the index is broken, makes it anew and calls it again.
+
+        Raises:
+            CacheBlendError: the index cannot be used.
+        """
+        try:
+            try:
+                return action()
+            except INDEX_ERRORS as error:
+                if not (is_broken(error) and self.replace_broken_index()):
+                    raise
+            return action()
+        except INDEX_ERRORS as error:
+            raise CacheBlendError(f"the index of store {str(self.places.root)!r} cannot be used: {error}") from error
+
+    def changed(self, action: Callable[[], Result], doomed: Callable[[], Iterable[str]] = tuple) -> Result:
+        """As `mended`, for what writes: makes space where there is none, of the packs that are `doomed` first.
+
+        Raises:
+            CacheBlendError: the index cannot be used.
+            OSError, ValueError, RuntimeError: as `action`.
+        """
+
+        def change() -> Result:
+            result, removed = with_space(self.places, self.index, self.log, action, doomed)
+            forget_removed(self.index, self.log, removed)
+            return result
+
+        return self.mended(change)
+
+    def replace_broken_index(self) -> bool:
+        """Makes the index anew from the packs, once in a process; returns whether it did."""
         if not (self.places.local and self.writable):
-            return
+            return False
         with self._lock:
             if self._has_replaced_index:  # an index that breaks twice in a process is not worth another try
-                return
+                return False
             self._has_replaced_index = True
         self.index.close()
         self.log.count("damaged")
@@ -296,6 +348,8 @@ class DiskTier:
             self._reopen_index()
         except (OSError, *INDEX_ERRORS) as error:
             self.log.warn_once(f"the index cannot be made anew: {error}", "read_errors")
+            return False
+        return True
 
     def _reopen_index(self) -> None:
         """Opens the index that is there now, and enters the packs of ours that it lacks."""

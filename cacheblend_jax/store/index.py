@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -30,6 +31,7 @@ from cacheblend_jax.store.record import (
     usable_record,
 )
 
+MAX_NUMBER = 253402300799000  # the end of the year 9999, in milliseconds; no size comes near it
 PROTECTED = 0.8  # of the capacity, at most, for packs with entries used twice
 Run = Callable[..., sqlite3.Cursor]  # executes a statement: `sqlite3.Connection.execute`
 
@@ -155,10 +157,11 @@ class Index:
             self._writing.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writing.execute
+                self._writing.execute("COMMIT")
             except BaseException:
-                self._writing.execute("ROLLBACK")
+                if self._writing.in_transaction:  # SQLite ends it itself where the disk is full
+                    self._writing.execute("ROLLBACK")
                 raise
-            self._writing.execute("COMMIT")
 
     def close(self) -> None:
         """Closes the database."""
@@ -179,7 +182,7 @@ class Index:
     def totals(self) -> tuple[int, int]:
         """Returns the bytes of all packs, and the number of entries."""
         with self._read() as run:
-            size, entries = run("SELECT bytes, entries FROM totals").fetchone()
+            size, entries = run("SELECT bytes, entries FROM totals").fetchone() or (None, None)
         if not isinstance(size, int) or not isinstance(entries, int):
             raise sqlite3.DatabaseError("the totals are not numbers")
         return size, entries
@@ -190,6 +193,8 @@ class Index:
             FROM salted s JOIN packs p ON p.name = s.pack WHERE ? = '' OR s.salt = ?"""
         with self._read() as run:
             size, entries = run(sql, (salt, salt)).fetchone()
+        if not isinstance(size, int) or not isinstance(entries, int):
+            raise sqlite3.DatabaseError("the totals are not numbers")
         if salt:
             return size, entries
         all_bytes, all_entries = self.totals()
@@ -201,12 +206,21 @@ class Index:
             FROM entries e JOIN packs p ON p.id = e.pack LEFT JOIN salted s ON s.pack = p.name
             WHERE (?1 IS NULL OR p.name = ?1) AND (?2 IS NULL OR ifnull(s.salt, '') = ?2) ORDER BY e.used, e.rowid"""
         with self._read() as run:
-            return [Listed(*row) for row in run(sql, (pack, salt))]
+            rows = run(sql, (pack, salt)).fetchall()
+        return [
+            Listed(str(name), str(pack), _number(size), _number(uses), _number(used), record, crc)
+            for name, pack, size, uses, used, record, crc in rows
+        ]
 
     def packs(self, state: str) -> list[str]:
         """Returns the names of the packs in a state."""
         with self._read() as run:
             return [name for (name,) in run("SELECT name FROM packs WHERE state = ?", (state,))]
+
+    def in_order(self) -> list[str]:
+        """Returns ready packs in the order of eviction, as `candidates`, but all of them, and without writing."""
+        with self._read() as run:
+            return [name for (name,) in run("SELECT name FROM packs WHERE state = 'ready' ORDER BY hot, used")]
 
     def reserve(self, pack: str, size: int, salt: str = "") -> None:
         """Adds a pack of a salt that is about to be written, so that its bytes count already."""
@@ -309,13 +323,13 @@ class Index:
         Where the others hold more than four fifths of the capacity, the least recent of them move to the first group.
         """
         with self._transaction() as run:
-            (hot_bytes,) = run("SELECT hot_bytes FROM totals").fetchone()
+            hot_bytes = _whole(run("SELECT hot_bytes FROM totals"))
             sql = "SELECT id, bytes FROM packs WHERE state = 'ready' AND hot = 1 ORDER BY used"
             for number, size in run(sql).fetchall() if hot_bytes > PROTECTED * capacity else []:
                 if hot_bytes <= PROTECTED * capacity:
                     break
                 run("UPDATE packs SET hot = 0 WHERE id = ?", (number,))
-                hot_bytes -= size
+                hot_bytes -= _number(size)
             return [
                 name for (name,) in run("SELECT name FROM packs WHERE state = 'ready' ORDER BY hot, used LIMIT 256")
             ]
@@ -328,16 +342,44 @@ class Index:
                 hot_bytes = (SELECT ifnull(sum(bytes * hot), 0) FROM packs), entries = (SELECT count(*) FROM entries)"""
             )
 
+    def shrink_log(self) -> bool:
+        """Moves what is in the write-ahead log into the database, and empties it; returns whether it took space."""
+        log = f"{self._path}-wal"
+        if self._path is None or not os.path.exists(log) or not (size := os.path.getsize(log)):
+            return False
+        try:
+            with self._lock:
+                self._writing.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            return os.path.getsize(log) < size
+        except (OSError, *INDEX_ERRORS):  # others read, or there is no space even for that
+            return False
+
     def problems(self) -> list[str]:
         """Returns what SQLite finds wrong with the database, as text."""
         with self._read() as run:
-            return [text for (text,) in run("PRAGMA integrity_check") if text != "ok"]
+            return [str(text) for (text,) in run("PRAGMA integrity_check") if text != "ok"]
 
 
 def _tick(run: Run) -> int:
     """Returns milliseconds since 1970, or more where the clock went backwards: later than every use so far."""
-    (latest,) = run("SELECT max(used) FROM packs").fetchone()
-    return max(time.time_ns() // 10**6, (latest or 0) + 1)
+    return max(time.time_ns() // 10**6, _whole(run("SELECT ifnull(max(used), 0) FROM packs")) + 1)
+
+
+def _whole(cursor: sqlite3.Cursor) -> int:
+    """Returns the whole number that a query gives.
+
+    Raises:
+        sqlite3.DatabaseError: it gives something else, or more than can be added to.
+    """
+    (value,) = cursor.fetchone() or (None,)
+    if not isinstance(value, int) or abs(value) > MAX_NUMBER:
+        raise sqlite3.DatabaseError("the index does not hold numbers where it should")
+    return value
+
+
+def _number(value: object) -> int:
+    """Returns a number out of a damaged row, which may hold anything: 0 for what makes no sense."""
+    return value if isinstance(value, int) and 0 <= value <= MAX_NUMBER else 0
 
 
 def _set_salt(run: Run, pack: str, salt: str) -> None:

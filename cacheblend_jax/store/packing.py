@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import uuid
@@ -18,6 +17,7 @@ from cacheblend_jax.store.index import Index
 from cacheblend_jax.store.pack import size_of, write_pack
 from cacheblend_jax.store.pins import make_and_hold
 from cacheblend_jax.store.places import Places
+from cacheblend_jax.store.space import make_space
 
 MAX_PACK_BYTES = 2**28  # of the entries that share a pack
 PACK_OVERHEAD, ENTRY_OVERHEAD = 2**13, 2**11  # bytes reserved for a pack's files beside the arrays
@@ -65,8 +65,7 @@ def add_pack(
             if not make_room(places, index, log, capacity):
                 log.count("rejected", len(entries))
                 return False
-            if places.local and shutil.disk_usage(places.root).free < size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # rather than let Orbax find out half-way
+            make_space(places, index, log, size)  # rather than let Orbax find out half-way that there is none
             records = write_pack(temporary, entries, salt)
             size = size_of(temporary)
             if places.local:
