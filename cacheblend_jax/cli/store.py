@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
     """Adds `store` to the command line's commands."""
     store = commands.add_parser("store", help="look after a directory of stored chunks")
     actions = store.add_subparsers(required=True, metavar="ACTION")
-    _add_action(actions, _ls, "ls", "list its entries, the least recently used first")
+    ls = _add_action(actions, _ls, "ls", "list its entries, the least recently used first")
     verify = _add_action(
         actions, _verify, "verify", "read all of it and say what is damaged; exit code 1 if something is"
     )
@@ -29,6 +29,8 @@ def add_parser(commands: Any) -> None:
     prune.add_argument("--quarantine", action="store_true", help="also empty the quarantine")
     rm = _add_action(actions, _rm, "rm", "remove entries by key")
     rm.add_argument("keys", nargs="+", metavar="KEY", help="first digits of a key, at least 8")
+    for parser in (ls, rm):
+        parser.add_argument("--all", action="store_true", help="also entries that stores with a salt have written")
 
 
 def _add_action(actions: Any, action: Callable[[argparse.Namespace], dict[str, Any]], name: str, text: str) -> Any:
@@ -60,18 +62,22 @@ def _opened(parsed: argparse.Namespace, *, to_write: bool = False) -> Iterator[A
 
 
 def _ls(parsed: argparse.Namespace) -> dict[str, Any]:
-    from cacheblend_jax.store.maintenance import list_entries
+    from cacheblend_jax.store.maintenance import list_entries, totals
 
     with _opened(parsed) as disk:
-        entries = list_entries(disk)
-        size, count = disk.index.totals()
+        entries = list_entries(disk, all_salts=parsed.all)
+        size, count = totals(disk)
+        if not parsed.all:
+            size, _ = disk.mended(lambda: disk.index.totals_of(""))
     print(f"{'key':18}{'tokens':>8}{'MB':>9}{'uses':>6}  {'last used':19}  model")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["used"]))
         model = entry.get("problem") or entry["fingerprint"][:12]
         tokens = entry.get("tokens", "?")
         print(f"{entry['name'][:16]:18}{tokens:>8}{entry['bytes'] / 1e6:9.2f}{entry['uses']:6}  {used}  {model}")
-    print(f"{count} entries, {size / 1e6:.1f} MB on disk")
+    hidden = count - len(entries)
+    more = f"; {hidden} more with a salt: see --all" if hidden else ""
+    print(f"{len(entries)} entries, {size / 1e6:.1f} MB on disk{more}")
     return {"entries": entries, "bytes": size}
 
 
@@ -101,7 +107,7 @@ def _rm(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.store.maintenance import remove
 
     with _opened(parsed, to_write=True) as disk:
-        removed = remove(disk, parsed.keys)
+        removed = remove(disk, parsed.keys, all_salts=parsed.all)
     print(f"{removed} entries removed")
     return {"removed": removed}
 

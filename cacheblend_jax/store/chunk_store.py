@@ -38,19 +38,20 @@ class ChunkStore:
     in `stats`, and each kind is logged once.
 
     Args:
-        directory: a path, made if missing; or a URL that Orbax and TensorStore accept (`gs://…`), which then serves one
-            writing process. `None`: memory only.
+        directory: a path, made if missing; a directory that is there must be empty, or a store. Or a URL that Orbax and
+            TensorStore accept (`gs://…`), which then serves one writing process. `None`: memory only.
         host_bytes: capacity of host memory.
         disk_bytes: capacity of the directory: all its files but the index and the quarantine. `None`: 64 GiB, or as
             much as the directory already holds if that is more.
         device_bytes: capacity of the device, which the model and its prefills then lack; 0: entries are copied to the
             device with each request. Engines that stream every layer make no use of it.
-        salt: part of every key: stores with different salts share nothing, even over the same chunks.
+        salt: part of every key: stores with different salts share nothing, even over the same chunks. Over one
+            directory, each sees, counts and removes its own entries only; they share the directory's capacity.
         queue_bytes: how much may wait to be written. Entries of requests beyond that stay in memory only.
 
     Raises:
-        CacheBlendError: a capacity that is not positive; a directory that is a file, cannot be made, or has a backslash
-            in its path.
+        CacheBlendError: a capacity that is not positive; a salt that is no text; a directory that is a file, cannot be
+            made, has other files in it, or has a backslash in its path.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ChunkStore:
             check_capacity("disk_bytes", disk_bytes, least=1)
         check_capacity("queue_bytes", queue_bytes, least=1)
         check_capacity("device_bytes", device_bytes, least=0)
+        check_text("salt", salt)
         self.device_bytes = device_bytes
         self.host_bytes = host_bytes
         self.directory: epath.Path | None = None
@@ -85,7 +87,7 @@ class ChunkStore:
             # Importing TensorStore and SQLite takes a quarter of a second, which a store in memory need not spend.
             from cacheblend_jax.store.persistent import PersistentTier
 
-            self._disk = PersistentTier(directory, disk_bytes, queue_bytes)
+            self._disk = PersistentTier(directory, disk_bytes, queue_bytes, salt)
             self.directory = self._disk.root
 
     @property
@@ -156,11 +158,13 @@ class ChunkStore:
     def put(self, key: str, entry: ChunkEntry, *, wait: bool = False, uses: int = 1) -> bool:
         """Keeps an entry in memory and queues it for the disk; returns whether it is kept anywhere.
 
+        The arrays are copied unless nobody else can write them: see `ChunkEntry.hand_over`.
+
         Args:
             wait: where the queue is full, wait for room instead of leaving the disk out.
             uses: how many requests have used the entry; 0 for one that is stored in advance.
         """
-        _make_read_only(entry)
+        entry = entry.kept()
         with self._lock:
             self._loads.outdate(key)
             self._device.remove(key)
@@ -315,7 +319,7 @@ class ChunkStore:
 
     def _keep_loaded(self, load: Load, entry: ChunkEntry, uses: int) -> None:
         """Keeps an entry in host memory, unless it has been replaced or removed. The caller holds the lock."""
-        _make_read_only(entry)
+        entry.hand_over()
         if not load.outdated:
             self._host.put(load.key, entry, uses)
 
@@ -338,6 +342,15 @@ def check_capacity(name: str, value: object, *, least: int) -> None:
         raise CacheBlendError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
-def _make_read_only(entry: ChunkEntry) -> None:
-    for array in (entry.k, entry.v):
-        array.flags.writeable = False
+def check_text(name: str, value: object) -> None:
+    """Checks that a value is text that UTF-8 can encode: half of a surrogate pair alone is none.
+
+    Raises:
+        CacheBlendError: it is not; names the argument.
+    """
+    try:
+        if not isinstance(value, str):
+            raise TypeError
+        value.encode()
+    except (TypeError, UnicodeEncodeError):
+        raise CacheBlendError(f"{name} must be a str that UTF-8 can encode, got {value!r}") from None

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from etils import epath
 
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
-from cacheblend_jax.store import quarantine, recovery
+from cacheblend_jax.store import ownership, quarantine, recovery
 from cacheblend_jax.store.disk_chunk import DiskChunk
 from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
 from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
 from cacheblend_jax.store.eviction import sweep
 from cacheblend_jax.store.index import Found
-from cacheblend_jax.store.index_file import INDEX_ERRORS
+from cacheblend_jax.store.index_file import INDEX_ERRORS, is_broken
 from cacheblend_jax.store.packing import add_pack, bytes_on_disk, grouped
 from cacheblend_jax.store.pins import BusyError, Pin
 from cacheblend_jax.store.places import Places, is_local, located
@@ -29,9 +28,11 @@ from cacheblend_jax.store.record import (
     content_of,
     load_record,
     record_of,
+    salt_hash,
     storage_name,
     usable_record,
 )
+from cacheblend_jax.store.space import WRITE_ERRORS, forget_removed, with_space
 from cacheblend_jax.store.stats import DiskStats
 
 DEFAULT_BYTES = 64 * 2**30
@@ -48,35 +49,41 @@ class DiskTier:
         directory: made if missing; a path of this machine, or one that Orbax and TensorStore accept (`gs://…`).
         capacity: bytes of all packs, with all their files. `None`: 64 GiB, or as much as the directory already holds if
             that is more.
+        salt: of the store; entries of others are neither found nor counted nor removed, except to make room.
 
     Attributes:
         places, index: the directory's; replaced together when the index has to be opened anew.
         log: counts and warnings.
         capacity: bytes.
+        salt: as records have it; see `salt_hash`.
 
     Raises:
-        CacheBlendError: the path is a file, cannot be made, or has a backslash in it.
+        CacheBlendError: the path is a file, cannot be made, is empty, or has a backslash in it; or the directory has
+            other files in it.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], capacity: int | None = None) -> None:
+    def __init__(self, directory: str | os.PathLike[str], capacity: int | None = None, salt: str = "") -> None:
         root = located(directory)
         if root.exists() and not root.is_dir():
             raise CacheBlendError(
                 f"store {os.fspath(directory)!r} is a file; expected a directory, or a path to make one at"
             )
         self.log = DiskLog(root)
+        self.salt = salt_hash(salt)
         self._refused: set[str] = set()  # damaged entries that could not be quarantined
         self._lock = threading.Lock()
         self._has_replaced_index = False
         local = is_local(root)
         places = Places(root, local, make_directories(root, local, self.log))
         self.index, self.places = recovery.open_index(places, self.log)
-        self.capacity = max(DEFAULT_BYTES, self._totals()[0]) if capacity is None else capacity
+        held = self._or_else((0, 0), lambda: self.index.totals())[0] if capacity is None else 0
+        self.capacity = max(DEFAULT_BYTES, held) if capacity is None else capacity
 
     @staticmethod
     def exists(directory: str | os.PathLike[str]) -> bool:
         """Whether there is a store in a directory."""
-        return (located(directory) / "packs").is_dir()
+        root = located(directory)
+        return ownership.is_store(root, local=is_local(root))
 
     @property
     def writable(self) -> bool:
@@ -86,7 +93,7 @@ class DiskTier:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def __contains__(self, key: str) -> bool:
-        return self._or_else(False, lambda: self._has(storage_name(key)))
+        return self._or_else(False, lambda: self._has(self._name(key)))
 
     def load(self, key: str) -> tuple[ChunkEntry, int] | None:
         """Returns an entry, and how often it has been used; `None` where there is none that can be trusted."""
@@ -101,19 +108,24 @@ class DiskTier:
 
     def open(self, key: str) -> DiskChunk | None:
         """Returns a handle on an entry, which is not evicted before it is closed; `None` as `load`."""
-        return self._or_else(None, lambda: self._open(storage_name(key)))
+        return self._or_else(None, lambda: self._open(self._name(key)))
 
     def keys(self) -> list[str]:
         """Returns the keys of the entries that can be used, the least recently used first."""
         return self._or_else([], self._usable_keys)
 
+    def _name(self, key: str) -> str:
+        return storage_name(key, self.salt)
+
     def _has(self, name: str) -> bool:
         found = self._find(name)
-        return found is not None and usable_record(found.record, found.crc, name) is not None
+        record = None if found is None else usable_record(found.record, found.crc, name)
+        return record is not None and record.salt == self.salt
 
     def _usable_keys(self) -> list[str]:
-        records = (usable_record(row.record, row.crc, row.name) for row in self.index.listed())
-        return [record.key for record in records if record is not None]
+        rows = self.index.listed(salt=self.salt)
+        records = (usable_record(row.record, row.crc, row.name) for row in rows)
+        return [record.key for record in records if record is not None and record.salt == self.salt]
 
     def _find(self, name: str) -> Found | None:
         return None if name in self._refused else self.index.find(name)
@@ -137,7 +149,8 @@ class DiskTier:
 
     def _record(self, name: str, found: Found) -> EntryRecord | None:
         try:
-            return load_record(found.record, found.crc, name)
+            record = load_record(found.record, found.crc, name)
+            return record if record.salt == self.salt else None
         except DamagedRecordError as error:
             self.quarantine(name, found.pack, str(error))
         except OtherVersionError as error:
@@ -173,32 +186,36 @@ class DiskTier:
         for group in grouped(fitting, self.capacity):
             try:
                 self._write_group(group)
-            except (OSError, ValueError, RuntimeError, BusyError, *INDEX_ERRORS) as error:
+            except (CacheBlendError, BusyError, *WRITE_ERRORS) as error:
                 self.log.warn_once(f"entries stay in memory only: {_first_line(error)}", "write_errors")
 
     def _write_group(self, group: Sequence[QueuedEntry]) -> None:
         if recovery.is_replaced(self.places, self.index):  # nobody would find what we enter in the old one
             self._reopen_index()
         fresh = [queued for queued in group if not self._is_written(queued)]
-        if fresh and add_pack(self.places, self.index, self.log, self.capacity, fresh):
-            self._refused.difference_update(storage_name(queued.key) for queued in fresh)
+        if not fresh:
+            return
+        if self.changed(lambda: add_pack(self.places, self.index, self.log, self.capacity, fresh, self.salt)):
+            self._refused.difference_update(self._name(queued.key) for queued in fresh)
             sweep(self.places, self.index)
 
     def _is_written(self, queued: QueuedEntry) -> bool:
-        """Whether the same key is there with the same arrays."""
-        name = storage_name(queued.key)
+        """Whether the same key is there with the same arrays; or its name is another salt's, whose entry stays."""
+        name = self._name(queued.key)
         found = self.index.find(name)
         old = None if found is None else usable_record(found.record, found.crc, name)
         if old is None:
             return False
-        return content_of(old) == content_of(record_of(queued.key, queued.entry, old.tree, old.created))
+        if old.salt != self.salt:
+            return True
+        return content_of(old) == content_of(record_of(queued, old.tree, old.created, self.salt))
 
     def touch(self, uses: dict[str, int]) -> None:
         """Adds to the uses of entries, by key."""
         if not self.writable or not uses:
             return
         try:
-            self.index.touch({storage_name(key): count for key, count in uses.items()})
+            self.index.touch({self._name(key): count for key, count in uses.items()})
         except INDEX_ERRORS as error:
             self.log.warn_once(f"uses are not counted: {error}", "write_errors")
 
@@ -214,16 +231,42 @@ class DiskTier:
     def remove(self, keys: Sequence[str]) -> int:
         """Removes entries; returns how many there were. Errors as `check_writable`."""
         self.check_writable()
-        removed = self.index.remove([storage_name(key) for key in keys])
-        sweep(self.places, self.index)
-        return removed
+
+        def own() -> list[str]:
+            found = [(name, self.index.find(name)) for name in map(self._name, keys)]
+            return [name for name, row in found if row is not None and self._owns(row.record, row.crc, name)]
+
+        return self.remove_names(own)
+
+    def remove_names(self, names: Callable[[], list[str]]) -> int:
+        """Removes entries by their storage names; returns how many there were. Errors as `changed`."""
+
+        def doomed() -> list[str]:
+            chosen = set(names())
+            packs = {found.pack for name in chosen if (found := self.index.find(name)) is not None}
+            return [pack for pack in packs if chosen.issuperset(row.name for row in self.index.listed(pack))]
+
+        def remove() -> int:
+            removed = self.index.remove(names())
+            sweep(self.places, self.index)
+            return removed
+
+        return self.changed(remove, doomed)
 
     def clear(self) -> None:
-        """Removes every entry. Errors as `check_writable`."""
+        """Removes every entry of the salt. Errors as `check_writable`."""
         self.check_writable()
-        for pack in self.index.packs("ready"):
-            self.index.bury(pack)
-        sweep(self.places, self.index)
+
+        def own() -> list[str]:
+            rows = self.index.listed(salt=self.salt)
+            return [row.name for row in rows if self._owns(row.record, row.crc, row.name)]
+
+        self.remove_names(own)
+
+    def _owns(self, record: object, crc: object, name: str) -> bool:
+        """Whether an entry may be removed: it is of this salt, or of no use to any."""
+        usable = usable_record(record, crc, name)
+        return usable is None or usable.salt == self.salt
 
     def close(self) -> None:
         """Closes the index."""
@@ -255,17 +298,48 @@ class DiskTier:
             return look_up()
         except (*INDEX_ERRORS, OSError) as error:
             self.log.warn_once(f"entries cannot be looked up: {error}", "read_errors")
-            # Subclasses of DatabaseError say that the index is locked, closed or full, but not that it is broken.
-            if type(error) in (sqlite3.DatabaseError, UnicodeDecodeError):
-                self._replace_broken_index()
+            if is_broken(error):
+                self.replace_broken_index()
             return default
 
-    def _replace_broken_index(self) -> None:
+    def mended(self, action: Callable[[], Result]) -> Result:
+        """Returns what `action` returns; where the index is broken, makes it anew and calls it again.
+
+        Raises:
+            CacheBlendError: the index cannot be used.
+        """
+        try:
+            try:
+                return action()
+            except INDEX_ERRORS as error:
+                if not (is_broken(error) and self.replace_broken_index()):
+                    raise
+            return action()
+        except INDEX_ERRORS as error:
+            raise CacheBlendError(f"the index of store {str(self.places.root)!r} cannot be used: {error}") from error
+
+    def changed(self, action: Callable[[], Result], doomed: Callable[[], Iterable[str]] = tuple) -> Result:
+        """As `mended`, for what writes: makes space where there is none, of the packs that are `doomed` first.
+
+        Raises:
+            CacheBlendError: the index cannot be used.
+            OSError, ValueError, RuntimeError: as `action`.
+        """
+
+        def change() -> Result:
+            result, removed = with_space(self.places, self.index, self.log, action, doomed)
+            forget_removed(self.index, self.log, removed)
+            return result
+
+        return self.mended(change)
+
+    def replace_broken_index(self) -> bool:
+        """Makes the index anew from the packs, once in a process; returns whether it did."""
         if not (self.places.local and self.writable):
-            return
+            return False
         with self._lock:
             if self._has_replaced_index:  # an index that breaks twice in a process is not worth another try
-                return
+                return False
             self._has_replaced_index = True
         self.index.close()
         self.log.count("damaged")
@@ -274,6 +348,8 @@ class DiskTier:
             self._reopen_index()
         except (OSError, *INDEX_ERRORS) as error:
             self.log.warn_once(f"the index cannot be made anew: {error}", "read_errors")
+            return False
+        return True
 
     def _reopen_index(self) -> None:
         """Opens the index that is there now, and enters the packs of ours that it lacks."""
@@ -285,21 +361,20 @@ class DiskTier:
     # --- counting ----------------------------------------------------------------------------------------------------
 
     def stats(self) -> DiskStats:
-        """Returns the counts so far, and what the directory holds now."""
-        size, entries = self._totals()
+        """Returns the counts so far, and what the directory holds now of this salt."""
+        size, entries = self._or_else((0, 0), lambda: self.index.totals_of(self.salt))
         return DiskStats(entries=entries, bytes=size, **self.log.counts())
-
-    def _totals(self) -> tuple[int, int]:
-        return self._or_else((0, 0), lambda: self.index.totals())
 
 
 def make_directories(root: epath.Path, local: bool, log: DiskLog) -> bool:
     """Makes a store's directories; returns whether this process may write there.
 
     Raises:
-        CacheBlendError: there is no directory, and none can be made.
+        CacheBlendError: there is no directory, and none can be made; or, as `ownership.claim`, it is not a store's.
     """
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        ownership.claim(root, log, local=local)
         for name in ("packs", "quarantine", *(["writing"] if local else [])):
             (root / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -12,6 +12,9 @@ from jaxtyping import Float
 @dataclass(frozen=True, eq=False)
 class ChunkEntry:
     """K before RoPE and V of a chunk computed alone, each `[layers, tokens, kv_heads, head_dim]`, on the host.
+
+    A store keeps what it was given, whatever becomes of the caller's arrays: it copies them, except those that are
+    read-only and own their memory (see `hand_over`).
 
     `fingerprint` (the model's) and `context_ids` say what it was computed from and after. A store writes them to disk
     for people to read; it finds entries by key alone.
@@ -42,6 +45,32 @@ class ChunkEntry:
         """Bytes of K and V."""
         return self.k.nbytes + self.v.nbytes
 
+    def hand_over(self) -> ChunkEntry:
+        """Makes the arrays read-only, so that a store need not copy them, and returns the entry.
+
+        For arrays that the caller has made and has given to nobody who might write them.
+        """
+        for array in (self.k, self.v):
+            array.flags.writeable = False
+        return self
+
+    def kept(self) -> ChunkEntry:
+        """Returns an entry of the same values that nobody else can write; its arrays are in C order."""
+        k, v = (array if _is_safe(array) else _copied(array) for array in (self.k, self.v))
+        return self if k is self.k and v is self.v else replace(self, k=k, v=v)
+
+
+def _is_safe(array: np.ndarray) -> bool:
+    """Whether an array can be kept as it is: a view, even one that is read-only, may show memory that others write."""
+    owns = type(array) is np.ndarray and array.base is None and not array.flags.writeable
+    return owns and array.flags.c_contiguous and array.dtype.isnative
+
+
+def _copied(array: np.ndarray) -> np.ndarray:
+    copy = np.array(array, dtype=array.dtype.newbyteorder("="), order="C", subok=False)
+    copy.flags.writeable = False
+    return copy
+
 
 @dataclass(frozen=True, eq=False)
 class DeviceEntry:
@@ -69,8 +98,14 @@ class DeviceEntry:
 
 @dataclass(frozen=True, eq=False)
 class QueuedEntry:
-    """An entry to be written to disk, and how many requests have used it so far."""
+    """An entry to be written to disk.
+
+    Attributes:
+        uses: how many requests have used it so far.
+        checksums: of the layers of K and of V when the entry was put; `None`: to be computed when it is written.
+    """
 
     key: str
     entry: ChunkEntry
     uses: int = 1
+    checksums: tuple[tuple[int, ...], tuple[int, ...]] | None = None

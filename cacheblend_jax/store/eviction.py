@@ -36,7 +36,7 @@ def sweep(places: Places, index: Index) -> None:
 
 def remove_pack(places: Places, index: Index, pack: str) -> bool:
     """Removes the files of a pack without entries; returns whether it could: nobody reads it."""
-    with _held_alone(places, pack) as is_free:
+    with held_alone(places, pack) as is_free:
         if is_free:
             _remove_files(places, index, pack)
         return is_free
@@ -44,7 +44,7 @@ def remove_pack(places: Places, index: Index, pack: str) -> bool:
 
 def _evict(places: Places, index: Index, log: DiskLog, pack: str) -> bool:
     """Removes a pack with its entries; returns whether it could: nobody reads it."""
-    with _held_alone(places, pack) as is_free:
+    with held_alone(places, pack) as is_free:
         if is_free:
             log.count("evicted", index.bury(pack))
             _remove_files(places, index, pack)
@@ -52,7 +52,7 @@ def _evict(places: Places, index: Index, log: DiskLog, pack: str) -> bool:
 
 
 @contextmanager
-def _held_alone(places: Places, pack: str) -> Iterator[bool]:
+def held_alone(places: Places, pack: str) -> Iterator[bool]:
     """Holds a pack alone for the body, if possible: yields whether nobody else reads it."""
     try:
         pin = Pin(places.pack(pack), alone=True) if places.local else None
@@ -74,5 +74,5 @@ def _remove_files(places: Places, index: Index, pack: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
         path.rmtree()
-    if not path.exists():
+    if not places.has_pack(pack):
         index.forget_pack(pack, "dead")

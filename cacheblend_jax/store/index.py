@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -14,9 +15,11 @@ from cacheblend_jax.store.index_file import (
     BUSY_SECONDS,
     COMPLETE,
     INDEX_ERRORS,
+    SALTS,
     SCHEMA,
     check,
     connected,
+    has_salts,
     identity_of,
     state_of,
     statements,
@@ -25,10 +28,10 @@ from cacheblend_jax.store.record import (
     EntryRecord,
     content_of,
     dump_record,
-    storage_name,
     usable_record,
 )
 
+MAX_NUMBER = 253402300799000  # the end of the year 9999, in milliseconds; no size comes near it
 PROTECTED = 0.8  # of the capacity, at most, for packs with entries used twice
 Run = Callable[..., sqlite3.Cursor]  # executes a statement: `sqlite3.Connection.execute`
 
@@ -102,6 +105,8 @@ class Index:
         except INDEX_ERRORS:  # SQLite needs its files beside the database, which are missing and cannot be made
             seen = state_of(self._path)
             connection = connected(self._path, "mode=ro&immutable=1")
+        if not has_salts(connection):
+            connection.execute("CREATE TEMP TABLE salted(pack TEXT PRIMARY KEY, salt TEXT NOT NULL)")
         self._writing = self._reading = connection
         self._seen = seen
 
@@ -120,9 +125,12 @@ class Index:
             self._writing.execute("PRAGMA journal_mode = WAL")
             self._writing.execute("PRAGMA synchronous = NORMAL")
         with self._transaction() as run:
-            if not run("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                for statement in statements(SCHEMA):
-                    run(statement)
+            new = not run("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if not new:
+                check(self._writing)
+            missing = SCHEMA + SALTS if new else "" if has_salts(self._writing) else SALTS
+            for statement in statements(missing):
+                run(statement)
 
     def is_complete(self) -> bool:
         """Whether the index has every pack that was there when it was made."""
@@ -149,10 +157,11 @@ class Index:
             self._writing.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writing.execute
+                self._writing.execute("COMMIT")
             except BaseException:
-                self._writing.execute("ROLLBACK")
+                if self._writing.in_transaction:  # SQLite ends it itself where the disk is full
+                    self._writing.execute("ROLLBACK")
                 raise
-            self._writing.execute("COMMIT")
 
     def close(self) -> None:
         """Closes the database."""
@@ -173,27 +182,51 @@ class Index:
     def totals(self) -> tuple[int, int]:
         """Returns the bytes of all packs, and the number of entries."""
         with self._read() as run:
-            size, entries = run("SELECT bytes, entries FROM totals").fetchone()
+            size, entries = run("SELECT bytes, entries FROM totals").fetchone() or (None, None)
         if not isinstance(size, int) or not isinstance(entries, int):
             raise sqlite3.DatabaseError("the totals are not numbers")
         return size, entries
 
-    def listed(self, pack: str | None = None) -> list[Listed]:
-        """Returns all entries, or those of a pack, the least recently used first."""
-        sql = """SELECT lower(hex(e.name)), p.name, e.bytes, e.uses, e.used, e.record, e.crc
-            FROM entries e JOIN packs p ON p.id = e.pack WHERE ? IS NULL OR p.name = ? ORDER BY e.used, e.rowid"""
+    def totals_of(self, salt: str) -> tuple[int, int]:
+        """As `totals`, of the packs and entries of one salt."""
+        sql = """SELECT ifnull(sum(p.bytes), 0), ifnull(sum((SELECT count(*) FROM entries WHERE pack = p.id)), 0)
+            FROM salted s JOIN packs p ON p.name = s.pack WHERE ? = '' OR s.salt = ?"""
         with self._read() as run:
-            return [Listed(*row) for row in run(sql, (pack, pack))]
+            size, entries = run(sql, (salt, salt)).fetchone()
+        if not isinstance(size, int) or not isinstance(entries, int):
+            raise sqlite3.DatabaseError("the totals are not numbers")
+        if salt:
+            return size, entries
+        all_bytes, all_entries = self.totals()
+        return all_bytes - size, all_entries - entries
+
+    def listed(self, pack: str | None = None, *, salt: str | None = None) -> list[Listed]:
+        """Returns all entries, or those of a pack or of a salt's packs, the least recently used first."""
+        sql = """SELECT lower(hex(e.name)), p.name, e.bytes, e.uses, e.used, e.record, e.crc
+            FROM entries e JOIN packs p ON p.id = e.pack LEFT JOIN salted s ON s.pack = p.name
+            WHERE (?1 IS NULL OR p.name = ?1) AND (?2 IS NULL OR ifnull(s.salt, '') = ?2) ORDER BY e.used, e.rowid"""
+        with self._read() as run:
+            rows = run(sql, (pack, salt)).fetchall()
+        return [
+            Listed(str(name), str(pack), _number(size), _number(uses), _number(used), record, crc)
+            for name, pack, size, uses, used, record, crc in rows
+        ]
 
     def packs(self, state: str) -> list[str]:
         """Returns the names of the packs in a state."""
         with self._read() as run:
             return [name for (name,) in run("SELECT name FROM packs WHERE state = ?", (state,))]
 
-    def reserve(self, pack: str, size: int) -> None:
-        """Adds a pack that is about to be written, so that its bytes count already."""
+    def in_order(self) -> list[str]:
+        """Returns ready packs in the order of eviction, as `candidates`, but all of them, and without writing."""
+        with self._read() as run:
+            return [name for (name,) in run("SELECT name FROM packs WHERE state = 'ready' ORDER BY hot, used")]
+
+    def reserve(self, pack: str, size: int, salt: str = "") -> None:
+        """Adds a pack of a salt that is about to be written, so that its bytes count already."""
         with self._transaction() as run:
             run("INSERT INTO packs(name, state, bytes, used) VALUES(?, 'writing', ?, ?)", (pack, size, _tick(run)))
+            _set_salt(run, pack, salt)
 
     def add(
         self,
@@ -222,9 +255,10 @@ class Index:
             run("INSERT OR IGNORE INTO packs(name, state, bytes, used) VALUES(?, 'ready', 0, ?)", (pack, _tick(run)))
             run("UPDATE packs SET state = 'ready', bytes = ? WHERE name = ?", (size, pack))
             (number, used) = run("SELECT id, used FROM packs WHERE name = ?", (pack,)).fetchone()
+            _set_salt(run, pack, records[0].salt if records else "")
             left = set()
             for record in records:
-                name = bytes.fromhex(storage_name(record.key))
+                name = bytes.fromhex(record.name)
                 text, crc = dump_record(record)
                 old = run("SELECT pack, record, crc FROM entries WHERE name = ?", (name,)).fetchone()
                 if old is not None:
@@ -289,13 +323,13 @@ class Index:
         Where the others hold more than four fifths of the capacity, the least recent of them move to the first group.
         """
         with self._transaction() as run:
-            (hot_bytes,) = run("SELECT hot_bytes FROM totals").fetchone()
+            hot_bytes = _whole(run("SELECT hot_bytes FROM totals"))
             sql = "SELECT id, bytes FROM packs WHERE state = 'ready' AND hot = 1 ORDER BY used"
             for number, size in run(sql).fetchall() if hot_bytes > PROTECTED * capacity else []:
                 if hot_bytes <= PROTECTED * capacity:
                     break
                 run("UPDATE packs SET hot = 0 WHERE id = ?", (number,))
-                hot_bytes -= size
+                hot_bytes -= _number(size)
             return [
                 name for (name,) in run("SELECT name FROM packs WHERE state = 'ready' ORDER BY hot, used LIMIT 256")
             ]
@@ -308,16 +342,49 @@ class Index:
                 hot_bytes = (SELECT ifnull(sum(bytes * hot), 0) FROM packs), entries = (SELECT count(*) FROM entries)"""
             )
 
+    def shrink_log(self) -> bool:
+        """Moves what is in the write-ahead log into the database, and empties it; returns whether it took space."""
+        log = f"{self._path}-wal"
+        if self._path is None or not os.path.exists(log) or not (size := os.path.getsize(log)):
+            return False
+        try:
+            with self._lock:
+                self._writing.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            return os.path.getsize(log) < size
+        except (OSError, *INDEX_ERRORS):  # others read, or there is no space even for that
+            return False
+
     def problems(self) -> list[str]:
         """Returns what SQLite finds wrong with the database, as text."""
         with self._read() as run:
-            return [text for (text,) in run("PRAGMA integrity_check") if text != "ok"]
+            return [str(text) for (text,) in run("PRAGMA integrity_check") if text != "ok"]
 
 
 def _tick(run: Run) -> int:
     """Returns milliseconds since 1970, or more where the clock went backwards: later than every use so far."""
-    (latest,) = run("SELECT max(used) FROM packs").fetchone()
-    return max(time.time_ns() // 10**6, (latest or 0) + 1)
+    return max(time.time_ns() // 10**6, _whole(run("SELECT ifnull(max(used), 0) FROM packs")) + 1)
+
+
+def _whole(cursor: sqlite3.Cursor) -> int:
+    """Returns the whole number that a query gives.
+
+    Raises:
+        sqlite3.DatabaseError: it gives something else, or more than can be added to.
+    """
+    (value,) = cursor.fetchone() or (None,)
+    if not isinstance(value, int) or abs(value) > MAX_NUMBER:
+        raise sqlite3.DatabaseError("the index does not hold numbers where it should")
+    return value
+
+
+def _number(value: object) -> int:
+    """Returns a number out of a damaged row, which may hold anything: 0 for what makes no sense."""
+    return value if isinstance(value, int) and 0 <= value <= MAX_NUMBER else 0
+
+
+def _set_salt(run: Run, pack: str, salt: str) -> None:
+    if salt:  # all entries of a pack were written by one store, and so have one salt
+        run("INSERT OR REPLACE INTO salted VALUES(?, ?)", (pack, salt))
 
 
 def _bury_empty(run: Run, packs: Iterable[int]) -> None:
@@ -329,5 +396,5 @@ def _bury_empty(run: Run, packs: Iterable[int]) -> None:
 
 
 def _same_content(text: object, crc: object, record: EntryRecord) -> bool:
-    old = usable_record(text, crc, storage_name(record.key))
+    old = usable_record(text, crc, record.name)
     return old is not None and content_of(old) == content_of(record)

@@ -13,6 +13,15 @@ COMPLETE = 0x43424C44  # the `application_id` of an index in which every pack ha
 INDEX_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 BUSY_SECONDS = 10.0
 BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+BROKEN_CODES = (
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_MISMATCH,
+    sqlite3.SQLITE_FORMAT,
+    sqlite3.SQLITE_INTERNAL,
+)
 CACHE_KIB = 128 * 1024  # of pages; a million keys need about that much
 
 SCHEMA = f"""
@@ -37,6 +46,14 @@ CREATE TRIGGER pack_changed AFTER UPDATE OF bytes, hot ON packs BEGIN
 CREATE TRIGGER entry_added AFTER INSERT ON entries BEGIN UPDATE totals SET entries = entries + 1; END;
 CREATE TRIGGER entry_removed AFTER DELETE ON entries BEGIN UPDATE totals SET entries = entries - 1; END;
 PRAGMA user_version = {INDEX_VERSION};
+"""
+
+# Whose packs are whose. An index made before entries were told apart by their salts lacks this table until it is opened
+# to be written. A pack without a row belongs to stores without a salt.
+SALTS = """
+CREATE TABLE salted(pack TEXT PRIMARY KEY, salt TEXT NOT NULL);
+CREATE INDEX salted_salt ON salted(salt);
+CREATE TRIGGER salted_removed AFTER DELETE ON packs BEGIN DELETE FROM salted WHERE pack = old.name; END;
 """
 
 
@@ -84,6 +101,31 @@ def check(connection: sqlite3.Connection) -> None:
     connection.execute("SELECT bytes, entries FROM totals").fetchone()
     if version != INDEX_VERSION:
         raise sqlite3.DatabaseError(f"index version {version}; this code reads version {INDEX_VERSION}")
+
+
+def is_broken(error: BaseException) -> bool:
+    """Whether an error says that the database is damaged, or not an index at all; not that it is locked, full, closed.
+
+    Statements of this code fail with `SQLITE_ERROR` only where tables or columns are not those that it made.
+    """
+    if isinstance(error, UnicodeDecodeError) or "Could not decode to UTF-8" in str(error):  # as sqlite3 reports text
+        return True
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:
+        return type(error) is sqlite3.DatabaseError  # raised by this code
+    return code & 0xFF in BROKEN_CODES
+
+
+def has_salts(connection: sqlite3.Connection) -> bool:
+    """Whether an index has the table of salts."""
+    return connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'salted'").fetchone()[0] > 0
+
+
+def has_index_header(path: str) -> bool:
+    """Whether a file begins as a complete index does, whatever else is in it."""
+    with open(path, "rb") as file:
+        header = file.read(100)
+    return header.startswith(b"SQLite format 3\0") and header[68:72] == COMPLETE.to_bytes(4, "big")
 
 
 def identity_of(path: str) -> tuple[int, int] | None:

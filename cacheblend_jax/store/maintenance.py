@@ -13,6 +13,7 @@ from cacheblend_jax.store.disk import DiskTier
 from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
 from cacheblend_jax.store.eviction import make_room, remove_pack, sweep
 from cacheblend_jax.store.index import Listed
+from cacheblend_jax.store.index_file import INDEX_ERRORS, is_broken
 from cacheblend_jax.store.pack import file_problems, read_contents
 from cacheblend_jax.store.pins import BusyError, Pin
 from cacheblend_jax.store.places import Places
@@ -25,13 +26,26 @@ from cacheblend_jax.store.record import (
 )
 
 
-def list_entries(disk: DiskTier) -> list[dict[str, Any]]:
-    """Describes every entry, the least recently used first; `problem` says why an entry cannot be used."""
-    return [_described(row) for row in disk.index.listed()]
+def list_entries(disk: DiskTier, *, all_salts: bool = False) -> list[dict[str, Any]]:
+    """Describes every entry, the least recently used first; `problem` says why an entry cannot be used.
+
+    Args:
+        all_salts: list the entries of all salts, not only those of the disk's.
+    """
+    return [_described(row) for row in disk.mended(lambda: _rows(disk, all_salts))]
+
+
+def totals(disk: DiskTier) -> tuple[int, int]:
+    """Returns the bytes of all packs, and the number of entries, of all salts."""
+    return disk.mended(lambda: disk.index.totals())
+
+
+def _rows(disk: DiskTier, all_salts: bool) -> list[Listed]:
+    return disk.index.listed(salt=None if all_salts else disk.salt)
 
 
 def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
-    """Reads every file and every layer, and says what is damaged.
+    """Reads every file and every layer, of all salts, and says what is damaged.
 
     Args:
         repair: quarantine damaged entries, enter packs that the index does not know, and remove packs without entries.
@@ -41,7 +55,27 @@ def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
         Counts of the `entries` and `packs` read; and `problems`, each `{pack, name, problem}`, where `name` is empty if
         the problem concerns the whole pack.
     """
-    problems = [{"pack": "", "name": "", "problem": f"index: {text}"} for text in disk.index.problems()]
+    problems = _index_problems(disk)
+    if problems and not (repair and disk.replace_broken_index()):
+        return {"packs": 0, "entries": 0, "problems": problems}
+    report = disk.mended(lambda: _verified_packs(disk, repair))
+    return report | {"problems": problems + report["problems"]}
+
+
+def _index_problems(disk: DiskTier) -> list[dict[str, str]]:
+    try:
+        texts = disk.index.problems()
+        if not texts:
+            disk.index.totals()
+    except INDEX_ERRORS as error:
+        if not is_broken(error):
+            raise CacheBlendError(f"store {str(disk.places.root)!r} cannot be verified now: {error}") from error
+        texts = [str(error)]
+    return [{"pack": "", "name": "", "problem": f"index: {text}; --repair makes it anew"} for text in texts]
+
+
+def _verified_packs(disk: DiskTier, repair: bool) -> dict[str, Any]:
+    problems: list[dict[str, str]] = []
     packs = disk.index.packs("ready")
     count = 0
     for pack in packs:
@@ -72,7 +106,7 @@ def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
 def prune(
     disk: DiskTier, *, max_bytes: int | None = None, unused_days: float | None = None, quarantined: bool = False
 ) -> dict[str, int]:
-    """Removes entries: those of other format versions, those unused for long, then those evicted first.
+    """Removes entries, of all salts: those of other format versions, those unused for long, then those evicted first.
 
     Packs of other format versions that the index does not know are removed too.
 
@@ -89,8 +123,22 @@ def prune(
     """
     if unused_days is not None and not 0 <= unused_days < float("inf"):
         raise CacheBlendError(f"unused_days must be at least 0 and finite, got {unused_days!r}")
+    _, before = totals(disk)
+    packs_removed = disk.changed(lambda: _pruned(disk, max_bytes, unused_days))
+    quarantined_removed = quarantine.empty(disk.places) if quarantined else 0
+    size, entries = totals(disk)
+    return {
+        "removed": before - entries,
+        "outdated_packs_removed": packs_removed,
+        "quarantined_removed": quarantined_removed,
+        "entries": entries,
+        "bytes": size,
+    }
+
+
+def _pruned(disk: DiskTier, max_bytes: int | None, unused_days: float | None) -> int:
+    """Removes entries as `prune` says, and returns how many packs of other versions it removed."""
     places, index = disk.places, disk.index
-    _, before = index.totals()
     outdated = [row.name for row in index.listed() if _is_outdated(load_record, row.record, row.crc, row.name)]
     index.remove(outdated)
     if unused_days is not None:
@@ -102,24 +150,19 @@ def prune(
     sweep(places, index)
     if max_bytes is not None:
         make_room(places, index, disk.log, max_bytes)
-    quarantined_removed = quarantine.empty(places) if quarantined else 0
-    size, entries = index.totals()
-    return {
-        "removed": before - entries,
-        "outdated_packs_removed": packs_removed,
-        "quarantined_removed": quarantined_removed,
-        "entries": entries,
-        "bytes": size,
-    }
+    return packs_removed
 
 
-def remove(disk: DiskTier, prefixes: list[str]) -> int:
+def remove(disk: DiskTier, prefixes: list[str], *, all_salts: bool = False) -> int:
     """Removes entries by the first digits of their names, at least eight; returns how many.
+
+    Args:
+        all_salts: remove entries of any salt, not only of the disk's.
 
     Raises:
         CacheBlendError: a prefix is too short, or no entry or several have it; nothing is removed then.
     """
-    names = [row.name for row in disk.index.listed()]
+    names = disk.mended(lambda: [row.name for row in _rows(disk, all_salts)])
     chosen = []
     for prefix in prefixes:
         matching = [name for name in names if name.startswith(prefix)]
@@ -128,9 +171,7 @@ def remove(disk: DiskTier, prefixes: list[str]) -> int:
                 f"key {prefix!r} names {len(matching)} entries; give the first 8 or more digits of one (see store ls)"
             )
         chosen += matching
-    removed = disk.index.remove(chosen)
-    sweep(disk.places, disk.index)
-    return removed
+    return disk.remove_names(lambda: chosen)
 
 
 def _described(row: Listed) -> dict[str, Any]:
@@ -153,6 +194,7 @@ def _described(row: Listed) -> dict[str, Any]:
         "created": record.created,
         "fingerprint": record.fingerprint,
         "context_tokens": len(record.context_ids),
+        "salt": record.salt,
     }
 
 
@@ -163,14 +205,14 @@ def _pack_problems(places: Places, pack: str, rows: list[Listed]) -> list[tuple[
     written: dict[str, EntryRecord] = {}
     try:
         contents = read_contents(path)
-        written = {record.key: record for record in contents.records}
+        written = {record.name: record for record in contents.records}
         problems += [("", text) for text in file_problems(path, contents)]
     except (OSError, DamagedRecordError, OtherVersionError) as error:
         problems.append(("", str(error)))
     for row in rows:
         try:
             record = load_record(row.record, row.crc, row.name)
-            if written and (record.key not in written or content_of(written[record.key]) != content_of(record)):
+            if written and (record.name not in written or content_of(written[record.name]) != content_of(record)):
                 problems.append((row.name, "index and pack contradict each other"))
             EntryReader(path, record).read()
         except (DamagedRecordError, OtherVersionError, DamagedEntryError, UnreadableError) as error:

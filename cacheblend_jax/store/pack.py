@@ -35,13 +35,14 @@ class PackContents(NamedTuple):
     files: list[tuple[str, int, int | None]]
 
 
-def write_pack(path: epath.Path, entries: Sequence[QueuedEntry]) -> list[EntryRecord]:
+def write_pack(path: epath.Path, entries: Sequence[QueuedEntry], salt: str) -> list[EntryRecord]:
     """Writes entries as a pack and returns their records. Nothing is synced to the disk: see docs/store-format.md.
 
     A single entry is the tree `{k, v}`, several are `{name: {k, v}}` by their storage names.
 
     Args:
         path: the pack's directory, which must not exist.
+        salt: of the store, as `salt_hash` gives it.
 
     Raises:
         OSError, ValueError: as the file system or TensorStore report (disk full, no permission).
@@ -50,10 +51,10 @@ def write_pack(path: epath.Path, entries: Sequence[QueuedEntry]) -> list[EntryRe
 
     alone = len(entries) == 1
     created = time.time()
-    names = ["" if alone else storage_name(queued.key) for queued in entries]
+    names = ["" if alone else storage_name(queued.key, salt) for queued in entries]
     trees = {name: {"k": queued.entry.k, "v": queued.entry.v} for name, queued in zip(names, entries, strict=True)}
     save_tree(path, trees[""] if alone else trees)
-    records = [record_of(queued.key, queued.entry, name, created) for name, queued in zip(names, entries, strict=True)]
+    records = [record_of(queued, name, created, salt) for name, queued in zip(names, entries, strict=True)]
     body = {
         "version": FORMAT_VERSION,
         "entries": [record_to_json(record) for record in records],

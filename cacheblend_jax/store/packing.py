@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import uuid
@@ -18,6 +17,7 @@ from cacheblend_jax.store.index import Index
 from cacheblend_jax.store.pack import size_of, write_pack
 from cacheblend_jax.store.pins import make_and_hold
 from cacheblend_jax.store.places import Places
+from cacheblend_jax.store.space import make_space
 
 MAX_PACK_BYTES = 2**28  # of the entries that share a pack
 PACK_OVERHEAD, ENTRY_OVERHEAD = 2**13, 2**11  # bytes reserved for a pack's files beside the arrays
@@ -42,7 +42,9 @@ def bytes_on_disk(entries: Sequence[QueuedEntry]) -> int:
     return PACK_OVERHEAD + sum(ENTRY_OVERHEAD + queued.entry.num_bytes for queued in entries)
 
 
-def add_pack(places: Places, index: Index, log: DiskLog, capacity: int, entries: Sequence[QueuedEntry]) -> bool:
+def add_pack(
+    places: Places, index: Index, log: DiskLog, capacity: int, entries: Sequence[QueuedEntry], salt: str
+) -> bool:
     """Writes entries as a pack and enters it in the index; returns false where it finds no room, which is counted.
 
     The index names a pack only once it is complete, so that a crash at any instant loses at most the pack being
@@ -50,6 +52,7 @@ def add_pack(places: Places, index: Index, log: DiskLog, capacity: int, entries:
 
     Args:
         capacity: bytes of all packs together.
+        salt: of the store, as `salt_hash` gives it.
 
     Raises:
         OSError, ValueError, RuntimeError, BusyError, sqlite3.Error: the pack could not be written; nothing is left of
@@ -57,14 +60,13 @@ def add_pack(places: Places, index: Index, log: DiskLog, capacity: int, entries:
     """
     pack, size = uuid.uuid4().hex, bytes_on_disk(entries)
     with _place_to_write(places, index, pack) as temporary:
-        index.reserve(pack, size)
+        index.reserve(pack, size, salt)
         try:
             if not make_room(places, index, log, capacity):
                 log.count("rejected", len(entries))
                 return False
-            if places.local and shutil.disk_usage(places.root).free < size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # rather than let Orbax find out half-way
-            records = write_pack(temporary, entries)
+            make_space(places, index, log, size)  # rather than let Orbax find out half-way that there is none
+            records = write_pack(temporary, entries, salt)
             size = size_of(temporary)
             if places.local:
                 os.rename(temporary, places.pack(pack))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import replace
 
 from etils import epath
 
 from cacheblend_jax.store.disk import DiskTier
 from cacheblend_jax.store.disk_chunk import DiskChunk
 from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
+from cacheblend_jax.store.record import checksums_of
 from cacheblend_jax.store.stats import DiskStats
 from cacheblend_jax.store.writeback import WriteBack
 
@@ -21,7 +23,7 @@ class PersistentTier:
     """A directory of entries, and the queue of those to be written there. Safe to use from several threads.
 
     Args:
-        directory, capacity: see `DiskTier`.
+        directory, capacity, salt: see `DiskTier`.
         queue_bytes: how much may wait to be written.
 
     Attributes:
@@ -31,8 +33,8 @@ class PersistentTier:
         CacheBlendError: as `DiskTier`.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], capacity: int | None, queue_bytes: int) -> None:
-        self.disk = DiskTier(directory, capacity)
+    def __init__(self, directory: str | os.PathLike[str], capacity: int | None, queue_bytes: int, salt: str) -> None:
+        self.disk = DiskTier(directory, capacity, salt)
         self.queue = WriteBack(self.disk.write, queue_bytes)
         self._uses = UnwrittenUses()
 
@@ -47,8 +49,11 @@ class PersistentTier:
         return self.disk.writable
 
     def submit(self, queued: QueuedEntry, *, wait: bool) -> bool:
-        """Queues an entry to be written; returns false where the queue is full, unless it is to `wait` for room."""
-        return self.queue.submit(queued, wait=wait)
+        """Queues an entry to be written; returns false where the queue is full, unless it is to `wait` for room.
+
+        The checksums are those of the arrays now: should anything change them before they are written, that is damage.
+        """
+        return self.queue.submit(replace(queued, checksums=checksums_of(queued.entry)), wait=wait)
 
     def pending(self, key: str) -> ChunkEntry | None:
         """Returns an entry that has not been written yet."""

@@ -22,19 +22,28 @@ class BusyError(Exception):
 class Pin:
     """Holds a directory: together with other readers, or `alone` to remove or fill it. Never waits.
 
+    Args:
+        follow: the directory may be a symbolic link.
+
     Raises:
-        FileNotFoundError: there is no such directory, or no longer.
+        FileNotFoundError: there is no such directory, or no longer; or it is a symbolic link.
         BusyError: others hold it.
         OSError: it cannot be opened or locked.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, alone: bool = False) -> None:
-        self._descriptor: int | None = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    def __init__(self, path: str | os.PathLike[str], *, alone: bool = False, follow: bool = False) -> None:
+        flags = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
+        try:
+            self._descriptor: int | None = os.open(path, flags)
+        except OSError as error:
+            if not follow and os.path.islink(path):
+                raise FileNotFoundError(f"{path} is a symbolic link, which a store does not follow") from error
+            raise
         try:
             if fcntl is not None:
                 fcntl.flock(self._descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             # Another process may have moved it away between opening and locking.
-            if not os.path.samestat(os.stat(path), os.fstat(self._descriptor)):
+            if not os.path.samestat(os.stat(path, follow_symlinks=follow), os.fstat(self._descriptor)):
                 raise FileNotFoundError(f"{path} was replaced")
         except BlockingIOError as error:
             self.close()
@@ -74,7 +83,7 @@ def make_and_hold(path: str | os.PathLike[str]) -> Pin:
 
 @contextmanager
 def held(path: str | os.PathLike[str], *, alone: bool = False) -> Iterator[None]:
-    """Holds a directory for the body as a `Pin` does, but waits while others hold it.
+    """Holds a store's directory for the body as a `Pin` does, but waits while others hold it.
 
     After 10 s, or where the file system has no locks, the body runs without.
     """
@@ -82,7 +91,7 @@ def held(path: str | os.PathLike[str], *, alone: bool = False) -> Iterator[None]
     until = time.monotonic() + WAIT_SECONDS
     while pin is None and time.monotonic() < until:
         try:
-            pin = Pin(path, alone=alone)
+            pin = Pin(path, alone=alone, follow=True)
         except BusyError:
             time.sleep(0.01)
         except OSError:  # a file system without locks

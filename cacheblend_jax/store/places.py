@@ -11,6 +11,10 @@ from etils import epath
 from cacheblend_jax.errors import CacheBlendError
 
 PACK_NAME = re.compile("[0-9a-f]{32}")
+CALIBRATION_NAME = re.compile("calibration-[0-9a-f]{32}")  # of a calibration's probes, beside the packs being written
+# Anything of another name was not made by a store, which leaves it alone.
+WRITING_NAME = re.compile(f"{PACK_NAME.pattern}|{CALIBRATION_NAME.pattern}")
+QUARANTINE_NAME = re.compile(f"(index-)?{PACK_NAME.pattern}|{PACK_NAME.pattern}-{PACK_NAME.pattern}")
 INDEX_NAME = "index.sqlite"
 
 
@@ -23,8 +27,10 @@ def located(directory: str | os.PathLike[str]) -> epath.Path:
     """Returns a store's directory as an absolute path, so that it stays the same when the process changes its own.
 
     Raises:
-        CacheBlendError: the path has a backslash in it.
+        CacheBlendError: the path is empty, or has a backslash in it.
     """
+    if not os.fspath(directory):
+        raise CacheBlendError("the store's path is empty; expected that of a directory ('.' is the current one)")
     if not is_local(directory):
         return epath.Path(directory)
     path = os.path.abspath(os.path.expanduser(directory))
@@ -70,3 +76,12 @@ class Places:
     def pack(self, name: object) -> epath.Path:
         """The directory of a pack. A damaged index may hold any name: one that is not a pack's leads nowhere."""
         return self.packs / (name if isinstance(name, str) and PACK_NAME.fullmatch(name) else "no-pack")
+
+    def has_pack(self, name: object) -> bool:
+        """Whether the files of a pack are there. A symbolic link is no pack: what it leads to belongs to others."""
+        return is_there(self.pack(name), self.local)
+
+
+def is_there(path: epath.Path, local: bool) -> bool:
+    """Whether there is a file or directory, not counting symbolic links."""
+    return path.exists() and not (local and os.path.islink(path))

@@ -13,7 +13,7 @@ from etils import epath
 from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.eviction import sweep
 from cacheblend_jax.store.index import Index
-from cacheblend_jax.store.places import Places, is_local
+from cacheblend_jax.store.places import QUARANTINE_NAME, Places, is_local, is_there
 
 MAX_PACKS = 16
 MAX_BYTES = 2**30
@@ -29,12 +29,12 @@ def keep_pack(places: Places, index: Index, pack: str) -> None:
     if not places.local:  # object storage has neither renames nor links
         if source.exists() and not index.listed(pack):
             source.rmtree()
-    elif source.exists() and not kept.exists():
+    elif places.has_pack(pack) and not kept.exists():
         if not index.listed(pack):
             source.rename(kept)
         else:
-            shutil.copytree(source, kept, copy_function=os.link)
-    if not source.exists():
+            shutil.copytree(source, kept, symlinks=True, copy_function=os.link)
+    if not places.has_pack(pack):
         index.bury(pack)
         index.forget_pack(pack, "dead")
     sweep(places, index)
@@ -65,7 +65,12 @@ def empty(places: Places) -> int:
 def _keep_latest(places: Places, max_packs: int, max_bytes: int) -> int:
     if not places.quarantine.exists():
         return 0
-    kept = sorted(places.quarantine.iterdir(), key=lambda path: path.stat().mtime, reverse=True)
+    ours = [
+        path
+        for path in places.quarantine.iterdir()
+        if QUARANTINE_NAME.fullmatch(path.name) and is_there(path, places.local)
+    ]
+    kept = sorted(ours, key=lambda path: path.stat().mtime, reverse=True)
     sizes = itertools.accumulate(_tree_bytes(path) for path in kept)
     beyond = [
         path for i, (path, size) in enumerate(zip(kept, sizes, strict=True)) if i >= max_packs or size > max_bytes

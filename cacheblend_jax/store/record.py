@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 from google_crc32c import value as crc32c_of_bytes
 
-from cacheblend_jax.store.entry import ChunkEntry
+from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
 
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,6 +40,7 @@ class EntryRecord:
         crc_k, crc_v: CRC32C of each layer's bytes (C order, little endian).
         created: seconds since 1970.
         fingerprint, context_ids: see `ChunkEntry`.
+        salt: of the store that the entry belongs to, as `salt_hash` gives it.
     """
 
     key: str
@@ -51,6 +52,12 @@ class EntryRecord:
     created: float
     fingerprint: str
     context_ids: tuple[int, ...]
+    salt: str = ""
+
+    @property
+    def name(self) -> str:
+        """By which files and index know the entry; see `storage_name`."""
+        return storage_name(self.key, self.salt)
 
     @property
     def layer_shape(self) -> tuple[int, int, int]:
@@ -63,19 +70,25 @@ class EntryRecord:
         return 2 * int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
-def record_of(key: str, entry: ChunkEntry, tree: str, created: float) -> EntryRecord:
+def record_of(queued: QueuedEntry, tree: str, created: float, salt: str = "") -> EntryRecord:
     """Describes an entry, with its checksums."""
+    entry = queued.entry
     return EntryRecord(
-        key,
+        queued.key,
         tree,
         entry.k.dtype.name,
         entry.k.shape,
-        layer_checksums(entry.k),
-        layer_checksums(entry.v),
+        *(checksums_of(entry) if queued.checksums is None else queued.checksums),
         round(created, 3),
         entry.fingerprint,
         tuple(int(token) for token in entry.context_ids),
+        salt,
     )
+
+
+def checksums_of(entry: ChunkEntry) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the checksums of the layers of K, and of those of V."""
+    return layer_checksums(entry.k), layer_checksums(entry.v)
 
 
 def layer_checksums(array: np.ndarray) -> tuple[int, ...]:
@@ -89,15 +102,25 @@ def checksum(array: np.ndarray) -> int:
 
 
 def content_of(record: EntryRecord) -> tuple[object, ...]:
-    """Returns what two entries of the same arrays have in common."""
-    return record.dtype, record.shape, record.crc_k, record.crc_v
+    """Returns what two entries of one salt and the same arrays have in common."""
+    return record.salt, record.dtype, record.shape, record.crc_k, record.crc_v
 
 
-def storage_name(key: str) -> str:
+def salt_hash(salt: str) -> str:
+    """Returns what a record says of a store's salt: empty for no salt, and else 64 hexadecimal digits."""
+    return sha256(b"cacheblend_jax salt\0" + salt.encode()).hexdigest() if salt else ""
+
+
+def storage_name(key: str, salt: str = "") -> str:
     """Returns 64 hexadecimal digits for a key: the key itself, or its SHA-256 where it has another form.
 
     Checkpoints and index hold only this name, so that no key can name a path.
+
+    Args:
+        salt: as `salt_hash` gives it: the name is then a hash of both, so that salts never share a name.
     """
+    if salt:
+        return sha256(f"{salt}:{key}".encode()).hexdigest()
     return key if _HEX_KEY.fullmatch(key) else sha256(key.encode()).hexdigest()
 
 
@@ -107,10 +130,11 @@ def canonical_json(value: Any) -> bytes:
 
 
 def record_to_json(record: EntryRecord) -> dict[str, Any]:
-    """Returns a record as JSON holds it."""
-    return {
+    """Returns a record as JSON holds it. Versions that know of no salts take the name of a salted entry for its key."""
+    salted = {"salt": record.salt, "salted_key": record.key} if record.salt else {}
+    return salted | {
         "version": FORMAT_VERSION,
-        "key": record.key,
+        "key": record.name if record.salt else record.key,
         "tree": record.tree,
         "dtype": record.dtype,
         "shape": list(record.shape),
@@ -133,8 +157,9 @@ def record_from_json(value: Any) -> EntryRecord:
     if isinstance(version, int) and version != FORMAT_VERSION:
         raise OtherVersionError(f"format version {version}; this code reads version {FORMAT_VERSION}")
     try:
+        salt = value.get("salt", "")
         record = EntryRecord(
-            value["key"],
+            value["salted_key"] if salt else value["key"],
             value["tree"],
             value["dtype"],
             tuple(int(size) for size in value["shape"]),  # type: ignore[arg-type]
@@ -143,13 +168,15 @@ def record_from_json(value: Any) -> EntryRecord:
             float(value["created"]),
             value["fingerprint"],
             tuple(value["context_ids"]),
+            salt,
         )
         consistent = (
             version == FORMAT_VERSION
             and record.dtype in DTYPES
             and len(record.shape) == 4
             and len(record.crc_k) == len(record.crc_v) == record.shape[0]
-            and record.tree in ("", storage_name(record.key))
+            and record.tree in ("", record.name)
+            and (not salt or (_HEX_KEY.fullmatch(salt) is not None and value["key"] == record.name))
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedRecordError(f"its record cannot be read: {error!r}") from error
@@ -189,7 +216,7 @@ def load_record(text: object, crc: object, name: str) -> EntryRecord:
     except ValueError as error:
         raise DamagedRecordError("its record is not JSON") from error
     record = record_from_json(value)
-    if storage_name(record.key) != name:
+    if record.name != name:
         raise DamagedRecordError("its record is another entry's")
     return record
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sqlite3
 import uuid
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,11 +12,12 @@ from cacheblend_jax.store import quarantine
 from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.eviction import sweep
 from cacheblend_jax.store.index import Index
-from cacheblend_jax.store.index_file import INDEX_ERRORS, identity_of
+from cacheblend_jax.store.index_file import INDEX_ERRORS, identity_of, is_broken
 from cacheblend_jax.store.pack import read_contents, size_of
 from cacheblend_jax.store.pins import BusyError, Pin, held
-from cacheblend_jax.store.places import INDEX_NAME, PACK_NAME, Places
+from cacheblend_jax.store.places import INDEX_NAME, PACK_NAME, WRITING_NAME, Places
 from cacheblend_jax.store.record import DamagedRecordError, OtherVersionError
+from cacheblend_jax.store.space import forget_removed, with_space
 
 
 def open_index(places: Places, log: DiskLog) -> tuple[Index, Places]:
@@ -29,7 +29,9 @@ def open_index(places: Places, log: DiskLog) -> tuple[Index, Places]:
     """
     if places.local and places.writable:
         try:
-            return _open_to_write(places, log), places
+            index, removed = with_space(places, None, log, lambda: _open_to_write(places, log))
+            forget_removed(index, log, removed)
+            return index, places
         except (OSError, *INDEX_ERRORS) as error:  # no permission, no room
             places = replace(places, writable=False)
             log.warn_once(f"entries are read, but not written: {error}", "write_errors")
@@ -56,9 +58,9 @@ def _open_to_write(places: Places, log: DiskLog) -> Index:
             broken = identity_of(places.index)
             index = Index(places.index)
         return _tidied(places, index, log)
-    except sqlite3.OperationalError:  # locked, full, not permitted: not broken
-        raise
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+    except INDEX_ERRORS as error:
+        if not is_broken(error):
+            raise
         log.warn_once(f"the index is made anew: {error}", "damaged")
         set_index_aside(places, broken)
     with held(places.root):
@@ -97,6 +99,8 @@ def set_index_aside(places: Places, broken: tuple[int, int] | None) -> None:
 def tidy_up(places: Places, index: Index, log: DiskLog) -> None:
     """Removes what killed writers left: their places of writing, reservations, files of packs without entries."""
     for outer in places.writing.iterdir():
+        if not WRITING_NAME.fullmatch(outer.name) or os.path.islink(outer):
+            continue
         try:
             with Pin(outer, alone=True):
                 shutil.rmtree(outer, ignore_errors=True)
@@ -106,7 +110,7 @@ def tidy_up(places: Places, index: Index, log: DiskLog) -> None:
         if (places.writing / pack).exists():
             continue
         # A pack whose writer was killed after the rename is complete: it is entered.
-        if not places.pack(pack).exists() or adopt(places, index, log, pack):
+        if not places.has_pack(pack) or adopt(places, index, log, pack):
             index.forget_pack(pack, "writing")
     sweep(places, index)
 
@@ -118,7 +122,7 @@ def unknown_packs(places: Places, index: Index) -> list[str]:
     present = [path.name for path in places.packs.iterdir() if PACK_NAME.fullmatch(path.name)]
     # Asked after listing: the index knows a pack before its files appear, and until they are gone.
     known = {pack for state in ("ready", "writing", "dead") for pack in index.packs(state)}
-    return sorted(pack for pack in present if pack not in known and places.pack(pack).exists())
+    return sorted(pack for pack in present if pack not in known and places.has_pack(pack))
 
 
 def adopt_all(places: Places, index: Index, log: DiskLog) -> bool:
@@ -145,7 +149,7 @@ def adopt(places: Places, index: Index, log: DiskLog, pack: str) -> bool:
     except (DamagedRecordError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         if not places.local and isinstance(error, FileNotFoundError):  # not complete: being written, or abandoned
             return True
-        if not path.exists():  # another process has removed it
+        if not places.has_pack(pack):  # another process has removed it
             return True
         log.count("damaged")
         log.warn(f"pack {pack} is not used: {error}")

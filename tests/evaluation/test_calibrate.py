@@ -81,7 +81,8 @@ def test_probes_leave_the_store_alone_and_nothing_open(tmp_path, monkeypatch, ca
     assert profile.tiers["disk"].bytes_per_s > 0
     assert "disk: " in profile_text(profile)
     assert capsys.readouterr().out == ""
-    assert sorted(path.name for path in directory.iterdir()) == ["index.sqlite", "packs", "quarantine", "writing"]
+    made = ["cacheblend-store.json", "index.sqlite", "packs", "quarantine", "writing"]
+    assert sorted(path.name for path in directory.iterdir()) == made
     with cb.ChunkStore(directory) as store:
         assert store.keys() == kept
     with pytest.raises(cb.CacheBlendError, match="probes of 16 tokens could not be stored in"):

@@ -59,6 +59,64 @@ def test_entries_are_read_only():
         store.get("a").k[:] = 1
 
 
+def views(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """An array that its caller can write, and one that shows the same memory in some way."""
+    base = np.arange(24, dtype=np.float32).reshape(2, 3, 1, 4)
+    if kind == "subclass":
+        return base, base.view(type("Own", (np.ndarray,), {}))
+    if kind == "read-only view":
+        view = base[:]
+        view.flags.writeable = False
+        return base, view
+    if kind == "order":
+        base = np.asfortranarray(base)
+    if kind == "byte order":
+        base = base.astype(">f4")
+    return base, {"view": base[:], "broadcast": np.broadcast_to(base[:, :1], base.shape)}.get(kind, base)
+
+
+KINDS = ["itself", "view", "read-only view", "broadcast", "subclass", "order", "byte order"]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_store_returns_what_was_put_whatever_becomes_of_the_callers_arrays(tmp_path, monkeypatch, kind, on_disk):
+    monkeypatch.setattr("cacheblend_jax.store.writeback.LINGER_SECONDS", 60)  # not written before the arrays change
+    base, array = views(kind)
+    other = np.ones(base.shape, base.dtype)
+    wanted = array.tobytes() if array.dtype.isnative else array.astype(np.float32).tobytes()
+    with cb.ChunkStore(tmp_path if on_disk else None) as store:
+        store.put("a", ChunkEntry(array, other))
+        base[...] = 5  # the caller's array is not frozen
+        other[...] = 5
+        assert store.get("a").k.tobytes() == wanted
+        assert (store.get("a").v == 1).all()
+    if on_disk:
+        with cb.ChunkStore(tmp_path) as store:
+            assert store.get("a").k.tobytes() == wanted
+            assert store.stats.damaged == 0
+
+
+def test_arrays_that_are_handed_over_are_not_copied():
+    given = entry(1.0).hand_over()
+    store = cb.ChunkStore()
+    store.put("a", given)
+    assert store.get("a").k is given.k
+    assert store.get("a").v is given.v
+
+
+def test_what_is_changed_by_force_before_it_is_written_is_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr("cacheblend_jax.store.writeback.LINGER_SECONDS", 60)
+    given = entry(1.0).hand_over()
+    with cb.ChunkStore(tmp_path) as store:
+        store.put("a", given)
+        given.k.flags.writeable = True
+        given.k[...] = 5
+    with cb.ChunkStore(tmp_path) as store:
+        assert store.get("a") is None
+        assert store.stats.damaged == 1
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 6), st.booleans()), max_size=40))
 def test_the_store_never_holds_more_than_its_bytes(steps):

@@ -317,32 +317,6 @@ def test_a_read_only_directory_is_read(tmp_path, closed):
             tmp_path.chmod(0o700)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's event loop
-def test_a_full_disk_leaves_the_store_in_memory(tmp_path, caplog):
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "x", tmp_path], capture_output=True).returncode
-    ):
-        pytest.skip("needs the right to mount")
-    try:
-        with cb.ChunkStore(tmp_path) as store:
-            for seed in range(12):
-                store.put(key_of(seed), make_entry(seed, tokens=1000))
-                store.flush()
-            stats = store.stats
-            assert stats.write_errors > 0
-            assert stats.written >= 1
-            assert stats.written + stats.write_errors == 12
-            assert all(same(store.get(key_of(seed)), make_entry(seed, tokens=1000)) for seed in range(12))
-            assert list((tmp_path / "writing").iterdir()) == []
-        assert sum("stay in memory only" in record.message for record in caplog.records) == 1
-        with cb.ChunkStore(tmp_path) as store:
-            assert store.stats.disk.entries == stats.written
-            assert all(same(store.get(key), make_entry(int(key, 16), 1000)) for key in list(store.keys()))
-    finally:
-        subprocess.run(["umount", "-l", tmp_path], check=True)
-
-
 def test_errors_of_the_file_system_fail_no_request(tmp_path, monkeypatch, caplog):
     from cacheblend_jax.store import packing
 

@@ -33,7 +33,7 @@ def test_stores_satisfy_the_protocol_and_can_be_closed_by_a_with(tmp_path, throt
             assert isinstance(chunk, StoredChunk)
         assert (opened.stats.written, opened.stats.hits, opened.remove("a"), len(opened)) == (1, 2, True, 0)
         assert opened.put("a", ENTRY)
-    with cb.ChunkStore(tmp_path) as later:  # closing wrote it
+    with cb.ChunkStore(tmp_path, salt="mine") as later:  # closing wrote it
         assert later.keys() == ["a"]
 
 

@@ -94,6 +94,8 @@ def test_what_was_removed_does_not_come_back_by_an_opening(tmp_path):
 
 def test_a_new_directory_that_others_open_too_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr("cacheblend_jax.store.index_file.BUSY_SECONDS", 0.01)
+    fill(tmp_path, [])
+    (tmp_path / "index.sqlite").unlink()
     other = sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     monkeypatch.setattr(time, "sleep", lambda seconds: other.close())
