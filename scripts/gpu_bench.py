@@ -33,7 +33,9 @@ from cacheblend_jax.evaluation.whole_prefills import RATIO, Mode, config_of, ker
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.transformer import init_params
 from pallas_kernels import blend_kv, selective_attention, tuning
+from pallas_kernels.attention import api as attention
 from pallas_kernels.attention.reference import selective_attention_reference
+from pallas_kernels.blending import api as blending
 from pallas_kernels.blending.reference import blend_kv_reference
 from pallas_kernels.dispatch import current_target
 from pallas_kernels.tuning import AttentionBlocks
@@ -162,8 +164,9 @@ def _first_line(error: Exception) -> str:
 
 
 def backends(operation: str = "selective_attention") -> tuple[str, ...]:
-    gpu = ("mosaic_gpu", "triton") if operation == "selective_attention" else ("triton",)
-    return (*{"gpu": gpu, "tpu": ("tpu",)}.get(current_target().platform, ()), "xla")
+    own = {"selective_attention": attention, "blend_kv": blending}[operation].BACKENDS
+    platform = current_target().platform
+    return (*(name for name in own if (name == "tpu") == (platform == "tpu") and platform != "cpu"), "xla")
 
 
 def with_implementation(name: str) -> Callable:

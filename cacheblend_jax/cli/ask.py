@@ -26,7 +26,7 @@ from cacheblend_jax.store import ChunkStore
 AUTO = "auto"
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `ask` to the command line's commands."""
     parser = commands.add_parser("ask", help="answer a question from text files")
     parser.add_argument("question", nargs="?", help="what to ask; write it last")
@@ -75,7 +75,7 @@ def add_parser(commands: Any) -> None:
         help="memory for the chunks' KV (default: 4 GiB)",
     )
     add_shared_options(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def _ratio_or_auto(text: str) -> float | str:

@@ -13,7 +13,7 @@ from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.model import Model, random_model
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `bench` to the command line's commands."""
     parser = commands.add_parser("bench", help="time the modes against each other")
     source = parser.add_mutually_exclusive_group()
@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--repeats", type=at_least_one, default=7, metavar="N", help="interleaved rounds (default: 7)")
     parser.add_argument("--peer", choices=("torch",), help="also time full prefill by transformers and torch")
     add_shared_options(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:

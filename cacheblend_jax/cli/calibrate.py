@@ -18,7 +18,7 @@ from cacheblend_jax.cli.options import (
 from cacheblend_jax.engine.profile import default_path
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `calibrate` to the command line's commands."""
     parser = commands.add_parser("calibrate", help="measure what --ratio auto decides by: layer steps and tiers")
     add_model_option(parser)
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
         "--out", type=Path, metavar="FILE", help="where to save the profile (default: where engines look for it)"
     )
     add_shared_options(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import Any
 from cacheblend_jax.cli.options import add_shared_options, load_with_bar, progress
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `demo` to the command line's commands."""
     parser = commands.add_parser("demo", help="ask the bundled model in every mode")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="also draw quality against ratio, and deviation")
     add_shared_options(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.model import Model, save_check_layer
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `evaluate` to the command line's commands."""
     parser = commands.add_parser("evaluate", help="measure quality on a data set, by mode, selector and ratio")
     add_model_option(parser)
@@ -70,7 +70,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw quality against ratio, and deviation")
     add_shared_options(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:

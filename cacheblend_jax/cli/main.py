@@ -14,7 +14,8 @@ from cacheblend_jax.cli import ask, bench, calibrate, demo, evaluate, precompute
 from cacheblend_jax.cli.options import check_writable, write_json
 from cacheblend_jax.errors import CacheBlendError
 
-# Each has `add_parser(commands)`, which declares it, and `run(parsed)`, which returns what `--json` writes.
+# Each has `add_parser(commands)`, which declares it and returns its parser, and `run(parsed)`, which returns what
+# `--json` writes, with an `"exit_code"` if that is not 0. `options.add_shared_options` adds what all of them take.
 COMMANDS = (demo, ask, precompute, store, evaluate, bench, calibrate)
 
 
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('cacheblend-jax')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
-        command.add_parser(commands)
+        command.add_parser(commands).set_defaults(run=command.run)
     return parser
 
 

@@ -12,13 +12,13 @@ from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.store import ChunkStore
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `precompute` to the command line's commands."""
     parser = commands.add_parser("precompute", help="compute the KV of text files and keep it in a directory")
     add_source_options(parser)
     parser.add_argument("--store", required=True, metavar="DIR", help="where to keep it")
     add_shared_options(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from cacheblend_jax.cli.options import add_json_option, at_least_zero
 from cacheblend_jax.errors import CacheBlendError
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `store` to the command line's commands."""
     store = commands.add_parser("store", help="look after a directory of stored chunks")
     actions = store.add_subparsers(required=True, metavar="ACTION")
@@ -31,13 +31,14 @@ def add_parser(commands: Any) -> None:
     rm.add_argument("keys", nargs="+", metavar="KEY", help="first digits of a key, at least 8")
     for parser in (ls, rm):
         parser.add_argument("--all", action="store_true", help="also entries that stores with a salt have written")
+    return store
 
 
 def _add_action(actions: Any, action: Callable[[argparse.Namespace], dict[str, Any]], name: str, text: str) -> Any:
     parser = actions.add_parser(name, help=text)
     parser.add_argument("directory", metavar="DIR", help="the store's directory")
     add_json_option(parser)
-    parser.set_defaults(run=run, action=action, no_compile_cache=True)
+    parser.set_defaults(action=action, no_compile_cache=True)
     return parser
 
 

@@ -1,0 +1,91 @@
+"""The house stands as docs/architecture.md says: rooms use only what is below them, and no files need each other."""
+
+from __future__ import annotations
+
+import ast
+import re
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# What each room may use, besides what stands beside the rooms (`errors.py`).
+ROOMS = {
+    "pallas_kernels": (),
+    "runtime": ("pallas_kernels",),
+    "model": ("runtime", "pallas_kernels"),
+    "store": ("runtime",),
+    "blend": ("model", "runtime", "pallas_kernels"),
+    "engine": ("blend", "store", "model", "runtime", "pallas_kernels"),
+    "evaluation": ("engine", "blend", "store", "model", "runtime", "pallas_kernels", "documents"),
+    "cli": ("evaluation", "engine", "blend", "store", "model", "runtime", "documents"),
+    "documents": (),
+    "errors": (),
+}
+
+
+def modules() -> dict[str, Path]:
+    paths = [path for package in ("cacheblend_jax", "pallas_kernels") for path in (ROOT / package).rglob("*.py")]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    return {name.removesuffix(".__init__"): path for name, path in names.items()}
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules that a file takes something from: of a package, the module that it has it from."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {name for name in found if name in known}
+
+
+def room_of(name: str) -> str:
+    first, *rest = name.split(".")
+    return first if first == "pallas_kernels" or not rest else rest[0]
+
+
+def test_rooms_use_only_what_is_below_them():
+    known = modules()
+    for name, path in known.items():
+        room = room_of(name)
+        for used in imports(path, known):
+            if room in ROOMS and room_of(used) not in (room, "errors"):
+                assert room_of(used) in ROOMS[room], f"{name} imports {used}"
+
+
+def test_no_files_need_each_other():
+    known = modules()
+    # Packages only pass on what their modules hold.
+    graph = {
+        name: {used for used in imports(path, known) if known[used].name != "__init__.py"}
+        for name, path in known.items()
+        if path.name != "__init__.py"
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+
+
+def test_few_modules_stand_beside_the_rooms():
+    loose = [path.name for path in (ROOT / "cacheblend_jax").glob("*.py")]
+    assert len(loose) <= 6, loose
+
+
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md"], ids=lambda page: page.name
+)
+def test_what_pages_point_to_is_there(page):
+    text = page.read_text()
+    packages = ("cacheblend_jax/", "pallas_kernels/", "tests/", "scripts/", "docs/")
+    for path in re.findall(r"`([\w./-]+\.(?:py|md|png|json|sqlite))`", text):
+        if "/" in path and not path.startswith("~"):
+            places = [ROOT / path, ROOT / "cacheblend_jax" / path]
+            assert any(place.exists() for place in places) or (
+                not path.startswith(packages) and page.name != "architecture.md"
+            ), path
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (page.parent / path).exists(), path
