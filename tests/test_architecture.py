@@ -83,6 +83,6 @@ def test_what_pages_point_to_is_there(page):
     """Source files by their paths from the root or from the package; links from the page."""
     text = page.read_text()
     for path in re.findall(r"`(\w+/[\w./]+\.py)`", text):
-        assert any((place / path).exists() for place in (ROOT, ROOT / "cacheblend_jax")), path
+        assert any((place / path).exists() for place in (ROOT, ROOT / "cacheblend_jax", ROOT / "pallas_kernels")), path
     for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (page.parent / path).exists(), path
