@@ -1,4 +1,4 @@
-"""The errors that users cause and can mend; the command line prints them as one line and exits with code 2."""
+"""Errors that users can fix; the command line prints them on one line and exits with code 2."""
 
 
 class CacheBlendError(ValueError):
@@ -14,4 +14,4 @@ class PromptError(CacheBlendError):
 
 
 class DamagedEntryError(CacheBlendError):
-    """A stored entry's bytes are not those that were written; the store has taken it out, and its chunk is a miss."""
+    """A stored entry's bytes are not those that were written; the store has removed it, and its chunk is a miss."""

@@ -13,7 +13,7 @@ CACHE = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# A mesh needs devices: two, on a CPU.
+# Meshes need devices: this gives a CPU two.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 
 import jax  # noqa: E402
@@ -46,7 +46,7 @@ def _checked_record(cls, **options):
 
 
 struct.dataclass = _checked_record
-CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"  # an int is a float
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"  # an int may stand for a float
 install_import_hook(["cacheblend_jax", "pallas_kernels"], CHECKER)
 
 import numpy as np  # noqa: E402
@@ -57,7 +57,7 @@ from cacheblend_jax.model.config import ModelConfig, RopeConfig  # noqa: E402
 from cacheblend_jax.runtime.programs import COMPILER_OPTIONS, compiler_options, mapped_share  # noqa: E402
 
 USERS_OPTIONS = COMPILER_OPTIONS["cpu"].copy()
-# The suite is mostly compilation: these take two thirds of it away.
+# The suite is mostly compilation: these options save two thirds of it.
 COMPILER_OPTIONS["cpu"] |= {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -94,7 +94,7 @@ _raises = pytest.raises
 
 @contextlib.contextmanager
 def _raises_unchecked(*expected, **options):
-    """`pytest.raises`, with annotations unchecked in its body: there, the package itself is to refuse what is wrong."""
+    """`pytest.raises`, with annotations unchecked in its body: there, the package itself must refuse wrong values."""
     with _raises(*expected, **options) as info, unchecked():
         yield info
 
@@ -114,7 +114,7 @@ def as_users_run_it(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_user_cache(monkeypatch, tmp_path_factory) -> Path:
-    """A user's cache of each test's own: none reads or writes that of whoever runs the tests."""
+    """Gives each test a user cache of its own: none reads or writes the cache of whoever runs the tests."""
     directory = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
     return directory / "cacheblend-jax"
@@ -122,7 +122,7 @@ def own_user_cache(monkeypatch, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _room_for_compiled_programs():
-    """JAX keeps what tests jit themselves (kernels in interpreters, above all), and a process may map only so much."""
+    """JAX keeps what tests jit themselves (mostly interpreted kernels), and a process may map only so many regions."""
     yield
     if mapped_share() > 0.4:
         jax.clear_caches()
@@ -133,7 +133,7 @@ def family_model(name: str) -> cb.Model:
     return cb.model.random_model(FAMILIES[name], seed=7)
 
 
-@functools.lru_cache(maxsize=8)  # each keeps its compiled programs, and a process may map only so many
+@functools.lru_cache(maxsize=8)  # each keeps its compiled programs, and a process may map only so many regions
 def shared_engine(
     family: str, ratio: float = 0.15, selector: str = "hkvd", context_tokens: int | None = 4
 ) -> cb.Engine:

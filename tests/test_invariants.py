@@ -1,4 +1,4 @@
-"""DESIGN's invariants I1 to I8 of the resident executor, on every family."""
+"""The invariants I1 to I8, of the resident executor, on every family."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pallas_kernels.attention.reference import selective_attention_reference
 from pallas_kernels.dispatch import Target
 
 SELECTORS = sorted(cb.SELECTORS)
-# The default on every family, the ones that watch attention also where windows slide, all on one.
+# The default runs on every family, selectors that read attention also with sliding windows, and all on one family.
 CASES = [(family, "hkvd") for family in FAMILIES] + [("qwen2", "cross"), ("qwen2", "query")]
 CASES += [("qwen3", selector) for selector in SELECTORS if selector != "hkvd"]
 each_selector = pytest.mark.parametrize(("family", "selector"), CASES, scope="session")
@@ -234,7 +234,7 @@ def test_any_mix_of_hits_and_misses_is_budgeted_and_right(lengths, stored, prefi
         assert abs(stats.recompute_ratio - ratio) <= 1 / stats.candidates + 1e-9
     if ratio == 1.0 or not stats.candidates:
         assert_full(out, full)
-    # what an earlier layer dropped, no later layer computes again
+    # no later layer computes what an earlier layer dropped
     assert (out.recomputed[1:] <= out.recomputed[:-1]).all()
     engine.flush()
 
@@ -253,7 +253,7 @@ def test_stored_kv_does_not_depend_on_where_it_was_first_used():
 
 
 def attention_of(engine: cb.Engine, out: cb.PrefillResult) -> np.ndarray:
-    """What every token, as a full prefill has it, attends to in this cache: `[layers, heads, queries, keys]`."""
+    """Returns the attention of a full prefill's queries over the keys of `out`: `[layers, heads, queries, keys]`."""
     config, params = engine.model.config, engine.model.params
     full = engine.prefill(cb.Prompt([], [], out.token_ids), "full").cache
     cos, sin = rope_tables(config, out.token_ids.size)

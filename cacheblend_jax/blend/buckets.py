@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from cacheblend_jax.errors import CacheBlendError
 
 SMALL_STEP = 128  # lengths up to 1024 are padded to a multiple of this
-STEPS_PER_OCTAVE = 32  # above: at most 1/32 is padding
+STEPS_PER_OCTAVE = 32  # above 1024: at most 1/32 is padding
 SMALLEST_FORCED = 32
-FEW = 256
+DOUBLED_UP_TO = 256  # forced tokens up to this count are padded to a power of two
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Buckets:
     """Pads lengths.
 
     Attributes:
-        lengths: ascending sizes to pad to, few of them for few programs; `None`: multiples of 128 up to 1024, then 32
-            steps an octave (at most 3.1 % padding). Longer ones than the last are padded as without sizes.
+        lengths: ascending sizes to pad to; few sizes mean few programs. `None`: multiples of 128 up to 1024, then 32
+            steps per octave (at most 3.1 % padding). Lengths above the last size are padded as with `None`.
     """
 
     lengths: tuple[int, ...] | None = None
@@ -35,13 +35,13 @@ class Buckets:
             raise CacheBlendError(f"length_buckets must be None or whole numbers of at least 1, ascending, got {sizes}")
 
     def length(self, count: int) -> int:
-        """Returns the room for a whole prompt's tokens."""
+        """Returns the padded length of a whole prompt."""
         fitting = (size for size in self.lengths or () if size >= count)
         return next(fitting, _fine_bucket(count))
 
     def active(self, count: int) -> int:
-        """Returns the room for active tokens: few of them, a question over reused chunks, get less than a length."""
-        if self.lengths is not None and count > FEW:  # sizes of their own would multiply the programs
+        """Returns the padded number of active tokens; a few (a question over reused chunks) are padded less."""
+        if self.lengths is not None and count > DOUBLED_UP_TO:  # finer sizes would multiply the programs
             return self.length(count)
         return min(self.length(count), forced_bucket(count))
 
@@ -57,13 +57,13 @@ def _fine_bucket(length: int) -> int:
 
 
 def forced_bucket(count: int) -> int:
-    """Returns the room for forced tokens: 32, 64, 128, 256, then two steps an octave.
+    """Returns the padded number of forced tokens: 32, 64, 128, 256, then two steps per octave.
 
-    Few steps, since each one is a program of its own; exact where questions usually are.
+    The steps are few, since each has programs of its own.
     """
     size = SMALLEST_FORCED
     while size < count:
-        if size >= FEW and size * 3 // 2 >= count:
+        if size >= DOUBLED_UP_TO and size * 3 // 2 >= count:
             return size * 3 // 2
         size *= 2
     return size

@@ -23,11 +23,11 @@ class BlendConfig:
         deviation: what the KV deviation is measured on: `"kv"`, `"k"` or `"v"`.
         num_stages: groups of layers after the check layer; the set shrinks between them (gradual filtering).
         seed: of the `random` selector.
-        auto_ratios: what `"auto"` chooses among, ascending. The first is the least that quality asks for. Each has
+        auto_ratios: what `"auto"` chooses among, ascending. The first is the least that quality requires. Each has
             compiled programs of its own, so they are few.
 
     Raises:
-        CacheBlendError: a value that makes no sense, by name.
+        CacheBlendError: an invalid value; the message names it.
     """
 
     recompute_ratio: float | Literal["auto"] = 0.15
@@ -50,16 +50,16 @@ class BlendConfig:
         if not _is_integer(self.num_stages) or self.num_stages < 1:
             raise CacheBlendError(f"num_stages must be a whole number of at least 1, got {self.num_stages!r}")
         if self.check_layer is not None and (not _is_integer(self.check_layer) or self.check_layer < 1):
-            raise CacheBlendError(f"check_layer must be None or a layer from 1 on, got {self.check_layer!r}")
+            raise CacheBlendError(f"check_layer must be None or a whole number of at least 1, got {self.check_layer!r}")
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**31:
             raise CacheBlendError(f"seed must be a whole number in [0, 2^31), got {self.seed!r}")
         ratios = self.auto_ratios
         if not ratios or any(not _is_number(ratio) or not 0 < ratio <= 1 for ratio in ratios):
             raise CacheBlendError(
-                f"auto_ratios must be some in (0, 1], got {ratios!r}; mode 'reuse' recomputes nothing"
+                f"auto_ratios must be ratios in (0, 1], got {ratios!r}; mode 'reuse' recomputes nothing"
             )
         if list(ratios) != sorted(set(ratios)):
-            raise CacheBlendError(f"auto_ratios must ascend, got {ratios!r}")
+            raise CacheBlendError(f"auto_ratios must be ascending, got {ratios!r}")
 
     @property
     def is_auto(self) -> bool:
@@ -82,7 +82,7 @@ class BlendConfig:
         return replace(self, recompute_ratio=ratio)
 
     def fixed(self) -> list[BlendConfig]:
-        """Returns the configurations of fixed ratio that requests may get: one, or one a ratio of `auto_ratios`."""
+        """Returns the configurations that requests may get: this one, or one for each of `auto_ratios` if automatic."""
         return [self.with_ratio(ratio) for ratio in self.auto_ratios] if self.is_auto else [self]
 
 

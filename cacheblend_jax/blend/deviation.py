@@ -22,9 +22,9 @@ def kv_deviation(
     """Returns each token's squared L2 distance in float32, K (before RoPE) plus V.
 
     Each is divided by its layer's mean squared norm, taken over the fresh rows of the `valid` tokens, so that neither
-    drowns the other. `part` `"k"` or `"v"` measures one alone.
+    dominates. `part` `"k"` or `"v"` measures one alone.
 
-    Source: CacheBlend (arXiv 2405.16444) §4.2, definition 1; before RoPE the distance does not depend on the place.
+    Source: CacheBlend (arXiv 2405.16444) §4.2, definition 1; before RoPE the distance does not depend on the position.
     """
     deviation = jnp.zeros(k_fresh.shape[0], jnp.float32)
     for name, fresh, cached in (("k", k_fresh, k_cached), ("v", v_fresh, v_cached)):
@@ -38,7 +38,7 @@ def relative_squared_distance(
     cached: Float[Array, "tokens kv_heads head_dim"],
     valid: Bool[Array, " tokens"],
 ) -> Float[Array, " tokens"]:
-    """Squared L2 distance of each token's rows over the mean squared norm of the `valid` fresh ones, in float32."""
+    """Returns each token's squared L2 distance over the mean squared norm of the `valid` fresh rows, in float32."""
     fresh, cached = fresh.astype(jnp.float32), cached.astype(jnp.float32)
     norms = jnp.where(valid, jnp.square(fresh).sum(axis=(1, 2)), 0.0)
     mean_norm = norms.sum() / jnp.maximum(valid.sum(), 1)
@@ -55,8 +55,8 @@ def total_deviation(
 ) -> Float[Array, " keys"]:
     """Returns each token's KV deviation summed over all layers, from the cache of a full prefill (keys rotated).
 
-    The keys of `cached` are before RoPE. Rotation keeps distances but for YaRN's attention factor, which both sides
-    carry.
+    The keys of `cached` are before RoPE. Rotation preserves distances except for YaRN's attention factor, which
+    both sides have.
     """
     valid = jnp.arange(full.k.shape[1]) < length
 

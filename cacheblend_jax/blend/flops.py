@@ -1,4 +1,4 @@
-"""Floating-point operations of a prefill, counted from which tokens each layer really computed; padding is not work."""
+"""Floating-point operations of a prefill, counted from the tokens that each layer computed, without padding."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from cacheblend_jax.model.config import ModelConfig
 def prefill_flops(config: ModelConfig, layer_positions: Sequence[np.ndarray]) -> int:
     """Returns FLOPs (a multiply-add counts two), given the positions whose K, V each layer computed afresh.
 
-    A layer computes queries, attention and the MLP for the tokens that the *next* layer goes on with (all that is
-    needed of the others is their K, V), and the last layer for the prompt's last token. Matrix products and attention
+    A layer computes queries, attention and the MLP for the tokens that go on to the *next* layer (of the others only
+    K, V are needed), and the last layer for the prompt's last token. Matrix products and attention
     are counted; norms, rotations, embedding and the selectors' own work are not.
     """
     hidden, q_size = config.hidden_size, config.num_heads * config.head_dim

@@ -19,7 +19,7 @@ from cacheblend_jax.model.kv_cache import LayerKV
 from cacheblend_jax.model.transformer import DecoderLayer, Params, Rows, attend, layer_at, layer_starts
 from pallas_kernels import apply_rope, blend_kv, selective_attention
 
-HostOrDevice = Any  # a jax array, or numpy's on the host
+HostOrDevice = Any  # a JAX array, or a NumPy array on the host
 
 
 @struct.dataclass
@@ -37,9 +37,9 @@ class Sequence:
 
 
 def blend_layer(layer: DecoderLayer, rows: Rows, cached: LayerKV | None, sequence: Sequence) -> tuple[LayerKV, LayerKV]:
-    """Computes the rows' K, V and puts them in their places.
+    """Computes the rows' K, V and writes them into the layer's.
 
-    Returns the fresh ones (before RoPE) and the whole layer's, keys rotated. Without cached KV the rows are all keys.
+    Returns the fresh K, V (before RoPE) and the whole layer's, keys rotated. Without cached KV the rows are all keys.
     """
     k, v = layer.keys_values(rows.hidden)
     fresh = LayerKV(k, v)
@@ -61,10 +61,10 @@ class LayerStep(NamedTuple):
     """What a layer step computed.
 
     Attributes:
-        rows: those that go on, after the layer.
-        kept: which of the rows that came in these are.
+        rows: the rows that go on, after the layer.
+        kept: their indices among the incoming rows.
         blended: the layer's whole KV, keys rotated.
-        fresh: K (before RoPE) and V of the rows that came in.
+        fresh: K (before RoPE) and V of the incoming rows.
         q: the rotated queries of the rows that go on.
         lse: the log-sum-exp of each query's visible scores.
     """
@@ -86,9 +86,9 @@ def layer_step(
     sequence: Sequence,
     select: Callable[[LayerKV], Survivors] | None = None,
 ) -> LayerStep:
-    """One layer, for one set of rows. At a stage's border `select` shrinks it between the K, V and the attention.
+    """Runs one layer for one set of rows. At a stage's border `select` shrinks the set between K, V and attention.
 
-    All rows' fresh K, V go into the layer; those that `select(fresh)` names attend and go on.
+    The fresh K, V of all rows enter the layer's; only the rows that `select(fresh)` returns attend and go on.
     """
     layer = layer_at(params, config, index)
     fresh, blended = blend_layer(layer, rows, cached, sequence)
@@ -112,7 +112,7 @@ def highest(
 ) -> Survivors:
     """Returns the `keep` (traced) rows of highest score in `room` (static) places, forced ones first.
 
-    Equal scores are decided by place, the earlier first.
+    Of equal scores, the earlier row comes first.
     """
     with jax.named_scope("select"):
         scores = jnp.nan_to_num(scores, nan=0.0, posinf=jnp.finfo(jnp.float32).max)
@@ -126,7 +126,7 @@ def highest(
 
 
 def last_row(rows: Rows, sequence: Sequence) -> Survivors:
-    """Returns the prompt's last token: the only one whose output of the last layer is needed."""
+    """Returns the row of the prompt's last token, the only one whose output of the last layer is needed."""
     is_last = rows.positions == sequence.length - 1
     return Survivors(jnp.argmax(is_last)[None].astype(jnp.int32), is_last.any()[None])
 

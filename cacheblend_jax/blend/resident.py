@@ -1,7 +1,7 @@
 """The resident executor: a whole prefill as one program of scans, with all cached KV on the device.
 
-It reads like the paper: layers up to the check layer over all active tokens; there, selection; then stages of layers
-over fewer and fewer HKVD tokens, and the logits of the last one. Nothing returns to the host in between.
+It reads like the paper: the layers up to the check layer run over all active tokens; there, HKVD tokens are selected;
+then stages of layers run over fewer and fewer of them; last come the logits. Nothing returns to the host in between.
 """
 
 from __future__ import annotations
@@ -79,20 +79,20 @@ def prefill(
 
 
 def _once_reached(index: LayerIndex, active: ActiveRows) -> LayerIndex:
-    """Returns a layer's index, which a CPU's program is to know only once the layer before is done.
+    """Returns a layer's index; on a CPU, it depends on the layer before.
 
-    XLA for CPUs begins with what depends on nothing: it would take all layers of constant index (those at borders) out
-    of their stacks at the start, and hold these copies of weights and cached KV until they are read.
+    XLA for CPUs begins with operations that depend on nothing: at the start, it would slice all layers of constant
+    index (those at borders) out of their stacks, and hold these copies of weights and cached KV until they are read.
     """
     if not isinstance(index, int) or current_target().platform != "cpu":
         return index
-    return jnp.where(active.rows.hidden[0, 0] > jnp.inf, 0, index)  # never; but XLA cannot know
+    return jnp.where(active.rows.hidden[0, 0] > jnp.inf, 0, index)  # never true, but XLA cannot know
 
 
 def _question_mass(
     params: Params, request: Request, cached: KVCache, active: ActiveRows, sequence: Sequence, config: ModelConfig
 ) -> Float[Array, " keys"]:
-    """Attention that the question pays to every key, summed over layers: a pass of the forced tokens over cached KV."""
+    """Returns the question's attention to every key, summed over layers, from a pass of the forced tokens alone."""
 
     def body(carry: tuple[Rows, jax.Array], index: LayerIndex) -> tuple[tuple[Rows, jax.Array], None]:
         layer = cached.layer(index)
@@ -105,7 +105,7 @@ def _question_mass(
 def standalone(params: Params, token_ids: Int[Array, " tokens"], sequence: Sequence, *, config: ModelConfig) -> KVCache:
     """Returns the KV that a store keeps, `[layers, tokens, kv_heads, head_dim]`: K before RoPE, V as it is.
 
-    A prefill of the context and the chunk alone that stops where the last layer's K, V are known.
+    This is a prefill of the context and the chunk alone, which stops once the last layer's K, V are known.
     """
     positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
     rows = rows_at(embedder(params, config).embed(token_ids), positions, sequence.cos, sequence.sin)

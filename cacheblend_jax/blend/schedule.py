@@ -10,7 +10,7 @@ from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, f
 from cacheblend_jax.blend.config import BlendConfig
 from cacheblend_jax.blend.selectors import Selector, selector_of
 
-TAPER = 0.15  # the first stage's ratio is up to this much above the mean, the last as much below
+TAPER = 0.15  # the first stage's ratio is up to this share above the mean, the last as much below
 
 
 def _smallest_in_bucket(bucket: int) -> int:
@@ -35,8 +35,8 @@ class Plan:
         cache_length: keys of the blended cache, padding included.
         active: rows for the active tokens, padding included.
         stages: groups of layers, with the rows that each computes.
-        forced: places for the forced tokens among the active ones.
-        nothing_cached: prefill from scratch: active tokens are all tokens, and no cached KV is read.
+        forced: rows for the forced tokens among the active ones, padding included.
+        nothing_cached: prefill from scratch: all tokens are active, and no cached KV is read.
         selector: `None` where no tokens are chosen.
         deviation: see `BlendConfig`.
     """
@@ -50,7 +50,7 @@ class Plan:
     deviation: str = "kv"
 
     def needs(self, evidence: str) -> bool:
-        """Returns whether the plan's selector reads that costly evidence."""
+        """Returns whether the plan's selector reads this kind of costly evidence."""
         return self.selector is not None and evidence in self.selector.needs
 
 
@@ -69,9 +69,9 @@ def make_plan(
     Without candidates (`forced == active`) or with `blend=None` all active tokens are computed at every layer.
     """
     cache_length, active_rows = buckets.length(length), buckets.active(active)
-    everything = Plan(cache_length, active_rows, (Stage(0, num_layers - 1, active_rows),))
+    single_stage = Plan(cache_length, active_rows, (Stage(0, num_layers - 1, active_rows),))
     if blend is None or forced == active or check_layer >= num_layers - 1:
-        return everything
+        return single_stage
     forced_rows = forced_bucket(forced)
     most_candidates = active_rows - _smallest_in_bucket(forced_rows)
     stages = [Stage(0, check_layer, active_rows)]
@@ -127,6 +127,6 @@ def survivor_counts(plan: Plan, ratio: float, candidates: int, forced: int) -> l
     if plan.selector is None:
         return []
     sizes = [stage.border - stage.first + 1 for stage in plan.stages[1:]]
-    # ceil of a product that is whole but for rounding must not add a token
+    # where rounding alone keeps a product from being whole, ceil must not add a token
     counts = [math.ceil(r * candidates - 1e-9) + forced for r in stage_ratios(ratio, sizes)]
     return [min(count, stage.rows) for count, stage in zip(counts, plan.stages[1:], strict=True)]

@@ -19,12 +19,12 @@ COSTLY_EVIDENCE = ("cross_mass", "oracle", "question_mass")  # computed only for
 
 @struct.dataclass
 class Evidence:
-    """What is known of each token at a stage's border, where its K, V have just been computed.
+    """What is known about each token at a stage's border, where its K, V have just been computed.
 
     Attributes:
         valid: false for padding.
         positions, chunk_starts: of the token, and of the first token of its chunk, in the prompt.
-        index: the token's number among the prompt's active tokens: the same at every border.
+        index: the token's number among the prompt's active tokens, the same at every border.
         k_fresh, v_fresh: what this layer has just computed, keys before RoPE.
         k_cached, v_cached: what the store holds for it.
         cross_mass, question_mass, oracle: zeros unless the selector needs them.
@@ -82,7 +82,7 @@ def _hkvd(evidence: Evidence) -> jax.Array:
 def _cross(evidence: Evidence) -> jax.Array:
     """Attention that the token pays to other chunks in the last layer computed in full.
 
-    The paper's intuition (§4.3) taken literally: what looked at no other chunk cannot have changed by it.
+    The paper's intuition (§4.3) taken literally: other chunks cannot have changed a token that attends to none.
     """
     return evidence.cross_mass
 
@@ -94,7 +94,7 @@ def _query(evidence: Evidence) -> jax.Array:
 
 def _epic(evidence: Evidence) -> jax.Array:
     """First tokens of each chunk. Source: EPIC's LegoLink (arXiv 2410.15332)."""
-    # The places alone decide; chunks take turns, an earlier chunk first where the budget ends within a turn.
+    # Positions alone decide: chunks take turns, and where the budget ends within a turn, earlier chunks come first.
     return (evidence.chunk_starts - evidence.positions).astype(jnp.float32)
 
 
@@ -128,7 +128,7 @@ def selector_of(selector: str | Selector) -> Selector:
     """Returns the selector of that name, or the selector itself.
 
     Raises:
-        CacheBlendError: there is none of that name; the message lists those there are.
+        CacheBlendError: no selector has that name; the message lists those that exist.
     """
     if isinstance(selector, Selector):
         return selector

@@ -1,7 +1,7 @@
 """The steps of a planned prefill, written once for both executors: begin, layer, border, question pass, last layer.
 
-The resident executor runs them inside one program; the streamed executor runs each as a program of its own. Arrays come
-first, in order; what a program is compiled for comes by keyword.
+The resident executor runs them inside one program; the streamed executor runs each as a program of its own. Arrays are
+positional arguments; what a program is compiled for is passed by keyword.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ LayerIndex = Int[Array, ""] | int
 
 @struct.dataclass
 class Request:
-    """A prefill's traced half. Active tokens are those that are not exact; padding rows have `positions` = keys.
+    """A prefill's traced half, made on the host of `numpy` arrays.
 
-    A request is made on the host, of `numpy` arrays.
+    Active tokens are those that the first layer computes: all but the exact ones, or, in full KV reuse, only forced
+    ones. The position of a padding row is the cache's length.
 
     Attributes:
-        keep: survivors of each border but the last, forced ones included.
+        keep: how many rows survive each border but the last, forced ones included.
         forced_rows: indices of the forced tokens among the active ones; an index of `active` is padding.
     """
 
@@ -69,7 +70,7 @@ class Prefilled:
 
 @struct.dataclass
 class TokenSignals:
-    """What selection at a border reads of all active tokens, besides the K, V that its layer has just computed."""
+    """What selection at a border reads about all active tokens, besides the K, V that its layer has just computed."""
 
     forced: Bool[Array, " active"]
     chunk_starts: Int[Array, " active"]
@@ -90,7 +91,7 @@ class ActiveRows:
 def begin(params: Params, request: Request, sequence: Sequence, *, config: ModelConfig) -> tuple[ActiveRows, KVCache]:
     """Embeds the active tokens; returns them, and the empty blended cache."""
     hidden = embedder(params, config).embed(request.token_ids)
-    # Written into a buffer of its own: one that is read and overwritten in turn would be copied whole between stages.
+    # Blended KV has a buffer of its own: one that is read and overwritten in turn would be copied whole between stages.
     empty = jnp.zeros((config.num_layers, sequence.num_keys, config.num_kv_heads, config.head_dim), hidden.dtype)
     rows = rows_at(hidden, request.positions, sequence.cos, sequence.sin)
     index = jnp.arange(request.positions.shape[0], dtype=jnp.int32)
@@ -98,7 +99,7 @@ def begin(params: Params, request: Request, sequence: Sequence, *, config: Model
 
 
 def token_signals(request: Request, question_mass: Float[Array, " keys"] | None) -> TokenSignals:
-    """Returns what is known before the first layer: `question_mass` of every key, where the selector needs it."""
+    """Returns what is known before the first layer; `question_mass` is every key's, where the selector needs it."""
     zeros = jnp.zeros(request.positions.shape[0], jnp.float32)
     if question_mass is None:
         of_active = zeros
@@ -155,10 +156,10 @@ def border_layer(
     deviation: str,
     room: int,
 ) -> tuple[ActiveRows, KVCache]:
-    """As `plain_layer`; between its K, V and its attention the rows shrink to the `keep` that score highest.
+    """As `plain_layer`, but only the `keep` rows that score highest attend and go on.
 
     Args:
-        keep: rows that go on, at most `room`.
+        keep: how many rows go on, at most `room`.
         deviation: what the selector's KV deviation is measured on.
     """
 
@@ -179,7 +180,7 @@ def last_layer(
     *,
     config: ModelConfig,
 ) -> tuple[Float[Array, " vocab"], Int[Array, ""], KVCache]:
-    """As `plain_layer`, but only the last token attends; returns its logits, the likeliest next token, the cache."""
+    """As `plain_layer`, but only the last token attends; returns its logits, the greedy next token and the cache."""
     active, blended, _ = _advance(
         params, active, cached, blended, sequence, index, config, lambda _: last_row(active.rows, sequence)
     )
@@ -188,7 +189,7 @@ def last_layer(
 
 
 def begin_question_pass(request: Request, active: ActiveRows, sequence: Sequence) -> tuple[Rows, Float[Array, " keys"]]:
-    """Returns the rows of the question pass, the forced tokens, and the attention paid so far: none."""
+    """Returns the rows of the question pass (the forced tokens), and zeros for the attention to every key."""
     num_active, num_keys = request.token_ids.shape[0], sequence.num_keys
     is_row = request.forced_rows < num_active
     at = jnp.minimum(request.forced_rows, num_active - 1)
@@ -233,7 +234,7 @@ def _advance(
 
 
 def _evidence(fresh: LayerKV, cached: LayerKV, active: ActiveRows, signals: TokenSignals, deviation: str) -> Evidence:
-    """Returns what a selector is shown: the signals of the current rows, and this layer's K, V."""
+    """Returns what a selector sees: the signals of the current rows, and this layer's K, V."""
     positions, index, num_keys = active.rows.positions, active.index, cached.k.shape[0]
     at = jnp.minimum(positions, num_keys - 1)
     return Evidence(

@@ -1,8 +1,8 @@
-"""The streamed executor: the resident's steps in a Python loop, each layer's cached KV arriving while others compute.
+"""The streamed executor: runs the steps in a Python loop, while the cached KV of later layers arrives.
 
-Of the cached KV, only the layers on their way are ever on the device. The loop never reads a result: it waits for
-layers to arrive, and nothing else. Run over shapes, it compiles its programs: one for each number of rows, reused over
-layers by their traced index, and one for each border between stages.
+Only the layers in flight have their cached KV on the device. The loop never reads a result; it only waits for layers to
+arrive. Run over shapes, it compiles its programs: one for each number of rows, which serves all such layers since their
+index is traced, and one for each border between stages.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from cacheblend_jax.model.transformer import Params
 
 
 @runtime_checkable
-class Arriving(Protocol):
-    """Where layers of cached KV come from (`engine.loading.LayerStream`)."""
+class LayerSource(Protocol):
+    """Where layers of cached KV come from, such as `engine.loading.LayerStream`."""
 
     def next(self) -> LayerKV:
-        """Waits for the next layer's."""
+        """Waits for the next layer's KV."""
 
     def used_until(self, result: jax.Array) -> None:
-        """Says that it is read by the step which computes `result`, and by nothing later."""
+        """Declares that the step which computes `result` reads it, and that nothing later does."""
 
 
-class ShapesArriving:
+class ShapeSource:
     """Stands in for a stream while the loop runs over shapes: every layer is `layer`, a shape."""
 
     def __init__(self, layer: LayerKV) -> None:
@@ -57,14 +57,14 @@ class ShapesArriving:
         return self._layer
 
     def used_until(self, result: Any) -> None:
-        """Nothing is to be freed."""
+        """Does nothing: shapes take no memory."""
 
 
 def layers_wanted(plan: Plan, num_layers: int) -> list[int]:
     """Returns the layers whose cached KV a streamed prefill takes, in order.
 
-    The `query` selector's pass of the question needs all of them before the first layer: they are loaded twice, since
-    keeping them would mean all cached KV on the device.
+    The `query` selector's question pass reads all of them before the first layer. They are then loaded twice, since
+    keeping them would mean holding all cached KV on the device.
     """
     return list(range(num_layers)) * (2 if plan.needs("question_mass") else 1)
 
@@ -75,17 +75,17 @@ def prefill_streamed(
     request: Request,
     keep: np.ndarray,
     sequence: Sequence,
-    stream: Arriving,
+    stream: LayerSource,
     *,
     config: ModelConfig,
     plan: Plan,
 ) -> Prefilled:
-    """Runs a planned prefill whose cached KV arrives by `stream`, in the order of `layers_wanted`.
+    """Runs a planned prefill whose cached KV arrives through `stream`, in the order of `layers_wanted`.
 
     Args:
         run: `run(function, *arrays, **static)` runs a step as a program (`runtime.programs.Runner`).
         request: on the device, as `sequence` is.
-        keep: the request's own, int32 `[borders]`, on the host.
+        keep: the request's `keep`, int32 `[borders]`, on the host.
 
     Returns what the resident executor does, to float tolerance.
 
@@ -126,7 +126,7 @@ def _question_mass(
     request: Request,
     active: ActiveRows,
     sequence: Sequence,
-    stream: Arriving,
+    stream: LayerSource,
     config: ModelConfig,
 ) -> Float[Array, " keys"] | jax.ShapeDtypeStruct:
     rows, mass = run(begin_question_pass, request, active, sequence)

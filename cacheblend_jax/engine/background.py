@@ -1,4 +1,4 @@
-"""What requests leave for later, on one thread: missing chunks are computed and stored, slow ones brought nearer."""
+"""Background work, on one thread: computes and stores chunks that requests missed, and promotes slow ones."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cacheblend_jax.runtime.exit_hook import finished, flush_before_exit
 from cacheblend_jax.store import ChunkEntry, DeviceEntry, Store
 
 logger = logging.getLogger(__name__)
-MOST_PENDING = 256  # missing chunks waiting to be computed; a flood beyond that is not stored
+MAX_PENDING = 256  # missing chunks that may wait to be computed; any beyond that are not stored
 
 
 class Background:
-    """Stores and promotes for an engine. A clean exit of the process waits for it.
+    """Stores and promotes chunks for an engine. A clean exit of the process waits for it.
 
     Args:
         store: where chunks go.
@@ -38,13 +38,13 @@ class Background:
         flush_before_exit(self)
 
     def store_later(self, chunk: PlacedChunk, *, again: bool = False) -> None:
-        """Computes and stores a chunk: one that is not there, or `again` one that is and cannot be read."""
-        if chunk.key in self._pending or len(self._pending) >= MOST_PENDING:
+        """Computes and stores a chunk that the store lacks, or, with `again`, one that it has but cannot read."""
+        if chunk.key in self._pending or len(self._pending) >= MAX_PENDING:
             return
-        noted = threading.Event()  # the task must not end before it is noted
+        added = threading.Event()  # the task must not remove itself from `_pending` before it is there
 
         def work() -> None:
-            noted.wait()
+            added.wait()
             try:
                 if again or chunk.key not in self._store:
                     self._store.put(chunk.key, self._standalone(chunk))
@@ -55,46 +55,46 @@ class Background:
 
         try:
             self._pending[chunk.key] = self._thread.submit(work)
-        except RuntimeError as error:  # closed, or no thread can be started: the task may have been queued all the same
-            logger.debug("a chunk is not stored: %s", error)
+        except RuntimeError as error:  # closed, or no thread can be started; the task may still have been queued
+            logger.debug("a chunk will not be stored: %s", error)
         finally:
-            noted.set()
+            added.set()
 
     def promote_later(self, key: str, num_bytes: int) -> None:
-        """Brings a chunk of so many bytes into a faster tier than it was read from, for the requests to come."""
+        """Copies a chunk of `num_bytes` into a faster tier than it was read from, for later requests."""
 
         def work() -> None:
             try:
                 self._store.promote(key, self._to_device)
             except Exception:  # costs a later request time, never an answer
-                logger.exception("a chunk could not be brought into a faster tier")
+                logger.exception("a chunk could not be promoted to a faster tier")
 
         if num_bytes <= max(self._store.host_bytes, self._store.device_bytes if self._to_device else 0):
             with suppress(RuntimeError):  # closed
                 self._thread.submit(work)
 
     def wait_for_next(self, keys: Sequence[str]) -> None:
-        """Waits for those of the chunks that are being stored now and right after.
+        """Waits for those of the chunks that are at the head of the queue.
 
-        One behind the chunks of others is not waited for: who wants it computes it sooner.
+        It does not wait for a chunk queued behind those of other requests: computing it anew is faster.
         """
         ours = set(keys)
         waiting = list(self._pending.items()) if ours & self._pending.keys() else []
         wait([future for _, future in itertools.takewhile(lambda each: each[0] in ours, waiting)])
 
     def wait_for(self, keys: Sequence[str]) -> None:
-        """Waits until the chunks are stored, as far as they are about to be."""
+        """Waits for those of the chunks that are queued to be stored."""
         wait([future for key in keys if (future := self._pending.get(key)) is not None])
 
     def flush(self) -> None:
-        """Waits until all is done, on disk too where the store has a directory."""
+        """Waits until all work is done, and written to disk where the store has a directory."""
         self.wait_for(list(self._pending))
         with suppress(RuntimeError):  # closed: nothing is left to wait for
-            self._thread.submit(lambda: None).result()  # one thread: what came before is done then
+            self._thread.submit(lambda: None).result()  # one thread: everything queued earlier is then done
         self._store.flush()
 
     def close(self) -> None:
-        """Finishes what is there and takes no more."""
+        """Finishes the queued work and accepts no more."""
         self._thread.shutdown(wait=True)
         self._store.flush()
         finished(self)

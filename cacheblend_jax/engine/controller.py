@@ -1,7 +1,7 @@
-"""The loading controller: from the delays of loading and of recomputing to a recompute ratio.
+"""The loading controller: chooses a recompute ratio from the delays of loading and of recomputing.
 
-Recomputing r of a layer's tokens may take as long as loading the next layer's KV: then it costs nothing. So the ratio
-is as high as loading hides, and never below what quality asks for (CacheBlend, arXiv 2405.16444, §5.1).
+Recomputing a share r of a layer's tokens costs nothing as long as loading the next layer's KV takes longer. So the
+ratio is as high as loading hides, and never below what quality requires (CacheBlend, arXiv 2405.16444, §5.1).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cacheblend_jax.engine.delays import Estimator
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.planner import Planner
 
-WORTH_IT = 0.95  # stored chunks are recomputed where that saves more than the estimates may err
+WORTHWHILE_SHARE = 0.95  # of the TTFT that loading all chunks takes: a smaller saving may be an error of the estimates
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Decision:
 
     Attributes:
         ratio: the recompute ratio, one of the blend's `auto_ratios`.
-        bound: what bound it: `"floor"` (quality: recomputing that much takes longer than loading anyway), `"load"`
-            (as much as loading hides), or `"cap"` (the highest ratio allowed, and loading still takes longer).
+        bound: what limits it: `"floor"` (the least that quality requires, as loading hides no more), `"load"`
+            (as much as loading hides), or `"cap"` (the highest ratio allowed; loading still takes longer).
         load_s, recompute_s: T_load and T_recompute at that ratio.
-        predicted_ttft_s: of the request.
-        computed_chunks: stored chunks (and prefix) that are recomputed, since loading them would cost more.
-        loaded_chunks: the others.
+        predicted_ttft_s: the request's TTFT as predicted.
+        computed_chunks: number of stored chunks (prefix included) recomputed because loading them would cost more.
+        loaded_chunks: number of the others.
         computed_starts: the positions of `computed_chunks`.
         estimated_by: the profile that the delays come from.
     """
@@ -55,15 +55,15 @@ def decide(
 ) -> Decision:
     """Chooses the ratio of a request of `length` tokens, and which of its stored chunks to recompute.
 
-    The chunks that load slowest, per token, are recomputed as far as that lowers the predicted TTFT by 5 % or more. The
-    ratio is `max(r where T_recompute = T_load, floor)`, rounded down to one of the blend's `auto_ratios`, the first of
-    which is the floor, so that loading stays the longer of the two. Where chunks are loaded first and not streamed,
-    nothing is hidden, and the ratio is the floor.
+    The chunks that load slowest per token are recomputed, as many as give the lowest predicted TTFT, if that saves more
+    than 5 %. The ratio is `max(r where T_recompute = T_load, floor)`, rounded down to one of the blend's `auto_ratios`,
+    so that loading remains the longer of the two; the first of these is the floor. Where chunks are not streamed but
+    loaded first, nothing is hidden, and the ratio is the floor.
 
     Args:
-        chunks: the stored ones, their handles open.
-        is_prepared: says which plans can be run by which executor without compiling; others would cost more than they
-            save. `None`: all are considered. The plan that loads all chunks is in any case.
+        chunks: the stored ones, with open handles.
+        is_prepared: whether an executor can run a plan without compiling; other plans would cost more than they save.
+            `None`: all are considered. The plan that loads all chunks always is.
     """
     num_layers = planner.config.num_layers
     slowest = sorted(chunks, key=lambda chunk: -estimator.load_s([chunk], num_layers) / chunk.num_tokens)
@@ -75,7 +75,7 @@ def decide(
         if not dropped or is_prepared is None or is_prepared(plan, estimator.executor_of(kept)):
             options.append(replace(option, computed_chunks=dropped, computed_starts=computed))
     best = min(options, key=lambda option: option.predicted_ttft_s)
-    return best if best.predicted_ttft_s < WORTH_IT * options[0].predicted_ttft_s else options[0]
+    return best if best.predicted_ttft_s < WORTHWHILE_SHARE * options[0].predicted_ttft_s else options[0]
 
 
 def _best_ratio(
@@ -106,16 +106,16 @@ def _best_ratio(
 
 
 def explain(decision: Decision, ttft_s: float) -> str:
-    """Says in a few lines what was decided, why, what was predicted, and what happened."""
+    """Returns a few lines that say what was decided and why, and the TTFT as predicted and as measured."""
     why = {
-        "floor": "recomputing the least that quality asks for takes longer than loading",
+        "floor": "the least that quality requires, as loading hides no more",
         "load": "as much as loading hides",
         "cap": "the highest allowed, and loading still takes longer",
     }[decision.bound]
     lines = [
         f"recompute ratio {decision.ratio:g}: {why}",
         f"T_load {decision.load_s * 1e3:.1f} ms, T_recompute {decision.recompute_s * 1e3:.1f} ms, over all layers",
-        f"{decision.loaded_chunks} stored chunks loaded, {decision.computed_chunks} recomputed as loading costs more",
+        f"{decision.loaded_chunks} stored chunks loaded, {decision.computed_chunks} recomputed, as loading costs more",
         f"TTFT predicted {decision.predicted_ttft_s * 1e3:.1f} ms, measured {ttft_s * 1e3:.1f} ms",
         f"estimated by {decision.estimated_by}",
     ]

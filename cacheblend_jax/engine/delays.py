@@ -1,6 +1,6 @@
-"""Delays: what recomputing a layer and loading its KV take, estimated from what was measured.
+"""Delays: how long recomputing a layer and loading its KV take, estimated from measurements.
 
-They are what the loading controller decides by (CacheBlend, arXiv 2405.16444, §5.1).
+The loading controller decides by them (CacheBlend, arXiv 2405.16444, §5.1).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from cacheblend_jax.errors import CacheBlendError
 
 @dataclass(frozen=True)
 class ComputeModel:
-    """Seconds of a layer step, linear in the sizes that it is compiled for; and of all else in a request.
+    """Seconds of a layer step, linear in the sizes it is compiled for, and of the rest of a request.
 
     Attributes:
-        layer_s: each layer's own.
-        key_s: for each key of the cache, which is rotated, written and read.
-        projected_s: for each row whose K, V are computed.
-        attending_s: for each row that goes on: queries, output projection, MLP.
-        visible_s: for each pair of a row that goes on and a key that it sees.
-        request_s: once a request.
+        layer_s: per layer.
+        key_s: per key of the cache, which is rotated, written and read.
+        projected_s: per row whose K, V are computed.
+        attending_s: per row that goes on: queries, output projection, MLP.
+        visible_s: per pair of a row that goes on and a key that it sees.
+        request_s: once per request.
     """
 
     layer_s: float
@@ -43,9 +43,9 @@ class ComputeModel:
 
 
 def layer_sizes(plan: Plan) -> list[tuple[float, float, float, float, float]]:
-    """Returns what each layer's time is linear in: 1, keys, rows computed, rows that go on, and pairs they see.
+    """Returns the sizes that each layer's time is linear in, in the order of `ComputeModel`'s coefficients.
 
-    Rows stand all over the prompt: each sees half of the keys in the mean.
+    Rows are spread over the prompt, so that each sees half of the keys on average.
     """
     sizes: list[tuple[float, float, float, float, float]] = []
     for stage, after in pairwise((*plan.stages, None)):
@@ -58,10 +58,10 @@ def layer_sizes(plan: Plan) -> list[tuple[float, float, float, float, float]]:
 
 @dataclass(frozen=True)
 class Tier:
-    """Where KV is kept: its throughput in bytes/s, a read's latency in seconds, and its price per GB and month.
+    """A place to keep KV: throughput in bytes/s, latency of a read in seconds, and price per GB and month.
 
     Raises:
-        CacheBlendError: a throughput that is not positive and finite, a negative latency or price.
+        CacheBlendError: the throughput is not positive and finite, or the latency or price is negative or infinite.
     """
 
     name: str
@@ -75,22 +75,24 @@ class Tier:
                 f"tier {self.name!r}: bytes_per_s must be positive and finite, got {self.bytes_per_s!r}"
             )
         if not 0 <= self.latency_s < float("inf"):
-            raise CacheBlendError(f"tier {self.name!r}: latency_s must be at least 0, got {self.latency_s!r}")
+            raise CacheBlendError(
+                f"tier {self.name!r}: latency_s must be at least 0 and finite, got {self.latency_s!r}"
+            )
         if self.price_per_gb_month is not None and not 0 <= self.price_per_gb_month < float("inf"):
             raise CacheBlendError(
-                f"tier {self.name!r}: price_per_gb_month must be at least 0, got {self.price_per_gb_month!r}"
+                f"tier {self.name!r}: price_per_gb_month must be at least 0 and finite, got {self.price_per_gb_month!r}"
             )
 
     def load_s(self, num_bytes: float, reads: int = 1) -> float:
-        """T_load: seconds that so many bytes take in so many reads, several of them at a time."""
+        """T_load: seconds to load `num_bytes` in `reads` reads, several of them at a time."""
         return num_bytes / self.bytes_per_s + self.latency_s * -(-reads // READERS)
 
 
 def pipeline_s(load: float, transfer: float, compute: Sequence[float], host_layers: int, device_layers: int) -> float:
-    """Returns the seconds until the last layer is computed where each layer takes `load` to read, then `transfer`.
+    """Returns the seconds until the last layer is computed, where each takes `load` to read, then `transfer`.
 
-    A layer is read when the one `host_layers` before it is done, and transferred when the one `device_layers` before
-    it is: the streamed executor's own order.
+    Reading a layer begins once the one `host_layers` before it is done, its transfer once the one `device_layers`
+    before it is: the order of the streamed executor.
     """
     read_at = transferred_at = 0.0
     done: list[float] = []
@@ -107,10 +109,10 @@ class Estimator:
     """Everything that delays are estimated from.
 
     Attributes:
-        name: what to call it.
-        tiers: by the names that stored chunks give.
+        name: where the figures come from, for `Decision.estimated_by`.
+        tiers: by name (`StoredChunk.tier`).
         transfer: from host memory to the device.
-        host_layers, device_layers: how far the streamed executor runs ahead.
+        host_layers, device_layers: how many layers the streamed executor reads and transfers ahead.
         executor: the engine's setting.
     """
 
@@ -131,11 +133,11 @@ class Estimator:
         return total
 
     def tier(self, name: str) -> Tier:
-        """Returns the tier of that name; one that was never measured counts as the slowest that was."""
+        """Returns the tier of that name; one that was not measured counts as the slowest measured one."""
         return self.tiers.get(name) or min(self.tiers.values(), key=lambda tier: tier.bytes_per_s)
 
     def executor_of(self, chunks: Sequence[PlacedChunk]) -> str:
-        """Returns the executor of a prefill with these chunks: a streamed one hides loading, a resident one waits."""
+        """Returns the executor of a prefill with these chunks; only a streamed one hides loading."""
         return choose_executor(self.executor, [chunk.tier for chunk in chunks])
 
     def ttft_s(self, plan: Plan, chunks: Sequence[PlacedChunk], layer_bytes: int) -> float:
@@ -153,13 +155,13 @@ class Estimator:
 def cheapest_tier(
     tiers: Sequence[Tier], layer_bytes: float, recompute_s: float, *, reads: int = 1
 ) -> tuple[Tier, bool]:
-    """Returns the cheapest tier whose loading hides behind recomputing, and whether any does; else the fastest.
+    """Returns the cheapest tier whose loading hides behind recomputing, and `True`; else the fastest, and `False`.
 
     Args:
         tiers: each with its price.
         layer_bytes: bytes of one layer's stored KV.
         recompute_s: T_recompute of one layer at the ratio wanted.
-        reads: chunks, each of them a read.
+        reads: the number of chunks, each of which is one read.
 
     Raises:
         CacheBlendError: no tiers, or one without a price.

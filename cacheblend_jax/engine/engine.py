@@ -1,4 +1,4 @@
-"""The facade: what users call. One prefill is the `Prefiller`'s, an answer the `TokenStream`'s."""
+"""The facade: what users call. `Prefiller` runs a prefill, `TokenStream` decodes an answer."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ class Engine:
         blend: how the blend chooses the tokens to recompute, unless a request says otherwise. `"auto"` is
             `BlendConfig(recompute_ratio="auto")`: the controller chooses the ratio of each request, and what to load.
         context_tokens: how many of the prefix's first tokens a chunk is precomputed after; `None`: all of them.
-        length_buckets: sizes that lengths are padded to, ascending: few sizes for few programs to compile, at the price
-            of padding. `None`: many, with at most 3.1 % padding above 1024 tokens.
-        executor: `"resident"` (all cached KV on the device, one program), `"streamed"` (a layer's KV arrives while
-            others compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory.
-        prefetch_layers: the most layers of cached KV on the device while streaming.
-        profile: what the controller estimates delays from: a `Profile` or the path of one; `None`: what `calibrate`
-            saved for this model, device and store, or where there is none a quick estimate.
+        length_buckets: sizes to pad lengths to, ascending. Few sizes mean few programs to compile, but more padding.
+            `None`: many sizes, with at most 3.1 % padding above 1024 tokens.
+        executor: `"resident"` (all cached KV on the device, one program), `"streamed"` (each layer's KV arrives
+            while others compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory.
+        prefetch_layers: while streaming, how many layers of cached KV may be on the device at a time.
+        profile: what the controller estimates delays from: a `Profile` or its path; `None`: the profile that
+            `calibrate` saved for this model, device and store, or else a quick estimate.
 
     Raises:
-        CacheBlendError: a check layer the model does not have, or another value that makes no sense.
+        CacheBlendError: a check layer the model does not have, or another invalid argument.
     """
 
     def __init__(
@@ -96,10 +96,10 @@ class Engine:
     ) -> list[str]:
         """Computes and stores the KV of a prompt's chunks, or of chunks to be used after `prefix`; skips those stored.
 
-        Returns the chunks' keys, in order. `progress` is called with the chunks done and their total.
+        Returns the chunks' keys, in order. `progress` is called with the number of chunks done and their total.
 
         Raises:
-            PromptError: as `prefill`; before anything is computed.
+            PromptError: as for `prefill`, before anything is computed.
         """
         config = self.model.config
         if isinstance(prompt, Prompt):
@@ -116,7 +116,7 @@ class Engine:
         for done, chunk in enumerate(chunks):
             self._background.wait_for([chunk.key])
             if chunk.key not in self.store:
-                # No request has asked for it yet: it goes before what one has.
+                # No request has used it yet: it is evicted before entries that were used.
                 self.store.put(chunk.key, self._executors.standalone(chunk), wait=True, uses=0)
             if progress is not None:
                 progress(done + 1, len(chunks))
@@ -130,7 +130,7 @@ class Engine:
         blend: BlendConfig | str | None = None,
         trace: Trace | None = None,
     ) -> PrefillResult:
-        """Prefills a prompt; what the store lacks is computed in place, and stored after the first token is out.
+        """Prefills a prompt; chunks that the store lacks are computed in place, and stored after the first token.
 
         Args:
             mode: `"full"` (full recompute), `"prefix"` (exact entries only: prefix caching), `"reuse"` (full KV reuse)
@@ -139,7 +139,7 @@ class Engine:
             trace: collects what happened when: reading, transfer, and the computation of each layer.
 
         Raises:
-            PromptError: see `tokenize_prompt`; an unknown mode.
+            PromptError: an unknown mode, or an invalid prompt (see `tokenize_prompt`).
             CacheBlendError: a check layer the model does not have.
         """
         planner = self._planner if blend is None else replace(self._planner, blend=_blend_config(blend))
@@ -160,12 +160,12 @@ class Engine:
 
         Args:
             blend: for this request, in place of the engine's.
-            max_new_tokens: at most this many, the first one included; the model's maximal length bounds it too.
+            max_new_tokens: at most this many, the first one included; the model's maximum length is a limit, too.
             stop_token_ids: decoding ends before any of these; the model's own by default.
             on_token: called with each token's id and the text it adds, as soon as it is known.
 
         Raises:
-            PromptError: as `prefill`; `max_new_tokens` is no positive count.
+            PromptError: as for `prefill`, or `max_new_tokens` is not a positive whole number.
         """
         _check_max_new_tokens(max_new_tokens)
         return self.complete(
@@ -188,7 +188,7 @@ class Engine:
     ) -> TokenStream:
         """As `generate`, but returns an iterator over `(token id, text it adds)`, each as soon as it is known.
 
-        The prefill has run when this returns. The iterator's `generation` is the answer as far as it has come.
+        The prefill has run when this returns. The iterator's `generation` is the answer so far.
         """
         _check_max_new_tokens(max_new_tokens)
         out = self.prefill(prompt, mode, blend=blend)
@@ -203,7 +203,7 @@ class Engine:
         stop_token_ids: Sequence[int] | None = None,
         on_token: Callable[[int, str], None] | None = None,
     ) -> Generation:
-        """Decodes from a prefill; what `generate` does after it, with the same arguments. `out` stays as it is."""
+        """Decodes from a prefill, as `generate` does after its own, with the same arguments; `out` is not changed."""
         _check_max_new_tokens(max_new_tokens)
         tokens = self._token_stream(out, max_new_tokens, sampling, stop_token_ids)
         for token, text in tokens:
@@ -222,23 +222,24 @@ class Engine:
         max_new_tokens: int = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Compiles what prompts of up to `max_tokens` need, so that none of them waits for a compiler.
+        """Compiles the programs that prompts of up to `max_tokens` need, so that none of them waits for the compiler.
 
-        For prompts whose chunks are all stored, or, with an automatic ratio, all recomputed; the controller then
-        considers nothing that is not compiled. Returns how many programs were compiled, several at a time. With JAX's
-        persistent compilation cache on, the next process only reads them.
+        This covers prompts whose chunks are all stored, or, with an automatic ratio, all recomputed; the controller
+        then considers only what is compiled. Several programs are compiled at a time; returns how many there were. With
+        JAX's persistent compilation cache on, the next process only reads them.
 
         Args:
-            prefix_tokens: with a stored prefix of so many tokens, and without one.
-            suffix_tokens: with questions of up to so many.
-            chunk_tokens: also what computes missing chunks of up to so many tokens, for the store. And where chunks are
-                computed after the whole prefix (`context_tokens`), so that the first one is exact: what such prompts
-                need if it has up to so many tokens. That may be many times the programs; fewer with `length_buckets`.
-            max_new_tokens: also what decodes up to so many.
-            progress: called with the programs done and their total.
+            prefix_tokens: covers prompts with a stored prefix of this many tokens, and without one.
+            suffix_tokens: covers questions of up to this many tokens.
+            chunk_tokens: also compiles what computes missing chunks of up to this many tokens for the store. Where
+                chunks are precomputed after the whole prefix (`context_tokens`), the first one is exact; then it also
+                covers first chunks of up to this many tokens. That may take many times the programs; `length_buckets`
+                reduces them.
+            max_new_tokens: also compiles what decodes up to this many tokens.
+            progress: called with the number of tasks done and their total.
 
         Raises:
-            CacheBlendError: `max_tokens` is beyond the model's maximum, or another value makes no sense.
+            CacheBlendError: `max_tokens` is beyond the model's maximum, or another argument is invalid.
         """
         modes = (*modes, *(["full"] if self.blend.is_auto else []))
         sizes = Sizes(max_tokens, modes, prefix_tokens, suffix_tokens, chunk_tokens, max_new_tokens)
@@ -253,15 +254,15 @@ class Engine:
         return self.model.runner.count - before
 
     def estimator(self) -> Estimator:
-        """Returns what the controller estimates delays from: the profile, or where there is none a quick estimate."""
+        """Returns what the controller estimates delays from: the profile, or else a quick estimate."""
         return self._prefiller.estimator()
 
     def flush(self) -> None:
-        """Waits until every missing chunk seen so far is stored, on disk too where the store has a directory."""
+        """Waits until every chunk missed so far is stored, and written to disk where the store has a directory."""
         self._background.flush()
 
     def close(self) -> None:
-        """Finishes what is being stored and stops the background thread; later misses are answered, but not stored."""
+        """Finishes storing and stops the background thread; chunks missed later are computed, but not stored."""
         self._background.close()
 
     def __enter__(self) -> Engine:

@@ -1,4 +1,4 @@
-"""Runs planned prefills on a model's device, by either executor; their programs, buffers and threads live here."""
+"""Runs planned prefills on a model's device, by either executor, and holds their programs, buffers and threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cacheblend_jax.blend.layer_step import Sequence as PromptSequence
 from cacheblend_jax.blend.resident import prefill, standalone
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import Prefilled, Request
-from cacheblend_jax.blend.streamed import ShapesArriving, layers_wanted, prefill_streamed
+from cacheblend_jax.blend.streamed import ShapeSource, layers_wanted, prefill_streamed
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import READERS, LayerStream, load_all, place, place_first
 from cacheblend_jax.engine.planner import EXECUTORS, choose_executor, empty_request
@@ -33,7 +33,7 @@ from cacheblend_jax.store import ChunkEntry, DeviceEntry
 
 @dataclass(frozen=True)
 class PrefillRun:
-    """A prefill that has run: what it computed, and what it took.
+    """A finished prefill: what it computed, and its cost.
 
     Attributes:
         out: on the device.
@@ -56,13 +56,13 @@ class Executors:
     """Runs the prefills of one model, one at a time.
 
     Args:
-        setting: `"resident"` (all cached KV on the device, one program), `"streamed"` (layer by layer while others
-            compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory.
-        prefetch_layers: the most layers of cached KV on the device while streaming.
-        tiers: where the store may find entries.
+        setting: `"resident"` (all cached KV on the device, one program), `"streamed"` (each layer's KV arrives
+            while others compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory.
+        prefetch_layers: while streaming, how many layers of cached KV may be on the device at a time.
+        tiers: those that the store may serve entries from.
 
     Raises:
-        CacheBlendError: an unknown executor, or a `prefetch_layers` that is no positive count.
+        CacheBlendError: an unknown executor, or a `prefetch_layers` that is not a positive whole number.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Executors:
     # --- compiling: the loops below, run over shapes -----------------------------------------------------------------
 
     def prepare(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> Prepared:
-        """Has all programs ready that a plan needs to be run with these chunks."""
+        """Compiles the programs that a plan needs to run with these chunks, except those that are ready."""
         executor = self._executor(plan, chunks)
         prepared = self._model.runner.prepare((plan, executor), self._loop(plan, executor))
         rows = {chunk.handle.device_entry.k.shape[1] for chunk in chunks if chunk.handle.device_entry is not None}
@@ -97,7 +97,7 @@ class Executors:
         return Prepared(prepared.compile_s + sum(each.compile_s for each in placing), prepared.peak_memory_bytes)
 
     def is_prepared(self, plan: Plan, executor: str) -> bool:
-        """Returns whether a plan can be run by that executor without compiling."""
+        """Returns whether that executor can run a plan without compiling."""
         return self._model.runner.is_prepared((plan, executor))
 
     def warm_up(self, plan: Plan) -> None:
@@ -109,7 +109,7 @@ class Executors:
             self._prepare_placing(plan, buckets_up_to(forced_bucket, plan.cache_length))
 
     def warm_up_standalone(self, size: int) -> None:
-        """Compiles what computes the KV of a context and a chunk, padded to `size` tokens."""
+        """Compiles the program that computes the KV of a context and a chunk, padded to `size` tokens."""
         model, no_tokens = self._model, np.zeros(size, np.int32)
         sequence = self._sequence(np.zeros((), np.int32), size)
         model.runner.prepare(
@@ -130,12 +130,12 @@ class Executors:
             return lambda run: run(prefill, params, request, cached, sequence, **static)
         on_device = self._put(request)
         sequence = self._sequence(on_device.length, plan.cache_length)
-        layers = ShapesArriving(shapes_of(jax.eval_shape(lambda kv: kv.layer(0), stack), self._model.placement))
+        layers = ShapeSource(shapes_of(jax.eval_shape(lambda kv: kv.layer(0), stack), self._model.placement))
         keep = np.asarray(request.keep)
         return lambda run: prefill_streamed(run, params, on_device, keep, sequence, layers, **static)
 
     def _prepare_placing(self, plan: Plan, sizes: Iterable[int]) -> list[Prepared]:
-        """Compiles what places chunks of so many rows that are on the device already."""
+        """Compiles the programs that place chunks already on the device, for each number of rows in `sizes`."""
         runner, scalar = self._model.runner, np.int32(0)
         prepared = []
         for rows in sorted(sizes):
@@ -153,7 +153,7 @@ class Executors:
     def run(
         self, plan: Plan, request: Request, chunks: Sequence[PlacedChunk], prepared: Prepared, trace: Trace | None
     ) -> PrefillRun:
-        """Runs a prefill that was prepared.
+        """Runs a prepared prefill.
 
         Raises:
             LostChunkError: a chunk could not be read; nothing is left running.
@@ -201,17 +201,17 @@ class Executors:
 
     @property
     def host_layers(self) -> int:
-        """Layers that are read ahead into host memory: half of them.
+        """Layers that are read ahead into host memory: half of the model's, or `prefetch_layers` if that is more.
 
-        While the layers up to the check layer compute all tokens, a tier that is about as fast as the whole recompute
-        delivers several others; were there no room for them, it would stand still.
+        While the layers up to the check layer compute all tokens, a tier about as fast as the whole recompute delivers
+        several more layers; without room for them it would stand idle.
         """
         return max(self.prefetch_layers, -(-self._model.config.num_layers // 2))
 
     def load(self, plan: Plan, chunks: Sequence[PlacedChunk], trace: Trace | None = None) -> KVCache:
-        """Assembles all stored KV at its places, on the device; rows of forced tokens are to be overwritten.
+        """Assembles all stored KV in place, on the device; the prefill overwrites the rows of forced tokens.
 
-        What is on the device already stays there; where all of it is, nothing is transferred.
+        Chunks that are on the device already stay there; if all are, nothing is transferred.
         """
         elsewhere = [chunk for chunk in chunks if chunk.handle.device_entry is None]
         cached, began = None, time.perf_counter()
@@ -226,11 +226,11 @@ class Executors:
         jax.block_until_ready(cached)
         if trace is not None:
             trace.add("transfer", "all layers", -1, began, time.perf_counter())
-        assert cached is not None  # there are chunks, or zeros were put
+        assert cached is not None  # a chunk was placed, or the host buffers were transferred
         return cached
 
     def _place(self, plan: Plan, cached: KVCache | None, start: int, entry: DeviceEntry) -> KVCache:
-        # Another engine may have put it elsewhere.
+        # Another engine may have put the entry on another device.
         arrays = (*self._put((entry.k, entry.v)), np.int32(start), np.int32(entry.num_tokens))
         if cached is None:
             return self._model.runner(place_first, *arrays, keys=plan.cache_length)
@@ -260,7 +260,7 @@ class Executors:
         begin = chunk.context_ids.size
         k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : ids.size]) for x in (kv.k, kv.v))
         if model.fingerprint != chunk.fingerprint:
-            raise CacheBlendError("the model's weights were changed while a chunk waited to be stored: it is not")
+            raise CacheBlendError("the model's weights changed while a chunk waited to be stored; it is not stored")
         return ChunkEntry(k, v, chunk.fingerprint, tuple(chunk.context_ids.tolist()))
 
     def _sequence(self, length: Any, num_keys: int) -> PromptSequence:

@@ -1,4 +1,4 @@
-"""Generation: after a prefill, one token at a time over a cache that grows in place; an answer as it is decoded."""
+"""Generation: decodes an answer after a prefill, one token at a time, over a cache that grows in place."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _draw = jax.jit(sample)
 
 
 class TokenStream:
-    """An answer while it is decoded: iterates over `(token id, text that it adds)`, each as soon as it is known.
+    """An answer as it is decoded: an iterator over `(token id, text that it adds)`, each as soon as it is known.
 
     A character may span tokens: its text comes with the token that completes it.
 
     Args:
-        room: the most tokens, the first one included.
+        room: how many tokens at most, the first one included.
         stops: decoding ends before any of these.
     """
 
@@ -61,7 +61,7 @@ class TokenStream:
 
     @property
     def generation(self) -> Generation:
-        """The answer as far as it is decoded, and what it took."""
+        """The answer so far, with its statistics."""
         decoded = max(len(self._token_ids) - 1, 0)
         per_token = self._decode_s / decoded if decoded else 0.0
         stats = GenerateStats(self._prefill.stats, decoded, per_token, self._finish_reason)
@@ -71,13 +71,13 @@ class TokenStream:
         if self._model.tokenizer is None:
             return ""
         text = self._model.tokenizer.decode(self._token_ids, skip_special_tokens=True)
-        return text.rstrip("\ufffd")  # a character that is not whole yet
+        return text.rstrip("\ufffd")  # a character that is not complete yet
 
 
 def decode(
     model: Model, buckets: Buckets, out: PrefillResult, room: int, sampling: Sampling
 ) -> Generator[tuple[int, float], None, None]:
-    """Yields up to `room` token ids and the seconds that each one's decoding step took; the first needs none."""
+    """Yields up to `room` token ids, each with the seconds of its decoding step; the first needs no step."""
     config, length = model.config, out.token_ids.size
     key = jax.random.key(sampling.seed)
 
@@ -113,7 +113,7 @@ def warm_up_decoding(model: Model, size: int) -> None:
 
 
 def _resized(cache: KVCache, size: int) -> KVCache:
-    """Copies a cache into one with room for `size` tokens: decoding donates it, the prefill's result keeps its own."""
+    """Copies a cache into one with room for `size` tokens: decoding donates the copy, not the result's own."""
     length = min(cache.k.shape[1], size)
 
     def resize(x: jax.Array) -> jax.Array:

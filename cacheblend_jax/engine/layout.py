@@ -1,4 +1,4 @@
-"""Where every token of a prompt stands, and which of them the store already knows: the input of a prefill."""
+"""A prompt's layout, the input of a prefill: where every token stands, and which of them have stored KV."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ NO_CONTEXT = np.zeros(0, np.int32)
 
 @dataclass(frozen=True, eq=False)
 class PlacedChunk:
-    """A chunk of a prompt (or its prefix) at its place: from layout to device, the one record of it.
+    """A chunk of a prompt (or its prefix) at its place: its one record, from layout to device.
 
     Attributes:
-        key: what finds it in the store.
+        key: its key in the store.
         fingerprint: of the model that `key` was made with; KV of other weights must not be stored under it.
         context_ids: int32, the ids that its stand-alone KV is computed after.
         token_ids: int32, its own ids.
         start: position of its first token in the prompt.
         exact: whether the context is precisely what stands before it, so that stored KV needs no recomputing.
         is_prefix: whether it is the prompt's prefix.
-        stored: the open handle on its KV; `None` where the store has none, or nobody has looked.
+        stored: the open handle on its KV; `None` where the store has none, or was not asked yet.
     """
 
     key: str
@@ -55,7 +55,7 @@ class PlacedChunk:
         """Where its stored KV is.
 
         Raises:
-            ValueError: none is stored.
+            ValueError: it has no stored KV.
         """
         return self.handle.tier
 
@@ -64,7 +64,7 @@ class PlacedChunk:
         """The open handle on its stored KV.
 
         Raises:
-            ValueError: none is stored.
+            ValueError: it has no stored KV.
         """
         if self.stored is None:
             raise ValueError(f"chunk {self.key[:16]} at {self.start} has no stored KV")
@@ -78,12 +78,13 @@ class Layout:
     Attributes:
         token_ids: int32 `[tokens]`.
         loaded: the stored chunks (and prefix) to reuse.
-        missing: those whose stand-alone KV is to be computed and stored, each once.
-        exact, candidate: bool `[tokens]`; what is neither is forced.
-        chunk_starts: int32 `[tokens]`, position of the first token of each token's chunk; the suffix is one.
-        context_length: tokens that chunks are precomputed after.
+        missing: the chunks whose stand-alone KV must be computed and stored, each once.
+        exact, candidate: bool `[tokens]`; a token that is neither is forced.
+        chunk_starts: int32 `[tokens]`, position of the first token of each token's chunk; prefix and suffix count as
+            chunks.
+        context_length: how many tokens chunks are precomputed after.
         suffix_start: position of the suffix; of the last token where there is none.
-        hits, misses: chunks that the store has, and has not; the prefix does not count.
+        hits, misses: how many chunks the store has, and lacks; the prefix does not count.
     """
 
     token_ids: np.ndarray
@@ -135,9 +136,9 @@ def place_chunks(
 def look_up(
     chunks: Sequence[PlacedChunk], store: Store, handles: ExitStack, *, lost: Collection[str] = ()
 ) -> list[PlacedChunk]:
-    """Opens what the store holds of the chunks, in `handles`.
+    """Opens the chunks that the store holds; `handles` closes them.
 
-    Entries whose keys are among `lost` (they could not be read a moment ago) count as missing.
+    Chunks whose keys are in `lost` (they could not be read a moment ago) count as missing.
     """
     looked_up = []
     for chunk in chunks:
@@ -149,10 +150,10 @@ def look_up(
 def lay_out(
     prompt: TokenizedPrompt, chunks: Sequence[PlacedChunk], *, context_length: int, compute: Collection[int] = ()
 ) -> Layout:
-    """Says of every token whether it is exact, a candidate, or forced (neither).
+    """Determines whether each token is exact, a candidate, or forced (neither).
 
-    The suffix is forced; without one, the prompt's last token is. So are the chunks that start at a position in
-    `compute`: stored, but not worth loading.
+    The suffix is forced; without one, the prompt's last token is. So are stored chunks that start at a position
+    in `compute`: they are not worth loading.
     """
     token_ids = prompt.token_ids
     exact, candidate = np.zeros(token_ids.size, bool), np.zeros(token_ids.size, bool)

@@ -1,4 +1,4 @@
-"""Loading: the KV of a prompt's chunks, read from their tier, assembled in place, and on its way while layers compute.
+"""Loading: reads the KV of a prompt's chunks from their tiers, in place, and transfers it while layers compute.
 
 These are two of the paper's three interfaces (CacheBlend, arXiv 2405.16444, §6): fetch one layer's KV of given chunks,
 and wait for it; the third, a layer's prefill, is `blend.steps`.
@@ -25,11 +25,11 @@ from cacheblend_jax.model.kv_cache import KVCache, LayerKV
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import is_slow
 
-READERS = 4  # reads at a time: they wait for a tier more than they work
+READERS = 4  # reads at a time; a reader mostly waits for its tier
 
 
 class LostChunkError(Exception):
-    """A chunk that was in the store and could not be read: damaged, or its tier failed."""
+    """A chunk is in the store, but could not be read: it is damaged, or its tier failed."""
 
     def __init__(self, key: str, cause: Exception) -> None:
         super().__init__(f"{type(cause).__name__}: {cause}")
@@ -66,7 +66,7 @@ def load_all(
     """
     slow = any(is_slow(chunk.tier) for chunk in chunks)
     reads = [(chunk, layer, k[layer], v[layer], trace) for layer in range(len(k)) for chunk in chunks]
-    if not slow:  # a copy within memory: threads cost more than they bring
+    if not slow:  # copies within memory: threads would cost more than they save
         for read in reads:
             read_into(*read)
         return
@@ -85,10 +85,10 @@ def place(
     start: Int[Array, ""],
     tokens: Int[Array, ""],
 ) -> KVCache:
-    """Writes a chunk that is on the device to its places in all layers' KV; its rows after `tokens` are padding."""
+    """Writes a chunk that is on the device into its places in all layers' KV; its rows from `tokens` on are padding."""
     keys = cached.k.shape[1]
     rows = jnp.arange(k.shape[1], dtype=jnp.int32)
-    places = jnp.where(rows < tokens, start + rows, keys)  # beyond the end: dropped
+    places = jnp.where(rows < tokens, start + rows, keys)  # padding goes beyond the end, and is dropped
     return KVCache(cached.k.at[:, places].set(k, mode="drop"), cached.v.at[:, places].set(v, mode="drop"))
 
 
@@ -106,7 +106,7 @@ def place_first(
 
 
 def _abandon(futures: Sequence[Future]) -> None:
-    """Cancels what has not begun and waits for the rest: nobody writes into the buffers any more."""
+    """Cancels reads that have not begun and waits for the others, after which nothing writes into the buffers."""
     for future in futures:
         future.cancel()
     wait(futures)
@@ -115,17 +115,18 @@ def _abandon(futures: Sequence[Future]) -> None:
 class LayerStream:
     """Layers of cached KV on their way to the device, in the order in which they are wanted.
 
-    Reading threads fill host buffers, as many layers ahead as there are; a transfer thread hands them to the device, at
-    most `device_layers` at a time. A layer is dropped from the device, and its host buffer filled again, when the step
-    that reads it is done, which a third thread waits for: the loop itself only waits for layers to arrive.
+    Reader threads fill the host buffers, as many layers ahead as there are buffers. A transfer thread copies layers to
+    the device, at most `device_layers` at a time. A third thread waits until the step that reads a layer is done, then
+    drops the layer from the device and has its host buffer filled again. The loop itself only waits for layers to
+    arrive.
 
     Args:
         chunks: what to load, and where.
-        layers: the layers wanted, in order; a layer may be wanted again.
+        layers: the layers wanted, in order; a layer may occur more than once.
         buffers: K and V on the host, each `[host_layers, keys, kv_heads, head_dim]`.
-        device_layers: the most layers of cached KV on the device.
-        put: hands arrays to the device.
-        readers, lanes: threads; `lanes` must have two to spare.
+        device_layers: how many layers of cached KV may be on the device.
+        put: puts arrays on the device.
+        readers, lanes: thread pools; `lanes` must have two free threads.
     """
 
     def __init__(
@@ -169,13 +170,13 @@ class LayerStream:
         return arrived
 
     def used_until(self, result: jax.Array) -> None:
-        """Says that the layer last taken is read by the step which computes `result`, and by nothing later."""
+        """Declares that the step which computes `result` reads the layer last taken, and that nothing later does."""
         assert self._current is not None
         self._in_use.put((self._turn, self._current, result, time.perf_counter()))
         self._current = None
 
     def close(self) -> None:
-        """Waits until no thread and no step uses the buffers."""
+        """Stops loading, and waits until no thread and no step uses the buffers."""
         self._closed = True
         self._in_use.put(None)
         self._room.release()

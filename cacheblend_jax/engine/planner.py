@@ -1,4 +1,4 @@
-"""From a prompt's layout to a prefill: by which executor and which programs it runs, and with what inputs."""
+"""From a prompt's layout to a prefill: which executor and which programs run it, and with what inputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXECUTORS = ("auto", "resident", "streamed")
 
 
 def choose_executor(setting: str, tiers: Collection[str]) -> str:
-    """Returns the executor of a prefill that loads from these tiers: the one place that decides it.
+    """Returns the executor of a prefill that loads from these tiers; only this function decides it.
 
     Where nothing is loaded there is nothing to stream. `"auto"` streams where a tier is slower than host memory.
     """
@@ -40,7 +40,7 @@ def choose_executor(setting: str, tiers: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans the prefills of one model under one blend configuration; `at` fixes the ratio of one that is automatic.
+    """Plans the prefills of one model under one blend configuration; `at` fixes an automatic ratio.
 
     Raises:
         CacheBlendError: the blend's check layer is not one of the model's.
@@ -60,7 +60,7 @@ class Planner:
 
     @property
     def check_layer(self) -> int:
-        """The blend's, or the model's own."""
+        """The blend's check layer, or else the model's own."""
         return self.config.check_layer if self.blend.check_layer is None else self.blend.check_layer
 
     def at(self, ratio: float) -> Planner:
@@ -72,9 +72,9 @@ class Planner:
         return mode == "blend" and self.blend.ratio > 0
 
     def plan(self, mode: str, length: int, exact: int, candidates: int) -> Plan:
-        """Plans a prompt of `length` tokens, so many of them exact and candidates.
+        """Plans a prompt of `length` tokens, given how many of them are exact, and candidates.
 
-        Where nothing is loaded every mode is full recompute.
+        Where nothing is loaded, every mode is full recompute.
         """
         if mode == "full" or exact == candidates == 0:
             return full_plan(self.config.num_layers, length, self.buckets)
@@ -120,9 +120,9 @@ class Planner:
     ) -> list[Plan]:
         """Returns every plan of prompts of up to `most` tokens whose chunks are all stored.
 
-        They have no stored prefix or one of `prefix_tokens`, perhaps with an exact chunk of up to `chunk_tokens` after
-        it, and a question of up to `suffix_tokens`. A plan changes only where a count passes from one bucket to the
-        next: those borders are all that is tried.
+        The prompts have no stored prefix or one of `prefix_tokens`, perhaps followed by an exact chunk of up to
+        `chunk_tokens`, and a question of up to `suffix_tokens`. A plan changes only where a count passes from one
+        bucket to the next, so only these borders are tried.
         """
         exact_ranges = {(0, 0), (prefix_tokens, prefix_tokens), (prefix_tokens, prefix_tokens + chunk_tokens)}
         lengths = [0, *buckets_up_to(self.buckets.length, most)]
@@ -135,7 +135,7 @@ class Planner:
                 if active < 1 or shortest > longest_here:
                     continue
                 counts = {count for count in {*suffixes, active} if count <= min(suffix_tokens, active)}
-                # Whether anything at all is exact may matter: the shortest prompt has the least of it.
+                # Whether any token is exact may matter: the shortest prompt has the fewest.
                 for length, suffix in itertools.product({shortest, longest_here}, counts):
                     candidates = 0 if mode in ("full", "prefix") else active - suffix
                     plans[self.plan(mode, length, length - active, candidates)] = None
@@ -151,7 +151,7 @@ class Planner:
 
 
 def _padding(plan: Plan) -> dict[str, Any]:
-    """Returns a request's fields, all of it padding."""
+    """Returns the fields of a request that is all padding."""
     active, forced = plan.active, plan.forced
     return {
         "token_ids": np.zeros(active, np.int32),
@@ -169,7 +169,7 @@ def _padding(plan: Plan) -> dict[str, Any]:
 
 
 def empty_request(plan: Plan) -> Request:
-    """Returns a request that is all padding: of the shapes that the plan's programs are compiled for."""
+    """Returns a request that is all padding, in the shapes that the plan's programs are compiled for."""
     return Request(**_padding(plan))
 
 

@@ -1,6 +1,6 @@
-"""One prefill: the chunks are placed and looked up, the controller decides, a plan is made, prepared and run.
+"""One prefill: places and looks up the chunks, asks the controller, then makes, prepares and runs a plan.
 
-What the store lacks is computed in place, and stored after the first token is out.
+Chunks that the store lacks are computed in place, and stored after the first token is out.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Prefiller:
         context_tokens, profile: see `Engine`.
 
     Attributes:
-        is_warm: whether programs were compiled in advance, so that a request which waits for the compiler is news, and
+        is_warm: whether programs were compiled in advance. Then a request that waits for the compiler is logged, and
             the controller considers only what is compiled.
     """
 
@@ -61,7 +61,7 @@ class Prefiller:
         self._model, self._store, self._executors, self._background = model, store, executors, background
         self._context_tokens, self._profile = context_tokens, profile
         self._estimator: Estimator | None = None
-        self._lock = threading.RLock()  # reentrant: the oracle's full prefill is a part of a prefill
+        self._lock = threading.RLock()  # reentrant: the oracle's full prefill is part of a prefill
         self.is_warm = False
 
     def place(self, tokenized: TokenizedPrompt, mode: str) -> list[PlacedChunk]:
@@ -77,8 +77,8 @@ class Prefiller:
     def prefill(
         self, tokenized: TokenizedPrompt, mode: str, planner: Planner, trace: Trace | None = None
     ) -> PrefillResult:
-        """Prefills a prompt in a mode, see `Engine.prefill`."""
-        self._model.compute_fingerprint()  # once a model: no part of any request
+        """Prefills a prompt in a mode; see `Engine.prefill`."""
+        self._model.compute_fingerprint()  # once per model, and not part of a request's time
         timer, lost = Timer(), set[str]()
         chunks = self.place(tokenized, mode)
         placed_s = timer.elapsed_s()
@@ -109,7 +109,7 @@ class Prefiller:
         timer: Timer,
         trace: Trace | None,
     ) -> tuple[Layout, PrefillResult]:
-        """Runs a prefill, with what of the store is not `lost`.
+        """Runs a prefill with the stored chunks that are not `lost`.
 
         Raises:
             LostChunkError: a chunk could not be read.
@@ -128,21 +128,21 @@ class Prefiller:
             with timer.stopped():
                 prepared = self._executors.prepare(plan, layout.loaded)
                 if self.is_warm and prepared.compile_s > 0:
-                    logger.warning("a request waited for the compiler: warm-up did not provide for %s", plan)
+                    logger.warning("a request waited for the compiler: warm-up did not cover %s", plan)
                 if plan.needs("oracle"):
                     self._add_oracle(plan, request, layout, tokenized, planner)
             run = self._executors.run(plan, request, layout.loaded, prepared, trace)
             return layout, self._result(mode, planner, layout, plan, run, timer, prepared.compile_s, decision, lost)
 
     def _decide(self, planner: Planner, length: int, chunks: Sequence[PlacedChunk], timer: Timer) -> Decision:
-        """Asks the controller for a request's ratio and what to load."""
-        with timer.stopped():  # a quick estimate is no part of any request
+        """Asks the controller for a request's ratio, and for what to load."""
+        with timer.stopped():  # a quick estimate is not part of the request's time
             estimator = self.estimator()
         stored = [chunk for chunk in chunks if chunk.stored is not None]
         return decide(estimator, planner, length, stored, self._executors.is_prepared if self.is_warm else None)
 
     def estimator(self) -> Estimator:
-        """Returns what the controller estimates delays from; made once, from the profile or by a quick estimate."""
+        """Returns what the controller estimates delays from; made once, from the profile or a quick estimate."""
         if self._estimator is None:
             profile, name = profile_for(self._model, self._store.directory, self._profile)
             ahead = (self._executors.host_layers, self._executors.prefetch_layers)
@@ -204,19 +204,19 @@ class Prefiller:
 
 
 class Timer:
-    """Measures a request without what is no part of it: compilation, the oracle."""
+    """Measures a request's time, leaving out compilation and the oracle, which are not part of it."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self.wait_s = 0.0
 
     def elapsed_s(self) -> float:
-        """Seconds since it was made."""
+        """Seconds since the timer was made, except while it was stopped."""
         return time.perf_counter() - self._began
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """The body takes no time."""
+        """Leaves out the time that the body takes."""
         began = time.perf_counter()
         try:
             yield

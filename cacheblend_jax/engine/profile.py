@@ -1,4 +1,4 @@
-"""Profiles: what a model's layers and a store's tiers were measured to take on a device, kept as JSON."""
+"""Profiles: the measured delays of a model's layers and a store's tiers on one device, kept as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cacheblend_jax.store import located
 
 logger = logging.getLogger(__name__)
 VERSION = 1
-ASSUMED_DISK = Tier("disk", 1e9, 1e-4)  # a solid-state disk behind checksums
+ASSUMED_DISK = Tier("disk", 1e9, 1e-4)  # a solid-state disk, checksums included
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,12 @@ class Profile:
     """The measured delays of one model on one device over one store.
 
     Attributes:
-        model: fingerprint.
+        model: its fingerprint.
         device: its kind, as JAX names it.
         store: the store's directory; empty for a store in memory.
-        tiers: by name; `transfer` is the way from host memory to the device.
-        fit: how well the estimators meet what they were fitted to.
+        tiers: by name.
+        transfer: from host memory to the device.
+        fit: how well the fitted estimates match the measurements.
     """
 
     model: str
@@ -63,7 +64,7 @@ class Profile:
         """Reads a profile.
 
         Raises:
-            CacheBlendError: the file cannot be read, or is no profile of this version.
+            CacheBlendError: the file cannot be read, or is not a profile of this version.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -83,18 +84,18 @@ class Profile:
 
 
 def device_kind(model: Model) -> str:
-    """The kind of device that the model is on, as JAX names it, and how many."""
+    """Returns the kind of device that the model is on, as JAX names it, and how many there are."""
     devices: list[Any] = list(model.placement.device_set)
     return f"{devices[0].device_kind} x {len(devices)}"
 
 
 def store_name(directory: Any) -> str:
-    """A store's name in profiles: its absolute path or URL; empty for a store in memory."""
+    """Returns a store's name in profiles: its absolute path or URL; empty for a store in memory."""
     return "" if directory is None else str(located(directory))
 
 
 def default_path(model: Model, directory: Any) -> Path:
-    """Where `calibrate` saves, and an engine looks for, the profile of a model, its device and a store."""
+    """Returns where `calibrate` saves, and an engine looks for, the profile of a model, its device and a store."""
     name = "\n".join((model.fingerprint, device_kind(model), store_name(directory)))
     return user_cache_path("cacheblend-jax") / "profiles" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
 
@@ -102,7 +103,7 @@ def default_path(model: Model, directory: Any) -> Path:
 def profile_for(model: Model, directory: Any, given: Profile | Path | str | None) -> tuple[Profile, str]:
     """Returns the profile to use, and its name: the one given, the one that `calibrate` saved, or a quick estimate.
 
-    One of another model, device or store is named in a warning and ignored.
+    A profile of another model, device or store is ignored, with a warning that names it.
 
     Raises:
         CacheBlendError: the given path cannot be read.
@@ -112,7 +113,7 @@ def profile_for(model: Model, directory: Any, given: Profile | Path | str | None
         profile, name = path, "the profile given"
     elif given is None and not Path(path).exists():
         profile, name = quick_profile(model, directory), "a quick built-in estimate"
-        logger.warning("no profile of this model, device and store: a quick estimate is used; `calibrate` makes one")
+        logger.warning("no profile of this model, device and store: a quick estimate is used; `calibrate` measures one")
         return profile, name
     else:
         profile, name = Profile.read(Path(path)), f"profile {path}"
@@ -131,7 +132,7 @@ def profile_for(model: Model, directory: Any, given: Profile | Path | str | None
 
 
 def quick_profile(model: Model, directory: Any) -> Profile:
-    """Estimates the delays from a matrix product and a copy: a second's work, right within a small factor."""
+    """Estimates the delays from a matrix product and a copy, in about a second; right within a small factor."""
     config = model.config
     size = 1024
     matrix = jax.device_put(jnp.ones((size, size), jnp.dtype(config.dtype)), model.placement)
@@ -145,7 +146,7 @@ def quick_profile(model: Model, directory: Any) -> Profile:
     key_bytes = 2 * kv_size * jnp.dtype(config.dtype).itemsize
     compute = ComputeModel(
         layer_s=2e-4,
-        key_s=4 * key_bytes / copied,  # read, rotated and written; on an accelerator less, but small there
+        key_s=4 * key_bytes / copied,  # read, rotated and written; too much for an accelerator, but small there
         projected_s=4 * config.hidden_size * kv_size / flops,
         attending_s=2 * config.hidden_size * (2 * q_size + 3 * config.intermediate_size) / flops,
         visible_s=4 * q_size / flops,
@@ -158,7 +159,7 @@ def quick_profile(model: Model, directory: Any) -> Profile:
 
 
 def _seconds_of(work: Callable[[], object], repeats: int = 3) -> float:
-    """The least of a few runs, after one that warms up."""
+    """Returns the seconds of the fastest of a few runs, after one that warms up."""
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()

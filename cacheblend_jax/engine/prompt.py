@@ -1,4 +1,4 @@
-"""Prompts as the parts that are tokenised apart: a prefix, reusable chunks, and a suffix; chat templates included."""
+"""Prompts in parts that are tokenised separately: prefix, reusable chunks, suffix; also from chat templates."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cacheblend_jax.errors import PromptError
 
 TextOrIds = str | Sequence[int] | np.ndarray
 
-# A fast tokenizer keeps how it treats special tokens as state that each call sets, and encodes without Python's lock.
-_encoding = threading.Lock()
+# A fast tokenizer encodes without holding the GIL, and how it treats special tokens is state that each call sets.
+_encoding_lock = threading.Lock()
 SYSTEM = "Answer the question from the passages."
 
 
@@ -23,7 +23,7 @@ class Prompt:
     """A RAG prompt: `prefix` (system prompt), `chunks` (retrieved texts, reused), `suffix` (question).
 
     Each part is text or token ids. Parts are tokenised separately and their ids concatenated, so that a chunk's ids
-    never depend on its neighbours. A text prefix, the empty one too, gets the tokenizer's own opening (BOS); token ids
+    never depend on its neighbours. A text prefix, even an empty one, gets the tokenizer's own opening (BOS); token ids
     are taken as they are, so `prefix=[]` is no prefix at all. Special tokens spelled out in chunk text stay plain
     text; in prefix and suffix they are recognised, since chat templates write them there.
     """
@@ -40,9 +40,9 @@ class Prompt:
     def to_answer(
         cls, tokenizer: Any, chunks: Sequence[str], question: str, *, system: str | None = None, separator: str = "\n\n"
     ) -> Prompt:
-        """Builds the prompt that asks `question` of `chunks`: by the tokenizer's chat template, or plainly without one.
+        """Builds the prompt that asks `question` about `chunks`: from the tokenizer's chat template, if it has one.
 
-        `system` is what stands before the chunks; `None`: the tokenizer's own (`system_text`), or a general one.
+        `system` is the text before the chunks; `None`: the tokenizer's own (`system_text`), or a general one.
         """
         if system is None:
             system = getattr(tokenizer, "init_kwargs", {}).get("system_text") or SYSTEM
@@ -65,9 +65,9 @@ class Prompt:
     ) -> Prompt:
         """Builds the prompt of one chat turn: a system message, then a user message of the chunks and the question.
 
-        The template is rendered once around a placeholder and split there. What stands before it is the prefix, what
-        comes after follows the question in the suffix; each chunk is followed by `separator`. A template that refuses
-        system messages gets the system text at the head of the user's message.
+        The template is rendered once around a placeholder and split there. The text before it is the prefix; the
+        text after it follows the question in the suffix. `separator` follows each chunk. If the template refuses system
+        messages, the system text begins the user's message.
 
         Raises:
             PromptError: the tokenizer has no chat template, or the template does not print the user's message once.
@@ -125,7 +125,7 @@ def tokenize_prompt(prompt: Prompt, tokenizer: Any, *, vocab_size: int, max_toke
 
     Raises:
         PromptError: the prompt is empty or longer than `max_tokens`, a chunk has no tokens, an id is not in the
-            vocabulary, or there is text and no tokenizer; the part is named.
+            vocabulary, or a part is text without a tokenizer. The message names the part.
     """
     tokenized = tokenize_parts(prompt, tokenizer, vocab_size)
     total = tokenized.token_ids.size
@@ -150,7 +150,7 @@ def check_length(total: int, max_tokens: int, what: str = "the prompt") -> None:
     """Raises `PromptError` where `total` tokens are more than the model takes."""
     if total > max_tokens:
         raise PromptError(
-            f"{what} has {total} tokens, the model takes at most {max_tokens}; use fewer or shorter chunks"
+            f"{what} has {total} tokens, but the model takes at most {max_tokens}; use fewer or shorter chunks"
         )
 
 
@@ -161,7 +161,7 @@ def _tokenize_prefix(prefix: TextOrIds, tokenizer: Any, vocab_size: int) -> np.n
     _require_tokenizer(tokenizer, "prefix")
     ids = encode(tokenizer, prefix, opening=True)
     plain = encode(tokenizer, prefix)
-    # Some tokenizers also close a text; a prefix goes on.
+    # Some tokenizers also append EOS, but the prompt goes on after its prefix.
     while ids and ids[-1] == tokenizer.eos_token_id and (not plain or plain[-1] != tokenizer.eos_token_id):
         ids.pop()
     return _checked(ids, "prefix", vocab_size)
@@ -194,7 +194,7 @@ def encode(tokenizer: Any, text: str, *, plain: bool = False, opening: bool = Fa
     Safe to use from several threads.
     """
     as_text = {"split_special_tokens": True} if plain else {}
-    with _encoding:
+    with _encoding_lock:
         return list(tokenizer.encode(text, add_special_tokens=opening, **as_text))
 
 

@@ -14,26 +14,26 @@ from cacheblend_jax.model.kv_cache import KVCache
 
 @dataclass(frozen=True)
 class PrefillStats:
-    """What a prefill did. Times are seconds of wall clock.
+    """What a prefill did. Times are in wall-clock seconds.
 
     Attributes:
         ttft_s: from token ids on the host to the first output token id on the host; loading and waiting included,
-            compilation not.
-        host_s: of it, lookup, layout and everything else on the host but `load_s` and `wait_s`.
-        load_s: of it, assembling the stored KV and handing it to the device; where it is streamed, only what the
-            prefill waited for: loading that is not hidden behind computation.
-        compile_s: spent compiling before the prefill could run; 0 once warm.
-        hits, misses: chunks found in the store, and not.
+            compilation excluded.
+        host_s: the part of `ttft_s` for lookup, layout and everything else on the host except `load_s` and `wait_s`.
+        load_s: the part of `ttft_s` for assembling the stored KV and transferring it to the device; if streamed, only
+            the part that the prefill waited for, as computation did not hide it.
+        compile_s: time spent compiling before the prefill could run; 0 once warm.
+        hits, misses: chunks found in the store, and not found.
         exact: tokens whose stored KV is exact at its place: never recomputed.
-        candidates: tokens whose stored KV is not.
+        candidates: tokens whose stored KV is not exact at its place.
         forced: tokens computed at every layer.
         recompute_ratio: candidates computed afresh / candidates, mean over the layers after the check layer.
         flops: floating-point operations of the useful work (see `prefill_flops`).
         peak_memory_bytes: device memory that the prefill's program takes, weights and KV included.
         executor: `"resident"` or `"streamed"`.
-        damaged: chunks that were in the store, could not be read, and were computed instead.
-        decision: the controller's, where it chose the ratio.
-        wait_s: of `ttft_s`, waiting for the engine's other requests, and for chunks that were just being stored.
+        damaged: chunks that were in the store, but could not be read and were computed instead.
+        decision: the controller's decision, if it chose the ratio.
+        wait_s: the part of `ttft_s` spent waiting for other requests of the engine, and for chunks being stored.
     """
 
     mode: str
@@ -66,7 +66,7 @@ class PrefillResult:
     """A prefilled prompt, ready to decode.
 
     Attributes:
-        logits: float32 `[vocab]`, of the next token.
+        logits: float32 `[vocab]`, the next token's.
         token_ids: int32 `[tokens]`.
         next_token: the likeliest next token.
         stats: what was done, and how long it took.
@@ -99,7 +99,7 @@ class PrefillResult:
 
 @dataclass(frozen=True)
 class GenerateStats:
-    """The prefill's stats, and decoding's: tokens after the first, and seconds a token (0 where there is none)."""
+    """Statistics of the prefill and of decoding: tokens after the first, and seconds per token (0 without any)."""
 
     prefill: PrefillStats
     decoded: int
@@ -114,7 +114,7 @@ class GenerateStats:
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer. `text` is empty without a tokenizer; `token_ids` leaves the stop token out."""
+    """An answer. `text` is empty without a tokenizer; `token_ids` excludes the stop token."""
 
     text: str
     token_ids: list[int]

@@ -1,4 +1,4 @@
-"""What is compiled before the first request: the programs of all prompts within given sizes."""
+"""Warm-up: compiles, before the first request, the programs of all prompts within given sizes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from cacheblend_jax.model.model import Model
 
 @dataclass(frozen=True)
 class Sizes:
-    """Up to which sizes, see `Engine.warmup`.
+    """The sizes that warm-up covers; see `Engine.warmup`.
 
     Raises:
-        CacheBlendError: one that makes no sense.
+        CacheBlendError: an unknown mode, or a size that is too small or not a whole number.
     """
 
     max_tokens: int
@@ -32,7 +32,7 @@ class Sizes:
 
     def __post_init__(self) -> None:
         if unknown := [mode for mode in self.modes if mode not in MODES]:
-            raise CacheBlendError(f"unknown mode {unknown[0]!r}; expected among {', '.join(MODES)}")
+            raise CacheBlendError(f"unknown mode {unknown[0]!r}; expected one of {', '.join(MODES)}")
         least = {"max_tokens": 1, "prefix_tokens": 0, "suffix_tokens": 1, "chunk_tokens": 0, "max_new_tokens": 1}
         for name, smallest in least.items():
             value = getattr(self, name)
@@ -48,7 +48,7 @@ def compile_tasks(
     buckets: Buckets,
     context_tokens: int | None,
 ) -> list[Callable[[], object]]:
-    """Returns the calls that compile all programs of those sizes, each some of them; they may run at the same time.
+    """Returns calls that together compile all programs of those sizes; they may run at the same time.
 
     Raises:
         CacheBlendError: `max_tokens` is beyond the model's maximum.

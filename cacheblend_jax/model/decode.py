@@ -1,4 +1,4 @@
-"""Decoding after a prefill: one token through the layers over a growing cache, and how the next one is drawn."""
+"""Decoding after a prefill: runs one token through the layers over a growing cache, and draws the next one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def sample(
     rank = jnp.arange(vocab_size)
     ranked = jnp.where(rank < jnp.where(top_k == 0, vocab_size, top_k), ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked)
-    # A token stays if those before it do not reach top_p by themselves: the first one always stays.
+    # A token stays unless the likelier ones reach top_p without it; the first one always stays.
     before = jnp.cumsum(probabilities) - probabilities
     ranked = jnp.where((before < top_p) | (rank == 0), ranked, -jnp.inf)
     return order[jax.random.categorical(key, ranked)].astype(jnp.int32)

@@ -23,19 +23,19 @@ class LayerKV:
 class KVCache:
     """All layers' keys and values, each `[layers, keys, kv_heads, head_dim]`.
 
-    Keys are rotated to their positions in what a prefill returns and decoding extends, before RoPE in what a store
-    keeps.
+    What a prefill returns and decoding extends has keys rotated to their positions; what a store keeps has keys before
+    RoPE.
     """
 
     k: Float[Array, "layers keys kv_heads head_dim"]
     v: Float[Array, "layers keys kv_heads head_dim"]
 
     def layer(self, index: Int[Array, ""] | int) -> LayerKV:
-        """Returns one layer's; `index` may be traced."""
+        """Returns one layer's KV; `index` may be traced."""
         return LayerKV(*(lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.k, self.v)))
 
     def with_layer(self, index: Int[Array, ""] | int, layer: LayerKV) -> KVCache:
-        """Returns the cache with one layer's replaced; in place where the cache is donated or needed no more."""
+        """Returns the cache with one layer's KV replaced, in place if the cache is donated or not needed any more."""
         return KVCache(
             lax.dynamic_update_index_in_dim(self.k, layer.k, index, 0),
             lax.dynamic_update_index_in_dim(self.v, layer.v, index, 0),

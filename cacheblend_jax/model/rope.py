@@ -69,5 +69,5 @@ def rope_tables(config: ModelConfig, num_positions: int) -> tuple[jax.Array, jax
     frequencies, attention_factor = inverse_frequencies(config.rope, config.head_dim)
     angles = np.arange(num_positions, dtype=np.float32)[:, None] * frequencies[None, :]
     factor = np.float32(attention_factor)
-    with jax.ensure_compile_time_eval():  # first asked for inside a trace, they are kept for all others too
+    with jax.ensure_compile_time_eval():  # the cache must hold arrays even when first called inside a trace
         return jnp.asarray(np.cos(angles) * factor), jnp.asarray(np.sin(angles) * factor)

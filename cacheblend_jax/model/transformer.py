@@ -1,7 +1,7 @@
 """The one definition of the decoder layer, and the pure functions over its stacked state that everything runs.
 
 `nnx` modules declare parameters, initialisers, names and sharding; they are split once into a static graph definition
-and a state whose leaves are stacked `[layers, …]`, and a layer is put together again at trace time only.
+and a state whose leaves are stacked `[layers, …]`. A layer is merged again at trace time only.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Embedder(nnx.Module):
-    """What stands around the layers: token embedding, final norm, and the projection to logits (tied or not)."""
+    """What surrounds the layers: token embedding, final norm, and the projection to logits (tied or not)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
@@ -130,7 +130,7 @@ class Embedder(nnx.Module):
             )
 
     def embed(self, token_ids: Int[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
-        """Looks the tokens' embeddings up."""
+        """Looks up the tokens' embeddings."""
         return self.embedding[...][token_ids]
 
     def logits(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
@@ -154,12 +154,12 @@ def _graph(module: Callable[..., nnx.Module], config: ModelConfig) -> _Graph:
 
 
 def embedder(params: Params, config: ModelConfig) -> Embedder:
-    """Puts the embedder together (at trace time)."""
+    """Merges the embedder (at trace time)."""
     return nnx.merge(_graph(Embedder, config).definition, nnx.State(params.embedder))
 
 
 def layer_at(params: Params, config: ModelConfig, index: Int[Array, ""] | int) -> DecoderLayer:
-    """Puts layer `index`, traced or not, together (at trace time)."""
+    """Merges layer `index`, traced or not (at trace time)."""
     state = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), params.layers)
     return nnx.merge(_graph(DecoderLayer, config).definition, nnx.State(state))
 
@@ -167,12 +167,11 @@ def layer_at(params: Params, config: ModelConfig, index: Int[Array, ""] | int) -
 def scan_layers(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: range) -> tuple[Any, Any]:
     """`lax.scan` over layer indices: `carry, y = step(carry, index)` for each; returns the carry and the stacked ys.
 
-    A single layer is no loop: its index stays a constant. For a GPU all layers are written out. There, weights that a
-    loop takes out of their stacks are copied before they are multiplied (of a Llama 3 8B 0.44 GB a layer, which the
-    blend at r = 0.15 needs a tenth of its time for), while matrix products read a slice at an index that the compiler
-    knows where it lies.
+    A single layer is not a loop: its index stays a constant. For a GPU all layers are written out. There, a loop copies
+    the weights that it takes out of their stacks before it multiplies them (0.44 GB per layer of a Llama 3 8B, a tenth
+    of the blend's time at r = 0.15), while matrix products read a slice in place where its index is a constant.
     """
-    if not layers:  # an empty loop would be compiled all the same
+    if not layers:  # even an empty loop would be compiled
         return carry, None
     if current_target().platform != "gpu" and len(layers) > 1:
         return lax.scan(step, carry, jnp.arange(layers.start, layers.stop, dtype=jnp.int32))
@@ -248,7 +247,7 @@ def layer_starts(config: ModelConfig, index: Int[Array, ""] | int, positions: In
 
 
 class Attended(NamedTuple):
-    """What the second half of a layer step gives: the rows after it, and its attention as seen from outside."""
+    """What the second half of a layer step computes: the rows after it, and what describes its attention."""
 
     rows: Rows
     q: Float[Array, "rows heads head_dim"]  # rotated

@@ -1,4 +1,4 @@
-"""What is to be finished before a process ends: flushed while threads can still work."""
+"""Work to finish before the process ends, flushed while threads can still run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Flushable(Protocol):
-    """What finishes its work when told to."""
+    """An object that can finish its pending work."""
 
     def flush(self) -> None:
-        """Waits until all is done."""
+        """Waits until all work is done."""
 
 
 _unfinished: weakref.WeakSet[Flushable] = weakref.WeakSet()
-if hasattr(os, "register_at_fork"):  # a forked process has them, and not their threads
+if hasattr(os, "register_at_fork"):  # a forked process inherits the objects, but not their threads
     os.register_at_fork(after_in_child=_unfinished.clear)
 
 
 def flush_before_exit(work: Flushable) -> None:
-    """Has `work` flushed when the process ends cleanly."""
+    """Registers `work` to be flushed when the process ends cleanly."""
     _unfinished.add(work)
 
 
@@ -40,10 +40,10 @@ def _flush_all() -> None:
     for work in list(_unfinished):
         try:
             work.flush()
-        except Exception:  # the others are to be finished all the same
-            logger.exception("what was to be finished before the end could not be")
+        except Exception:  # the others must be finished all the same
+            logger.exception("pending work could not be finished before exit")
 
 
-# `atexit` runs too late: by then no thread pool takes work any more, and Orbax needs some. `_register_atexit` is what
-# the standard library's own pools use.
+# `atexit` runs too late: by then no thread pool accepts work, and Orbax needs one. The standard library's own pools use
+# `_register_atexit`, too.
 getattr(threading, "_register_atexit", atexit.register)(_flush_all)

@@ -1,4 +1,4 @@
-"""Host buffers that a device can take over without a copy, and that are used again from request to request."""
+"""Host buffers that a CPU device can take over without a copy, and that are reused from request to request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-ALIGNMENT = 64  # bytes; what XLA's CPU client asks of a buffer that it uses in place
+ALIGNMENT = 64  # bytes; XLA's CPU client requires it of a buffer that it uses in place
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -18,17 +18,17 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 class HostBuffers:
-    """A pair of host buffers, for K and V, that grow and are used again.
+    """A pair of host buffers, for K and V, that grow as needed and are reused.
 
-    Rows that nothing was put into hold what an earlier request left there (at first zeros): finite, and never read
-    into a result.
+    Rows that a request does not write hold what an earlier one left there (at first zeros): finite values that never
+    reach a result.
     """
 
     def __init__(self, dtype: np.dtype) -> None:
         self._k, self._v = (aligned_empty((0,), dtype) for _ in range(2))
 
     def arrays(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns K's and V's buffer, aligned so that a CPU device takes them over as they are."""
+        """Returns the buffers of K and V, aligned so that a CPU device takes them over without a copy."""
         size = math.prod(shape)
         if self._k.size < size:
             self._k, self._v = (aligned_empty((size,), self._k.dtype) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Functions as compiled programs: made for the shapes they meet, counted, and dropped where no more can be mapped."""
+"""Functions compiled for the shapes they meet; programs are counted, and dropped where no more can be mapped."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ logger = logging.getLogger(__name__)
 COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     # On CPUs with AVX-512 XLA prefers 256-bit vectors; 512 bits make attention 7 % faster.
     "cpu": {"xla_cpu_prefer_vector_width": "512"},
-    # XLA would join the products with the weights of queries, keys and values, and copy the weights to do so.
+    # XLA would merge the products with the weights of queries, keys and values, and copy the weights to do so.
     "gpu": {"xla_gpu_dot_merger_threshold_mb": "0"},
 }
-MAPPED_SHARE = 0.75  # of the memory regions that the kernel lets a process map
+MAX_MAPPED_SHARE = 0.75  # of the memory regions that the kernel lets a process map
 EVICTED_AT_ONCE = 8
-KEPT = 16  # the programs used last: a request that compiles one more needs its others, too
-MOST_REGIONS, REGIONS = Path("/proc/sys/vm/max_map_count"), Path("/proc/self/maps")
+MIN_KEPT = 16  # the programs used last stay: a request that compiles one more needs its others, too
+MAX_REGIONS_FILE, REGIONS_FILE = Path("/proc/sys/vm/max_map_count"), Path("/proc/self/maps")
 
-_lock = threading.Lock()  # of all runners' programs
-_cpu_runners: weakref.WeakSet[Runner] = weakref.WeakSet()  # the limit of mapped regions is one for the whole process
+_lock = threading.Lock()  # guards the programs of all runners
+_cpu_runners: weakref.WeakSet[Runner] = weakref.WeakSet()  # the limit of mapped regions holds for the whole process
 _uses = itertools.count()
-_drops = 0  # times that programs were dropped in this process
+_drops = 0  # how often programs were dropped in this process
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What it took to have a loop's programs ready.
+    """The cost of having a loop's programs ready.
 
     Attributes:
-        compile_s: seconds that this caller waited for compilation; 0 where all was ready.
-        peak_memory_bytes: the most device memory that one of the programs takes by the compiler's account: arguments,
+        compile_s: seconds that this caller waited for compilation; 0 if all were ready.
+        peak_memory_bytes: the most device memory that any of the programs takes, as the compiler counts it: arguments,
             results and temporaries.
     """
 
@@ -55,7 +55,7 @@ class Runner:
     """Runs functions of arrays as programs compiled for the shapes that they meet.
 
     `runner(function, *arrays, donate=…, **static)` is `function(*arrays, **static)`, compiled the first time that the
-    function meets arrays of such structure, shapes, dtypes and placements with such static arguments. Given a
+    function meets this combination of structure, shapes, dtypes, placements and static arguments. Given a
     `jax.ShapeDtypeStruct` among the arrays, it compiles and returns the shapes of the results: a loop over programs,
     run over shapes, compiles all of them and computes nothing. A `numpy` array stands for one on the host.
 
@@ -66,8 +66,8 @@ class Runner:
         placement: where results go on a mesh: replicated or split as this sharding says. On a single device they stay
             where they are.
         platform: `"cpu"`, `"gpu"` or `"tpu"`, which the programs run on. A program for a CPU maps up to a thousand
-            regions of memory, and Linux lets a process map 65,530 of them: there, the least recently used programs of
-            the process, whichever runner they belong to, make room for new ones.
+            regions of memory, and Linux lets a process map 65,530 of them. So, on a CPU, the least recently used
+            programs of the process, from any of its runners, are dropped to make room for new ones.
     """
 
     def __init__(self, platform: str, placement: jax.sharding.Sharding | None = None) -> None:
@@ -103,16 +103,16 @@ class Runner:
         return self._count
 
     def texts(self) -> list[str]:
-        """Returns the compiled programs' HLO: what really runs, buffers and all."""
+        """Returns the optimised HLO of the compiled programs: what runs, with its buffers."""
         return [entry.program.result().run.as_text() for entry in list(self._entries.values())]
 
     def prepare(self, name: Hashable, loop: Callable[[Callable[..., Any]], object]) -> Prepared:
-        """Has every program of a loop ready.
+        """Compiles the programs of a loop that are not ready.
 
         Args:
-            name: what tells this loop and its shapes from others. A loop that was prepared is not run again, unless
-                programs were dropped since.
-            loop: runs over shapes; called with what it is to call in place of this runner.
+            name: identifies this loop and its shapes. A loop that was prepared is not run again, unless programs were
+                dropped since.
+            loop: runs over shapes; called with a stand-in for this runner.
         """
         known, drops = self._prepared.get(name, (None, -1))
         if known is not None and drops == _drops:
@@ -138,7 +138,7 @@ class Runner:
     ) -> tuple[_Program, float]:
         """Returns the program, and the seconds that this caller waited for its compilation."""
         shapes = tuple(map(_shape_of, leaves))
-        # A kernel is chosen while a function is traced: what the environment asked for then is part of the program.
+        # A kernel is chosen while a function is traced, so the environment's override is part of the key.
         key = (function, donate, tuple(sorted(static.items())), structure, shapes, implementation_override())
         with _lock:
             entry = self._entries.get(key)
@@ -170,7 +170,7 @@ class Runner:
 
 
 class _Recorder:
-    """Stands in for a runner while a loop runs over shapes: adds up what its programs take."""
+    """Stands in for a runner while a loop runs over shapes; records compile time and peak memory."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -197,21 +197,21 @@ class _Program:
 class _Entry:
     key: Hashable
     program: Future[_Program] = field(default_factory=Future)
-    used: int = 0  # when last, by `_uses`
+    used: int = 0  # its last use, numbered by `_uses`
 
 
 def shapes_of(tree: Any, placement: jax.sharding.Sharding | None = None) -> Any:
-    """Returns the shapes and dtypes of a tree of arrays, as arrays placed there would have them."""
+    """Returns a tree of arrays as `jax.ShapeDtypeStruct`s with that placement."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement), tree)
 
 
 def _shape_of(leaf: Any) -> Hashable:
-    """Returns what a program is compiled for: shape, dtype, and where the array is; `None` for one on the host."""
+    """Returns what a program depends on: an array's shape, dtype, placement (`None`: on the host) and weak type."""
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.shape, leaf.dtype, None, False
     sharding = leaf.sharding
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
-        (sharding,) = sharding.device_set  # however its memory is spelled
+        (sharding,) = sharding.device_set  # however its memory kind is written
     return leaf.shape, leaf.dtype, sharding, leaf.weak_type
 
 
@@ -221,7 +221,7 @@ def _without_layout(shape: Any) -> jax.ShapeDtypeStruct:
 
 def _make_room() -> None:
     """Drops the process's least recently used programs while it has mapped nearly all the regions that it may."""
-    while mapped_share() > MAPPED_SHARE:
+    while mapped_share() > MAX_MAPPED_SHARE:
         dropped = _drop_oldest()
         if not dropped:
             return
@@ -230,12 +230,12 @@ def _make_room() -> None:
 
 
 def _drop_oldest() -> int:
-    """Drops some programs; returns how many. They are freed when it returns."""
+    """Drops some programs and returns how many. They have been freed by then."""
     global _drops
     with _lock:
         made = [(entry, where._entries) for where in _cpu_runners for entry in where._entries.values()]
         made = [(entry, entries) for entry, entries in made if entry.program.done()]
-        oldest = sorted(made, key=lambda each: each[0].used)[:-KEPT][:EVICTED_AT_ONCE]
+        oldest = sorted(made, key=lambda each: each[0].used)[:-MIN_KEPT][:EVICTED_AT_ONCE]
         for entry, entries in oldest:
             del entries[entry.key]
         _drops += bool(oldest)
@@ -246,13 +246,13 @@ def _drop_oldest() -> int:
 def _warn_of_drops() -> None:
     logger.warning(
         "from now on, the least recently used compiled programs are dropped: this process has mapped nearly as many "
-        "regions of memory as it may; raise vm.max_map_count, or use fewer programs (length_buckets)"
+        "regions of memory as the system allows; raise vm.max_map_count, or use fewer programs (length_buckets)"
     )
 
 
 @cache
 def compiler_options(platform: str) -> dict[str, str | bool]:
-    """Returns the platform's compiler options; none where XLA no longer knows them: they only make programs faster."""
+    """Returns the platform's compiler options; none if XLA no longer knows them: they only affect speed."""
     options = COMPILER_OPTIONS.get(platform)
     if options is None:
         return {}
@@ -265,10 +265,10 @@ def compiler_options(platform: str) -> dict[str, str | bool]:
 
 
 def mapped_share() -> float:
-    """Returns the regions of memory that this process has mapped as a share of what it may; 0 where none is known."""
+    """Returns the share of its allowed memory regions that this process has mapped; 0 where that is unknown."""
     try:
-        most = int(MOST_REGIONS.read_text())
-        with REGIONS.open("rb") as mapped:
+        most = int(MAX_REGIONS_FILE.read_text())
+        with REGIONS_FILE.open("rb") as mapped:
             return sum(1 for _ in mapped) / most
     except (OSError, ValueError):
         return 0.0

@@ -1,4 +1,4 @@
-"""What happened when in a prefill: spans in lanes, as a Chrome trace and as a picture, so that overlap can be seen."""
+"""A prefill's timeline: spans in lanes, saved as a Chrome trace or as a picture that shows their overlap."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from cacheblend_jax.errors import CacheBlendError
 
-LANES = ("host", "transfer", "compute")  # after those of tiers slower than host memory
+LANES = ("host", "transfer", "compute")  # they follow the lanes of tiers slower than host memory
 COLOURS = {"host": "C0", "transfer": "C1", "compute": "C2"}
 SLOW_TIER_COLOUR = "C7"
 
@@ -35,7 +35,7 @@ class Trace:
     """Collects spans from several threads. Lanes: slower tiers by name (`disk`), then `host`, `transfer`, `compute`.
 
     Args:
-        clock: seconds now; spans that are added must use the same one.
+        clock: returns the time in seconds; spans that are added must use the same clock.
     """
 
     clock: Callable[[], float] = time.perf_counter
@@ -53,25 +53,24 @@ class Trace:
         self.spans.append(Span(lane, name, layer, began, ended, threading.get_ident()))
 
     def lanes(self) -> list[str]:
-        """The lanes' names, those of slower tiers first."""
+        """Returns the lanes' names, those of slower tiers first."""
         return [*sorted({span.lane for span in self.spans} - {*LANES}), *LANES]
 
     def lane(self, lane: str) -> list[Span]:
-        """The lane's spans in the order of their beginnings."""
+        """Returns the lane's spans in order of their start."""
         return sorted((span for span in self.spans if span.lane == lane), key=lambda span: span.began)
 
     def overlap_s(self, one: str, other: str) -> float:
-        """Seconds during which both lanes were at work."""
+        """Returns the seconds during which both lanes were busy."""
         ours, theirs = _union(self.lane(one)), _union(self.lane(other))
         return sum(max(min(a[1], b[1]) - max(a[0], b[0]), 0.0) for a in ours for b in theirs)
 
     def to_chrome(self) -> dict[str, Any]:
-        """The trace in the Trace Event Format, which Perfetto and chrome://tracing open: one process a lane.
+        """Returns the trace in the Trace Event Format, for Perfetto and chrome://tracing: one process per lane.
 
-        Within a lane, threads that work at the same time have rows of their own. Times are microseconds from the
-        first span on.
+        Within a lane, each thread has a row of its own. Times are microseconds since the start of the first span.
 
-        Source: "Trace Event Format", the JSON of Chrome's tracing, complete (`X`) and metadata (`M`) events.
+        Source: "Trace Event Format" of Chrome's tracing; complete (`X`) and metadata (`M`) events.
         """
         zero = min((span.began for span in self.spans), default=0.0)
         events: list[dict[str, Any]] = []
@@ -97,7 +96,7 @@ class Trace:
         try:
             path.write_text(json.dumps(self.to_chrome()) + "\n", encoding="utf-8")
         except OSError as error:
-            raise CacheBlendError(f"cannot write --trace {path}: {error.strerror}; choose another path") from error
+            raise CacheBlendError(f"cannot write the trace {path}: {error.strerror}; choose another path") from error
 
     def save_picture(self, path: Path, title: str = "") -> None:
         """Draws the lanes over time into a PNG.
@@ -136,7 +135,7 @@ def _metadata(name: str, process: int, thread: int, arguments: dict[str, Any]) -
 
 
 def _union(spans: list[Span]) -> list[tuple[float, float]]:
-    """The times at which any of the spans (in the order of their beginnings) was at work."""
+    """Returns the intervals covered by any of the spans, which are in order of their start."""
     merged: list[tuple[float, float]] = []
     for span in spans:
         if merged and span.began <= merged[-1][1]:
@@ -147,7 +146,7 @@ def _union(spans: list[Span]) -> list[tuple[float, float]]:
 
 
 def _draw_span(axis: Any, row: int, span: Span, zero: float) -> None:
-    """A bar; layers alternate between two shades, and those of the compute lane carry their number."""
+    """Draws a bar; layers alternate between two shades, and those of the compute lane show their number."""
     began, milliseconds = (span.began - zero) * 1e3, (span.ended - span.began) * 1e3
     shade = 0.9 if span.layer % 2 == 0 else 0.55
     axis.barh(

@@ -1,4 +1,4 @@
-"""Plans: padding, stages, and the budget that they share out."""
+"""Plans: padding, stages, and the budget shared among them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selectors: what they measure, against direct computation, and what they choose."""
+"""Selectors: what they measure, checked against direct computation, and what they choose."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_deviation_weighs_k_and_v_alike():
 
 
 def test_selectors_serve_sliding_windows():
-    # Only that the window reaches the cross mass: what a query cannot see is no attention to others.
+    # Checks only that the window reaches the cross mass: a query pays no attention to chunks that it cannot see.
     model = family_model("mistral")
     engine = fresh_engine("mistral", 0.2, "cross")
     prompt = the_prompt()

@@ -1,4 +1,4 @@
-"""What requests leave for later: nobody waits behind others' chunks, exits lose nothing, failures are told of."""
+"""Background work: no request waits behind others' chunks, exits lose nothing, failures are logged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import cacheblend_jax as cb
 
 @pytest.fixture
 def slow_storing(monkeypatch):
-    """An engine whose missing chunks are stored when the test says so."""
+    """An engine that stores missing chunks only once the test allows it."""
     go_on = threading.Event()
     engine = cb.Engine(family_model("llama3"))
     compute = engine._background._standalone
@@ -136,7 +136,7 @@ def test_a_failing_promotion_is_told_of_and_one_without_room_is_left(tmp_path, m
         engine.prefill(prompt)
         engine.flush()
         assert len(tried) == 5
-        assert "could not be brought into a faster tier" in caplog.text
+        assert "could not be promoted to a faster tier" in caplog.text
         monkeypatch.setattr(store, "host_bytes", 500)
         engine.prefill(prompt)
         engine.flush()

@@ -1,4 +1,4 @@
-"""The controller: its estimates, what it chooses, and profiles and their mix-ups."""
+"""The controller: its estimates, its choices, and its profiles, wrong ones included."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.profile import default_path, device_kind, profile_for, store_name
 
 CONFIG = FAMILIES["llama3"]
-ROW_S = 1e-4  # of a row that goes on: all that computing costs in these tests
+ROW_S = 1e-4  # per row that goes on: the only cost of computing in these tests
 COMPUTE = ComputeModel(0.0, 0.0, 0.0, ROW_S, 0.0)
 CHUNK_BYTES = 512 * CONFIG.num_layers * 100
 LENGTH = 1024 + 32
@@ -28,7 +28,7 @@ LENGTH = 1024 + 32
 
 @dataclasses.dataclass
 class Handle:
-    """A stored chunk that only says what it is."""
+    """A stored chunk with a size and a tier, but no KV."""
 
     num_tokens: int
     num_bytes: int
@@ -77,7 +77,7 @@ def recompute_s(ratio):
 
 
 def load_at(seconds):
-    """A tier that loads both chunks in so many seconds."""
+    """An estimator whose tier loads both chunks in `seconds`."""
     return estimator(2 * CHUNK_BYTES / seconds)
 
 
@@ -94,7 +94,7 @@ def test_a_layers_time_follows_the_rows_it_computes():
     assert layer_sizes(full)[0] == (1, full.cache_length, full.active, full.active, full.active * full.cache_length / 2)
 
 
-@pytest.mark.parametrize("ratio", AUTO_RATIOS[1:-2])  # above, computing one chunk and loading the other wins
+@pytest.mark.parametrize("ratio", AUTO_RATIOS[1:-2])  # above these, computing one chunk and loading the other wins
 def test_the_ratio_is_the_highest_that_loading_hides(ratio):
     decision = decide(load_at(recompute_s(ratio) * 1.001), planner(), LENGTH, CHUNKS)
     assert (decision.ratio, decision.bound, decision.computed_chunks) == (ratio, "load", 0)
@@ -208,10 +208,10 @@ def test_the_cheapest_tier_that_hides():
         (lambda: cb.engine.Tier("ssd", 1.0, 0.0, -1.0), "price_per_gb_month must be at least 0"),
         (lambda: cb.engine.cheapest_tier([], 1, 1), "the list of tiers is empty"),
         (lambda: cb.engine.cheapest_tier([cb.engine.Tier("ssd", 1.0)], 1, 1), "tier 'ssd' has no price"),
-        (lambda: cb.BlendConfig("auto", auto_ratios=()), "auto_ratios must be some in"),
-        (lambda: cb.BlendConfig("auto", auto_ratios=(0.5, 1.5)), "auto_ratios must be some in"),
-        (lambda: cb.BlendConfig("auto", auto_ratios=(0.0, 0.5)), "auto_ratios must be some in"),
-        (lambda: cb.BlendConfig("auto", auto_ratios=(0.5, 0.3)), "auto_ratios must ascend"),
+        (lambda: cb.BlendConfig("auto", auto_ratios=()), "auto_ratios must be ratios in"),
+        (lambda: cb.BlendConfig("auto", auto_ratios=(0.5, 1.5)), "auto_ratios must be ratios in"),
+        (lambda: cb.BlendConfig("auto", auto_ratios=(0.0, 0.5)), "auto_ratios must be ratios in"),
+        (lambda: cb.BlendConfig("auto", auto_ratios=(0.5, 0.3)), "auto_ratios must be ascending"),
         (lambda: cb.BlendConfig("much"), r"recompute_ratio must be in \[0, 1\], got 'much'; 'auto' lets"),
         (
             lambda: cb.Engine(family_model("llama3"), blend="fast"),
@@ -234,7 +234,7 @@ def profile(model, directory=None, changes=()):
 
 
 def balanced_bytes_per_s(ratio, prefix, chunks, suffix):
-    """Throughput at which loading takes a tenth longer than recomputing at that ratio (in one stage)."""
+    """Returns the throughput at which loading takes a tenth longer than recomputing at that ratio (in one stage)."""
     planner = Planner(CONFIG, cb.BlendConfig(ratio, num_stages=1))
     plan = planner.plan("blend", prefix + chunks + suffix, prefix, chunks)
     token_bytes = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4

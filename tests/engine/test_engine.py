@@ -1,4 +1,4 @@
-"""The engine: generation, misses, several threads, warm-up, and one clear error for what makes no sense."""
+"""The engine: generation, misses, several threads, warm-up, and one clear error for each bad call."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ def test_chosen_buckets_change_programs_and_not_answers():
 
 
 def test_warm_up_provides_for_exact_first_chunks_missing_ones_and_decoding(caplog):
-    """No prefix: the first chunk is exact, and as many tokens less are active as it has."""
+    """Without a prefix the first chunk is exact, and its tokens are not active."""
     engine = cb.Engine(cb.model.random_model(FAMILIES["llama3"], seed=9))
     engine.warmup(128, suffix_tokens=7, chunk_tokens=40, max_new_tokens=3)
     count = engine.model.runner.count
@@ -304,7 +304,7 @@ def test_warm_up_provides_for_exact_first_chunks_missing_ones_and_decoding(caplo
     assert engine.model.runner.count == count
     assert not caplog.records
     assert engine.prefill(random_prompt(4, (200,), 0)).stats.compile_s > 0
-    assert "warm-up did not provide for Plan(" in caplog.text
+    assert "warm-up did not cover Plan(" in caplog.text
 
 
 def test_a_request_may_choose_its_own_blend():

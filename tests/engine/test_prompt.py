@@ -1,4 +1,4 @@
-"""Prompts: parts tokenised apart, chat templates, and one clear error for what makes no sense."""
+"""Prompts: parts tokenised separately, chat templates, and one clear error for each bad prompt."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_special_tokens_in_chunks_stay_text(tokenizer):
 
 
 def test_threads_take_turns_at_a_tokenizer(tokenizer):
-    """A fast tokenizer keeps "special tokens are text" as state: what another thread sets would change a text's ids."""
+    """A fast tokenizer keeps "special tokens are text" as state: another thread's call would change a text's ids."""
     alone = []
 
     class Stateful:
@@ -53,7 +53,7 @@ def test_threads_take_turns_at_a_tokenizer(tokenizer):
         apply_chat_template = tokenizer.apply_chat_template
 
         def encode(self, text, **options):
-            alone.append(prompt_module._encoding.locked())
+            alone.append(prompt_module._encoding_lock.locked())
             return tokenizer.encode(text, **options)
 
     shared = Stateful()
@@ -150,7 +150,7 @@ def test_without_a_template_it_is_an_error(tokenizer):
         (([1], ["text"], [3]), "chunk 0 is text, but the model has no tokenizer"),
         (("text", [[1]], [3]), "prefix is text, but the model has no tokenizer"),
         (([1], [[1]], "text"), "suffix is text, but the model has no tokenizer"),
-        (([1], [[1] * 300, [2] * 300], [3]), "the prompt has 602 tokens, the model takes at most 512"),
+        (([1], [[1] * 300, [2] * 300], [3]), "the prompt has 602 tokens, but the model takes at most 512"),
     ],
 )
 def test_what_makes_no_sense_is_named(parts, message):

@@ -1,4 +1,4 @@
-"""The streamed executor: I6 (equal to the resident one), what is on the device at a time, and chunks that are lost."""
+"""The streamed executor: I6 (equal to the resident one), what is on the device at a time, and lost chunks."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_auto_streams_what_comes_from_a_slow_tier():
 
 
 def test_nothing_compiles_for_another_prompt_of_the_bucket_and_ratios_share_programs():
-    # A model of its own: its programs are no other test's.
+    # A model of its own, which shares no programs with other tests.
     (_, streamed), prompt = engines(cb.model.random_model(FAMILIES["llama3"], seed=7)), random_prompt(6)
     streamed.warmup(128, prefix_tokens=9, suffix_tokens=7)
     count = streamed.model.runner.count
@@ -105,7 +105,7 @@ def test_nothing_compiles_for_another_prompt_of_the_bucket_and_ratios_share_prog
 
 
 class DeviceWatch(cb.Trace):
-    """Counts, whenever work ends, the arrays on the device that are one layer of cached K or V."""
+    """Counts, at the end of each span, the device buffers that hold one layer of cached K or V."""
 
     def __init__(self, shape) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class DeviceWatch(cb.Trace):
     def add(self, *span) -> None:
         known = {id(x) for x in self.before}
         arrays = [x for x in jax.live_arrays() if x.shape == self.shape and id(x) not in known]
-        # JAX now and then makes a second array of a buffer: it is buffers that take memory.
+        # JAX sometimes makes a second array of a buffer, but only buffers take memory.
         self.most = max(self.most, len({pointer for x in arrays if (pointer := self._pointer(x)) is not None}))
         super().add(*span)
 
@@ -159,7 +159,7 @@ def test_the_blended_cache_is_written_in_place():
 
 
 class FaultyStore(cb.store.ThrottledStore):
-    """Reading `layer` of the `number`-th chunk opened fails, once; a damaged entry is dropped, as a store does."""
+    """Fails once, reading `layer` of the `number`-th chunk opened; drops a damaged entry, as a store does."""
 
     def __init__(self, store, number: int, layer: int, error: Exception) -> None:
         super().__init__(store, 1e12)
@@ -291,7 +291,7 @@ def test_no_layer_arrives_beyond_the_bound_until_one_is_released(threads):
     stream = LayerStream([placed(Rows(4), 0)], range(5), buffers, 2, device_put, *threads)
     with stream:
         stream.next(), stream.next()
-        assert len(put) == 2  # the third waits, since neither layer is said to be done with
+        assert len(put) == 2  # the third waits, since neither layer was released
         stream.used_until(jax.numpy.zeros(()))
         assert arrived.wait(60)
 
@@ -310,7 +310,7 @@ def test_a_loss_reaches_the_loop_after_the_layers_before_it_and_nothing_is_left_
 
 
 class ManualTime:
-    """A clock that only sleeping moves."""
+    """A clock that only sleeping advances."""
 
     def __init__(self) -> None:
         self.now = 100.0

@@ -1,4 +1,4 @@
-"""The runner: compiles what it meets, or shapes alone; counts, keeps and drops programs."""
+"""The runner: compiles for arrays, or for shapes alone; counts, keeps and drops programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from cacheblend_jax.runtime import programs
 from cacheblend_jax.runtime.programs import (
     COMPILER_OPTIONS,
-    REGIONS,
+    REGIONS_FILE,
     Runner,
     _warn_of_drops,
     compiler_options,
@@ -40,7 +40,7 @@ def test_what_is_run_over_shapes_is_compiled_and_what_is_run_over_arrays_is_comp
     }
     out = runner(scaled_sum, {"x": np.ones(3, np.float32)}, np.ones(3, np.float32), factor=2)
     assert out["sum"].tolist() == [3.0, 3.0, 3.0]
-    assert runner.count == 1  # arrays of those shapes, on the host as shapes without a placement are
+    assert runner.count == 1  # shapes without a placement stand for arrays on the host
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ def compile_s(runner: Runner, number: int) -> float:
 
 
 def test_programs_used_least_recently_make_room(monkeypatch, caplog):
-    """A process may map only so many regions of memory; a compiler that finds none left kills it."""
+    """A process may map a limited number of memory regions; a compiler that finds none left kills it."""
     share = 0.0
     monkeypatch.setattr(programs, "mapped_share", lambda: share)
-    monkeypatch.setattr(programs, "KEPT", 2)
+    monkeypatch.setattr(programs, "MIN_KEPT", 2)
     monkeypatch.setattr(programs, "_cpu_runners", weakref.WeakSet())  # other tests' programs stay
     _warn_of_drops.cache_clear()
     idle, busy = Runner("cpu"), Runner("cpu")
@@ -151,9 +151,9 @@ def test_programs_used_least_recently_make_room(monkeypatch, caplog):
 
 
 def test_no_more_programs_are_dropped_than_needed(monkeypatch):
-    """What a dropped program had mapped is given back before it is asked whether more must go."""
+    """A dropped program's regions are unmapped before the runner checks whether more programs must go."""
     monkeypatch.setattr(programs, "_cpu_runners", weakref.WeakSet())
-    monkeypatch.setattr(programs, "KEPT", 1)
+    monkeypatch.setattr(programs, "MIN_KEPT", 1)
     monkeypatch.setattr(programs, "EVICTED_AT_ONCE", 2)
     runner, alive = Runner("cpu"), []
 
@@ -166,13 +166,13 @@ def test_no_more_programs_are_dropped_than_needed(monkeypatch):
         compile_one(number)
     monkeypatch.setattr(programs, "mapped_share", lambda: sum(program() is not None for program in alive) / 6)
     compile_one(6)  # full
-    assert sum(program() is not None for program in alive) == 5  # four are little enough
+    assert sum(program() is not None for program in alive) == 5  # four are few enough
 
 
 def test_what_a_process_has_mapped_is_counted(monkeypatch):
     assert 0 <= mapped_share() < 1
-    assert mapped_share() > 0 or not REGIONS.exists()
-    monkeypatch.setattr(programs, "REGIONS", Path("/nowhere"))  # as on other systems than Linux
+    assert mapped_share() > 0 or not REGIONS_FILE.exists()
+    monkeypatch.setattr(programs, "REGIONS_FILE", Path("/nowhere"))  # as on systems other than Linux
     assert mapped_share() == 0
 
 
