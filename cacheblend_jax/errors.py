@@ -1,4 +1,4 @@
-"""Errors that users can fix; the command line prints them on one line and exits with code 2."""
+"""Errors that users can fix: the command line prints them on one line and exits with code 2."""
 
 
 class CacheBlendError(ValueError):
@@ -15,3 +15,8 @@ class PromptError(CacheBlendError):
 
 class DamagedEntryError(CacheBlendError):
     """A stored entry's bytes are not those that were written; the store has removed it, and its chunk is a miss."""
+
+
+def is_whole_number(value: object, *, least: int, below: float = float("inf")) -> bool:
+    """Returns whether a value is a whole number in [least, below): an `int`, and not a `bool`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < below

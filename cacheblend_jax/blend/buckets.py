@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.errors import CacheBlendError, is_whole_number
 
 SMALL_STEP = 128  # lengths up to 1024 are padded to a multiple of this
 STEPS_PER_OCTAVE = 32  # above 1024: at most 1/32 is padding
-SMALLEST_FORCED = 32
+SMALLEST_BUCKET = 32
 DOUBLED_UP_TO = 256  # forced tokens up to this count are padded to a power of two
 
 
@@ -28,9 +28,7 @@ class Buckets:
     def __post_init__(self) -> None:
         sizes = self.lengths
         if sizes is not None and (
-            not sizes
-            or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes)
-            or list(sizes) != sorted(set(sizes))
+            not sizes or any(not is_whole_number(size, least=1) for size in sizes) or list(sizes) != sorted(set(sizes))
         ):
             raise CacheBlendError(f"length_buckets must be None or whole numbers of at least 1, ascending, got {sizes}")
 
@@ -43,7 +41,7 @@ class Buckets:
         """Returns the padded number of active tokens; a few (a question over reused chunks) are padded less."""
         if self.lengths is not None and count > DOUBLED_UP_TO:  # finer sizes would multiply the programs
             return self.length(count)
-        return min(self.length(count), forced_bucket(count))
+        return min(self.length(count), small_bucket(count))
 
 
 FINE_BUCKETS = Buckets()
@@ -56,12 +54,12 @@ def _fine_bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def forced_bucket(count: int) -> int:
-    """Returns the padded number of forced tokens: 32, 64, 128, 256, then two steps per octave.
+def small_bucket(count: int) -> int:
+    """Returns the padded number of a few tokens: 32, 64, 128, 256, then two steps per octave.
 
-    The steps are few, since each has programs of its own.
+    For forced tokens, few active ones, and chunks on the device. The steps are few, since each has programs of its own.
     """
-    size = SMALLEST_FORCED
+    size = SMALLEST_BUCKET
     while size < count:
         if size >= DOUBLED_UP_TO and size * 3 // 2 >= count:
             return size * 3 // 2

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from cacheblend_jax.blend.selectors import Selector, selector_of
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.errors import CacheBlendError, is_whole_number
 
 AUTO_RATIOS = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 
@@ -47,11 +47,11 @@ class BlendConfig:
         selector_of(self.selector)
         if self.deviation not in ("kv", "k", "v"):
             raise CacheBlendError(f"deviation must be 'kv', 'k' or 'v', got {self.deviation!r}")
-        if not _is_integer(self.num_stages) or self.num_stages < 1:
+        if not is_whole_number(self.num_stages, least=1):
             raise CacheBlendError(f"num_stages must be a whole number of at least 1, got {self.num_stages!r}")
-        if self.check_layer is not None and (not _is_integer(self.check_layer) or self.check_layer < 1):
+        if self.check_layer is not None and not is_whole_number(self.check_layer, least=1):
             raise CacheBlendError(f"check_layer must be None or a whole number of at least 1, got {self.check_layer!r}")
-        if not _is_integer(self.seed) or not 0 <= self.seed < 2**31:
+        if not is_whole_number(self.seed, least=0, below=2**31):
             raise CacheBlendError(f"seed must be a whole number in [0, 2^31), got {self.seed!r}")
         ratios = self.auto_ratios
         if not ratios or any(not _is_number(ratio) or not 0 < ratio <= 1 for ratio in ratios):
@@ -84,10 +84,6 @@ class BlendConfig:
     def fixed(self) -> list[BlendConfig]:
         """Returns the configurations that requests may get: this one, or one for each of `auto_ratios` if automatic."""
         return [self.with_ratio(ratio) for ratio in self.auto_ratios] if self.is_auto else [self]
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:

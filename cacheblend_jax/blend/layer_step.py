@@ -23,7 +23,7 @@ HostOrDevice = Any  # a JAX array, or a NumPy array on the host
 
 
 @struct.dataclass
-class Sequence:
+class PromptSequence:
     """The prompt as all layers see it: its true length, and the angles of every position of the cache."""
 
     length: Int[HostOrDevice, ""]
@@ -36,7 +36,9 @@ class Sequence:
         return self.cos.shape[0]
 
 
-def blend_layer(layer: DecoderLayer, rows: Rows, cached: LayerKV | None, sequence: Sequence) -> tuple[LayerKV, LayerKV]:
+def blend_layer(
+    layer: DecoderLayer, rows: Rows, cached: LayerKV | None, sequence: PromptSequence
+) -> tuple[LayerKV, LayerKV]:
     """Computes the rows' K, V and writes them into the layer's.
 
     Returns the fresh K, V (before RoPE) and the whole layer's, keys rotated. Without cached KV the rows are all keys.
@@ -83,7 +85,7 @@ def layer_step(
     index: Int[Array, ""] | int,
     rows: Rows,
     cached: LayerKV | None,
-    sequence: Sequence,
+    sequence: PromptSequence,
     select: Callable[[LayerKV], Survivors] | None = None,
 ) -> LayerStep:
     """Runs one layer for one set of rows. At a stage's border `select` shrinks the set between K, V and attention.
@@ -125,7 +127,7 @@ def highest(
         return Survivors(jnp.minimum(indices, beyond - 1), indices < beyond)
 
 
-def last_row(rows: Rows, sequence: Sequence) -> Survivors:
+def last_row(rows: Rows, sequence: PromptSequence) -> Survivors:
     """Returns the row of the prompt's last token, the only one whose output of the last layer is needed."""
     is_last = rows.positions == sequence.length - 1
     return Survivors(jnp.argmax(is_last)[None].astype(jnp.int32), is_last.any()[None])
@@ -135,7 +137,7 @@ def cross_mass(
     step: LayerStep,
     chunk_starts: Int[Array, " kept"],
     context_length: Int[Array, ""],
-    sequence: Sequence,
+    sequence: PromptSequence,
     window_starts: Int[Array, " kept"] | None,
 ) -> Float[Array, " kept"]:
     """Returns the attention that each row paid, in this step, to what its stand-alone KV has not seen: other chunks.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cacheblend_jax.blend.layer_step import Sequence, layer_step
+from cacheblend_jax.blend.layer_step import PromptSequence, layer_step
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import (
     ActiveRows,
@@ -38,7 +38,13 @@ _State = tuple[ActiveRows, KVCache]  # the rows, and the blended cache, filled l
 
 
 def prefill(
-    params: Params, request: Request, cached: KVCache | None, sequence: Sequence, *, config: ModelConfig, plan: Plan
+    params: Params,
+    request: Request,
+    cached: KVCache | None,
+    sequence: PromptSequence,
+    *,
+    config: ModelConfig,
+    plan: Plan,
 ) -> Prefilled:
     """Runs a planned prefill (traceable; `config` and `plan` are static).
 
@@ -90,7 +96,7 @@ def _once_reached(index: LayerIndex, active: ActiveRows) -> LayerIndex:
 
 
 def _question_mass(
-    params: Params, request: Request, cached: KVCache, active: ActiveRows, sequence: Sequence, config: ModelConfig
+    params: Params, request: Request, cached: KVCache, active: ActiveRows, sequence: PromptSequence, config: ModelConfig
 ) -> Float[Array, " keys"]:
     """Returns the question's attention to every key, summed over layers, from a pass of the forced tokens alone."""
 
@@ -102,7 +108,9 @@ def _question_mass(
     return scan_layers(body, start, range(config.num_layers))[0][1]
 
 
-def standalone(params: Params, token_ids: Int[Array, " tokens"], sequence: Sequence, *, config: ModelConfig) -> KVCache:
+def standalone(
+    params: Params, token_ids: Int[Array, " tokens"], sequence: PromptSequence, *, config: ModelConfig
+) -> KVCache:
     """Returns the KV that a store keeps, `[layers, tokens, kv_heads, head_dim]`: K before RoPE, V as it is.
 
     This is a prefill of the context and the chunk alone, which stops once the last layer's K, V are known.

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, forced_bucket
+from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, small_bucket
 from cacheblend_jax.blend.config import BlendConfig
 from cacheblend_jax.blend.selectors import Selector, selector_of
 
@@ -14,8 +14,8 @@ TAPER = 0.15  # the first stage's ratio is up to this share above the mean, the 
 
 
 def _smallest_in_bucket(bucket: int) -> int:
-    """Returns the smallest count that `forced_bucket` maps to `bucket`."""
-    return ([0, *buckets_up_to(forced_bucket, bucket)][-2]) + 1
+    """Returns the smallest count that `small_bucket` maps to `bucket`."""
+    return ([0, *buckets_up_to(small_bucket, bucket)][-2]) + 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def make_plan(
     single_stage = Plan(cache_length, active_rows, (Stage(0, num_layers - 1, active_rows),))
     if blend is None or forced == active or check_layer >= num_layers - 1:
         return single_stage
-    forced_rows = forced_bucket(forced)
+    forced_rows = small_bucket(forced)
     most_candidates = active_rows - _smallest_in_bucket(forced_rows)
     stages = [Stage(0, check_layer, active_rows)]
     groups = layer_groups(num_layers, check_layer, blend.num_stages)

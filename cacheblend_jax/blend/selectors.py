@@ -57,7 +57,8 @@ class Selector:
 
     Attributes:
         name: what results and messages call it.
-        score: a pure, traceable function of `Evidence` to float32 `[tokens]`.
+        score: a pure, traceable function of `Evidence` to float32 `[tokens]`: one score per row, padding included.
+            Programs are compiled for the function itself: make it once, not anew for each request.
         needs: which costly evidence it reads: `"cross_mass"` (attention that each token pays to other chunks),
             `"question_mass"` (attention that the question pays to each token), `"oracle"` (the true deviation).
 
@@ -70,8 +71,23 @@ class Selector:
     needs: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.needs) - set(COSTLY_EVIDENCE)):
+        object.__setattr__(self, "needs", frozenset(self.needs))  # a plain set could not name a program
+        if unknown := sorted(self.needs - set(COSTLY_EVIDENCE)):
             raise CacheBlendError(f"unknown evidence {unknown[0]!r}; known: {', '.join(COSTLY_EVIDENCE)}")
+
+    def scores(self, evidence: Evidence) -> Float[Array, " tokens"]:
+        """Returns one score per token.
+
+        Raises:
+            CacheBlendError: `score` returned another shape; found while a program is compiled.
+        """
+        scores = jnp.asarray(self.score(evidence), jnp.float32)
+        if scores.shape != evidence.valid.shape:
+            raise CacheBlendError(
+                f"selector {self.name!r} must return one score per token, {list(evidence.valid.shape)}, "
+                f"got {list(scores.shape)}"
+            )
+        return scores
 
 
 def _hkvd(evidence: Evidence) -> jax.Array:
@@ -140,14 +156,14 @@ def selector_of(selector: str | Selector) -> Selector:
 def register_selector(
     name: str, score: Callable[[Evidence], jax.Array], needs: frozenset[str] = frozenset()
 ) -> Selector:
-    """Adds a selector under a new name, for configurations and the command line; returns it.
+    """Adds a selector under a new name, for this process's configurations; returns it.
 
-    A `Selector` can also be used without a name: `BlendConfig(selector=Selector(…))`.
+    A `Selector` can also be used without being registered: `BlendConfig(selector=Selector(…))`.
 
     Raises:
         CacheBlendError: the name is taken, or `needs` names unknown evidence.
     """
     if name in SELECTORS:
         raise CacheBlendError(f"selector {name!r} exists already; choose another name")
-    _registered[name] = Selector(name, score, frozenset(needs))
+    _registered[name] = Selector(name, score, needs)
     return _registered[name]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cacheblend_jax.blend.layer_step import (
     HostOrDevice,
     LayerStep,
-    Sequence,
+    PromptSequence,
     Survivors,
     cross_mass,
     highest,
@@ -88,7 +88,9 @@ class ActiveRows:
     index: Int[Array, " rows"]
 
 
-def begin(params: Params, request: Request, sequence: Sequence, *, config: ModelConfig) -> tuple[ActiveRows, KVCache]:
+def begin(
+    params: Params, request: Request, sequence: PromptSequence, *, config: ModelConfig
+) -> tuple[ActiveRows, KVCache]:
     """Embeds the active tokens; returns them, and the empty blended cache."""
     hidden = embedder(params, config).embed(request.token_ids)
     # Blended KV has a buffer of its own: one that is read and overwritten in turn would be copied whole between stages.
@@ -113,7 +115,7 @@ def plain_layer(
     active: ActiveRows,
     cached: LayerKV | None,
     blended: KVCache,
-    sequence: Sequence,
+    sequence: PromptSequence,
     index: LayerIndex,
     *,
     config: ModelConfig,
@@ -127,7 +129,7 @@ def cross_mass_layer(
     active: ActiveRows,
     cached: LayerKV | None,
     blended: KVCache,
-    sequence: Sequence,
+    sequence: PromptSequence,
     index: LayerIndex,
     signals: TokenSignals,
     context_length: Int[Array, ""],
@@ -146,7 +148,7 @@ def border_layer(
     active: ActiveRows,
     cached: LayerKV,
     blended: KVCache,
-    sequence: Sequence,
+    sequence: PromptSequence,
     index: LayerIndex,
     signals: TokenSignals,
     keep: Int[Array, ""],
@@ -165,7 +167,7 @@ def border_layer(
 
     def select(fresh: LayerKV) -> Survivors:
         evidence = _evidence(fresh, cached, active, signals, deviation)
-        return highest(selector.score(evidence), signals.forced[active.index], evidence.valid, keep, room)
+        return highest(selector.scores(evidence), signals.forced[active.index], evidence.valid, keep, room)
 
     return _advance(params, active, cached, blended, sequence, index, config, select)[:2]
 
@@ -175,7 +177,7 @@ def last_layer(
     active: ActiveRows,
     cached: LayerKV | None,
     blended: KVCache,
-    sequence: Sequence,
+    sequence: PromptSequence,
     index: LayerIndex,
     *,
     config: ModelConfig,
@@ -188,7 +190,9 @@ def last_layer(
     return logits, jnp.argmax(logits).astype(jnp.int32), blended
 
 
-def begin_question_pass(request: Request, active: ActiveRows, sequence: Sequence) -> tuple[Rows, Float[Array, " keys"]]:
+def begin_question_pass(
+    request: Request, active: ActiveRows, sequence: PromptSequence
+) -> tuple[Rows, Float[Array, " keys"]]:
     """Returns the rows of the question pass (the forced tokens), and zeros for the attention to every key."""
     num_active, num_keys = request.token_ids.shape[0], sequence.num_keys
     is_row = request.forced_rows < num_active
@@ -202,7 +206,7 @@ def question_layer(
     mass: Float[Array, " keys"],
     cached: LayerKV,
     is_question: Bool[Array, " forced"],
-    sequence: Sequence,
+    sequence: PromptSequence,
     index: LayerIndex,
     *,
     config: ModelConfig,
@@ -224,7 +228,7 @@ def _advance(
     active: ActiveRows,
     cached: LayerKV | None,
     blended: KVCache,
-    sequence: Sequence,
+    sequence: PromptSequence,
     index: LayerIndex,
     config: ModelConfig,
     select: Callable[[LayerKV], Survivors] | None = None,

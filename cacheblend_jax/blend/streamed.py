@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from cacheblend_jax.blend.layer_step import Sequence
+from cacheblend_jax.blend.layer_step import PromptSequence
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import (
     ActiveRows,
@@ -37,7 +37,7 @@ from cacheblend_jax.model.transformer import Params
 
 @runtime_checkable
 class LayerSource(Protocol):
-    """Where layers of cached KV come from, such as `engine.loading.LayerStream`."""
+    """Where layers of cached KV come from, such as `engine.layer_stream.LayerStream`."""
 
     def next(self) -> LayerKV:
         """Waits for the next layer's KV."""
@@ -74,7 +74,7 @@ def prefill_streamed(
     params: Params,
     request: Request,
     keep: np.ndarray,
-    sequence: Sequence,
+    sequence: PromptSequence,
     stream: LayerSource,
     *,
     config: ModelConfig,
@@ -125,7 +125,7 @@ def _question_mass(
     params: Params,
     request: Request,
     active: ActiveRows,
-    sequence: Sequence,
+    sequence: PromptSequence,
     stream: LayerSource,
     config: ModelConfig,
 ) -> Float[Array, " keys"] | jax.ShapeDtypeStruct:

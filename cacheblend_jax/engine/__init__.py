@@ -3,6 +3,20 @@
 from cacheblend_jax.engine.controller import Decision
 from cacheblend_jax.engine.delays import Tier, cheapest_tier
 from cacheblend_jax.engine.engine import Engine
+from cacheblend_jax.engine.generation import TokenStream
 from cacheblend_jax.engine.profile import Profile
+from cacheblend_jax.engine.prompt import Prompt
+from cacheblend_jax.engine.results import Generation, PrefillResult, PrefillStats
 
-__all__ = ["Decision", "Engine", "Profile", "Tier", "cheapest_tier"]
+__all__ = [
+    "Decision",
+    "Engine",
+    "Generation",
+    "PrefillResult",
+    "PrefillStats",
+    "Profile",
+    "Prompt",
+    "Tier",
+    "TokenStream",
+    "cheapest_tier",
+]

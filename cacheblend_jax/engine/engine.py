@@ -30,7 +30,7 @@ from cacheblend_jax.engine.prompt import (
 )
 from cacheblend_jax.engine.results import Generation, PrefillResult
 from cacheblend_jax.engine.warmup import Sizes, compile_tasks
-from cacheblend_jax.errors import CacheBlendError, PromptError
+from cacheblend_jax.errors import CacheBlendError, PromptError, is_whole_number
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.runtime.trace import Trace
@@ -70,7 +70,7 @@ class Engine:
         prefetch_layers: int = 2,
         profile: Profile | Path | str | None = None,
     ) -> None:
-        if context_tokens is not None and (not isinstance(context_tokens, int) or context_tokens < 0):
+        if context_tokens is not None and not is_whole_number(context_tokens, least=0):
             raise CacheBlendError(
                 f"context_tokens must be None or a whole number of at least 0, got {context_tokens!r}"
             )
@@ -300,5 +300,5 @@ def _blend_config(blend: BlendConfig | str | None) -> BlendConfig:
 
 
 def _check_max_new_tokens(max_new_tokens: int) -> None:
-    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+    if not is_whole_number(max_new_tokens, least=1):
         raise PromptError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")

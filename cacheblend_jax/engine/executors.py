@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, forced_bucket
-from cacheblend_jax.blend.layer_step import Sequence as PromptSequence
+from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, small_bucket
+from cacheblend_jax.blend.layer_step import PromptSequence
 from cacheblend_jax.blend.resident import prefill, standalone
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import Prefilled, Request
 from cacheblend_jax.blend.streamed import ShapeSource, layers_wanted, prefill_streamed
+from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import READERS, LayerStream, load_all, place, place_first
+from cacheblend_jax.engine.loading import READERS, load_all, place, place_first
 from cacheblend_jax.engine.planner import EXECUTORS, choose_executor, empty_request
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.kv_cache import KVCache, abstract_cache, cache_shape
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
@@ -76,7 +77,7 @@ class Executors:
     ) -> None:
         if setting not in EXECUTORS:
             raise CacheBlendError(f"unknown executor {setting!r}; expected one of {', '.join(EXECUTORS)}")
-        if not isinstance(prefetch_layers, int) or isinstance(prefetch_layers, bool) or prefetch_layers < 1:
+        if not is_whole_number(prefetch_layers, least=1):
             raise CacheBlendError(f"prefetch_layers must be a whole number of at least 1, got {prefetch_layers!r}")
         self.setting = setting
         self.prefetch_layers = prefetch_layers
@@ -106,7 +107,7 @@ class Executors:
         for executor in {choose_executor(self.setting, [tier] if loads else []) for tier in self._tiers}:
             self._model.runner.prepare((plan, executor), self._loop(plan, executor))
         if self.uses_device_tier and loads:
-            self._prepare_placing(plan, buckets_up_to(forced_bucket, plan.cache_length))
+            self._prepare_placing(plan, buckets_up_to(small_bucket, plan.cache_length))
 
     def warm_up_standalone(self, size: int) -> None:
         """Compiles the program that computes the KV of a context and a chunk, padded to `size` tokens."""
@@ -238,7 +239,7 @@ class Executors:
 
     def to_device(self, entry: ChunkEntry) -> DeviceEntry:
         """Copies an entry to the device, padded so that chunks of many lengths share programs."""
-        shape = (entry.k.shape[0], forced_bucket(entry.num_tokens), *entry.k.shape[2:])
+        shape = (entry.k.shape[0], small_bucket(entry.num_tokens), *entry.k.shape[2:])
         k, v = np.zeros(shape, entry.k.dtype), np.zeros(shape, entry.v.dtype)
         k[:, : entry.num_tokens], v[:, : entry.num_tokens] = entry.k, entry.v
         k, v = self._put((k, v))

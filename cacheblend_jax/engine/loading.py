@@ -1,27 +1,22 @@
-"""Loading: reads the KV of a prompt's chunks from their tiers, in place, and transfers it while layers compute.
+"""Loading: reads the KV of a prompt's chunks from their tiers to its place in host memory, or on the device.
 
-These are two of the paper's three interfaces (CacheBlend, arXiv 2405.16444, §6): fetch one layer's KV of given chunks,
-and wait for it; the third, a layer's prefill, is `blend.steps`.
+Fetching one layer's KV of given chunks is the first of the paper's three interfaces (CacheBlend, arXiv 2405.16444, §6);
+the second, waiting for it, is `engine.layer_stream`; the third, a layer's prefill, is `blend.steps`.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.errors import DamagedEntryError
-from cacheblend_jax.model.kv_cache import KVCache, LayerKV
+from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import is_slow
 
@@ -75,7 +70,7 @@ def load_all(
         for future in futures:
             future.result()
     finally:
-        _abandon(futures)
+        abandon(futures)
 
 
 def place(
@@ -105,141 +100,8 @@ def place_first(
     return place(KVCache(jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype)), k, v, start, tokens)
 
 
-def _abandon(futures: Sequence[Future]) -> None:
+def abandon(futures: Sequence[Future]) -> None:
     """Cancels reads that have not begun and waits for the others, after which nothing writes into the buffers."""
     for future in futures:
         future.cancel()
     wait(futures)
-
-
-class LayerStream:
-    """Layers of cached KV on their way to the device, in the order in which they are wanted.
-
-    Reader threads fill the host buffers, as many layers ahead as there are buffers. A transfer thread copies layers to
-    the device, at most `device_layers` at a time. A third thread waits until the step that reads a layer is done, then
-    drops the layer from the device and has its host buffer filled again. The loop itself only waits for layers to
-    arrive.
-
-    Args:
-        chunks: what to load, and where.
-        layers: the layers wanted, in order; a layer may occur more than once.
-        buffers: K and V on the host, each `[host_layers, keys, kv_heads, head_dim]`.
-        device_layers: how many layers of cached KV may be on the device.
-        put: puts arrays on the device.
-        readers, lanes: thread pools; `lanes` must have two free threads.
-    """
-
-    def __init__(
-        self,
-        chunks: Sequence[PlacedChunk],
-        layers: Sequence[int],
-        buffers: tuple[np.ndarray, np.ndarray],
-        device_layers: int,
-        put: Callable[[Any], Any],
-        readers: ThreadPoolExecutor,
-        lanes: ThreadPoolExecutor,
-        trace: Trace | None = None,
-    ) -> None:
-        self.waited_s = 0.0
-        self._chunks, self._layers, self._buffers = chunks, layers, buffers
-        self._put, self._trace, self._readers = put, trace, readers
-        self._room = threading.Semaphore(device_layers)
-        self._reads: dict[int, list[Future]] = {}
-        self._arrived: queue.SimpleQueue[LayerKV | BaseException] = queue.SimpleQueue()
-        self._in_use: queue.SimpleQueue[tuple[int, LayerKV, jax.Array, float] | None] = queue.SimpleQueue()
-        self._closed = False
-        self._current: LayerKV | None = None
-        self._turn = -1
-        for turn in range(min(len(buffers[0]), len(layers))):
-            self._read(turn)
-        self._lanes = [lanes.submit(self._transfer), lanes.submit(self._release)]
-
-    def next(self) -> LayerKV:
-        """Waits for the next layer's K (before RoPE) and V, `[keys, kv_heads, head_dim]`, on the device.
-
-        Raises:
-            LostChunkError: a chunk is damaged or its tier failed.
-        """
-        began = time.perf_counter()
-        arrived = self._arrived.get()
-        self.waited_s += time.perf_counter() - began
-        if isinstance(arrived, BaseException):
-            raise arrived
-        self._turn += 1
-        self._current = arrived
-        return arrived
-
-    def used_until(self, result: jax.Array) -> None:
-        """Declares that the step which computes `result` reads the layer last taken, and that nothing later does."""
-        assert self._current is not None
-        self._in_use.put((self._turn, self._current, result, time.perf_counter()))
-        self._current = None
-
-    def close(self) -> None:
-        """Stops loading, and waits until no thread and no step uses the buffers."""
-        self._closed = True
-        self._in_use.put(None)
-        self._room.release()
-        wait(self._lanes)
-        _abandon([future for reads in self._reads.values() for future in reads])
-        unused = [] if self._current is None else [self._current]
-        while not self._arrived.empty():
-            arrived = self._arrived.get()
-            if isinstance(arrived, LayerKV):
-                unused.append(arrived)
-        for kv in unused:
-            _delete(kv)
-
-    def __enter__(self) -> LayerStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _slot(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
-        slot = turn % len(self._buffers[0])
-        return self._buffers[0][slot], self._buffers[1][slot]
-
-    def _read(self, turn: int) -> None:
-        (k, v), layer = self._slot(turn), self._layers[turn]
-        self._reads[turn] = [self._readers.submit(read_into, chunk, layer, k, v, self._trace) for chunk in self._chunks]
-
-    def _transfer(self) -> None:
-        try:
-            for turn, layer in enumerate(self._layers):
-                self._room.acquire()
-                if self._closed:
-                    return
-                for future in self._reads[turn]:
-                    future.result()
-                began = time.perf_counter()
-                on_device = LayerKV(*self._put(self._slot(turn)))
-                jax.block_until_ready(on_device)
-                if self._trace is not None:
-                    self._trace.add("transfer", f"layer {layer}", layer, began, time.perf_counter())
-                self._arrived.put(on_device)
-        except BaseException as error:
-            self._arrived.put(error)
-
-    def _release(self) -> None:
-        free_at = 0.0
-        try:
-            while (used := self._in_use.get()) is not None:
-                turn, kv, result, dispatched = used
-                jax.block_until_ready(result)
-                began, free_at = max(dispatched, free_at), time.perf_counter()
-                if self._trace is not None:
-                    layer = self._layers[turn]
-                    self._trace.add("compute", f"layer {layer}", layer, began, free_at)
-                _delete(kv)
-                again = turn + len(self._buffers[0])
-                if again < len(self._layers) and not self._closed:
-                    self._read(again)
-                self._room.release()
-        except BaseException as error:
-            self._arrived.put(error)
-
-
-def _delete(kv: LayerKV) -> None:
-    for array in jax.tree.leaves(kv):
-        array.delete()

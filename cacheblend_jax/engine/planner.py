@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
-from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, forced_bucket
+from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, small_bucket
 from cacheblend_jax.blend.schedule import (
     Plan,
     full_plan,
@@ -127,7 +127,7 @@ class Planner:
         exact_ranges = {(0, 0), (prefix_tokens, prefix_tokens), (prefix_tokens, prefix_tokens + chunk_tokens)}
         lengths = [0, *buckets_up_to(self.buckets.length, most)]
         borders = [0, *buckets_up_to(self.buckets.active, most)]
-        suffixes = {count + 1 for count in [0, *buckets_up_to(forced_bucket, suffix_tokens), *borders]}
+        suffixes = {count + 1 for count in [0, *buckets_up_to(small_bucket, suffix_tokens), *borders]}
         plans: dict[Plan, None] = {}
         for (below, longest), (least, greatest), mode in itertools.product(pairwise(lengths), exact_ranges, modes):
             for active in {1, *borders, *(border + 1 for border in borders), below + 1 - greatest, most - least}:

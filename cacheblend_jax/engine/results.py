@@ -75,8 +75,8 @@ class PrefillResult:
         plan: what its programs were compiled for.
     """
 
-    logits: np.ndarray
-    token_ids: np.ndarray
+    logits: np.ndarray = field(repr=False)
+    token_ids: np.ndarray = field(repr=False)
     next_token: int
     stats: PrefillStats
     padded_cache: KVCache = field(repr=False)

@@ -11,7 +11,7 @@ from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.generation import warm_up_decoding
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.engine.planner import Planner
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.model import Model
 
 
@@ -36,7 +36,7 @@ class Sizes:
         least = {"max_tokens": 1, "prefix_tokens": 0, "suffix_tokens": 1, "chunk_tokens": 0, "max_new_tokens": 1}
         for name, smallest in least.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+            if not is_whole_number(value, least=smallest):
                 raise CacheBlendError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
 
 

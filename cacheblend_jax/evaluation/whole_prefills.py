@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacheblend_jax.blend.config import BlendConfig
-from cacheblend_jax.blend.layer_step import Sequence
+from cacheblend_jax.blend.layer_step import PromptSequence
 from cacheblend_jax.blend.resident import prefill
 from cacheblend_jax.blend.schedule import Plan, full_plan, make_plan, survivor_counts
 from cacheblend_jax.blend.steps import Request
@@ -73,7 +73,7 @@ def prefills(
         request = request_of(plan, length, config.vocab_size, ratio)
         shape = cache_shape(config, plan.cache_length)
         kv = None if plan.nothing_cached else KVCache(*(0.1 * jnp.ones(shape, config.dtype) for _ in "kv"))
-        arguments = (params, request, kv, Sequence(request.length, *rope_tables(config, plan.cache_length)))
+        arguments = (params, request, kv, PromptSequence(request.length, *rope_tables(config, plan.cache_length)))
 
         def traced(*arguments, plan=plan):
             return prefill(*arguments, config=config, plan=plan)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.transformer import Params, Rows, attend, embedder, layer_at, layer_starts, scan_layers
@@ -35,11 +35,11 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise CacheBlendError(f"temperature must be at least 0 and finite, got {self.temperature!r}")
-        if not isinstance(self.top_k, int) or not 0 <= self.top_k < 2**31:
+        if not is_whole_number(self.top_k, least=0, below=2**31):
             raise CacheBlendError(f"top_k must be a whole number in [0, 2^31), got {self.top_k!r}")
         if not 0 < self.top_p <= 1:
             raise CacheBlendError(f"top_p must be in (0, 1], got {self.top_p!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+        if not is_whole_number(self.seed, least=0, below=2**32):
             raise CacheBlendError(f"seed must be a whole number in [0, 2^32), got {self.seed!r}")
 
 

@@ -9,7 +9,7 @@ from conftest import unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cacheblend_jax.blend.buckets import Buckets, buckets_up_to, forced_bucket
+from cacheblend_jax.blend.buckets import Buckets, buckets_up_to, small_bucket
 from cacheblend_jax.blend.schedule import (
     BlendConfig,
     full_plan,
@@ -37,13 +37,13 @@ def test_length_buckets_hold_their_lengths_and_waste_little(length):
 
 @given(st.integers(1, 100_000))
 def test_forced_buckets_hold_their_counts(count):
-    assert count <= forced_bucket(count) <= max(2 * count, 32)
-    assert forced_bucket(forced_bucket(count)) == forced_bucket(count)
+    assert count <= small_bucket(count) <= max(2 * count, 32)
+    assert small_bucket(small_bucket(count)) == small_bucket(count)
 
 
 def test_buckets_up_to_lists_every_bucket_once():
     assert buckets_up_to(Buckets().length, 3000) == sorted({Buckets().length(n) for n in range(1, 3001)})
-    assert buckets_up_to(forced_bucket, 3000) == sorted({forced_bucket(n) for n in range(1, 3001)})
+    assert buckets_up_to(small_bucket, 3000) == sorted({small_bucket(n) for n in range(1, 3001)})
 
 
 def test_chosen_buckets_are_few():

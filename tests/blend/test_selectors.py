@@ -196,6 +196,10 @@ def test_a_selector_of_ones_own():
         del selectors._registered["last_tokens"]
     with pytest.raises(TypeError):
         cb.SELECTORS["mine"] = cb.SELECTORS["hkvd"]  # read-only: nothing can be replaced unnoticed
+    engine, column = blend_engine("hkvd"), cb.Selector("column", lambda evidence: evidence.positions[:, None])
+    engine.precompute(the_prompt())
+    with pytest.raises(cb.CacheBlendError, match=r"selector 'column' must return one score per token, \[\d+\], got"):
+        engine.prefill(the_prompt(), blend=cb.BlendConfig(0.2, column))
     with pytest.raises(cb.CacheBlendError, match="unknown evidence 'logits'"):
         cb.register_selector("other", lambda evidence: evidence.index, frozenset({"logits"}))
 

@@ -11,8 +11,9 @@ import pytest
 from conftest import FAMILIES, HF, family_model, random_prompt, relative_error
 
 import cacheblend_jax as cb
+from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import LayerStream, LostChunkError
+from cacheblend_jax.engine.loading import LostChunkError
 from cacheblend_jax.model import LayerKV
 from cacheblend_jax.runtime.host_buffers import HostBuffers
 

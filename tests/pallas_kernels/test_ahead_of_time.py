@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from ahead_of_time import compiler
 
-from cacheblend_jax.blend.layer_step import Sequence
+from cacheblend_jax.blend.layer_step import PromptSequence
 from cacheblend_jax.blend.resident import Request, prefill
 from cacheblend_jax.blend.schedule import BlendConfig, make_plan
 from cacheblend_jax.evaluation.shapes import SHAPES
@@ -171,7 +171,7 @@ def _blend_arguments(config, num_stages: int):
     angles = _shape(plan.cache_length, 64, of=jnp.float32)
 
     def blend(params, request, cached, cos, sin):
-        sequence = Sequence(request.length, cos, sin)
+        sequence = PromptSequence(request.length, cos, sin)
         return prefill(params, request, cached, sequence, config=config, plan=plan)
 
     return blend, abstract_params(config), request, KVCache(cached, cached), angles, angles

@@ -14,7 +14,7 @@ from jax.experimental import checkify
 from kernel_cases import TOLERANCE, as_float64, attend, attend_by_reference, cases, quick_jit
 
 from cacheblend_jax.blend import layer_step
-from cacheblend_jax.blend.layer_step import Sequence
+from cacheblend_jax.blend.layer_step import PromptSequence
 from cacheblend_jax.blend.resident import prefill
 from cacheblend_jax.blend.schedule import BlendConfig, make_plan
 from cacheblend_jax.evaluation.whole_prefills import request_of
@@ -152,7 +152,7 @@ def test_a_blend_attends_at_ascending_positions_only(monkeypatch, selector):
     cached = jax.random.normal(jax.random.key(0), (2, 6, plan.cache_length, config.num_kv_heads, config.head_dim))
     tables = rope_tables(config, plan.cache_length)
     request = request_of(plan, length, config.vocab_size, 0.3)
-    arguments = request, KVCache(*cached), Sequence(request.length, *tables)
+    arguments = request, KVCache(*cached), PromptSequence(request.length, *tables)
     run = quick_jit(checkify.checkify(partial(prefill, family_model("llama2").params, config=config, plan=plan)))
     error, out = run(*arguments)
     error.throw()
