@@ -177,6 +177,8 @@ def _is_index(path: str) -> bool:
 
 def _is_free(root: epath.Path, local: bool) -> bool:
     """Whether a directory has nothing in it that a store did not make, so that marking it takes nobody's files."""
+    if not root.is_dir():  # on object storage, there is no directory before there is a file in it
+        return True
     return all(_is_nothing(path, local) for path in root.iterdir())
 
 
