@@ -6,7 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from etils import epath
 
@@ -101,6 +101,7 @@ class ChunkStore:
 
         An entry found damaged on disk is quarantined and counted, and is `None`.
         """
+        check_text("key", key)
         with self._loads.begin(key) as load:
             entry = self._from_memory(load)
             if entry is not None:
@@ -123,6 +124,7 @@ class ChunkStore:
         The entry is not evicted from its tier before the handle is closed. One that is read from disk is not copied
         into memory: `promote` does that.
         """
+        check_text("key", key)
         chunk = self._open(key)
         with self._lock:
             if chunk is None:
@@ -139,6 +141,7 @@ class ChunkStore:
         Args:
             to_device: copies an entry to the device, where it is kept too as far as `device_bytes` allow.
         """
+        check_text("key", key)
         with self._loads.begin(key) as load:
             with self._lock:
                 entry, uses = self._host.peek(key), self._host.uses(key)
@@ -163,7 +166,11 @@ class ChunkStore:
         Args:
             wait: where the queue is full, wait for room instead of leaving the disk out.
             uses: how many requests have used the entry; 0 for one that is stored in advance.
+
+        Raises:
+            CacheBlendError: the key is not a str that UTF-8 can encode; all methods that take a key raise this.
         """
+        check_text("key", key)
         entry = entry.kept()
         with self._lock:
             self._loads.outdate(key)
@@ -171,7 +178,9 @@ class ChunkStore:
             kept = self._host.put(key, entry, uses)
         queued = False
         disk = self._disk
-        if disk is not None and disk.writable and not self._closed:
+        if disk is not None and not disk.writable:
+            disk.count_unwritable()
+        elif disk is not None and not self._closed:
             queued = disk.submit(QueuedEntry(key, entry, uses), wait=wait)
             with self._lock:
                 if not queued:
@@ -189,6 +198,7 @@ class ChunkStore:
         Raises:
             CacheBlendError: the directory cannot be written.
         """
+        check_text("key", key)
         there = key in self
         self.check_writable()
         if (disk := self._disk) is not None:
@@ -255,6 +265,7 @@ class ChunkStore:
                 stored=self._stored,
                 written=on_disk.written,
                 dropped=self._dropped,
+                unwritable=on_disk.unwritable,
                 damaged=on_disk.damaged,
                 outdated=on_disk.outdated,
                 write_errors=on_disk.write_errors,
@@ -269,7 +280,7 @@ class ChunkStore:
         return list(dict.fromkeys([*in_memory, *([] if disk is None else disk.keys())]))
 
     def __contains__(self, key: object) -> bool:
-        if not isinstance(key, str):
+        if not is_text(key):
             return False
         with self._lock:
             if self._host.peek(key) is not None or self._device.peek(key) is not None:
@@ -343,14 +354,21 @@ def check_capacity(name: str, value: object, *, least: int) -> None:
 
 
 def check_text(name: str, value: object) -> None:
-    """Checks that a value is text that UTF-8 can encode: half of a surrogate pair alone is none.
+    """Checks that a value is text.
 
     Raises:
         CacheBlendError: it is not; names the argument.
     """
+    if not is_text(value):
+        raise CacheBlendError(f"{name} must be a str that UTF-8 can encode, got {value!r}")
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is text that UTF-8 can encode: half of a surrogate pair alone is none."""
+    if not isinstance(value, str):
+        return False
     try:
-        if not isinstance(value, str):
-            raise TypeError
         value.encode()
-    except (TypeError, UnicodeEncodeError):
-        raise CacheBlendError(f"{name} must be a str that UTF-8 can encode, got {value!r}") from None
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
-from etils import epath
-
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
-from cacheblend_jax.store import ownership, quarantine, recovery
+from cacheblend_jax.store import quarantine, recovery
 from cacheblend_jax.store.disk_chunk import DiskChunk
 from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
@@ -18,9 +17,10 @@ from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
 from cacheblend_jax.store.eviction import sweep
 from cacheblend_jax.store.index import Found
 from cacheblend_jax.store.index_file import INDEX_ERRORS, is_broken
+from cacheblend_jax.store.ownership import is_store, is_whole, make_directories
 from cacheblend_jax.store.packing import add_pack, bytes_on_disk, grouped
 from cacheblend_jax.store.pins import BusyError, Pin
-from cacheblend_jax.store.places import Places, is_local, located
+from cacheblend_jax.store.places import Places, is_file, is_local, located
 from cacheblend_jax.store.record import (
     DamagedRecordError,
     EntryRecord,
@@ -64,7 +64,7 @@ class DiskTier:
 
     def __init__(self, directory: str | os.PathLike[str], capacity: int | None = None, salt: str = "") -> None:
         root = located(directory)
-        if root.exists() and not root.is_dir():
+        if is_file(root):
             raise CacheBlendError(
                 f"store {os.fspath(directory)!r} is a file; expected a directory, or a path to make one at"
             )
@@ -83,7 +83,7 @@ class DiskTier:
     def exists(directory: str | os.PathLike[str]) -> bool:
         """Whether there is a store in a directory."""
         root = located(directory)
-        return ownership.is_store(root, local=is_local(root))
+        return is_store(root, local=is_local(root))
 
     @property
     def writable(self) -> bool:
@@ -190,8 +190,7 @@ class DiskTier:
                 self.log.warn_once(f"entries stay in memory only: {_first_line(error)}", "write_errors")
 
     def _write_group(self, group: Sequence[QueuedEntry]) -> None:
-        if recovery.is_replaced(self.places, self.index):  # nobody would find what we enter in the old one
-            self._reopen_index()
+        self._follow_changes()
         fresh = [queued for queued in group if not self._is_written(queued)]
         if not fresh:
             return
@@ -212,7 +211,7 @@ class DiskTier:
 
     def touch(self, uses: dict[str, int]) -> None:
         """Adds to the uses of entries, by key."""
-        if not self.writable or not uses:
+        if not self.writable or not uses or recovery.is_replaced(self.places, self.index):
             return
         try:
             self.index.touch({self._name(key): count for key, count in uses.items()})
@@ -227,6 +226,10 @@ class DiskTier:
         """
         if not self.writable:
             raise CacheBlendError(f"store {str(self.places.root)!r} cannot be written; open it with the right to")
+
+    def count_unwritable(self) -> None:
+        """Counts an entry that is not written because `writable` is false, of which opening has said why."""
+        self.log.count("unwritable")
 
     def remove(self, keys: Sequence[str]) -> int:
         """Removes entries; returns how many there were. Errors as `check_writable`."""
@@ -327,6 +330,7 @@ class DiskTier:
         """
 
         def change() -> Result:
+            self._follow_changes()
             result, removed = with_space(self.places, self.index, self.log, action, doomed)
             forget_removed(self.index, self.log, removed)
             return result
@@ -351,6 +355,18 @@ class DiskTier:
             return False
         return True
 
+    def _follow_changes(self) -> None:
+        """Makes what others have removed from under us, and opens the index that is there now.
+
+        Raises:
+            CacheBlendError: the directory is no store any more.
+        """
+        root, local = self.places.root, self.places.local
+        if not is_whole(root, local=local):
+            self.places = replace(self.places, writable=make_directories(root, local, self.log))
+        if recovery.is_replaced(self.places, self.index):  # nobody would find what we enter in the old one
+            self._reopen_index()
+
     def _reopen_index(self) -> None:
         """Opens the index that is there now, and enters the packs of ours that it lacks."""
         self.index.close()
@@ -364,25 +380,6 @@ class DiskTier:
         """Returns the counts so far, and what the directory holds now of this salt."""
         size, entries = self._or_else((0, 0), lambda: self.index.totals_of(self.salt))
         return DiskStats(entries=entries, bytes=size, **self.log.counts())
-
-
-def make_directories(root: epath.Path, local: bool, log: DiskLog) -> bool:
-    """Makes a store's directories; returns whether this process may write there.
-
-    Raises:
-        CacheBlendError: there is no directory, and none can be made; or, as `ownership.claim`, it is not a store's.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        ownership.claim(root, log, local=local)
-        for name in ("packs", "quarantine", *(["writing"] if local else [])):
-            (root / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if not root.exists():
-            raise CacheBlendError(f"store {str(root)!r} cannot be made: {error}; choose another path") from error
-        log.warn(f"entries are read, but not written: {error}")
-        return False
-    return not local or os.access(root, os.W_OK | os.X_OK)
 
 
 def _first_line(error: BaseException) -> str:

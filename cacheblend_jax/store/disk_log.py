@@ -10,7 +10,7 @@ from typing import Literal
 from etils import epath
 
 logger = logging.getLogger(__name__)
-Counted = Literal["written", "evicted", "rejected", "damaged", "outdated", "write_errors", "read_errors"]
+Counted = Literal["written", "evicted", "rejected", "unwritable", "damaged", "outdated", "write_errors", "read_errors"]
 
 
 class DiskLog:

@@ -122,12 +122,12 @@ class Index:
 
     def _make_tables(self) -> None:
         if self._path is not None:
+            if self._writing.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                check(self._writing)  # before anything is changed in what may be somebody else's database
             self._writing.execute("PRAGMA journal_mode = WAL")
             self._writing.execute("PRAGMA synchronous = NORMAL")
         with self._transaction() as run:
             new = not run("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if not new:
-                check(self._writing)
             missing = SCHEMA + SALTS if new else "" if has_salts(self._writing) else SALTS
             for statement in statements(missing):
                 run(statement)

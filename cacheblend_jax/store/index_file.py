@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 INDEX_VERSION = 1
@@ -128,10 +130,30 @@ def has_index_header(path: str) -> bool:
     return header.startswith(b"SQLite format 3\0") and header[68:72] == COMPLETE.to_bytes(4, "big")
 
 
+def is_regular(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file, not a directory or a symbolic link."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def is_foreign(path: str) -> bool:
+    """Whether what stands in the place of an index is no index, nor a damaged one, but belongs to somebody else."""
+    if not is_regular(path):
+        return os.path.lexists(path)
+    try:
+        with closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except INDEX_ERRORS:
+        return False
+    return bool(tables) and tables.isdisjoint(("packs", "entries", "totals"))
+
+
 def identity_of(path: str) -> tuple[int, int] | None:
     """Returns device and inode of a file; `None` where there is none."""
     try:
-        status = os.stat(path)
+        status = os.lstat(path)
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino

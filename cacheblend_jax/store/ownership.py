@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from etils import epath
 
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.store.disk_log import DiskLog
-from cacheblend_jax.store.index_file import INDEX_ERRORS, connected, has_index_header
+from cacheblend_jax.store.index_file import INDEX_ERRORS, connected, has_index_header, is_regular
 from cacheblend_jax.store.places import CALIBRATION_NAME, INDEX_NAME, PACK_NAME
 from cacheblend_jax.store.record import canonical_json, crc32c_of_bytes
 
@@ -32,6 +31,34 @@ RECORDS_BEGIN = b'{"crc32c":'  # of a pack's `entries.json`
 def is_store(root: epath.Path, *, local: bool) -> bool:
     """Whether a directory is a store: it has a marker, or was made by a version that wrote none."""
     return root.is_dir() and (_has_marker(root, local) or _was_made_before_markers(root, local))
+
+
+def is_whole(root: epath.Path, *, local: bool) -> bool:
+    """Whether a store's directory still has all that `make_directories` made; nothing is checked on object storage."""
+    return not local or (_has_marker(root, local) and all((root / name).is_dir() for name in DIRECTORIES))
+
+
+def make_directories(root: epath.Path, local: bool, log: DiskLog) -> bool:
+    """Makes a store's directories; returns whether this process may write there.
+
+    Raises:
+        CacheBlendError: there is no directory, and none can be made; or, as `claim`, it is not a store's.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        claim(root, log, local=local)
+        for name in DIRECTORIES:
+            if local or name != "writing":
+                (root / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if not root.exists():
+            raise CacheBlendError(f"store {str(root)!r} cannot be made: {error}; choose another path") from error
+        log.warn(f"entries are read, but not written: {error}")
+        return False
+    if local and not os.access(root, os.W_OK | os.X_OK):
+        log.warn("entries are read, but not written: this process may not write there")
+        return False
+    return True
 
 
 def claim(root: epath.Path, log: DiskLog, *, local: bool) -> None:
@@ -135,7 +162,7 @@ def _is_pack(path: epath.Path) -> bool:
 
 def _is_index(path: str) -> bool:
     """Whether a file is our index; it may be damaged."""
-    if not _is_regular(path):
+    if not is_regular(path):
         return False
     if has_index_header(path):
         return True
@@ -150,6 +177,8 @@ def _is_index(path: str) -> bool:
 
 def _is_free(root: epath.Path, local: bool) -> bool:
     """Whether a directory has nothing in it that a store did not make, so that marking it takes nobody's files."""
+    if not root.is_dir():  # on object storage, there is no directory before there is a file in it
+        return True
     return all(_is_nothing(path, local) for path in root.iterdir())
 
 
@@ -163,11 +192,4 @@ def _is_nothing(path: epath.Path, local: bool) -> bool:
         # A killed calibration of a new store leaves its probes. On object storage, packs have no file until complete.
         left = {"writing": CALIBRATION_NAME} | ({} if local else {"packs": PACK_NAME})
         return all(name in left and left[name].fullmatch(child.name) for child in path.iterdir())
-    return name in INDEX_FILES and local and _is_regular(path) and not os.path.getsize(path)
-
-
-def _is_regular(path: str | os.PathLike[str]) -> bool:
-    try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
-    except OSError:
-        return False
+    return name in INDEX_FILES and local and is_regular(path) and not os.path.getsize(path)

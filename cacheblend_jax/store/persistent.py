@@ -72,6 +72,10 @@ class PersistentTier:
         if self._uses.add(key):
             self.queue.run_soon(self._write_uses)
 
+    def count_unwritable(self) -> None:
+        """See `DiskTier.count_unwritable`."""
+        self.disk.count_unwritable()
+
     def check_writable(self) -> None:
         """See `DiskTier.check_writable`."""
         self.disk.check_writable()

@@ -16,6 +16,7 @@ CALIBRATION_NAME = re.compile("calibration-[0-9a-f]{32}")  # of a calibration's 
 WRITING_NAME = re.compile(f"{PACK_NAME.pattern}|{CALIBRATION_NAME.pattern}")
 QUARANTINE_NAME = re.compile(f"(index-)?{PACK_NAME.pattern}|{PACK_NAME.pattern}-{PACK_NAME.pattern}")
 INDEX_NAME = "index.sqlite"
+SCHEMES = ("gs://", "s3://")  # of object storage that both Orbax and TensorStore know
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -27,16 +28,39 @@ def located(directory: str | os.PathLike[str]) -> epath.Path:
     """Returns a store's directory as an absolute path, so that it stays the same when the process changes its own.
 
     Raises:
-        CacheBlendError: the path is empty, or has a backslash in it.
+        CacheBlendError: the path is empty, is none that the file system can hold, or has a backslash in it; or it is a
+            URL of a kind that is not supported.
     """
     if not os.fspath(directory):
         raise CacheBlendError("the store's path is empty; expected that of a directory ('.' is the current one)")
     if not is_local(directory):
+        if not os.fspath(directory).startswith(SCHEMES):
+            raise CacheBlendError(
+                f"store {os.fspath(directory)!r} is a URL of a kind that is not supported; expected a path, "
+                f"or a URL that begins with {' or '.join(SCHEMES)}"
+            )
         return epath.Path(directory)
+    try:
+        if b"\0" in os.fsencode(directory):
+            raise ValueError("it has a zero byte in it")
+    except ValueError as error:  # `UnicodeEncodeError` is one
+        raise CacheBlendError(f"store {os.fspath(directory)!r} is no path: {error}") from error
     path = os.path.abspath(os.path.expanduser(directory))
     if os.sep != "\\" and "\\" in path:  # TensorStore reads it as a slash, and would look for the packs elsewhere
         raise CacheBlendError(f"store {path!r} has a backslash in its path; choose a path without one")
     return epath.Path(path)
+
+
+def is_file(root: epath.Path) -> bool:
+    """Whether there is a file in the place of a store's directory.
+
+    Raises:
+        CacheBlendError: it is on object storage, and the package for that is not installed.
+    """
+    try:
+        return root.exists() and not root.is_dir()
+    except ImportError as error:
+        raise CacheBlendError(f"store {os.fspath(root)!r} needs a package that is not installed: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ def keep_pack(places: Places, index: Index, pack: str) -> None:
     Where the pack holds other entries, it stays, and the quarantine gets a copy made of links.
     """
     source = places.pack(pack)
+    places.quarantine.mkdir(exist_ok=True)
     kept = places.quarantine / source.name
     if not places.local:  # object storage has neither renames nor links
         if source.exists() and not index.listed(pack):

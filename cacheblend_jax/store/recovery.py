@@ -12,7 +12,7 @@ from cacheblend_jax.store import quarantine
 from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.eviction import sweep
 from cacheblend_jax.store.index import Index
-from cacheblend_jax.store.index_file import INDEX_ERRORS, identity_of, is_broken
+from cacheblend_jax.store.index_file import INDEX_ERRORS, identity_of, is_broken, is_foreign, is_regular
 from cacheblend_jax.store.pack import read_contents, size_of
 from cacheblend_jax.store.pins import BusyError, Pin, held
 from cacheblend_jax.store.places import INDEX_NAME, PACK_NAME, WRITING_NAME, Places
@@ -35,7 +35,7 @@ def open_index(places: Places, log: DiskLog) -> tuple[Index, Places]:
         except (OSError, *INDEX_ERRORS) as error:  # no permission, no room
             places = replace(places, writable=False)
             log.warn_once(f"entries are read, but not written: {error}", "write_errors")
-    if places.local and os.path.exists(places.index):
+    if places.local and is_regular(places.index):
         try:
             return Index(places.index, read_only=True), places
         except (OSError, *INDEX_ERRORS):
@@ -46,12 +46,14 @@ def open_index(places: Places, log: DiskLog) -> tuple[Index, Places]:
 
 
 def is_replaced(places: Places, index: Index) -> bool:
-    """Whether another process has found our index broken, moved it away and made a new one."""
-    return index.identity is not None and identity_of(places.index) not in (None, index.identity)
+    """Whether our index is not the directory's any more: another process has made it anew, or somebody removed it."""
+    return index.identity is not None and identity_of(places.index) != index.identity
 
 
 def _open_to_write(places: Places, log: DiskLog) -> Index:
     """Opens the index; moves a broken one aside first, and fills a new one from the packs."""
+    if not is_regular(places.index):
+        set_index_aside(places, identity_of(places.index))
     broken = None
     try:
         with held(places.root):  # so that no other process moves the file away meanwhile
@@ -88,10 +90,11 @@ def set_index_aside(places: Places, broken: tuple[int, int] | None) -> None:
     with held(places.root, alone=True):
         if broken is None or identity_of(places.index) != broken:
             return
-        kept = places.quarantine / f"index-{uuid.uuid4().hex}"
+        # The quarantine is emptied in time, but not of what is somebody else's.
+        kept = places.quarantine / f"{'foreign' if is_foreign(places.index) else 'index'}-{uuid.uuid4().hex}"
         kept.mkdir(parents=True)
         for suffix in ("-wal", "-shm", ""):
-            if os.path.exists(places.index + suffix):
+            if os.path.lexists(places.index + suffix):
                 os.rename(places.index + suffix, kept / (INDEX_NAME + suffix))
     quarantine.remove_oldest(places)
 

@@ -33,6 +33,7 @@ class StoreStats:
         stored: entries put and kept.
         written: entries written to disk.
         dropped: entries not written because the queue was full, or because no thread could be started.
+        unwritable: entries not written because the directory can only be read.
         damaged: entries and indexes whose bytes were not those written; they are quarantined.
         outdated: entries of another format version; they count as missing.
         write_errors, read_errors: failures of the file system; the entries stay in memory, or are misses.
@@ -45,6 +46,7 @@ class StoreStats:
     stored: int = 0
     written: int = 0
     dropped: int = 0
+    unwritable: int = 0
     damaged: int = 0
     outdated: int = 0
     write_errors: int = 0
@@ -65,6 +67,7 @@ class DiskStats:
     evicted: int = 0
     rejected: int = 0
     written: int = 0
+    unwritable: int = 0
     damaged: int = 0
     outdated: int = 0
     write_errors: int = 0

@@ -10,11 +10,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from etils import epath
 from store_cases import BIG, check_all, fill, key_of, largest_file, make_entry, packs, report_of, same
 
 import cacheblend_jax as cb
 from cacheblend_jax.store.disk import DiskTier
-from cacheblend_jax.store.ownership import MARKER_NAME
+from cacheblend_jax.store.disk_log import DiskLog
+from cacheblend_jax.store.ownership import MARKER_NAME, claim
 
 HEX = "0123456789abcdef" * 2
 
@@ -160,6 +162,20 @@ def test_a_link_for_a_directory_of_a_store_is_refused(tmp_path, name):
     with pytest.raises(cb.CacheBlendError, match=f"has a symbolic link '{name}' in it, which a store does not follow"):
         cb.ChunkStore(tmp_path / "kv")
     assert tree(tmp_path / "moved") == before
+
+
+def test_object_storage_lists_nothing_before_there_is_something(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "mkdir", lambda *_, **__: None)  # where it makes nothing
+    log = DiskLog(epath.Path(tmp_path))
+    with pytest.raises(FileNotFoundError, match=MARKER_NAME):  # here, at last, a directory is needed
+        claim(epath.Path(tmp_path / "kv"), log, local=False)
+    (tmp_path / "other").write_text("mine")
+    with pytest.raises(cb.CacheBlendError, match="is a directory with other files in it"):
+        claim(epath.Path(tmp_path), log, local=False)
+    (tmp_path / "other").unlink()
+    claim(epath.Path(tmp_path), log, local=False)
+    (tmp_path / "other").write_text("mine")
+    claim(epath.Path(tmp_path), log, local=False)
 
 
 def test_a_store_may_be_reached_through_a_link(tmp_path):
