@@ -262,7 +262,7 @@ class Executors:
         k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : ids.size]) for x in (kv.k, kv.v))
         if model.fingerprint != chunk.fingerprint:
             raise CacheBlendError("the model's weights changed while a chunk waited to be stored; it is not stored")
-        return ChunkEntry(k, v, chunk.fingerprint, tuple(chunk.context_ids.tolist()))
+        return ChunkEntry(k, v, chunk.fingerprint, tuple(chunk.context_ids.tolist())).hand_over()
 
     def _sequence(self, length: Any, num_keys: int) -> PromptSequence:
         return PromptSequence(length, *self._put(rope_tables(self._model.config, num_keys)))
