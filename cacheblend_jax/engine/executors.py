@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -92,7 +93,7 @@ class Executors:
     def prepare(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> Prepared:
         """Compiles the programs that a plan needs to run with these chunks, except those that are ready."""
         executor = self._executor(plan, chunks)
-        prepared = self._model.runner.prepare((plan, executor), self._loop(plan, executor))
+        prepared = self._model.runner.prepare((plan, executor), partial(self._run_over_shapes, plan, executor))
         rows = {chunk.handle.device_entry.k.shape[1] for chunk in chunks if chunk.handle.device_entry is not None}
         placing = self._prepare_placing(plan, rows) if executor == "resident" else []
         return Prepared(prepared.compile_s + sum(each.compile_s for each in placing), prepared.peak_memory_bytes)
@@ -105,7 +106,7 @@ class Executors:
         """Compiles a plan for every executor that may run it, whatever tiers its chunks come from."""
         loads = not plan.nothing_cached
         for executor in {choose_executor(self.setting, [tier] if loads else []) for tier in self._tiers}:
-            self._model.runner.prepare((plan, executor), self._loop(plan, executor))
+            self._model.runner.prepare((plan, executor), partial(self._run_over_shapes, plan, executor))
         if self.uses_device_tier and loads:
             self._prepare_placing(plan, buckets_up_to(small_bucket, plan.cache_length))
 
@@ -120,34 +121,30 @@ class Executors:
     def _executor(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> str:
         return choose_executor(self.setting, [] if plan.nothing_cached else [chunk.tier for chunk in chunks])
 
-    def _loop(self, plan: Plan, executor: str) -> Callable[[Callable[..., Any]], object]:
-        """Returns the executor's loop over the shapes of the plan's requests."""
+    def _run_over_shapes(self, plan: Plan, executor: str, run: Callable[..., Any]) -> None:
+        """Does what the executor does with a request of the plan, with `run` in the runner's place."""
         request, params, config = empty_request(plan), self._model.params, self._model.config
         static: dict[str, Any] = {"config": config, "plan": plan}
         stack = abstract_cache(config, plan.cache_length, self._model.placement)
         if executor == "resident":
             cached = None if plan.nothing_cached else stack
-            sequence = self._sequence(request.length, plan.cache_length)
-            return lambda run: run(prefill, params, request, cached, sequence, **static)
-        on_device = self._put(request)
-        sequence = self._sequence(on_device.length, plan.cache_length)
-        layers = ShapeSource(shapes_of(jax.eval_shape(lambda kv: kv.layer(0), stack), self._model.placement))
-        keep = np.asarray(request.keep)
-        return lambda run: prefill_streamed(run, params, on_device, keep, sequence, layers, **static)
+            run(prefill, params, request, cached, self._sequence(request.length, plan.cache_length), **static)
+        else:
+            on_device, keep = self._put(request), np.asarray(request.keep)
+            sequence = self._sequence(on_device.length, plan.cache_length)
+            layers = ShapeSource(shapes_of(jax.eval_shape(lambda kv: kv.layer(0), stack), self._model.placement))
+            prefill_streamed(run, params, on_device, keep, sequence, layers, **static)
 
     def _prepare_placing(self, plan: Plan, sizes: Iterable[int]) -> list[Prepared]:
         """Compiles the programs that place chunks already on the device, for each number of rows in `sizes`."""
-        runner, scalar = self._model.runner, np.int32(0)
-        prepared = []
-        for rows in sorted(sizes):
-            chunk = abstract_cache(self._model.config, rows, self._model.placement)
 
-            def place_both(run: Callable[..., Any], chunk: KVCache = chunk) -> None:
-                cached = run(place_first, chunk.k, chunk.v, scalar, scalar, keys=plan.cache_length)
-                run(place, cached, chunk.k, chunk.v, scalar, scalar, donate=("cached",))
+        def place_both(rows: int, run: Callable[..., Any]) -> None:
+            chunk, scalar = abstract_cache(self._model.config, rows, self._model.placement), np.int32(0)
+            cached = run(place_first, chunk.k, chunk.v, scalar, scalar, keys=plan.cache_length)
+            run(place, cached, chunk.k, chunk.v, scalar, scalar, donate=("cached",))
 
-            prepared.append(runner.prepare((place, plan.cache_length, rows), place_both))
-        return prepared
+        prepare = self._model.runner.prepare
+        return [prepare((place, plan.cache_length, rows), partial(place_both, rows)) for rows in sorted(sizes)]
 
     # --- running -----------------------------------------------------------------------------------------------------
 

@@ -114,18 +114,19 @@ class Runner:
                 dropped since.
             loop: runs over shapes; called with a stand-in for this runner.
         """
-        known, drops = self._prepared.get(name, (None, -1))
+        key = name, implementation_override()
+        known, drops = self._prepared.get(key, (None, -1))
         if known is not None and drops == _drops:
             return known
         drops, recorder = _drops, _Recorder(self)
         loop(recorder)
         prepared = Prepared(recorder.compile_s, recorder.peak_memory_bytes)
-        self._prepared[name] = Prepared(0.0, recorder.peak_memory_bytes), drops
+        self._prepared[key] = Prepared(0.0, recorder.peak_memory_bytes), drops
         return prepared
 
     def is_prepared(self, name: Hashable) -> bool:
         """Returns whether a loop of this name was prepared, and no program was dropped since."""
-        return self._prepared.get(name, (None, -1))[1] == _drops
+        return self._prepared.get((name, implementation_override()), (None, -1))[1] == _drops
 
     def _program(
         self,

@@ -119,7 +119,9 @@ def test_what_fails_to_compile_is_tried_again():
 def test_another_kernel_implementation_is_another_program(monkeypatch):
     runner = Runner("cpu")
     runner(jnp.negative, shape(3))
+    runner.prepare("loop", lambda run: run(jnp.negative, shape(3)))
     monkeypatch.setenv(OVERRIDE, "xla")
+    assert not runner.is_prepared("loop")
     runner(jnp.negative, shape(3))
     assert runner.count == 2
 
