@@ -225,8 +225,9 @@ class Engine:
         """Compiles the programs that prompts of up to `max_tokens` need, so that none of them waits for the compiler.
 
         This covers prompts whose chunks are all stored, or, with an automatic ratio, all recomputed; the controller
-        then considers only what is compiled. Several programs are compiled at a time; returns how many there were. With
-        JAX's persistent compilation cache on, the next process only reads them.
+        then considers only what is compiled. A blend that a request brings (`blend=`) has programs of its own, and
+        sampling a small one. Several programs are compiled at a time; returns how many there were. With JAX's
+        persistent compilation cache on, the next process only reads them.
 
         Args:
             prefix_tokens: covers prompts with a stored prefix of this many tokens, and without one.

@@ -35,7 +35,7 @@ def read_into(chunk: PlacedChunk, layer: int, k: np.ndarray, v: np.ndarray, trac
     """Reads one layer of one chunk into its rows of `k` and `v`, each `[keys, kv_heads, head_dim]`.
 
     Raises:
-        LostChunkError: it is damaged or its tier failed.
+        LostChunkError: it is damaged, its tier failed, or it is not this chunk's KV for this model.
     """
 
     def span(lane: str) -> AbstractContextManager[None]:
@@ -44,11 +44,14 @@ def read_into(chunk: PlacedChunk, layer: int, k: np.ndarray, v: np.ndarray, trac
     try:
         with span(chunk.tier) if is_slow(chunk.tier) else nullcontext():
             k_layer, v_layer = chunk.handle.read_layer(layer)
-    except (DamagedEntryError, OSError) as error:
+    except (DamagedEntryError, OSError, IndexError) as error:
         raise LostChunkError(chunk.key, error) from error
     with span("host"):
-        k[chunk.start : chunk.stop] = k_layer
-        v[chunk.start : chunk.stop] = v_layer
+        for rows, stored in ((k[chunk.start : chunk.stop], k_layer), (v[chunk.start : chunk.stop], v_layer)):
+            if (stored.shape, stored.dtype) != (rows.shape, rows.dtype):  # numpy would broadcast or cast it
+                wrong = f"stored as {stored.dtype}{list(stored.shape)}, expected {rows.dtype}{list(rows.shape)}"
+                raise LostChunkError(chunk.key, ValueError(wrong))
+            rows[:] = stored
 
 
 def load_all(

@@ -208,6 +208,23 @@ def test_a_lost_chunk_becomes_a_miss_and_the_answer_is_right(executor, layer, er
     assert (again.stats.damaged, again.stats.hits) == (0, 4)
 
 
+@pytest.mark.parametrize("executor", ["resident", "streamed"])
+@pytest.mark.parametrize(("tokens", "layers", "dtype"), [(1, 6, np.float32), (40, 6, np.float16), (40, 3, np.float32)])
+def test_an_entry_that_is_not_the_chunks_is_a_miss(executor, tokens, layers, dtype):
+    """One token would be broadcast to all, another dtype cast."""
+    model, prompt = family_model("qwen2"), random_prompt(12)
+    with cb.Engine(model, blend=cb.BlendConfig(0.3, num_stages=1), executor=executor) as engine:
+        keys = engine.precompute(prompt)
+        k, v = (np.ones((layers, tokens, 2, 8), dtype) for _ in range(2))
+        engine.store.put(keys[1], cb.ChunkEntry(k, v))
+        out = engine.prefill(prompt)
+        assert (out.stats.damaged, out.stats.hits, out.stats.misses) == (1, 3, 1)
+        assert out.recomputed[:, 39:79].all()
+        engine.flush()
+        again = engine.prefill(prompt)
+    assert (again.stats.damaged, again.stats.hits) == (0, 4)
+
+
 def test_a_store_all_of_whose_chunks_are_lost_still_answers():
     model, prompt = family_model("llama3"), random_prompt(11)
 
