@@ -138,7 +138,7 @@ def shared_engine(
     family: str, ratio: float = 0.15, selector: str = "hkvd", context_tokens: int | None = 4
 ) -> cb.Engine:
     """An engine whose compiled programs tests share; its store is emptied by `fresh_engine`."""
-    blend = cb.BlendConfig(ratio, selector=selector)
+    blend = cb.BlendConfig(ratio, selector=selector, num_stages=2)  # each stage more is a fifth more to compile
     return cb.Engine(family_model(family), blend=blend, context_tokens=context_tokens)
 
 

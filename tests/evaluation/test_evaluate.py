@@ -27,7 +27,8 @@ def demo():
     return cb.load_model("demo", dtype="float32")
 
 
-def test_blend_restores_what_reuse_loses(demo):
+@pytest.mark.usefixtures("as_users_run_it")
+def test_blend_restores_what_reuse_loses():
     """The point of it all, in small: fails where blend's advantage over reuse or over random is gone."""
     less = Setting("blend", "hkvd", 0.1)
     settings = [Setting("full"), Setting("reuse"), HKVD, less, RANDOM]
@@ -36,7 +37,7 @@ def test_blend_restores_what_reuse_loses(demo):
         replace(row, chunks=example.chunks, question=example.question.text, answers=(example.question.answer,))
         for row, example in zip(bundled_rows(1) * 24, examples("reference", 24, SEED, difficulty), strict=False)
     ]
-    with Evaluator(demo, rows, max_new_tokens=2) as evaluator:
+    with Evaluator(cb.load_model("demo", dtype="float32"), rows, max_new_tokens=2) as evaluator:
         records = [record for row in rows for record in evaluator.evaluate_row(row, settings)]
     lines = of_all_kinds(summarize(records, [setting.label for setting in settings]))
     right = {label: line["exact_match"] for label, line in lines.items()}

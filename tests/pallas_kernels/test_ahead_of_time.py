@@ -202,11 +202,11 @@ def test_a_whole_blend_for_an_h200_spills_nothing_and_copies_no_weights(capfd, m
 def test_decoding_for_an_h200_copies_no_weights():
     cached, angles = _shape(32, 8192, 8, 128, of=jnp.bfloat16), _shape(8192, 64, of=jnp.float32)
 
-    def decode(params, k, v, token_id, position, cos, sin):
-        return decode_step(params, k, v, token_id, position, cos, sin, config=LLAMA3_8B)
+    def decode(params, cache, token_id, position, cos, sin):
+        return decode_step(params, cache, token_id, position, cos, sin, config=LLAMA3_8B)
 
-    arguments = abstract_params(LLAMA3_8B), cached, cached, _shape(), _shape(), angles, angles
-    compiled = compiler("gpu")(decode, *arguments, donate=(1, 2), options=COMPILER_OPTIONS["gpu"])
+    arguments = abstract_params(LLAMA3_8B), KVCache(cached, cached), _shape(), _shape(), angles, angles
+    compiled = compiler("gpu")(decode, *arguments, donate=(1,), options=COMPILER_OPTIONS["gpu"])
     assert _slices_of_weights(compiled.as_text()) == []
 
 
