@@ -58,7 +58,9 @@ from cacheblend_jax.runtime.programs import COMPILER_OPTIONS, compiler_options, 
 
 USERS_OPTIONS = COMPILER_OPTIONS["cpu"].copy()
 # The suite is mostly compilation: these options save two thirds of it.
-COMPILER_OPTIONS["cpu"] |= {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
+COMPILER_OPTIONS["cpu"]["xla_backend_optimization_level"] = "0"
+if jax.__version_info__ < (0, 12):  # later versions have no such option
+    COMPILER_OPTIONS["cpu"]["xla_cpu_use_fusion_emitters"] = False
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 HF = Path(__file__).parent / "data" / "hf"  # tiny checkpoints: scripts/make_hf_goldens.py

@@ -253,16 +253,18 @@ def _warn_of_drops() -> None:
 
 @cache
 def compiler_options(platform: str) -> dict[str, str | bool]:
-    """Returns the platform's compiler options; none if XLA no longer knows them: they only affect speed."""
-    options = COMPILER_OPTIONS.get(platform)
-    if options is None:
-        return {}
+    """Returns the platform's compiler options but those that XLA no longer knows: they only make programs faster."""
+    options = COMPILER_OPTIONS.get(platform, {})
+    return {name: value for name, value in options.items() if _is_known(name, value)}
+
+
+def _is_known(name: str, value: str | bool) -> bool:
     try:
-        jax.jit(lambda x: x).lower(0.0).compile(compiler_options=options)
+        jax.jit(lambda x: x).lower(0.0).compile(compiler_options={name: value})
     except jax.errors.JaxRuntimeError as error:
-        logger.warning("programs are compiled without %s: %s", ", ".join(options), error)
-        return {}
-    return options
+        logger.warning("programs are compiled without %s: %s", name, error)
+        return False
+    return True
 
 
 def mapped_share() -> float:
