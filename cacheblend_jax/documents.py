@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.errors import CacheBlendError, is_whole_number
 
 SUFFIXES = (".txt", ".md", ".markdown")
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -343,7 +343,7 @@ def chunk_documents(
 
 
 def _check_at_least_one(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_whole_number(value, least=1):
         raise DocumentError(f"{name} is {value!r}: expected a whole number of at least 1; pass for instance {name}=8")
 
 

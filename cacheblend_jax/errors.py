@@ -1,5 +1,7 @@
 """Errors that users can fix: the command line prints them on one line and exits with code 2."""
 
+from typing import TypeGuard
+
 
 class CacheBlendError(ValueError):
     """Bad usage or bad input: the message names the value, what was expected, and what to do."""
@@ -17,6 +19,6 @@ class DamagedEntryError(CacheBlendError):
     """A stored entry's bytes are not those that were written; the store has removed it, and its chunk is a miss."""
 
 
-def is_whole_number(value: object, *, least: int, below: float = float("inf")) -> bool:
+def is_whole_number(value: object, *, least: int, below: float = float("inf")) -> TypeGuard[int]:
     """Returns whether a value is a whole number in [least, below): an `int`, and not a `bool`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < below

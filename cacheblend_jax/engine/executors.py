@@ -93,7 +93,7 @@ class Executors:
     def prepare(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> Prepared:
         """Compiles the programs that a plan needs to run with these chunks, except those that are ready."""
         executor = self._executor(plan, chunks)
-        prepared = self._model.runner.prepare((plan, executor), partial(self._run_over_shapes, plan, executor))
+        prepared = self._prepare_plan(plan, executor)
         rows = {chunk.handle.device_entry.k.shape[1] for chunk in chunks if chunk.handle.device_entry is not None}
         placing = self._prepare_placing(plan, rows) if executor == "resident" else []
         return Prepared(prepared.compile_s + sum(each.compile_s for each in placing), prepared.peak_memory_bytes)
@@ -106,7 +106,7 @@ class Executors:
         """Compiles a plan for every executor that may run it, whatever tiers its chunks come from."""
         loads = not plan.nothing_cached
         for executor in {choose_executor(self.setting, [tier] if loads else []) for tier in self._tiers}:
-            self._model.runner.prepare((plan, executor), partial(self._run_over_shapes, plan, executor))
+            self._prepare_plan(plan, executor)
         if self.uses_device_tier and loads:
             self._prepare_placing(plan, buckets_up_to(small_bucket, plan.cache_length))
 
@@ -120,6 +120,9 @@ class Executors:
 
     def _executor(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> str:
         return choose_executor(self.setting, [] if plan.nothing_cached else [chunk.tier for chunk in chunks])
+
+    def _prepare_plan(self, plan: Plan, executor: str) -> Prepared:
+        return self._model.runner.prepare((plan, executor), partial(self._run_over_shapes, plan, executor))
 
     def _run_over_shapes(self, plan: Plan, executor: str, run: Callable[..., Any]) -> None:
         """Does what the executor does with a request of the plan, with `run` in the runner's place."""

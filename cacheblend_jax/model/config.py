@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cacheblend_jax.errors import CheckpointError
+from cacheblend_jax.errors import CheckpointError, is_whole_number
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -188,7 +188,7 @@ def _integer(raw: Mapping[str, Any], key: str, default: int | None = None, *, mi
     """Returns an integer of at least `minimum`; `default` for a key that is absent or null (an error without one)."""
     value = raw.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+    if not is_whole_number(value, least=minimum):
         raise CheckpointError(f"{key} must be an integer of at least {minimum}, got {value!r}")
     return value
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from etils import epath
 
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry, QueuedEntry
 from cacheblend_jax.store.loads import Load, Loads
 from cacheblend_jax.store.memory import MemoryTier
@@ -349,7 +349,7 @@ def check_capacity(name: str, value: object, *, least: int) -> None:
     Raises:
         CacheBlendError: it is not a whole number, or too small; names the argument.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_whole_number(value, least=least):
         raise CacheBlendError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
