@@ -18,10 +18,10 @@ from cacheblend_jax.blend.layer_step import PromptSequence
 from cacheblend_jax.blend.resident import prefill, standalone
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import Prefilled, Request
-from cacheblend_jax.blend.streamed import ShapeSource, layers_wanted, prefill_streamed
+from cacheblend_jax.blend.streamed import LayerSource, ShapeSource, layers_wanted, prefill_streamed
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import READERS, load_all, place, place_first
+from cacheblend_jax.engine.loading import READERS, load_all, place_chunk
 from cacheblend_jax.engine.planner import EXECUTORS, choose_executor, empty_request
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.kv_cache import KVCache, abstract_cache, cache_shape
@@ -112,11 +112,8 @@ class Executors:
 
     def warm_up_standalone(self, size: int) -> None:
         """Compiles the program that computes the KV of a context and a chunk, padded to `size` tokens."""
-        model, no_tokens = self._model, np.zeros(size, np.int32)
-        sequence = self._sequence(np.zeros((), np.int32), size)
-        model.runner.prepare(
-            (standalone, size), lambda run: run(standalone, model.params, no_tokens, sequence, config=model.config)
-        )
+        no_tokens = np.zeros(size, np.int32)
+        self._model.runner.prepare((standalone, size), lambda run: self._standalone(run, no_tokens, 0))
 
     def _executor(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> str:
         return choose_executor(self.setting, [] if plan.nothing_cached else [chunk.tier for chunk in chunks])
@@ -126,28 +123,44 @@ class Executors:
 
     def _run_over_shapes(self, plan: Plan, executor: str, run: Callable[..., Any]) -> None:
         """Does what the executor does with a request of the plan, with `run` in the runner's place."""
-        request, params, config = empty_request(plan), self._model.params, self._model.config
-        static: dict[str, Any] = {"config": config, "plan": plan}
-        stack = abstract_cache(config, plan.cache_length, self._model.placement)
+        request, model = empty_request(plan), self._model
+        stack = abstract_cache(model.config, plan.cache_length, model.placement)
         if executor == "resident":
-            cached = None if plan.nothing_cached else stack
-            run(prefill, params, request, cached, self._sequence(request.length, plan.cache_length), **static)
+            self._prefill_resident(run, plan, request, None if plan.nothing_cached else stack)
         else:
-            on_device, keep = self._put(request), np.asarray(request.keep)
-            sequence = self._sequence(on_device.length, plan.cache_length)
-            layers = ShapeSource(shapes_of(jax.eval_shape(lambda kv: kv.layer(0), stack), self._model.placement))
-            prefill_streamed(run, params, on_device, keep, sequence, layers, **static)
+            layer = shapes_of(jax.eval_shape(lambda kv: kv.layer(0), stack), model.placement)
+            self._prefill_streamed(run, plan, request, ShapeSource(layer))
 
     def _prepare_placing(self, plan: Plan, sizes: Iterable[int]) -> list[Prepared]:
         """Compiles the programs that place chunks already on the device, for each number of rows in `sizes`."""
 
         def place_both(rows: int, run: Callable[..., Any]) -> None:
-            chunk, scalar = abstract_cache(self._model.config, rows, self._model.placement), np.int32(0)
-            cached = run(place_first, chunk.k, chunk.v, scalar, scalar, keys=plan.cache_length)
-            run(place, cached, chunk.k, chunk.v, scalar, scalar, donate=("cached",))
+            chunk = abstract_cache(self._model.config, rows, self._model.placement)
+            place_chunk(
+                run, place_chunk(run, None, chunk, 0, rows, plan.cache_length), chunk, 0, rows, plan.cache_length
+            )
 
         prepare = self._model.runner.prepare
-        return [prepare((place, plan.cache_length, rows), partial(place_both, rows)) for rows in sorted(sizes)]
+        return [prepare((place_chunk, plan.cache_length, rows), partial(place_both, rows)) for rows in sorted(sizes)]
+
+    # --- the programs: run by the runner, or over shapes by what stands in for it -------------------------------------
+
+    def _prefill_resident(
+        self, run: Callable[..., Any], plan: Plan, request: Request, cached: KVCache | None
+    ) -> Prefilled:
+        model, sequence = self._model, self._sequence(request.length, plan.cache_length)
+        return run(prefill, model.params, request, cached, sequence, config=model.config, plan=plan)
+
+    def _prefill_streamed(
+        self, run: Callable[..., Any], plan: Plan, request: Request, layers: LayerSource
+    ) -> Prefilled:
+        model, on_device, keep = self._model, self._put(request), np.asarray(request.keep)
+        sequence = self._sequence(on_device.length, plan.cache_length)
+        return prefill_streamed(run, model.params, on_device, keep, sequence, layers, config=model.config, plan=plan)
+
+    def _standalone(self, run: Callable[..., Any], padded_ids: np.ndarray, length: int) -> KVCache:
+        sequence = self._sequence(np.asarray(length, np.int32), padded_ids.size)
+        return run(standalone, self._model.params, padded_ids, sequence, config=self._model.config)
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -165,12 +178,10 @@ class Executors:
     def _run_resident(
         self, plan: Plan, request: Request, chunks: Sequence[PlacedChunk], prepared: Prepared, trace: Trace | None
     ) -> PrefillRun:
-        model = self._model
-        sequence = self._sequence(request.length, plan.cache_length)
         began = time.perf_counter()
         cached = None if plan.nothing_cached else self.load(plan, chunks, trace)
         dispatched = time.perf_counter()
-        out = model.runner(prefill, model.params, request, cached, sequence, config=model.config, plan=plan)
+        out = self._prefill_resident(self._model.runner, plan, request, cached)
         next_token = int(out.next_token)
         ended = time.perf_counter()
         if trace is not None:
@@ -180,20 +191,15 @@ class Executors:
     def _run_streamed(
         self, plan: Plan, request: Request, chunks: Sequence[PlacedChunk], prepared: Prepared, trace: Trace | None
     ) -> PrefillRun:
-        model, config = self._model, self._model.config
+        config = self._model.config
         buffers = self._buffers.arrays((self.host_layers, *cache_shape(config, plan.cache_length)[1:]))
-        keep = np.asarray(request.keep)
         began = time.perf_counter()
         layers = layers_wanted(plan, config.num_layers)
         stream = LayerStream(
             chunks, layers, buffers, self.prefetch_layers, self._put, self._readers, self._lanes, trace
         )
         with stream:
-            on_device = self._put(request)
-            sequence = self._sequence(on_device.length, plan.cache_length)
-            out = prefill_streamed(
-                model.runner, model.params, on_device, keep, sequence, stream, config=config, plan=plan
-            )
+            out = self._prefill_streamed(self._model.runner, plan, request, stream)
             next_token = int(out.next_token)
             ended = time.perf_counter()
         layer_bytes = sum(buffer[0].nbytes for buffer in buffers)
@@ -223,19 +229,15 @@ class Executors:
             cached = KVCache(*self._put((k, v)))
         for chunk in chunks:
             if chunk.handle.device_entry is not None:
-                cached = self._place(plan, cached, chunk.start, chunk.handle.device_entry)
+                entry = chunk.handle.device_entry
+                kv = KVCache(*self._put((entry.k, entry.v)))  # another engine may have put it on another device
+                run = self._model.runner
+                cached = place_chunk(run, cached, kv, chunk.start, entry.num_tokens, plan.cache_length)
         jax.block_until_ready(cached)
         if trace is not None:
             trace.add("transfer", "all layers", -1, began, time.perf_counter())
         assert cached is not None  # a chunk was placed, or the host buffers were transferred
         return cached
-
-    def _place(self, plan: Plan, cached: KVCache | None, start: int, entry: DeviceEntry) -> KVCache:
-        # Another engine may have put the entry on another device.
-        arrays = (*self._put((entry.k, entry.v)), np.int32(start), np.int32(entry.num_tokens))
-        if cached is None:
-            return self._model.runner(place_first, *arrays, keys=plan.cache_length)
-        return self._model.runner(place, cached, *arrays, donate=("cached",))
 
     def to_device(self, entry: ChunkEntry) -> DeviceEntry:
         """Copies an entry to the device, padded so that chunks of many lengths share programs."""
@@ -256,8 +258,7 @@ class Executors:
         size = self._buckets.length(ids.size)
         padded = np.zeros(size, np.int32)
         padded[: ids.size] = ids
-        sequence = self._sequence(np.asarray(ids.size, np.int32), size)
-        kv = model.runner(standalone, model.params, padded, sequence, config=model.config)
+        kv = self._standalone(model.runner, padded, ids.size)
         begin = chunk.context_ids.size
         k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : ids.size]) for x in (kv.k, kv.v))
         if model.fingerprint != chunk.fingerprint:

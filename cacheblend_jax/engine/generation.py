@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Generator, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def decode(
     model: Model, buckets: Buckets, out: PrefillResult, room: int, sampling: Sampling
 ) -> Generator[tuple[int, float], None, None]:
     """Yields up to `room` token ids, each with the seconds of its decoding step; the first needs no step."""
-    config, length = model.config, out.token_ids.size
+    length = out.token_ids.size
     key = jax.random.key(sampling.seed)
 
     def choose(logits: jax.Array, likeliest: jax.Array | int, step: int) -> int:
@@ -93,23 +94,28 @@ def decode(
         return
     size = buckets.length(length + room - 1)
     cache = jax.device_put(_resized(out.padded_cache, size), model.placement)
-    cos, sin = jax.device_put(rope_tables(config, size), model.placement)
+    angles = _angles(model, size)
     for step in range(1, room):
         began = time.perf_counter()
-        place = np.int32(length + step - 1)
-        logits, likeliest, cache = model.runner(
-            decode_step, model.params, cache, np.int32(token), place, cos, sin, donate=("cache",), config=config
-        )
+        logits, likeliest, cache = _decode_one(model, cache, token, length + step - 1, angles)
         token = choose(logits, likeliest, step)
         yield token, time.perf_counter() - began
 
 
 def warm_up_decoding(model: Model, size: int) -> None:
     """Compiles the program that decodes one token over a cache of `size` tokens."""
-    config, number = model.config, np.int32(0)
-    cache = abstract_cache(config, size, model.placement)
-    cos, sin = jax.device_put(rope_tables(config, size), model.placement)
-    model.runner(decode_step, model.params, cache, number, number, cos, sin, donate=("cache",), config=config)
+    _decode_one(model, abstract_cache(model.config, size, model.placement), 0, 0, _angles(model, size))
+
+
+def _decode_one(
+    model: Model, cache: KVCache, token: int, position: int, angles: tuple[jax.Array, jax.Array]
+) -> tuple[Any, Any, KVCache]:
+    arrays = model.params, cache, np.int32(token), np.int32(position), *angles
+    return model.runner(decode_step, *arrays, donate=("cache",), config=model.config)
+
+
+def _angles(model: Model, size: int) -> tuple[jax.Array, jax.Array]:
+    return jax.device_put(rope_tables(model.config, size), model.placement)
 
 
 def _resized(cache: KVCache, size: int) -> KVCache:

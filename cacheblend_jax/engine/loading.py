@@ -6,13 +6,15 @@ the second, waiting for it, is `engine.layer_stream`; the third, a layer's prefi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.errors import DamagedEntryError
@@ -76,31 +78,32 @@ def load_all(
         abandon(futures)
 
 
-def place(
-    cached: KVCache,
-    k: Float[Array, "layers rows kv_heads head_dim"],
-    v: Float[Array, "layers rows kv_heads head_dim"],
-    start: Int[Array, ""],
-    tokens: Int[Array, ""],
+def place_chunk(
+    run: Callable[..., Any], cached: KVCache | None, chunk: KVCache, start: int, num_tokens: int, num_keys: int
 ) -> KVCache:
-    """Writes a chunk that is on the device into its places in all layers' KV; its rows from `tokens` on are padding."""
-    keys = cached.k.shape[1]
-    rows = jnp.arange(k.shape[1], dtype=jnp.int32)
-    places = jnp.where(rows < tokens, start + rows, keys)  # padding goes beyond the end, and is dropped
-    return KVCache(cached.k.at[:, places].set(k, mode="drop"), cached.v.at[:, places].set(v, mode="drop"))
+    """Writes a chunk that is on the device into its place in all layers' KV, which begins as zeros where it is `None`.
+
+    Args:
+        run: runs the program, or takes its shapes (`runtime.programs.Runner`).
+        chunk: `[layers, rows, kv_heads, head_dim]`; its rows from `num_tokens` on are padding.
+        num_keys: keys of the prompt's cache.
+    """
+    at = np.int32(start), np.int32(num_tokens)
+    if cached is None:
+        return run(_place_first, chunk, *at, num_keys=num_keys)
+    return run(_place, cached, chunk, *at, donate=("cached",))
 
 
-def place_first(
-    k: Float[Array, "layers rows kv_heads head_dim"],
-    v: Float[Array, "layers rows kv_heads head_dim"],
-    start: Int[Array, ""],
-    tokens: Int[Array, ""],
-    *,
-    keys: int,
-) -> KVCache:
-    """As `place`, into `keys` rows of zeros."""
-    shape = (k.shape[0], keys, *k.shape[2:])
-    return place(KVCache(jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype)), k, v, start, tokens)
+def _place(cached: KVCache, chunk: KVCache, start: Int[Array, ""], num_tokens: Int[Array, ""]) -> KVCache:
+    num_keys = cached.k.shape[1]
+    rows = jnp.arange(chunk.k.shape[1], dtype=jnp.int32)
+    places = jnp.where(rows < num_tokens, start + rows, num_keys)  # padding goes beyond the end, and is dropped
+    return jax.tree.map(lambda whole, part: whole.at[:, places].set(part, mode="drop"), cached, chunk)
+
+
+def _place_first(chunk: KVCache, start: Int[Array, ""], num_tokens: Int[Array, ""], *, num_keys: int) -> KVCache:
+    empty = jax.tree.map(lambda part: jnp.zeros((part.shape[0], num_keys, *part.shape[2:]), part.dtype), chunk)
+    return _place(empty, chunk, start, num_tokens)
 
 
 def abandon(futures: Sequence[Future]) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
@@ -79,60 +80,56 @@ class Prefiller:
     ) -> PrefillResult:
         """Prefills a prompt in a mode; see `Engine.prefill`."""
         self._model.compute_fingerprint()  # once per model, and not part of a request's time
-        timer, lost = Timer(), set[str]()
+        call = _Call(tokenized, mode, planner, trace)
         chunks = self.place(tokenized, mode)
-        placed_s = timer.elapsed_s()
+        placed_s = call.timer.elapsed_s()
         self._background.wait_for_next([chunk.key for chunk in chunks])
         with self._lock:
-            timer.wait_s = timer.elapsed_s() - placed_s
+            call.timer.wait_s = call.timer.elapsed_s() - placed_s
             while True:
                 try:
-                    layout, result = self._attempt(tokenized, chunks, mode, planner, lost, timer, trace)
+                    layout, result = self._attempt(call, chunks)
                     break
                 except LostChunkError as error:  # costs this request its hit, never its answer
                     logger.warning("a stored chunk could not be read and is computed instead: %s", error)
-                    lost.add(error.key)
+                    call.lost.add(error.key)
         for chunk in layout.missing:
-            self._background.store_later(chunk, again=chunk.key in lost)
+            self._background.store_later(chunk, again=chunk.key in call.lost)
         for chunk in layout.loaded:
             if is_slow(chunk.tier) or (chunk.tier == "host" and self._executors.uses_device_tier):
                 self._background.promote_later(chunk.key, chunk.handle.num_bytes)
         return result
 
-    def _attempt(
-        self,
-        tokenized: TokenizedPrompt,
-        chunks: Sequence[PlacedChunk],
-        mode: str,
-        planner: Planner,
-        lost: Collection[str],
-        timer: Timer,
-        trace: Trace | None,
-    ) -> tuple[Layout, PrefillResult]:
-        """Runs a prefill with the stored chunks that are not `lost`.
+    def _attempt(self, call: _Call, chunks: Sequence[PlacedChunk]) -> tuple[Layout, PrefillResult]:
+        """Runs a prefill with the stored chunks that are not lost.
 
         Raises:
             LostChunkError: a chunk could not be read.
         """
-        context = context_of(tokenized.prefix, self._context_tokens)
         with ExitStack() as handles:
-            chunks = look_up(chunks, self._store, handles, lost=lost)
-            decision = None
-            if planner.blend.is_auto and mode == "blend":
-                decision = self._decide(planner, tokenized.token_ids.size, chunks, timer)
-            if planner.blend.is_auto:
-                planner = planner.at(planner.blend.auto_ratios[0] if decision is None else decision.ratio)
-            compute = () if decision is None else decision.computed_starts
-            layout = lay_out(tokenized, chunks, context_length=context.size, compute=compute)
-            plan, request = planner.plan_layout(layout, mode)
-            with timer.stopped():
-                prepared = self._executors.prepare(plan, layout.loaded)
+            planned = self._plan(call, look_up(chunks, self._store, handles, lost=call.lost))
+            plan, loaded = planned.plan, planned.layout.loaded
+            with call.timer.stopped():
+                prepared = self._executors.prepare(plan, loaded)
                 if self.is_warm and prepared.compile_s > 0:
                     logger.warning("a request waited for the compiler: warm-up did not cover %s", plan)
                 if plan.needs("oracle"):
-                    self._add_oracle(plan, request, layout, tokenized, planner)
-            run = self._executors.run(plan, request, layout.loaded, prepared, trace)
-            return layout, self._result(mode, planner, layout, plan, run, timer, prepared.compile_s, decision, lost)
+                    self._add_oracle(call, planned)
+            run = self._executors.run(plan, planned.request, loaded, prepared, call.trace)
+            return planned.layout, self._result(call, planned, run, prepared.compile_s)
+
+    def _plan(self, call: _Call, chunks: Sequence[PlacedChunk]) -> _Planned:
+        """Chooses the ratio and what is loaded, where the controller is asked, and makes the plan."""
+        tokenized, planner, decision = call.tokenized, call.planner, None
+        if planner.blend.is_auto:
+            if call.mode == "blend":
+                decision = self._decide(planner, tokenized.token_ids.size, chunks, call.timer)
+            planner = planner.at(planner.blend.auto_ratios[0] if decision is None else decision.ratio)
+        context = context_of(tokenized.prefix, self._context_tokens)
+        compute = () if decision is None else decision.computed_starts
+        layout = lay_out(tokenized, chunks, context_length=context.size, compute=compute)
+        plan, request = planner.plan_layout(layout, call.mode)
+        return _Planned(planner, layout, plan, request, decision)
 
     def _decide(self, planner: Planner, length: int, chunks: Sequence[PlacedChunk], timer: Timer) -> Decision:
         """Asks the controller for a request's ratio, and for what to load."""
@@ -151,11 +148,10 @@ class Prefiller:
             )
         return self._estimator
 
-    def _add_oracle(
-        self, plan: Plan, request: Request, layout: Layout, tokenized: TokenizedPrompt, planner: Planner
-    ) -> None:
+    def _add_oracle(self, call: _Call, planned: _Planned) -> None:
         """Fills in the oracle's scores from a full prefill."""
-        full = self.prefill(tokenized, "full", planner).padded_cache
+        plan, layout, request = planned.plan, planned.layout, planned.request
+        full = self.prefill(call.tokenized, "full", planned.planner).padded_cache
         rows = min(full.k.shape[1], plan.cache_length)
         cos, sin = rope_tables(self._model.config, plan.cache_length)
         cached = self._executors.load(plan, layout.loaded)
@@ -165,25 +161,14 @@ class Prefiller:
         count = int(np.sum(request.positions < plan.cache_length))
         request.oracle[:count] = np.asarray(scores)[request.positions[:count]]
 
-    def _result(
-        self,
-        mode: str,
-        planner: Planner,
-        layout: Layout,
-        plan: Plan,
-        run: PrefillRun,
-        timer: Timer,
-        compile_s: float,
-        decision: Decision | None,
-        lost: Collection[str],
-    ) -> PrefillResult:
-        ttft_s = timer.elapsed_s()
-        computed = computed_positions(plan, run.out.stage_positions)
+    def _result(self, call: _Call, planned: _Planned, run: PrefillRun, compile_s: float) -> PrefillResult:
+        layout, ttft_s = planned.layout, call.timer.elapsed_s()
+        computed = computed_positions(planned.plan, run.out.stage_positions)
         stats = PrefillStats(
-            mode=mode,
+            mode=call.mode,
             tokens=layout.token_ids.size,
             ttft_s=ttft_s,
-            host_s=ttft_s - run.run_s - timer.wait_s,
+            host_s=ttft_s - run.run_s - call.timer.wait_s,
             load_s=run.load_s,
             compile_s=compile_s,
             hits=layout.hits,
@@ -191,16 +176,16 @@ class Prefiller:
             exact=int(layout.exact.sum()),
             candidates=int(layout.candidate.sum()),
             forced=int((~layout.exact & ~layout.candidate).sum()),
-            recompute_ratio=planner.recompute_ratio(layout, computed),
+            recompute_ratio=planned.planner.recompute_ratio(layout, computed),
             flops=prefill_flops(self._model.config, computed),
             peak_memory_bytes=run.peak_memory_bytes,
             executor=run.executor,
-            damaged=len(lost),
-            decision=decision,
-            wait_s=timer.wait_s,
+            damaged=len(call.lost),
+            decision=planned.decision,
+            wait_s=call.timer.wait_s,
         )
         logits = np.asarray(run.out.logits)
-        return PrefillResult(logits, layout.token_ids, run.next_token, stats, run.out.cache, computed, plan)
+        return PrefillResult(logits, layout.token_ids, run.next_token, stats, run.out.cache, computed, planned.plan)
 
 
 class Timer:
@@ -222,3 +207,30 @@ class Timer:
             yield
         finally:
             self._began += time.perf_counter() - began
+
+
+@dataclass
+class _Call:
+    """A request's prefill, through all its attempts.
+
+    Attributes:
+        lost: keys of the chunks that could not be read: the next attempt computes them.
+    """
+
+    tokenized: TokenizedPrompt
+    mode: str
+    planner: Planner
+    trace: Trace | None
+    timer: Timer = field(default_factory=Timer)
+    lost: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What an attempt runs; `planner` has the ratio that the controller chose, if it was asked."""
+
+    planner: Planner
+    layout: Layout
+    plan: Plan
+    request: Request
+    decision: Decision | None

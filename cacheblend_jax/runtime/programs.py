@@ -91,9 +91,8 @@ class Runner:
             donate: names of the parameters whose buffers the program may overwrite.
             static: keyword arguments that programs are compiled for.
         """
-        leaves, structure = jax.tree.flatten(arrays)
-        program, _ = self._program(function, arrays, leaves, structure, donate, static)
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        program, _ = self._program(function, arrays, donate, static)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(arrays)):
             return program.result_shapes
         return program.run(*arrays)
 
@@ -132,12 +131,11 @@ class Runner:
         self,
         function: Callable[..., Any],
         arrays: tuple[Any, ...],
-        leaves: list[Any],
-        structure: Any,
         donate: tuple[str, ...],
         static: dict[str, Hashable],
     ) -> tuple[_Program, float]:
         """Returns the program, and the seconds that this caller waited for its compilation."""
+        leaves, structure = jax.tree.flatten(arrays)
         shapes = tuple(map(_shape_of, leaves))
         # A kernel is chosen while a function is traced, so the environment's override is part of the key.
         key = (function, donate, tuple(sorted(static.items())), structure, shapes, implementation_override())
@@ -180,8 +178,7 @@ class _Recorder:
     def __call__(
         self, function: Callable[..., Any], *arrays: Any, donate: tuple[str, ...] = (), **static: Hashable
     ) -> Any:
-        leaves, structure = jax.tree.flatten(arrays)
-        program, compile_s = self._runner._program(function, arrays, leaves, structure, donate, static)
+        program, compile_s = self._runner._program(function, arrays, donate, static)
         self.compile_s += compile_s
         self.peak_memory_bytes = max(self.peak_memory_bytes, program.peak_memory_bytes)
         return program.result_shapes
