@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -13,8 +14,13 @@ CACHE = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Meshes need devices: this gives a CPU two.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+# These flags save two thirds of compiling. jax 0.12 has no other emitters to choose.
+QUICKLY, AS_USERS = {"xla_backend_optimization_level": 0}, {"xla_backend_optimization_level": 3}
+if importlib.metadata.version("jax") < "0.12":
+    QUICKLY["xla_cpu_use_fusion_emitters"], AS_USERS["xla_cpu_use_fusion_emitters"] = False, True
+FLAGS = [f"--{name}={str(value).lower()}" for name, value in QUICKLY.items()]
+FLAGS.append("--xla_force_host_platform_device_count=2")  # meshes need devices
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
@@ -56,11 +62,6 @@ import cacheblend_jax as cb  # noqa: E402
 from cacheblend_jax.model.config import ModelConfig, RopeConfig  # noqa: E402
 from cacheblend_jax.runtime.programs import COMPILER_OPTIONS, compiler_options, mapped_share  # noqa: E402
 
-USERS_OPTIONS = COMPILER_OPTIONS["cpu"].copy()
-# The suite is mostly compilation: these options save two thirds of it.
-COMPILER_OPTIONS["cpu"]["xla_backend_optimization_level"] = "0"
-if jax.__version_info__ < (0, 12):  # later versions have no such option
-    COMPILER_OPTIONS["cpu"]["xla_cpu_use_fusion_emitters"] = False
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 HF = Path(__file__).parent / "data" / "hf"  # tiny checkpoints: scripts/make_hf_goldens.py
@@ -107,7 +108,7 @@ pytest.raises = _raises_unchecked
 @pytest.fixture
 def as_users_run_it(monkeypatch):
     """Optimised programs and unchecked annotations, for tests that run far more than they compile."""
-    monkeypatch.setitem(COMPILER_OPTIONS, "cpu", USERS_OPTIONS)
+    monkeypatch.setitem(COMPILER_OPTIONS, "cpu", COMPILER_OPTIONS["cpu"] | AS_USERS)
     compiler_options.cache_clear()
     with unchecked():
         yield

@@ -60,7 +60,7 @@ def test_i1_ratio_one_is_full_prefill(family, selector):
 
 def test_i1_bfloat16_within_rounding(family):
     model = cb.model.random_model(dataclasses.replace(FAMILIES[family], dtype="bfloat16"), seed=7)
-    engine, prompt = cb.Engine(model, blend=cb.BlendConfig(1.0)), random_prompt(1)
+    engine, prompt = cb.Engine(model, blend=cb.BlendConfig(1.0, num_stages=2)), random_prompt(1)
     engine.precompute(prompt)
     out, full = engine.prefill(prompt), engine.prefill(prompt, "full")
     assert relative_error(out.logits, full.logits) < 0.05
@@ -73,7 +73,8 @@ def test_layers_written_out_for_a_gpu_compute_what_a_loop_does(family, selector,
 
     def run():
         config = dataclasses.replace(FAMILIES[family], num_layers=4, windows=FAMILIES[family].windows[:4])
-        engine = cb.Engine(cb.model.random_model(config, seed=7), blend=cb.BlendConfig(selector=selector))
+        blend = cb.BlendConfig(selector=selector, num_stages=2)
+        engine = cb.Engine(cb.model.random_model(config, seed=7), blend=blend)
         engine.precompute(prompt)
         text = engine.generate(prompt, max_new_tokens=3)
         return engine.prefill(prompt), text.token_ids, engine.model.runner.texts()
@@ -211,17 +212,17 @@ def test_i7_order_and_repeats():
     assert_full(out, engine.prefill(shuffled, "full"))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=st.lists(st.integers(1, 40), max_size=6),
     stored=st.sets(st.integers(0, 5)),
     prefix=st.integers(0, 12),
     suffix=st.integers(1, 20),
-    ratio=st.sampled_from([0.0, 0.05, 0.15, 0.5, 1.0]),
-    selector=st.sampled_from(SELECTORS),
+    blend=st.sampled_from([(0.0, "hkvd"), (0.15, "hkvd"), (0.15, "query"), (0.5, "epic"), (1.0, "cross")]),
     seed=st.integers(0, 3),
 )
-def test_any_mix_of_hits_and_misses_is_budgeted_and_right(lengths, stored, prefix, suffix, ratio, selector, seed):
+def test_any_mix_of_hits_and_misses_is_budgeted_and_right(lengths, stored, prefix, suffix, blend, seed):
+    ratio, selector = blend  # each pair has programs of its own
     engine = fresh_engine("llama3", ratio, selector)
     prompt = random_prompt(seed, lengths, prefix, suffix)
     hits = [chunk for i, chunk in enumerate(prompt.chunks) if i in stored]
@@ -256,19 +257,23 @@ def attention_of(engine: cb.Engine, out: cb.PrefillResult) -> np.ndarray:
     """Returns the attention of a full prefill's queries over the keys of `out`: `[layers, heads, queries, keys]`."""
     config, params = engine.model.config, engine.model.params
     full = engine.prefill(cb.Prompt([], [], out.token_ids), "full").cache
+    positions = jax.numpy.arange(out.token_ids.size)
     cos, sin = rope_tables(config, out.token_ids.size)
-    hidden = embedder(params, config).embed(jax.numpy.asarray(out.token_ids))
-    positions = np.arange(out.token_ids.size)
-    weights = []
-    for index in range(config.num_layers):
+
+    def attend(hidden, of_layer):
+        index, k, full_k, full_v = of_layer
         layer = layer_at(params, config, index)
         q = apply_rope(layer.queries(hidden), cos, sin)
-        k = np.repeat(np.asarray(out.cache.k[index]), config.num_heads // config.num_kv_heads, axis=1)
-        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(config.head_dim)
-        weights.append(np.asarray(jax.nn.softmax(np.where(positions <= positions[:, None], scores, -np.inf), axis=-1)))
-        attended, _ = selective_attention_reference(q, full.k[index], full.v[index], jax.numpy.asarray(positions))
-        hidden = layer.finish(hidden, attended)
-    return np.stack(weights)
+        k = jax.numpy.repeat(k, config.num_heads // config.num_kv_heads, axis=1)
+        scores = jax.numpy.einsum("qhd,khd->hqk", q, k) / np.sqrt(config.head_dim)
+        visible = positions[None, :] <= positions[:, None]
+        weights = jax.nn.softmax(jax.numpy.where(visible[None], scores, -np.inf), axis=-1)
+        attended, _ = selective_attention_reference(q, full_k, full_v, positions)
+        return layer.finish(hidden, attended), weights
+
+    hidden = embedder(params, config).embed(jax.numpy.asarray(out.token_ids))
+    layers = jax.numpy.arange(config.num_layers), out.cache.k, full.k, full.v
+    return np.asarray(jax.lax.scan(attend, hidden, layers)[1])
 
 
 def test_i8_hkvd_lowers_the_deviation_of_kv_and_of_attention_more_than_random():

@@ -51,8 +51,10 @@ class Compiler:
     def __call__(self, function, *arguments, donate: tuple[int, ...] = (), options: dict | None = None):
         """The compiled program; `donate`: positions of arguments, `options`: the compiler's, by the names of flags."""
         arguments = jax.tree.map(lambda x: self.shape(x.shape, x.dtype), arguments)
+        as_users_compile = {"xla_backend_optimization_level": 3} | (options or {})  # other tests compile for speed
         with jax.sharding.use_abstract_mesh(self.abstract_mesh), no_compilation_cache():
-            return jax.jit(function, donate_argnums=donate).trace(*arguments).lower().compile(compiler_options=options)
+            lowered = jax.jit(function, donate_argnums=donate).trace(*arguments).lower()
+            return lowered.compile(compiler_options=as_users_compile)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,11 @@ from pallas_kernels import selective_attention
 from pallas_kernels.attention.reference import selective_attention_reference
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
-# These tests spend their time compiling, and LLVM's optimizations are most of that.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # One program for all cases of equal shapes. Backends' block sizes are not in its key: they must stay as they are in one
 # process, as the fixture `small_blocks` sees to.
-_attend_compiled = quick_jit(selective_attention, static_argnames=("window", "return_lse", "implementation"))
-attend_by_reference = quick_jit(selective_attention_reference, static_argnames=("window", "scale"))
+_attend_compiled = jax.jit(selective_attention, static_argnames=("window", "return_lse", "implementation"))
+attend_by_reference = jax.jit(selective_attention_reference, static_argnames=("window", "scale"))
 
 
 def attend(*arrays, implementation: str | None = None, **options):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import TOLERANCE, as_float64, quick_jit
+from kernel_cases import TOLERANCE, as_float64
 
 from pallas_kernels import blend_kv, tuning
 from pallas_kernels.blending import api
@@ -44,10 +44,10 @@ def call_traced(named: dict, **options):
     return blend_kv(*(named[name] for name in NAMES[:5]), cos=named["cos"], sin=named["sin"], **options)
 
 
-call = quick_jit(call_traced, static_argnames=("implementation", "return_deviation"))
+call = jax.jit(call_traced, static_argnames=("implementation", "return_deviation"))
 
 
-@quick_jit
+@jax.jit
 def reference(named: dict):
     return blend_kv_reference(*(named[name] for name in NAMES[:5]), cos=named["cos"], sin=named["sin"])
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import FAMILIES, family_model
 from hypothesis import given, settings
 from jax.experimental import checkify
-from kernel_cases import TOLERANCE, as_float64, attend, attend_by_reference, cases, quick_jit
+from kernel_cases import TOLERANCE, as_float64, attend, attend_by_reference, cases
 
 from cacheblend_jax.blend import layer_step
 from cacheblend_jax.blend.layer_step import PromptSequence
@@ -60,13 +60,13 @@ def test_attention_works_under_vmap_and_with_a_traced_length(kv_length):
         return selective_attention(q, k, v, positions, kv_length=length)
 
     lengths = jnp.full(3, 50 if kv_length is None else kv_length, jnp.int32)
-    batched = quick_jit(jax.vmap(one))(q, k, v, positions, lengths)
+    batched = jax.jit(jax.vmap(one))(q, k, v, positions, lengths)
     for i in range(3):
         alone = attend(q[i], k[i], v[i], positions[i], kv_length=kv_length)
         np.testing.assert_allclose(batched[i], alone, atol=1e-6)
 
 
-mass_of = quick_jit(attention_mass, static_argnames="window")
+mass_of = jax.jit(attention_mass, static_argnames="window")
 
 
 @settings(max_examples=20, deadline=None)
@@ -153,7 +153,7 @@ def test_a_blend_attends_at_ascending_positions_only(monkeypatch, selector):
     tables = rope_tables(config, plan.cache_length)
     request = request_of(plan, length, config.vocab_size, 0.3)
     arguments = request, KVCache(*cached), PromptSequence(request.length, *tables)
-    run = quick_jit(checkify.checkify(partial(prefill, family_model("llama2").params, config=config, plan=plan)))
+    run = jax.jit(checkify.checkify(partial(prefill, family_model("llama2").params, config=config, plan=plan)))
     error, out = run(*arguments)
     error.throw()
     assert np.isfinite(out.logits).all()
