@@ -14,6 +14,7 @@ TINY = "--keys 64 --heads 4 --kv-heads 2 --head-dim 32 --dtype float32 --repeats
 TINY += "--shapes tiny --lengths 256 --kernels xla".split()
 
 
+@pytest.mark.once
 def test_a_tiny_run_of_all_parts_checks_measures_and_writes_json(tmp_path, capsys):
     path = tmp_path / "bench.json"
     gpu_bench.main([*TINY, "--json", str(path), "--profile", str(tmp_path / "profile")])

@@ -276,6 +276,7 @@ def attention_of(engine: cb.Engine, out: cb.PrefillResult) -> np.ndarray:
     return np.asarray(jax.lax.scan(attend, hidden, layers)[1])
 
 
+@pytest.mark.once
 def test_i8_hkvd_lowers_the_deviation_of_kv_and_of_attention_more_than_random():
     model = cb.load_model("demo", dtype="float32")
     store = cb.ChunkStore()

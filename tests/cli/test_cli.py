@@ -197,6 +197,7 @@ def evaluate(*options):
     return main(["evaluate", "--no-compile-cache", *options])
 
 
+@pytest.mark.once
 def test_evaluate_goes_on_where_it_was_stopped(tmp_path, capsys):
     out, report = tmp_path / "results.jsonl", tmp_path / "report.json"
     told = ("Reyes took the nickname Cobalt.", "Lima is the birthplace of Novak.")
@@ -255,6 +256,7 @@ def test_check_layers_are_measured_and_saved(tmp_path, capsys):
     assert cb.load_model(model).config.check_layer == cb.load_model("demo").config.check_layer > 1
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("as_users_run_it")
 def test_demo_shows_that_reuse_fails_and_blend_does_not(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")

@@ -27,6 +27,7 @@ def demo():
     return cb.load_model("demo", dtype="float32")
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("as_users_run_it")
 def test_blend_restores_what_reuse_loses(monkeypatch):
     """The point of it all, in small: fails where blend's advantage over reuse or over random is gone."""
