@@ -9,22 +9,38 @@ import numpy as np
 from cacheblend_jax.model.config import ModelConfig
 
 
-def prefill_flops(config: ModelConfig, layer_positions: Sequence[np.ndarray]) -> int:
+def prefill_flops(
+    config: ModelConfig, layer_positions: Sequence[np.ndarray], question_pass: np.ndarray | None = None
+) -> int:
     """Returns FLOPs (a multiply-add counts two), given the positions whose K, V each layer computed afresh.
 
     A layer computes queries, attention and the MLP for the tokens that go on to the *next* layer (of the others only
     K, V are needed), and the last layer for the prompt's last token. Matrix products and attention
-    are counted; norms, rotations, embedding and the selectors' own work are not.
+    are counted; norms, rotations, embedding and the scoring of tokens are not.
+
+    Args:
+        question_pass: positions of the forced tokens, where a selector makes them pass all layers over cached KV first;
+            the attention that they pay is computed once more there, to be summed.
     """
-    hidden, q_size = config.hidden_size, config.num_heads * config.head_dim
-    kv_size = config.num_kv_heads * config.head_dim
-    total = 2 * hidden * config.vocab_size
+    total = 2 * config.hidden_size * config.vocab_size
     for layer, positions in enumerate(layer_positions):
         last = layer == config.num_layers - 1
         attending = np.asarray(positions[-1:] if last else layer_positions[layer + 1], np.int64)
-        window = config.windows[layer]
-        visible = attending + 1 if window is None else np.minimum(attending + 1, window)
-        total += 2 * len(positions) * hidden * 2 * kv_size
-        total += 2 * len(attending) * hidden * (2 * q_size + 3 * config.intermediate_size)
-        total += 4 * q_size * int(visible.sum())
+        total += _layer_flops(config, layer, len(positions), attending)
+    if question_pass is not None:
+        forced = np.asarray(question_pass, np.int64)
+        for layer in range(config.num_layers):
+            total += _layer_flops(config, layer, len(forced), forced, products=3)
     return total
+
+
+def _layer_flops(
+    config: ModelConfig, layer: int, num_projected: int, attending: np.ndarray, *, products: int = 2
+) -> int:
+    """Returns a layer's FLOPs; attention is `products` products of queries with all keys that they see."""
+    hidden, q_size = config.hidden_size, config.num_heads * config.head_dim
+    window = config.windows[layer]
+    visible = attending + 1 if window is None else np.minimum(attending + 1, window)
+    projections = 2 * num_projected * hidden * 2 * config.num_kv_heads * config.head_dim
+    rest = 2 * len(attending) * hidden * (2 * q_size + 3 * config.intermediate_size)
+    return projections + rest + 2 * products * q_size * int(visible.sum())

@@ -10,6 +10,7 @@ import numpy as np
 
 from cacheblend_jax.cli.options import add_model_option, add_shared_options, at_least_one, load_with_bar, progress
 from cacheblend_jax.engine.layout import MODES
+from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, CONTINUATIONS
 from cacheblend_jax.model import Model, save_check_layer
 
 
@@ -63,12 +64,34 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--max-new-tokens", type=at_least_one, default=16, metavar="N", help="longest answer (default: 16)"
     )
     parser.add_argument(
+        "--answers",
+        choices=CONTINUATIONS,
+        default="full",
+        help="what settings are scored on, token by token: full recompute's own answer, or the data's (default: full)",
+    )
+    parser.add_argument(
+        "--continuation-tokens",
+        type=at_least_one,
+        default=CONTINUATION_TOKENS,
+        metavar="N",
+        help=f"score at most N tokens of it (default: {CONTINUATION_TOKENS})",
+    )
+    parser.add_argument("--against", metavar="SETTING", help='compare all with a setting, such as "hkvd 0.15"')
+    parser.add_argument(
+        "--layer-deviations", action="store_true", help="also measure KV and attention deviation by layer (slower)"
+    )
+    parser.add_argument(
         "--system", help="system text before the chunks (default: the tokenizer's own, or a general one)"
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="keep the results, a line each; an interrupted run goes on from there"
     )
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw quality against ratio, and deviation")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="draw what is recovered against work, quality against ratio, and deviation",
+    )
     add_shared_options(parser)
     return parser
 
@@ -97,8 +120,12 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         limit=parsed.limit,
         chunk_tokens=parsed.chunk_tokens,
         max_new_tokens=parsed.max_new_tokens,
+        continuation=parsed.answers,
+        continuation_tokens=parsed.continuation_tokens,
+        against=parsed.against,
         system=parsed.system,
         out=parsed.out,
+        layer_deviations=parsed.layer_deviations,
         with_deviation=parsed.plot is not None,
         progress=progress,
     )

@@ -15,7 +15,7 @@ from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.delays import Estimator
 from cacheblend_jax.engine.executors import Executors
-from cacheblend_jax.engine.generation import TokenStream
+from cacheblend_jax.engine.generation import TokenStream, continuation_logits
 from cacheblend_jax.engine.layout import context_of
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prefilling import Prefiller
@@ -25,6 +25,7 @@ from cacheblend_jax.engine.prompt import (
     TextOrIds,
     TokenizedPrompt,
     check_length,
+    checked_ids,
     tokenize_parts,
     tokenize_prompt,
 )
@@ -210,6 +211,22 @@ class Engine:
             if on_token is not None:
                 on_token(token, text)
         return tokens.generation
+
+    def continuation_logits(self, out: PrefillResult, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Returns float32 logits `[tokens, vocab]`: what each token of a given continuation would be drawn from.
+
+        The first row is the prefill's own logits; each further one has seen the prompt and the tokens before it
+        (teacher forcing), in one pass over the blended cache. `out` is not changed.
+
+        Raises:
+            PromptError: no tokens, ids out of range, or more than the model's maximum length has room for.
+        """
+        config = self.model.config
+        ids = checked_ids(token_ids, "the continuation", config.vocab_size)
+        if ids.size == 0:
+            raise PromptError("the continuation has no tokens")
+        check_length(out.token_ids.size + ids.size - 1, config.max_positions, "the prompt with its continuation")
+        return continuation_logits(self.model, self._buckets, out, ids)
 
     def warmup(
         self,

@@ -1,4 +1,4 @@
-"""Generation: decodes an answer after a prefill, one token at a time, over a cache that grows in place."""
+"""Generation: decodes an answer after a prefill over a cache that grows in place, or scores a given one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.engine.results import GenerateStats, Generation, PrefillResult
-from cacheblend_jax.model.decode import Sampling, decode_step, sample
+from cacheblend_jax.model.decode import Sampling, decode_step, extend, sample
 from cacheblend_jax.model.kv_cache import KVCache, abstract_cache
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
@@ -100,6 +100,17 @@ def decode(
         logits, likeliest, cache = _decode_one(model, cache, token, length + step - 1, angles)
         token = choose(logits, likeliest, step)
         yield token, time.perf_counter() - began
+
+
+def continuation_logits(model: Model, buckets: Buckets, out: PrefillResult, token_ids: np.ndarray) -> np.ndarray:
+    """Returns the logits that each token of a given continuation is drawn from; see `Engine.continuation_logits`."""
+    if token_ids.size == 1:
+        return out.logits[None]
+    size = buckets.length(out.token_ids.size + token_ids.size - 1)
+    cache = jax.device_put(_resized(out.padded_cache, size), model.placement)
+    arrays = model.params, cache, token_ids[:-1], np.int32(out.token_ids.size), *_angles(model, size)
+    after, _ = model.runner(extend, *arrays, donate=("cache",), config=model.config)
+    return np.concatenate([out.logits[None], np.asarray(after)])
 
 
 def warm_up_decoding(model: Model, size: int) -> None:

@@ -164,6 +164,8 @@ class Prefiller:
     def _result(self, call: _Call, planned: _Planned, run: PrefillRun, compile_s: float) -> PrefillResult:
         layout, ttft_s = planned.layout, call.timer.elapsed_s()
         computed = computed_positions(planned.plan, run.out.stage_positions)
+        is_forced = ~layout.exact & ~layout.candidate
+        question_pass = np.flatnonzero(is_forced) if planned.plan.needs("question_mass") else None
         stats = PrefillStats(
             mode=call.mode,
             tokens=layout.token_ids.size,
@@ -175,9 +177,9 @@ class Prefiller:
             misses=layout.misses,
             exact=int(layout.exact.sum()),
             candidates=int(layout.candidate.sum()),
-            forced=int((~layout.exact & ~layout.candidate).sum()),
+            forced=int(is_forced.sum()),
             recompute_ratio=planned.planner.recompute_ratio(layout, computed),
-            flops=prefill_flops(self._model.config, computed),
+            flops=prefill_flops(self._model.config, computed, question_pass),
             peak_memory_bytes=run.peak_memory_bytes,
             executor=run.executor,
             damaged=len(call.lost),

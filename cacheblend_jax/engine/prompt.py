@@ -164,16 +164,16 @@ def _tokenize_prefix(prefix: TextOrIds, tokenizer: Any, vocab_size: int) -> np.n
     # Some tokenizers also append EOS, but the prompt goes on after its prefix.
     while ids and ids[-1] == tokenizer.eos_token_id and (not plain or plain[-1] != tokenizer.eos_token_id):
         ids.pop()
-    return _checked(ids, "prefix", vocab_size)
+    return checked_ids(ids, "prefix", vocab_size)
 
 
 def _tokenize_chunk(chunk: TextOrIds, name: str, tokenizer: Any, vocab_size: int) -> np.ndarray:
     """Returns a chunk's ids; special tokens in its text stay text."""
     if isinstance(chunk, str):
         _require_tokenizer(tokenizer, name)
-        ids = _checked(encode(tokenizer, chunk, plain=True), name, vocab_size)
+        ids = checked_ids(encode(tokenizer, chunk, plain=True), name, vocab_size)
     else:
-        ids = _checked(chunk, name, vocab_size)
+        ids = checked_ids(chunk, name, vocab_size)
     if ids.size == 0:
         raise PromptError(f"{name} has no tokens; leave it out")
     return ids
@@ -184,8 +184,8 @@ def _token_ids(part: TextOrIds, name: str, tokenizer: Any, vocab_size: int) -> n
         if part == "":
             return np.zeros(0, np.int32)
         _require_tokenizer(tokenizer, name)
-        return _checked(encode(tokenizer, part), name, vocab_size)
-    return _checked(part, name, vocab_size)
+        return checked_ids(encode(tokenizer, part), name, vocab_size)
+    return checked_ids(part, name, vocab_size)
 
 
 def encode(tokenizer: Any, text: str, *, plain: bool = False, opening: bool = False) -> list[int]:
@@ -203,7 +203,12 @@ def _require_tokenizer(tokenizer: Any, name: str) -> None:
         raise PromptError(f"{name} is text, but the model has no tokenizer; give token ids")
 
 
-def _checked(ids: Sequence[int] | np.ndarray, name: str, vocab_size: int) -> np.ndarray:
+def checked_ids(ids: Sequence[int] | np.ndarray, name: str, vocab_size: int) -> np.ndarray:
+    """Returns token ids as int32; `name` stands in errors.
+
+    Raises:
+        PromptError: not a flat sequence of whole numbers in the vocabulary.
+    """
     try:
         array = np.asarray(ids)
     except (ValueError, OverflowError) as error:

@@ -117,7 +117,9 @@ def worked_example(answers: DemoAnswers) -> WorkedExample:
 
 
 def _evaluator(model: Model, rows: Sequence[Row]) -> Evaluator:
-    return Evaluator(model, rows, max_new_tokens=MAX_NEW_TOKENS, with_rouge=False)
+    return Evaluator(
+        model, rows, max_new_tokens=MAX_NEW_TOKENS, continuation_tokens=1, with_rouge=False, layer_deviations=True
+    )
 
 
 def _records(

@@ -13,7 +13,7 @@ from cacheblend_jax.evaluation.datasets import BUNDLED, digest_of
 from cacheblend_jax.evaluation.evaluator import Evaluator, rows_for
 from cacheblend_jax.evaluation.progress import Progress, no_progress
 from cacheblend_jax.evaluation.results_file import ResultsFile
-from cacheblend_jax.evaluation.settings import Setting, settings_for
+from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, Setting, settings_for
 from cacheblend_jax.evaluation.summary import summarize
 from cacheblend_jax.model import Model
 
@@ -46,8 +46,12 @@ def evaluate(
     limit: int | None = None,
     chunk_tokens: int = 512,
     max_new_tokens: int = 16,
+    continuation: str = "full",
+    continuation_tokens: int = CONTINUATION_TOKENS,
+    against: str | None = None,
     system: str | None = None,
     out: Path | None = None,
+    layer_deviations: bool = False,
     with_deviation: bool = False,
     progress: Progress = no_progress,
 ) -> Evaluation:
@@ -59,6 +63,8 @@ def evaluate(
         limit: at most so many rows; of the bundled corpus, of each kind of question (200 where it is `None`).
         chunk_tokens: longest chunk of LongBench's texts.
         max_new_tokens: longest answer.
+        continuation, continuation_tokens, layer_deviations: see `Evaluator`.
+        against: the label of a setting that all others are compared with, see `summarize`.
         system: text before the chunks; `None`: the tokenizer's own, or a general one.
         out: keeps the records, as JSON lines. What another run has left there is not computed again.
         with_deviation: also measures `Evaluation.deviation`, which `plots.draw` takes.
@@ -69,14 +75,17 @@ def evaluate(
     """
     settings = settings_for() if settings is None else list(settings)
     rows = rows_for(model, data_set, limit=limit, chunk_tokens=chunk_tokens)
-    with Evaluator(model, rows, max_new_tokens=max_new_tokens, system=system) as evaluator:
+    labels = [setting.label for setting in settings]
+    summarize([], labels, against)  # a label that is none of the settings' is named before any work
+    measures: dict[str, Any] = {"max_new_tokens": max_new_tokens, "continuation": continuation}
+    measures |= {"continuation_tokens": continuation_tokens, "layer_deviations": layer_deviations, "system": system}
+    with Evaluator(model, rows, **measures) as evaluator:
         header = {
             "model": model.fingerprint,
             "check layer": model.config.check_layer,
             "data": data_set,
             "data's content": digest_of(data_set, chunk_tokens),
-            "max_new_tokens": max_new_tokens,
-            "system": system,
+            **measures,
         }
         results = ResultsFile(out, header)
         done = results.done()
@@ -85,6 +94,5 @@ def evaluate(
         for row in progress(evaluator.by_size(unfinished), "evaluate"):
             results.add(evaluator.evaluate_row(row, missing[row.name]))
         deviation = evaluator.standalone_deviation(rows[0]) if with_deviation else None
-    labels = [setting.label for setting in settings]
     records = [record for record in results.records if record["row"] in missing and record["setting"] in labels]
-    return Evaluation(len(rows), settings, records, summarize(records, labels), deviation)
+    return Evaluation(len(rows), settings, records, summarize(records, labels, against), deviation)

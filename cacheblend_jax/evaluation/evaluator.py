@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,13 @@ from cacheblend_jax.evaluation.datasets import Row, load_rows
 from cacheblend_jax.evaluation.insights import standalone_deviation
 from cacheblend_jax.evaluation.metrics import (
     attention_deviation_by_layer,
+    continuation_distance,
     exact_match,
-    kl_divergence,
     kv_deviation_by_layer,
     rouge_l,
     token_f1,
 )
-from cacheblend_jax.evaluation.settings import Setting
+from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, CONTINUATIONS, Setting
 from cacheblend_jax.model import Model
 from cacheblend_jax.store import ChunkStore
 
@@ -58,8 +59,12 @@ class Evaluator:
     Args:
         rows: all that will be asked: prompts are padded to a few lengths that fit these rows.
         max_new_tokens: longest answer.
+        continuation: what settings are scored on, token by token: `"full"`, the greedy answer of full recompute, or
+            `"gold"`, a row's first answer.
+        continuation_tokens: at most so many of its tokens.
         system: text before the chunks; `None`: the tokenizer's own, or a general one.
         with_rouge: also measures Rouge-L, which needs the package rouge-score.
+        layer_deviations: also measures the KV deviation and the attention deviation of every layer.
 
     Raises:
         PromptError: a row's prompt is longer than the model takes; the row is named.
@@ -71,18 +76,25 @@ class Evaluator:
         rows: Sequence[Row],
         *,
         max_new_tokens: int,
+        continuation: str = "full",
+        continuation_tokens: int = CONTINUATION_TOKENS,
         system: str | None = None,
         with_rouge: bool = True,
+        layer_deviations: bool = False,
     ) -> None:
+        if continuation not in CONTINUATIONS:
+            raise CacheBlendError(f"unknown continuation {continuation!r}; known: {', '.join(CONTINUATIONS)}")
         self.model = model
-        self.with_rouge = with_rouge
+        self.with_rouge, self.layer_deviations = with_rouge, layer_deviations
         self.max_new_tokens = max_new_tokens
+        self.continuation, self.continuation_tokens = continuation, continuation_tokens
         self.system = system
+        self._room = max(max_new_tokens, continuation_tokens)
         # Every setting compiles programs of its own for every bucket: few buckets save most of that time.
         lengths = [self._length(row) for row in rows]
         self._lengths = dict(zip(rows, lengths, strict=True))
         quantiles = np.quantile(lengths, np.linspace(0, 1, NUM_BUCKETS + 1)[1:])
-        self._length_buckets = sorted({Buckets().length(int(np.ceil(size)) + max_new_tokens) for size in quantiles})
+        self._length_buckets = sorted({Buckets().length(int(np.ceil(size)) + self._room) for size in quantiles})
         self._open = ExitStack()
         self._store = self._open.enter_context(ChunkStore(host_bytes=STORE_BYTES))
         self._engines: dict[BlendConfig, Engine] = {}
@@ -124,7 +136,7 @@ class Evaluator:
     def by_size(self, rows: Sequence[Row]) -> list[Row]:
         """Sorts rows by their bucket, so that the programs of only one bucket are needed at a time."""
         sizes = self._length_buckets
-        return sorted(rows, key=lambda row: bisect_left(sizes, self._lengths[row] + self.max_new_tokens))
+        return sorted(rows, key=lambda row: bisect_left(sizes, self._lengths[row] + self._room))
 
     def standalone_deviation(self, row: Row) -> np.ndarray:
         """Returns how far the KV of the row's chunks, computed apart, is from full recompute: `[layers, candidates]`.
@@ -138,16 +150,33 @@ class Evaluator:
 
         Returns:
             A record for each setting: `row` (its name), `kind`, `setting` (its label) and `answer`; of the answer
-            `exact_match`, `f1` and `rouge_l`, in [0, 1]; of the distance from full recompute `kl` (nats, of the next
-            token), `top1` (1 where the likeliest token is the same), `kv_deviation` and `attention_deviation`, each
-            also `…_by_layer`; and of the work `ttft_s`, `tokens` and `recomputed` (tokens, mean over the layers after
-            the check layer).
+            `exact_match`, `f1` and `rouge_l`, in [0, 1]; of the distance from full recompute over the continuation
+            `kl` (nats a token), `nll_difference` and `agreement` (see `ContinuationDistance`) and `first_kl` (of the
+            first token alone); where they were asked for, `kv_deviation` and `attention_deviation`, each also
+            `…_by_layer`; and of the work `ttft_s`, `flops` (of the prefill), `tokens` and `recomputed` (tokens, mean
+            over the layers after the check layer).
         """
         prompt = self.prompt(row)
         engine = self.engine(Setting("full"))
         engine.precompute(prompt)
         full = engine.prefill(prompt, "full")
-        return [self._record(row, prompt, setting, full) for setting in settings]
+        reference = self._reference(row, full)
+        return [self._record(row, prompt, setting, reference) for setting in settings]
+
+    def _reference(self, row: Row, full: PrefillResult) -> _Reference:
+        engine = self.engine(Setting("full"))
+        room = min(self.continuation_tokens, self.model.config.max_positions - full.token_ids.size + 1)
+        if self.continuation == "gold":
+            ids = encode(self.model.tokenizer, row.answers[0], plain=True)[:room]
+        else:
+            ids = engine.complete(full, max_new_tokens=room, stop_token_ids=()).token_ids
+            ends = [number for number, token in enumerate(ids) if token in self.model.stop_token_ids]
+            ids = ids[: ends[0] + 1] if ends else ids  # that the answer ends here is part of it
+        if not ids:
+            raise CacheBlendError(f"row {row.name}: there is no answer to score; use --answers full")
+        padded = np.full(room, ids[-1], np.int32)  # one program for continuations of all lengths
+        padded[: len(ids)] = ids
+        return _Reference(full, padded, len(ids), engine.continuation_logits(full, padded)[: len(ids)])
 
     def warmup(self, row: Row, settings: Sequence[Setting]) -> None:
         """Compiles what the settings need for rows of this one's size, several programs at a time."""
@@ -157,15 +186,15 @@ class Evaluator:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             list(pool.map(lambda group: self.evaluate_row(row, group), by_engine.values()))
 
-    def _record(self, row: Row, prompt: Prompt, setting: Setting, full: PrefillResult) -> dict[str, Any]:
-        engine = self.engine(setting)
+    def _record(self, row: Row, prompt: Prompt, setting: Setting, reference: _Reference) -> dict[str, Any]:
+        engine, full = self.engine(setting), reference.full
         out = full if setting.mode == "full" else engine.prefill(prompt, setting.mode)
         answer = engine.complete(out, max_new_tokens=self.max_new_tokens).text.strip()
-        length = full.token_ids.size
-        caches = out.padded_cache, full.padded_cache
-        kv = np.asarray(kv_deviation_by_layer(*caches, length))[:, :length].mean(axis=1)
-        attention = attention_deviation_by_layer(self.model, full.token_ids, length - len(prompt.suffix), *caches)
+        logits = engine.continuation_logits(out, reference.padded_ids)[: reference.num_tokens]
+        token_ids = reference.padded_ids[: reference.num_tokens]
+        distance = continuation_distance(logits, reference.logits, token_ids)
         stats = out.stats
+        deviations = self._layer_deviations(prompt, out, full) if self.layer_deviations else {}
         return {
             "row": row.name,
             "kind": row.kind,
@@ -174,13 +203,40 @@ class Evaluator:
             "exact_match": exact_match(answer, row.answers),
             "f1": token_f1(answer, row.answers),
             "rouge_l": rouge_l(answer, row.answers) if self.with_rouge else None,
-            "kl": kl_divergence(out.logits, full.logits),
-            "top1": float(out.next_token == full.next_token),
+            "kl": float(distance.kl.mean()),
+            "first_kl": float(distance.kl[0]),
+            "nll_difference": distance.nll_difference,
+            "agreement": distance.agreement,
+            "ttft_s": stats.ttft_s,
+            "flops": stats.flops,
+            "tokens": stats.tokens,
+            "recomputed": stats.forced + stats.recompute_ratio * stats.candidates,
+        } | deviations
+
+    def _layer_deviations(self, prompt: Prompt, out: PrefillResult, full: PrefillResult) -> dict[str, Any]:
+        length, caches = full.token_ids.size, (out.padded_cache, full.padded_cache)
+        kv = np.asarray(kv_deviation_by_layer(*caches, length))[:, :length].mean(axis=1)
+        attention = attention_deviation_by_layer(self.model, full.token_ids, length - len(prompt.suffix), *caches)
+        return {
             "kv_deviation": float(kv.mean()),
             "kv_deviation_by_layer": [round(float(x), 6) for x in kv],
             "attention_deviation": float(attention.mean()),
             "attention_deviation_by_layer": [round(float(x), 6) for x in attention],
-            "ttft_s": stats.ttft_s,
-            "tokens": stats.tokens,
-            "recomputed": stats.forced + stats.recompute_ratio * stats.candidates,
         }
+
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """What settings are compared with on a row.
+
+    Attributes:
+        full: the full prefill.
+        padded_ids: int32, the continuation, then padding.
+        num_tokens: tokens of the continuation.
+        logits: float32 `[tokens, vocab]`, full recompute's over the continuation.
+    """
+
+    full: PrefillResult
+    padded_ids: np.ndarray
+    num_tokens: int
+    logits: np.ndarray

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
+from scipy.special import log_softmax
 from scipy.stats import bootstrap, spearmanr
 
 from cacheblend_jax.blend.deviation import relative_squared_distance
@@ -64,10 +67,34 @@ def rouge_l(prediction: str, answers: Sequence[str]) -> float:
     return max(scorer.score(answer, prediction)["rougeL"].fmeasure for answer in answers)
 
 
-def kl_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
-    """Returns KL(reference ‖ logits) in nats, of two next-token distributions given by their logits, `[vocab]`."""
-    log_p, log_q = (x - np.logaddexp.reduce(x) for x in (reference.astype(np.float64), logits.astype(np.float64)))
-    return float(np.sum(np.exp(log_p) * (log_p - log_q)))
+@dataclass(frozen=True)
+class ContinuationDistance:
+    """How far a prefill's distributions over a given continuation are from full recompute's (teacher-forced).
+
+    Attributes:
+        kl: KL(full ‖ other) in nats, of each token's distribution: float64 `[tokens]`.
+        nll_difference: negative log-likelihood of the continuation, other minus full, in nats, the mean over tokens.
+        agreement: share of the tokens whose likeliest candidate is the same.
+    """
+
+    kl: np.ndarray
+    nll_difference: float
+    agreement: float
+
+
+def continuation_distance(
+    logits: Float[np.ndarray, "tokens vocab"],
+    reference: Float[np.ndarray, "tokens vocab"],
+    token_ids: Int[np.ndarray, " tokens"],
+) -> ContinuationDistance:
+    """Compares the logits that each token of a continuation is drawn from with full recompute's, the `reference`."""
+    log_q, log_p = log_softmax(logits.astype(np.float64), axis=1), log_softmax(reference.astype(np.float64), axis=1)
+    each = np.arange(token_ids.size), token_ids
+    return ContinuationDistance(
+        np.sum(np.exp(log_p) * (log_p - log_q), axis=1),
+        float(np.mean(log_p[each] - log_q[each])),
+        float(np.mean(logits.argmax(axis=1) == reference.argmax(axis=1))),
+    )
 
 
 @jax.jit
@@ -164,16 +191,26 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     return float(spearmanr(first, second).statistic)
 
 
-def bootstrap_interval(values: Sequence[float] | np.ndarray, *, level: float = 0.95) -> tuple[float, float]:
-    """Returns the percentile bootstrap's confidence interval of the mean: the same for the same values."""
-    if len(values) < 2:
-        return float(values[0]), float(values[0])
+def bootstrap_interval(
+    *samples: Sequence[float] | np.ndarray, statistic: Callable[..., Any] = np.mean, level: float = 0.95
+) -> tuple[float, float]:
+    """Returns the percentile bootstrap's confidence interval of a statistic: the same for the same values.
+
+    Args:
+        samples: of equal length; what stands at the same place is drawn together (paired).
+        statistic: takes the samples and `axis`.
+    """
+    arrays = tuple(np.asarray(sample, np.float64) for sample in samples)
+    if arrays[0].size < 2:
+        only = float(statistic(*arrays, axis=0))
+        return only, only
     drawn = bootstrap(
-        (np.asarray(values, np.float64),),
-        np.mean,
+        arrays,
+        statistic,
         n_resamples=2000,
         confidence_level=level,
         method="percentile",
+        paired=True,
         rng=np.random.default_rng(0),
     )
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)

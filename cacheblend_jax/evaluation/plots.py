@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from cacheblend_jax.evaluation.summary import of_all_kinds
 SELECTOR_COLOURS = {"hkvd": "C0", "cross": "C1", "query": "C2", "epic": "C4", "random": "C7", "oracle": "C3"}
 CURVES = {
     "exact_match": "answers right",
-    "kl": "KL from full recompute (nats)",
+    "kl": "KL from full recompute (nats a token)",
     "attention_deviation": "attention deviation",
 }
 
@@ -40,12 +39,16 @@ def draw(
     except OSError as error:
         raise CacheBlendError(f"cannot make --plot {directory}: {error.strerror}") from error
     lines = of_all_kinds(summary)
-    return [
+    drawn = [
         _quality_curves(directory / "quality.png", settings, lines),
-        _deviation_by_layer(directory / "layers.png", lines),
         _heat_map(directory / "deviation.png", deviation),
         _insights(directory / "insights.png", deviation),
     ]
+    if any(line["recovered"] is not None for line in lines.values()):
+        drawn.append(_recovered_curves(directory / "recovered.png", settings, lines))
+    if any("kv_deviation_by_layer" in line for line in lines.values()):
+        drawn.append(_deviation_by_layer(directory / "layers.png", lines))
+    return drawn
 
 
 def _figure(columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -69,15 +72,14 @@ def _save(figure: Any, path: Path) -> Path:
 
 def _quality_curves(path: Path, settings: Sequence[Setting], lines: dict[str, dict[str, Any]]) -> Path:
     """Each measure against the recompute ratio: a curve for each selector, levels for `full` and `reuse`."""
-    figure, axes = _figure(len(CURVES), (4.2 * len(CURVES), 3.4))
-    blends = [setting for setting in settings if setting.mode == "blend"]
-    for axis, (measure, title) in zip(axes, CURVES.items(), strict=True):
-        for curve in dict.fromkeys(replace(setting, ratio=0.0) for setting in blends):
-            own = sorted((s for s in blends if replace(s, ratio=0.0) == curve), key=lambda setting: setting.ratio)
+    curves = {measure: title for measure, title in CURVES.items() if all(_measured(lines, measure))}
+    figure, axes = _figure(len(curves), (4.2 * len(curves), 3.4))
+    for axis, (measure, title) in zip(axes, curves.items(), strict=True):
+        for name, own in _by_curve(settings).items():
             ratios = [setting.ratio for setting in own]
             values = [lines[setting.label][measure] for setting in own]
             # Only a selector's usual settings have its colour; any others take matplotlib's next one.
-            (drawn,) = axis.plot(ratios, values, "o-", label=curve.name, color=SELECTOR_COLOURS.get(curve.name))
+            (drawn,) = axis.plot(ratios, values, "o-", label=name, color=SELECTOR_COLOURS.get(name))
             if measure == "exact_match":
                 low, high = zip(*(lines[setting.label]["exact_match_interval"] for setting in own), strict=True)
                 axis.fill_between(ratios, low, high, alpha=0.15, color=drawn.get_color())
@@ -88,6 +90,43 @@ def _quality_curves(path: Path, settings: Sequence[Setting], lines: dict[str, di
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
+    return _save(figure, path)
+
+
+def _measured(lines: dict[str, dict[str, Any]], measure: str) -> list[bool]:
+    return [line.get(measure) is not None for line in lines.values()]
+
+
+def _by_curve(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    """Returns the settings that blend, by the curve they are points of, each in the order of its ratios."""
+    curves: dict[str, list[Setting]] = {}
+    for setting in sorted((each for each in settings if each.mode == "blend"), key=lambda setting: setting.ratio):
+        curves.setdefault(setting.name, []).append(setting)
+    return {name: curves[name] for name in dict.fromkeys(each.name for each in settings if each.name in curves)}
+
+
+def _recovered_curves(path: Path, settings: Sequence[Setting], lines: dict[str, dict[str, Any]]) -> Path:
+    """The share of full KV reuse's loss that each setting recovers, against the work that its prefill takes."""
+    figure, (axis,) = _figure(1, (6.4, 4.2))
+    whole = lines["full"]["flops"] if "full" in lines else 1e9
+    for name, own in _by_curve(settings).items():
+        points = [lines[setting.label] for setting in own]
+        work = [line["flops"] / whole for line in points]
+        low, high = np.transpose([line["recovered_interval"] for line in points])
+        (drawn,) = axis.plot(
+            work, [line["recovered"] for line in points], "o-", label=name, color=SELECTOR_COLOURS.get(name)
+        )
+        axis.fill_between(work, low, high, alpha=0.15, color=drawn.get_color())
+    for mode, style in (("full", "--"), ("reuse", ":")):
+        if mode in lines:
+            axis.axhline(lines[mode]["recovered"], color="black", linestyle=style, linewidth=1, label=mode)
+    axis.set(
+        xlabel="FLOPs of the prefill, full recompute = 1" if "full" in lines else "GFLOPs of the prefill",
+        ylabel="share of full KV reuse's KL recovered",
+        title="quality recovered against work (bands: 95 % intervals)",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
     return _save(figure, path)
 
 

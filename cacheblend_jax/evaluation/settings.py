@@ -9,6 +9,10 @@ from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.errors import CacheBlendError
 
+# What settings are scored on, token by token: the greedy answer of full recompute, or the data's own.
+CONTINUATIONS = ("full", "gold")
+CONTINUATION_TOKENS = 24
+
 
 @dataclass(frozen=True)
 class Setting:

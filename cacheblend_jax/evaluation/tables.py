@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,24 +16,65 @@ from cacheblend_jax.evaluation.summary import of_all_kinds
 
 
 def summary_table(summary: Sequence[dict[str, Any]]) -> str:
-    """Returns an evaluation's summary (see `summarize`): a block for each kind of question, a line for each setting."""
+    """Returns an evaluation's summary (see `summarize`): a block for each kind of question, a line for each setting.
+
+    Intervals are of 95 %. Columns of what was not measured are left out.
+    """
+    columns = [column for column in SUMMARY_COLUMNS if any(line.get(column.measure) is not None for line in summary)]
     text = []
     for kind in dict.fromkeys(line["kind"] for line in summary):
         lines = [line for line in summary if line["kind"] == kind]
         text.append(f"{kind}: {lines[0]['rows']} questions")
-        text.append(
-            f"  {'setting':22}{'exact match':>20}{'F1':>7}{'Rouge-L':>9}{'KL':>8}{'top-1':>7}"
-            f"{'KV dev.':>9}{'attn dev.':>10}{'TTFT ms':>9}{'recomputed':>12}"
-        )
-        for line in lines:
-            low, high = line["exact_match_interval"]
-            rouge = "" if line["rouge_l"] is None else f"{line['rouge_l']:.3f}"
-            text.append(
-                f"  {line['setting']:22}{line['exact_match']:8.3f} [{low:.2f}, {high:.2f}]{line['f1']:7.3f}"
-                f"{rouge:>9}{line['kl']:8.3f}{line['top1']:7.3f}{line['kv_deviation']:9.4f}"
-                f"{line['attention_deviation']:10.4f}{line['ttft_s'] * 1e3:9.1f}{line['recomputed']:12.1f}"
-            )
+        text.append(f"  {'setting':22}" + "".join(f"{column.title:>{column.width}}" for column in columns))
+        text += [f"  {line['setting']:22}" + "".join(column.cell(line) for column in columns) for line in lines]
     return "\n".join(text)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the summary: a measure, its title, and how a number is written."""
+
+    measure: str
+    title: str
+    form: str
+    scale: float = 1.0
+    with_interval: bool = False
+
+    @property
+    def width(self) -> int:
+        """Characters, blanks before it included."""
+        return 25 if self.with_interval else max(len(self.title), 6) + 2
+
+    def cell(self, line: dict[str, Any]) -> str:
+        """Returns what stands in a setting's line."""
+        if line.get(self.measure) is None:
+            return " " * self.width
+        text = self._number(line[self.measure])
+        if self.with_interval:
+            low, high = (self._number(end) for end in line[f"{self.measure}_interval"])
+            text += f" [{low}, {high}]"
+        return f"{text:>{self.width}}"
+
+    def _number(self, value: float) -> str:
+        return format(value * self.scale, self.form)
+
+
+SUMMARY_COLUMNS = (
+    Column("kl", "KL a token", ".4f", with_interval=True),
+    Column("recovered", "of reuse's loss recovered", ".0%", with_interval=True),
+    Column("kl_difference", "KL, difference", "+.4f", with_interval=True),
+    Column("first_kl", "first KL", ".4f"),
+    Column("nll_difference", "NLL +", ".4f"),
+    Column("agreement", "agreement", ".3f"),
+    Column("exact_match", "exact match", ".3f"),
+    Column("f1", "F1", ".3f"),
+    Column("rouge_l", "Rouge-L", ".3f"),
+    Column("kv_deviation", "KV dev.", ".4f"),
+    Column("attention_deviation", "attn dev.", ".4f"),
+    Column("ttft_s", "TTFT ms", ".1f", scale=1e3),
+    Column("flops", "GFLOP", ".1f", scale=1e-9),
+    Column("recomputed", "recomputed", ".1f"),
+)
 
 
 def check_layer_table(measured: CheckLayer) -> str:

@@ -1,4 +1,4 @@
-"""Decoding after a prefill: runs one token through the layers over a growing cache, and draws the next one."""
+"""Decoding after a prefill: runs tokens through the layers over a growing cache, and draws the next one."""
 
 from __future__ import annotations
 
@@ -78,8 +78,27 @@ def decode_step(
 
     Returns float32 logits, the greedy next token, and the cache; callers donate `cache`.
     """
-    at = jnp.reshape(position, (1,))
-    rows = Rows(embedder(params, config).embed(token_id[None]), at, cos[at], sin[at])
+    logits, cache = extend(params, cache, token_id[None], position, cos, sin, config=config)
+    return logits[0], jnp.argmax(logits[0]).astype(jnp.int32), cache
+
+
+def extend(
+    params: Params,
+    cache: KVCache,
+    token_ids: Int[Array, " new"],
+    position: Int[Array, ""],
+    cos: Float[Array, "keys half"],
+    sin: Float[Array, "keys half"],
+    *,
+    config: ModelConfig,
+) -> tuple[Float[Array, "new vocab"], KVCache]:
+    """Runs tokens from `position` on over the cache (keys rotated), which it extends by their K, V.
+
+    Returns float32 logits after each of them, and the cache, which must have room for all.
+    """
+    num_new = token_ids.shape[0]
+    at = position + jnp.arange(num_new, dtype=jnp.int32)
+    rows = Rows(embedder(params, config).embed(token_ids), at, cos[at], sin[at])
 
     def body(carry: tuple[Rows, KVCache], index: Int[Array, ""] | int) -> tuple[tuple[Rows, KVCache], None]:
         rows, cache = carry
@@ -91,9 +110,8 @@ def decode_step(
             lax.dynamic_update_slice(cache.v, v_fresh[None], (index, position, 0, 0)),
         )
         starts = layer_starts(config, index, at)
-        attended = attend(layer, rows, cache.layer(index), starts=starts, kv_length=position + 1)
+        attended = attend(layer, rows, cache.layer(index), starts=starts, kv_length=position + num_new)
         return (attended.rows, cache), None
 
     (rows, cache), _ = scan_layers(body, (rows, cache), range(config.num_layers))
-    logits = embedder(params, config).logits(rows.hidden)[0]
-    return logits, jnp.argmax(logits).astype(jnp.int32), cache
+    return embedder(params, config).logits(rows.hidden), cache

@@ -11,6 +11,7 @@ import pytest
 from conftest import FAMILIES, HF, family_model, fresh_engine, random_prompt, relative_error
 
 import cacheblend_jax as cb
+from cacheblend_jax.blend.flops import prefill_flops
 from cacheblend_jax.model.decode import Sampling
 
 
@@ -34,6 +35,35 @@ def test_text_in_text_out(text_engine):
     assert answer.text == text_engine.model.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
     assert answer.stats.finish_reason == "length"
     assert answer.stats.decoded == 9
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral"])
+def test_continuation_logits_are_those_of_the_prompt_with_the_tokens_before(family):
+    engine, prompt, given = fresh_engine(family), random_prompt(21), [5, 90, 33]
+    out = engine.prefill(prompt, "full")
+    logits = engine.continuation_logits(out, given)
+    for number in range(3):
+        longer = cb.Prompt([], [], np.concatenate([out.token_ids, np.asarray(given[:number], np.int32)]))
+        assert relative_error(logits[number], engine.prefill(longer, "full").logits) < 1e-5
+    with pytest.raises(cb.PromptError, match="the continuation has token id 97"):
+        engine.continuation_logits(out, [97])
+    with pytest.raises(cb.PromptError, match="no tokens"):
+        engine.continuation_logits(out, [])
+
+
+def test_flops_count_the_question_pass():
+    prompt = random_prompt(22)
+    engine = fresh_engine("llama3", 0.15, "query")
+    engine.precompute(prompt)
+    with_pass = engine.prefill(prompt)
+    config = engine.model.config
+    forced = np.arange(with_pass.token_ids.size - 7, with_pass.token_ids.size)
+    sizes = 2 * config.hidden_size * (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    each = sizes + 6 * config.hidden_size * config.intermediate_size
+    attention = 6 * config.num_heads * config.head_dim * (forced + 1).sum()  # scores, values, and scores once more
+    expected = config.num_layers * (each * forced.size + attention)
+    computed = [np.flatnonzero(layer) for layer in with_pass.recomputed]
+    assert with_pass.stats.flops - prefill_flops(config, computed) == expected
 
 
 def test_decoding_goes_on_from_the_blended_cache_as_a_longer_prompt_would(text_engine):

@@ -26,11 +26,13 @@ def test_answers_are_normalised_as_squad_does():
     assert metrics.rouge_l("the cat sat", ["the dog sat"]) == pytest.approx(2 / 3)
 
 
-def test_kl_divergence_is_that_of_the_distributions():
+def test_the_distance_over_a_continuation_is_that_of_the_distributions():
     p, q = np.array([0.7, 0.2, 0.1]), np.array([0.1, 0.6, 0.3])
-    expected = np.sum(p * np.log(p / q))
-    assert metrics.kl_divergence(np.log(q) + 5, np.log(p) - 3) == pytest.approx(expected)
-    assert metrics.kl_divergence(np.log(p) + 1, np.log(p)) == pytest.approx(0, abs=1e-12)
+    full, other = np.log([p, p, q]) - 3, np.log([q, p, q]) + 5
+    distance = metrics.continuation_distance(other, full, np.array([1, 0, 2]))
+    np.testing.assert_allclose(distance.kl, [np.sum(p * np.log(p / q)), 0, 0], atol=1e-12)
+    assert distance.nll_difference == pytest.approx((np.log(0.2) - np.log(0.6)) / 3)
+    assert distance.agreement == pytest.approx(2 / 3)
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_more_values():
@@ -39,6 +41,16 @@ def test_the_interval_holds_the_mean_and_narrows_with_more_values():
     assert narrow[0] < values.mean() < narrow[1]
     assert narrow[1] - narrow[0] < wide[1] - wide[0]
     assert metrics.bootstrap_interval([1.0]) == (1.0, 1.0)
+
+
+def test_paired_values_are_drawn_together():
+    first = np.random.default_rng(1).random(30)
+
+    def difference(one, other, axis):
+        return one.mean(axis) - other.mean(axis)
+
+    low, high = metrics.bootstrap_interval(first, first - 0.25, statistic=difference)
+    assert (low, high) == (pytest.approx(0.25), pytest.approx(0.25))
 
 
 def test_kv_deviation_counts_only_the_prompts_tokens():
