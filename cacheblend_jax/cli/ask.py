@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheblend_jax.blend import SELECTORS, BlendConfig
+from cacheblend_jax.cli.bundled_model import check_reads
 from cacheblend_jax.cli.documents_prompt import add_source_options, load_with_tokenizer, prompt_of, split
 from cacheblend_jax.cli.options import add_shared_options, at_least_one, check_writable, print_status, progress_bar
 from cacheblend_jax.documents import read_documents, select_top_k
@@ -94,6 +95,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
     documents = read_documents(paths)
     model = load_with_tokenizer(parsed.model, parsed.dtype)
+    check_reads(model, [question, *(document.text for document in documents)], parsed.model)
     chunks = split(documents, model, parsed.chunk_tokens)
     if not parsed.all:
         chunks = select_top_k(chunks, question, parsed.top_k)
@@ -113,7 +115,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         _save_trace(trace, parsed.trace)
     return {
         "question": question,
-        "model": parsed.model,
+        "model": model.name,
         "chunks": [{"source": chunk.source, "index": chunk.index} for chunk in chunks],
         "answers": {mode: _answer_report(each) for mode, each in answers.items()},
     }

@@ -29,7 +29,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_with_tokenizer(name: str, dtype: str | None) -> Model:
+def load_with_tokenizer(name: str | None, dtype: str | None) -> Model:
     """Loads a model that can read text.
 
     Raises:
@@ -37,7 +37,7 @@ def load_with_tokenizer(name: str, dtype: str | None) -> Model:
     """
     model = load_with_bar(name, dtype)
     if model.tokenizer is None:
-        raise CacheBlendError(f"model {name!r} has no tokenizer; text needs one")
+        raise CacheBlendError(f"model {model.name!r} has no tokenizer; text needs one")
     return model
 
 

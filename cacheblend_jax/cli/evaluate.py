@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cacheblend_jax.cli.bundled_model import check_reads
 from cacheblend_jax.cli.options import add_model_option, add_shared_options, at_least_one, load_with_bar, progress
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.model import Model, save_check_layer
@@ -88,6 +90,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         check_layer=parsed.check_layer,
     )
     model = load_with_bar(parsed.model, parsed.dtype)
+    check_reads(model, _texts(parsed, model), named=model.name)
     if parsed.check_layers:
         return _find_check_layer(parsed, model)
     found = evaluate(
@@ -108,7 +111,17 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
 
         for path in draw(parsed.plot, settings, found.summary, found.deviation):
             print(f"drew {path}")
-    return {"model": parsed.model, "data": parsed.data, "rows": found.rows, "summary": found.summary}
+    return {"model": model.name, "data": parsed.data, "rows": found.rows, "summary": found.summary}
+
+
+def _texts(parsed: argparse.Namespace, model: Model) -> Iterator[str]:
+    """Yields what the model will read of a user's data set, which is loaded when the first text is asked for."""
+    from cacheblend_jax.evaluation.datasets import BUNDLED
+    from cacheblend_jax.evaluation.evaluator import rows_for
+
+    if parsed.data != BUNDLED:
+        for row in rows_for(model, parsed.data, limit=parsed.limit, chunk_tokens=parsed.chunk_tokens):
+            yield from (row.question, *row.chunks)
 
 
 def _find_check_layer(parsed: argparse.Namespace, model: Model) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model, load_model
 
+BUNDLED = "demo"
+
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
     """Adds what every command takes that runs a model."""
@@ -32,9 +34,9 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--model`, the bundled one by default."""
+    """Adds `--model`; `load_with_bar` takes the bundled model where it is not given."""
     parser.add_argument(
-        "--model", default="demo", metavar="DIR_OR_ID", help="checkpoint directory or hub id (default: demo)"
+        "--model", metavar="DIR_OR_ID", help=f"checkpoint directory or hub id (default: {BUNDLED}, the bundled model)"
     )
 
 
@@ -85,10 +87,10 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
         raise CacheBlendError(f"cannot write --json {path}: {error.strerror}; choose another path") from error
 
 
-def load_with_bar(name: str, dtype: str | None) -> Model:
-    """Loads a model and shows how far it has come."""
+def load_with_bar(name: str | None, dtype: str | None) -> Model:
+    """Loads a model, the bundled one for `None`, and shows how far it has come."""
     with progress_bar("load", unit="B", unit_scale=True) as advance:
-        return load_model(name, dtype=dtype, progress=advance)
+        return load_model(BUNDLED if name is None else name, dtype=dtype, progress=advance)
 
 
 def progress(items: Iterable, what: str) -> Iterable:
@@ -111,3 +113,8 @@ def progress_bar(what: str, **options: Any) -> Iterator[Callable[[int, int], Non
 def print_status(line: str) -> None:
     """Prints a line that is not a result: to stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def print_warning(line: str) -> None:
+    """Prints what users should know about a result, or about what they asked for: a line on stderr."""
+    print_status(f"cacheblend-jax: warning: {line}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from cacheblend_jax.cli.bundled_model import check_reads
 from cacheblend_jax.cli.documents_prompt import add_source_options, load_with_tokenizer, prompt_of, split
 from cacheblend_jax.cli.options import add_shared_options, progress_bar
 from cacheblend_jax.documents import read_documents
@@ -25,6 +26,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Stores the KV of all chunks of the documents; returns what `--json` writes."""
     documents = read_documents(parsed.docs)
     model = load_with_tokenizer(parsed.model, parsed.dtype)
+    check_reads(model, [document.text for document in documents], parsed.model)
     chunks = split(documents, model, parsed.chunk_tokens)
     # Chunks are computed after the prefix of the prompt that `ask` will make of them, whatever its question.
     prompt = prompt_of(chunks, "?", model, parsed.system)
