@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ from typing import Any
 from cacheblend_jax.blend import SELECTORS, BlendConfig
 from cacheblend_jax.cli.bundled_model import check_reads
 from cacheblend_jax.cli.documents_prompt import add_source_options, load_with_tokenizer, prompt_of, split
-from cacheblend_jax.cli.options import add_shared_options, at_least_one, check_writable, print_status, progress_bar
+from cacheblend_jax.cli.options import (
+    add_shared_options,
+    at_least_one,
+    check_writable,
+    print_status,
+    print_warning,
+    progress_bar,
+)
+from cacheblend_jax.cli.store_report import StoreReport, stored_otherwise
 from cacheblend_jax.documents import read_documents, select_top_k
 from cacheblend_jax.engine.controller import explain
 from cacheblend_jax.engine.engine import Engine
@@ -105,10 +114,12 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         ChunkStore(parsed.store, host_bytes=parsed.store_bytes) as store,
         Engine(model, store, blend, executor=parsed.executor, profile=parsed.profile) as engine,
     ):
+        report = _precompute(engine, store, prompt)
         answers = _answers(parsed, engine, prompt, sampling, trace)
     answer = answers[parsed.mode]
     prefill = answer.stats.prefill
     print(_comparison_table(answers) if parsed.compare else f"{answer.text}\n{_summary(prefill)}")
+    print(report.line(parsed.store))
     if parsed.explain and prefill.decision is not None:
         print(explain(prefill.decision, prefill.ttft_s))
     if trace is not None:
@@ -116,7 +127,11 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     return {
         "question": question,
         "model": model.name,
-        "chunks": [{"source": chunk.source, "index": chunk.index} for chunk in chunks],
+        "chunks": [
+            {"source": chunk.source, "index": chunk.index, "found": looked_up.is_stored}
+            for chunk, looked_up in zip(chunks, report.chunks, strict=True)
+        ],
+        "store": {"found": report.found, "computed": report.computed, "seconds": report.seconds},
         "answers": {mode: _answer_report(each) for mode, each in answers.items()},
     }
 
@@ -144,12 +159,22 @@ def _blend(parsed: argparse.Namespace) -> BlendConfig:
     return BlendConfig(parsed.ratio, selector=parsed.selector)
 
 
+def _precompute(engine: Engine, store: ChunkStore, prompt: Prompt) -> StoreReport:
+    """Computes what the store lacks, and reports what it had before that."""
+    chunks = engine.look_up(prompt)
+    missing = {chunk.key for chunk in chunks if not chunk.is_stored}
+    if missing and (otherwise := stored_otherwise(store, engine.model, chunks)):
+        print_warning(otherwise)
+    began = time.perf_counter()
+    with progress_bar("precompute") as advance:
+        engine.precompute(prompt, progress=advance)
+    return StoreReport(chunks, len(missing), time.perf_counter() - began)
+
+
 def _answers(
     parsed: argparse.Namespace, engine: Engine, prompt: Prompt, sampling: Sampling, trace: Trace | None
 ) -> dict[str, Generation]:
     """Answers in the chosen mode, or in all of them to compare; `trace` collects what happens in the chosen one."""
-    with progress_bar("precompute") as advance:
-        engine.precompute(prompt, progress=advance)
     answers = {}
     for mode in MODES if parsed.compare else (parsed.mode,):
         if parsed.compare:

@@ -11,6 +11,8 @@ from typing import Any
 from cacheblend_jax.cli.options import add_json_option, at_least_zero
 from cacheblend_jax.errors import CacheBlendError
 
+MODEL_COLUMNS, TEXT_COLUMNS = 24, 60
+
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `store` to the command line's commands."""
@@ -70,16 +72,32 @@ def _ls(parsed: argparse.Namespace) -> dict[str, Any]:
         size, count = totals(disk)
         if not parsed.all:
             size, _ = disk.mended(lambda: disk.index.totals_of(""))
-    print(f"{'key':18}{'tokens':>8}{'MB':>9}{'uses':>6}  {'last used':19}  model")
+    print(f"{'key':18}{'tokens':>8}{'MB':>9}{'uses':>6}  {'last used':19}  {'model':{MODEL_COLUMNS}}  text")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["used"]))
-        model = entry.get("problem") or entry["fingerprint"][:12]
         tokens = entry.get("tokens", "?")
-        print(f"{entry['name'][:16]:18}{tokens:>8}{entry['bytes'] / 1e6:9.2f}{entry['uses']:6}  {used}  {model}")
+        print(
+            f"{entry['name'][:16]:18}{tokens:>8}{entry['bytes'] / 1e6:9.2f}{entry['uses']:6}  {used}  {_named(entry)}"
+        )
     hidden = count - len(entries)
     more = f"; {hidden} more with a salt: see --all" if hidden else ""
     print(f"{len(entries)} entries, {size / 1e6:.1f} MB on disk{more}")
     return {"entries": entries, "bytes": size}
+
+
+def _named(entry: dict[str, Any]) -> str:
+    """Returns an entry's model (the end of a long name; the fingerprint of one without) and first words, or problem."""
+    if "problem" in entry:
+        return entry["problem"]
+    model = _printable(entry["model"]) or entry["fingerprint"][:12]
+    if len(model) > MODEL_COLUMNS:
+        model = "…" + model[1 - MODEL_COLUMNS :]
+    return f"{model:{MODEL_COLUMNS}}  {_printable(entry['text'])[:TEXT_COLUMNS]}".rstrip()
+
+
+def _printable(text: str) -> str:
+    """Replaces what would steer a terminal, or could not be printed."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def _verify(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.engine.background import Background
+from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
 from cacheblend_jax.engine.delays import Estimator
 from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.generation import TokenStream
@@ -121,6 +122,14 @@ class Engine:
             if progress is not None:
                 progress(done + 1, len(chunks))
         return [chunk.key for chunk in chunks if not chunk.is_prefix]
+
+    def look_up(self, prompt: Prompt) -> list[ChunkLookup]:
+        """Returns what the store holds of a prompt's chunks, in order; computes nothing and counts no use.
+
+        Raises:
+            PromptError: as for `prefill`.
+        """
+        return look_up_chunks(self.model, self.store, self._prefiller.place(self._tokenize(prompt), "blend"))
 
     def prefill(
         self,
