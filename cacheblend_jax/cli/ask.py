@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +14,12 @@ from cacheblend_jax.blend import SELECTORS, BlendConfig
 from cacheblend_jax.cli.bundled_model import check_reads
 from cacheblend_jax.cli.documents_prompt import add_source_options, load_with_tokenizer, prompt_of, split
 from cacheblend_jax.cli.options import (
+    STANDARD_STREAM,
     add_shared_options,
+    add_store_options,
     at_least_one,
     check_writable,
+    open_store,
     print_status,
     print_warning,
     progress_bar,
@@ -39,7 +43,7 @@ AUTO = "auto"
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `ask` to the command line's commands."""
     parser = commands.add_parser("ask", help="answer a question from text files")
-    parser.add_argument("question", nargs="?", help="what to ask; write it last")
+    parser.add_argument("question", nargs="?", help="what to ask; write it last, or - to read it from stdin")
     add_source_options(parser)
     parser.add_argument(
         "--top-k", type=at_least_one, default=5, metavar="K", help="how many chunks to use, picked by BM25 (default: 5)"
@@ -76,14 +80,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="sample from the likeliest tokens that together have probability P (default: 1, all)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
-    parser.add_argument("--store", metavar="DIR", help="keep the chunks' KV in a directory, for the next time")
-    parser.add_argument(
-        "--store-bytes",
-        type=at_least_one,
-        default=4 * 2**30,
-        metavar="N",
-        help="memory for the chunks' KV (default: 4 GiB)",
-    )
+    add_store_options(parser)
     add_shared_options(parser)
     return parser
 
@@ -111,7 +108,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     prompt = prompt_of(chunks, question, model, parsed.system)
     trace = None if parsed.trace is None else Trace()
     with (
-        ChunkStore(parsed.store, host_bytes=parsed.store_bytes) as store,
+        open_store(parsed) as store,
         Engine(model, store, blend, executor=parsed.executor, profile=parsed.profile) as engine,
     ):
         report = _precompute(engine, store, prompt)
@@ -143,9 +140,20 @@ def _question_and_paths(question: str | None, paths: list[str]) -> tuple[str, li
         if len(paths) < 2 or os.path.exists(paths[-1]):
             raise CacheBlendError('a question is missing; write it last: ask --docs PATH… "question"')
         *paths, question = paths
+    if question == str(STANDARD_STREAM):
+        question = _read_stdin()
     if not question.strip():
         raise CacheBlendError("the question is empty; write it last")
     return question, paths
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CacheBlendError(
+            f"the question on stdin is not UTF-8: byte 0x{error.object[error.start]:02x} at byte offset {error.start}"
+        ) from error
 
 
 def _blend(parsed: argparse.Namespace) -> BlendConfig:

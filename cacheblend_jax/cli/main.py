@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 from importlib.metadata import version
 
 import jax
 from platformdirs import user_cache_path
 
 from cacheblend_jax.cli import ask, bench, calibrate, demo, evaluate, precompute, store
-from cacheblend_jax.cli.options import check_writable, write_json
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.cli.options import STANDARD_STREAM, OneLineParser, check_writable, write_json
+from cacheblend_jax.errors import FULL, CacheBlendError
 
 # Each has `add_parser(commands)`, which declares it and returns its parser, and `run(parsed)`, which returns what
 # `--json` writes, with an `"exit_code"` if that is not 0. `options.add_shared_options` adds what all of them take.
@@ -34,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         check_writable("--json", parsed.json)
         if not parsed.no_compile_cache:
             _keep_compiled_programs()
-        report = parsed.run(parsed)
+        to_stdout = parsed.json == STANDARD_STREAM
+        with redirect_stdout(sys.stderr) if to_stdout else nullcontext():
+            report = parsed.run(parsed)
         if parsed.json is not None:
             write_json(parsed.json, report)
         sys.stdout.flush()
@@ -43,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush does not fail
         return 0
     except (CacheBlendError, OSError) as error:
-        print(f"cacheblend-jax: error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in FULL
+        print(f"cacheblend-jax: error: {error}{'; free some space' if full else ''}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cacheblend-jax: interrupted", file=sys.stderr)
@@ -51,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="cacheblend-jax",
         description="Answers questions from texts whose KV is computed once and blended (CacheBlend).",
     )

@@ -7,17 +7,16 @@ from typing import Any
 
 from cacheblend_jax.cli.bundled_model import check_reads
 from cacheblend_jax.cli.documents_prompt import add_source_options, load_with_tokenizer, prompt_of, split
-from cacheblend_jax.cli.options import add_shared_options, progress_bar
+from cacheblend_jax.cli.options import add_shared_options, add_store_options, open_store, progress_bar
 from cacheblend_jax.documents import read_documents
 from cacheblend_jax.engine.engine import Engine
-from cacheblend_jax.store import ChunkStore
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `precompute` to the command line's commands."""
     parser = commands.add_parser("precompute", help="compute the KV of text files and keep it in a directory")
     add_source_options(parser)
-    parser.add_argument("--store", required=True, metavar="DIR", help="where to keep it")
+    add_store_options(parser, required=True)
     add_shared_options(parser)
     return parser
 
@@ -31,7 +30,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     # Chunks are computed after the prefix of the prompt that `ask` will make of them, whatever its question.
     prompt = prompt_of(chunks, "?", model, parsed.system)
     with (
-        ChunkStore(parsed.store) as store,
+        open_store(parsed) as store,
         Engine(model, store) as engine,
         progress_bar("precompute") as advance,
     ):

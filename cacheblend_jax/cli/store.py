@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cacheblend_jax.cli.options import add_json_option, at_least_zero
+from cacheblend_jax.cli.options import add_json_option, size_of_at_least_zero
 from cacheblend_jax.errors import CacheBlendError
 
 MODEL_COLUMNS, TEXT_COLUMNS = 24, 60
@@ -26,7 +26,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--repair", action="store_true", help="quarantine what is damaged, find what the index has lost"
     )
     prune = _add_action(actions, _prune, "prune", "remove entries that are old, unused or too many")
-    prune.add_argument("--max-bytes", type=at_least_zero, metavar="N", help="until at most N bytes are left")
+    prune.add_argument(
+        "--max-bytes",
+        type=size_of_at_least_zero,
+        metavar="SIZE",
+        help="until at most so much is left: 4G, 500MB, bytes",
+    )
     prune.add_argument("--unused-days", type=_days, metavar="D", help="those not used for D days")
     prune.add_argument("--quarantine", action="store_true", help="also empty the quarantine")
     rm = _add_action(actions, _rm, "rm", "remove entries by key")
@@ -115,7 +120,7 @@ def _prune(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.store.maintenance import prune
 
     if parsed.max_bytes is None and parsed.unused_days is None and not parsed.quarantine:
-        raise CacheBlendError("prune needs --max-bytes N, --unused-days D or --quarantine: what may go?")
+        raise CacheBlendError("prune needs --max-bytes SIZE, --unused-days D or --quarantine: what may go?")
     with _opened(parsed, to_write=True) as disk:
         report = prune(disk, max_bytes=parsed.max_bytes, unused_days=parsed.unused_days, quarantined=parsed.quarantine)
     print(f"{report['removed']} entries removed, {report['entries']} left ({report['bytes'] / 1e6:.1f} MB)")

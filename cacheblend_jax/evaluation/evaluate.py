@@ -47,7 +47,7 @@ def evaluate(
     chunk_tokens: int = 512,
     max_new_tokens: int = 16,
     system: str | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     with_deviation: bool = False,
     progress: Progress = no_progress,
 ) -> Evaluation:

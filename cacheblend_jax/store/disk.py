@@ -32,7 +32,7 @@ from cacheblend_jax.store.record import (
     storage_name,
     usable_record,
 )
-from cacheblend_jax.store.space import WRITE_ERRORS, forget_removed, with_space
+from cacheblend_jax.store.space import WRITE_ERRORS, cannot_write, forget_removed, with_space
 from cacheblend_jax.store.stats import DiskStats
 
 DEFAULT_BYTES = 64 * 2**30
@@ -238,7 +238,7 @@ class DiskTier:
             CacheBlendError: they cannot; names the directory.
         """
         if not self.writable:
-            raise CacheBlendError(f"store {str(self.places.root)!r} cannot be written; open it with the right to")
+            raise cannot_write(self.places)
 
     def count_unwritable(self) -> None:
         """Counts an entry that is not written because `writable` is false, of which opening has said why."""

@@ -38,6 +38,9 @@ class ChunkEntry:
                 f"got {self.k.dtype}{list(self.k.shape)} and {self.v.dtype}{list(self.v.shape)}"
             )
 
+    def __repr__(self) -> str:
+        return f"ChunkEntry({self.k.dtype}{list(self.k.shape)}, {self.label})"
+
     @property
     def num_tokens(self) -> int:
         """Tokens of the chunk."""
@@ -88,6 +91,9 @@ class DeviceEntry:
     fingerprint: str = ""
     context_ids: tuple[int, ...] = ()
     label: Label = UNKNOWN
+
+    def __repr__(self) -> str:
+        return f"DeviceEntry({self.k.dtype}{list(self.k.shape)}, {self.num_tokens} tokens, {self.label})"
 
     @property
     def num_bytes(self) -> int:

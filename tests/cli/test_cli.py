@@ -92,7 +92,7 @@ def test_the_question_may_follow_the_paths(docs, capsys):
         (["--docs", "/nowhere"], "'/nowhere' does not exist"),
         (["--model", "/nowhere"], "model '/nowhere' is not a directory"),
         (["--model", str(HF / "llama2")], "has no tokenizer"),
-        (["--store-bytes", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--host-bytes", "0"], "must be at least 1 bytes, got '0'"),
         (["--chunk-tokens", "-5"], "must be a whole number of at least 1, got '-5'"),
         (["--top-k", "many"], "must be a whole number of at least 1, got 'many'"),
         (["--mode", "fast"], "invalid choice: 'fast'"),
