@@ -18,6 +18,10 @@ class PromptError(CacheBlendError):
     """A prompt cannot be laid out: empty, too long, with unknown token ids, or text without a tokenizer."""
 
 
+class PromptTooLongError(PromptError):
+    """A prompt has more tokens than the model takes; the message says how many that are."""
+
+
 class DamagedEntryError(CacheBlendError):
     """A stored entry's bytes are not those that were written; the store has removed it, and its chunk is a miss."""
 

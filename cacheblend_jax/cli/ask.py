@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,21 @@ from cacheblend_jax.cli.options import (
     progress_bar,
 )
 from cacheblend_jax.cli.store_report import StoreReport, stored_otherwise
-from cacheblend_jax.documents import read_documents, select_top_k
+from cacheblend_jax.documents import Chunk, by_relevance, read_documents, select_top_k
 from cacheblend_jax.engine.controller import explain
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.engine.planner import EXECUTORS
-from cacheblend_jax.engine.prompt import Prompt
+from cacheblend_jax.engine.prompt import Prompt, tokenize_parts
 from cacheblend_jax.engine.results import Generation, PrefillStats
 from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model import Model
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore
 
 AUTO = "auto"
+TOP_K = 5
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -46,7 +49,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("question", nargs="?", help="what to ask; write it last, or - to read it from stdin")
     add_source_options(parser)
     parser.add_argument(
-        "--top-k", type=at_least_one, default=5, metavar="K", help="how many chunks to use, picked by BM25 (default: 5)"
+        "--top-k",
+        type=at_least_one,
+        metavar="K",
+        help=f"how many chunks to use, picked by BM25 (default: {TOP_K}, or as many as the model takes)",
     )
     parser.add_argument("--all", action="store_true", help="use all chunks")
     parser.add_argument("--mode", choices=MODES, default="blend", help="how to prefill (default: blend)")
@@ -82,6 +88,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     add_store_options(parser)
     add_shared_options(parser)
+    parser.set_defaults(shorten=": --top-k K, --chunk-tokens N")
     return parser
 
 
@@ -103,8 +110,10 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     model = load_with_tokenizer(parsed.model, parsed.dtype)
     check_reads(model, [question, *(document.text for document in documents)], parsed.model)
     chunks = split(documents, model, parsed.chunk_tokens)
-    if not parsed.all:
+    if parsed.top_k is not None and not parsed.all:
         chunks = select_top_k(chunks, question, parsed.top_k)
+    elif not parsed.all:
+        chunks = _fitting(chunks, question, model, parsed)
     prompt = prompt_of(chunks, question, model, parsed.system)
     trace = None if parsed.trace is None else Trace()
     with (
@@ -154,6 +163,23 @@ def _read_stdin() -> str:
         raise CacheBlendError(
             f"the question on stdin is not UTF-8: byte 0x{error.object[error.start]:02x} at byte offset {error.start}"
         ) from error
+
+
+def _fitting(chunks: Sequence[Chunk], question: str, model: Model, parsed: argparse.Namespace) -> list[Chunk]:
+    """Returns the chunks most relevant to the question, in order: `TOP_K`, or as many as leave room for the answer."""
+    room = model.config.max_positions - parsed.max_new_tokens + 1
+    ranked = by_relevance(chunks, question)[:TOP_K]
+    for count in range(len(ranked), 0, -1):
+        chosen = [chunks[number] for number in sorted(ranked[:count])]
+        prompt = prompt_of(chosen, question, model, parsed.system)
+        if count == 1 or tokenize_parts(prompt, model.tokenizer, model.config.vocab_size).token_ids.size <= room:
+            break
+    if count < len(ranked):
+        print_status(
+            f"the model takes {model.config.max_positions} tokens: {count} instead of {len(ranked)} chunks are used "
+            "(--chunk-tokens N makes them shorter)"
+        )
+    return chosen
 
 
 def _blend(parsed: argparse.Namespace) -> BlendConfig:

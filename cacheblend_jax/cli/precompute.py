@@ -18,6 +18,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add_source_options(parser)
     add_store_options(parser, required=True)
     add_shared_options(parser)
+    parser.set_defaults(shorten=": --chunk-tokens N")
     return parser
 
 

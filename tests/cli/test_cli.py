@@ -150,7 +150,26 @@ def test_precompute_into_what_cannot_be_written_stops_before_any_work(docs, tmp_
 def test_a_prompt_too_long_is_an_error_before_anything_is_stored(tmp_path, capsys):
     (tmp_path / "long.txt").write_text("\n\n".join([TEXT] * 20))
     assert ask(str(tmp_path), "--all") == 2
-    assert "the model takes at most 512; use fewer or shorter chunks" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the model takes at most 512; use fewer or shorter chunks: --top-k K, --chunk-tokens N\n" in error
+
+
+def test_without_top_k_as_many_chunks_are_used_as_fit(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def stop(_):
+        raise cb.CacheBlendError("far enough")
+
+    prompt_of = ask_module.prompt_of
+    monkeypatch.setattr(ask_module, "prompt_of", lambda *arguments: asked.append(arguments) or prompt_of(*arguments))
+    monkeypatch.setattr(ask_module, "open_store", stop)
+    for number in range(3):
+        text = f"Reyes took the nickname Cobalt {number}. " + "The office is quiet. " * 160
+        (tmp_path / f"{number}.md").write_text(text)
+    options = ["--no-compile-cache", "--model", "demo", "--docs", str(tmp_path), "--chunk-tokens", "820"]
+    assert main(["ask", *options, "Who is Cobalt 2 or 0?"]) == 2
+    assert [os.path.basename(chunk.source) for chunk in asked[-1][0]] == ["0.md", "2.md"]
+    assert "the model takes 2048 tokens: 2 instead of 3 chunks are used" in capsys.readouterr().err
 
 
 def test_bench_prints_a_table_and_writes_json(tmp_path, capsys):
@@ -185,11 +204,14 @@ def test_the_package_runs_as_a_module_and_keeps_compiled_programs(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment.pop("JAX_COMPILATION_CACHE_DIR")
     (tmp_path / "names.md").write_text("Reyes took the nickname Cobalt. The green car was given to Cobalt.")
-    command = [sys.executable, "-m", "cacheblend_jax", "ask", "--docs", str(tmp_path / "names.md")]
+    (tmp_path / "long.md").write_text("The printer near the hall is broken again.\n\n" * 300)
+    command = [sys.executable, "-m", "cacheblend_jax", "ask", "--docs", str(tmp_path), "--top-k", "1"]
     done = subprocess.run([*command, "Which car was given to Reyes?"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("green\n")
     assert "TTFT" in done.stdout
+    assert "PyTorch" not in done.stderr  # nor other advice of the libraries below
+    assert "indexing errors" not in done.stderr
     assert list((tmp_path / "cache" / "cacheblend-jax" / "compiled").iterdir())
 
 

@@ -91,8 +91,12 @@ def stdin_of(monkeypatch, content: bytes) -> None:
 
 def test_a_question_may_come_from_stdin(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(ask_module, "check_reads", lambda model, texts, named: asked.append(texts[0]))
-    monkeypatch.setattr(ask_module, "select_top_k", lambda *_: (_ for _ in ()).throw(CacheBlendError("far enough")))
+
+    def stop(_, texts, __):
+        asked.append(texts[0])
+        raise CacheBlendError("far enough")
+
+    monkeypatch.setattr(ask_module, "check_reads", stop)
     (tmp_path / "records.md").write_text("Reyes took the nickname Cobalt.")
     for before in ([], ["--top-k", "1"]):
         stdin_of(monkeypatch, "Où est Reyes ?\n".encode())
