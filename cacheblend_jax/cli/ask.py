@@ -23,8 +23,8 @@ from cacheblend_jax.cli.options import (
     open_store,
     print_status,
     print_warning,
-    progress_bar,
 )
+from cacheblend_jax.cli.progress import progress_bar
 from cacheblend_jax.cli.store_report import StoreReport, stored_otherwise
 from cacheblend_jax.documents import Chunk, by_relevance, read_documents, select_top_k
 from cacheblend_jax.engine.controller import explain

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 
-from cacheblend_jax.cli.options import add_model_option, at_least_one, load_with_bar, progress
+from cacheblend_jax.cli.options import add_model_option, at_least_one, load_with_bar
+from cacheblend_jax.cli.progress import progress
 from cacheblend_jax.documents import Chunk, Document, chunk_documents
 from cacheblend_jax.engine.prompt import Prompt, encode
 from cacheblend_jax.errors import CacheBlendError

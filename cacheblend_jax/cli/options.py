@@ -1,4 +1,4 @@
-"""What the commands share: options, the files that results go to, progress on a terminal, and loading a model."""
+"""What the commands share: options, the files that results go to, and loading a model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tqdm import tqdm
-
+from cacheblend_jax.cli.progress import progress_bar
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.model import Model, load_model
 from cacheblend_jax.store import ChunkStore
@@ -156,23 +153,6 @@ def load_with_bar(name: str | None, dtype: str | None) -> Model:
     """Loads a model, the bundled one for `None`, and shows how far it has come."""
     with progress_bar("load", unit="B", unit_scale=True) as advance:
         return load_model(BUNDLED if name is None else name, dtype=dtype, progress=advance)
-
-
-def progress(items: Iterable, what: str) -> Iterable:
-    """Shows a bar on a terminal while the items are taken: the `Progress` of `cacheblend_jax.evaluation`."""
-    return tqdm(items, desc=what, disable=not sys.stderr.isatty(), leave=False)
-
-
-@contextmanager
-def progress_bar(what: str, **options: Any) -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar on a terminal; yields a function to be called with the amount done and the total."""
-    with tqdm(total=None, desc=what, disable=not sys.stderr.isatty(), leave=False, **options) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield advance
 
 
 def print_status(line: str) -> None:

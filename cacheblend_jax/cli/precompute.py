@@ -7,7 +7,8 @@ from typing import Any
 
 from cacheblend_jax.cli.bundled_model import check_reads
 from cacheblend_jax.cli.documents_prompt import add_source_options, load_with_tokenizer, prompt_of, split
-from cacheblend_jax.cli.options import add_shared_options, add_store_options, open_store, progress_bar
+from cacheblend_jax.cli.options import add_shared_options, add_store_options, open_store
+from cacheblend_jax.cli.progress import progress_bar
 from cacheblend_jax.documents import read_documents
 from cacheblend_jax.engine.engine import Engine
 

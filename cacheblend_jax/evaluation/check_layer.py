@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from cacheblend_jax.evaluation.datasets import BUNDLED
-from cacheblend_jax.evaluation.evaluator import Evaluator, rows_for
+from cacheblend_jax.evaluation.evaluator import Evaluator, rows_for, rows_that_fit
 from cacheblend_jax.evaluation.insights import TOP_SHARE, concentration, neighbour_correlation
 from cacheblend_jax.evaluation.progress import Progress, no_progress
 from cacheblend_jax.model import Model
@@ -25,12 +25,14 @@ class CheckLayer:
         scores: float `[layers]`, see `check_layer_scores`.
         concentration: float `[layers - 1]`, from layer 1 on: see `insights.concentration`.
         neighbour_correlation: float `[layers - 2]`, from layer 1 on: see `insights.neighbour_correlation`.
+        skipped: see `Evaluation`.
     """
 
     layer: int
     scores: np.ndarray
     concentration: np.ndarray
     neighbour_correlation: np.ndarray
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def measure_check_layer(
@@ -47,9 +49,10 @@ def measure_check_layer(
     `model.save_check_layer` saves it.
 
     Raises:
-        CacheBlendError: the model has no tokenizer, the data set cannot be read, or a prompt does not fit the model.
+        CacheBlendError: the model has no tokenizer, the data set cannot be read, or no prompt fits the model.
     """
     rows = rows_for(model, data_set, limit=limit, chunk_tokens=chunk_tokens)
+    rows, skipped = rows_that_fit(model, rows, system=system)
     with Evaluator(model, rows, max_new_tokens=1, system=system) as evaluator:
         deviations = [evaluator.standalone_deviation(row) for row in progress(rows, "check layers")]
     scores = check_layer_scores(deviations)
@@ -58,6 +61,7 @@ def measure_check_layer(
         scores,
         np.nanmean([concentration(deviation)[1:] for deviation in deviations], axis=0),
         np.nanmean([neighbour_correlation(deviation[1:]) for deviation in deviations], axis=0),
+        skipped,
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cacheblend_jax.evaluation.datasets import BUNDLED, digest_of
-from cacheblend_jax.evaluation.evaluator import Evaluator, rows_for
+from cacheblend_jax.evaluation.evaluator import Evaluator, rows_for, rows_that_fit
 from cacheblend_jax.evaluation.progress import Progress, no_progress
 from cacheblend_jax.evaluation.results_file import ResultsFile
 from cacheblend_jax.evaluation.settings import Setting, settings_for
@@ -29,6 +29,7 @@ class Evaluation:
         summary: their means, see `summarize`.
         deviation: float32 `[layers, candidates]`, how far the KV of the first row's chunks, computed apart, is from
             full recompute; `None` where it was not asked for.
+        skipped: the rows that were not asked, by name, each with the reason: longer than the model takes, say.
     """
 
     rows: int
@@ -36,6 +37,7 @@ class Evaluation:
     records: list[dict[str, Any]]
     summary: list[dict[str, Any]]
     deviation: np.ndarray | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -65,10 +67,11 @@ def evaluate(
 
     Raises:
         CacheBlendError: the model has no tokenizer, the data set or `out` cannot be read, `out` holds results of
-            something else, a prompt does not fit the model, or a package is missing.
+            something else, no prompt fits the model, or a package is missing.
     """
     settings = settings_for() if settings is None else list(settings)
     rows = rows_for(model, data_set, limit=limit, chunk_tokens=chunk_tokens)
+    rows, skipped = rows_that_fit(model, rows, system=system)
     with Evaluator(model, rows, max_new_tokens=max_new_tokens, system=system) as evaluator:
         header = {
             "model": model.fingerprint,
@@ -87,4 +90,4 @@ def evaluate(
         deviation = evaluator.standalone_deviation(rows[0]) if with_deviation else None
     labels = [setting.label for setting in settings]
     records = [record for record in results.records if record["row"] in missing and record["setting"] in labels]
-    return Evaluation(len(rows), settings, records, summarize(records, labels), deviation)
+    return Evaluation(len(rows), settings, records, summarize(records, labels), deviation, skipped)

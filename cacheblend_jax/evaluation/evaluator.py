@@ -28,6 +28,7 @@ from cacheblend_jax.evaluation.metrics import (
     rouge_l,
     token_f1,
 )
+from cacheblend_jax.evaluation.progress import Progress, no_progress
 from cacheblend_jax.evaluation.settings import Setting
 from cacheblend_jax.model import Model
 from cacheblend_jax.store import ChunkStore
@@ -52,6 +53,41 @@ def rows_for(model: Model, data_set: str, *, limit: int | None, chunk_tokens: in
     return load_rows(data_set, limit=limit, chunk_tokens=chunk_tokens, count_tokens=count_tokens)
 
 
+def rows_that_fit(model: Model, rows: Sequence[Row], *, system: str | None) -> tuple[list[Row], dict[str, str]]:
+    """Returns the rows that the model can be asked, and of the others, by name, why not: too long, say.
+
+    Raises:
+        PromptError: it can be asked none of them.
+    """
+    fitting, skipped = [], {}
+    for row in rows:
+        try:
+            prompt_for(model, row, system=system)
+            fitting.append(row)
+        except PromptError as error:
+            skipped[row.name] = str(error).partition("; ")[0].removeprefix(f"row {row.name}: ")
+    if rows and not fitting:
+        name, reason = next(iter(skipped.items()))
+        raise PromptError(f"the model can be asked none of the {len(rows)} rows; of {name}, {reason}")
+    return fitting, skipped
+
+
+def prompt_for(model: Model, row: Row, *, system: str | None) -> Prompt:
+    """Returns a row's prompt, the one that `ask` would build, in token ids.
+
+    Raises:
+        PromptError: it is longer than the model takes, or has an empty chunk; the row is named.
+    """
+    prompt = Prompt.to_answer(model.tokenizer, row.chunks, row.question, system=system)
+    try:
+        parts = tokenize_prompt(
+            prompt, model.tokenizer, vocab_size=model.config.vocab_size, max_tokens=model.config.max_positions
+        )
+    except PromptError as error:
+        raise PromptError(f"row {row.name}: {error}") from error
+    return Prompt(parts.prefix, parts.chunks, parts.suffix)
+
+
 class Evaluator:
     """Answers rows in many settings over one store, with one engine for each setting.
 
@@ -62,7 +98,7 @@ class Evaluator:
         with_rouge: also measures Rouge-L, which needs the package rouge-score.
 
     Raises:
-        PromptError: a row's prompt is longer than the model takes; the row is named.
+        PromptError: the model cannot be asked a row (see `rows_that_fit`); the row is named.
     """
 
     def __init__(
@@ -106,16 +142,8 @@ class Evaluator:
         return self._engines[config]
 
     def prompt(self, row: Row) -> Prompt:
-        """Returns the row's prompt, the one that `ask` would build, in token ids."""
-        prompt = Prompt.to_answer(self.model.tokenizer, row.chunks, row.question, system=self.system)
-        config = self.model.config
-        try:
-            parts = tokenize_prompt(
-                prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
-            )
-        except PromptError as error:
-            raise PromptError(f"row {row.name}: {error}") from error
-        return Prompt(parts.prefix, parts.chunks, parts.suffix)
+        """See `prompt_for`."""
+        return prompt_for(self.model, row, system=self.system)
 
     def _length(self, row: Row) -> int:
         prompt = self.prompt(row)
@@ -149,13 +177,15 @@ class Evaluator:
         full = engine.prefill(prompt, "full")
         return [self._record(row, prompt, setting, full) for setting in settings]
 
-    def warmup(self, row: Row, settings: Sequence[Setting]) -> None:
+    def warmup(self, row: Row, settings: Sequence[Setting], progress: Progress = no_progress) -> None:
         """Compiles what the settings need for rows of this one's size, several programs at a time."""
         by_engine: dict[Engine, list[Setting]] = defaultdict(list)
         for setting in settings:
             by_engine[self.engine(setting)].append(setting)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda group: self.evaluate_row(row, group), by_engine.values()))
+            compiling = [pool.submit(self.evaluate_row, row, group) for group in by_engine.values()]
+            for each in progress(compiling, "compile"):
+                each.result()
 
     def _record(self, row: Row, prompt: Prompt, setting: Setting, full: PrefillResult) -> dict[str, Any]:
         engine = self.engine(setting)

@@ -14,6 +14,7 @@ from conftest import HF
 import cacheblend_jax as cb
 from cacheblend_jax.cli import ask as ask_module
 from cacheblend_jax.cli.main import main
+from cacheblend_jax.evaluation.evaluate import Evaluation
 from cacheblend_jax.model.demo import demo_directory
 
 MODEL = ["--model", str(HF / "llama3"), "--no-compile-cache"]
@@ -250,6 +251,18 @@ def test_evaluate_goes_on_where_it_was_stopped(tmp_path, capsys):
     assert "holds results of another data's content" in capsys.readouterr().err
     out.write_text("")
     assert evaluate(*common, "--modes", "full") == 0
+
+
+def test_evaluate_says_which_rows_are_skipped(tmp_path, capsys, monkeypatch):
+    skipped = {f"rows/{number}": "the prompt has 9 tokens" for number in range(7)}
+    found = Evaluation(1, [], [], [], skipped=skipped)
+    monkeypatch.setattr("cacheblend_jax.evaluation.evaluate.evaluate", lambda *_, **__: found)
+    report = tmp_path / "report.json"
+    assert evaluate("--json", str(report)) == 0
+    error = capsys.readouterr().err
+    assert "warning: 7 rows are skipped: rows/0 (the prompt has 9 tokens), rows/1 (" in error
+    assert error.endswith("rows/4 (the prompt has 9 tokens), …\n")
+    assert json.loads(report.read_text())["skipped"] == skipped
 
 
 @pytest.mark.parametrize(
