@@ -125,7 +125,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     answer = answers[parsed.mode]
     prefill = answer.stats.prefill
     print(_comparison_table(answers) if parsed.compare else f"{answer.text}\n{_summary(prefill)}")
-    print(report.line(parsed.store))
+    (print_status if parsed.compare else print)(report.line(parsed.store))  # a table stands alone on stdout
     if parsed.explain and prefill.decision is not None:
         print(explain(prefill.decision, prefill.ttft_s))
     if trace is not None:
@@ -158,7 +158,7 @@ def _question_and_paths(question: str | None, paths: list[str]) -> tuple[str, li
 
 def _read_stdin() -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise CacheBlendError(
             f"the question on stdin is not UTF-8: byte 0x{error.object[error.start]:02x} at byte offset {error.start}"
@@ -197,7 +197,7 @@ def _precompute(engine: Engine, store: ChunkStore, prompt: Prompt) -> StoreRepor
     """Computes what the store lacks, and reports what it had before that."""
     chunks = engine.look_up(prompt)
     missing = {chunk.key for chunk in chunks if not chunk.is_stored}
-    if missing and (otherwise := stored_otherwise(store, engine.model, chunks)):
+    if otherwise := stored_otherwise(store, engine.model, chunks):
         print_warning(otherwise)
     began = time.perf_counter()
     with progress_bar("precompute") as advance:

@@ -7,8 +7,9 @@ from typing import Any
 
 from cacheblend_jax.cli.bundled_model import check_reads
 from cacheblend_jax.cli.documents_prompt import add_source_options, load_with_tokenizer, prompt_of, split
-from cacheblend_jax.cli.options import add_shared_options, add_store_options, open_store
+from cacheblend_jax.cli.options import add_shared_options, add_store_options, open_store, print_warning
 from cacheblend_jax.cli.progress import progress_bar
+from cacheblend_jax.cli.store_report import stored_otherwise
 from cacheblend_jax.documents import read_documents
 from cacheblend_jax.engine.engine import Engine
 
@@ -37,6 +38,8 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         progress_bar("precompute") as advance,
     ):
         store.check_writable()
+        if otherwise := stored_otherwise(store, model, engine.look_up(prompt.chunks, prefix=prompt.prefix)):
+            print_warning(otherwise)
         keys = engine.precompute(prompt.chunks, prefix=prompt.prefix, progress=advance)
         engine.flush()
         stats = store.stats

@@ -101,7 +101,7 @@ def test_a_question_may_come_from_stdin(tmp_path, monkeypatch, capsys):
     for before in ([], ["--top-k", "1"]):
         stdin_of(monkeypatch, "Où est Reyes ?\n".encode())
         assert main(["ask", "--no-compile-cache", "--docs", str(tmp_path), *before, "-"]) == 2
-    assert asked == ["Où est Reyes ?\n"] * 2
+    assert asked == ["Où est Reyes ?"] * 2
     capsys.readouterr()
     stdin_of(monkeypatch, b"O\xf9?")
     assert main(["ask", "--no-compile-cache", "--docs", str(tmp_path), "-"]) == 2

@@ -173,10 +173,14 @@ def test_ask_says_what_keeps_stored_texts_from_being_used(capsys, tmp_path, reco
         raise cb.CacheBlendError("far enough")
 
     assert main(["precompute", *records, str(tmp_path / "kv")]) == 0
+    precomputed = capsys.readouterr()
+    assert "for another use" not in precomputed.err
     monkeypatch.setattr(cb.Engine, "precompute", stop)
     assert warned() == []
     assert warned("--system", "All new records.") == ["2 with another text before it (--system)"]
     assert warned("--dtype", "float32") == ["2 with dtype bfloat16 (--dtype)"]
+    assert main(["precompute", *records, str(tmp_path / "kv"), "--dtype", "float32"]) == 2
+    assert "the store holds 2 of these texts, but for another use: 2 with dtype bfloat16" in capsys.readouterr().err
     shutil.copytree(demo_directory(), tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"rope_theta": 1000000.0', '"rope_theta": 20000.0'))
