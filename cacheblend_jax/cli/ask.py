@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,11 +108,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     documents = read_documents(paths)
     model = load_with_tokenizer(parsed.model, parsed.dtype)
     check_reads(model, [question, *(document.text for document in documents)], parsed.model)
-    chunks = split(documents, model, parsed.chunk_tokens)
-    if parsed.top_k is not None and not parsed.all:
-        chunks = select_top_k(chunks, question, parsed.top_k)
-    elif not parsed.all:
-        chunks = _fitting(chunks, question, model, parsed)
+    chunks = _chosen(split(documents, model, parsed.chunk_tokens), question, model, parsed)
     prompt = prompt_of(chunks, question, model, parsed.system)
     trace = None if parsed.trace is None else Trace()
     with (
@@ -165,8 +160,12 @@ def _read_stdin() -> str:
         ) from error
 
 
-def _fitting(chunks: Sequence[Chunk], question: str, model: Model, parsed: argparse.Namespace) -> list[Chunk]:
-    """Returns the chunks most relevant to the question, in order: `TOP_K`, or as many as leave room for the answer."""
+def _chosen(chunks: list[Chunk], question: str, model: Model, parsed: argparse.Namespace) -> list[Chunk]:
+    """Returns the chunks to use, in order: where the user has not said how many, those that leave room to answer."""
+    if parsed.all:
+        return chunks
+    if parsed.top_k is not None:
+        return select_top_k(chunks, question, parsed.top_k)
     room = model.config.max_positions - parsed.max_new_tokens + 1
     ranked = by_relevance(chunks, question)[:TOP_K]
     for count in range(len(ranked), 0, -1):
