@@ -192,4 +192,5 @@ def _what_is_wrong(error: DocumentError) -> str:
 
 def _unreadable(path: Path, error: OSError) -> DocumentError:
     reason = error.strerror or type(error).__name__
-    return DocumentError(f"cannot read {_quoted(path)}: {reason}; check its permissions or leave it out")
+    remedy = "check its permissions or leave it out" if isinstance(error, PermissionError) else "leave it out"
+    return DocumentError(f"cannot read {_quoted(path)}: {reason}; {remedy}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cacheblend_jax.evaluation.datasets import BUNDLED
-from cacheblend_jax.evaluation.evaluator import Evaluator, rows_for, rows_that_fit
+from cacheblend_jax.evaluation.evaluator import Evaluator, rows_for
 from cacheblend_jax.evaluation.insights import TOP_SHARE, concentration, neighbour_correlation
 from cacheblend_jax.evaluation.progress import Progress, no_progress
 from cacheblend_jax.model import Model
@@ -52,16 +52,15 @@ def measure_check_layer(
         CacheBlendError: the model has no tokenizer, the data set cannot be read, or no prompt fits the model.
     """
     rows = rows_for(model, data_set, limit=limit, chunk_tokens=chunk_tokens)
-    rows, skipped = rows_that_fit(model, rows, system=system)
     with Evaluator(model, rows, max_new_tokens=1, system=system) as evaluator:
-        deviations = [evaluator.standalone_deviation(row) for row in progress(rows, "check layers")]
+        deviations = [evaluator.standalone_deviation(row) for row in progress(evaluator.rows, "check layers")]
     scores = check_layer_scores(deviations)
     return CheckLayer(
         find_check_layer(scores),
         scores,
         np.nanmean([concentration(deviation)[1:] for deviation in deviations], axis=0),
         np.nanmean([neighbour_correlation(deviation[1:]) for deviation in deviations], axis=0),
-        skipped,
+        evaluator.skipped,
     )
 
 

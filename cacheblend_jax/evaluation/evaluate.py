@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cacheblend_jax.evaluation.datasets import BUNDLED, digest_of
-from cacheblend_jax.evaluation.evaluator import Evaluator, rows_for, rows_that_fit
+from cacheblend_jax.evaluation.evaluator import Evaluator, rows_for
 from cacheblend_jax.evaluation.progress import Progress, no_progress
 from cacheblend_jax.evaluation.results_file import ResultsFile
 from cacheblend_jax.evaluation.settings import Setting, settings_for
@@ -71,7 +71,6 @@ def evaluate(
     """
     settings = settings_for() if settings is None else list(settings)
     rows = rows_for(model, data_set, limit=limit, chunk_tokens=chunk_tokens)
-    rows, skipped = rows_that_fit(model, rows, system=system)
     with Evaluator(model, rows, max_new_tokens=max_new_tokens, system=system) as evaluator:
         header = {
             "model": model.fingerprint,
@@ -81,6 +80,7 @@ def evaluate(
             "max_new_tokens": max_new_tokens,
             "system": system,
         }
+        rows = evaluator.rows
         results = ResultsFile(out, header)
         done = results.done()
         missing = {row.name: [each for each in settings if (row.name, each.label) not in done] for row in rows}
@@ -90,4 +90,4 @@ def evaluate(
         deviation = evaluator.standalone_deviation(rows[0]) if with_deviation else None
     labels = [setting.label for setting in settings]
     records = [record for record in results.records if record["row"] in missing and record["setting"] in labels]
-    return Evaluation(len(rows), settings, records, summarize(records, labels), deviation, skipped)
+    return Evaluation(len(rows), settings, records, summarize(records, labels), deviation, evaluator.skipped)

@@ -53,52 +53,22 @@ def rows_for(model: Model, data_set: str, *, limit: int | None, chunk_tokens: in
     return load_rows(data_set, limit=limit, chunk_tokens=chunk_tokens, count_tokens=count_tokens)
 
 
-def rows_that_fit(model: Model, rows: Sequence[Row], *, system: str | None) -> tuple[list[Row], dict[str, str]]:
-    """Returns the rows that the model can be asked, and of the others, by name, why not: too long, say.
-
-    Raises:
-        PromptError: it can be asked none of them.
-    """
-    fitting, skipped = [], {}
-    for row in rows:
-        try:
-            prompt_for(model, row, system=system)
-            fitting.append(row)
-        except PromptError as error:
-            skipped[row.name] = str(error).partition("; ")[0].removeprefix(f"row {row.name}: ")
-    if rows and not fitting:
-        name, reason = next(iter(skipped.items()))
-        raise PromptError(f"the model can be asked none of the {len(rows)} rows; of {name}, {reason}")
-    return fitting, skipped
-
-
-def prompt_for(model: Model, row: Row, *, system: str | None) -> Prompt:
-    """Returns a row's prompt, the one that `ask` would build, in token ids.
-
-    Raises:
-        PromptError: it is longer than the model takes, or has an empty chunk; the row is named.
-    """
-    prompt = Prompt.to_answer(model.tokenizer, row.chunks, row.question, system=system)
-    try:
-        parts = tokenize_prompt(
-            prompt, model.tokenizer, vocab_size=model.config.vocab_size, max_tokens=model.config.max_positions
-        )
-    except PromptError as error:
-        raise PromptError(f"row {row.name}: {error}") from error
-    return Prompt(parts.prefix, parts.chunks, parts.suffix)
-
-
 class Evaluator:
     """Answers rows in many settings over one store, with one engine for each setting.
 
     Args:
-        rows: all that will be asked: prompts are padded to a few lengths that fit these rows.
+        rows: all that will be asked, except those that the model cannot be asked: prompts are padded to a few lengths
+            that fit these rows.
         max_new_tokens: longest answer.
         system: text before the chunks; `None`: the tokenizer's own, or a general one.
         with_rouge: also measures Rouge-L, which needs the package rouge-score.
 
+    Attributes:
+        rows: those that the model can be asked.
+        skipped: of the others, by name, why not: longer than the model takes, say.
+
     Raises:
-        PromptError: the model cannot be asked a row (see `rows_that_fit`); the row is named.
+        PromptError: the model can be asked none of the rows.
     """
 
     def __init__(
@@ -114,9 +84,18 @@ class Evaluator:
         self.with_rouge = with_rouge
         self.max_new_tokens = max_new_tokens
         self.system = system
+        self.rows, self.skipped, lengths = list[Row](), dict[str, str](), list[int]()
+        for row in rows:
+            try:
+                lengths.append(self._length(row))
+                self.rows.append(row)
+            except PromptError as error:
+                self.skipped[row.name] = str(error).partition("; ")[0]
+        if not self.rows:
+            name, reason = next(iter(self.skipped.items()))
+            raise PromptError(f"row {name}: {reason}; none of the {len(rows)} rows can be asked")
         # Every setting compiles programs of its own for every bucket: few buckets save most of that time.
-        lengths = [self._length(row) for row in rows]
-        self._lengths = dict(zip(rows, lengths, strict=True))
+        self._lengths = dict(zip(self.rows, lengths, strict=True))
         quantiles = np.quantile(lengths, np.linspace(0, 1, NUM_BUCKETS + 1)[1:])
         self._length_buckets = sorted({Buckets().length(int(np.ceil(size)) + max_new_tokens) for size in quantiles})
         self._open = ExitStack()
@@ -142,8 +121,13 @@ class Evaluator:
         return self._engines[config]
 
     def prompt(self, row: Row) -> Prompt:
-        """See `prompt_for`."""
-        return prompt_for(self.model, row, system=self.system)
+        """Returns the row's prompt, the one that `ask` would build, in token ids."""
+        prompt = Prompt.to_answer(self.model.tokenizer, row.chunks, row.question, system=self.system)
+        config = self.model.config
+        parts = tokenize_prompt(
+            prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
+        )
+        return Prompt(parts.prefix, parts.chunks, parts.suffix)
 
     def _length(self, row: Row) -> int:
         prompt = self.prompt(row)

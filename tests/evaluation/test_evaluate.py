@@ -89,7 +89,7 @@ def test_curves_are_of_one_setting_each(tmp_path, monkeypatch):
     assert all(line.get_xdata().tolist() == [0.1, 0.3] for line in drawn)
 
 
-def test_a_row_that_does_not_fit_is_named(demo):
+def test_where_no_row_fits_the_first_is_named(demo):
     row = Row("rows/7", "", ("a b " * 3000,), "Why?", ("x",))
     with pytest.raises(CacheBlendError, match="row rows/7: the prompt has"):
         Evaluator(demo, [row], max_new_tokens=2)
@@ -116,7 +116,7 @@ def test_rows_that_do_not_fit_are_skipped_and_named(demo, tmp_path, monkeypatch)
     assert "use fewer" not in found.skipped["rows/1"]
     assert measure_check_layer(demo, data_set=str(path)).skipped == found.skipped
     path.write_text(json.dumps([row("a b " * 3000)]))
-    with pytest.raises(CacheBlendError, match=r"none of the 1 rows; of rows/0, the prompt has .* takes at most 2048"):
+    with pytest.raises(CacheBlendError, match=r"row rows/0: the prompt has .* takes at most 2048; none of the 1 rows"):
         evaluate(demo, data_set=str(path))
 
 
