@@ -1,6 +1,9 @@
 """Errors that users can fix: the command line prints them on one line and exits with code 2."""
 
+import errno
 from typing import TypeGuard
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CacheBlendError(ValueError):
@@ -15,8 +18,18 @@ class PromptError(CacheBlendError):
     """A prompt cannot be laid out: empty, too long, with unknown token ids, or text without a tokenizer."""
 
 
+class PromptTooLongError(PromptError):
+    """A prompt has more tokens than the model takes; the message says how many that are."""
+
+
 class DamagedEntryError(CacheBlendError):
     """A stored entry's bytes are not those that were written; the store has removed it, and its chunk is a miss."""
+
+
+def reason_and_remedy(error: OSError, remedy: str = "choose another path") -> str:
+    """Says why a file cannot be written, and what to do: `remedy`, unless space is what is missing."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{reason}; {'free some space, or choose another file system' if error.errno in FULL else remedy}"
 
 
 def is_whole_number(value: object, *, least: int, below: float = float("inf")) -> TypeGuard[int]:

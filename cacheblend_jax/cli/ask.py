@@ -4,35 +4,54 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cacheblend_jax.blend import SELECTORS, BlendConfig
+from cacheblend_jax.cli.bundled_model import check_reads
 from cacheblend_jax.cli.documents_prompt import add_source_options, load_with_tokenizer, prompt_of, split
-from cacheblend_jax.cli.options import add_shared_options, at_least_one, check_writable, print_status, progress_bar
-from cacheblend_jax.documents import read_documents, select_top_k
+from cacheblend_jax.cli.options import (
+    STANDARD_STREAM,
+    add_shared_options,
+    add_store_options,
+    at_least_one,
+    check_writable,
+    open_store,
+    print_status,
+    print_warning,
+)
+from cacheblend_jax.cli.progress import progress_bar
+from cacheblend_jax.cli.store_report import StoreReport, stored_otherwise
+from cacheblend_jax.documents import Chunk, by_relevance, read_documents, select_top_k
 from cacheblend_jax.engine.controller import explain
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.engine.planner import EXECUTORS
-from cacheblend_jax.engine.prompt import Prompt
+from cacheblend_jax.engine.prompt import Prompt, tokenize_parts
 from cacheblend_jax.engine.results import Generation, PrefillStats
 from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model import Model
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore
 
 AUTO = "auto"
+TOP_K = 5
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `ask` to the command line's commands."""
     parser = commands.add_parser("ask", help="answer a question from text files")
-    parser.add_argument("question", nargs="?", help="what to ask; write it last")
+    parser.add_argument("question", nargs="?", help="what to ask; write it last, or - to read it from stdin")
     add_source_options(parser)
     parser.add_argument(
-        "--top-k", type=at_least_one, default=5, metavar="K", help="how many chunks to use, picked by BM25 (default: 5)"
+        "--top-k",
+        type=at_least_one,
+        metavar="K",
+        help=f"how many chunks to use, picked by BM25 (default: {TOP_K}, or as many as the model takes)",
     )
     parser.add_argument("--all", action="store_true", help="use all chunks")
     parser.add_argument("--mode", choices=MODES, default="blend", help="how to prefill (default: blend)")
@@ -66,15 +85,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="sample from the likeliest tokens that together have probability P (default: 1, all)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
-    parser.add_argument("--store", metavar="DIR", help="keep the chunks' KV in a directory, for the next time")
-    parser.add_argument(
-        "--store-bytes",
-        type=at_least_one,
-        default=4 * 2**30,
-        metavar="N",
-        help="memory for the chunks' KV (default: 4 GiB)",
-    )
+    add_store_options(parser)
     add_shared_options(parser)
+    parser.set_defaults(shorten=": --top-k K, --chunk-tokens N")
     return parser
 
 
@@ -94,27 +107,32 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
     documents = read_documents(paths)
     model = load_with_tokenizer(parsed.model, parsed.dtype)
-    chunks = split(documents, model, parsed.chunk_tokens)
-    if not parsed.all:
-        chunks = select_top_k(chunks, question, parsed.top_k)
+    check_reads(model, [question, *(document.text for document in documents)], parsed.model)
+    chunks = _chosen(split(documents, model, parsed.chunk_tokens), question, model, parsed)
     prompt = prompt_of(chunks, question, model, parsed.system)
     trace = None if parsed.trace is None else Trace()
     with (
-        ChunkStore(parsed.store, host_bytes=parsed.store_bytes) as store,
+        open_store(parsed) as store,
         Engine(model, store, blend, executor=parsed.executor, profile=parsed.profile) as engine,
     ):
+        report = _precompute(engine, store, prompt)
         answers = _answers(parsed, engine, prompt, sampling, trace)
     answer = answers[parsed.mode]
     prefill = answer.stats.prefill
     print(_comparison_table(answers) if parsed.compare else f"{answer.text}\n{_summary(prefill)}")
+    (print_status if parsed.compare else print)(report.line(parsed.store))  # a table stands alone on stdout
     if parsed.explain and prefill.decision is not None:
         print(explain(prefill.decision, prefill.ttft_s))
     if trace is not None:
         _save_trace(trace, parsed.trace)
     return {
         "question": question,
-        "model": parsed.model,
-        "chunks": [{"source": chunk.source, "index": chunk.index} for chunk in chunks],
+        "model": model.name,
+        "chunks": [
+            {"source": chunk.source, "index": chunk.index, "found": looked_up.is_stored}
+            for chunk, looked_up in zip(chunks, report.chunks, strict=True)
+        ],
+        "store": {"found": report.found, "computed": report.computed, "seconds": report.seconds},
         "answers": {mode: _answer_report(each) for mode, each in answers.items()},
     }
 
@@ -126,9 +144,41 @@ def _question_and_paths(question: str | None, paths: list[str]) -> tuple[str, li
         if len(paths) < 2 or os.path.exists(paths[-1]):
             raise CacheBlendError('a question is missing; write it last: ask --docs PATH… "question"')
         *paths, question = paths
+    if question == str(STANDARD_STREAM):
+        question = _read_stdin()
     if not question.strip():
         raise CacheBlendError("the question is empty; write it last")
     return question, paths
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise CacheBlendError(
+            f"the question on stdin is not UTF-8: byte 0x{error.object[error.start]:02x} at byte offset {error.start}"
+        ) from error
+
+
+def _chosen(chunks: list[Chunk], question: str, model: Model, parsed: argparse.Namespace) -> list[Chunk]:
+    """Returns the chunks to use, in order: where the user has not said how many, those that leave room to answer."""
+    if parsed.all:
+        return chunks
+    if parsed.top_k is not None:
+        return select_top_k(chunks, question, parsed.top_k)
+    room = model.config.max_positions - parsed.max_new_tokens + 1
+    ranked = by_relevance(chunks, question)[:TOP_K]
+    for count in range(len(ranked), 0, -1):
+        chosen = [chunks[number] for number in sorted(ranked[:count])]
+        prompt = prompt_of(chosen, question, model, parsed.system)
+        if count == 1 or tokenize_parts(prompt, model.tokenizer, model.config.vocab_size).token_ids.size <= room:
+            break
+    if count < len(ranked):
+        print_status(
+            f"the model takes {model.config.max_positions} tokens: {count} instead of {len(ranked)} chunks are used "
+            "(--chunk-tokens N makes them shorter)"
+        )
+    return chosen
 
 
 def _blend(parsed: argparse.Namespace) -> BlendConfig:
@@ -142,12 +192,22 @@ def _blend(parsed: argparse.Namespace) -> BlendConfig:
     return BlendConfig(parsed.ratio, selector=parsed.selector)
 
 
+def _precompute(engine: Engine, store: ChunkStore, prompt: Prompt) -> StoreReport:
+    """Computes what the store lacks, and reports what it had before that."""
+    chunks = engine.look_up(prompt)
+    missing = {chunk.key for chunk in chunks if not chunk.is_stored}
+    if otherwise := stored_otherwise(store, engine.model, chunks):
+        print_warning(otherwise)
+    began = time.perf_counter()
+    with progress_bar("precompute") as advance:
+        engine.precompute(prompt, progress=advance)
+    return StoreReport(chunks, len(missing), time.perf_counter() - began)
+
+
 def _answers(
     parsed: argparse.Namespace, engine: Engine, prompt: Prompt, sampling: Sampling, trace: Trace | None
 ) -> dict[str, Generation]:
     """Answers in the chosen mode, or in all of them to compare; `trace` collects what happens in the chosen one."""
-    with progress_bar("precompute") as advance:
-        engine.precompute(prompt, progress=advance)
     answers = {}
     for mode in MODES if parsed.compare else (parsed.mode,):
         if parsed.compare:

@@ -38,6 +38,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=at_least_one, default=7, metavar="N", help="interleaved rounds (default: 7)")
     parser.add_argument("--peer", choices=("torch",), help="also time full prefill by transformers and torch")
     add_shared_options(parser)
+    parser.set_defaults(shorten=": --tokens N")
     return parser
 
 

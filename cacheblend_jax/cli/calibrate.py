@@ -7,14 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cacheblend_jax.cli.options import (
-    add_model_option,
-    add_shared_options,
-    at_least_one,
-    check_writable,
-    load_with_bar,
-    progress,
-)
+from cacheblend_jax.cli.options import add_model_option, add_shared_options, at_least_one, check_writable, load_with_bar
+from cacheblend_jax.cli.progress import progress
 from cacheblend_jax.engine.profile import default_path
 
 

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cacheblend_jax.cli.options import add_shared_options, load_with_bar, progress
+from cacheblend_jax.cli.options import add_shared_options, load_with_bar
+from cacheblend_jax.cli.progress import progress
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 
-from cacheblend_jax.cli.options import add_model_option, at_least_one, load_with_bar, progress
+from cacheblend_jax.cli.options import add_model_option, at_least_one, load_with_bar
+from cacheblend_jax.cli.progress import progress
 from cacheblend_jax.documents import Chunk, Document, chunk_documents
 from cacheblend_jax.engine.prompt import Prompt, encode
 from cacheblend_jax.errors import CacheBlendError
@@ -29,7 +30,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_with_tokenizer(name: str, dtype: str | None) -> Model:
+def load_with_tokenizer(name: str | None, dtype: str | None) -> Model:
     """Loads a model that can read text.
 
     Raises:
@@ -37,7 +38,7 @@ def load_with_tokenizer(name: str, dtype: str | None) -> Model:
     """
     model = load_with_bar(name, dtype)
     if model.tokenizer is None:
-        raise CacheBlendError(f"model {name!r} has no tokenizer; text needs one")
+        raise CacheBlendError(f"model {model.name!r} has no tokenizer; text needs one")
     return model
 
 

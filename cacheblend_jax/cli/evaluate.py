@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cacheblend_jax.cli.options import add_model_option, add_shared_options, at_least_one, load_with_bar, progress
+from cacheblend_jax.cli.bundled_model import check_reads
+from cacheblend_jax.cli.options import add_model_option, add_shared_options, at_least_one, load_with_bar, print_warning
+from cacheblend_jax.cli.progress import progress
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, CONTINUATIONS
 from cacheblend_jax.model import Model, save_check_layer
+
+NAMED_ROWS = 5  # of those skipped
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -111,6 +116,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         check_layer=parsed.check_layer,
     )
     model = load_with_bar(parsed.model, parsed.dtype)
+    check_reads(model, _texts(parsed, model), named=model.name)
     if parsed.check_layers:
         return _find_check_layer(parsed, model)
     found = evaluate(
@@ -130,12 +136,36 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         progress=progress,
     )
     print(summary_table(found.summary))
+    _print_skipped(found.skipped)
     if found.deviation is not None:
         from cacheblend_jax.evaluation.plots import draw
 
         for path in draw(parsed.plot, settings, found.summary, found.deviation):
             print(f"drew {path}")
-    return {"model": parsed.model, "data": parsed.data, "rows": found.rows, "summary": found.summary}
+    return {
+        "model": model.name,
+        "data": parsed.data,
+        "rows": found.rows,
+        "skipped": found.skipped,
+        "summary": found.summary,
+    }
+
+
+def _texts(parsed: argparse.Namespace, model: Model) -> Iterator[str]:
+    """Yields what the model will read of a user's data set, which is loaded when the first text is asked for."""
+    from cacheblend_jax.evaluation.datasets import BUNDLED
+    from cacheblend_jax.evaluation.evaluator import rows_for
+
+    if parsed.data != BUNDLED:
+        for row in rows_for(model, parsed.data, limit=parsed.limit, chunk_tokens=parsed.chunk_tokens):
+            yield from (row.question, *row.chunks)
+
+
+def _print_skipped(skipped: dict[str, str]) -> None:
+    if skipped:
+        named = [f"{name} ({reason})" for name, reason in list(skipped.items())[:NAMED_ROWS]]
+        more = ["…"] if len(skipped) > NAMED_ROWS else []
+        print_warning(f"{len(skipped)} rows are skipped: {', '.join(named + more)}")
 
 
 def _find_check_layer(parsed: argparse.Namespace, model: Model) -> dict[str, Any]:
@@ -151,11 +181,13 @@ def _find_check_layer(parsed: argparse.Namespace, model: Model) -> dict[str, Any
         progress=progress,
     )
     print(check_layer_table(measured))
+    _print_skipped(measured.skipped)
     saved = save_check_layer(model, measured.layer)
     where = f", saved in {saved}" if saved else " (not saved: the model has no directory)"
     print(f"check layer: {measured.layer}{where}")
     return {
         "check_layer": measured.layer,
+        "skipped": measured.skipped,
         "scores": [None if np.isnan(score) else float(score) for score in measured.scores],
         "concentration": measured.concentration.tolist(),
         "neighbour_correlation": measured.neighbour_correlation.tolist(),

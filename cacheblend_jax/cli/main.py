@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 from importlib.metadata import version
 
 import jax
 from platformdirs import user_cache_path
 
 from cacheblend_jax.cli import ask, bench, calibrate, demo, evaluate, precompute, store
-from cacheblend_jax.cli.options import check_writable, write_json
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.cli.options import STANDARD_STREAM, OneLineParser, check_writable, write_json
+from cacheblend_jax.errors import FULL, CacheBlendError, PromptTooLongError
 
 # Each has `add_parser(commands)`, which declares it and returns its parser, and `run(parsed)`, which returns what
-# `--json` writes, with an `"exit_code"` if that is not 0. `options.add_shared_options` adds what all of them take.
+# `--json` writes, with an `"exit_code"` if that is not 0. `options.add_shared_options` adds what all of them take; the
+# parser's default `shorten` ends the error of a prompt that is too long, with the options that help.
 COMMANDS = (demo, ask, precompute, store, evaluate, bench, calibrate)
 
 
@@ -29,12 +31,15 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0; 1 for a store that is damaged or could not be written; 2 for bad usage or input; 130 after an
         interrupt.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported: its advice concerns its models
     parsed = _parser().parse_args(arguments)
     try:
         check_writable("--json", parsed.json)
         if not parsed.no_compile_cache:
             _keep_compiled_programs()
-        report = parsed.run(parsed)
+        to_stdout = parsed.json == STANDARD_STREAM
+        with redirect_stdout(sys.stderr) if to_stdout else nullcontext():
+            report = parsed.run(parsed)
         if parsed.json is not None:
             write_json(parsed.json, report)
         sys.stdout.flush()
@@ -42,8 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has stopped reading, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush does not fail
         return 0
+    except PromptTooLongError as error:
+        print(f"cacheblend-jax: error: {error}{parsed.shorten}", file=sys.stderr)
+        return 2
     except (CacheBlendError, OSError) as error:
-        print(f"cacheblend-jax: error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in FULL
+        print(f"cacheblend-jax: error: {error}{'; free some space' if full else ''}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cacheblend-jax: interrupted", file=sys.stderr)
@@ -51,10 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="cacheblend-jax",
         description="Answers questions from texts whose KV is computed once and blended (CacheBlend).",
     )
+    parser.set_defaults(shorten="")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('cacheblend-jax')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

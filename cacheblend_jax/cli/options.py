@@ -1,20 +1,33 @@
-"""What the commands share: options, the files that results go to, progress on a terminal, and loading a model."""
+"""What the commands share: options, the files that results go to, and loading a model."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from tqdm import tqdm
-
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.cli.progress import progress_bar
+from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.model import Model, load_model
+from cacheblend_jax.store import ChunkStore
+from cacheblend_jax.store.chunk_store import DEFAULT_HOST_BYTES
+
+BUNDLED = "demo"
+STANDARD_STREAM = Path("-")  # in place of a file
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(iB?|B)?|B)?", re.IGNORECASE)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are: the usage is a page long."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the error and ends the process with exit code 2."""
+        self.exit(2, f"cacheblend-jax: error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
@@ -28,30 +41,77 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Adds `--json`, which `main` serves."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results as JSON; - writes them to stdout, and nothing else"
+    )
+
+
+def add_store_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Adds `--store` and the sizes of its tiers."""
+    parser.add_argument(
+        "--store", metavar="DIR", required=required, help="keep the chunks' KV in a directory, for the next time"
+    )
+    parser.add_argument(
+        "--host-bytes",
+        type=size_of_at_least_one,
+        default=DEFAULT_HOST_BYTES,
+        metavar="SIZE",
+        help="host memory for the chunks' KV: bytes, or 4G, 512MiB, 500MB (default: 4G)",
+    )
+    parser.add_argument(
+        "--disk-bytes",
+        type=size_of_at_least_one,
+        metavar="SIZE",
+        help="most that --store may hold; the least recently used goes first (default: 64G, or what is there already)",
+    )
+
+
+def open_store(parsed: argparse.Namespace) -> ChunkStore:
+    """Opens the store that the options of `add_store_options` name.
+
+    Raises:
+        CacheBlendError: there is a size for a directory, but no directory; or as `ChunkStore`.
+    """
+    if parsed.store is None and parsed.disk_bytes is not None:
+        raise CacheBlendError("--disk-bytes bounds the directory of --store, which is missing; add --store DIR")
+    return ChunkStore(parsed.store, host_bytes=parsed.host_bytes, disk_bytes=parsed.disk_bytes)
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--model`, the bundled one by default."""
+    """Adds `--model`; `load_with_bar` takes the bundled model where it is not given."""
     parser.add_argument(
-        "--model", default="demo", metavar="DIR_OR_ID", help="checkpoint directory or hub id (default: demo)"
+        "--model", metavar="DIR_OR_ID", help=f"checkpoint directory or hub id (default: {BUNDLED}, the bundled model)"
     )
 
 
 def at_least_one(text: str) -> int:
     """Parses a whole number of at least 1."""
-    return _whole_number(text, 1)
-
-
-def at_least_zero(text: str) -> int:
-    """Parses a whole number of at least 0."""
-    return _whole_number(text, 0)
-
-
-def _whole_number(text: str, least: int) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def size_of_at_least_one(text: str) -> int:
+    """Parses a size of at least 1 byte; see `_size`."""
+    return _size(text, 1)
+
+
+def size_of_at_least_zero(text: str) -> int:
+    """Parses a size of at least 0 bytes; see `_size`."""
+    return _size(text, 0)
+
+
+def _size(text: str, least: int) -> int:
+    """Parses bytes as GNU tools write them: `4096`, `4G` and `4GiB` (2³⁰ each), `4GB` (10⁹ each)."""
+    match = SIZE.fullmatch(text) if text.isascii() else None
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be a size such as 4G, 512MiB or 1000000, got {text!r}")
+    number, prefix, suffix = match.groups()
+    base = 1000 if (suffix or "").upper() == "B" else 1024
+    size = int(Decimal(number) * base ** (" KMGT".index(prefix.upper()) if prefix else 0))
+    if size < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least} bytes, got {text!r}")
+    return size
 
 
 def check_writable(option: str, path: Path | None) -> None:
@@ -60,7 +120,7 @@ def check_writable(option: str, path: Path | None) -> None:
     Raises:
         CacheBlendError: names the option, the file and the reason.
     """
-    if path is None:
+    if path is None or path == STANDARD_STREAM:
         return
     reason = None
     if path.is_dir():
@@ -74,40 +134,32 @@ def check_writable(option: str, path: Path | None) -> None:
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Writes a command's results.
+    """Writes a command's results, to stdout for `-`.
 
     Raises:
         CacheBlendError: the file cannot be written.
     """
+    text = json.dumps(report, indent=2) + "\n"
+    if path == STANDARD_STREAM:
+        sys.stdout.write(text)
+        return
     try:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise CacheBlendError(f"cannot write --json {path}: {error.strerror}; choose another path") from error
+        raise CacheBlendError(f"cannot write --json {path}: {reason_and_remedy(error)}") from error
 
 
-def load_with_bar(name: str, dtype: str | None) -> Model:
-    """Loads a model and shows how far it has come."""
+def load_with_bar(name: str | None, dtype: str | None) -> Model:
+    """Loads a model, the bundled one for `None`, and shows how far it has come."""
     with progress_bar("load", unit="B", unit_scale=True) as advance:
-        return load_model(name, dtype=dtype, progress=advance)
-
-
-def progress(items: Iterable, what: str) -> Iterable:
-    """Shows a bar on a terminal while the items are taken: the `Progress` of `cacheblend_jax.evaluation`."""
-    return tqdm(items, desc=what, disable=not sys.stderr.isatty(), leave=False)
-
-
-@contextmanager
-def progress_bar(what: str, **options: Any) -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar on a terminal; yields a function to be called with the amount done and the total."""
-    with tqdm(total=None, desc=what, disable=not sys.stderr.isatty(), leave=False, **options) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield advance
+        return load_model(BUNDLED if name is None else name, dtype=dtype, progress=advance)
 
 
 def print_status(line: str) -> None:
     """Prints a line that is not a result: to stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def print_warning(line: str) -> None:
+    """Prints what users should know about a result, or about what they asked for: a line on stderr."""
+    print_status(f"cacheblend-jax: warning: {line}")

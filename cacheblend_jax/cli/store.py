@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cacheblend_jax.cli.options import add_json_option, at_least_zero
+from cacheblend_jax.cli.options import add_json_option, size_of_at_least_zero
 from cacheblend_jax.errors import CacheBlendError
+
+MODEL_COLUMNS, TEXT_COLUMNS = 24, 60
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -24,7 +26,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--repair", action="store_true", help="quarantine what is damaged, find what the index has lost"
     )
     prune = _add_action(actions, _prune, "prune", "remove entries that are old, unused or too many")
-    prune.add_argument("--max-bytes", type=at_least_zero, metavar="N", help="until at most N bytes are left")
+    prune.add_argument(
+        "--max-bytes",
+        type=size_of_at_least_zero,
+        metavar="SIZE",
+        help="until at most so much is left: 4G, 500MB, bytes",
+    )
     prune.add_argument("--unused-days", type=_days, metavar="D", help="those not used for D days")
     prune.add_argument("--quarantine", action="store_true", help="also empty the quarantine")
     rm = _add_action(actions, _rm, "rm", "remove entries by key")
@@ -70,16 +77,32 @@ def _ls(parsed: argparse.Namespace) -> dict[str, Any]:
         size, count = totals(disk)
         if not parsed.all:
             size, _ = disk.mended(lambda: disk.index.totals_of(""))
-    print(f"{'key':18}{'tokens':>8}{'MB':>9}{'uses':>6}  {'last used':19}  model")
+    print(f"{'key':18}{'tokens':>8}{'MB':>9}{'uses':>6}  {'last used':19}  {'model':{MODEL_COLUMNS}}  text")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["used"]))
-        model = entry.get("problem") or entry["fingerprint"][:12]
         tokens = entry.get("tokens", "?")
-        print(f"{entry['name'][:16]:18}{tokens:>8}{entry['bytes'] / 1e6:9.2f}{entry['uses']:6}  {used}  {model}")
+        print(
+            f"{entry['name'][:16]:18}{tokens:>8}{entry['bytes'] / 1e6:9.2f}{entry['uses']:6}  {used}  {_named(entry)}"
+        )
     hidden = count - len(entries)
     more = f"; {hidden} more with a salt: see --all" if hidden else ""
     print(f"{len(entries)} entries, {size / 1e6:.1f} MB on disk{more}")
     return {"entries": entries, "bytes": size}
+
+
+def _named(entry: dict[str, Any]) -> str:
+    """Returns an entry's model (the end of a long name; the fingerprint of one without) and first words, or problem."""
+    if "problem" in entry:
+        return entry["problem"]
+    model = _printable(entry["model"]) or entry["fingerprint"][:12]
+    if len(model) > MODEL_COLUMNS:
+        model = "…" + model[1 - MODEL_COLUMNS :]
+    return f"{model:{MODEL_COLUMNS}}  {_printable(entry['text'])[:TEXT_COLUMNS]}".rstrip()
+
+
+def _printable(text: str) -> str:
+    """Replaces what would steer a terminal, or could not be printed."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def _verify(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +120,7 @@ def _prune(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.store.maintenance import prune
 
     if parsed.max_bytes is None and parsed.unused_days is None and not parsed.quarantine:
-        raise CacheBlendError("prune needs --max-bytes N, --unused-days D or --quarantine: what may go?")
+        raise CacheBlendError("prune needs --max-bytes SIZE, --unused-days D or --quarantine: what may go?")
     with _opened(parsed, to_write=True) as disk:
         report = prune(disk, max_bytes=parsed.max_bytes, unused_days=parsed.unused_days, quarantined=parsed.quarantine)
     print(f"{report['removed']} entries removed, {report['entries']} left ({report['bytes'] / 1e6:.1f} MB)")

@@ -13,10 +13,11 @@ import numpy as np
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.engine.background import Background
+from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
 from cacheblend_jax.engine.delays import Estimator
 from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.generation import TokenStream, continuation_logits
-from cacheblend_jax.engine.layout import context_of
+from cacheblend_jax.engine.layout import PlacedChunk, context_of
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prefilling import Prefiller
 from cacheblend_jax.engine.profile import Profile
@@ -102,18 +103,7 @@ class Engine:
         Raises:
             PromptError: as for `prefill`, before anything is computed.
         """
-        config = self.model.config
-        if isinstance(prompt, Prompt):
-            tokenized = self._tokenize(prompt)
-        else:
-            tokenized = tokenize_parts(
-                Prompt(prefix, prompt, np.zeros(0, np.int32)), self.model.tokenizer, config.vocab_size
-            )
-        context = context_of(tokenized.prefix, self.context_tokens)
-        check_length(tokenized.prefix.size, config.max_positions, "the prefix")
-        for i, ids in enumerate(tokenized.chunks):
-            check_length(context.size + ids.size, config.max_positions, f"chunk {i} with its context")
-        chunks = self._prefiller.place(tokenized, "blend")
+        chunks = self._place(prompt, prefix)
         for done, chunk in enumerate(chunks):
             self._background.wait_for([chunk.key])
             if chunk.key not in self.store:
@@ -122,6 +112,14 @@ class Engine:
             if progress is not None:
                 progress(done + 1, len(chunks))
         return [chunk.key for chunk in chunks if not chunk.is_prefix]
+
+    def look_up(self, prompt: Prompt | Sequence[TextOrIds], *, prefix: TextOrIds = "") -> list[ChunkLookup]:
+        """Returns what the store holds of what `precompute` would store; computes nothing and counts no use.
+
+        Raises:
+            PromptError: as for `precompute`.
+        """
+        return look_up_chunks(self.model, self.store, self._place(prompt, prefix))
 
     def prefill(
         self,
@@ -288,6 +286,21 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _place(self, prompt: Prompt | Sequence[TextOrIds], prefix: TextOrIds) -> list[PlacedChunk]:
+        """Places a prompt's chunks, or chunks to be used after `prefix`, whose number is not limited."""
+        config = self.model.config
+        if isinstance(prompt, Prompt):
+            tokenized = self._tokenize(prompt)
+        else:
+            tokenized = tokenize_parts(
+                Prompt(prefix, prompt, np.zeros(0, np.int32)), self.model.tokenizer, config.vocab_size
+            )
+        context = context_of(tokenized.prefix, self.context_tokens)
+        check_length(tokenized.prefix.size, config.max_positions, "the prefix")
+        for i, ids in enumerate(tokenized.chunks):
+            check_length(context.size + ids.size, config.max_positions, f"chunk {i} with its context")
+        return self._prefiller.place(tokenized, "blend")
 
     def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         config = self.model.config

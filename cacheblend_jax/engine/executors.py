@@ -19,6 +19,7 @@ from cacheblend_jax.blend.resident import prefill, standalone
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import Prefilled, Request
 from cacheblend_jax.blend.streamed import LayerSource, ShapeSource, layers_wanted, prefill_streamed
+from cacheblend_jax.engine.chunk_lookup import label_for
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import READERS, load_all, place_chunk
@@ -245,7 +246,7 @@ class Executors:
         k, v = np.zeros(shape, entry.k.dtype), np.zeros(shape, entry.v.dtype)
         k[:, : entry.num_tokens], v[:, : entry.num_tokens] = entry.k, entry.v
         k, v = self._put((k, v))
-        return DeviceEntry(k, v, entry.num_tokens, entry.fingerprint, entry.context_ids)
+        return DeviceEntry(k, v, entry.num_tokens, entry.fingerprint, entry.context_ids, entry.label)
 
     def standalone(self, chunk: PlacedChunk) -> ChunkEntry:
         """Computes a chunk's KV after its context alone.
@@ -263,7 +264,8 @@ class Executors:
         k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : ids.size]) for x in (kv.k, kv.v))
         if model.fingerprint != chunk.fingerprint:
             raise CacheBlendError("the model's weights changed while a chunk waited to be stored; it is not stored")
-        return ChunkEntry(k, v, chunk.fingerprint, tuple(chunk.context_ids.tolist())).hand_over()
+        context_ids = tuple(chunk.context_ids.tolist())
+        return ChunkEntry(k, v, chunk.fingerprint, context_ids, label_for(model, chunk)).hand_over()
 
     def _sequence(self, length: Any, num_keys: int) -> PromptSequence:
         return PromptSequence(length, *self._put(rope_tables(self._model.config, num_keys)))

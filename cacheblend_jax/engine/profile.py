@@ -17,7 +17,7 @@ import numpy as np
 from platformdirs import user_cache_path
 
 from cacheblend_jax.engine.delays import ComputeModel, Tier
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.store import located
 
@@ -47,27 +47,27 @@ class Profile:
     transfer: Tier
     fit: dict[str, Any]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the profile.
 
         Raises:
             CacheBlendError: the file cannot be written.
         """
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"version": VERSION} | asdict(self), indent=2) + "\n", encoding="utf-8")
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(json.dumps({"version": VERSION} | asdict(self), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise CacheBlendError(f"cannot write the profile {path}: {error.strerror}; choose another path") from error
+            raise CacheBlendError(f"cannot write the profile {path}: {reason_and_remedy(error)}") from error
 
     @classmethod
-    def read(cls, path: Path) -> Profile:
+    def read(cls, path: str | Path) -> Profile:
         """Reads a profile.
 
         Raises:
             CacheBlendError: the file cannot be read, or is not a profile of this version.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CacheBlendError(f"cannot read the profile {path}: {error}; make one with `calibrate`") from error
         try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cacheblend_jax.errors import PromptError
+from cacheblend_jax.errors import PromptError, PromptTooLongError
 
 TextOrIds = str | Sequence[int] | np.ndarray
 
@@ -147,9 +147,9 @@ def tokenize_parts(prompt: Prompt, tokenizer: Any, vocab_size: int) -> Tokenized
 
 
 def check_length(total: int, max_tokens: int, what: str = "the prompt") -> None:
-    """Raises `PromptError` where `total` tokens are more than the model takes."""
+    """Raises `PromptTooLongError` where `total` tokens are more than the model takes."""
     if total > max_tokens:
-        raise PromptError(
+        raise PromptTooLongError(
             f"{what} has {total} tokens, but the model takes at most {max_tokens}; use fewer or shorter chunks"
         )
 

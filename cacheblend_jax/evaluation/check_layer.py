@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,12 +25,14 @@ class CheckLayer:
         scores: float `[layers]`, see `check_layer_scores`.
         concentration: float `[layers - 1]`, from layer 1 on: see `insights.concentration`.
         neighbour_correlation: float `[layers - 2]`, from layer 1 on: see `insights.neighbour_correlation`.
+        skipped: see `Evaluation`.
     """
 
     layer: int
     scores: np.ndarray
     concentration: np.ndarray
     neighbour_correlation: np.ndarray
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def measure_check_layer(
@@ -47,17 +49,18 @@ def measure_check_layer(
     `model.save_check_layer` saves it.
 
     Raises:
-        CacheBlendError: the model has no tokenizer, the data set cannot be read, or a prompt does not fit the model.
+        CacheBlendError: the model has no tokenizer, the data set cannot be read, or no prompt fits the model.
     """
     rows = rows_for(model, data_set, limit=limit, chunk_tokens=chunk_tokens)
     with Evaluator(model, rows, max_new_tokens=1, system=system) as evaluator:
-        deviations = [evaluator.standalone_deviation(row) for row in progress(rows, "check layers")]
+        deviations = [evaluator.standalone_deviation(row) for row in progress(evaluator.rows, "check layers")]
     scores = check_layer_scores(deviations)
     return CheckLayer(
         find_check_layer(scores),
         scores,
         np.nanmean([concentration(deviation)[1:] for deviation in deviations], axis=0),
         np.nanmean([neighbour_correlation(deviation[1:]) for deviation in deviations], axis=0),
+        evaluator.skipped,
     )
 
 

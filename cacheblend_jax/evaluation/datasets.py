@@ -88,7 +88,7 @@ def bundled_rows(count: int, seed: int = SEED) -> list[Row]:
 
 def _raw_rows(path: Path) -> Iterator[Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise CacheBlendError(f"cannot read {path}: {error}") from error
     try:

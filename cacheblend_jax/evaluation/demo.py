@@ -86,8 +86,8 @@ def demo(model: Model, *, progress: Progress = no_progress) -> DemoAnswers:
     settings = [Setting(mode) for mode in ("full", "prefix", "reuse")]
     settings += [Setting("blend", selector, RATIO) for selector in SELECTORS]
     with _evaluator(model, rows) as evaluator:
-        evaluator.evaluate_row(rows[0], settings[:1])  # compiles what all settings share
-        evaluator.warmup(rows[0], settings[1:])
+        evaluator.warmup(rows[0], settings[:1], progress)  # what all settings share
+        evaluator.warmup(rows[0], settings[1:], progress)
         records = _records(evaluator, rows, settings, progress, "ask")
     return DemoAnswers(rows, records, summarize(records, [setting.label for setting in settings]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Evaluation:
         summary: their means, see `summarize`.
         deviation: float32 `[layers, candidates]`, how far the KV of the first row's chunks, computed apart, is from
             full recompute; `None` where it was not asked for.
+        skipped: the rows that were not asked, by name, each with the reason: longer than the model takes, say.
     """
 
     rows: int
@@ -36,6 +37,7 @@ class Evaluation:
     records: list[dict[str, Any]]
     summary: list[dict[str, Any]]
     deviation: np.ndarray | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -50,7 +52,7 @@ def evaluate(
     continuation_tokens: int = CONTINUATION_TOKENS,
     against: str | None = None,
     system: str | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     layer_deviations: bool = False,
     with_deviation: bool = False,
     progress: Progress = no_progress,
@@ -71,7 +73,7 @@ def evaluate(
 
     Raises:
         CacheBlendError: the model has no tokenizer, the data set or `out` cannot be read, `out` holds results of
-            something else, a prompt does not fit the model, or a package is missing.
+            something else, no prompt fits the model, or a package is missing.
     """
     settings = settings_for() if settings is None else list(settings)
     rows = rows_for(model, data_set, limit=limit, chunk_tokens=chunk_tokens)
@@ -87,6 +89,7 @@ def evaluate(
             "data's content": digest_of(data_set, chunk_tokens),
             **measures,
         }
+        rows = evaluator.rows
         results = ResultsFile(out, header)
         done = results.done()
         missing = {row.name: [each for each in settings if (row.name, each.label) not in done] for row in rows}
@@ -95,4 +98,5 @@ def evaluate(
             results.add(evaluator.evaluate_row(row, missing[row.name]))
         deviation = evaluator.standalone_deviation(rows[0]) if with_deviation else None
     records = [record for record in results.records if record["row"] in missing and record["setting"] in labels]
-    return Evaluation(len(rows), settings, records, summarize(records, labels, against), deviation)
+    summary = summarize(records, labels, against)
+    return Evaluation(len(rows), settings, records, summary, deviation, evaluator.skipped)

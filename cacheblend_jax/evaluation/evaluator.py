@@ -29,6 +29,7 @@ from cacheblend_jax.evaluation.metrics import (
     rouge_l,
     token_f1,
 )
+from cacheblend_jax.evaluation.progress import Progress, no_progress
 from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, CONTINUATIONS, Setting
 from cacheblend_jax.model import Model
 from cacheblend_jax.store import ChunkStore
@@ -57,7 +58,8 @@ class Evaluator:
     """Answers rows in many settings over one store, with one engine for each setting.
 
     Args:
-        rows: all that will be asked: prompts are padded to a few lengths that fit these rows.
+        rows: all that will be asked, except those that the model cannot be asked: prompts are padded to a few lengths
+            that fit these rows.
         max_new_tokens: longest answer.
         continuation: what settings are scored on, token by token: `"full"`, the greedy answer of full recompute, or
             `"gold"`, a row's first answer.
@@ -66,8 +68,12 @@ class Evaluator:
         with_rouge: also measures Rouge-L, which needs the package rouge-score.
         layer_deviations: also measures the KV deviation and the attention deviation of every layer.
 
+    Attributes:
+        rows: those that the model can be asked.
+        skipped: of the others, by name, why not: longer than the model takes, say.
+
     Raises:
-        PromptError: a row's prompt is longer than the model takes; the row is named.
+        PromptError: the model can be asked none of the rows.
     """
 
     def __init__(
@@ -90,9 +96,18 @@ class Evaluator:
         self.continuation, self.continuation_tokens = continuation, continuation_tokens
         self.system = system
         self._room = max(max_new_tokens, continuation_tokens)
+        self.rows, self.skipped, lengths = list[Row](), dict[str, str](), list[int]()
+        for row in rows:
+            try:
+                lengths.append(self._length(row))
+                self.rows.append(row)
+            except PromptError as error:
+                self.skipped[row.name] = str(error).partition("; ")[0]
+        if not self.rows:
+            name, reason = next(iter(self.skipped.items()))
+            raise PromptError(f"row {name}: {reason}; none of the {len(rows)} rows can be asked")
         # Every setting compiles programs of its own for every bucket: few buckets save most of that time.
-        lengths = [self._length(row) for row in rows]
-        self._lengths = dict(zip(rows, lengths, strict=True))
+        self._lengths = dict(zip(self.rows, lengths, strict=True))
         quantiles = np.quantile(lengths, np.linspace(0, 1, NUM_BUCKETS + 1)[1:])
         self._length_buckets = sorted({Buckets().length(int(np.ceil(size)) + self._room) for size in quantiles})
         self._open = ExitStack()
@@ -121,12 +136,9 @@ class Evaluator:
         """Returns the row's prompt, the one that `ask` would build, in token ids."""
         prompt = Prompt.to_answer(self.model.tokenizer, row.chunks, row.question, system=self.system)
         config = self.model.config
-        try:
-            parts = tokenize_prompt(
-                prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
-            )
-        except PromptError as error:
-            raise PromptError(f"row {row.name}: {error}") from error
+        parts = tokenize_prompt(
+            prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
+        )
         return Prompt(parts.prefix, parts.chunks, parts.suffix)
 
     def _length(self, row: Row) -> int:
@@ -178,13 +190,15 @@ class Evaluator:
         padded[: len(ids)] = ids
         return _Reference(full, padded, len(ids), engine.continuation_logits(full, padded)[: len(ids)])
 
-    def warmup(self, row: Row, settings: Sequence[Setting]) -> None:
+    def warmup(self, row: Row, settings: Sequence[Setting], progress: Progress = no_progress) -> None:
         """Compiles what the settings need for rows of this one's size, several programs at a time."""
         by_engine: dict[Engine, list[Setting]] = defaultdict(list)
         for setting in settings:
             by_engine[self.engine(setting)].append(setting)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda group: self.evaluate_row(row, group), by_engine.values()))
+            compiling = [pool.submit(self.evaluate_row, row, group) for group in by_engine.values()]
+            for each in progress(compiling, "compile"):
+                each.result()
 
     def _record(self, row: Row, prompt: Prompt, setting: Setting, reference: _Reference) -> dict[str, Any]:
         engine, full = self.engine(setting), reference.full

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 
 
 class ResultsFile:
@@ -24,13 +24,15 @@ class ResultsFile:
         CacheBlendError: the file is no results file, has another header, or cannot be written.
     """
 
-    def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path | None, header: dict[str, Any]) -> None:
         self.records: list[dict[str, Any]] = []
-        self._path = path
-        if path is not None and path.exists() and path.stat().st_size:
-            self._read(path, header)
-        elif path is not None:
-            self._append(path, [header])
+        self._path = None if path is None else Path(path)
+        if self._path is None:
+            return
+        if self._path.exists() and self._path.stat().st_size:
+            self._read(self._path, header)
+        else:
+            self._append(self._path, [header])
 
     def done(self) -> set[tuple[str, str]]:
         """Returns the row and the setting of every record."""
@@ -61,4 +63,4 @@ class ResultsFile:
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
         except OSError as error:
-            raise CacheBlendError(f"cannot write --out {path}: {error.strerror}") from error
+            raise CacheBlendError(f"cannot write --out {path}: {reason_and_remedy(error)}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -30,6 +32,9 @@ class KVCache:
     k: Float[Array, "layers keys kv_heads head_dim"]
     v: Float[Array, "layers keys kv_heads head_dim"]
 
+    def __repr__(self) -> str:
+        return f"KVCache(k={_shape_text(self.k)}, v={_shape_text(self.v)})"
+
     def layer(self, index: Int[Array, ""] | int) -> LayerKV:
         """Returns one layer's KV; `index` may be traced."""
         return LayerKV(*(lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.k, self.v)))
@@ -44,6 +49,11 @@ class KVCache:
     def first(self, num_keys: int) -> KVCache:
         """Returns the first `num_keys` keys and values of each layer."""
         return jax.tree.map(lambda x: x[:, :num_keys], self)
+
+
+def _shape_text(leaf: Any) -> str:
+    """Returns an array's dtype and shape; JAX also puts other things in an array's place."""
+    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf)
 
 
 def cache_shape(config: ModelConfig, num_keys: int) -> tuple[int, int, int, int]:

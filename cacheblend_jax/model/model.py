@@ -29,6 +29,10 @@ class Model:
     directory: Path | None = None  # the checkpoint's, if there is one
     weight_files: WeightFiles | None = None  # the files in it that the parameters were loaded from
 
+    def __repr__(self) -> str:
+        layers = f"{self.config.num_layers} layers of {self.config.hidden_size}"
+        return f"Model({self.name!r}, {self.config.architecture}, {layers}, {self.config.dtype}, on {self.platform})"
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over configuration, weights and tokenizer: stored KV is valid for them alone.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 
 LANES = ("host", "transfer", "compute")  # they follow the lanes of tiers slower than host memory
 COLOURS = {"host": "C0", "transfer": "C1", "compute": "C2"}
@@ -87,18 +87,18 @@ class Trace:
                 events.append(event | {"args": {"layer": span.layer}})
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the Chrome trace.
 
         Raises:
             CacheBlendError: the file cannot be written.
         """
         try:
-            path.write_text(json.dumps(self.to_chrome()) + "\n", encoding="utf-8")
+            Path(path).write_text(json.dumps(self.to_chrome()) + "\n", encoding="utf-8")
         except OSError as error:
-            raise CacheBlendError(f"cannot write the trace {path}: {error.strerror}; choose another path") from error
+            raise CacheBlendError(f"cannot write the trace {path}: {reason_and_remedy(error)}") from error
 
-    def save_picture(self, path: Path, title: str = "") -> None:
+    def save_picture(self, path: str | Path, title: str = "") -> None:
         """Draws the lanes over time into a PNG.
 
         Raises:
@@ -127,7 +127,7 @@ class Trace:
         try:
             figure.savefig(path, dpi=130)
         except OSError as error:
-            raise CacheBlendError(f"cannot write {path}: {error.strerror}") from error
+            raise CacheBlendError(f"cannot write {path}: {reason_and_remedy(error)}") from error
 
 
 def _metadata(name: str, process: int, thread: int, arguments: dict[str, Any]) -> dict[str, Any]:

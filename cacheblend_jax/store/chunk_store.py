@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, TypeGuard
 
 from etils import epath
@@ -14,6 +14,7 @@ from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry, QueuedEntry
 from cacheblend_jax.store.loads import Load, Loads
 from cacheblend_jax.store.memory import MemoryTier
+from cacheblend_jax.store.record import EntryRecord
 from cacheblend_jax.store.stats import DiskStats, StoreStats, TierStats
 from cacheblend_jax.store.stored_chunk import DeviceChunk, HostChunk, StoredChunk
 
@@ -278,6 +279,11 @@ class ChunkStore:
             in_memory = [*self._host.keys(), *self._device.keys()]
         disk = self._disk
         return list(dict.fromkeys([*in_memory, *([] if disk is None else disk.keys())]))
+
+    def same_texts(self, text_digests: Collection[str]) -> list[EntryRecord]:
+        """Describes the entries on disk of chunks of these texts, for whatever model and context: see `Label`."""
+        disk = self._disk
+        return [] if disk is None else disk.disk.same_texts(text_digests)
 
     def __contains__(self, key: object) -> bool:
         if not is_text(key):

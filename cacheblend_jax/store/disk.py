@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
 from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
 from cacheblend_jax.store.eviction import sweep
-from cacheblend_jax.store.index import Found
+from cacheblend_jax.store.index import Found, Listed
 from cacheblend_jax.store.index_file import INDEX_ERRORS, is_broken
 from cacheblend_jax.store.ownership import is_store, is_whole, make_directories
 from cacheblend_jax.store.packing import add_pack, bytes_on_disk, grouped
@@ -32,7 +32,7 @@ from cacheblend_jax.store.record import (
     storage_name,
     usable_record,
 )
-from cacheblend_jax.store.space import WRITE_ERRORS, forget_removed, with_space
+from cacheblend_jax.store.space import WRITE_ERRORS, cannot_write, forget_removed, with_space
 from cacheblend_jax.store.stats import DiskStats
 
 DEFAULT_BYTES = 64 * 2**30
@@ -114,6 +114,10 @@ class DiskTier:
         """Returns the keys of the entries that can be used, the least recently used first."""
         return self._or_else([], self._usable_keys)
 
+    def same_texts(self, text_digests: Collection[str]) -> list[EntryRecord]:
+        """Returns the records of the entries of chunks of these texts, whatever model they are for; see `Label`."""
+        return self._or_else([], lambda: self._same_texts(text_digests))
+
     def _name(self, key: str) -> str:
         return storage_name(key, self.salt)
 
@@ -123,9 +127,18 @@ class DiskTier:
         return record is not None and record.salt == self.salt
 
     def _usable_keys(self) -> list[str]:
-        rows = self.index.listed(salt=self.salt)
+        return [record.key for record in self._usable(self.index.listed(salt=self.salt))]
+
+    def _same_texts(self, text_digests: Collection[str]) -> list[EntryRecord]:
+        return [
+            record
+            for record in self._usable(self.index.listed(salt=self.salt))
+            if record.label.text_digest in text_digests
+        ]
+
+    def _usable(self, rows: Iterable[Listed]) -> Iterator[EntryRecord]:
         records = (usable_record(row.record, row.crc, row.name) for row in rows)
-        return [record.key for record in records if record is not None and record.salt == self.salt]
+        return (record for record in records if record is not None and record.salt == self.salt)
 
     def _find(self, name: str) -> Found | None:
         return None if name in self._refused else self.index.find(name)
@@ -225,7 +238,7 @@ class DiskTier:
             CacheBlendError: they cannot; names the directory.
         """
         if not self.writable:
-            raise CacheBlendError(f"store {str(self.places.root)!r} cannot be written; open it with the right to")
+            raise cannot_write(self.places)
 
     def count_unwritable(self) -> None:
         """Counts an entry that is not written because `writable` is false, of which opening has said why."""

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from cacheblend_jax.store.label import UNKNOWN, Label
+
 
 @dataclass(frozen=True, eq=False)
 class ChunkEntry:
@@ -16,8 +18,8 @@ class ChunkEntry:
     A store keeps what it was given, whatever becomes of the caller's arrays: it copies them, except those that are
     read-only and own their memory (see `hand_over`).
 
-    `fingerprint` (the model's) and `context_ids` say what it was computed from and after. A store writes them to disk
-    for people to read; it finds entries by key alone.
+    `fingerprint` (the model's), `context_ids` and `label` say what it was computed from and after. A store writes them
+    to disk for people to read; it finds entries by key alone.
 
     Raises:
         ValueError: `k` and `v` differ in shape or dtype, or do not have four dimensions.
@@ -27,6 +29,7 @@ class ChunkEntry:
     v: np.ndarray
     fingerprint: str = ""
     context_ids: tuple[int, ...] = ()
+    label: Label = UNKNOWN
 
     def __post_init__(self) -> None:
         if self.k.shape != self.v.shape or self.k.ndim != 4 or self.k.dtype != self.v.dtype:
@@ -34,6 +37,9 @@ class ChunkEntry:
                 "k and v must be of one shape [layers, tokens, kv_heads, head_dim] and one dtype, "
                 f"got {self.k.dtype}{list(self.k.shape)} and {self.v.dtype}{list(self.v.shape)}"
             )
+
+    def __repr__(self) -> str:
+        return f"ChunkEntry({self.k.dtype}{list(self.k.shape)}, {self.label})"
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +90,10 @@ class DeviceEntry:
     num_tokens: int
     fingerprint: str = ""
     context_ids: tuple[int, ...] = ()
+    label: Label = UNKNOWN
+
+    def __repr__(self) -> str:
+        return f"DeviceEntry({self.k.dtype}{list(self.k.shape)}, {self.num_tokens} tokens, {self.label})"
 
     @property
     def num_bytes(self) -> int:
@@ -93,7 +103,7 @@ class DeviceEntry:
     def on_host(self) -> ChunkEntry:
         """Copies the entry to the host, without the padding."""
         k, v = (np.array(array[:, : self.num_tokens]) for array in (np.asarray(self.k), np.asarray(self.v)))
-        return ChunkEntry(k, v, self.fingerprint, self.context_ids)
+        return ChunkEntry(k, v, self.fingerprint, self.context_ids, self.label)
 
 
 @dataclass(frozen=True, eq=False)

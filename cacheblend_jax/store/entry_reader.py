@@ -74,7 +74,7 @@ class EntryReader:
                 _result(future)  # later layers are still being read while this one is checked
                 if checksum(out[layer]) != crc:
                     raise DamagedEntryError(f"layer {layer} of entry {record.key} has a wrong checksum")
-        return ChunkEntry(k, v, record.fingerprint, record.context_ids)
+        return ChunkEntry(k, v, record.fingerprint, record.context_ids, record.label)
 
     def _checked(self, array: ts.TensorStore) -> ts.TensorStore:
         shape, dtype = tuple(array.shape), array.dtype.name

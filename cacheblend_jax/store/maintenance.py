@@ -195,6 +195,8 @@ def _described(row: Listed) -> dict[str, Any]:
         "fingerprint": record.fingerprint,
         "context_tokens": len(record.context_ids),
         "salt": record.salt,
+        "model": record.label.model,
+        "text": record.label.text,
     }
 
 

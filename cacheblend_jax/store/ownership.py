@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.index_file import INDEX_ERRORS, connected, has_index_header, is_regular
 from cacheblend_jax.store.places import CALIBRATION_NAME, INDEX_NAME, PACK_NAME
@@ -52,7 +52,7 @@ def make_directories(root: epath.Path, local: bool, log: DiskLog) -> bool:
                 (root / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if not root.exists():
-            raise CacheBlendError(f"store {str(root)!r} cannot be made: {error}; choose another path") from error
+            raise CacheBlendError(f"store {str(root)!r} cannot be made: {reason_and_remedy(error)}") from error
         log.warn(f"entries are read, but not written: {error}")
         return False
     if local and not os.access(root, os.W_OK | os.X_OK):

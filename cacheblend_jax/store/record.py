@@ -6,7 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from google_crc32c import value as crc32c_of_bytes
 
 from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
+from cacheblend_jax.store.label import UNKNOWN, Label
 
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,7 +40,7 @@ class EntryRecord:
         dtype, shape: of K and of V, `[layers, tokens, kv_heads, head_dim]`.
         crc_k, crc_v: CRC32C of each layer's bytes (C order, little endian).
         created: seconds since 1970.
-        fingerprint, context_ids: see `ChunkEntry`.
+        fingerprint, context_ids, label: see `ChunkEntry`.
         salt: of the store that the entry belongs to, as `salt_hash` gives it.
     """
 
@@ -53,6 +54,7 @@ class EntryRecord:
     fingerprint: str
     context_ids: tuple[int, ...]
     salt: str = ""
+    label: Label = UNKNOWN
 
     @property
     def name(self) -> str:
@@ -83,6 +85,7 @@ def record_of(queued: QueuedEntry, tree: str, created: float, salt: str = "") ->
         entry.fingerprint,
         tuple(int(token) for token in entry.context_ids),
         salt,
+        entry.label,
     )
 
 
@@ -132,18 +135,23 @@ def canonical_json(value: Any) -> bytes:
 def record_to_json(record: EntryRecord) -> dict[str, Any]:
     """Returns a record as JSON holds it. Versions that know of no salts take the name of a salted entry for its key."""
     salted = {"salt": record.salt, "salted_key": record.key} if record.salt else {}
-    return salted | {
-        "version": FORMAT_VERSION,
-        "key": record.name if record.salt else record.key,
-        "tree": record.tree,
-        "dtype": record.dtype,
-        "shape": list(record.shape),
-        "crc_k": _packed(record.crc_k),
-        "crc_v": _packed(record.crc_v),
-        "created": record.created,
-        "fingerprint": record.fingerprint,
-        "context_ids": list(record.context_ids),
-    }
+    known = {name: text for name, text in asdict(record.label).items() if text}
+    return (
+        salted
+        | known
+        | {
+            "version": FORMAT_VERSION,
+            "key": record.name if record.salt else record.key,
+            "tree": record.tree,
+            "dtype": record.dtype,
+            "shape": list(record.shape),
+            "crc_k": _packed(record.crc_k),
+            "crc_v": _packed(record.crc_v),
+            "created": record.created,
+            "fingerprint": record.fingerprint,
+            "context_ids": list(record.context_ids),
+        }
+    )
 
 
 def record_from_json(value: Any) -> EntryRecord:
@@ -169,6 +177,7 @@ def record_from_json(value: Any) -> EntryRecord:
             value["fingerprint"],
             tuple(value["context_ids"]),
             salt,
+            Label(**{field.name: value.get(field.name, "") for field in fields(Label)}),
         )
         consistent = (
             version == FORMAT_VERSION
@@ -176,6 +185,7 @@ def record_from_json(value: Any) -> EntryRecord:
             and len(record.shape) == 4
             and len(record.crc_k) == len(record.crc_v) == record.shape[0]
             and record.tree in ("", record.name)
+            and all(isinstance(text, str) for text in asdict(record.label).values())
             and (not salt or (_HEX_KEY.fullmatch(salt) is not None and value["key"] == record.name))
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from cacheblend_jax.errors import FULL, CacheBlendError
 from cacheblend_jax.store import quarantine
 from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.eviction import held_alone, make_room
@@ -21,7 +22,6 @@ from cacheblend_jax.store.places import PACK_NAME, Places
 Result = TypeVar("Result")
 MARGIN = 2**18  # bytes left free for the index's log
 ATTEMPTS = 8  # another process may take what is freed
-FULL = (errno.ENOSPC, errno.EDQUOT)
 WRITE_ERRORS = (OSError, ValueError, RuntimeError, *INDEX_ERRORS)  # of the file system, TensorStore, Orbax and SQLite
 
 
@@ -95,6 +95,13 @@ def make_space(places: Places, index: Index, log: DiskLog, size: int) -> None:
             make_room(places, index, log, held - missing)
         if _free_bytes(places) <= free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def cannot_write(places: Places) -> CacheBlendError:
+    """Returns the error for a directory that cannot be written: it lacks space, or the right to."""
+    full = places.local and _free_bytes(places) < MARGIN
+    remedy = "its file system is full; free some space" if full else "open it with the right to"
+    return CacheBlendError(f"store {str(places.root)!r} cannot be written: {remedy}")
 
 
 def _free_bytes(places: Places) -> int:

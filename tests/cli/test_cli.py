@@ -14,6 +14,7 @@ from conftest import HF
 import cacheblend_jax as cb
 from cacheblend_jax.cli import ask as ask_module
 from cacheblend_jax.cli.main import main
+from cacheblend_jax.evaluation.evaluate import Evaluation
 from cacheblend_jax.model.demo import demo_directory
 
 MODEL = ["--model", str(HF / "llama3"), "--no-compile-cache"]
@@ -92,7 +93,7 @@ def test_the_question_may_follow_the_paths(docs, capsys):
         (["--docs", "/nowhere"], "'/nowhere' does not exist"),
         (["--model", "/nowhere"], "model '/nowhere' is not a directory"),
         (["--model", str(HF / "llama2")], "has no tokenizer"),
-        (["--store-bytes", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--host-bytes", "0"], "must be at least 1 bytes, got '0'"),
         (["--chunk-tokens", "-5"], "must be a whole number of at least 1, got '-5'"),
         (["--top-k", "many"], "must be a whole number of at least 1, got 'many'"),
         (["--mode", "fast"], "invalid choice: 'fast'"),
@@ -150,7 +151,26 @@ def test_precompute_into_what_cannot_be_written_stops_before_any_work(docs, tmp_
 def test_a_prompt_too_long_is_an_error_before_anything_is_stored(tmp_path, capsys):
     (tmp_path / "long.txt").write_text("\n\n".join([TEXT] * 20))
     assert ask(str(tmp_path), "--all") == 2
-    assert "the model takes at most 512; use fewer or shorter chunks" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the model takes at most 512; use fewer or shorter chunks: --top-k K, --chunk-tokens N\n" in error
+
+
+def test_without_top_k_as_many_chunks_are_used_as_fit(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def stop(_):
+        raise cb.CacheBlendError("far enough")
+
+    prompt_of = ask_module.prompt_of
+    monkeypatch.setattr(ask_module, "prompt_of", lambda *arguments: asked.append(arguments) or prompt_of(*arguments))
+    monkeypatch.setattr(ask_module, "open_store", stop)
+    for number in range(3):
+        text = f"Reyes took the nickname Cobalt {number}. " + "The office is quiet. " * 160
+        (tmp_path / f"{number}.md").write_text(text)
+    options = ["--no-compile-cache", "--model", "demo", "--docs", str(tmp_path), "--chunk-tokens", "820"]
+    assert main(["ask", *options, "Who is Cobalt 2 or 0?"]) == 2
+    assert [os.path.basename(chunk.source) for chunk in asked[-1][0]] == ["0.md", "2.md"]
+    assert "the model takes 2048 tokens: 2 instead of 3 chunks are used" in capsys.readouterr().err
 
 
 def test_bench_prints_a_table_and_writes_json(tmp_path, capsys):
@@ -185,11 +205,14 @@ def test_the_package_runs_as_a_module_and_keeps_compiled_programs(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment.pop("JAX_COMPILATION_CACHE_DIR")
     (tmp_path / "names.md").write_text("Reyes took the nickname Cobalt. The green car was given to Cobalt.")
-    command = [sys.executable, "-m", "cacheblend_jax", "ask", "--docs", str(tmp_path / "names.md")]
+    (tmp_path / "long.md").write_text("The printer near the hall is broken again.\n\n" * 300)
+    command = [sys.executable, "-m", "cacheblend_jax", "ask", "--docs", str(tmp_path), "--top-k", "1"]
     done = subprocess.run([*command, "Which car was given to Reyes?"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("green\n")
     assert "TTFT" in done.stdout
+    assert "PyTorch" not in done.stderr  # nor other advice of the libraries below
+    assert "indexing errors" not in done.stderr
     assert list((tmp_path / "cache" / "cacheblend-jax" / "compiled").iterdir())
 
 
@@ -229,6 +252,18 @@ def test_evaluate_goes_on_where_it_was_stopped(tmp_path, capsys):
     assert "holds results of another data's content" in capsys.readouterr().err
     out.write_text("")
     assert evaluate(*common, "--modes", "full") == 0
+
+
+def test_evaluate_says_which_rows_are_skipped(tmp_path, capsys, monkeypatch):
+    skipped = {f"rows/{number}": "the prompt has 9 tokens" for number in range(7)}
+    found = Evaluation(1, [], [], [], skipped=skipped)
+    monkeypatch.setattr("cacheblend_jax.evaluation.evaluate.evaluate", lambda *_, **__: found)
+    report = tmp_path / "report.json"
+    assert evaluate("--json", str(report)) == 0
+    error = capsys.readouterr().err
+    assert "warning: 7 rows are skipped: rows/0 (the prompt has 9 tokens), rows/1 (" in error
+    assert error.endswith("rows/4 (the prompt has 9 tokens), …\n")
+    assert json.loads(report.read_text())["skipped"] == skipped
 
 
 @pytest.mark.parametrize(

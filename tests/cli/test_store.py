@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import HF
@@ -11,7 +13,9 @@ from store_cases import BIG, fill, key_of, largest_file, make_entry, packs
 
 import cacheblend_jax as cb
 from cacheblend_jax.cli.main import main
+from cacheblend_jax.model.demo import demo_directory
 from cacheblend_jax.store.disk import DiskTier
+from cacheblend_jax.store.label import UNKNOWN, label_of
 from cacheblend_jax.store.maintenance import prune
 
 
@@ -33,6 +37,23 @@ def test_ls_lists_and_rm_removes(capsys, tmp_path):
     assert run(capsys, tmp_path, "store", "rm", tmp_path / "kv", key_of(5)[:12])["removed"] == 1
     with cb.ChunkStore(tmp_path / "kv") as store:
         assert sorted(store.keys()) == [key_of(2**255 + 1), key_of(2**255 + 2)]
+
+
+def test_ls_names_model_and_text(capsys, tmp_path):
+    labels = [
+        label_of("models/" + "long" * 9 + "-1B", "The Cobalt team\nworks in Oslo."),
+        label_of("demo", "\x1b[31mred"),
+    ]
+    with cb.ChunkStore(tmp_path / "kv") as store:
+        for seed, label in enumerate([*labels, UNKNOWN]):
+            store.put(key_of(seed), replace(make_entry(seed), label=label))
+    listed = run(capsys, tmp_path, "store", "ls", tmp_path / "kv")
+    assert "  …" + "long" * 5 + "-1B  The Cobalt team works in Oslo.\n" in listed["printed"]
+    assert {(entry["model"], entry["text"]) for entry in listed["entries"]} == {
+        (label.model, label.text) for label in [*labels, UNKNOWN]
+    }
+    assert "\x1b" not in listed["printed"]
+    assert "fingerprint" in listed["printed"]
 
 
 def test_verify_says_what_is_damaged_and_repairs_it(capsys, tmp_path):
@@ -113,3 +134,54 @@ def test_ask_finds_what_precompute_stored(capsys, tmp_path):
     report = run(capsys, tmp_path, *asked)
     assert report["answers"]["blend"]["prefill"]["hits"] == len(stored["chunks"])
     assert {path.name for path in packs(tmp_path / "kv")} == before  # nothing was computed again
+
+
+TEXTS = ("Reyes took the nickname Cobalt.", "The green car was given to Cobalt.")
+
+
+@pytest.fixture
+def records(tmp_path) -> list[str]:
+    (tmp_path / "records.md").write_text("\n\n".join(TEXTS))
+    return ["--no-compile-cache", "--docs", str(tmp_path / "records.md"), "--chunk-tokens", "10", "--store"]
+
+
+def ask(capsys, tmp_path, records, *options) -> dict:
+    asked = [*records, str(tmp_path / "kv"), "--max-new-tokens", "1", "--all", *options, "Who took the green car?"]
+    report = run(capsys, tmp_path, "ask", *asked)
+    return report["store"] | {"printed": report["printed"], "chunks": [chunk["found"] for chunk in report["chunks"]]}
+
+
+def test_ask_reports_what_was_there_when_the_question_came(capsys, tmp_path, records):
+    first = ask(capsys, tmp_path, records)
+    assert (first["found"], first["computed"], first["chunks"]) == (0, 2, [False, False])
+    assert f"[store: 0 of 2 chunks found in {tmp_path / 'kv'}; 2 computed first, in " in first["printed"]
+    with cb.ChunkStore(tmp_path / "kv") as store:
+        (second_chunk,) = [record.key for record in store.same_texts([label_of("", TEXTS[1]).text_digest])]
+        store.remove(second_chunk)
+    again = ask(capsys, tmp_path, records)
+    assert (again["found"], again["computed"], again["chunks"]) == (1, 1, [True, False])
+    assert f"[store: 2 of 2 chunks found in {tmp_path / 'kv'}]" in ask(capsys, tmp_path, records)["printed"]
+
+
+def test_ask_says_what_keeps_stored_texts_from_being_used(capsys, tmp_path, records, monkeypatch):
+    def warned(*options) -> list[str]:
+        assert main(["ask", *records, str(tmp_path / "kv"), *options, "Who took the green car?"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        return [line.partition("for another use: ")[2] for line in lines if "warning: the store holds" in line]
+
+    def stop(*_, **__):
+        raise cb.CacheBlendError("far enough")
+
+    assert main(["precompute", *records, str(tmp_path / "kv")]) == 0
+    precomputed = capsys.readouterr()
+    assert "for another use" not in precomputed.err
+    monkeypatch.setattr(cb.Engine, "precompute", stop)
+    assert warned() == []
+    assert warned("--system", "All new records.") == ["2 with another text before it (--system)"]
+    assert warned("--dtype", "float32") == ["2 with dtype bfloat16 (--dtype)"]
+    assert main(["precompute", *records, str(tmp_path / "kv"), "--dtype", "float32"]) == 2
+    assert "the store holds 2 of these texts, but for another use: 2 with dtype bfloat16" in capsys.readouterr().err
+    shutil.copytree(demo_directory(), tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"rope_theta": 1000000.0', '"rope_theta": 20000.0'))
+    assert warned("--model", str(tmp_path / "model")) == ["2 with model 'demo' (--model)"]

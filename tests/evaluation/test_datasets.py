@@ -34,6 +34,11 @@ def test_the_authors_form_and_longbench_are_read(tmp_path):
     assert "one\u2028two" in broken.chunks[0]
 
 
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    (tmp_path / "marked.jsonl").write_text(LINE + "\n" + LINE, encoding="utf-8-sig")
+    assert [row.name for row in rows_of(str(tmp_path / "marked.jsonl"))] == ["marked/0", "marked/1"]
+
+
 GOOD = {"question": "q", "answers": ["x"], "ctxs": [{"text": "t"}]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,12 +11,13 @@ import pytest
 import cacheblend_jax as cb
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation import plots
+from cacheblend_jax.evaluation.check_layer import measure_check_layer
 from cacheblend_jax.evaluation.corpus import KINDS, Difficulty, examples
 from cacheblend_jax.evaluation.datasets import SEED, Row, bundled_rows
 from cacheblend_jax.evaluation.evaluate import evaluate
 from cacheblend_jax.evaluation.evaluator import Evaluator
 from cacheblend_jax.evaluation.settings import Setting, settings_for
-from cacheblend_jax.evaluation.summary import of_all_kinds, summarize
+from cacheblend_jax.evaluation.summary import MEANS, of_all_kinds, summarize
 from cacheblend_jax.evaluation.tables import summary_table
 from cacheblend_jax.model.demo import demo_directory
 
@@ -91,10 +93,44 @@ def test_curves_are_of_one_setting_each(tmp_path, monkeypatch):
     assert all(line.get_xdata().tolist() == [0.1, 0.3] for line in drawn)
 
 
-def test_a_row_that_does_not_fit_is_named(demo):
+def test_where_no_row_fits_the_first_is_named(demo):
     row = Row("rows/7", "", ("a b " * 3000,), "Why?", ("x",))
     with pytest.raises(CacheBlendError, match="row rows/7: the prompt has"):
         Evaluator(demo, [row], max_new_tokens=2)
+
+
+def test_rows_that_do_not_fit_are_skipped_and_named(demo, tmp_path, monkeypatch):
+    def row(text: str) -> dict:
+        return {"question": "Who?", "answers": ["x"], "ctxs": [{"text": text}]}
+
+    def recorded(_, row, settings):
+        means = dict.fromkeys((*MEANS, "kv_deviation_by_layer", "attention_deviation_by_layer"), 0.5)
+        return [{"row": row.name, "kind": "", "setting": each.label} | means for each in settings]
+
+    monkeypatch.setattr(Evaluator, "evaluate_row", recorded)
+    monkeypatch.setattr(
+        Evaluator, "standalone_deviation", lambda *_: np.random.default_rng(0).random((8, 30)).astype(np.float32)
+    )
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row("a b"), row("a b " * 3000), row(""), row("b")]))
+    found = evaluate(demo, [Setting("full")], data_set=str(path))
+    assert (found.rows, [record["row"] for record in found.records]) == (2, ["rows/0", "rows/3"])
+    assert list(found.skipped) == ["rows/1", "rows/2"]
+    assert found.skipped["rows/1"].endswith("tokens, but the model takes at most 2048")
+    assert "use fewer" not in found.skipped["rows/1"]
+    assert measure_check_layer(demo, data_set=str(path)).skipped == found.skipped
+    path.write_text(json.dumps([row("a b " * 3000)]))
+    with pytest.raises(CacheBlendError, match=r"row rows/0: the prompt has .* takes at most 2048; none of the 1 rows"):
+        evaluate(demo, data_set=str(path))
+
+
+def test_warming_up_shows_how_far_it_has_come(demo, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Evaluator, "evaluate_row", lambda *_: [])
+    row = Row("rows/0", "", ("a b",), "Who?", ("x",))
+    with Evaluator(demo, [row], max_new_tokens=2) as evaluator:
+        evaluator.warmup(row, [HKVD, RANDOM], lambda items, what: shown.append((what, len(items))) or items)
+    assert shown == [("compile", 2)]
 
 
 def test_an_evaluation_is_a_call_that_prints_nothing(demo, tmp_path, capsys):
