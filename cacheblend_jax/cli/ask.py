@@ -97,7 +97,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     chunks = split(documents, model, parsed.chunk_tokens)
     if not parsed.all:
         chunks = select_top_k(chunks, question, parsed.top_k)
-    prompt = prompt_of(chunks, question, model, parsed.system)
+    prompt = prompt_of(chunks, question, model, parsed.system, parsed.template_arguments)
     trace = None if parsed.trace is None else Trace()
     with (
         ChunkStore(parsed.store, host_bytes=parsed.store_bytes) as store,

@@ -27,7 +27,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     model = load_with_tokenizer(parsed.model, parsed.dtype)
     chunks = split(documents, model, parsed.chunk_tokens)
     # Chunks are computed after the prefix of the prompt that `ask` will make of them, whatever its question.
-    prompt = prompt_of(chunks, "?", model, parsed.system)
+    prompt = prompt_of(chunks, "?", model, parsed.system, parsed.template_arguments)
     with (
         ChunkStore(parsed.store) as store,
         Engine(model, store) as engine,

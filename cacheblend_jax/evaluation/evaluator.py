@@ -14,8 +14,9 @@ import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
+from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.engine import Engine
-from cacheblend_jax.engine.prompt import Prompt, encode, tokenize_prompt
+from cacheblend_jax.engine.prompt import Prompt, tokenize_prompt
 from cacheblend_jax.engine.results import PrefillResult
 from cacheblend_jax.errors import CacheBlendError, PromptError
 from cacheblend_jax.evaluation.datasets import Row, load_rows
@@ -47,7 +48,7 @@ def rows_for(model: Model, data_set: str, *, limit: int | None, chunk_tokens: in
         raise CacheBlendError(f"model {model.name!r} has no tokenizer; evaluate needs one")
 
     def count_tokens(text: str) -> int:
-        return len(encode(tokenizer, text, plain=True))
+        return len(encode(tokenizer, text))
 
     return load_rows(data_set, limit=limit, chunk_tokens=chunk_tokens, count_tokens=count_tokens)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cacheblend_jax.errors import CheckpointError
+from cacheblend_jax.errors import CheckpointError, one_line
 from cacheblend_jax.model.config_fields import Fields, shown
 from cacheblend_jax.model.demo import demo_directory
 
@@ -194,9 +194,3 @@ def open_tensors(file: Path) -> Any:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is not a readable safetensors file: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """Returns an error's first line, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -18,6 +18,8 @@ class LayerKV:
     k: Float[Array, "keys kv_heads head_dim"]
     v: Float[Array, "keys kv_heads head_dim"]
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # comparing arrays as a tuple raises
+
 
 @struct.dataclass
 class KVCache:
@@ -29,6 +31,8 @@ class KVCache:
 
     k: Float[Array, "layers keys kv_heads head_dim"]
     v: Float[Array, "layers keys kv_heads head_dim"]
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
     def layer(self, index: Int[Array, ""] | int) -> LayerKV:
         """Returns one layer's KV; `index` may be traced."""
