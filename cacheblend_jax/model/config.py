@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cacheblend_jax.errors import CheckpointError
-from cacheblend_jax.model.config_fields import Fields
+from cacheblend_jax.model.config_fields import MAX_POSITIONS, Fields
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -50,7 +50,8 @@ class RopeConfig:
 class ModelConfig:
     """Shape and options of a Llama-form decoder.
 
-    `windows` holds each layer's sliding window, `None` for none.
+    `windows` holds each layer's sliding window, `None` for none; `max_positions` is how long a sequence may be, with
+    RoPE scaling.
 
     Raises:
         CheckpointError: a value that no model can have; it is named.
@@ -112,6 +113,7 @@ class ModelConfig:
         num_layers = fields.integer("num_hidden_layers")
         qwen2, qwen3 = architecture.startswith("Qwen2"), architecture.startswith("Qwen3")
         attention_bias = fields.flag("attention_bias") and architecture.startswith(("Llama", "Qwen3"))
+        rope = _rope(fields)
         return cls(
             architecture=architecture,
             vocab_size=fields.integer("vocab_size"),
@@ -121,8 +123,8 @@ class ModelConfig:
             num_heads=heads,
             num_kv_heads=fields.integer("num_key_value_heads", heads),
             head_dim=fields.integer("head_dim", 128 if qwen3 else hidden // heads),
-            max_positions=fields.integer("max_position_embeddings"),
-            rope=_rope(fields),
+            max_positions=_max_positions(fields.integer("max_position_embeddings"), rope),
+            rope=rope,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             activation=_activation(fields),
             qkv_bias=qwen2 or attention_bias,
@@ -159,7 +161,7 @@ class ModelConfig:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_positions,
+            "max_position_embeddings": math.ceil(self.max_positions / (rope.factor if rope.type == "linear" else 1)),
             "rope_parameters": parameters,
             "rms_norm_eps": self.rms_norm_eps,
             "hidden_act": self.activation,
@@ -231,6 +233,18 @@ def _rope(fields: Fields) -> RopeConfig:
     if rope_type == "llama3" and (rope.low_freq_factor or 1.0) >= (rope.high_freq_factor or 4.0):
         raise parameters.wrong("high_freq_factor", "above low_freq_factor", rope.high_freq_factor or 4.0)
     return rope
+
+
+def _max_positions(stated: int, rope: RopeConfig) -> int:
+    """Returns how many positions a model takes, given `max_position_embeddings`, as vLLM derives it.
+
+    What a `llama3` configuration states is scaled already; a `yarn` one may state the length before scaling or after.
+    """
+    if rope.type == "linear":
+        return min(int(stated * rope.factor), MAX_POSITIONS)
+    if rope.type == "yarn":
+        return min(max(stated, int(rope.original_max_positions * rope.factor)), MAX_POSITIONS)
+    return stated
 
 
 def _given(parameters: Fields, key: str) -> float:

@@ -18,7 +18,8 @@ class Range(NamedTuple):
 
 
 # Upper bounds are far beyond any model: what they refuse would only end in a lack of memory, or after minutes.
-POSITIONS = Range(1, 2**31 - 1)  # positions are int32
+MAX_POSITIONS = 2**31 - 1  # positions are int32
+POSITIONS = Range(1, MAX_POSITIONS)
 POSITIVE = 1e-30
 INTEGERS = {
     "vocab_size": Range(1, 2**24),

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError
 
-from cacheblend_jax.errors import CheckpointError
+from cacheblend_jax.errors import CheckpointError, is_whole_number
 from cacheblend_jax.model.checkpoint import (
     checkpoint_directory,
     load_tokenizer,
@@ -23,6 +23,7 @@ from cacheblend_jax.model.checkpoint import (
     tensor_files,
 )
 from cacheblend_jax.model.config import ModelConfig, stated_dtype
+from cacheblend_jax.model.config_fields import MAX_POSITIONS
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.quantised import refuse_quantised_config, refuse_quantised_tensors
 from cacheblend_jax.model.transformer import Params, abstract_params, partition_specs
@@ -63,6 +64,7 @@ def load_model(
     mesh: jax.sharding.Mesh | None = None,
     progress: Progress | None = None,
     verify: bool = False,
+    max_positions: int | None = None,
 ) -> Model:
     """Loads a Hugging Face checkpoint: a directory, a hub id, or `"demo"` for the bundled one.
 
@@ -79,17 +81,20 @@ def load_model(
         progress: called with the bytes loaded so far and their total.
         verify: compute the weights' digest, which stored KV is tied to, from all bytes, and remember it anew. By
             default a remembered digest is used for files that look unchanged (`weights_digest.FileState`).
+        max_positions: how many tokens a prompt and its answer may have. By default what the configuration says, times
+            the factor of linear or YaRN RoPE scaling, as in vLLM. Beyond it answers get worse, but stored KV is the
+            same.
 
     Raises:
         CheckpointError: something is missing, unsupported or misshapen; the message names it.
     """
+    _check_arguments(dtype, max_positions)
     directory = checkpoint_directory(name_or_path)
     raw = read_config(directory)
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     refuse_quantised_config(directory / "config.json", raw)
     files_of_tensors = tensor_files(directory)
     config = _read_model_config(directory, raw, dtype, files_of_tensors)
+    config = config if max_positions is None else replace(config, max_positions=max_positions)
     stops = stop_token_ids(directory, raw)
     tokenizer = load_tokenizer(directory)
     if tokenizer is not None and tokenizer.eos_token_id is not None:
@@ -110,6 +115,15 @@ def load_model(
         directory=directory,
         weight_files=files,
     )
+
+
+def _check_arguments(dtype: str | None, max_positions: int | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if max_positions is not None and not is_whole_number(max_positions, least=1, below=MAX_POSITIONS + 1):
+        raise CheckpointError(
+            f"max_positions must be None or a whole number in [1, {MAX_POSITIONS}], got {max_positions!r}"
+        )
 
 
 def _read_model_config(directory: Path, raw: dict[str, Any], dtype: str | None, files: dict[str, Path]) -> ModelConfig:
