@@ -35,3 +35,9 @@ def reason_and_remedy(error: OSError, remedy: str = "choose another path") -> st
 def is_whole_number(value: object, *, least: int, below: float = float("inf")) -> TypeGuard[int]:
     """Returns whether a value is a whole number in [least, below): an `int`, and not a `bool`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < below
+
+
+def one_line(error: BaseException) -> str:
+    """Returns an error's first line, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -109,7 +109,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     model = load_with_tokenizer(parsed.model, parsed.dtype)
     check_reads(model, [question, *(document.text for document in documents)], parsed.model)
     chunks = _chosen(split(documents, model, parsed.chunk_tokens), question, model, parsed)
-    prompt = prompt_of(chunks, question, model, parsed.system)
+    prompt = prompt_of(chunks, question, model, parsed.system, parsed.template_arguments)
     trace = None if parsed.trace is None else Trace()
     with (
         open_store(parsed) as store,
@@ -170,7 +170,7 @@ def _chosen(chunks: list[Chunk], question: str, model: Model, parsed: argparse.N
     ranked = by_relevance(chunks, question)[:TOP_K]
     for count in range(len(ranked), 0, -1):
         chosen = [chunks[number] for number in sorted(ranked[:count])]
-        prompt = prompt_of(chosen, question, model, parsed.system)
+        prompt = prompt_of(chosen, question, model, parsed.system, parsed.template_arguments)
         if count == 1 or tokenize_parts(prompt, model.tokenizer, model.config.vocab_size).token_ids.size <= room:
             break
     if count < len(ranked):

@@ -45,7 +45,7 @@ def unknown_words(model: Model, texts: Iterable[str], limit: int = NAMED_WORDS) 
             if word in seen:
                 continue
             seen.add(word)
-            if tokenizer.unk_token_id in encode(tokenizer, word, plain=True):
+            if tokenizer.unk_token_id in encode(tokenizer, word):
                 unknown.append(repr(word))
                 if len(unknown) == limit:
                     return unknown

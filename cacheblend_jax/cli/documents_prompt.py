@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
-from cacheblend_jax.cli.options import add_model_option, at_least_one, load_with_bar
+from cacheblend_jax.cli.options import add_model_option, at_least_one, json_object, load_with_bar
 from cacheblend_jax.cli.progress import progress
 from cacheblend_jax.documents import Chunk, Document, chunk_documents
-from cacheblend_jax.engine.prompt import Prompt, encode
+from cacheblend_jax.engine.encoding import encode
+from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model
 
@@ -27,6 +29,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--system", help="system text before the chunks (default: the tokenizer's own, or a general one)"
+    )
+    parser.add_argument(
+        "--template-arguments",
+        type=json_object,
+        metavar="JSON",
+        help="arguments of the model's chat template, for example '{\"enable_thinking\": false}'",
     )
 
 
@@ -46,12 +54,24 @@ def split(documents: Sequence[Document], model: Model, chunk_tokens: int) -> lis
     """Splits documents into chunks of at most `chunk_tokens` tokens, the separator after each included."""
 
     def count_tokens(text: str) -> int:
-        return len(encode(model.tokenizer, text + SEPARATOR, plain=True))
+        return len(encode(model.tokenizer, text + SEPARATOR))
 
     return chunk_documents(documents, chunk_tokens, count_tokens, partial(progress, what="split"))
 
 
-def prompt_of(chunks: Sequence[Chunk], question: str, model: Model, system: str | None) -> Prompt:
+def prompt_of(
+    chunks: Sequence[Chunk],
+    question: str,
+    model: Model,
+    system: str | None,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> Prompt:
     """Returns the prompt that asks a question of chunks."""
-    texts = [chunk.text for chunk in chunks]
-    return Prompt.to_answer(model.tokenizer, texts, question, system=system, separator=SEPARATOR)
+    return Prompt.to_answer(
+        model.tokenizer,
+        [chunk.text for chunk in chunks],
+        question,
+        system=system,
+        separator=SEPARATOR,
+        template_arguments=template_arguments,
+    )

@@ -13,7 +13,7 @@ from platformdirs import user_cache_path
 
 from cacheblend_jax.cli import ask, bench, calibrate, demo, evaluate, precompute, store
 from cacheblend_jax.cli.options import STANDARD_STREAM, OneLineParser, check_writable, write_json
-from cacheblend_jax.errors import FULL, CacheBlendError, PromptTooLongError
+from cacheblend_jax.errors import FULL, CacheBlendError, PromptTooLongError, one_line
 
 # Each has `add_parser(commands)`, which declares it and returns its parser, and `run(parsed)`, which returns what
 # `--json` writes, with an `"exit_code"` if that is not 0. `options.add_shared_options` adds what all of them take; the
@@ -57,6 +57,24 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cacheblend-jax: interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        if (problem := _platform_problem()) is None:
+            raise
+        print(f"cacheblend-jax: error: {problem}", file=sys.stderr)
+        return 2
+
+
+def _platform_problem() -> str | None:
+    """Says why JAX has no device where JAX_PLATFORMS asks for some; JAX raises errors of several types."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if not platforms:
+        return None
+    try:
+        jax.devices()
+    except Exception as error:
+        reason = "no device was found" if isinstance(error, AssertionError) else one_line(error)
+        return f"JAX cannot use what JAX_PLATFORMS={platforms} asks for ({reason}); unset it, or set JAX_PLATFORMS=cpu"
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -86,8 +86,28 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 def at_least_one(text: str) -> int:
     """Parses a whole number of at least 1."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return _whole_number(text, 1)
+
+
+def at_least_zero(text: str) -> int:
+    """Parses a whole number of at least 0."""
+    return _whole_number(text, 0)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parses a JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"name\": false}}', got {text!r}")
+    return value
+
+
+def _whole_number(text: str, least: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
     return int(text)
 
 

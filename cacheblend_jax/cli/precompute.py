@@ -31,7 +31,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     check_reads(model, [document.text for document in documents], parsed.model)
     chunks = split(documents, model, parsed.chunk_tokens)
     # Chunks are computed after the prefix of the prompt that `ask` will make of them, whatever its question.
-    prompt = prompt_of(chunks, "?", model, parsed.system)
+    prompt = prompt_of(chunks, "?", model, parsed.system, parsed.template_arguments)
     with (
         open_store(parsed) as store,
         Engine(model, store) as engine,

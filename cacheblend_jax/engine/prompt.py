@@ -2,111 +2,152 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from cacheblend_jax.engine.chat_template import encode_around_message
+from cacheblend_jax.engine.encoding import check_text, encode, encode_opened
 from cacheblend_jax.errors import PromptError, PromptTooLongError
 
 TextOrIds = str | Sequence[int] | np.ndarray
-
-# A fast tokenizer encodes without holding the GIL, and how it treats special tokens is state that each call sets.
-_encoding_lock = threading.Lock()
 SYSTEM = "Answer the question from the passages."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """A RAG prompt: `prefix` (system prompt), `chunks` (retrieved texts, reused), `suffix` (question).
 
     Each part is text or token ids. Parts are tokenised separately and their ids concatenated, so that a chunk's ids
-    never depend on its neighbours. A text prefix, even an empty one, gets the tokenizer's own opening (BOS); token ids
-    are taken as they are, so `prefix=[]` is no prefix at all. Special tokens spelled out in chunk text stay plain
-    text; in prefix and suffix they are recognised, since chat templates write them there.
+    never depend on its neighbours. A text prefix, even an empty one, gets the tokenizer's own opening (BOS), unless it
+    begins with it; token ids are taken as they are, so `prefix=[]` is no prefix at all.
+
+    Text is text: control tokens that it spells out (`</s>`, `<think>`) don't become tokens. Where prefix and suffix
+    are what a chat template has printed, say so: `control_tokens=True`. In chunks they are never tokens.
+
+    `chunks` may be any iterable with an order; it is read once, and kept as a tuple. Prompts are equal where their
+    texts and token ids are.
     """
 
     prefix: TextOrIds = ""
     chunks: Sequence[TextOrIds] = ()
     suffix: TextOrIds = ""
+    control_tokens: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.chunks, str | bytes):
-            raise PromptError("chunks must be a sequence of chunks, got one string; write chunks=[text]")
+        object.__setattr__(self, "chunks", _ordered(self.chunks))
+        if not isinstance(self.control_tokens, bool):
+            raise PromptError(f"control_tokens must be True or False, got {self.control_tokens!r}")
+
+    def __eq__(self, other: object) -> bool:
+        return self._comparable() == other._comparable() if isinstance(other, Prompt) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._comparable())
+
+    def _comparable(self) -> tuple[object, ...]:
+        parts = (self.prefix, *self.chunks, self.suffix)
+        return self.control_tokens, *(part if isinstance(part, str) else _plain_ids(part) for part in parts)
 
     @classmethod
     def to_answer(
-        cls, tokenizer: Any, chunks: Sequence[str], question: str, *, system: str | None = None, separator: str = "\n\n"
+        cls,
+        tokenizer: Any,
+        chunks: Iterable[str],
+        question: str,
+        *,
+        system: str | None = None,
+        separator: str = "\n\n",
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """Builds the prompt that asks `question` about `chunks`: from the tokenizer's chat template, if it has one.
 
         `system` is the text before the chunks; `None`: the tokenizer's own (`system_text`), or a general one.
+        `template_arguments` are for the chat template (see `from_chat_template`).
+
+        Raises:
+            PromptError: something isn't text, or arguments are given for a template that isn't there.
         """
         if system is None:
             system = getattr(tokenizer, "init_kwargs", {}).get("system_text") or SYSTEM
         if getattr(tokenizer, "chat_template", None):
             return cls.from_chat_template(
-                tokenizer, system=system, chunks=chunks, question=question, separator=separator
+                tokenizer,
+                system=system,
+                chunks=chunks,
+                question=question,
+                separator=separator,
+                template_arguments=template_arguments,
             )
-        suffix = f"Question: {question}\nAnswer:"
-        return cls(system + separator, [chunk + separator for chunk in chunks], suffix)
+        if template_arguments:
+            raise PromptError(
+                "template_arguments need a chat template, which the tokenizer does not have; leave them out"
+            )
+        texts = _checked_texts(chunks, question, system, separator)
+        return cls(system + separator, [text + separator for text in texts], f"Question: {question}\nAnswer:")
 
     @classmethod
     def from_chat_template(
         cls,
         tokenizer: Any,
         *,
-        chunks: Sequence[str],
+        chunks: Iterable[str],
         question: str,
         system: str | None = None,
         separator: str = "\n\n",
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """Builds the prompt of one chat turn: a system message, then a user message of the chunks and the question.
 
         The template is rendered once around a placeholder and split there. The text before it is the prefix; the
         text after it follows the question in the suffix. `separator` follows each chunk. If the template refuses system
-        messages, the system text begins the user's message.
+        messages, the system text begins the user's message. Control tokens come from the template alone: those that
+        system text, chunks or question spell out are text.
+
+        Args:
+            template_arguments: what the template takes beside the messages, `{"enable_thinking": False}` say;
+                `"chat_template"` names one of several templates.
 
         Raises:
-            PromptError: the tokenizer has no chat template, or the template does not print the user's message once.
+            PromptError: the tokenizer has no chat template, or several without a default; it fails, or does not print
+                the user's message once; something isn't text.
         """
-        if not getattr(tokenizer, "chat_template", None):
-            raise PromptError("the tokenizer has no chat template; build Prompt(prefix=…, chunks=…, suffix=…) instead")
-        before, after = _render_around_placeholder(tokenizer, system)
-
+        texts = _checked_texts(chunks, question, system, separator)
+        before, after = encode_around_message(tokenizer, system, template_arguments or {})
         return cls(
-            prefix=encode(tokenizer, before),
-            chunks=[encode(tokenizer, chunk + separator, plain=True) for chunk in chunks],
-            suffix=encode(tokenizer, question, plain=True) + encode(tokenizer, after),
+            prefix=before,
+            chunks=[encode(tokenizer, text + separator) for text in texts],
+            suffix=encode(tokenizer, question) + after,
         )
 
 
-def _render_around_placeholder(tokenizer: Any, system: str | None) -> tuple[str, str]:
-    placeholder = "[[cacheblend:user message]]"
-
-    def render(messages: list[dict[str, str]]) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    user = {"role": "user", "content": placeholder}
-    if system is None:
-        rendered = render([user])
-    else:
-        try:
-            rendered = render([{"role": "system", "content": system}, user])
-            refused = system.strip() not in rendered
-        except Exception:  # templates raise whatever they like to refuse a role
-            refused = True
-        if refused:
-            rendered = render([{"role": "user", "content": f"{system}\n\n{placeholder}"}])
-    if rendered.count(placeholder) != 1:
-        raise PromptError("the tokenizer's chat template does not print the user's message exactly once")
-    before, _, after = rendered.partition(placeholder)
-    return before, after
+def _ordered(chunks: object) -> tuple[Any, ...]:
+    """Reads chunks once: an iterator would be used up by the first request."""
+    if isinstance(chunks, str | bytes):
+        raise PromptError("chunks must be a sequence of chunks, got one string; write chunks=[text]")
+    if not isinstance(chunks, Iterable) or isinstance(chunks, Mapping | AbstractSet):
+        raise PromptError(f"chunks must be a sequence of texts or of token ids, got {type(chunks).__name__}")
+    return tuple(chunks)
 
 
-@dataclass(frozen=True)
+def _plain_ids(part: Any) -> tuple[object, ...]:
+    return tuple(np.asarray(part, object).ravel().tolist())
+
+
+def _checked_texts(chunks: Iterable[str], question: str, system: str | None, separator: str) -> tuple[str, ...]:
+    """Returns the chunks, after all that is to be text has been checked."""
+    texts = _ordered(chunks)
+    named = {f"chunk {i}": text for i, text in enumerate(texts)}
+    named |= {"the question": question, "the separator": separator, "the system text": "" if system is None else system}
+    for name, text in named.items():
+        check_text(text, name)
+    return texts
+
+
+@dataclass(frozen=True, eq=False)
 class TokenizedPrompt:
     """A prompt's parts as int32 token ids, checked against the model."""
 
@@ -137,12 +178,24 @@ def tokenize_prompt(prompt: Prompt, tokenizer: Any, *, vocab_size: int, max_toke
 
 def tokenize_parts(prompt: Prompt, tokenizer: Any, vocab_size: int) -> TokenizedPrompt:
     """Tokenises each part on its own and checks its ids, whatever the length of the whole."""
+    with_controls = prompt.control_tokens
+
+    def ids_of(part: TextOrIds, name: str, encoder: Callable[..., list[int]], **options: bool) -> np.ndarray:
+        if isinstance(part, str):
+            if tokenizer is None and part == "":
+                return np.zeros(0, np.int32)
+            _require_tokenizer(tokenizer, name)
+            check_text(part, name)
+            part = encoder(tokenizer, part, **options)
+        return checked_ids(part, name, vocab_size)
+
+    chunks = tuple(ids_of(chunk, f"chunk {i}", encode) for i, chunk in enumerate(prompt.chunks))
+    if empty := [i for i, ids in enumerate(chunks) if ids.size == 0]:
+        raise PromptError(f"chunk {empty[0]} has no tokens; leave it out")
     return TokenizedPrompt(
-        prefix=_tokenize_prefix(prompt.prefix, tokenizer, vocab_size),
-        chunks=tuple(
-            _tokenize_chunk(chunk, f"chunk {i}", tokenizer, vocab_size) for i, chunk in enumerate(prompt.chunks)
-        ),
-        suffix=_token_ids(prompt.suffix, "suffix", tokenizer, vocab_size),
+        prefix=ids_of(prompt.prefix, "prefix", encode_opened, control_tokens=with_controls),
+        chunks=chunks,
+        suffix=ids_of(prompt.suffix, "suffix", encode, control_tokens=with_controls),
     )
 
 
@@ -152,50 +205,6 @@ def check_length(total: int, max_tokens: int, what: str = "the prompt") -> None:
         raise PromptTooLongError(
             f"{what} has {total} tokens, but the model takes at most {max_tokens}; use fewer or shorter chunks"
         )
-
-
-def _tokenize_prefix(prefix: TextOrIds, tokenizer: Any, vocab_size: int) -> np.ndarray:
-    """Returns a prefix's ids; text gets the tokenizer's opening special tokens (BOS)."""
-    if not isinstance(prefix, str) or (prefix == "" and tokenizer is None):
-        return _token_ids(prefix, "prefix", tokenizer, vocab_size)
-    _require_tokenizer(tokenizer, "prefix")
-    ids = encode(tokenizer, prefix, opening=True)
-    plain = encode(tokenizer, prefix)
-    # Some tokenizers also append EOS, but the prompt goes on after its prefix.
-    while ids and ids[-1] == tokenizer.eos_token_id and (not plain or plain[-1] != tokenizer.eos_token_id):
-        ids.pop()
-    return checked_ids(ids, "prefix", vocab_size)
-
-
-def _tokenize_chunk(chunk: TextOrIds, name: str, tokenizer: Any, vocab_size: int) -> np.ndarray:
-    """Returns a chunk's ids; special tokens in its text stay text."""
-    if isinstance(chunk, str):
-        _require_tokenizer(tokenizer, name)
-        ids = checked_ids(encode(tokenizer, chunk, plain=True), name, vocab_size)
-    else:
-        ids = checked_ids(chunk, name, vocab_size)
-    if ids.size == 0:
-        raise PromptError(f"{name} has no tokens; leave it out")
-    return ids
-
-
-def _token_ids(part: TextOrIds, name: str, tokenizer: Any, vocab_size: int) -> np.ndarray:
-    if isinstance(part, str):
-        if part == "":
-            return np.zeros(0, np.int32)
-        _require_tokenizer(tokenizer, name)
-        return checked_ids(encode(tokenizer, part), name, vocab_size)
-    return checked_ids(part, name, vocab_size)
-
-
-def encode(tokenizer: Any, text: str, *, plain: bool = False, opening: bool = False) -> list[int]:
-    """Returns a text's ids. `plain`: special tokens spelled out in it stay text; `opening`: BOS and the like are added.
-
-    Safe to use from several threads.
-    """
-    as_text = {"split_special_tokens": True} if plain else {}
-    with _encoding_lock:
-        return list(tokenizer.encode(text, add_special_tokens=opening, **as_text))
 
 
 def _require_tokenizer(tokenizer: Any, name: str) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
+from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.engine import Engine
-from cacheblend_jax.engine.prompt import Prompt, encode, tokenize_prompt
+from cacheblend_jax.engine.prompt import Prompt, tokenize_prompt
 from cacheblend_jax.engine.results import PrefillResult
 from cacheblend_jax.errors import CacheBlendError, PromptError
 from cacheblend_jax.evaluation.datasets import Row, load_rows
@@ -49,7 +50,7 @@ def rows_for(model: Model, data_set: str, *, limit: int | None, chunk_tokens: in
         raise CacheBlendError(f"model {model.name!r} has no tokenizer; evaluate needs one")
 
     def count_tokens(text: str) -> int:
-        return len(encode(tokenizer, text, plain=True))
+        return len(encode(tokenizer, text))
 
     return load_rows(data_set, limit=limit, chunk_tokens=chunk_tokens, count_tokens=count_tokens)
 
@@ -179,7 +180,7 @@ class Evaluator:
         engine = self.engine(Setting("full"))
         room = min(self.continuation_tokens, self.model.config.max_positions - full.token_ids.size + 1)
         if self.continuation == "gold":
-            ids = encode(self.model.tokenizer, row.answers[0], plain=True)[:room]
+            ids = encode(self.model.tokenizer, row.answers[0])[:room]
         else:
             ids = engine.complete(full, max_new_tokens=room, stop_token_ids=()).token_ids
             ends = [number for number, token in enumerate(ids) if token in self.model.stop_token_ids]

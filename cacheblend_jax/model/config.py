@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cacheblend_jax.errors import CheckpointError, is_whole_number
+from cacheblend_jax.errors import CheckpointError
+from cacheblend_jax.model.config_fields import MAX_POSITIONS, Fields
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 # What transformers takes for keys that a configuration lacks, where families differ. Shapes have no default here: a
 # checkpoint that doesn't state them is refused.
@@ -48,7 +50,8 @@ class RopeConfig:
 class ModelConfig:
     """Shape and options of a Llama-form decoder.
 
-    `windows` holds each layer's sliding window, `None` for none.
+    `windows` holds each layer's sliding window, `None` for none; `max_positions` is how long a sequence may be, with
+    RoPE scaling.
 
     Raises:
         CheckpointError: a value that no model can have; it is named.
@@ -104,34 +107,32 @@ class ModelConfig:
         Raises:
             CheckpointError: the architecture, RoPE type, activation or a value is not supported; it is named.
         """
-        architecture = _architecture(raw)
-        raw = {**DEFAULTS[architecture], **raw}
-        hidden, heads = _integer(raw, "hidden_size"), _integer(raw, "num_attention_heads")
-        num_layers = _integer(raw, "num_hidden_layers")
+        architecture = _architecture(Fields(raw))
+        fields = Fields({**DEFAULTS[architecture], **raw})
+        hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+        num_layers = fields.integer("num_hidden_layers")
         qwen2, qwen3 = architecture.startswith("Qwen2"), architecture.startswith("Qwen3")
-        attention_bias = _flag(raw, "attention_bias") and architecture.startswith(("Llama", "Qwen3"))
-        activation = raw.get("hidden_act", "silu")
-        if activation not in ACTIVATIONS:
-            raise CheckpointError(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        attention_bias = fields.flag("attention_bias") and architecture.startswith(("Llama", "Qwen3"))
+        rope = _rope(fields)
         return cls(
             architecture=architecture,
-            vocab_size=_integer(raw, "vocab_size"),
+            vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_integer(raw, "intermediate_size"),
+            intermediate_size=fields.integer("intermediate_size"),
             num_layers=num_layers,
             num_heads=heads,
-            num_kv_heads=_integer(raw, "num_key_value_heads", heads),
-            head_dim=_integer(raw, "head_dim", 128 if qwen3 else hidden // heads),
-            max_positions=_integer(raw, "max_position_embeddings"),
-            rope=_rope(raw),
-            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-            activation=activation,
+            num_kv_heads=fields.integer("num_key_value_heads", heads),
+            head_dim=fields.integer("head_dim", 128 if qwen3 else hidden // heads),
+            max_positions=_max_positions(fields.integer("max_position_embeddings"), rope),
+            rope=rope,
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            activation=_activation(fields),
             qkv_bias=qwen2 or attention_bias,
             output_bias=attention_bias,
-            mlp_bias=_flag(raw, "mlp_bias") and architecture.startswith("Llama"),
+            mlp_bias=fields.flag("mlp_bias") and architecture.startswith("Llama"),
             qk_norm=qwen3,
-            tied_embeddings=_flag(raw, "tie_word_embeddings"),
-            windows=_windows(raw, architecture, num_layers),
+            tied_embeddings=fields.flag("tie_word_embeddings"),
+            windows=_windows(fields, architecture, num_layers),
             dtype=dtype or stated_dtype(raw) or "float32",
         )
 
@@ -160,7 +161,7 @@ class ModelConfig:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_positions,
+            "max_position_embeddings": math.ceil(self.max_positions / (rope.factor if rope.type == "linear" else 1)),
             "rope_parameters": parameters,
             "rms_norm_eps": self.rms_norm_eps,
             "hidden_act": self.activation,
@@ -174,91 +175,95 @@ class ModelConfig:
         }
 
 
-def _architecture(raw: Mapping[str, Any]) -> str:
-    named = raw.get("architectures") or []
+def _architecture(fields: Fields) -> str:
+    named, model_type = fields.texts("architectures"), fields.text("model_type")
     by_type = {name.removesuffix("ForCausalLM").lower(): name for name in ARCHITECTURES}
-    architecture = named[0] if named else by_type.get(raw.get("model_type", ""))
+    architecture = named[0] if named else by_type.get(model_type or "")
     if architecture not in ARCHITECTURES:
-        got = architecture or raw.get("model_type") or "none"
+        got = architecture or model_type or "none"
         raise CheckpointError(f"architecture {got!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     return architecture
 
 
-def _integer(raw: Mapping[str, Any], key: str, default: int | None = None, *, minimum: int = 1) -> int:
-    """Returns an integer of at least `minimum`; `default` for a key that is absent or null (an error without one)."""
-    value = raw.get(key)
-    value = default if value is None else value
-    if not is_whole_number(value, least=minimum):
-        raise CheckpointError(f"{key} must be an integer of at least {minimum}, got {value!r}")
-    return value
-
-
-def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
-    """Returns a positive, finite number; `default` for a key that is absent or null."""
-    value = raw.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise CheckpointError(f"{key} must be a positive number, got {value!r}")
-    return float(value)
-
-
-def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"{key} must be true or false, got {value!r}")
-    return bool(value)
+def _activation(fields: Fields) -> str:
+    activation = fields.text("hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    return activation
 
 
 def stated_dtype(raw: Mapping[str, Any]) -> str | None:
     """Returns the dtype that a Hugging Face configuration states; `None` where it states none."""
-    value = raw.get("dtype") or raw.get("torch_dtype")
-    return str(value).removeprefix("torch.") if value else None
+    fields = Fields(raw)
+    value = fields.text("dtype") or fields.text("torch_dtype")
+    return value.removeprefix("torch.") if value else None
 
 
-def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+def _rope(fields: Fields) -> RopeConfig:
     # transformers 5 writes rope_parameters; before it were rope_theta and rope_scaling, whose type was once "type".
-    parameters = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(parameters, Mapping):
-        raise CheckpointError(f"rope_parameters must be a JSON object, got {parameters!r}")
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    if any(isinstance(value, Mapping) for value in parameters.values()):
-        raise CheckpointError("rope_parameters that differ between layer types are not supported")
+    given = next((key for key in ("rope_scaling", "rope_parameters") if fields.content.get(key)), "rope_scaling")
+    parameters = fields.nested(given) or Fields({})
+    if any(key.endswith("_attention") for key in parameters.content):
+        raise CheckpointError(f"{given} that differ between layer types are not supported")
+    rope_type = parameters.text("rope_type") or parameters.text("type") or "default"
     if rope_type not in ROPE_TYPES:
         raise CheckpointError(f"RoPE type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if raw.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
+    partial = fields if "partial_rotary_factor" in fields else parameters
+    if partial.number("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError("partial_rotary_factor other than 1 is not supported")
     if rope_type != "default" and "factor" not in parameters:
         raise CheckpointError(f"RoPE type {rope_type!r} needs a factor")
     # As in transformers, the configuration's own key comes before that of its RoPE parameters.
     original = "original_max_position_embeddings"
-    holder = raw if raw.get(original) is not None else parameters
-    return RopeConfig(
+    holder = fields if original in fields else parameters
+    rope = RopeConfig(
         type=rope_type,
-        theta=_number(parameters, "rope_theta", _number(raw, "rope_theta", 10000.0)),
-        factor=_number(parameters, "factor", 1.0),
-        original_max_positions=_integer(holder, original, _integer(raw, "max_position_embeddings")),
-        low_freq_factor=_number(parameters, "low_freq_factor", 0.0),
-        high_freq_factor=_number(parameters, "high_freq_factor", 0.0),
-        beta_fast=_number(parameters, "beta_fast", 32.0),
-        beta_slow=_number(parameters, "beta_slow", 1.0),
-        attention_factor=_number(parameters, "attention_factor", 0.0),
-        mscale=_number(parameters, "mscale", 0.0) if parameters.get("mscale") else 0.0,
-        mscale_all_dim=_number(parameters, "mscale_all_dim", 0.0) if parameters.get("mscale_all_dim") else 0.0,
-        truncate=parameters.get("truncate") is not False,
+        theta=parameters.number("rope_theta", fields.number("rope_theta", 10000.0)),
+        factor=parameters.number("factor", 1.0),
+        original_max_positions=holder.integer(original, fields.integer("max_position_embeddings")),
+        low_freq_factor=_given(parameters, "low_freq_factor"),
+        high_freq_factor=_given(parameters, "high_freq_factor"),
+        beta_fast=parameters.number("beta_fast", 32.0),
+        beta_slow=parameters.number("beta_slow", 1.0),
+        attention_factor=_given(parameters, "attention_factor"),
+        mscale=_given(parameters, "mscale"),
+        mscale_all_dim=_given(parameters, "mscale_all_dim"),
+        truncate=parameters.flag("truncate", True),
     )
+    if rope_type == "llama3" and (rope.low_freq_factor or 1.0) >= (rope.high_freq_factor or 4.0):
+        raise parameters.wrong("high_freq_factor", "above low_freq_factor", rope.high_freq_factor or 4.0)
+    return rope
 
 
-def _windows(raw: Mapping[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:
+def _max_positions(stated: int, rope: RopeConfig) -> int:
+    """Returns how many positions a model takes, given `max_position_embeddings`, as vLLM derives it.
+
+    What a `llama3` configuration states is scaled already; a `yarn` one may state the length before scaling or after.
+    """
+    if rope.type == "linear":
+        return min(int(stated * rope.factor), MAX_POSITIONS)
+    if rope.type == "yarn":
+        return min(max(stated, int(rope.original_max_positions * rope.factor)), MAX_POSITIONS)
+    return stated
+
+
+def _given(parameters: Fields, key: str) -> float:
+    """Returns a number, and 0 where none is given."""
+    return parameters.number(key, 0.0) if key in parameters else 0.0
+
+
+def _windows(fields: Fields, architecture: str, num_layers: int) -> tuple[int | None, ...]:
     is_qwen = architecture.startswith("Qwen")
-    if architecture.startswith("Llama") or (is_qwen and not _flag(raw, "use_sliding_window")):
+    if architecture.startswith("Llama") or (is_qwen and not fields.flag("use_sliding_window")):
         return (None,) * num_layers
-    if raw["sliding_window"] is None:  # an explicit null means no window
+    if "sliding_window" not in fields:  # an explicit null means no window
         return (None,) * num_layers
-    window = _integer(raw, "sliding_window")
+    window = fields.integer("sliding_window")
     if not is_qwen:  # transformers' Mistral has one window for all layers, whatever layer_types says
         return (window,) * num_layers
-    if layer_types := raw.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    first = _integer(raw, "max_window_layers", 28, minimum=0)
+    if kinds := fields.texts("layer_types"):
+        if unknown := set(kinds) - set(LAYER_TYPES):
+            raise CheckpointError(f"layer type {min(unknown)!r} is not supported; supported: {', '.join(LAYER_TYPES)}")
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    first = fields.integer("max_window_layers", 28)
     return tuple(window if layer >= first else None for layer in range(num_layers))

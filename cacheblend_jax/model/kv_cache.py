@@ -20,6 +20,8 @@ class LayerKV:
     k: Float[Array, "keys kv_heads head_dim"]
     v: Float[Array, "keys kv_heads head_dim"]
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # comparing arrays as a tuple raises
+
 
 @struct.dataclass
 class KVCache:
@@ -31,6 +33,8 @@ class KVCache:
 
     k: Float[Array, "layers keys kv_heads head_dim"]
     v: Float[Array, "layers keys kv_heads head_dim"]
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __repr__(self) -> str:
         return f"KVCache(k={_shape_text(self.k)}, v={_shape_text(self.v)})"

@@ -16,6 +16,9 @@ from cacheblend_jax.model.transformer import Params, init_params
 from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, params_digest
 from cacheblend_jax.runtime.programs import Runner
 
+# Where HKVD tokens are chosen, and how long prompts may be: stand-alone KV does not depend on them.
+REQUEST_FIELDS = ("check_layer", "max_positions")
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -52,8 +55,7 @@ class Model:
 
     def _computed_fingerprint(self) -> str:
         digest = hashlib.sha256()
-        # The check layer says where HKVD tokens are chosen: stand-alone KV does not depend on it.
-        shape = {name: value for name, value in asdict(self.config).items() if name != "check_layer"}
+        shape = {name: value for name, value in asdict(self.config).items() if name not in REQUEST_FIELDS}
         parts = [json.dumps(shape, sort_keys=True).encode(), _tokenizer_bytes(self.tokenizer)]
         files = self.weight_files
         # Parameters that replaced loaded ones are not what the files hold.

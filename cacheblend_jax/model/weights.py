@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError
 
-from cacheblend_jax.errors import CheckpointError
+from cacheblend_jax.errors import CheckpointError, is_whole_number
 from cacheblend_jax.model.checkpoint import (
     checkpoint_directory,
     load_tokenizer,
@@ -23,7 +23,9 @@ from cacheblend_jax.model.checkpoint import (
     tensor_files,
 )
 from cacheblend_jax.model.config import ModelConfig, stated_dtype
+from cacheblend_jax.model.config_fields import MAX_POSITIONS
 from cacheblend_jax.model.model import Model
+from cacheblend_jax.model.quantised import refuse_quantised_config, refuse_quantised_tensors
 from cacheblend_jax.model.transformer import Params, abstract_params, partition_specs
 from cacheblend_jax.model.user_cache import read_record, record_path, write_record
 from cacheblend_jax.model.weights_digest import FileState, SameLeaves, WeightFiles, file_states, sampled_digest
@@ -62,6 +64,7 @@ def load_model(
     mesh: jax.sharding.Mesh | None = None,
     progress: Progress | None = None,
     verify: bool = False,
+    max_positions: int | None = None,
 ) -> Model:
     """Loads a Hugging Face checkpoint: a directory, a hub id, or `"demo"` for the bundled one.
 
@@ -78,16 +81,24 @@ def load_model(
         progress: called with the bytes loaded so far and their total.
         verify: compute the weights' digest, which stored KV is tied to, from all bytes, and remember it anew. By
             default a remembered digest is used for files that look unchanged (`weights_digest.FileState`).
+        max_positions: how many tokens a prompt and its answer may have. By default what the configuration says, times
+            the factor of linear or YaRN RoPE scaling, as in vLLM. Beyond it answers get worse, but stored KV is the
+            same.
 
     Raises:
         CheckpointError: something is missing, unsupported or misshapen; the message names it.
     """
+    _check_arguments(dtype, max_positions)
     directory = checkpoint_directory(name_or_path)
     raw = read_config(directory)
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    refuse_quantised_config(directory / "config.json", raw)
     files_of_tensors = tensor_files(directory)
     config = _read_model_config(directory, raw, dtype, files_of_tensors)
+    config = config if max_positions is None else replace(config, max_positions=max_positions)
+    stops = stop_token_ids(directory, raw)
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        stops.add(tokenizer.eos_token_id)
     names = sorted({str(file.relative_to(directory)) for file in files_of_tensors.values()})
     states = file_states(directory, names)  # before the weights are read, so that later changes are noticed
     config = replace(config, check_layer=_check_layer(config, directory, states))
@@ -95,18 +106,33 @@ def load_model(
     files = None if states is None else WeightFiles(directory, states, SameLeaves(params))
     if verify and files is not None:
         files = replace(files, verified=files.digest(verify=True))
-    tokenizer = load_tokenizer(directory)
-    stops = stop_token_ids(directory, raw, tokenizer)
-    name = str(name_or_path)
-    return Model(config, params, tokenizer, name=name, stop_token_ids=stops, directory=directory, weight_files=files)
+    return Model(
+        config,
+        params,
+        tokenizer,
+        name=str(name_or_path),
+        stop_token_ids=tuple(sorted(stops)),
+        directory=directory,
+        weight_files=files,
+    )
+
+
+def _check_arguments(dtype: str | None, max_positions: int | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if max_positions is not None and not is_whole_number(max_positions, least=1, below=MAX_POSITIONS + 1):
+        raise CheckpointError(
+            f"max_positions must be None or a whole number in [1, {MAX_POSITIONS}], got {max_positions!r}"
+        )
 
 
 def _read_model_config(directory: Path, raw: dict[str, Any], dtype: str | None, files: dict[str, Path]) -> ModelConfig:
-    stored = dtype or stated_dtype(raw) or _stored_dtype(files)
     try:
-        config = ModelConfig.from_hugging_face(raw, stored)
+        config = ModelConfig.from_hugging_face(raw, dtype)
     except CheckpointError as error:
         raise CheckpointError(f"{directory / 'config.json'}: {error}") from None
+    if dtype is None and stated_dtype(raw) is None:
+        config = replace(config, dtype=_stored_dtype(files))
     if config.tied_embeddings and _has_own_head(files):
         logger.warning(
             "%s: tie_word_embeddings is true, but a different lm_head.weight is stored: the stored one is used",
@@ -167,7 +193,7 @@ def load_params(
         embedder=_map_paths(wanted.embedder, lambda path: EMBEDDER_NAMES[path]),
         layers=_map_paths(wanted.layers, _layer_tensor_name),
     )
-    _check_names(directory, files, config, names)
+    _check_tensors(directory, files, config, names, wanted)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)]
     loaded = 0
 
@@ -209,50 +235,67 @@ def _dotted(path: Sequence[Any]) -> str:
     return ".".join(entry.key for entry in path)
 
 
-def _check_names(directory: Path, files: dict[str, Path], config: ModelConfig, names: Params) -> None:
-    layers = range(config.num_layers)
-    expected = set(jax.tree.leaves(names.embedder))
-    expected |= {name.format(layer) for name in jax.tree.leaves(names.layers) for layer in layers}
-    if missing := sorted(expected - files.keys()):
+def _check_tensors(directory: Path, files: dict[str, Path], config: ModelConfig, names: Params, wanted: Params) -> None:
+    """Checks by the files' headers that they hold each tensor and no others, in the right shapes and dtypes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, leaf in zip(jax.tree.leaves(names), jax.tree.leaves(wanted), strict=True):
+        stacked = "{}" in name
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = shape[::-1] if _is_kernel(name) else shape
+        shapes |= {name.format(layer): shape for layer in range(config.num_layers if stacked else 1)}
+    if missing := sorted(shapes.keys() - files.keys()):
+        refuse_quantised_tensors(directory, sorted(files))
         raise CheckpointError(f"{directory}: {len(missing)} tensors are missing, among them {missing[0]}")
     redundant = {"lm_head.weight"} if config.tied_embeddings else set()
-    extra = sorted(name for name in files.keys() - expected - redundant if not name.endswith("rotary_emb.inv_freq"))
+    extra = sorted(name for name in files.keys() - shapes - redundant if not name.endswith("rotary_emb.inv_freq"))
     if extra:
+        refuse_quantised_tensors(directory, extra)
         raise CheckpointError(
-            f"{directory}: {len(extra)} tensors have no place in {config.architecture}, among them {extra[0]}"
+            f"{directory}: {len(extra)} tensors have no place in {config.architecture}, among them {extra[0]!r}"
         )
-
-
-def _read_leaf(directory: Path, files: dict[str, Path], name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-    out = aligned_empty(leaf.shape, leaf.dtype)
-    stacked = "{}" in name
-    places = {name.format(layer): out[layer] for layer in range(leaf.shape[0])} if stacked else {name: out}
-    transposed = out.ndim == (3 if stacked else 2) and not name.endswith("embed_tokens.weight")
-    for file, tensor_names in _by_file(files, places):
-        # Opened anew for each leaf: the pages that a memory map has touched count as ours until it is closed.
+    for file, in_file in _by_file(files, shapes):
         with open_tensors(file) as tensors:
-            for tensor_name in tensor_names:
-                place = places[tensor_name]
-                _copy_tensor(file, tensors, tensor_name, place.T if transposed else place)
-    return out
+            for name in in_file:
+                _check_tensor(file, tensors, name, shapes[name])
 
 
-def _by_file(files: dict[str, Path], names: dict[str, np.ndarray]) -> Iterator[tuple[Path, list[str]]]:
-    for file in sorted({files[name] for name in names}):
-        yield file, [name for name in names if files[name] == file]
-
-
-def _copy_tensor(file: Path, tensors: Any, name: str, place: np.ndarray) -> None:
+def _check_tensor(file: Path, tensors: Any, name: str, shape: tuple[int, ...]) -> None:
     try:
         view = tensors.get_slice(name)
     except SafetensorError as error:
         raise CheckpointError(f"{file} lacks the tensor {name}: {error}") from error
     if view.get_dtype() not in STORED_DTYPES:
         raise CheckpointError(f"{file}: {name} has dtype {view.get_dtype()}, which is not supported (float only)")
-    if tuple(view.get_shape()) != place.shape:
+    if tuple(view.get_shape()) != shape:
         raise CheckpointError(
-            f"{file}: {name} has shape {list(view.get_shape())}, the configuration asks for {list(place.shape)}"
+            f"{file}: {name} has shape {list(view.get_shape())}, the configuration asks for {list(shape)}"
         )
+
+
+def _is_kernel(name: str) -> bool:
+    """Returns whether a tensor is a matrix that is stored [out, in]."""
+    return name.endswith(("_proj.weight", "lm_head.weight"))
+
+
+def _read_leaf(directory: Path, files: dict[str, Path], name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    out = aligned_empty(leaf.shape, leaf.dtype)
+    stacked = "{}" in name
+    places = {name.format(layer): out[layer] for layer in range(leaf.shape[0])} if stacked else {name: out}
+    for file, tensor_names in _by_file(files, places):
+        # Opened anew for each leaf: the pages that a memory map has touched count as ours until it is closed.
+        with open_tensors(file) as tensors:
+            for tensor_name in tensor_names:
+                place = places[tensor_name]
+                _copy_tensor(file, tensors, tensor_name, place.T if _is_kernel(name) else place)
+    return out
+
+
+def _by_file(files: dict[str, Path], names: Collection[str]) -> Iterator[tuple[Path, list[str]]]:
+    for file in sorted({files[name] for name in names}):
+        yield file, [name for name in names if files[name] == file]
+
+
+def _copy_tensor(file: Path, tensors: Any, name: str, place: np.ndarray) -> None:
     tensor = tensors.get_tensor(name)
     if not _all_finite(tensor):
         raise CheckpointError(f"{file}: {name} holds NaN or infinity; the file is damaged, or its training diverged")

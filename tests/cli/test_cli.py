@@ -71,6 +71,40 @@ def test_ask_without_a_chat_template(docs, tmp_path, capsys):
     assert "TTFT" in capsys.readouterr().out
 
 
+def test_ask_passes_arguments_to_the_chat_template(docs, tmp_path, monkeypatch):
+    model = shutil.copytree(HF / "llama3", tmp_path / "model")
+    path = model / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["chat_template"] += "{% if enable_thinking is false %}<|end|>{% endif %}"
+    path.write_text(json.dumps(config))
+    prompts = []
+    real = ask_module.prompt_of
+    monkeypatch.setattr(ask_module, "prompt_of", lambda *args: prompts.append(real(*args)) or prompts[-1])
+    common = ["ask", "--model", str(model), "--no-compile-cache", "--docs", docs, "--max-new-tokens", "1"]
+    assert main([*common, "Why?"]) == 0
+    assert main([*common, "--template-arguments", '{"enable_thinking": false}', "Why?"]) == 0
+    without, given = prompts
+    assert given.suffix == [*without.suffix, 4]
+    assert given.chunks == without.chunks
+
+
+def test_a_question_that_is_not_utf_8_is_one_line(docs, capsys):
+    question = os.fsdecode(b"Where \xff?")  # as arguments come
+    assert ask(docs, question=question) == 2
+    assert "the question must be valid Unicode" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_platform_without_a_device_is_one_line(docs):
+    command = [sys.executable, "-m", "cacheblend_jax", "ask", *MODEL, "--docs", docs, "Why?"]
+    ended = subprocess.run(
+        command, env=os.environ | {"JAX_PLATFORMS": "nonsense"}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    lines = ended.stderr.strip().splitlines()
+    assert "JAX cannot use what JAX_PLATFORMS=nonsense asks for (" in lines[-1]
+    assert "Traceback" not in ended.stderr
+
+
 def test_the_question_may_follow_the_paths(docs, capsys):
     options = [*MODEL, "--max-new-tokens", "2"]
     assert main(["ask", *options, "--docs", docs, docs + "/company.md", "Where is Oslo?"]) == 0
@@ -104,6 +138,10 @@ def test_the_question_may_follow_the_paths(docs, capsys):
         (["--trace", "trace.png"], "give one that ends in .json"),
         (["--model", "m" * 300], "is not a directory"),
         (["--seed", "99999999999999999999"], "seed must be"),
+        (["--template-arguments", "enable_thinking=false"], "must be a JSON object such as"),
+        (["--template-arguments", "[1]"], "must be a JSON object such as"),
+        (["--template-arguments", '{"tokenize": true}'], "template_arguments must not have 'tokenize'"),
+        (["--system", "wh\udcff"], "the system text must be valid Unicode"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(docs, capsys, options, message):

@@ -109,7 +109,7 @@ def test_progress_ends_at_the_total():
 TENSOR = "model.layers.2.mlp.up_proj.weight"
 DAMAGES = {
     "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(TENSOR)), rf"missing, among them {TENSOR}"),
-    "extra tensor": (lambda d: edit_tensors(d, lambda t: t.update(extra=t[TENSOR])), "among them extra"),
+    "extra tensor": (lambda d: edit_tensors(d, lambda t: t.update(extra=t[TENSOR])), "among them 'extra'"),
     "misshapen tensor": (
         lambda d: edit_tensors(d, lambda t: t.update({TENSOR: t[TENSOR][:, 1:].copy()})),
         rf"{TENSOR} has shape \[48, 31\], the configuration asks for \[48, 32\]",
@@ -144,26 +144,26 @@ DAMAGES = {
     ),
     "RoPE factor": (lambda d: edit_config(d, rope_parameters={"rope_type": "linear"}), "needs a factor"),
     "activation": (lambda d: edit_config(d, hidden_act="mish"), "hidden_act 'mish' is not supported"),
-    "no size": (lambda d: edit_config(d, hidden_size=None), "hidden_size must be an integer of at least 1, got None"),
+    "no size": (lambda d: edit_config(d, hidden_size=None), "hidden_size must be an integer in .*, got None"),
     "negative epsilon": (
         lambda d: edit_config(d, rms_norm_eps=-1),
-        r"model/config\.json: rms_norm_eps must be a positive number, got -1$",
+        r"model/config\.json: rms_norm_eps must be a number in \[1e-30, 1\], got -1$",
     ),
     "negative theta": (
         lambda d: edit_config(d, rope_parameters={"rope_type": "default", "rope_theta": -1}),
-        r"model/config\.json: rope_theta must be a positive number, got -1$",
+        r"model/config\.json: rope_parameters\.rope_theta must be a number in \[2, 1e\+38\], got -1$",
     ),
     "old negative theta": (
         lambda d: edit_config(d, rope_parameters=None, rope_theta=-1.0),
-        r"model/config\.json: rope_theta must be a positive number, got -1\.0$",
+        r"model/config\.json: rope_theta must be a number in \[2, 1e\+38\], got -1\.0$",
     ),
     "NaN epsilon": (
         lambda d: edit_config(d, rms_norm_eps=float("nan")),
-        "rms_norm_eps must be a positive number, got nan",
+        "rms_norm_eps must be a number in .*, got nan",
     ),
     "text for a number": (
         lambda d: edit_config(d, num_key_value_heads="1"),
-        r"model/config\.json: num_key_value_heads must be an integer of at least 1, got '1'$",
+        r"model/config\.json: num_key_value_heads must be an integer in \[1, 4096\], got '1'$",
     ),
     "text for a flag": (
         lambda d: edit_config(d, tie_word_embeddings="false"),
@@ -179,7 +179,7 @@ DAMAGES = {
     ),
     "heads": (lambda d: edit_config(d, num_key_value_heads=3), "multiple of num_key_value_heads, got 4 and 3"),
     "layers": (lambda d: edit_config(d, num_hidden_layers=5), "missing, among them model.layers.4."),
-    "fewer layers": (lambda d: edit_config(d, num_hidden_layers=3), "among them model.layers.3."),
+    "fewer layers": (lambda d: edit_config(d, num_hidden_layers=3), "among them 'model.layers.3."),
     "tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "its tokenizer does not load"),
     "check layer": (
         lambda d: (d / "cacheblend.json").write_text('{"check_layer": 9}'),
@@ -320,6 +320,15 @@ def read_by_transformers(raw: dict) -> dict:
     return AutoConfig.for_model(**raw).to_dict()
 
 
+def longest_sequence(full: dict) -> int:
+    """What vLLM makes of a configuration of transformers; never less than it states."""
+    rope, stated = full["rope_parameters"], full["max_position_embeddings"]
+    if rope["rope_type"] not in ("linear", "yarn"):
+        return stated
+    original = full.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    return max(stated, int(rope["factor"] * (original if rope["rope_type"] == "yarn" else stated)))
+
+
 def assert_read_alike(raw: dict) -> None:
     """What `raw` alone says, we read as from the configuration that transformers makes of it, all keys given."""
     full = read_by_transformers(raw)
@@ -330,7 +339,7 @@ def assert_read_alike(raw: dict) -> None:
     kinds = full.get("layer_types") or ["sliding_attention"] * len(ours.windows)
     assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
     assert (ours.num_kv_heads, ours.head_dim) == (full["num_key_value_heads"], head_dim)
-    assert (ours.max_positions, ours.rms_norm_eps) == (full["max_position_embeddings"], full["rms_norm_eps"])
+    assert (ours.max_positions, ours.rms_norm_eps) == (longest_sequence(full), full["rms_norm_eps"])
     assert (ours.activation, ours.tied_embeddings) == (full["hidden_act"], full["tie_word_embeddings"])
     assert (ours.rope.type, ours.rope.theta) == (
         full["rope_parameters"]["rope_type"],
@@ -366,6 +375,47 @@ def test_given_keys_are_read_as_by_transformers(family, given):
     if family == "mistral" and "num_key_value_heads" in given:
         pytest.skip("transformers 5 refuses it")
     assert_read_alike({"model_type": family} | SIZES | given)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "stated", "wanted"),
+    [
+        ({"rope_type": "default"}, 512, 512),
+        ({"type": "linear", "factor": 4.0}, 512, 2048),
+        ({"rope_type": "linear", "factor": 2.5}, 513, 1282),
+        (YARN, 512, 2048),  # Qwen: the length before scaling
+        (YARN, 2048, 2048),  # others: the length after scaling
+        (YARN, 640, 2048),
+        (YARN, 4096, 4096),
+        ({"rope_type": "yarn", "factor": 4.0}, 512, 2048),
+        (LLAMA3 | {"original_max_position_embeddings": 512}, 4096, 4096),
+        ({"rope_type": "linear", "factor": 1000.0}, 2**30, 2**31 - 1),
+    ],
+)
+def test_rope_scaling_makes_sequences_longer(rope, stated, wanted):
+    config = ModelConfig.from_hugging_face(OLD | {"max_position_embeddings": stated, "rope_scaling": rope})
+    assert config.max_positions == wanted
+    if wanted < 2**31 - 1:
+        assert ModelConfig.from_hugging_face(config.to_hugging_face()).max_positions == wanted
+
+
+def test_users_may_choose_how_long_sequences_are():
+    model = cb.load_model(HF / "llama_yarn")
+    longer = cb.load_model(HF / "llama_yarn", max_positions=model.config.max_positions + 8)
+    assert longer.config.max_positions == model.config.max_positions + 8
+    assert longer.config.rope == model.config.rope
+    assert longer.fingerprint == model.fingerprint  # stored KV is the same
+    assert cb.load_model(HF / "llama2", max_positions=1).config.max_positions == 1
+
+
+@pytest.mark.parametrize("value", [0, -1, 2**31, 8.0, True, "8"])
+def test_a_length_that_is_none_is_named(value):
+    with pytest.raises(cb.CheckpointError, match=r"max_positions must be None or a whole number in \[1, .*, got"):
+        cb.load_model(HF / "llama2", max_positions=value)
 
 
 PEAK = """

@@ -1,0 +1,109 @@
+"""From text to token ids: what users write stays text, whatever control tokens it spells out.
+
+A control token is one that steers a model: a special token (`</s>`), or an added one that reads like markup
+(`<think>`). Added words, and runs of white space, are ordinary text.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Collection
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from cacheblend_jax.errors import PromptError
+
+# A fast tokenizer encodes without holding the GIL, and how it treats special tokens is state that each call sets.
+_encoding_lock = threading.Lock()
+_control_ids: WeakKeyDictionary[Any, tuple[int, frozenset[int]]] = (
+    WeakKeyDictionary()
+)  # with the vocabulary's size then
+MARKUP = re.compile(r"[<>\[\]{}|｜]")
+PROBE = "a"
+
+
+def encode(tokenizer: Any, text: str, *, control_tokens: bool = False) -> list[int]:
+    """Returns a text's ids, without the tokenizer's opening (BOS). Safe to use from several threads.
+
+    Args:
+        control_tokens: control tokens that the text spells out become tokens; otherwise they stay text.
+
+    Raises:
+        PromptError: it isn't text, or not valid Unicode.
+    """
+    check_text(text)
+    with _encoding_lock:
+        if control_tokens:
+            return list(tokenizer.encode(text, add_special_tokens=False))
+        # transformers leaves special tokens in pieces, but no added ones.
+        ids = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        controls = _controls_of(tokenizer)
+        return ids if controls.isdisjoint(ids) else _in_pieces(tokenizer, text, controls) or ids
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """Returns what the tokenizer puts before a text: BOS, mostly."""
+    with _encoding_lock:
+        bare = list(tokenizer.encode(PROBE, add_special_tokens=False))
+        framed = list(tokenizer.encode(PROBE, add_special_tokens=True))
+    starts = range(len(framed) - len(bare) + 1)
+    return framed[: next((start for start in starts if framed[start : start + len(bare)] == bare), 0)]
+
+
+def encode_opened(tokenizer: Any, text: str, *, control_tokens: bool = False) -> list[int]:
+    """Returns a prompt's first ids: the tokenizer's opening, unless the text spells it out itself, and the text."""
+    check_text(text)
+    start = opening(tokenizer)
+    spelled = "".join(tokenizer.convert_ids_to_tokens(start)) if start else ""
+    return start + encode(tokenizer, text.removeprefix(spelled), control_tokens=control_tokens)
+
+
+def check_text(text: object, name: str = "text") -> None:
+    """Raises `PromptError` where `text` isn't text that UTF-8 can encode."""
+    if not isinstance(text, str):
+        raise PromptError(f"{name} must be text, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{name} must be valid Unicode, got half of a surrogate pair at character {error.start}; "
+            f"was it read from bytes that are not UTF-8?"
+        ) from None
+
+
+def _controls_of(tokenizer: Any) -> frozenset[int]:
+    if not hasattr(tokenizer, "added_tokens_decoder"):
+        return frozenset()
+    size = len(tokenizer)
+    known = _control_ids.get(tokenizer)
+    if known is None or known[0] != size:
+        ids = (
+            token_id
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if (token.special or MARKUP.search(token.content)) and token_id != tokenizer.unk_token_id
+        )
+        known = _control_ids[tokenizer] = (size, frozenset(ids))
+    return known[1]
+
+
+def _in_pieces(tokenizer: Any, text: str, controls: Collection[int]) -> list[int] | None:
+    """Runs the tokenizer's steps one by one, without its added tokens; `None` if it doesn't have steps."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    normalized = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+    words = [normalized]
+    if backend.pre_tokenizer is not None:
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
+    return [token_id for word in words for token_id in _word_ids(backend.model, word, controls)]
+
+
+def _word_ids(model: Any, word: str, controls: Collection[int]) -> list[int]:
+    """Returns a word's ids; where the model itself knows a control token, the word is cut within it."""
+    tokens = model.tokenize(word)
+    control = next((token.value for token in tokens if token.id in controls), None)
+    if control is None or len(word) == 1:
+        return [token.id for token in tokens]
+    cut = min(max(word.find(control), 0) + 1, len(word) - 1)
+    return _word_ids(model, word[:cut], controls) + _word_ids(model, word[cut:], controls)
