@@ -271,6 +271,7 @@ class ChunkStore:
                 outdated=on_disk.outdated,
                 write_errors=on_disk.write_errors,
                 read_errors=on_disk.read_errors,
+                skipped=on_disk.skipped,
             )
 
     def keys(self) -> list[str]:

@@ -10,17 +10,20 @@ from typing import TypeVar
 
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
 from cacheblend_jax.store import quarantine, recovery
-from cacheblend_jax.store.disk_chunk import DiskChunk
+from cacheblend_jax.store.breaker import Breaker
+from cacheblend_jax.store.disk_chunk import DiskChunk, whole
 from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
 from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
 from cacheblend_jax.store.eviction import sweep
 from cacheblend_jax.store.index import Found, Listed
 from cacheblend_jax.store.index_file import INDEX_ERRORS, is_broken
+from cacheblend_jax.store.open_packs import HeldPack, OpenPacks
 from cacheblend_jax.store.ownership import is_store, is_whole, make_directories
 from cacheblend_jax.store.packing import add_pack, bytes_on_disk, grouped
-from cacheblend_jax.store.pins import BusyError, Pin
+from cacheblend_jax.store.pins import BusyError
 from cacheblend_jax.store.places import Places, is_file, is_local, located
+from cacheblend_jax.store.read_health import ReadHealth
 from cacheblend_jax.store.record import (
     DamagedRecordError,
     EntryRecord,
@@ -54,6 +57,7 @@ class DiskTier:
     Attributes:
         places, index: the directory's; replaced together when the index has to be opened anew.
         log: counts and warnings.
+        health: how its reads go.
         capacity: bytes.
         salt: as records have it; see `salt_hash`.
 
@@ -69,7 +73,9 @@ class DiskTier:
                 f"store {os.fspath(directory)!r} is a file; expected a directory, or a path to make one at"
             )
         self.log = DiskLog(root)
+        self.health = ReadHealth(self.log, Breaker())
         self.salt = salt_hash(salt)
+        self._open_packs = OpenPacks()
         self._refused: set[str] = set()  # damaged entries that could not be quarantined
         self._lock = threading.Lock()
         self._has_replaced_index = False
@@ -98,13 +104,7 @@ class DiskTier:
     def load(self, key: str) -> tuple[ChunkEntry, int] | None:
         """Returns an entry, and how often it has been used; `None` where there is none that can be trusted."""
         chunk = self.open(key)
-        if chunk is None:
-            return None
-        with chunk:
-            try:
-                return chunk.read(), chunk.uses
-            except DamagedEntryError:
-                return None
+        return None if chunk is None else whole(chunk)
 
     def open(self, key: str) -> DiskChunk | None:
         """Returns a handle on an entry, which is not evicted before it is closed; `None` as `load`."""
@@ -150,14 +150,14 @@ class DiskTier:
             if found is None or record is None:
                 return None
             try:
-                pin = Pin(self.places.pack(found.pack)) if self.places.local else None
+                pack = self._open_packs.hold(self.places.pack(found.pack)) if self.places.local else None
             except BusyError:  # being evicted
                 return None
             except FileNotFoundError:
                 if attempt == 2 and self.writable:  # an index that is only read may be behind the packs
                     self.quarantine(name, found.pack, "its files are gone")
                 continue
-            return self._open_held(name, found, record, pin)
+            return self._open_held(name, found, record, pack)
         return None
 
     def _record(self, name: str, found: Found) -> EntryRecord | None:
@@ -170,23 +170,20 @@ class DiskTier:
             self.log.warn_once(f"an entry is of {error}; it counts as missing", "outdated")
         return None
 
-    def _open_held(self, name: str, found: Found, record: EntryRecord, pin: Pin | None) -> DiskChunk | None:
+    def _open_held(self, name: str, found: Found, record: EntryRecord, pack: HeldPack | None) -> DiskChunk | None:
+        def damaged(reason: str) -> None:
+            self.quarantine(name, found.pack, reason)
+
         try:
             reader = EntryReader(self.places.pack(found.pack), record)
         except DamagedEntryError as error:
-            self.quarantine(name, found.pack, str(error))
+            damaged(str(error))
         except UnreadableError as error:
-            self.log.warn_once(f"an entry cannot be read now: {error}", "read_errors")
+            self.health.failed(f"an entry cannot be read now: {error}")
         else:
-            return DiskChunk(
-                reader,
-                found.uses,
-                pin,
-                lambda reason: self.quarantine(name, found.pack, reason),
-                lambda reason: self.log.warn_once(f"an entry cannot be read: {reason}", "read_errors"),
-            )
-        if pin is not None:
-            pin.close()
+            return DiskChunk(reader, found.uses, pack, self.health, damaged)
+        if pack is not None:
+            pack.close()
         return None
 
     # --- writing -----------------------------------------------------------------------------------------------------
@@ -313,7 +310,7 @@ class DiskTier:
         try:
             return look_up()
         except (*INDEX_ERRORS, OSError) as error:
-            self.log.warn_once(f"entries cannot be looked up: {error}", "read_errors")
+            self.health.failed(f"entries cannot be looked up: {error}")
             if is_broken(error):
                 self.replace_broken_index()
             return default

@@ -1,14 +1,19 @@
-"""A handle on an entry on disk, which reports what is wrong with it to the tier."""
+"""A handle on an entry on disk, which reports how its reads went."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
+
+import numpy as np
 
 from cacheblend_jax.errors import DamagedEntryError
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
 from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
-from cacheblend_jax.store.pins import Pin
+from cacheblend_jax.store.open_packs import HeldPack
+from cacheblend_jax.store.read_health import ReadHealth
 from cacheblend_jax.store.stored_chunk import Rows, check_layer
 
 Result = TypeVar("Result")
@@ -19,8 +24,9 @@ class DiskChunk:
 
     Args:
         uses: how often the entry had been used before.
-        pin: keeps its pack from being evicted.
-        on_damage, on_failure: called with what is wrong with the entry's bytes, or with reading them now.
+        pack: keeps its pack from being evicted; `None` where nothing does.
+        health: is told how reads went; of a handle's failures, only of the first.
+        on_damage: called with what is wrong with the entry's bytes.
     """
 
     tier = "disk"
@@ -30,13 +36,15 @@ class DiskChunk:
         self,
         reader: EntryReader,
         uses: int,
-        pin: Pin | None,
+        pack: HeldPack | None,
+        health: ReadHealth,
         on_damage: Callable[[str], None],
-        on_failure: Callable[[str], None],
     ) -> None:
-        self._reader, self.uses, self._pin = reader, uses, pin
-        self._on_damage, self._on_failure = on_damage, on_failure
-        self.num_layers, self.num_tokens = reader.record.shape[:2]
+        self._reader, self.uses, self._pack = reader, uses, pack
+        self._health, self._on_damage = health, on_damage
+        self._first_failure = threading.Lock()  # held from then on
+        self.shape, self.dtype = reader.record.shape, np.dtype(reader.record.dtype)
+        self.num_layers, self.num_tokens = self.shape[:2]
         self.num_bytes = reader.record.num_bytes
 
     def read_layer(self, layer: int) -> tuple[Rows, Rows]:
@@ -49,24 +57,43 @@ class DiskChunk:
         return self._reported(self._reader.read)
 
     def _reported(self, read: Callable[[], Result]) -> Result:
-        """Returns what `read` returns; reports what it raises, and raises it as damage."""
+        """Returns what `read` returns; reports what it raises, and raises it as damage.
+
+        Raises:
+            DamagedEntryError: the entry is damaged, cannot be read, or was evicted while it waited to be read.
+        """
+        key = self._reader.record.key
         try:
-            return read()
+            with nullcontext() if self._pack is None else self._pack.reading():
+                result = read()
         except DamagedEntryError as error:
             self._on_damage(str(error))
             raise
-        except UnreadableError as error:
-            self._on_failure(str(error))
-            raise DamagedEntryError(f"entry {self._reader.record.key} cannot be read: {error}") from error
+        except FileNotFoundError as error:  # raised by `reading` alone: a reader takes missing files for damage
+            raise DamagedEntryError(f"entry {key} was evicted before it was read") from error
+        except (UnreadableError, OSError) as error:
+            if self._first_failure.acquire(blocking=False):
+                self._health.failed(f"an entry cannot be read: {error}")
+            raise DamagedEntryError(f"entry {key} cannot be read: {error}") from error
+        self._health.succeeded()
+        return result
 
     def close(self) -> None:
         """See `StoredChunk`."""
-        pin, self._pin = self._pin, None
-        if pin is not None:
-            pin.close()
+        if self._pack is not None:
+            self._pack.close()
 
     def __enter__(self) -> DiskChunk:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def whole(chunk: DiskChunk) -> tuple[ChunkEntry, int] | None:
+    """Reads an entry and closes it; returns how often it has been used, too. `None` where it cannot be read."""
+    with chunk:
+        try:
+            return chunk.read(), chunk.uses
+        except DamagedEntryError:
+            return None

@@ -10,7 +10,9 @@ from typing import Literal
 from etils import epath
 
 logger = logging.getLogger(__name__)
-Counted = Literal["written", "evicted", "rejected", "unwritable", "damaged", "outdated", "write_errors", "read_errors"]
+Counted = Literal[
+    "written", "evicted", "rejected", "unwritable", "damaged", "outdated", "write_errors", "read_errors", "skipped"
+]
 
 
 class DiskLog:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from etils import epath
 
 from cacheblend_jax.store.disk import DiskTier
-from cacheblend_jax.store.disk_chunk import DiskChunk
+from cacheblend_jax.store.disk_chunk import DiskChunk, whole
 from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
 from cacheblend_jax.store.record import checksums_of
 from cacheblend_jax.store.stats import DiskStats
@@ -59,18 +59,31 @@ class PersistentTier:
         """Returns an entry that has not been written yet."""
         return self.queue.pending(key)
 
-    def load(self, key: str) -> tuple[ChunkEntry, int] | None:
-        """See `DiskTier.load`."""
-        return self.disk.load(key)
+    @property
+    def is_readable(self) -> bool:
+        """Whether entries are read, or count as missing because reading has failed repeatedly."""
+        return self.disk.health.is_good
 
     def open(self, key: str) -> DiskChunk | None:
-        """See `DiskTier.open`."""
-        return self.disk.open(key)
+        """See `DiskTier.open`. Of a directory whose reads fail, now and then an entry is read to see if they still do.
+
+        No caller waits for that.
+        """
+        if self.is_readable:
+            return self.disk.open(key)
+        if self.disk.health.skipped():
+            self.queue.run_soon("probe", lambda: self._probe(key))
+        return None
+
+    def load(self, key: str) -> tuple[ChunkEntry, int] | None:
+        """Returns an entry, and how often it has been used; `None` as `open`, and for one that cannot be read."""
+        chunk = self.open(key)
+        return None if chunk is None else whole(chunk)
 
     def touch(self, key: str) -> None:
         """Counts a use of an entry, for the order of eviction. Never waits for the index."""
         if self._uses.add(key):
-            self.queue.run_soon(self._write_uses)
+            self.queue.run_soon("uses", self._write_uses)
 
     def count_unwritable(self) -> None:
         """See `DiskTier.count_unwritable`."""
@@ -114,7 +127,13 @@ class PersistentTier:
         return list(dict.fromkeys([*sorted(self.queue.keys()), *self.disk.keys()]))
 
     def __contains__(self, key: str) -> bool:
-        return self.pending(key) is not None or key in self.disk
+        return self.pending(key) is not None or (self.is_readable and key in self.disk)
+
+    def _probe(self, key: str) -> None:
+        """Reads an entry, or the one used last where there is no such entry: that says whether reads succeed again."""
+        known = key if key in self.disk else next(reversed(self.disk.keys()), None)
+        if known is not None:
+            self.disk.load(known)
 
     def _write_uses(self) -> None:
         self.disk.touch(self._uses.take())

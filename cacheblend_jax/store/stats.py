@@ -37,6 +37,7 @@ class StoreStats:
         damaged: entries and indexes whose bytes were not those written; they are quarantined.
         outdated: entries of another format version; they count as missing.
         write_errors, read_errors: failures of the file system; the entries stay in memory, or are misses.
+        skipped: look-ups that left the disk out, because reading from it had failed repeatedly.
     """
 
     host: TierStats = TierStats()
@@ -51,6 +52,7 @@ class StoreStats:
     outdated: int = 0
     write_errors: int = 0
     read_errors: int = 0
+    skipped: int = 0
 
     @property
     def hits(self) -> int:
@@ -72,3 +74,4 @@ class DiskStats:
     outdated: int = 0
     write_errors: int = 0
     read_errors: int = 0
+    skipped: int = 0

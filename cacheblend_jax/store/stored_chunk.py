@@ -18,6 +18,8 @@ Rows = Float[np.ndarray, "tokens kv_heads head_dim"]
 class StoredChunk(Protocol):
     """A stored entry in use: it is not evicted before `close`. Safe to use from several threads.
 
+    A tier may have to evict one all the same, where more are in use than it can hold: reading it then raises.
+
     Attributes:
         num_tokens, num_layers: the entry's.
         num_bytes: of K and V, all layers together.

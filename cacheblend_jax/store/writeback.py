@@ -33,7 +33,7 @@ class WriteBack:
         self._changed = threading.Condition()
         self._hurry = 0
         self._closed = False
-        self._chore: Callable[[], None] | None = None
+        self._chores: dict[str, Callable[[], object]] = {}
         self._thread: threading.Thread | None = None
         self._thread_refused = False
 
@@ -63,11 +63,11 @@ class WriteBack:
             self._waiting[queued.key] = queued
             return True
 
-    def run_soon(self, chore: Callable[[], None]) -> None:
-        """Calls `chore` on the writing thread; of several that wait, only the latest. What it raises is logged."""
+    def run_soon(self, name: str, chore: Callable[[], object]) -> None:
+        """Calls `chore` on the writing thread; of several of a name, only the latest. What it raises is logged."""
         with self._changed:
             if not self._closed:
-                self._chore = chore
+                self._chores[name] = chore
                 self._wake()
 
     def _wake(self) -> bool:
@@ -131,19 +131,19 @@ class WriteBack:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._chore or self._closed, timeout=IDLE_SECONDS)
-                chore, self._chore = self._chore, None
-                if not self._waiting and chore is None:  # an idle thread would keep an abandoned store alive
+                self._changed.wait_for(lambda: self._waiting or self._chores or self._closed, timeout=IDLE_SECONDS)
+                chores, self._chores = self._chores, {}
+                if not self._waiting and not chores:  # an idle thread would keep an abandoned store alive
                     self._thread = None
                     return
                 if self._waiting:
                     self._changed.wait_for(self._is_due, timeout=LINGER_SECONDS)
                 self._in_work = self._next_batch()
-            try:
-                if chore is not None:
+            for name, chore in chores.items():
+                try:
                     chore()
-            except Exception:
-                logger.exception("%r failed", chore)
+                except Exception:
+                    logger.exception("%s: failed", name)
             try:
                 if self._in_work:
                     self._write(list(self._in_work.values()))

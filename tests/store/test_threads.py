@@ -47,7 +47,7 @@ def test_a_flush_does_not_wait_for_what_is_discarded(monkeypatch):
 def test_a_chore_that_fails_does_not_end_the_writing(caplog):
     written = []
     queue = WriteBack(written.extend, 2**30)
-    queue.run_soon(lambda: 1 // 0)
+    queue.run_soon("division", lambda: 1 // 0)
     queue.submit(QueuedEntry("a", make_entry(1)), wait=False)
     assert ends(queue.close)
     assert [queued.key for queued in written] == ["a"]
@@ -89,7 +89,7 @@ def test_a_forked_process_does_not_wait_at_its_exit():
 def test_uses_reach_the_index_by_number_and_by_time(tmp_path, monkeypatch):
     fill(tmp_path, [1])
     with cb.ChunkStore(tmp_path) as store:
-        monkeypatch.setattr(store._disk.queue, "run_soon", lambda chore: chore())
+        monkeypatch.setattr(store._disk.queue, "run_soon", lambda name, chore: chore())
 
         def uses() -> int:
             return store._disk.disk.index.find(storage_name(key_of(1))).uses

@@ -1,0 +1,151 @@
+"""Reads that fail: a directory is left alone after a few, and descriptors are bounded whatever is in use."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from store_cases import fill, key_of, make_entry, packs, same
+
+import cacheblend_jax as cb
+from cacheblend_jax.store.breaker import Breaker, State
+from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
+from cacheblend_jax.store.open_packs import OpenPacks
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """The time that the breakers of new stores go by."""
+    clock = Clock()
+    monkeypatch.setattr("cacheblend_jax.store.disk.Breaker", lambda: Breaker(clock=clock))
+    return clock
+
+
+@pytest.fixture
+def failing(monkeypatch) -> list[int]:
+    """While it holds anything, reads of layers fail; counts those tried."""
+    read, tried = EntryReader.read_layer, []
+
+    def read_layer(self, layer):
+        if tried:
+            tried.append(layer)
+            raise UnreadableError("UNAVAILABLE: the mount is gone")
+        return read(self, layer)
+
+    monkeypatch.setattr(EntryReader, "read_layer", read_layer)
+    monkeypatch.setattr(EntryReader, "read", lambda self: cb.ChunkEntry(*map(np.stack, zip(*all_layers(self)))))
+    return tried
+
+
+def all_layers(reader):
+    return [reader.read_layer(layer) for layer in range(reader.record.shape[0])]
+
+
+def test_a_breaker_opens_after_failures_in_a_row_and_closes_with_a_probe_that_succeeds():
+    clock = Clock()
+    breaker = Breaker(max_failures=2, pause_s=30.0, clock=clock)
+    assert [breaker.failed(), breaker.succeeded(), breaker.failed()] == [False, False, False]  # not in a row
+    assert breaker.is_closed
+    assert not breaker.wants_probe()
+    assert breaker.failed()
+    assert breaker.state is State.OPEN
+    clock.now += 29.0
+    assert not breaker.wants_probe()
+    clock.now += 1.0
+    assert [breaker.wants_probe(), breaker.wants_probe()] == [True, False]  # one caller alone
+    assert breaker.state is State.PROBING
+    assert not breaker.failed()  # it was not closed
+    assert breaker.state is State.OPEN
+    clock.now += 30.0
+    assert breaker.wants_probe()
+    clock.now += 30.0
+    assert breaker.wants_probe()  # nothing was heard of the probe before
+    assert breaker.succeeded()
+    assert breaker.is_closed
+    assert not breaker.failed()  # it counts from zero again
+
+
+def test_a_directory_whose_reads_fail_is_left_alone_until_a_probe_succeeds(
+    tmp_path, clock, failing, monkeypatch, caplog
+):
+    fill(tmp_path, range(5))
+    with cb.ChunkStore(tmp_path) as store:
+        monkeypatch.setattr(store._disk.queue, "run_soon", lambda name, chore: chore())
+        failing.append(-1)
+        for seed in range(3):
+            with store.open(key_of(seed)) as chunk:
+                for layer in (0, 1):  # of an entry, one failure counts
+                    with pytest.raises(cb.DamagedEntryError, match="the mount is gone"):
+                        chunk.read_layer(layer)
+        assert caplog.text.count("reading has failed repeatedly") == 1
+        assert (store.stats.read_errors, store.stats.skipped, len(failing)) == (3, 0, 7)
+        assert store.open(key_of(0)) is None
+        assert store.get(key_of(4)) is None
+        assert key_of(0) not in store  # so that it is computed anew, and kept in memory
+        assert store.put(key_of(0), make_entry(0))
+        assert same(store.get(key_of(0)), make_entry(0))
+        store.flush()
+        assert (store.stats.skipped, store.stats.disk.entries, len(failing)) == (2, 5, 7)
+        clock.now += 30.0
+        assert store.open(key_of(1)) is None  # the probe fails
+        assert len(failing) == 8
+        failing.clear()
+        assert store.open("nowhere") is None
+        clock.now += 30.0
+        assert store.open("nowhere") is None  # the probe reads another entry
+        assert "reading succeeds again" in caplog.text
+        assert same(store.get(key_of(1)), make_entry(1))
+        failing.append(-1)
+        for seed in (2, 3, 4):
+            assert store.get(key_of(seed)) is None
+        assert caplog.text.count("reading has failed repeatedly") == 2  # once for each time
+        assert store.stats.damaged == 0
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="descriptors are counted in /proc")
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_entries_in_use_take_a_descriptor_a_pack_and_a_bounded_number(tmp_path, monkeypatch, one_by_one):
+    fill(tmp_path, range(8), one_by_one=one_by_one)
+    with cb.ChunkStore(tmp_path) as store:
+        monkeypatch.setattr(store._disk.disk, "_open_packs", OpenPacks(limit=3))
+        store.open(key_of(0)).close()
+        before = descriptors()
+        chunks = [store.open(key_of(seed)) for seed in [*range(8), *range(8)]]
+        assert descriptors() == before + (3 if one_by_one else 1)
+        for layer in range(3):
+            for seed, chunk in zip([*range(8), *range(8)], chunks, strict=True):
+                assert chunk.read_layer(layer)[0].tobytes() == make_entry(seed).k[layer].tobytes()
+        assert descriptors() == before + (3 if one_by_one else 1)
+        for chunk in chunks:
+            chunk.close()
+        assert descriptors() == before
+        assert same(cb.ChunkEntry(*map(np.stack, zip(*map(chunks[0].read_layer, range(3))))), make_entry(0))
+        assert descriptors() == before
+
+
+def test_an_entry_evicted_between_two_reads_is_lost_and_no_damage(tmp_path, monkeypatch):
+    fill(tmp_path, range(2), one_by_one=True)
+    with cb.ChunkStore(tmp_path) as store:
+        monkeypatch.setattr(store._disk.disk, "_open_packs", OpenPacks(limit=1))
+        with store.open(key_of(0)) as first, store.open(key_of(1)) as second:
+            for pack in packs(tmp_path):
+                shutil.rmtree(pack)
+            with pytest.raises(cb.DamagedEntryError, match="was evicted before it was read"):
+                first.read_layer(0)
+            assert store.stats.read_errors == store.stats.damaged == 0
+            with pytest.raises(cb.DamagedEntryError):  # its pack was held: somebody else has removed it
+                second.read_layer(0)
+            assert store.stats.damaged == 1
