@@ -239,10 +239,10 @@ class Engine:
     ) -> int:
         """Compiles the programs that prompts of up to `max_tokens` need, so that none of them waits for the compiler.
 
-        This covers prompts whose chunks are all stored, or, with an automatic ratio, all recomputed; the controller
-        then considers only what is compiled. A blend that a request brings (`blend=`) has programs of its own, and
-        sampling a small one. Several programs are compiled at a time; returns how many there were. With JAX's
-        persistent compilation cache on, the next process only reads them.
+        This covers prompts whose chunks are all stored, and those none of whose chunks is, or can be read. With an
+        automatic ratio, the controller then considers only what is compiled. A blend that a request brings (`blend=`)
+        has programs of its own, and sampling a small one. Several programs are compiled at a time; returns how many
+        there were. With JAX's persistent compilation cache on, the next process only reads them.
 
         Args:
             prefix_tokens: covers prompts with a stored prefix of this many tokens, and without one.
@@ -257,7 +257,7 @@ class Engine:
         Raises:
             CacheBlendError: `max_tokens` is beyond the model's maximum, or another argument is invalid.
         """
-        modes = (*modes, *(["full"] if self.blend.is_auto else []))
+        modes = (*modes, "full")  # for prompts none of whose chunks is stored, or can be read
         sizes = Sizes(max_tokens, modes, prefix_tokens, suffix_tokens, chunk_tokens, max_new_tokens)
         planners = [replace(self._planner, blend=blend) for blend in self.blend.fixed()]
         tasks = compile_tasks(sizes, self.model, planners, self._executors, self._buckets, self.context_tokens)
@@ -278,8 +278,12 @@ class Engine:
         self._background.flush()
 
     def close(self) -> None:
-        """Finishes storing and stops the background thread; chunks missed later are computed, but not stored."""
+        """Finishes storing and ends the engine's threads; chunks missed later are computed, but not stored.
+
+        A later prompt whose stored chunks come from a slow tier starts threads again.
+        """
         self._background.close()
+        self._prefiller.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -86,8 +86,7 @@ class Executors:
         self.uses_device_tier = "device" in tiers and setting != "streamed"
         self._model, self._buckets, self._tiers = model, buckets, tiers
         self._buffers = HostBuffers(jnp.dtype(model.config.dtype))
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="cacheblend-read")
-        self._lanes = ThreadPoolExecutor(2, thread_name_prefix="cacheblend-lane")
+        self._readers = _reader_pool()
 
     # --- compiling: the loops below, run over shapes -----------------------------------------------------------------
 
@@ -95,13 +94,19 @@ class Executors:
         """Compiles the programs that a plan needs to run with these chunks, except those that are ready."""
         executor = self._executor(plan, chunks)
         prepared = self._prepare_plan(plan, executor)
-        rows = {chunk.handle.device_entry.k.shape[1] for chunk in chunks if chunk.handle.device_entry is not None}
-        placing = self._prepare_placing(plan, rows) if executor == "resident" else []
+        placing = self._prepare_placing(plan, _device_rows(chunks)) if executor == "resident" else []
         return Prepared(prepared.compile_s + sum(each.compile_s for each in placing), prepared.peak_memory_bytes)
 
     def is_prepared(self, plan: Plan, executor: str) -> bool:
         """Returns whether that executor can run a plan without compiling."""
         return self._model.runner.is_prepared((plan, executor))
+
+    def is_ready(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> bool:
+        """Returns whether a plan can run with these chunks without compiling."""
+        executor = self._executor(plan, chunks)
+        placing = [(place_chunk, plan.cache_length, rows) for rows in _device_rows(chunks)]
+        names = [(plan, executor), *(placing if executor == "resident" else [])]
+        return all(map(self._model.runner.is_prepared, names))
 
     def warm_up(self, plan: Plan) -> None:
         """Compiles a plan for every executor that may run it, whatever tiers its chunks come from."""
@@ -196,9 +201,7 @@ class Executors:
         buffers = self._buffers.arrays((self.host_layers, *cache_shape(config, plan.cache_length)[1:]))
         began = time.perf_counter()
         layers = layers_wanted(plan, config.num_layers)
-        stream = LayerStream(
-            chunks, layers, buffers, self.prefetch_layers, self._put, self._readers, self._lanes, trace
-        )
+        stream = LayerStream(chunks, layers, buffers, self.prefetch_layers, self._put, self._readers, trace)
         with stream:
             out = self._prefill_streamed(self._model.runner, plan, request, stream)
             next_token = int(out.next_token)
@@ -206,6 +209,11 @@ class Executors:
         layer_bytes = sum(buffer[0].nbytes for buffer in buffers)
         peak = prepared.peak_memory_bytes + (self.prefetch_layers - 1) * layer_bytes
         return PrefillRun(out, next_token, "streamed", stream.waited_s, ended - began, peak)
+
+    def close(self) -> None:
+        """Ends the threads; a prefill that comes later starts new ones. Not while one is running."""
+        self._readers.shutdown()
+        self._readers = _reader_pool()
 
     @property
     def host_layers(self) -> int:
@@ -272,3 +280,12 @@ class Executors:
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, self._model.placement)
+
+
+def _reader_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(READERS, thread_name_prefix="cacheblend-read")  # each starts when it is needed
+
+
+def _device_rows(chunks: Sequence[PlacedChunk]) -> set[int]:
+    """Returns the numbers of rows of the chunks that are on the device."""
+    return {chunk.handle.device_entry.k.shape[1] for chunk in chunks if chunk.handle.device_entry is not None}

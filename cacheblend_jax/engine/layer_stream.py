@@ -6,14 +6,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import jax
 import numpy as np
 
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import abandon, read_into
+from cacheblend_jax.engine.loading import abandon, read_into, submit_or_run
+from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.kv_cache import LayerKV
 from cacheblend_jax.runtime.trace import Trace
 
@@ -32,7 +33,10 @@ class LayerStream:
         buffers: K and V on the host, each `[host_layers, keys, kv_heads, head_dim]`.
         device_layers: how many layers of cached KV may be on the device.
         put: puts arrays on the device.
-        readers, lanes: thread pools; `lanes` must have two free threads.
+        readers: the pool of reader threads.
+
+    Raises:
+        CacheBlendError: a thread cannot be started; nothing is left running.
     """
 
     def __init__(
@@ -42,8 +46,7 @@ class LayerStream:
         buffers: tuple[np.ndarray, np.ndarray],
         device_layers: int,
         put: Callable[[Any], Any],
-        readers: ThreadPoolExecutor,
-        lanes: ThreadPoolExecutor,
+        readers: Executor,
         trace: Trace | None = None,
     ) -> None:
         self.waited_s = 0.0
@@ -56,9 +59,22 @@ class LayerStream:
         self._closed = False
         self._current: LayerKV | None = None
         self._turn = -1
-        for turn in range(min(len(buffers[0]), len(layers))):
-            self._read(turn)
-        self._lanes = [lanes.submit(self._transfer), lanes.submit(self._release)]
+        self._lanes: list[threading.Thread] = []
+        try:
+            for turn in range(min(len(buffers[0]), len(layers))):
+                self._read(turn)
+            for lane in (self._transfer, self._release):
+                thread = threading.Thread(target=lane, name="cacheblend-lane")
+                thread.start()
+                self._lanes.append(thread)
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, RuntimeError):
+                raise
+            raise CacheBlendError(
+                f"a request cannot load its stored KV: {error}; let the process have more threads (ulimit -u), or use "
+                "executor='resident'"
+            ) from error
 
     def next(self) -> LayerKV:
         """Waits for the next layer's K (before RoPE) and V, `[keys, kv_heads, head_dim]`, on the device.
@@ -86,7 +102,8 @@ class LayerStream:
         self._closed = True
         self._in_use.put(None)
         self._room.release()
-        wait(self._lanes)
+        for lane in self._lanes:
+            lane.join()
         abandon([future for reads in self._reads.values() for future in reads])
         unused = [] if self._current is None else [self._current]
         while not self._arrived.empty():
@@ -108,7 +125,9 @@ class LayerStream:
 
     def _read(self, turn: int) -> None:
         (k, v), layer = self._slot(turn), self._layers[turn]
-        self._reads[turn] = [self._readers.submit(read_into, chunk, layer, k, v, self._trace) for chunk in self._chunks]
+        reads = self._reads[turn] = list[Future]()
+        for chunk in self._chunks:
+            reads.append(submit_or_run(self._readers, read_into, chunk, layer, k, v, self._trace))
 
     def _transfer(self) -> None:
         try:

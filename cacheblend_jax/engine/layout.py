@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,8 +11,11 @@ import numpy as np
 
 from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.errors import PromptError
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.kv_cache import cache_shape
 from cacheblend_jax.store import Store, StoredChunk, chunk_key
 
+logger = logging.getLogger(__name__)
 MODES = ("full", "prefix", "reuse", "blend")
 NO_CONTEXT = np.zeros(0, np.int32)
 
@@ -134,17 +138,32 @@ def place_chunks(
 
 
 def look_up(
-    chunks: Sequence[PlacedChunk], store: Store, handles: ExitStack, *, lost: Collection[str] = ()
-) -> list[PlacedChunk]:
+    chunks: Sequence[PlacedChunk], store: Store, handles: ExitStack, config: ModelConfig
+) -> tuple[list[PlacedChunk], set[str]]:
     """Opens the chunks that the store holds; `handles` closes them.
 
-    Chunks whose keys are in `lost` (they could not be read a moment ago) count as missing.
+    Returns the chunks, and the keys of those whose entries are not KV of this many tokens of this model: they count as
+    missing.
     """
-    looked_up = []
+    looked_up, unusable = [], set()
     for chunk in chunks:
-        stored = None if chunk.key in lost else store.open(chunk.key)
-        looked_up.append(chunk if stored is None else replace(chunk, stored=handles.enter_context(stored)))
-    return looked_up
+        stored = store.open(chunk.key)
+        if stored is not None:
+            handles.enter_context(stored)
+            expected = cache_shape(config, chunk.num_tokens), np.dtype(config.dtype)
+            if (stored.shape, stored.dtype) == expected:
+                chunk = replace(chunk, stored=stored)
+            else:
+                logger.warning(
+                    "a stored chunk is not used: it is %s%s, expected %s%s; it is computed and stored anew",
+                    stored.dtype,
+                    list(stored.shape),
+                    expected[1],
+                    list(expected[0]),
+                )
+                unusable.add(chunk.key)
+        looked_up.append(chunk)
+    return looked_up, unusable
 
 
 def lay_out(

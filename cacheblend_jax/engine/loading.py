@@ -6,8 +6,9 @@ the second, waiting for it, is `engine.layer_stream`; the third, a layer's prefi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,9 +29,9 @@ READERS = 4  # reads at a time; a reader mostly waits for its tier
 class LostChunkError(Exception):
     """A chunk is in the store, but could not be read: it is damaged, or its tier failed."""
 
-    def __init__(self, key: str, cause: Exception) -> None:
+    def __init__(self, chunk: PlacedChunk, cause: Exception) -> None:
         super().__init__(f"{type(cause).__name__}: {cause}")
-        self.key = key
+        self.key, self.tier = chunk.key, chunk.tier
 
 
 def read_into(chunk: PlacedChunk, layer: int, k: np.ndarray, v: np.ndarray, trace: Trace | None) -> None:
@@ -47,17 +48,17 @@ def read_into(chunk: PlacedChunk, layer: int, k: np.ndarray, v: np.ndarray, trac
         with span(chunk.tier) if is_slow(chunk.tier) else nullcontext():
             k_layer, v_layer = chunk.handle.read_layer(layer)
     except (DamagedEntryError, OSError, IndexError) as error:
-        raise LostChunkError(chunk.key, error) from error
+        raise LostChunkError(chunk, error) from error
     with span("host"):
         for rows, stored in ((k[chunk.start : chunk.stop], k_layer), (v[chunk.start : chunk.stop], v_layer)):
             if (stored.shape, stored.dtype) != (rows.shape, rows.dtype):  # numpy would broadcast or cast it
                 wrong = f"stored as {stored.dtype}{list(stored.shape)}, expected {rows.dtype}{list(rows.shape)}"
-                raise LostChunkError(chunk.key, ValueError(wrong))
+                raise LostChunkError(chunk, ValueError(wrong))
             rows[:] = stored
 
 
 def load_all(
-    chunks: Sequence[PlacedChunk], k: np.ndarray, v: np.ndarray, readers: ThreadPoolExecutor, trace: Trace | None = None
+    chunks: Sequence[PlacedChunk], k: np.ndarray, v: np.ndarray, readers: Executor, trace: Trace | None = None
 ) -> None:
     """Reads every layer of the chunks into `k` and `v`, each `[layers, keys, kv_heads, head_dim]`.
 
@@ -70,8 +71,10 @@ def load_all(
         for read in reads:
             read_into(*read)
         return
-    futures = [readers.submit(read_into, *read) for read in reads]
+    futures: list[Future] = []
     try:
+        for read in reads:
+            futures.append(submit_or_run(readers, read_into, *read))
         for future in futures:
             future.result()
     finally:
@@ -104,6 +107,30 @@ def _place(cached: KVCache, chunk: KVCache, start: Int[Array, ""], num_tokens: I
 def _place_first(chunk: KVCache, start: Int[Array, ""], num_tokens: Int[Array, ""], *, num_keys: int) -> KVCache:
     empty = jax.tree.map(lambda part: jnp.zeros((part.shape[0], num_keys, *part.shape[2:]), part.dtype), chunk)
     return _place(empty, chunk, start, num_tokens)
+
+
+def submit_or_run(pool: Executor, function: Callable[..., object], *args: object) -> Future:
+    """Has a pool call a function; calls it here where the pool can start no thread.
+
+    Such a pool may keep the task nevertheless, and run it once it has a thread. It is called once all the same, and not
+    after `abandon`, when its buffers may be in use for another request.
+    """
+    future: Future = Future()
+    begun = threading.Lock()
+
+    def run() -> None:
+        if not (begun.acquire(blocking=False) and future.set_running_or_notify_cancel()):
+            return
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    try:
+        pool.submit(run)
+    except RuntimeError:
+        run()
+    return future
 
 
 def abandon(futures: Sequence[Future]) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -61,6 +61,7 @@ class Prefiller:
     ) -> None:
         self._model, self._store, self._executors, self._background = model, store, executors, background
         self._context_tokens, self._profile = context_tokens, profile
+        self._tiers = store.tiers
         self._estimator: Estimator | None = None
         self._lock = threading.RLock()  # reentrant: the oracle's full prefill is part of a prefill
         self.is_warm = False
@@ -84,15 +85,11 @@ class Prefiller:
         chunks = self.place(tokenized, mode)
         placed_s = call.timer.elapsed_s()
         self._background.wait_for_next([chunk.key for chunk in chunks])
-        with self._lock:
+        with self._lock, ExitStack() as handles:
             call.timer.wait_s = call.timer.elapsed_s() - placed_s
-            while True:
-                try:
-                    layout, result = self._attempt(call, chunks)
-                    break
-                except LostChunkError as error:  # costs this request its hit, never its answer
-                    logger.warning("a stored chunk could not be read and is computed instead: %s", error)
-                    call.lost.add(error.key)
+            chunks, unusable = look_up(chunks, self._store, handles, self._model.config)
+            call.lost.update(unusable)
+            layout, result = self._attempt_until_read(call, chunks)
         for chunk in layout.missing:
             self._background.store_later(chunk, again=chunk.key in call.lost)
         for chunk in layout.loaded:
@@ -100,42 +97,65 @@ class Prefiller:
                 self._background.promote_later(chunk.key, chunk.handle.num_bytes)
         return result
 
+    def _attempt_until_read(self, call: _Call, chunks: Sequence[PlacedChunk]) -> tuple[Layout, PrefillResult]:
+        """Runs a prefill, and once more if a chunk cannot be read, with what is surely in memory."""
+        while True:
+            try:
+                return self._attempt(call, chunks)
+            except LostChunkError as error:  # costs this request its hits, never its answer
+                logger.warning("a stored chunk could not be read and is computed instead: %s", error)
+                call.lost.add(error.key)
+                call.failed_tiers.add(error.tier)
+                chunks = [replace(chunk, stored=None) if chunk.key == error.key else chunk for chunk in chunks]
+
     def _attempt(self, call: _Call, chunks: Sequence[PlacedChunk]) -> tuple[Layout, PrefillResult]:
-        """Runs a prefill with the stored chunks that are not lost.
+        """Runs a prefill with the stored chunks that can be trusted.
 
         Raises:
             LostChunkError: a chunk could not be read.
         """
-        with ExitStack() as handles:
-            planned = self._plan(call, look_up(chunks, self._store, handles, lost=call.lost))
-            plan, loaded = planned.plan, planned.layout.loaded
-            with call.timer.stopped():
-                prepared = self._executors.prepare(plan, loaded)
-                if self.is_warm and prepared.compile_s > 0:
-                    logger.warning("a request waited for the compiler: warm-up did not cover %s", plan)
-                if plan.needs("oracle"):
-                    self._add_oracle(call, planned)
-            run = self._executors.run(plan, planned.request, loaded, prepared, call.trace)
-            return planned.layout, self._result(call, planned, run, prepared.compile_s)
+        planned = self._plan(call, chunks)
+        plan, loaded = planned.plan, planned.layout.loaded
+        with call.timer.stopped():
+            prepared = self._executors.prepare(plan, loaded)
+            if self.is_warm and prepared.compile_s > 0:
+                logger.warning("a request waited for the compiler: warm-up did not cover %s", plan)
+            if plan.needs("oracle"):
+                self._add_oracle(call, planned)
+        run = self._executors.run(plan, planned.request, loaded, prepared, call.trace)
+        return planned.layout, self._result(call, planned, run, prepared.compile_s)
 
     def _plan(self, call: _Call, chunks: Sequence[PlacedChunk]) -> _Planned:
-        """Chooses the ratio and what is loaded, where the controller is asked, and makes the plan."""
-        tokenized, planner, decision = call.tokenized, call.planner, None
+        """Chooses the ratio and what is loaded, where the controller is asked, and makes the plan.
+
+        Where chunks are missing since a tier fails, no request is to wait for the compiler: all is computed, if the
+        program for that is ready and the plan's are not.
+        """
+        planner, decision = call.planner, None
+        doubted = {chunk.start for chunk in chunks if chunk.stored is not None and not call.trusts(chunk.tier)}
         if planner.blend.is_auto:
             if call.mode == "blend":
-                decision = self._decide(planner, tokenized.token_ids.size, chunks, call.timer)
+                stored = [chunk for chunk in chunks if chunk.stored is not None and chunk.start not in doubted]
+                decision = self._decide(planner, call.tokenized.token_ids.size, stored, call.timer)
             planner = planner.at(planner.blend.auto_ratios[0] if decision is None else decision.ratio)
-        context = context_of(tokenized.prefix, self._context_tokens)
-        compute = () if decision is None else decision.computed_starts
-        layout = lay_out(tokenized, chunks, context_length=context.size, compute=compute)
-        plan, request = planner.plan_layout(layout, call.mode)
-        return _Planned(planner, layout, plan, request, decision)
 
-    def _decide(self, planner: Planner, length: int, chunks: Sequence[PlacedChunk], timer: Timer) -> Decision:
-        """Asks the controller for a request's ratio, and for what to load."""
+        def planned(compute: Collection[int]) -> _Planned:
+            context = context_of(call.tokenized.prefix, self._context_tokens)
+            layout = lay_out(call.tokenized, chunks, context_length=context.size, compute=compute)
+            return _Planned(planner, layout, *planner.plan_layout(layout, call.mode), decision)
+
+        wanted = planned(doubted if decision is None else {*doubted, *decision.computed_starts})
+        is_failing = bool(call.lost) or not set(self._tiers) <= set(self._store.tiers)
+        if is_failing and not self._executors.is_ready(wanted.plan, wanted.layout.loaded):
+            in_full = planned({chunk.start for chunk in chunks})
+            if self._executors.is_ready(in_full.plan, []):
+                return in_full
+        return wanted
+
+    def _decide(self, planner: Planner, length: int, stored: Sequence[PlacedChunk], timer: Timer) -> Decision:
+        """Asks the controller for a request's ratio, and for which of the stored chunks to load."""
         with timer.stopped():  # a quick estimate is not part of the request's time
             estimator = self.estimator()
-        stored = [chunk for chunk in chunks if chunk.stored is not None]
         return decide(estimator, planner, length, stored, self._executors.is_prepared if self.is_warm else None)
 
     def estimator(self) -> Estimator:
@@ -160,6 +180,11 @@ class Prefiller:
         )
         count = int(np.sum(request.positions < plan.cache_length))
         request.oracle[:count] = np.asarray(scores)[request.positions[:count]]
+
+    def close(self) -> None:
+        """Ends the executors' threads, after the prefill that is running."""
+        with self._lock:
+            self._executors.close()
 
     def _result(self, call: _Call, planned: _Planned, run: PrefillRun, compile_s: float) -> PrefillResult:
         layout, ttft_s = planned.layout, call.timer.elapsed_s()
@@ -216,7 +241,8 @@ class _Call:
     """A request's prefill, through all its attempts.
 
     Attributes:
-        lost: keys of the chunks that could not be read: the next attempt computes them.
+        lost: keys of the chunks that are stored and cannot be used: they are computed, and stored anew.
+        failed_tiers: those that a chunk could not be read from.
     """
 
     tokenized: TokenizedPrompt
@@ -225,6 +251,11 @@ class _Call:
     trace: Trace | None
     timer: Timer = field(default_factory=Timer)
     lost: set[str] = field(default_factory=set)
+    failed_tiers: set[str] = field(default_factory=set)
+
+    def trusts(self, tier: str) -> bool:
+        """Whether chunks of a tier are loaded: after a failure, only from memory, so that there is only one."""
+        return not self.failed_tiers or not (is_slow(tier) or tier in self.failed_tiers)
 
 
 @dataclass(frozen=True)

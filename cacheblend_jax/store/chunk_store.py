@@ -93,8 +93,9 @@ class ChunkStore:
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        """The tiers that `open` may serve from, fastest first."""
-        there = {"device": self.device_bytes > 0, "host": True, "disk": self.directory is not None}
+        """The tiers that `open` may serve from, fastest first; without the disk while reading from it fails."""
+        disk = self._disk
+        there = {"device": self.device_bytes > 0, "host": True, "disk": disk is not None and disk.is_readable}
         return tuple(tier for tier, is_there in there.items() if is_there)
 
     def get(self, key: str) -> ChunkEntry | None:

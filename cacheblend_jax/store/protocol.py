@@ -37,7 +37,10 @@ class Store(Protocol):
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        """The tiers that `open` may serve from, fastest first: see `StoredChunk.tier`."""
+        """The tiers that `open` may serve from, fastest first: see `StoredChunk.tier`.
+
+        One that fails may be left out for a while.
+        """
 
     @property
     def stats(self) -> StoreStats:

@@ -21,12 +21,15 @@ class StoredChunk(Protocol):
     A tier may have to evict one all the same, where more are in use than it can hold: reading it then raises.
 
     Attributes:
+        shape, dtype: of K and of V: `[layers, tokens, kv_heads, head_dim]`.
         num_tokens, num_layers: the entry's.
         num_bytes: of K and V, all layers together.
         tier: where it is read from: `"device"`, `"host"` or `"disk"`.
         device_entry: the entry itself where it is in the device's memory, so that nothing need be read.
     """
 
+    shape: tuple[int, ...]
+    dtype: np.dtype
     num_tokens: int
     num_layers: int
     num_bytes: int
@@ -63,8 +66,8 @@ class HostChunk:
     def __init__(self, entry: ChunkEntry, unpin: Callable[[], None]) -> None:
         self._entry = entry
         self._unpin: Callable[[], None] | None = unpin
-        self.num_tokens = entry.num_tokens
-        self.num_layers = entry.k.shape[0]
+        self.shape, self.dtype = entry.k.shape, entry.k.dtype
+        self.num_layers, self.num_tokens = self.shape[:2]
         self.num_bytes = entry.num_bytes
 
     def read_layer(self, layer: int) -> tuple[Rows, Rows]:
@@ -98,8 +101,8 @@ class DeviceChunk:
         self.entry = entry
         self.device_entry: DeviceEntry | None = entry
         self._unpin: Callable[[], None] | None = unpin
-        self.num_tokens = entry.num_tokens
-        self.num_layers = entry.k.shape[0]
+        self.shape, self.dtype = (entry.k.shape[0], entry.num_tokens, *entry.k.shape[2:]), np.dtype(entry.k.dtype)
+        self.num_layers, self.num_tokens = self.shape[:2]
         self.num_bytes = entry.num_bytes * entry.num_tokens // entry.k.shape[1]
 
     def read_layer(self, layer: int) -> tuple[Rows, Rows]:

@@ -151,6 +151,7 @@ class ThrottledChunk:
 
     def __init__(self, chunk: StoredChunk, store: ThrottledStore) -> None:
         self._chunk, self._store = chunk, store
+        self.shape, self.dtype = chunk.shape, chunk.dtype
         self.num_tokens, self.num_layers, self.num_bytes = chunk.num_tokens, chunk.num_layers, chunk.num_bytes
         self.tier = store.tier
 

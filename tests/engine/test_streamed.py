@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from conftest import FAMILIES, HF, family_model, random_prompt, relative_error
 import cacheblend_jax as cb
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import LostChunkError
+from cacheblend_jax.engine.loading import LostChunkError, load_all
 from cacheblend_jax.model import LayerKV
 from cacheblend_jax.runtime.host_buffers import HostBuffers
 
@@ -193,15 +194,14 @@ class FaultyStore(cb.store.ThrottledStore):
 @pytest.mark.parametrize("error", [cb.DamagedEntryError("chunk: layer 4 is damaged"), OSError("stale file handle")])
 def test_a_lost_chunk_becomes_a_miss_and_the_answer_is_right(executor, layer, error, caplog):
     model, store, prompt = family_model("qwen2"), cb.ChunkStore(), random_prompt(10)
-    clean = cb.Engine(model, store, cb.BlendConfig(0.3, num_stages=1), executor="resident")
-    clean.precompute([*prompt.chunks[:1], *prompt.chunks[2:]], prefix=prompt.prefix)
-    wanted = clean.prefill(prompt)
-    clean.flush()
+    blend = cb.BlendConfig(0.3, num_stages=1)
     faulty = FaultyStore(store, number=3, layer=layer, error=error)  # the prefix is opened first
-    with cb.Engine(model, faulty, cb.BlendConfig(0.3, num_stages=1), executor=executor) as engine:
+    with cb.Engine(model, faulty, blend, executor=executor) as engine:
+        engine.precompute(prompt)
+        wanted = engine.prefill(prompt, "full")
         out = engine.prefill(prompt)
         assert (out.stats.damaged, out.stats.hits, out.stats.misses) == (1, 3, 1)
-        np.testing.assert_array_equal(out.recomputed, wanted.recomputed)
+        assert out.recomputed.all()  # the others of its tier are not trusted
         assert relative_error(out.logits, wanted.logits) < 2e-6
         assert "computed instead" in caplog.text
         engine.flush()
@@ -210,14 +210,26 @@ def test_a_lost_chunk_becomes_a_miss_and_the_answer_is_right(executor, layer, er
 
 
 @pytest.mark.parametrize("executor", ["resident", "streamed"])
-@pytest.mark.parametrize(("tokens", "layers", "dtype"), [(1, 6, np.float32), (40, 6, np.float16), (40, 3, np.float32)])
-def test_an_entry_that_is_not_the_chunks_is_a_miss(executor, tokens, layers, dtype):
-    """One token would be broadcast to all, another dtype cast."""
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((6, 1, 2, 8), np.float32),  # one token would be broadcast to all
+        ((6, 40, 2, 8), np.float16),  # another dtype would be cast
+        ((3, 40, 2, 8), np.float32),
+        ((6, 40, 4, 4), np.float32),
+    ],
+)
+@pytest.mark.parametrize("tier", ["host", "device"])
+def test_an_entry_that_is_not_the_chunks_is_a_miss(executor, shape, dtype, tier):
     model, prompt = family_model("qwen2"), random_prompt(12)
-    with cb.Engine(model, blend=cb.BlendConfig(0.3, num_stages=1), executor=executor) as engine:
+    store = cb.ChunkStore(device_bytes=2**24 if tier == "device" else 0)
+    with cb.Engine(model, store, cb.BlendConfig(0.3, num_stages=1), executor=executor) as engine:
         keys = engine.precompute(prompt)
-        k, v = (np.ones((layers, tokens, 2, 8), dtype) for _ in range(2))
-        engine.store.put(keys[1], cb.ChunkEntry(k, v))
+        store.put(keys[1], cb.ChunkEntry(*(np.ones(shape, dtype) for _ in range(2))))
+        if tier == "device":
+            store.promote(keys[1], engine._executors.to_device)
+        with store.open(keys[1]) as chunk:
+            assert (chunk.tier, chunk.shape, chunk.dtype) == (tier, shape, dtype)
         out = engine.prefill(prompt)
         assert (out.stats.damaged, out.stats.hits, out.stats.misses) == (1, 3, 1)
         assert out.recomputed[:, 39:79].all()
@@ -226,24 +238,56 @@ def test_an_entry_that_is_not_the_chunks_is_a_miss(executor, tokens, layers, dty
     assert (again.stats.damaged, again.stats.hits) == (0, 4)
 
 
-def test_a_store_all_of_whose_chunks_are_lost_still_answers():
-    model, prompt = family_model("llama3"), random_prompt(11)
+class Unreadable(cb.store.ThrottledStore):
+    """Opens every entry and fails to read any."""
 
-    class Broken(cb.store.ThrottledStore):
-        def open(self, key):
-            chunk = super().open(key)
-            if chunk is not None:
-                chunk.read_layer = self.fail
-            return chunk
+    def open(self, key):
+        chunk = super().open(key)
+        if chunk is not None:
+            chunk.read_layer = self.fail
+        return chunk
 
-        def fail(self, layer):
-            raise OSError("the mount is gone")
+    def fail(self, layer):
+        raise OSError("the mount is gone")
 
-    with cb.Engine(model, Broken(cb.ChunkStore(), 1e12)) as engine:
+
+def test_a_store_none_of_whose_chunks_can_be_read_costs_one_restart_and_no_compilation(monkeypatch, caplog):
+    prompt, runs = random_prompt(11), []
+    model = cb.model.random_model(FAMILIES["llama3"], seed=7)  # of its own: its programs are no other test's
+    with cb.Engine(model, Unreadable(cb.ChunkStore(), 1e12), cb.BlendConfig(num_stages=1)) as engine:
+        run = engine._executors.run
+        monkeypatch.setattr(engine._executors, "run", lambda plan, *rest: (runs.append(plan), run(plan, *rest))[1])
         engine.precompute(prompt)
-        out, full = engine.prefill(prompt), engine.prefill(prompt, "full")
-    assert out.stats.damaged == 5
+        engine.warmup(128, prefix_tokens=9, suffix_tokens=7)
+        count = model.runner.count
+        out = engine.prefill(prompt)
+        assert (out.stats.damaged, out.stats.hits, out.stats.compile_s) == (1, 4, 0)  # the prefix is no chunk
+        assert out.recomputed.all()
+        engine.flush()
+        full = engine.prefill(prompt, "full")
+    assert [plan.nothing_cached for plan in runs] == [False, True, True]
+    assert model.runner.count == count
     assert relative_error(out.logits, full.logits) < 1e-5
+    assert caplog.text.count("computed instead") == 1
+
+
+def test_a_tier_that_is_left_alone_makes_no_request_compile(tmp_path):
+    prompt = random_prompt(14)
+    model = cb.model.random_model(FAMILIES["llama3"], seed=7)
+    with cb.ChunkStore(tmp_path) as store, cb.Engine(model, store) as engine:
+        engine.precompute(prompt)
+    with cb.ChunkStore(tmp_path) as store, cb.Engine(model, store, cb.BlendConfig(num_stages=1)) as engine:
+        engine.warmup(128, prefix_tokens=9, suffix_tokens=7)
+        store.get(engine.precompute(prompt)[0])  # in memory: it could be reused, with programs of its own
+        for _ in range(3):
+            store._disk.disk.health.failed("the mount is gone")
+        count = model.runner.count
+        out = engine.prefill(prompt)
+        assert (out.stats.hits, out.stats.misses, model.runner.count) == (1, 3, count)
+        assert out.recomputed.all()
+        engine.flush()
+        assert engine.prefill(prompt).stats.misses == 0  # from memory
+        assert store.stats.skipped == 4
 
 
 class Rows:
@@ -253,6 +297,7 @@ class Rows:
 
     def __init__(self, tokens: int, fail_at: int | None = None) -> None:
         self.num_tokens, self.fail_at = tokens, fail_at
+        self.shape, self.dtype = (7, tokens, 1, 2), np.dtype(np.float32)
 
     def read_layer(self, layer):
         if layer == self.fail_at:
@@ -275,19 +320,19 @@ def placed(chunk, start):
 
 
 @pytest.fixture
-def threads():
-    with ThreadPoolExecutor(4) as readers, ThreadPoolExecutor(2) as lanes:
-        yield readers, lanes
+def readers():
+    with ThreadPoolExecutor(4) as readers:
+        yield readers
 
 
-def stream_of(chunk, layers, threads, host_layers=3, device_layers=2):
+def stream_of(chunk, layers, readers, host_layers=3, device_layers=2):
     buffers = HostBuffers(np.dtype(np.float32)).arrays((host_layers, 16, 1, 2))
-    return LayerStream([placed(chunk, 2)], layers, buffers, device_layers, jax.device_put, *threads)
+    return LayerStream([placed(chunk, 2)], layers, buffers, device_layers, jax.device_put, readers)
 
 
-def test_a_buffer_is_not_filled_again_before_its_step_is_done(threads):
+def test_a_buffer_is_not_filled_again_before_its_step_is_done(readers):
     layers = [*range(7), *range(7)]
-    with stream_of(Rows(4), layers, threads) as stream:
+    with stream_of(Rows(4), layers, readers) as stream:
         for layer in layers:
             kv = stream.next()
             result = jax.jit(lambda kv: jax.tree.map(lambda x: x * 1, kv))(kv)
@@ -297,7 +342,7 @@ def test_a_buffer_is_not_filled_again_before_its_step_is_done(threads):
             np.testing.assert_array_equal(np.asarray(result.k)[6:], 0)
 
 
-def test_no_layer_arrives_beyond_the_bound_until_one_is_released(threads):
+def test_no_layer_arrives_beyond_the_bound_until_one_is_released(readers):
     put, arrived = [], threading.Event()
 
     def device_put(kv):
@@ -307,7 +352,7 @@ def test_no_layer_arrives_beyond_the_bound_until_one_is_released(threads):
         return jax.device_put(kv)
 
     buffers = HostBuffers(np.dtype(np.float32)).arrays((3, 16, 1, 2))
-    stream = LayerStream([placed(Rows(4), 0)], range(5), buffers, 2, device_put, *threads)
+    stream = LayerStream([placed(Rows(4), 0)], range(5), buffers, 2, device_put, readers)
     with stream:
         stream.next(), stream.next()
         assert len(put) == 2  # the third waits, since neither layer was released
@@ -315,8 +360,8 @@ def test_no_layer_arrives_beyond_the_bound_until_one_is_released(threads):
         assert arrived.wait(60)
 
 
-def test_a_loss_reaches_the_loop_after_the_layers_before_it_and_nothing_is_left_running(threads):
-    with stream_of(Rows(4, fail_at=3), range(6), threads) as stream:
+def test_a_loss_reaches_the_loop_after_the_layers_before_it_and_nothing_is_left_running(readers):
+    with stream_of(Rows(4, fail_at=3), range(6), readers) as stream:
         for layer in range(3):
             kv = stream.next()
             assert isinstance(kv, LayerKV)
@@ -325,7 +370,56 @@ def test_a_loss_reaches_the_loop_after_the_layers_before_it_and_nothing_is_left_
         with pytest.raises(LostChunkError, match="damaged") as error:
             stream.next()
     assert error.value.key == "key"
-    assert threads[1].submit(lambda: "free").result() == "free"
+    assert not any("lane" in thread.name for thread in threading.enumerate())
+
+
+def refuse_lanes(monkeypatch, number: int) -> threading.Event:
+    """Lets the `number`-th lane and all later ones not start until the result is set."""
+    start, started, ok = threading.Thread.start, [], threading.Event()
+
+    def start_or_refuse(thread):
+        if "lane" in thread.name and not ok.is_set():
+            started.append(thread)
+            if len(started) >= number:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_refuse)
+    return ok
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_lane_that_cannot_start_leaves_no_other_waiting(readers, monkeypatch, number):
+    ok, before = refuse_lanes(monkeypatch, number), set(threading.enumerate())
+    with pytest.raises(cb.CacheBlendError, match="can't start new thread; let the process have more threads"):
+        stream_of(Rows(4), range(5), readers)
+    assert not any("lane" in thread.name for thread in set(threading.enumerate()) - before)
+    ok.set()
+    with stream_of(Rows(4), range(5), readers) as stream:
+        for layer in range(5):
+            kv = stream.next()
+            assert float(kv.k[2, 0, 0]) == layer
+            stream.used_until(kv.k * 1)
+
+
+def test_without_reading_threads_the_requests_own_reads():
+    class Refusing(ThreadPoolExecutor):
+        kept: ClassVar[list] = []
+
+        def submit(self, task):
+            self.kept.append(task)  # as the standard library's pool does
+            raise RuntimeError("can't start new thread")
+
+    pool, k = Refusing(), np.zeros((7, 16, 1, 2), np.float32)
+    chunk = Rows(4)
+    chunk.tier = "disk"
+    load_all([placed(chunk, 2)], k, k.copy(), pool)
+    np.testing.assert_array_equal(k[:, 2, 0, 0], range(7))
+    k[:] = 0  # in use for another request
+    assert len(pool.kept) == 7
+    for task in pool.kept:
+        task()
+    assert not k.any()
 
 
 class ManualTime:
