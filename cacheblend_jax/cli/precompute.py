@@ -43,14 +43,21 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         keys = engine.precompute(prompt.chunks, prefix=prompt.prefix, progress=advance)
         engine.flush()
         stats = store.stats
-    failed = f", {stats.write_errors} errors of writing: see above" if stats.write_errors else ""
-    size = stats.disk.bytes / 1e6
-    print(f"{len(keys)} chunks, {stats.written} entries written to {parsed.store} ({size:.1f} MB){failed}")
+    computed = sorted(set(range(len(chunks))) - set(keys.unstored))
+    with open_store(parsed) as store:  # opened anew, it holds what has been written, and nothing in memory
+        stored = {number: key for number, key in zip(computed, keys, strict=True) if key in store}
+    failed = len(stored) < len(chunks)
+    print(
+        f"{'only ' if failed else ''}{len(stored)} of {len(chunks)} chunks are in {parsed.store}, "
+        f"{stats.written} entries written now ({stats.disk.bytes / 1e6:.1f} MB)"
+        + (f"; {stats.write_errors} errors of writing: see above" if stats.write_errors else "")
+    )
     return {
         "chunks": [
-            {"source": chunk.source, "index": chunk.index, "key": key} for chunk, key in zip(chunks, keys, strict=True)
+            {"source": chunk.source, "index": chunk.index, "key": stored.get(number)}
+            for number, chunk in enumerate(chunks)
         ],
         "written": stats.written,
         "store_bytes": stats.disk.bytes,
-        "exit_code": 1 if stats.write_errors else 0,
+        "exit_code": 1 if failed or stats.write_errors else 0,
     }

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
 from cacheblend_jax.engine.layout import PlacedChunk
+from cacheblend_jax.engine.results import BackgroundStats
 from cacheblend_jax.runtime.exit_hook import finished, flush_before_exit
 from cacheblend_jax.store import ChunkEntry, DeviceEntry, Store
 
 logger = logging.getLogger(__name__)
-MAX_PENDING = 256  # missing chunks that may wait to be computed; any beyond that are not stored
+MAX_PENDING = 256  # chunks that may wait to be computed and stored, and that may wait to be promoted
 
 
 class Background:
@@ -35,11 +37,17 @@ class Background:
         self._store, self._standalone, self._to_device = store, standalone, to_device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-store")
         self._pending: dict[str, Future] = {}  # in the order in which they are computed
+        self._promoting: set[str] = set()
+        self._counts: Counter[str] = Counter()  # by the names of `BackgroundStats`
+        self._counting = threading.Lock()
         flush_before_exit(self)
 
     def store_later(self, chunk: PlacedChunk, *, again: bool = False) -> None:
         """Computes and stores a chunk that the store lacks, or, with `again`, one that it has but cannot read."""
-        if chunk.key in self._pending or len(self._pending) >= MAX_PENDING:
+        if chunk.key in self._pending:
+            return
+        if len(self._pending) >= MAX_PENDING:
+            self._count("dropped", "chunks are not stored: %d wait to be computed", MAX_PENDING)
             return
         added = threading.Event()  # the task must not remove itself from `_pending` before it is there
 
@@ -50,28 +58,57 @@ class Background:
                     self._store.put(chunk.key, self._standalone(chunk))
             except Exception:  # costs a later request its hit, never an answer
                 logger.exception("a chunk of %d tokens could not be stored", chunk.num_tokens)
+                self._count("failed")
             finally:
                 self._pending.pop(chunk.key, None)
 
         try:
             self._pending[chunk.key] = self._thread.submit(work)
         except RuntimeError as error:  # closed, or no thread can be started; the task may still have been queued
-            logger.debug("a chunk will not be stored: %s", error)
+            self._count("dropped", "chunks are not stored: %s", error)
         finally:
             added.set()
 
     def promote_later(self, key: str, num_bytes: int) -> None:
         """Copies a chunk of `num_bytes` into a faster tier than it was read from, for later requests."""
 
+        if num_bytes > max(self._store.host_bytes, self._store.device_bytes if self._to_device else 0):
+            return
+        if key in self._promoting:
+            return
+        if len(self._promoting) >= MAX_PENDING:
+            self._count("not_promoted")
+            return
+
         def work() -> None:
             try:
                 self._store.promote(key, self._to_device)
             except Exception:  # costs a later request time, never an answer
                 logger.exception("a chunk could not be promoted to a faster tier")
+                self._count("failed")
+            finally:
+                self._promoting.discard(key)
 
-        if num_bytes <= max(self._store.host_bytes, self._store.device_bytes if self._to_device else 0):
-            with suppress(RuntimeError):  # closed
-                self._thread.submit(work)
+        self._promoting.add(key)
+        try:
+            self._thread.submit(work)
+        except RuntimeError:  # closed, or no thread can be started
+            self._promoting.discard(key)
+            self._count("not_promoted")
+
+    @property
+    def stats(self) -> BackgroundStats:
+        """A snapshot of the counts."""
+        with self._counting:
+            return BackgroundStats(**self._counts)
+
+    def _count(self, what: str, message: str = "", *args: object) -> None:
+        """Counts what happened, and logs the message the first time."""
+        with self._counting:
+            self._counts[what] += 1
+            is_first = self._counts[what] == 1
+        if message and is_first:
+            logger.warning(message, *args)
 
     def wait_for_next(self, keys: Sequence[str]) -> None:
         """Waits for those of the chunks that are at the head of the queue.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,13 +31,15 @@ from cacheblend_jax.engine.prompt import (
     tokenize_parts,
     tokenize_prompt,
 )
-from cacheblend_jax.engine.results import Generation, PrefillResult
+from cacheblend_jax.engine.results import BackgroundStats, Generation, PrefillResult, StoredKeys
 from cacheblend_jax.engine.warmup import Sizes, compile_tasks
 from cacheblend_jax.errors import CacheBlendError, PromptError, is_whole_number
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore, Store
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -95,10 +98,11 @@ class Engine:
         *,
         prefix: TextOrIds = "",
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[str]:
+    ) -> StoredKeys:
         """Computes and stores the KV of a prompt's chunks, or of chunks to be used after `prefix`; skips those stored.
 
-        Returns the chunks' keys, in order. `progress` is called with the number of chunks done and their total.
+        Returns the keys of the chunks that are stored, in order; where some are not, for want of room, the log says so
+        and `unstored` has their numbers. `progress` is called with the number of chunks done and their total.
 
         Raises:
             PromptError: as for `prefill`, before anything is computed.
@@ -111,7 +115,15 @@ class Engine:
                 self.store.put(chunk.key, self._executors.standalone(chunk), wait=True, uses=0)
             if progress is not None:
                 progress(done + 1, len(chunks))
-        return [chunk.key for chunk in chunks if not chunk.is_prefix]
+        keys = [chunk.key for chunk in chunks if not chunk.is_prefix]
+        stored = StoredKeys(keys, [key in self.store for key in keys])
+        if stored.unstored:
+            logger.warning(
+                "%d of %d chunks are not stored: the store has no room for them; raise its host_bytes or disk_bytes",
+                len(stored.unstored),
+                len(keys),
+            )
+        return stored
 
     def look_up(self, prompt: Prompt | Sequence[TextOrIds], *, prefix: TextOrIds = "") -> list[ChunkLookup]:
         """Returns what the store holds of what `precompute` would store; computes nothing and counts no use.
@@ -272,6 +284,11 @@ class Engine:
     def estimator(self) -> Estimator:
         """Returns what the controller estimates delays from: the profile, or else a quick estimate."""
         return self._prefiller.estimator()
+
+    @property
+    def background_stats(self) -> BackgroundStats:
+        """What was left undone after requests so far."""
+        return self._background.stats
 
     def flush(self) -> None:
         """Waits until every chunk missed so far is stored, and written to disk where the store has a directory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -119,3 +120,31 @@ class Generation:
     text: str
     token_ids: list[int]
     stats: GenerateStats
+
+
+@dataclass(frozen=True)
+class BackgroundStats:
+    """What an engine left undone after its requests; it costs later requests their hits, or time.
+
+    Attributes:
+        dropped: chunks that were missing and are not stored: too many waited already, the engine was closed, or no
+            thread could be started.
+        not_promoted: chunks that are not copied into a faster tier, for the same reasons.
+        failed: chunks that could not be stored, or promoted; the log says why.
+    """
+
+    dropped: int = 0
+    not_promoted: int = 0
+    failed: int = 0
+
+
+class StoredKeys(list[str]):
+    """The keys of the chunks that are stored, in order.
+
+    Attributes:
+        unstored: the numbers of the chunks that are not: the store has no room for them.
+    """
+
+    def __init__(self, keys: Sequence[str], stored: Sequence[bool]) -> None:
+        super().__init__(key for key, is_stored in zip(keys, stored, strict=True) if is_stored)
+        self.unstored = [number for number, is_stored in enumerate(stored) if not is_stored]

@@ -14,7 +14,8 @@ from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry, QueuedEntry
 from cacheblend_jax.store.loads import Load, Loads
 from cacheblend_jax.store.memory import MemoryTier
-from cacheblend_jax.store.record import EntryRecord
+from cacheblend_jax.store.recent_uses import RecentUses
+from cacheblend_jax.store.record import DTYPES, EntryRecord
 from cacheblend_jax.store.stats import DiskStats, StoreStats, TierStats
 from cacheblend_jax.store.stored_chunk import DeviceChunk, HostChunk, StoredChunk
 
@@ -81,6 +82,7 @@ class ChunkStore:
         self._disk_at_close = DiskStats()
         self._lock = threading.Lock()
         self._loads = Loads(self._lock)
+        self._recent = RecentUses()
         self._hits: Counter[str] = Counter()  # by tier
         self._misses = self._stored = self._dropped = 0
         self._closed = False
@@ -140,6 +142,9 @@ class ChunkStore:
     def promote(self, key: str, to_device: Callable[[ChunkEntry], DeviceEntry] | None = None) -> None:
         """Copies an entry that is only on disk into memory. Counts no use, and does nothing for a damaged one.
 
+        A full tier makes room only where the entries that would go were used less, lately, than this one: of entries
+        that are all used alike and do not all fit, the same ones stay.
+
         Args:
             to_device: copies an entry to the device, where it is kept too as far as `device_bytes` allow.
         """
@@ -149,16 +154,25 @@ class ChunkStore:
                 entry, uses = self._host.peek(key), self._host.uses(key)
                 if self._device.peek(key) is not None:
                     return
-            if entry is None and (disk := self._disk) is not None and (loaded := disk.load(key)) is not None:
-                entry, uses = loaded
-                with self._lock:
-                    self._keep_loaded(load, entry, uses)
-            if entry is None or to_device is None or entry.num_bytes > self.device_bytes:
+            if entry is None and (disk := self._disk) is not None:
+                tiers = [self._host] if to_device is None else [self._host, self._device]
+                loaded = disk.load(key, lambda size: any(self._has_room(tier, key, size) for tier in tiers))
+                if loaded is not None:
+                    entry, uses = loaded
+                    if self._has_room(self._host, key, entry.num_bytes):
+                        with self._lock:
+                            self._keep_loaded(load, entry, uses)
+            if entry is None or to_device is None or not self._has_room(self._device, key, entry.num_bytes):
                 return
             copy = to_device(entry)
             with self._lock:
                 if not load.outdated:
                     self._device.put(key, copy, uses)
+
+    def _has_room(self, tier: MemoryTier, key: str, num_bytes: int) -> bool:
+        """Whether a tier has room for an entry, be it that of others that were used less lately."""
+        with self._lock:
+            return tier.admits(num_bytes, lambda other: self._recent.exceeds(key, other))
 
     def put(self, key: str, entry: ChunkEntry, *, wait: bool = False, uses: int = 1) -> bool:
         """Keeps an entry in memory and queues it for the disk; returns whether it is kept anywhere.
@@ -170,9 +184,12 @@ class ChunkStore:
             uses: how many requests have used the entry; 0 for one that is stored in advance.
 
         Raises:
-            CacheBlendError: the key is not a str that UTF-8 can encode; all methods that take a key raise this.
+            CacheBlendError: the key is not a str that UTF-8 can encode; all methods that take a key raise this. Or the
+                entry is of a dtype that no model's KV has.
         """
         check_text("key", key)
+        if entry.k.dtype.name not in DTYPES:
+            raise CacheBlendError(f"an entry must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {entry.k.dtype}")
         entry = entry.kept()
         with self._lock:
             self._loads.outdate(key)
@@ -343,6 +360,8 @@ class ChunkStore:
             self._host.put(load.key, entry, uses)
 
     def _touch(self, key: str) -> None:
+        with self._lock:
+            self._recent.add(key)
         if (disk := self._disk) is not None:
             disk.touch(key)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from cacheblend_jax.store.stats import TierStats
@@ -82,6 +83,11 @@ class MemoryTier(Generic[Entry]):
                 victims.append(name)
                 excess -= entry.num_bytes
         return victims if excess <= 0 else None
+
+    def admits(self, num_bytes: int, goes_before: Callable[[str], bool]) -> bool:
+        """Returns whether so many bytes find room where only entries of which `goes_before` is true are evicted."""
+        victims = self._victims(num_bytes)
+        return victims is not None and all(map(goes_before, victims))
 
     def peek(self, key: str) -> Entry | None:
         """Returns an entry without counting a use."""

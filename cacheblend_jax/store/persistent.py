@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from etils import epath
@@ -75,9 +76,16 @@ class PersistentTier:
             self.queue.run_soon("probe", lambda: self._probe(key))
         return None
 
-    def load(self, key: str) -> tuple[ChunkEntry, int] | None:
-        """Returns an entry, and how often it has been used; `None` as `open`, and for one that cannot be read."""
+    def load(self, key: str, wanted: Callable[[int], bool] = lambda _: True) -> tuple[ChunkEntry, int] | None:
+        """Returns an entry, and how often it has been used; `None` as `open`, and for one that cannot be read.
+
+        Args:
+            wanted: says whether an entry of so many bytes is to be read.
+        """
         chunk = self.open(key)
+        if chunk is not None and not wanted(chunk.num_bytes):
+            chunk.close()
+            return None
         return None if chunk is None else whole(chunk)
 
     def touch(self, key: str) -> None:

@@ -185,3 +185,21 @@ def test_ask_says_what_keeps_stored_texts_from_being_used(capsys, tmp_path, reco
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"rope_theta": 1000000.0', '"rope_theta": 20000.0'))
     assert warned("--model", str(tmp_path / "model")) == ["2 with model 'demo' (--model)"]
+
+
+def test_precompute_fails_where_not_all_is_written(capsys, tmp_path, monkeypatch):
+    (tmp_path / "notes.md").write_text("The Cobalt team works in Oslo.\n\nAna joined the Cobalt team.")
+    common = ["--model", HF / "llama3", "--no-compile-cache", "--docs", tmp_path / "notes.md"]
+    write, written = DiskTier.write, []
+
+    def write_two(tier, entries):  # the prefix, and a chunk
+        fitting = entries[: 2 - len(written)]
+        written.extend(fitting)
+        write(tier, fitting)
+
+    monkeypatch.setattr(DiskTier, "write", write_two)
+    options = [*common, "--chunk-tokens", "40", "--store", tmp_path / "kv"]
+    stored = run(capsys, tmp_path, "precompute", *options, code=1)
+    keys = [chunk["key"] for chunk in stored["chunks"]]
+    assert [key is None for key in keys] == [False, *(True for _ in keys[1:])]
+    assert f"only 1 of {len(keys)} chunks are in {tmp_path / 'kv'}" in stored["printed"]

@@ -187,3 +187,60 @@ engine.prefill(cb.Prompt("Answer.", ["The sky is blue.", "Grass is green."], "Wh
     subprocess.run([sys.executable, "-c", code, HF / "llama3", tmp_path], check=True)
     with cb.ChunkStore(tmp_path) as store:
         assert len(store) == 3  # the prefix too
+
+
+def test_what_waits_is_bounded_and_without_duplicates_and_drops_are_counted(slow_storing, monkeypatch, caplog):
+    engine, go_on = slow_storing
+    monkeypatch.setattr("cacheblend_jax.engine.background.MAX_PENDING", 3)
+    background, promoted = engine._background, []
+    monkeypatch.setattr(engine.store, "promote", lambda key, to_device: promoted.append(key))
+    engine.prefill(random_prompt(31))  # with its prefix, five are missing
+    for key in "aabbcdd":
+        background.promote_later(key, 1)
+    assert (engine.background_stats.dropped, engine.background_stats.not_promoted) == (2, 2)
+    assert caplog.text.count("chunks are not stored: 3 wait to be computed") == 1
+    go_on.set()
+    engine.flush()
+    assert promoted == ["a", "b", "c"]
+    background.promote_later("d", 1)
+    engine.flush()
+    assert promoted[3:] == ["d"]
+    engine.close()
+    background.promote_later("e", 1)
+    engine.prefill(random_prompt(32, (20,)))
+    assert (engine.background_stats.dropped, engine.background_stats.not_promoted) == (4, 3)
+
+
+def test_a_closed_engine_leaves_no_threads(tmp_path):
+    before, prompt = set(threading.enumerate()), random_prompt(33)
+
+    def ours():
+        return {thread.name for thread in set(threading.enumerate()) - before if "cacheblend" in thread.name}
+
+    with cb.ChunkStore(tmp_path, host_bytes=1) as store:
+        engine = cb.Engine(family_model("llama3"), store, cb.BlendConfig(num_stages=1))
+        engine.precompute(prompt)
+        engine.flush()
+        out = engine.prefill(prompt)
+        assert out.stats.executor == "streamed"
+        assert ours()
+        engine.close()
+        assert {name for name in ours() if not name.startswith("cacheblend-write")} == set()
+        again = engine.prefill(prompt)  # it still answers
+        assert again.logits.tobytes() == out.logits.tobytes()
+        engine.close()
+    assert ours() == set()
+
+
+def test_precompute_says_what_is_not_stored(caplog):
+    prompt = random_prompt(34, (30, 30, 30, 30))
+    size = 6 * 30 * 2 * 8 * 4 * 2
+    with cb.Engine(family_model("llama3"), cb.ChunkStore(host_bytes=2 * size)) as engine:
+        keys = engine.precompute(prompt.chunks)
+        assert (len(keys), len(keys.unstored)) == (2, 2)
+        assert all(key in engine.store for key in keys)
+        assert "2 of 4 chunks are not stored: the store has no room" in caplog.text
+        caplog.clear()
+        keys = engine.precompute(prompt.chunks[:2])
+        assert (len(keys), keys.unstored) == (2, [])
+        assert not caplog.text

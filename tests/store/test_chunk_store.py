@@ -173,3 +173,9 @@ def _tiny():
     from conftest import FAMILIES
 
     return FAMILIES["llama3"]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32])
+def test_an_entry_of_a_dtype_that_no_model_has_is_refused(dtype):
+    with pytest.raises(cb.CacheBlendError, match=f"must be float32, bfloat16 or float16, got {np.dtype(dtype)}"):
+        cb.ChunkStore().put("a", ChunkEntry(*(np.zeros((2, 3, 1, 4), dtype) for _ in range(2))))

@@ -117,8 +117,8 @@ def test_what_changes_while_it_is_read_is_not_kept_as_it_was(tmp_path, monkeypat
             "clear": store.clear,
         }[how]
 
-        def slow(key: str):
-            loaded = load(key)
+        def slow(key: str, *wanted):
+            loaded = load(key, *wanted)
             change()
             return loaded
 
