@@ -155,7 +155,7 @@ class ChunkStore:
                 if self._device.peek(key) is not None:
                     return
             if entry is None and (disk := self._disk) is not None:
-                tiers = [self._host] if to_device is None else [self._host, self._device]
+                tiers = (self._host,) if to_device is None else (self._host, self._device)
                 loaded = disk.load(key, lambda size: any(self._has_room(tier, key, size) for tier in tiers))
                 if loaded is not None:
                     entry, uses = loaded

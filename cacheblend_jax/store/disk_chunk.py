@@ -43,7 +43,8 @@ class DiskChunk:
         self._reader, self.uses, self._pack = reader, uses, pack
         self._health, self._on_damage = health, on_damage
         self._first_failure = threading.Lock()  # held from then on
-        self.shape, self.dtype = reader.record.shape, np.dtype(reader.record.dtype)
+        self.shape: tuple[int, ...] = reader.record.shape
+        self.dtype = np.dtype(reader.record.dtype)
         self.num_layers, self.num_tokens = self.shape[:2]
         self.num_bytes = reader.record.num_bytes
 

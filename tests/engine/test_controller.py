@@ -35,6 +35,11 @@ class Handle:
     tier: str
     num_layers: int = CONFIG.num_layers
     device_entry: None = None
+    dtype = np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.num_layers, self.num_tokens, CONFIG.num_kv_heads, CONFIG.head_dim
 
     def read_layer(self, layer):
         raise AssertionError("nothing is read here")
