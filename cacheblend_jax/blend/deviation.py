@@ -41,7 +41,7 @@ def relative_squared_distance(
     """Returns each token's squared L2 distance over the mean squared norm of the `valid` fresh rows, in float32."""
     fresh, cached = fresh.astype(jnp.float32), cached.astype(jnp.float32)
     norms = jnp.where(valid, jnp.square(fresh).sum(axis=(1, 2)), 0.0)
-    mean_norm = norms.sum() / jnp.maximum(valid.sum(), 1)
+    mean_norm = norms.sum() / jnp.maximum(valid.sum(dtype=jnp.float32), 1.0)
     distance = jnp.square(fresh - cached).sum(axis=(1, 2))
     return distance / jnp.maximum(mean_norm, jnp.finfo(jnp.float32).tiny)
 
@@ -58,7 +58,7 @@ def total_deviation(
     The keys of `cached` are before RoPE. Rotation preserves distances except for YaRN's attention factor, which
     both sides have.
     """
-    valid = jnp.arange(full.k.shape[1]) < length
+    valid = jnp.arange(full.k.shape[1], dtype=jnp.int32) < length
 
     def add_layer(total: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
         true, stored = full.layer(index), cached.layer(index)

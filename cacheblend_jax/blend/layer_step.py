@@ -121,7 +121,7 @@ def highest(
         scores = jnp.where(forced, jnp.inf, scores)
         scores = jnp.where(valid, scores, -jnp.inf)
         _, order = lax.top_k(scores, room)
-        chosen = jnp.arange(room) < jnp.minimum(keep, valid.sum())
+        chosen = jnp.arange(room, dtype=jnp.int32) < jnp.minimum(keep, valid.sum(dtype=jnp.int32))
         beyond = scores.shape[0]
         indices = jnp.sort(jnp.where(chosen, order, beyond))
         return Survivors(jnp.minimum(indices, beyond - 1), indices < beyond)

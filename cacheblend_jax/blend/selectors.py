@@ -117,7 +117,11 @@ def _epic(evidence: Evidence) -> jax.Array:
 def _random(evidence: Evidence) -> jax.Array:
     """The control: an order drawn once per prefill, the same at every border."""
     key = jax.random.key(evidence.seed)
-    return jax.vmap(lambda index: jax.random.uniform(jax.random.fold_in(key, index)))(evidence.index)
+
+    def draw(index: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, index), dtype=jnp.float32)
+
+    return jax.vmap(draw)(evidence.index)
 
 
 def _oracle(evidence: Evidence) -> jax.Array:

@@ -55,7 +55,7 @@ def sample(
     order = jnp.argsort(scaled, descending=True)
     ranked = scaled[order]
     vocab_size = logits.shape[0]
-    rank = jnp.arange(vocab_size)
+    rank = jnp.arange(vocab_size, dtype=jnp.int32)
     ranked = jnp.where(rank < jnp.where(top_k == 0, vocab_size, top_k), ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked)
     # A token stays unless the likelier ones reach top_p without it; the first one always stays.
@@ -105,9 +105,10 @@ def extend(
         layer = layer_at(params, config, index)
         k_fresh, v_fresh = layer.keys_values(rows.hidden)
         k_fresh = apply_rope(k_fresh, rows.cos, rows.sin)
+        place = [jnp.asarray(i, jnp.int32) for i in (index, position, 0, 0)]  # one dtype, whatever jax_enable_x64 is
         cache = KVCache(
-            lax.dynamic_update_slice(cache.k, k_fresh[None], (index, position, 0, 0)),
-            lax.dynamic_update_slice(cache.v, v_fresh[None], (index, position, 0, 0)),
+            lax.dynamic_update_slice(cache.k, k_fresh[None], place),
+            lax.dynamic_update_slice(cache.v, v_fresh[None], place),
         )
         starts = layer_starts(config, index, at)
         attended = attend(layer, rows, cache.layer(index), starts=starts, kv_length=position + num_new)
