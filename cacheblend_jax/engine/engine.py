@@ -101,8 +101,9 @@ class Engine:
     ) -> StoredKeys:
         """Computes and stores the KV of a prompt's chunks, or of chunks to be used after `prefix`; skips those stored.
 
-        Returns the keys of the chunks that are stored, in order; where some are not, for want of room, the log says so
-        and `unstored` has their numbers. `progress` is called with the number of chunks done and their total.
+        A text `prefix` has no control tokens (see `Prompt`); for one that has, pass a prompt. Returns the keys of the
+        chunks that are stored, in order; where some are not, for want of room, the log says so and `unstored` has their
+        numbers. `progress` is called with the number of chunks done and their total.
 
         Raises:
             PromptError: as for `prefill`, before anything is computed.

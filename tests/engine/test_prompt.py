@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import pytest
 from conftest import HF, unchecked
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import cacheblend_jax as cb
@@ -122,6 +122,17 @@ def test_other_text_is_encoded_as_ever(make):
     for text in ("a b", "think", "some words in a row"):
         stepwise = encoding._in_pieces(tokenizer, text, ())
         assert stepwise == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_what_a_tokenizer_puts_after_a_text_is_left_out():
+    """Some append EOS, but a prompt goes on after its prefix."""
+    tokenizer = metaspace_bpe()
+    pieces = [("</s>", tokenizer.eos_token_id), ("<think>", tokenizer.convert_tokens_to_ids("<think>"))]
+    frame = processors.TemplateProcessing(single="<think> $A </s>", special_tokens=pieces)
+    tokenizer.backend_tokenizer.post_processor = frame
+    start, text = pieces[1][1], encode(tokenizer, "ab")
+    for prefix, wanted in (("ab", [start, *text]), ("", [start]), ("<think>ab", [start, *text])):
+        assert tokenize(cb.Prompt(prefix), tokenizer).prefix.tolist() == wanted
 
 
 def test_tokens_that_are_added_later_are_control_tokens_too(tokenizer):
