@@ -38,7 +38,7 @@ def test_threads_get_what_a_serial_run_does(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
 def test_an_interrupted_command_ends_cleanly_even_while_it_compiles(tmp_path):
-    assert interrupts(tmp_path, [1, 3])["interrupts"] == 2
+    assert interrupts(tmp_path, [1, 3], quickly=True)["interrupts"] == 2
 
 
 def test_the_script_sums_up_what_it_did(tmp_path, capsys, monkeypatch):

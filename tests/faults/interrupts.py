@@ -16,8 +16,10 @@ from faults.directory import tell
 COMMAND = """
 import os, random, signal, time
 from pathlib import Path
+if sys.argv[4] == "as users":
+    os.environ.pop("XLA_FLAGS", None)
 import jax
-import cacheblend_jax.cli.main as command_line
+import cacheblend_jax.cli.process as command_line
 root, rng, whole = Path(sys.argv[1]), random.Random(int(sys.argv[2])), {}
 arguments = ["ask", "--model", sys.argv[3], "--docs", str(root / "docs"), "--all", "--chunk-tokens", "40"]
 arguments += ["--max-new-tokens", "8", "--store", str(root / "kv"), "--no-compile-cache", "Who is it?"]
@@ -65,15 +67,18 @@ MODEL = ROOT / "tests" / "data" / "hf" / "llama3"
 TEXT = "Ana joined the Cobalt team in Oslo. " * 9
 
 
-def interrupts(directory: Path, rounds: Iterable[int], seed: int = 0) -> dict[str, int]:
+def interrupts(directory: Path, rounds: Iterable[int], seed: int = 0, *, quickly: bool = False) -> dict[str, int]:
     """Interrupts `ask` at some instant in each round; in odd ones it has all programs to compile, so that it is in XLA.
 
     It ends with exit code 130 and one line, or 0 where it had its answer before the interrupt came, or by the signal
     itself where Python had already left its handler. Its store then has no problem.
+
+    Args:
+        quickly: compile by the flags that tests do, which leaves interrupts less of XLA's time to come in.
     """
     (directory / "docs").mkdir(parents=True)
     (directory / "docs" / "text.md").write_text(TEXT)
-    commands = start_python(COMMAND, directory, seed, MODEL)
+    commands = start_python(COMMAND, directory, seed, MODEL, "quickly" if quickly else "as users")
     counts = collections.Counter(interrupts=0, interrupted=0, answered=0)
     for round_ in rounds:
         shutil.rmtree(directory / "kv", ignore_errors=True)
