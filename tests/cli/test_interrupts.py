@@ -68,7 +68,7 @@ def test_an_interrupt_lost_in_a_finalizer_comes_again(monkeypatch, ended_at_once
         command_line.run()
     assert ended_at_once == [130]
     assert sys.unraisablehook is before
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "cacheblend-jax: interrupted\n"
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
