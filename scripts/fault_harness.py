@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         _add_options(kinds.add_parser(name, help=(run.__doc__ or name).splitlines()[0]))
     _add_options(kinds.add_parser("all", help="each of them in turn"))
     parsed = parser.parse_args(arguments)
+    logging.getLogger("cacheblend_jax").setLevel(logging.ERROR)  # damage is what is made here
     reports = []
     for kind in KINDS if parsed.kind == "all" else [parsed.kind]:
         reports.append(run_kind(kind, parsed))
