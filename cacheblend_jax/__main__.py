@@ -1,7 +1,5 @@
 """`python -m cacheblend_jax` is the command line."""
 
-import sys
+from cacheblend_jax.cli.process import run
 
-from cacheblend_jax.cli.main import main
-
-sys.exit(main())
+run()

@@ -30,6 +30,6 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         from cacheblend_jax.evaluation.plots import draw
 
         curves = ratio_curves(model, progress=progress)
-        for path in draw(parsed.plot, curves.settings, curves.summary, curves.deviation):
+        for path in draw(parsed.plot, curves.settings, curves.summary, curves.deviation, curves.chunk_lengths):
             print(f"drew {path}")
     return {"questions": len(answers.rows), "summary": answers.summary, "records": answers.records}

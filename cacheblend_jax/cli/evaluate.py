@@ -140,7 +140,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     if found.deviation is not None:
         from cacheblend_jax.evaluation.plots import draw
 
-        for path in draw(parsed.plot, settings, found.summary, found.deviation):
+        for path in draw(parsed.plot, settings, found.summary, found.deviation, found.chunk_lengths):
             print(f"drew {path}")
     return {
         "model": model.name,

@@ -19,6 +19,7 @@ from cacheblend_jax.errors import FULL, CacheBlendError, PromptTooLongError, one
 # `--json` writes, with an `"exit_code"` if that is not 0. `options.add_shared_options` adds what all of them take; the
 # parser's default `shorten` ends the error of a prompt that is too long, with the options that help.
 COMMANDS = (demo, ask, precompute, store, evaluate, bench, calibrate)
+INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,13 +56,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"cacheblend-jax: error: {error}{'; free some space' if full else ''}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("cacheblend-jax: interrupted", file=sys.stderr)
-        return 130
+        return interrupted()
     except Exception:
         if (problem := _platform_problem()) is None:
             raise
         print(f"cacheblend-jax: error: {problem}", file=sys.stderr)
         return 2
+
+
+def interrupted() -> int:
+    """Says that the command was interrupted; returns its exit code."""
+    print("cacheblend-jax: interrupted", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _platform_problem() -> str | None:

@@ -50,6 +50,7 @@ class RatioCurves:
     settings: list[Setting]
     summary: list[dict[str, Any]]
     deviation: np.ndarray
+    chunk_lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,9 @@ def ratio_curves(model: Model, *, progress: Progress = no_progress) -> RatioCurv
     settings += [Setting("blend", selector, ratio) for selector in CURVE_SELECTORS for ratio in CURVE_RATIOS]
     with _evaluator(model, rows) as evaluator:
         records = _records(evaluator, rows, settings, progress, "curve")
-        deviation = evaluator.standalone_deviation(next(row for row in rows if row.kind == "reference"))
-    return RatioCurves(settings, summarize(records, [setting.label for setting in settings]), deviation)
+        row = next(row for row in rows if row.kind == "reference")
+        deviation, lengths = evaluator.standalone_deviation(row), evaluator.chunk_lengths(row)
+    return RatioCurves(settings, summarize(records, [setting.label for setting in settings]), deviation, lengths)
 
 
 def worked_example(answers: DemoAnswers) -> WorkedExample:

@@ -29,6 +29,7 @@ class Evaluation:
         summary: their means, see `summarize`.
         deviation: float32 `[layers, candidates]`, how far the KV of the first row's chunks, computed apart, is from
             full recompute; `None` where it was not asked for.
+        chunk_lengths: the tokens of each of these chunks.
         skipped: the rows that were not asked, by name, each with the reason: longer than the model takes, say.
     """
 
@@ -37,6 +38,7 @@ class Evaluation:
     records: list[dict[str, Any]]
     summary: list[dict[str, Any]]
     deviation: np.ndarray | None = None
+    chunk_lengths: tuple[int, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -97,6 +99,7 @@ def evaluate(
         for row in progress(evaluator.by_size(unfinished), "evaluate"):
             results.add(evaluator.evaluate_row(row, missing[row.name]))
         deviation = evaluator.standalone_deviation(rows[0]) if with_deviation else None
+        chunk_lengths = evaluator.chunk_lengths(rows[0]) if with_deviation else ()
     records = [record for record in results.records if record["row"] in missing and record["setting"] in labels]
     summary = summarize(records, labels, against)
-    return Evaluation(len(rows), settings, records, summary, deviation, evaluator.skipped)
+    return Evaluation(len(rows), settings, records, summary, deviation, chunk_lengths, evaluator.skipped)

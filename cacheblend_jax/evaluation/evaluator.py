@@ -151,6 +151,10 @@ class Evaluator:
         sizes = self._length_buckets
         return sorted(rows, key=lambda row: bisect_left(sizes, self._lengths[row] + self._room))
 
+    def chunk_lengths(self, row: Row) -> tuple[int, ...]:
+        """Returns the tokens of each of the row's chunks."""
+        return tuple(len(chunk) for chunk in self.prompt(row).chunks)
+
     def standalone_deviation(self, row: Row) -> np.ndarray:
         """Returns how far the KV of the row's chunks, computed apart, is from full recompute: `[layers, candidates]`.
 

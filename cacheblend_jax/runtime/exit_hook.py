@@ -1,4 +1,4 @@
-"""Work to finish before the process ends, flushed while threads can still run."""
+"""Work to finish before the process ends: flushed, or run to its end, while threads can still run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import logging
 import os
 import threading
 import weakref
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol, TypeVar, runtime_checkable
 
+Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
@@ -34,6 +37,29 @@ def flush_before_exit(work: Flushable) -> None:
 def finished(work: Flushable) -> None:
     """Undoes `flush_before_exit`."""
     _unfinished.discard(work)
+
+
+def to_its_end(work: Callable[[], Result]) -> Result:
+    """Calls `work`, which an interrupt (Ctrl-C) does not abandon: it ends the waiting, and the process ends after both.
+
+    Interrupted, JAX stops waiting for its compiler (0.10), whose threads run on. If the process ends meanwhile, they
+    crash it: what they use is taken down under them.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no other is interrupted
+        return work()
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    try:
+        threading.Thread(target=run, name="cacheblend-compile", daemon=False).start()
+    except RuntimeError:  # no more threads
+        return work()
+    return outcome.result()
 
 
 def _flush_all() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cacheblend_jax.runtime.exit_hook import to_its_end
 from pallas_kernels.dispatch import implementation_override
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,8 @@ class Runner:
             if self._evicts:
                 _make_room()
             jitted = jax.jit(function, donate_argnames=donate, out_shardings=self._out_shardings)
-            compiled = jitted.lower(*arrays).compile(compiler_options=self._compiler_options)
+            lowered = jitted.lower(*arrays)
+            compiled = to_its_end(partial(lowered.compile, compiler_options=self._compiler_options))
             with _lock:
                 self._count += 1
             result_shapes = jax.tree.map(_without_layout, compiled.out_info)

@@ -101,9 +101,18 @@ class Trace:
     def save_picture(self, path: str | Path, title: str = "") -> None:
         """Draws the lanes over time into a PNG.
 
+        Args:
+            title: by default, how long it took.
+
         Raises:
             CacheBlendError: matplotlib is missing, or the file cannot be written.
         """
+        try:
+            self._figure(title).savefig(path, dpi=130)
+        except OSError as error:
+            raise CacheBlendError(f"cannot write {path}: {reason_and_remedy(error)}") from error
+
+    def _figure(self, title: str) -> Any:
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
@@ -121,13 +130,11 @@ class Trace:
                 _draw_span(axis, row, span, zero)
         axis.set_yticks(range(len(lanes)), lanes)
         axis.set_ylim(len(lanes) - 0.5, -0.5)
-        axis.set(xlabel="milliseconds", title=title)
+        took_ms = (max((span.ended for span in self.spans), default=zero) - zero) * 1e3
+        axis.set(xlabel="milliseconds", title=title or f"A prefill of {took_ms:.1f} ms (numbers: its layers)")
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
-        try:
-            figure.savefig(path, dpi=130)
-        except OSError as error:
-            raise CacheBlendError(f"cannot write {path}: {reason_and_remedy(error)}") from error
+        return figure
 
 
 def _metadata(name: str, process: int, thread: int, arguments: dict[str, Any]) -> dict[str, Any]:

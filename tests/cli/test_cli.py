@@ -350,5 +350,6 @@ def test_demo_shows_that_reuse_fails_and_blend_does_not(tmp_path, capsys, monkey
         "insights.png",
         "layers.png",
         "quality.png",
+        "recovered.png",
     ]
     assert all(path.stat().st_size > 10_000 for path in plots.iterdir())

@@ -69,6 +69,13 @@ def test_a_streamed_prefill_shows_every_layer_in_its_lanes(tmp_path):
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_has_a_title_of_its_own_or_the_one_given():
+    assert [hand_made()._figure(title).axes[0].get_title() for title in ("", "mine")] == [
+        "A prefill of 5000.0 ms (numbers: its layers)",
+        "mine",
+    ]
+
+
 def test_a_trace_that_cannot_be_written_is_named(tmp_path):
     for save in (hand_made().save, hand_made().save_picture):
         with pytest.raises(cb.CacheBlendError, match="cannot write"):

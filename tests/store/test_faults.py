@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -12,9 +11,9 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from etils import epath
+from faults.directory import flip, flips, hammer, index_flips, kills
 from store_cases import (
     BIG,
     ROOT,
@@ -32,9 +31,6 @@ from store_cases import (
 import cacheblend_jax as cb
 from cacheblend_jax.store.disk import DiskTier
 
-HAMMER_SECONDS = float(os.environ.get("CACHEBLEND_HAMMER_SECONDS", "8"))  # 60 for the full minute
-
-
 WRITE_UNTIL_KILLED = """
 import itertools
 with cb.ChunkStore(sys.argv[1]) as store:
@@ -44,45 +40,10 @@ with cb.ChunkStore(sys.argv[1]) as store:
             store.flush()
             print(seed, flush=True)
 """
-FORKING_WRITER = """
-import os, random, signal, time
-with cb.ChunkStore(sys.argv[1] + "/warm") as store:  # imports and first-use costs are paid before the forks
-    pass
-from cacheblend_jax.store import orbax_write
-for round_ in range(int(sys.argv[2])):
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        store = cb.ChunkStore(sys.argv[1] + "/kv")
-        for seed in range(round_ * 1000, round_ * 1000 + 1000):
-            store.put(key_of(seed), make_entry(seed, BIG))
-            if seed % 3 == 0:
-                store.flush()
-                os.write(writing, b".")
-        os._exit(0)
-    if round_ % 2:  # whatever the machine's load, half of the writers have stored something
-        os.read(reading, 1)
-    time.sleep(random.Random(round_).uniform(0.0, 0.3))
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    os.close(reading)
-    os.close(writing)
-"""
 
 
 def test_killed_writers_lose_only_what_they_were_writing(tmp_path):
-    # The forks share what the parent has imported; each opens the store, recovers, and is killed at some instant.
-    writer = start_python(FORKING_WRITER, tmp_path, 50)
-    _, errors = writer.communicate(timeout=120)
-    assert writer.returncode == 0, errors.decode()
-    assert check_all(tmp_path / "kv") > 10
-    report = report_of(tmp_path / "kv")
-    assert report["problems"] == []
-    assert list((tmp_path / "kv" / "writing").iterdir()) == []  # nothing is left over
-    disk = DiskTier(tmp_path / "kv", 2**40)
-    assert disk.index.packs("writing") == disk.index.packs("dead") == []
-    assert {path.name for path in packs(tmp_path / "kv")} == set(disk.index.packs("ready"))
-    disk.close()
+    assert kills(tmp_path, range(50))["entries_found"] > 10
 
 
 def test_what_was_flushed_survives_a_kill(tmp_path):
@@ -94,51 +55,14 @@ def test_what_was_flushed_survives_a_kill(tmp_path):
         assert all(same(store.get(key_of(seed)), make_entry(seed, BIG)) for seed in range(flushed + 1))
 
 
-def flip(path: Path, byte: int, bit: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[byte] ^= 1 << bit
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)])
-def test_flipped_bits_are_found_and_never_served(tmp_path, seeds):
-    fill(tmp_path / "whole", seeds)
-    (pack,) = packs(tmp_path / "whole")
-    files = sorted(path.relative_to(pack) for path in pack.rglob("*") if path.is_file() and path.stat().st_size)
-    kinds = {name.name if name.parent.name != "d" else "d" for name in files}
-    assert {"entries.json", "_METADATA", "manifest.ocdbt", "d", "_CHECKPOINT_METADATA"} <= kinds
-    rng = random.Random(len(seeds))
-    detected_on_read = 0
-    for trial in range(120):
-        shutil.rmtree(tmp_path / "kv", ignore_errors=True)
-        shutil.copytree(tmp_path / "whole", tmp_path / "kv")
-        victim = tmp_path / "kv" / "packs" / pack.name / files[trial % len(files)]
-        flip(victim, rng.randrange(victim.stat().st_size), rng.randrange(8))
-        assert report_of(tmp_path / "kv")["problems"], f"not found: a flip in {victim}"
-        with cb.ChunkStore(tmp_path / "kv") as store:
-            for seed in seeds:
-                entry = store.get(key_of(seed))
-                assert entry is None or same(entry, make_entry(seed))
-            detected_on_read += store.stats.damaged > 0
-    assert detected_on_read > 10  # most of the files serve others than the store's reader
+@pytest.mark.parametrize("entries", [(1,), (1, 2, 3)])
+def test_flipped_bits_are_found_and_never_served(tmp_path, entries):
+    # Most of the files serve others than the store's reader.
+    assert flips(tmp_path, range(120), len(entries), entries)["found_by_lookups"] > 10
 
 
 def test_flipped_bits_in_the_index_are_never_served(tmp_path):
-    fill(tmp_path / "whole", range(4), one_by_one=True)
-    rng = random.Random(0)
-    size = (tmp_path / "whole" / "index.sqlite").stat().st_size
-    for _ in range(40):
-        shutil.rmtree(tmp_path / "kv", ignore_errors=True)
-        shutil.copytree(tmp_path / "whole", tmp_path / "kv")
-        for _ in range(20):
-            flip(tmp_path / "kv" / "index.sqlite", rng.randrange(size), rng.randrange(8))
-        with cb.ChunkStore(tmp_path / "kv") as store:
-            for seed in range(4):
-                entry = store.get(key_of(seed))
-                assert entry is None or same(entry, make_entry(seed))
-            store.put(key_of(9), make_entry(9))
-            store.flush()
-            assert same(store.get(key_of(9)), make_entry(9))
+    assert index_flips(tmp_path, range(40))["flips"] == 800
 
 
 def damage_cases(pack: Path, other: Path) -> dict:
@@ -275,51 +199,8 @@ def test_two_processes_write_the_same_chunks(tmp_path):
     assert len(packs(tmp_path)) == 12  # the second writer's copy is not kept
 
 
-HAMMER = """
-import random, time
-until, rng = time.monotonic() + float(sys.argv[2]), random.Random(int(sys.argv[3]))
-with cb.ChunkStore(sys.argv[1], disk_bytes=int(sys.argv[4]), host_bytes=300_000) as store:
-    hits = 0
-    while time.monotonic() < until:
-        seed = min(int(rng.expovariate(0.05)), 99)
-        chunk = store.open(key_of(seed)) if rng.random() < 0.3 else None
-        if chunk is not None:
-            with chunk:
-                layer = rng.randrange(LAYERS)
-                k, v = chunk.read_layer(layer)
-                wanted = make_entry(seed, BIG)
-                assert k.tobytes() == wanted.k[layer].tobytes() and v.tobytes() == wanted.v[layer].tobytes()
-        entry = store.get(key_of(seed))
-        if entry is None:
-            store.put(key_of(seed), make_entry(seed, BIG))
-        else:
-            hits += 1
-            assert same(entry, make_entry(seed, BIG))
-        if rng.random() < 0.02:
-            store.flush()
-    store.flush()
-    stats = store.stats
-    assert stats.damaged == stats.write_errors == stats.read_errors == 0, stats
-    print(hits, stats.disk.hits, stats.written, stats.disk.evicted)
-"""
-
-
 def test_four_processes_hammer_one_store_beyond_its_capacity(tmp_path):
-    capacity = 30 * 85_000  # of a hundred entries
-    processes = [start_python(HAMMER, tmp_path, HAMMER_SECONDS, seed, capacity) for seed in range(4)]
-    counts = []
-    for process in processes:
-        output, errors = process.communicate(timeout=HAMMER_SECONDS + 120)
-        assert process.returncode == 0, errors.decode()[-3000:]
-        counts.append([int(number) for number in output.split()])
-    hits, disk_hits, written, evicted = np.sum(counts, 0)
-    assert min(hits, disk_hits, written, evicted) > 0
-    assert report_of(tmp_path)["problems"] == []
-    with cb.ChunkStore(tmp_path, disk_bytes=capacity) as store:
-        assert store.stats.disk.bytes <= capacity
-        assert store.stats.disk.bytes == sum(
-            path.stat().st_size for path in (tmp_path / "packs").rglob("*") if path.is_file()
-        )
+    assert min(hammer(tmp_path, [0], seconds=5).values()) > 0
 
 
 def test_verify_repairs(tmp_path):

@@ -1,0 +1,58 @@
+"""The command line as a process: how it ends, above all when it is interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from cacheblend_jax.cli.main import INTERRUPTED, interrupted, main
+
+AGAIN_SECONDS = 0.02  # until a lost interrupt comes again
+
+
+def run() -> NoReturn:
+    """Runs the process's command, and ends the process with its exit code."""
+    try:
+        with _no_interrupt_lost():
+            code = main()
+    except KeyboardInterrupt:  # before `main` was ready for it, or a second one
+        code = interrupted()
+    if code != INTERRUPTED:
+        sys.exit(code)
+    # What was interrupted may still run in threads that nothing can stop: XLA's compiler, for up to minutes. A normal
+    # exit either waits for it, or takes down what it uses and crashes. The command has closed its engine and store
+    # while the interrupt went up to `main`, so nothing is left to finish but the streams.
+    with contextlib.suppress(OSError, ValueError):  # closed, or whoever read our output is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """In its body, an interrupt that comes in a callback whose exceptions Python ignores comes again, a little later.
+
+    Such callbacks are those of weak references, finalizers, and JAX's own after a garbage collection.
+    """
+    if not hasattr(signal, "setitimer"):  # Windows
+        yield
+        return
+    report = sys.unraisablehook
+
+    def repeat_or_report(lost: Any) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)  # raised here, it would be lost again
+        else:
+            report(lost)
+
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    sys.unraisablehook = repeat_or_report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
+        signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,0 +1,89 @@
+"""How the command's process ends: by its exit code, or, interrupted, at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+
+from cacheblend_jax.cli import process as command_line
+
+
+class Ended(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def ended_at_once(monkeypatch):
+    codes = []
+
+    def end(code):
+        codes.append(code)
+        raise Ended
+
+    monkeypatch.setattr(os, "_exit", end)
+    return codes
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_a_command_ends_its_process_with_its_exit_code(monkeypatch, ended_at_once, code):
+    monkeypatch.setattr(command_line, "main", lambda: code)
+    with pytest.raises(SystemExit) as error:
+        command_line.run()
+    assert error.value.code == code
+    assert ended_at_once == []
+
+
+@pytest.mark.parametrize("escapes", [False, True])
+def test_an_interrupted_command_does_not_wait_for_its_threads(monkeypatch, ended_at_once, capsys, escapes):
+    def main():
+        print("half an answer", end="")
+        if escapes:  # a second interrupt, while the first is reported
+            raise KeyboardInterrupt
+        return command_line.INTERRUPTED
+
+    monkeypatch.setattr(command_line, "main", main)
+    with pytest.raises(Ended):
+        command_line.run()
+    assert ended_at_once == [130]
+    assert capsys.readouterr().out == "half an answer"
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+def test_an_interrupt_lost_in_a_finalizer_comes_again(monkeypatch, ended_at_once, capsys):
+    class Interrupted:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def main():
+        Interrupted()  # gone at once; Python ignores what its finalizer raises
+        signal.pause()
+        return 0
+
+    before = sys.unraisablehook
+    monkeypatch.setattr(command_line, "main", main)
+    with pytest.raises(Ended):
+        command_line.run()
+    assert ended_at_once == [130]
+    assert sys.unraisablehook is before
+    assert capsys.readouterr().err == "cacheblend-jax: interrupted\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+def test_other_errors_in_finalizers_are_reported_as_ever(monkeypatch, ended_at_once):
+    class Faulty:
+        def __del__(self):
+            raise ValueError("no")
+
+    def main():
+        Faulty()
+        return 0
+
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: reported.append(lost.exc_type))
+    monkeypatch.setattr(command_line, "main", main)
+    with pytest.raises(SystemExit):
+        command_line.run()
+    assert reported == [ValueError]

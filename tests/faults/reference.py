@@ -1,0 +1,101 @@
+"""A blended prefill in float64 and plain numpy, that knows nothing of the package's programs: what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+import cacheblend_jax as cb
+from cacheblend_jax.model.rope import rope_tables
+
+
+class Reference:
+    """Computes prefills of a model, given which tokens' KV each layer computes afresh."""
+
+    def __init__(self, model: cb.Model) -> None:
+        self.config = model.config
+        self._params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model.params)
+
+    def blend(
+        self, token_ids: np.ndarray, recomputed: np.ndarray, k: np.ndarray, v: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the last token's logits, and the keys (before RoPE) and values of all layers.
+
+        Args:
+            recomputed: `[layers, tokens]`: tokens whose KV is computed afresh; no layer has one that the last had not.
+            k, v: stand-alone KV `[layers, tokens, kv_heads, head_dim]`, which all other tokens keep.
+        """
+        k, v, hidden = k.copy(), v.copy(), self._params.embedder["embedding"][token_ids]
+        for index, rows in enumerate(recomputed):
+            layer = jax.tree.map(lambda leaf, index=index: leaf[index], self._params.layers)
+            normed = self._norm(layer["input_norm"], hidden[rows])
+            q, fresh_k, fresh_v = (self._heads(layer, name, normed) for name in "qkv")
+            k[index, rows], v[index, rows] = fresh_k, fresh_v
+            attended = self._attend(index, q, np.flatnonzero(rows), k[index], v[index])
+            hidden[rows] = self._finish(layer, hidden[rows], attended)
+        embedder = self._params.embedder
+        kernel = embedder["lm_head"]["kernel"] if "lm_head" in embedder else embedder["embedding"].T
+        return self._norm(embedder["final_norm"], hidden[-1]) @ kernel, k, v
+
+    def standalone(self, context: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a chunk's keys (before RoPE) and values, computed after its context alone."""
+        token_ids = np.concatenate([context, ids])
+        config = self.config
+        empty = np.zeros((config.num_layers, token_ids.size, config.num_kv_heads, config.head_dim))
+        _, k, v = self.blend(token_ids, np.ones(empty.shape[:2], bool), empty, empty)
+        return k[:, context.size :], v[:, context.size :]
+
+    def prefill(
+        self, prompt: cb.Prompt, recomputed: np.ndarray, context_tokens: int = 4
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns logits and cache (keys rotated) of a prompt of token ids, whose other tokens come from a store."""
+        context = prompt.prefix[:context_tokens]
+        nothing = prompt.prefix[:0]
+        parts: Sequence[tuple[np.ndarray, np.ndarray]] = [
+            (nothing, prompt.prefix),
+            *((context, chunk) for chunk in prompt.chunks),
+            (nothing, prompt.suffix),  # never stored: overwritten
+        ]
+        stored = [self.standalone(before, ids) for before, ids in parts if len(ids)]
+        k, v = (np.concatenate(each, axis=1) for each in zip(*stored, strict=True))
+        token_ids = np.concatenate([ids for _, ids in parts])
+        logits, k, v = self.blend(token_ids, recomputed, k, v)
+        return logits, np.stack([self._rotated(layer, np.arange(token_ids.size)) for layer in k]), v
+
+    def _heads(self, layer: dict, name: str, normed: np.ndarray) -> np.ndarray:
+        heads = self._linear(layer[f"{name}_proj"], normed).reshape(len(normed), -1, self.config.head_dim)
+        return self._norm(layer[f"{name}_norm"], heads) if f"{name}_norm" in layer else heads
+
+    def _attend(self, index: int, q: np.ndarray, positions: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        group = self.config.num_heads // self.config.num_kv_heads
+        keys = np.arange(len(k))
+        seen = keys <= positions[:, None]
+        if self.config.windows and self.config.windows[index] is not None:
+            seen &= keys > positions[:, None] - self.config.windows[index]
+        k, v = np.repeat(self._rotated(k, keys), group, axis=1), np.repeat(v, group, axis=1)
+        scores = np.einsum("qhd,khd->hqk", self._rotated(q, positions), k) / np.sqrt(self.config.head_dim)
+        weights = np.exp(np.where(seen, scores - scores.max(axis=-1, keepdims=True), -np.inf))
+        attended = np.einsum("hqk,khd->qhd", weights / weights.sum(axis=-1, keepdims=True), v)
+        return attended.reshape(len(q), -1)
+
+    def _finish(self, layer: dict, hidden: np.ndarray, attended: np.ndarray) -> np.ndarray:
+        hidden = hidden + self._linear(layer["o_proj"], attended)
+        normed = self._norm(layer["mlp_norm"], hidden)
+        gate = self._linear(layer["gate_proj"], normed)
+        return hidden + self._linear(
+            layer["down_proj"], gate / (1 + np.exp(-gate)) * self._linear(layer["up_proj"], normed)
+        )
+
+    def _linear(self, params: dict, x: np.ndarray) -> np.ndarray:
+        return x @ params["kernel"] + params.get("bias", 0.0)
+
+    def _norm(self, params: dict, x: np.ndarray) -> np.ndarray:
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + self.config.rms_norm_eps) * params["scale"]
+
+    def _rotated(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        tables = rope_tables(self.config, int(positions.max(initial=0)) + 1)
+        cos, sin = (np.asarray(table, np.float64)[positions][:, None] for table in tables)
+        one, other = np.split(x, 2, axis=-1)
+        return np.concatenate([one * cos - other * sin, other * cos + one * sin], axis=-1)

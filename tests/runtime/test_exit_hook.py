@@ -1,0 +1,67 @@
+"""Work that an interrupt does not abandon."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cacheblend_jax.runtime.exit_hook import to_its_end
+from cacheblend_jax.runtime.programs import Runner
+
+
+def test_an_interrupt_ends_the_waiting_and_not_the_work():
+    began, go_on, done = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        began.set()
+        go_on.wait()
+        done.set()
+
+    def interrupt() -> None:
+        began.wait()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        to_its_end(work)
+    interrupting.join()
+    (worker,) = (thread for thread in threading.enumerate() if thread.name == "cacheblend-compile")
+    assert not worker.daemon  # the process ends after it
+    assert not done.is_set()
+    go_on.set()
+    worker.join()
+    assert done.is_set()
+
+
+def test_what_the_work_returns_or_raises_is_its_callers(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    def fail():
+        raise ValueError("no")
+
+    for _ in range(2):
+        assert to_its_end(threading.current_thread) is not None
+        with pytest.raises(ValueError, match="no"):
+            to_its_end(fail)
+        monkeypatch.setattr(threading.Thread, "start", start)
+    assert to_its_end(threading.current_thread) is threading.main_thread()
+
+
+def test_programs_are_compiled_where_no_interrupt_comes(monkeypatch):
+    threads, compile_ = [], jax.stages.Lowered.compile
+
+    def watched(self, *args, **options):
+        threads.append(threading.current_thread())
+        return compile_(self, *args, **options)
+
+    runner = Runner("cpu")
+    monkeypatch.setattr(jax.stages.Lowered, "compile", watched)
+    assert runner(jnp.negative, jnp.ones(3)).tolist() == [-1, -1, -1]
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
