@@ -82,8 +82,9 @@ def test_ask_passes_arguments_to_the_chat_template(docs, tmp_path, monkeypatch):
     monkeypatch.setattr(ask_module, "prompt_of", lambda *args: prompts.append(real(*args)) or prompts[-1])
     common = ["ask", "--model", str(model), "--no-compile-cache", "--docs", docs, "--max-new-tokens", "1"]
     assert main([*common, "Why?"]) == 0
+    without = prompts[-1]
     assert main([*common, "--template-arguments", '{"enable_thinking": false}', "Why?"]) == 0
-    without, given = prompts
+    given = prompts[-1]
     assert given.suffix == [*without.suffix, 4]
     assert given.chunks == without.chunks
 
