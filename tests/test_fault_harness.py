@@ -14,6 +14,7 @@ from faults.reference import Reference
 
 from scripts import fault_harness
 
+pytestmark = pytest.mark.once
 FEW_PROGRAMS = {"families": ["mistral"], "blends": [(0.3, "hkvd")], "executors": ["resident"]}
 
 

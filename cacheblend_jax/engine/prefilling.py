@@ -97,6 +97,11 @@ class Prefiller:
                 self._background.promote_later(chunk.key, chunk.handle.num_bytes)
         return result
 
+    def close(self) -> None:
+        """Ends the executors' threads, after the prefill that is running."""
+        with self._lock:
+            self._executors.close()
+
     def _attempt_until_read(self, call: _Call, chunks: Sequence[PlacedChunk]) -> tuple[Layout, PrefillResult]:
         """Runs a prefill, and once more if a chunk cannot be read, with what is surely in memory."""
         while True:
@@ -180,11 +185,6 @@ class Prefiller:
         )
         count = int(np.sum(request.positions < plan.cache_length))
         request.oracle[:count] = np.asarray(scores)[request.positions[:count]]
-
-    def close(self) -> None:
-        """Ends the executors' threads, after the prefill that is running."""
-        with self._lock:
-            self._executors.close()
 
     def _result(self, call: _Call, planned: _Planned, run: PrefillRun, compile_s: float) -> PrefillResult:
         layout, ttft_s = planned.layout, call.timer.elapsed_s()

@@ -31,6 +31,7 @@ from store_cases import (
 import cacheblend_jax as cb
 from cacheblend_jax.store.disk import DiskTier
 
+pytestmark = pytest.mark.once
 WRITE_UNTIL_KILLED = """
 import itertools
 with cb.ChunkStore(sys.argv[1]) as store:
