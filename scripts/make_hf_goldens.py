@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 NUM_TOKENS, NUM_GREEDY = 48, 12
@@ -40,15 +48,16 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+# A case's place is its seed: new ones come last.
 CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama2": (LlamaConfig, {"num_key_value_heads": 4}),
     "llama3": (LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
+    "llama_bias": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
     "llama_linear": (
         LlamaConfig,
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
     "llama_yarn": (LlamaConfig, {"rope_parameters": YARN}),
-    "llama_bias": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
     "mistral": (MistralConfig, {"sliding_window": 12}),
     "qwen2": (Qwen2Config, {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 2}),
     "qwen2_full": (Qwen2Config, {"use_sliding_window": False, "tie_word_embeddings": True}),
@@ -56,6 +65,19 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3_yarn_bias": (
         Qwen3Config,
         {"head_dim": 16, "attention_bias": True, "rope_parameters": YARN | {"beta_fast": 16.0, "beta_slow": 2.0}},
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 10,
+            "sliding_window": 12,
+            "sliding_window_pattern": 3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
     ),
 }
 CHAT_TEMPLATE = (
@@ -68,13 +90,14 @@ def build_model(case: str) -> torch.nn.Module:
     """Returns the case's seeded model: float32, weights rounded to bf16, no parameter at a neutral value."""
     config_class, options = CASES[case]
     config = config_class(**(SHAPE | options), attn_implementation="eager")
-    torch.manual_seed(sorted(CASES).index(case))
+    torch.manual_seed(list(CASES).index(case))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm = "norm" in name
             noise = torch.randn(parameter.shape) * (0.2 if is_norm else 0.25)
-            parameter.copy_((noise + is_norm).to(torch.bfloat16).to(torch.float32))
+            neutral = is_norm and config.model_type != "gemma3_text"  # whose norms add one
+            parameter.copy_((noise + neutral).to(torch.bfloat16).to(torch.float32))
     return model
 
 
@@ -92,7 +115,7 @@ def golden_outputs(model: torch.nn.Module, token_ids: np.ndarray) -> tuple[np.nd
 def write_case(case: str, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     model = build_model(case)
-    token_ids = np.random.default_rng(sorted(CASES).index(case)).integers(3, 160, NUM_TOKENS).astype(np.int32)
+    token_ids = np.random.default_rng(list(CASES).index(case)).integers(3, 160, NUM_TOKENS).astype(np.int32)
     logits, greedy = golden_outputs(model, token_ids)
     np.savez(directory / "golden.npz", token_ids=token_ids, logits=logits[list(ROWS)], greedy=greedy)
     shard = "20KB" if case == "llama3" else "1GB"

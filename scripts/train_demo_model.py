@@ -48,8 +48,8 @@ from cacheblend_jax.evaluation.corpus import (
 )
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.model.tensor_names import hugging_face_tensors
 from cacheblend_jax.model.transformer import Params, embedder, init_params, layer_at
-from cacheblend_jax.model.weights import hugging_face_tensors
 from pallas_kernels import apply_rope
 
 BOS, EOS, UNKNOWN = SPECIAL = ("<s>", "</s>", "<unk>")
@@ -227,7 +227,7 @@ def causal_attention(
 
 def logits_of(params: Params, text: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Logits `[tokens, vocab]` of one text, by attention that can be differentiated: of the reading layers, and all."""
-    cos, sin = rope_tables(CONFIG, text["ids"].shape[0])
+    cos, sin = rope_tables(CONFIG, text["ids"].shape[0]).of_layer(CONFIG, 0)
 
     def layers(hidden: jax.Array, start: int, stop: int, reading: bool) -> jax.Array:
         def body(hidden: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
@@ -363,7 +363,7 @@ def train(work: Path, peak: float) -> Params:
 def write_checkpoint(params: Params, directory: Path) -> None:
     """Writes weights (bfloat16), configuration and tokenizer, as transformers reads them."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = hugging_face_tensors(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
+    tensors = hugging_face_tensors(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), CONFIG)
     stored = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "model.safetensors").chmod(0o644)

@@ -79,6 +79,20 @@ FAMILIES = {
         qk_norm=True,
         rope=RopeConfig("yarn", 10000.0, 4.0, 32),
     ),
+    "gemma3": ModelConfig(
+        architecture="Gemma3ForCausalLM",
+        **SHAPE,
+        activation="gelu_pytorch_tanh",
+        qk_norm=True,
+        norm_offset=1.0,
+        post_norms=True,
+        embedding_scale=32**0.5,
+        attention_scale=12**-0.5,
+        tied_embeddings=True,
+        rope=RopeConfig("linear", 1e6, 8.0),
+        local_rope=RopeConfig(),
+        windows=(20, 20, None) * 2,
+    ),
 }
 
 

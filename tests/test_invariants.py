@@ -36,8 +36,9 @@ def assert_full(out, full, tolerance=1e-5):
 
 def rotated(engine, entry_k, start):
     config = engine.model.config
-    cos, sin = rope_tables(config, start + entry_k.shape[1])
-    return np.asarray(jax.vmap(apply_rope, in_axes=(0, None, None))(entry_k, cos[start:], sin[start:]))
+    angles = rope_tables(config, start + entry_k.shape[1]).take(slice(start, None))
+    layers = range(config.num_layers)
+    return np.stack([apply_rope(jax.numpy.asarray(entry_k[i]), *angles.of_layer(config, i)) for i in layers])
 
 
 def entries(engine, prompt):
@@ -63,8 +64,10 @@ def test_i1_bfloat16_within_rounding(family):
     engine, prompt = cb.Engine(model, blend=cb.BlendConfig(1.0, num_stages=2)), random_prompt(1)
     engine.precompute(prompt)
     out, full = engine.prefill(prompt), engine.prefill(prompt, "full")
-    assert relative_error(out.logits, full.logits) < 0.05
-    assert relative_error(out.cache.k, full.cache.k) < 0.05
+    # Not the largest error: where what attention returned nearly cancels out, a norm after it enlarges its rounding.
+    for one, other in ((out.logits, full.logits), (out.cache.k, full.cache.k), (out.cache.v, full.cache.v)):
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
 
 
 @pytest.mark.parametrize(("family", "selector"), [("mistral", "query"), ("qwen3", "hkvd")])
@@ -258,12 +261,12 @@ def attention_of(engine: cb.Engine, out: cb.PrefillResult) -> np.ndarray:
     config, params = engine.model.config, engine.model.params
     full = engine.prefill(cb.Prompt([], [], out.token_ids), "full").cache
     positions = jax.numpy.arange(out.token_ids.size)
-    cos, sin = rope_tables(config, out.token_ids.size)
+    angles = rope_tables(config, out.token_ids.size)
 
     def attend(hidden, of_layer):
         index, k, full_k, full_v = of_layer
         layer = layer_at(params, config, index)
-        q = apply_rope(layer.queries(hidden), cos, sin)
+        q = apply_rope(layer.queries(hidden), *angles.of_layer(config, index))
         k = jax.numpy.repeat(k, config.num_heads // config.num_kv_heads, axis=1)
         scores = jax.numpy.einsum("qhd,khd->hqk", q, k) / np.sqrt(config.head_dim)
         visible = positions[None, :] <= positions[:, None]

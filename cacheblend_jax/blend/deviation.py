@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache
+from cacheblend_jax.model.rope import Angles
 from pallas_kernels import apply_rope
 
 
@@ -49,9 +51,10 @@ def relative_squared_distance(
 def total_deviation(
     full: KVCache,
     cached: KVCache,
-    cos: Float[Array, "keys half"],
-    sin: Float[Array, "keys half"],
+    angles: Angles,
     length: Int[Array, ""] | int,
+    *,
+    config: ModelConfig,
 ) -> Float[Array, " keys"]:
     """Returns each token's KV deviation summed over all layers, from the cache of a full prefill (keys rotated).
 
@@ -62,7 +65,7 @@ def total_deviation(
 
     def add_layer(total: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
         true, stored = full.layer(index), cached.layer(index)
-        total += relative_squared_distance(true.k, apply_rope(stored.k, cos, sin), valid)
+        total += relative_squared_distance(true.k, apply_rope(stored.k, *angles.of_layer(config, index)), valid)
         total += relative_squared_distance(true.v, stored.v, valid)
         return total, None
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import LayerKV
+from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.transformer import DecoderLayer, Params, Rows, attend, layer_at, layer_starts
 from pallas_kernels import apply_rope, blend_kv, selective_attention
 
@@ -27,27 +28,32 @@ class PromptSequence:
     """The prompt as all layers see it: its true length, and the angles of every position of the cache."""
 
     length: Int[HostOrDevice, ""]
-    cos: Float[Array, "keys half"]
-    sin: Float[Array, "keys half"]
+    angles: Angles
 
     @property
     def num_keys(self) -> int:
         """Keys of the cache, padding included."""
-        return self.cos.shape[0]
+        return self.angles.num_tokens
 
 
 def blend_layer(
-    layer: DecoderLayer, rows: Rows, cached: LayerKV | None, sequence: PromptSequence
+    layer: DecoderLayer,
+    config: ModelConfig,
+    index: Int[Array, ""] | int,
+    rows: Rows,
+    cached: LayerKV | None,
+    sequence: PromptSequence,
 ) -> tuple[LayerKV, LayerKV]:
-    """Computes the rows' K, V and writes them into the layer's.
+    """Computes the rows' K, V and writes them into those of `layer`, which is layer `index`.
 
     Returns the fresh K, V (before RoPE) and the whole layer's, keys rotated. Without cached KV the rows are all keys.
     """
     k, v = layer.keys_values(rows.hidden)
     fresh = LayerKV(k, v)
     if cached is None:
-        return fresh, LayerKV(apply_rope(k, rows.cos, rows.sin), v)
-    blended = blend_kv(cached.k, cached.v, k, v, rows.positions, cos=sequence.cos, sin=sequence.sin)
+        return fresh, LayerKV(apply_rope(k, *rows.angles.of_layer(config, index)), v)
+    cos, sin = sequence.angles.of_layer(config, index)
+    blended = blend_kv(cached.k, cached.v, k, v, rows.positions, cos=cos, sin=sin)
     return fresh, LayerKV(*blended)
 
 
@@ -93,15 +99,15 @@ def layer_step(
     The fresh K, V of all rows enter the layer's; only the rows that `select(fresh)` returns attend and go on.
     """
     layer = layer_at(params, config, index)
-    fresh, blended = blend_layer(layer, rows, cached, sequence)
+    fresh, blended = blend_layer(layer, config, index, rows, cached, sequence)
     if select is None:
         kept = jnp.arange(rows.positions.shape[0], dtype=jnp.int32)
     else:
         survivors = select(fresh)
         kept = survivors.indices
         rows = rows.take(kept, survivors.valid, blended.k.shape[0])
-    starts = layer_starts(config, index, rows.positions)
-    attended = attend(layer, rows, blended, starts=starts, kv_length=sequence.length)
+    angles, starts = rows.angles.of_layer(config, index), layer_starts(config, index, rows.positions)
+    attended = attend(layer, rows, blended, angles=angles, starts=starts, kv_length=sequence.length)
     return LayerStep(attended.rows, kept, blended, fresh, attended.q, attended.lse)
 
 
@@ -139,11 +145,12 @@ def cross_mass(
     context_length: Int[Array, ""],
     sequence: PromptSequence,
     window_starts: Int[Array, " kept"] | None,
+    scale: float | None,
 ) -> Float[Array, " kept"]:
     """Returns the attention that each row paid, in this step, to what its stand-alone KV has not seen: other chunks.
 
     1 − (exp(lse_own) + exp(lse_context)) / exp(lse_all), mean over heads, from three log-sum-exps; no scores are
-    kept. The context is the tokens that each chunk was precomputed after.
+    kept. The context is the tokens that each chunk was precomputed after. `scale` is that of the step's attention.
     """
     with jax.named_scope("cross_mass"):
         positions = step.rows.positions
@@ -151,8 +158,9 @@ def cross_mass(
 
         def log_sum_exp(last_visible: Int[Array, " kept"], starts: Int[Array, " kept"] | None) -> jax.Array:
             k, v = step.blended.k, step.blended.v
+            length = sequence.length
             _, lse = selective_attention(
-                step.q, k, v, last_visible, q_starts=starts, kv_length=sequence.length, return_lse=True
+                step.q, k, v, last_visible, q_starts=starts, kv_length=length, scale=scale, return_lse=True
             )
             return lse
 

@@ -116,7 +116,7 @@ def standalone(
     This is a prefill of the context and the chunk alone, which stops once the last layer's K, V are known.
     """
     positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
-    rows = rows_at(embedder(params, config).embed(token_ids), positions, sequence.cos, sequence.sin)
+    rows = rows_at(embedder(params, config).embed(token_ids), positions, sequence.angles)
 
     def body(rows: Rows, index: LayerIndex) -> tuple[Rows, LayerKV]:
         step = layer_step(params, config, index, rows, None, sequence)

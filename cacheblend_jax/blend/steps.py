@@ -95,7 +95,7 @@ def begin(
     hidden = embedder(params, config).embed(request.token_ids)
     # Blended KV has a buffer of its own: one that is read and overwritten in turn would be copied whole between stages.
     empty = jnp.zeros((config.num_layers, sequence.num_keys, config.num_kv_heads, config.head_dim), hidden.dtype)
-    rows = rows_at(hidden, request.positions, sequence.cos, sequence.sin)
+    rows = rows_at(hidden, request.positions, sequence.angles)
     index = jnp.arange(request.positions.shape[0], dtype=jnp.int32)
     return ActiveRows(rows, index), KVCache(empty, empty)
 
@@ -139,7 +139,7 @@ def cross_mass_layer(
     """As `plain_layer` over all active tokens; also measures the attention that they pay to other chunks."""
     after, blended, step = _advance(params, active, cached, blended, sequence, index, config)
     starts = layer_starts(config, index, active.rows.positions)
-    mass = cross_mass(step, signals.chunk_starts, context_length, sequence, starts)
+    mass = cross_mass(step, signals.chunk_starts, context_length, sequence, starts, config.attention_scale)
     return after, blended, replace(signals, cross_mass=mass)
 
 
@@ -219,7 +219,15 @@ def question_layer(
         step = layer_step(params, config, index, rows, cached, sequence)
         starts = layer_starts(config, index, rows.positions)
         lse = jnp.where(is_question[:, None], step.lse, -jnp.inf)
-        mass += attention_mass(step.q, step.blended.k, lse, rows.positions, q_starts=starts, kv_length=sequence.length)
+        mass += attention_mass(
+            step.q,
+            step.blended.k,
+            lse,
+            rows.positions,
+            q_starts=starts,
+            kv_length=sequence.length,
+            scale=config.attention_scale,
+        )
         return step.rows, mass
 
 

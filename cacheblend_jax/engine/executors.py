@@ -276,7 +276,7 @@ class Executors:
         return ChunkEntry(k, v, chunk.fingerprint, context_ids, label_for(model, chunk)).hand_over()
 
     def _sequence(self, length: Any, num_keys: int) -> PromptSequence:
-        return PromptSequence(length, *self._put(rope_tables(self._model.config, num_keys)))
+        return PromptSequence(length, self._put(rope_tables(self._model.config, num_keys)))
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, self._model.placement)

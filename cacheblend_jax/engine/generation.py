@@ -15,7 +15,7 @@ from cacheblend_jax.engine.results import GenerateStats, Generation, PrefillResu
 from cacheblend_jax.model.decode import Sampling, decode_step, extend, sample
 from cacheblend_jax.model.kv_cache import KVCache, abstract_cache
 from cacheblend_jax.model.model import Model
-from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.model.rope import Angles, rope_tables
 
 _draw = jax.jit(sample)
 
@@ -108,7 +108,7 @@ def continuation_logits(model: Model, buckets: Buckets, out: PrefillResult, toke
         return out.logits[None]
     size = buckets.length(out.token_ids.size + token_ids.size - 1)
     cache = jax.device_put(_resized(out.padded_cache, size), model.placement)
-    arrays = model.params, cache, token_ids[:-1], np.int32(out.token_ids.size), *_angles(model, size)
+    arrays = model.params, cache, token_ids[:-1], np.int32(out.token_ids.size), _angles(model, size)
     after, _ = model.runner(extend, *arrays, donate=("cache",), config=model.config)
     return np.concatenate([out.logits[None], np.asarray(after)])
 
@@ -118,14 +118,12 @@ def warm_up_decoding(model: Model, size: int) -> None:
     _decode_one(model, abstract_cache(model.config, size, model.placement), 0, 0, _angles(model, size))
 
 
-def _decode_one(
-    model: Model, cache: KVCache, token: int, position: int, angles: tuple[jax.Array, jax.Array]
-) -> tuple[Any, Any, KVCache]:
-    arrays = model.params, cache, np.int32(token), np.int32(position), *angles
+def _decode_one(model: Model, cache: KVCache, token: int, position: int, angles: Angles) -> tuple[Any, Any, KVCache]:
+    arrays = model.params, cache, np.int32(token), np.int32(position), angles
     return model.runner(decode_step, *arrays, donate=("cache",), config=model.config)
 
 
-def _angles(model: Model, size: int) -> tuple[jax.Array, jax.Array]:
+def _angles(model: Model, size: int) -> Angles:
     return jax.device_put(rope_tables(model.config, size), model.placement)
 
 

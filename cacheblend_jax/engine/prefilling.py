@@ -178,10 +178,9 @@ class Prefiller:
         plan, layout, request = planned.plan, planned.layout, planned.request
         full = self.prefill(call.tokenized, "full", planned.planner).padded_cache
         rows = min(full.k.shape[1], plan.cache_length)
-        cos, sin = rope_tables(self._model.config, plan.cache_length)
-        cached = self._executors.load(plan, layout.loaded)
-        scores = jax.jit(total_deviation)(
-            full.first(rows), cached.first(rows), cos[:rows], sin[:rows], layout.token_ids.size
+        cached, config = self._executors.load(plan, layout.loaded), self._model.config
+        scores = jax.jit(total_deviation, static_argnames="config")(
+            full.first(rows), cached.first(rows), rope_tables(config, rows), layout.token_ids.size, config=config
         )
         count = int(np.sum(request.positions < plan.cache_length))
         request.oracle[:count] = np.asarray(scores)[request.positions[:count]]

@@ -22,7 +22,7 @@ from cacheblend_jax.blend.deviation import relative_squared_distance
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model, ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache
-from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.model.rope import Angles, rope_tables
 from cacheblend_jax.model.transformer import Params, Rows, attend, embedder, layer_at, layer_starts, rows_at
 
 QUERY_PADDING = 32  # questions are padded to a multiple of it: few shapes to compile
@@ -131,9 +131,9 @@ def attention_deviation_by_layer(
     positions[: length - first_query] = np.arange(first_query, length)
     question = np.zeros(queries, np.int32)
     question[: length - first_query] = token_ids[first_query:]
-    tables = rope_tables(model.config, keys)
+    angles = rope_tables(model.config, keys)
     return np.asarray(
-        _attention_deviation(model.params, model.config, question, positions, length, cache, reference, *tables)
+        _attention_deviation(model.params, model.config, question, positions, length, cache, reference, angles)
     )
 
 
@@ -146,17 +146,18 @@ def _attention_deviation(
     length: Int[Array, ""] | int,
     cache: KVCache,
     reference: KVCache,
-    cos: Float[Array, "keys half"],
-    sin: Float[Array, "keys half"],
+    angles: Angles,
 ) -> Float[Array, " layers"]:
-    embedded = rows_at(embedder(params, config).embed(question_ids), positions, cos, sin)
+    embedded = rows_at(embedder(params, config).embed(question_ids), positions, angles)
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
 
     def step(index: jax.Array, rows: Rows, kv: KVCache) -> tuple[Rows, jax.Array]:
         layer = layer_at(params, config, index)
         layer_kv = kv.layer(index)
-        starts = layer_starts(config, index, rows.positions)
-        attended = attend(layer, rows, layer_kv, starts=starts, kv_length=length)
-        return attended.rows, _probabilities(attended.q, layer_kv.k, attended.lse, rows.positions, starts, length)
+        turned, starts = rows.angles.of_layer(config, index), layer_starts(config, index, rows.positions)
+        attended = attend(layer, rows, layer_kv, angles=turned, starts=starts, kv_length=length)
+        q = attended.q * scale
+        return attended.rows, _probabilities(q, layer_kv.k, attended.lse, rows.positions, starts, length)
 
     def both(carry: tuple[Rows, Rows], index: jax.Array) -> tuple[tuple[Rows, Rows], jax.Array]:
         rows, seen = step(index, carry[0], cache)
@@ -174,14 +175,14 @@ def _probabilities(
     starts: Int[Array, " queries"] | None,
     length: Int[Array, ""] | int,
 ) -> Float[Array, "queries heads keys"]:
-    """The attention matrix itself: only for measuring, with few queries."""
+    """The attention matrix itself, of scaled queries: only for measuring, with few of them."""
     grouped = q.astype(jnp.float32).reshape(q.shape[0], k.shape[1], -1, q.shape[2])
     scores = jnp.einsum("qhgd,khd->qhgk", grouped, k.astype(jnp.float32)).reshape(*q.shape[:2], k.shape[0])
     keys = jnp.arange(k.shape[0])[None, :]
     visible = (keys <= positions[:, None]) & (positions[:, None] < length)
     if starts is not None:
         visible &= keys >= starts[:, None]
-    return jnp.where(visible[:, None], jnp.exp(scores * q.shape[2] ** -0.5 - lse[..., None]), 0.0)
+    return jnp.where(visible[:, None], jnp.exp(scores - lse[..., None]), 0.0)
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model, ModelConfig
-from cacheblend_jax.model.weights import hugging_face_tensors
+from cacheblend_jax.model.tensor_names import hugging_face_tensors
 
 
 def torch_model(config: ModelConfig, device: str) -> Any:
@@ -46,7 +46,7 @@ def torch_prefill(model: Model, prompt: Prompt, next_token: int) -> Callable[[],
     peer = torch_model(model.config, device)
     tensors = {
         name: torch.from_numpy(array.astype(np.float32)).to(peer.dtype)
-        for name, array in hugging_face_tensors(model.params).items()
+        for name, array in hugging_face_tensors(model.params, model.config).items()
     }
     peer.load_state_dict(tensors, strict=not model.config.tied_embeddings)
     parts = [np.asarray(part) for part in (prompt.prefix, *prompt.chunks, prompt.suffix)]

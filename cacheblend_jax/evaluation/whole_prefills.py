@@ -73,7 +73,7 @@ def prefills(
         request = request_of(plan, length, config.vocab_size, ratio)
         shape = cache_shape(config, plan.cache_length)
         kv = None if plan.nothing_cached else KVCache(*(0.1 * jnp.ones(shape, config.dtype) for _ in "kv"))
-        arguments = (params, request, kv, PromptSequence(request.length, *rope_tables(config, plan.cache_length)))
+        arguments = (params, request, kv, PromptSequence(request.length, rope_tables(config, plan.cache_length)))
 
         def traced(*arguments, plan=plan):
             return prefill(*arguments, config=config, plan=plan)
@@ -129,13 +129,13 @@ def whole_blend_error(implementation: str, dtype: str) -> float:
 def exact_logits(config: ModelConfig, params: Params, token_ids: np.ndarray) -> np.ndarray:
     """Returns the reference: logits after the last token, float64 `[vocab]`, by numpy, all scores in memory.
 
-    Only of the plain Llama form: no bias, no norm of queries and keys, no window, embeddings not tied.
+    Only of the plain Llama form: no bias, no norm of queries and keys, no window, one RoPE, embeddings not tied.
     """
     embedder, layers = (
         jax.tree.map(lambda x: np.asarray(x.astype(jnp.float32), np.float64), of)
         for of in (params.embedder, params.layers)
     )
-    cos, sin = (np.asarray(x, np.float64)[:, None] for x in rope_tables(config, token_ids.size))
+    cos, sin = (np.asarray(x, np.float64)[0, :, None] for x in jax.tree.leaves(rope_tables(config, token_ids.size)))
 
     def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_norm_eps) * scale

@@ -1,4 +1,4 @@
-"""One config-driven decoder for the Llama form: Llama 2/3.x, Mistral, Qwen2/2.5, Qwen3 and what shares it."""
+"""One config-driven decoder for the Llama form: Llama 2/3.x, Mistral, Qwen2/2.5, Qwen3, Gemma 3 and what shares it."""
 
 from cacheblend_jax.model.config import ModelConfig, RopeConfig
 from cacheblend_jax.model.decode import Sampling

@@ -8,20 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cacheblend_jax.errors import CheckpointError
-from cacheblend_jax.model.config_fields import MAX_POSITIONS, Fields
+from cacheblend_jax.model.config_fields import MAX_POSITIONS, Fields, shown
+from cacheblend_jax.model.families import FAMILIES, LAYER_TYPES, Family, family_of, text_tower
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
-# What transformers takes for keys that a configuration lacks, where families differ. Shapes have no default here: a
-# checkpoint that doesn't state them is refused.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "LlamaForCausalLM": {"num_key_value_heads": None, "max_position_embeddings": 2048, "sliding_window": None},
-    "MistralForCausalLM": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "Qwen2ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
-    "Qwen3ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
-}
 
 
 @dataclass(frozen=True)
@@ -50,8 +41,14 @@ class RopeConfig:
 class ModelConfig:
     """Shape and options of a Llama-form decoder.
 
-    `windows` holds each layer's sliding window, `None` for none; `max_positions` is how long a sequence may be, with
-    RoPE scaling.
+    Attributes:
+        max_positions: how long a sequence may be, with RoPE scaling.
+        rope: of all layers, unless there is a `local_rope`: of those with a window.
+        norm_offset: what norms add to their weight.
+        post_norms: whether what attention and MLP return is normalised before it is added.
+        embedding_scale: the factor of embeddings.
+        attention_scale: the factor of attention's scores; `None` for `head_dim ** -0.5`.
+        windows: each layer's sliding window, `None` for none.
 
     Raises:
         CheckpointError: a value that no model can have; it is named.
@@ -77,6 +74,11 @@ class ModelConfig:
     windows: tuple[int | None, ...] = ()
     dtype: str = "float32"
     check_layer: int = 1
+    local_rope: RopeConfig | None = None
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
 
     def __post_init__(self) -> None:
         if not self.windows:
@@ -89,14 +91,25 @@ class ModelConfig:
                 f"num_attention_heads must be a multiple of num_key_value_heads, "
                 f"got {self.num_heads} and {self.num_kv_heads}"
             )
-        if not 0 < self.rms_norm_eps < math.inf:
-            raise CheckpointError(f"rms_norm_eps must be a positive number, got {self.rms_norm_eps!r}")
-        if not 0 < self.rope.theta < math.inf:
-            raise CheckpointError(f"rope_theta must be a positive number, got {self.rope.theta!r}")
+        positive: dict[str, float | None] = {"rms_norm_eps": self.rms_norm_eps, "embedding_scale": self.embedding_scale}
+        positive |= {"attention_scale": self.attention_scale, "rope_theta": min(rope.theta for rope in self.ropes)}
+        for name, value in positive.items():
+            if value is not None and not 0 < value < math.inf:
+                raise CheckpointError(f"{name} must be a positive number, got {value!r}")
         if self.head_dim % 2 or self.head_dim < 2:
             raise CheckpointError(f"head_dim must be even and positive, got {self.head_dim}")
         if len(self.windows) != self.num_layers:
             raise CheckpointError(f"{len(self.windows)} layer types for {self.num_layers} layers")
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The RoPEs of the model: tables are made of each."""
+        return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
+
+    @property
+    def rope_of_layer(self) -> tuple[int, ...]:
+        """Which of `ropes` each layer has."""
+        return tuple(0 if self.local_rope is None or window is None else 1 for window in self.windows)
 
     @classmethod
     def from_hugging_face(cls, raw: Mapping[str, Any], dtype: str | None = None) -> ModelConfig:
@@ -107,13 +120,18 @@ class ModelConfig:
         Raises:
             CheckpointError: the architecture, RoPE type, activation or a value is not supported; it is named.
         """
-        architecture = _architecture(Fields(raw))
-        fields = Fields({**DEFAULTS[architecture], **raw})
+        raw = text_tower(raw)
+        architecture = family_of(Fields(raw))
+        family = FAMILIES[architecture]
+        fields = Fields({**family.defaults, **raw})
         hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         num_layers = fields.integer("num_hidden_layers")
-        qwen2, qwen3 = architecture.startswith("Qwen2"), architecture.startswith("Qwen3")
-        attention_bias = fields.flag("attention_bias") and architecture.startswith(("Llama", "Qwen3"))
-        rope = _rope(fields)
+        attention_bias, mlp_bias = (fields.flag(key) and key in family.biases for key in ("attention_bias", "mlp_bias"))
+        _check_unsupported(fields, architecture)
+        rope, local_rope = _ropes(fields, family)
+        max_positions = fields.integer("max_position_embeddings")
+        if not family.states_scaled_positions:
+            max_positions = _max_positions(max_positions, rope)
         return cls(
             architecture=architecture,
             vocab_size=fields.integer("vocab_size"),
@@ -122,38 +140,36 @@ class ModelConfig:
             num_layers=num_layers,
             num_heads=heads,
             num_kv_heads=fields.integer("num_key_value_heads", heads),
-            head_dim=fields.integer("head_dim", 128 if qwen3 else hidden // heads),
-            max_positions=_max_positions(fields.integer("max_position_embeddings"), rope),
+            head_dim=fields.integer("head_dim", family.defaults.get("head_dim", hidden // heads)),
+            max_positions=max_positions,
             rope=rope,
+            local_rope=local_rope,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            activation=_activation(fields),
-            qkv_bias=qwen2 or attention_bias,
+            norm_offset=family.norm_offset,
+            post_norms=family.post_norms,
+            activation=_activation(fields, family.activation_key),
+            qkv_bias=family.qkv_bias or attention_bias,
             output_bias=attention_bias,
-            mlp_bias=fields.flag("mlp_bias") and architecture.startswith("Llama"),
-            qk_norm=qwen3,
+            mlp_bias=mlp_bias,
+            qk_norm=family.qk_norm,
             tied_embeddings=fields.flag("tie_word_embeddings"),
-            windows=_windows(fields, architecture, num_layers),
+            embedding_scale=1.0 if family.embedding_scale is None else family.embedding_scale(fields),
+            attention_scale=None if family.attention_scale is None else family.attention_scale(fields),
+            windows=family.windows(fields, num_layers),
             dtype=dtype or stated_dtype(raw) or "float32",
         )
 
     def to_hugging_face(self) -> dict[str, Any]:
         """Returns the configuration as `from_hugging_face` reads it, under transformers 5's names."""
-        rope = self.rope
-        parameters: dict[str, Any] = {"rope_type": rope.type, "rope_theta": rope.theta}
-        if rope.type != "default":
-            parameters["factor"] = rope.factor
-        if rope.type in ("llama3", "yarn"):
-            parameters["original_max_position_embeddings"] = rope.original_max_positions
-        if rope.type == "llama3":
-            parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-        if rope.type == "yarn":
-            parameters |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
-            given = ("attention_factor", "mscale", "mscale_all_dim")
-            parameters |= {name: getattr(rope, name) for name in given if getattr(rope, name)}
+        family = FAMILIES[self.architecture]
         window = next((window for window in self.windows if window is not None), None)
-        return {
+        stretch = self.rope.factor if self.rope.type == "linear" and not family.states_scaled_positions else 1
+        rope = _rope_parameters(self.rope)
+        if self.local_rope is not None:
+            rope = {"full_attention": rope, "sliding_attention": _rope_parameters(self.local_rope)}
+        content = {
             "architectures": [self.architecture],
-            "model_type": self.architecture.removesuffix("ForCausalLM").lower(),
+            "model_type": family.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -161,11 +177,11 @@ class ModelConfig:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "max_position_embeddings": math.ceil(self.max_positions / (rope.factor if rope.type == "linear" else 1)),
-            "rope_parameters": parameters,
+            "max_position_embeddings": math.ceil(self.max_positions / stretch),
+            "rope_parameters": rope,
             "rms_norm_eps": self.rms_norm_eps,
-            "hidden_act": self.activation,
-            "attention_bias": self.output_bias or (self.qkv_bias and not self.architecture.startswith("Qwen2")),
+            family.activation_key: self.activation,
+            "attention_bias": self.output_bias or (self.qkv_bias and not family.qkv_bias),
             "mlp_bias": self.mlp_bias,
             "tie_word_embeddings": self.tied_embeddings,
             "use_sliding_window": window is not None,
@@ -173,22 +189,21 @@ class ModelConfig:
             "layer_types": ["full_attention" if w is None else "sliding_attention" for w in self.windows],
             "dtype": self.dtype,
         }
+        if self.attention_scale is not None:
+            content["query_pre_attn_scalar"] = round(self.attention_scale**-2)
+        return content
 
 
-def _architecture(fields: Fields) -> str:
-    named, model_type = fields.texts("architectures"), fields.text("model_type")
-    by_type = {name.removesuffix("ForCausalLM").lower(): name for name in ARCHITECTURES}
-    architecture = named[0] if named else by_type.get(model_type or "")
-    if architecture not in ARCHITECTURES:
-        got = architecture or model_type or "none"
-        raise CheckpointError(f"architecture {got!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    return architecture
+def _check_unsupported(fields: Fields, architecture: str) -> None:
+    for key in FAMILIES[architecture].unsupported:
+        if (value := fields.content.get(key)) not in (None, False):
+            raise CheckpointError(f"{key} {shown(value)} is not supported; {architecture} is read where it is null")
 
 
-def _activation(fields: Fields) -> str:
-    activation = fields.text("hidden_act", "silu")
+def _activation(fields: Fields, key: str) -> str:
+    activation = fields.text(key, "silu")
     if activation not in ACTIVATIONS:
-        raise CheckpointError(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        raise CheckpointError(f"{key} {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     return activation
 
 
@@ -199,12 +214,26 @@ def stated_dtype(raw: Mapping[str, Any]) -> str | None:
     return value.removeprefix("torch.") if value else None
 
 
-def _rope(fields: Fields) -> RopeConfig:
+def _ropes(fields: Fields, family: Family) -> tuple[RopeConfig, RopeConfig | None]:
+    """Returns the RoPE of the layers, and that of those with a window where the family has two."""
+    theta = fields.number("rope_theta", 10000.0)
     # transformers 5 writes rope_parameters; before it were rope_theta and rope_scaling, whose type was once "type".
-    given = next((key for key in ("rope_scaling", "rope_parameters") if fields.content.get(key)), "rope_scaling")
-    parameters = fields.nested(given) or Fields({})
-    if any(key.endswith("_attention") for key in parameters.content):
-        raise CheckpointError(f"{given} that differ between layer types are not supported")
+    if not family.ropes_by_type:
+        given = next((key for key in ("rope_scaling", "rope_parameters") if fields.content.get(key)), "rope_scaling")
+        parameters = fields.nested(given) or Fields({})
+        if any(key.endswith("_attention") for key in parameters.content):
+            raise CheckpointError(f"{given} that differ between layer types are not supported")
+        return _rope(fields, parameters, theta), None
+    by_type = fields.nested("rope_parameters") or Fields({})
+    if unknown := set(by_type.content) - set(LAYER_TYPES):
+        raise by_type.wrong(min(unknown), f"absent: what is there is {' and '.join(LAYER_TYPES)}", by_type.content)
+    full, local = (by_type.nested(kind) or Fields({}) for kind in LAYER_TYPES)
+    if scaling := fields.nested("rope_scaling"):
+        full = Fields({**full.content, **scaling.content}, "rope_scaling.")
+    return _rope(fields, full, theta), _rope(fields, local, fields.number("rope_local_base_freq", 10000.0))
+
+
+def _rope(fields: Fields, parameters: Fields, theta: float) -> RopeConfig:
     rope_type = parameters.text("rope_type") or parameters.text("type") or "default"
     if rope_type not in ROPE_TYPES:
         raise CheckpointError(f"RoPE type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
@@ -218,7 +247,7 @@ def _rope(fields: Fields) -> RopeConfig:
     holder = fields if original in fields else parameters
     rope = RopeConfig(
         type=rope_type,
-        theta=parameters.number("rope_theta", fields.number("rope_theta", 10000.0)),
+        theta=parameters.number("rope_theta", theta),
         factor=parameters.number("factor", 1.0),
         original_max_positions=holder.integer(original, fields.integer("max_position_embeddings")),
         low_freq_factor=_given(parameters, "low_freq_factor"),
@@ -252,18 +281,17 @@ def _given(parameters: Fields, key: str) -> float:
     return parameters.number(key, 0.0) if key in parameters else 0.0
 
 
-def _windows(fields: Fields, architecture: str, num_layers: int) -> tuple[int | None, ...]:
-    is_qwen = architecture.startswith("Qwen")
-    if architecture.startswith("Llama") or (is_qwen and not fields.flag("use_sliding_window")):
-        return (None,) * num_layers
-    if "sliding_window" not in fields:  # an explicit null means no window
-        return (None,) * num_layers
-    window = fields.integer("sliding_window")
-    if not is_qwen:  # transformers' Mistral has one window for all layers, whatever layer_types says
-        return (window,) * num_layers
-    if kinds := fields.texts("layer_types"):
-        if unknown := set(kinds) - set(LAYER_TYPES):
-            raise CheckpointError(f"layer type {min(unknown)!r} is not supported; supported: {', '.join(LAYER_TYPES)}")
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    first = fields.integer("max_window_layers", 28)
-    return tuple(window if layer >= first else None for layer in range(num_layers))
+def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
+    """Returns what `_rope` reads."""
+    parameters: dict[str, Any] = {"rope_type": rope.type, "rope_theta": rope.theta}
+    if rope.type != "default":
+        parameters["factor"] = rope.factor
+    if rope.type in ("llama3", "yarn"):
+        parameters["original_max_position_embeddings"] = rope.original_max_positions
+    if rope.type == "llama3":
+        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.type == "yarn":
+        parameters |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+        given = ("attention_factor", "mscale", "mscale_all_dim")
+        parameters |= {name: getattr(rope, name) for name in given if getattr(rope, name)}
+    return parameters

@@ -33,10 +33,13 @@ INTEGERS = {
     "original_max_position_embeddings": POSITIONS,
     "sliding_window": POSITIONS,
     "max_window_layers": Range(0, 2**31 - 1),
+    "sliding_window_pattern": Range(1, 2**12),
+    "query_pre_attn_scalar": Range(1, 2**20),
 }
 NUMBERS = {
     "rms_norm_eps": Range(POSITIVE, 1),
     "rope_theta": Range(2, 1e38),
+    "rope_local_base_freq": Range(2, 1e38),
     "partial_rotary_factor": Range(POSITIVE, 1),
     "factor": Range(1, 1e6),
     "low_freq_factor": Range(POSITIVE, 1e6),

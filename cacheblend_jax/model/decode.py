@@ -12,7 +12,17 @@ from jaxtyping import Array, Float, Int
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache
-from cacheblend_jax.model.transformer import Params, Rows, attend, embedder, layer_at, layer_starts, scan_layers
+from cacheblend_jax.model.rope import Angles
+from cacheblend_jax.model.transformer import (
+    Params,
+    Rows,
+    attend,
+    embedder,
+    layer_at,
+    layer_starts,
+    rows_at,
+    scan_layers,
+)
 from pallas_kernels import apply_rope
 
 
@@ -69,8 +79,7 @@ def decode_step(
     cache: KVCache,
     token_id: Int[Array, ""],
     position: Int[Array, ""],
-    cos: Float[Array, "keys half"],
-    sin: Float[Array, "keys half"],
+    angles: Angles,
     *,
     config: ModelConfig,
 ) -> tuple[Float[Array, " vocab"], Int[Array, ""], KVCache]:
@@ -78,7 +87,7 @@ def decode_step(
 
     Returns float32 logits, the greedy next token, and the cache; callers donate `cache`.
     """
-    logits, cache = extend(params, cache, token_id[None], position, cos, sin, config=config)
+    logits, cache = extend(params, cache, token_id[None], position, angles, config=config)
     return logits[0], jnp.argmax(logits[0]).astype(jnp.int32), cache
 
 
@@ -87,8 +96,7 @@ def extend(
     cache: KVCache,
     token_ids: Int[Array, " new"],
     position: Int[Array, ""],
-    cos: Float[Array, "keys half"],
-    sin: Float[Array, "keys half"],
+    angles: Angles,
     *,
     config: ModelConfig,
 ) -> tuple[Float[Array, "new vocab"], KVCache]:
@@ -98,20 +106,21 @@ def extend(
     """
     num_new = token_ids.shape[0]
     at = position + jnp.arange(num_new, dtype=jnp.int32)
-    rows = Rows(embedder(params, config).embed(token_ids), at, cos[at], sin[at])
+    rows = rows_at(embedder(params, config).embed(token_ids), at, angles)
 
     def body(carry: tuple[Rows, KVCache], index: Int[Array, ""] | int) -> tuple[tuple[Rows, KVCache], None]:
         rows, cache = carry
         layer = layer_at(params, config, index)
         k_fresh, v_fresh = layer.keys_values(rows.hidden)
-        k_fresh = apply_rope(k_fresh, rows.cos, rows.sin)
+        turned = rows.angles.of_layer(config, index)
+        k_fresh = apply_rope(k_fresh, *turned)
         place = [jnp.asarray(i, jnp.int32) for i in (index, position, 0, 0)]  # one dtype, whatever jax_enable_x64 is
         cache = KVCache(
             lax.dynamic_update_slice(cache.k, k_fresh[None], place),
             lax.dynamic_update_slice(cache.v, v_fresh[None], place),
         )
         starts = layer_starts(config, index, at)
-        attended = attend(layer, rows, cache.layer(index), starts=starts, kv_length=position + num_new)
+        attended = attend(layer, rows, cache.layer(index), angles=turned, starts=starts, kv_length=position + num_new)
         return (attended.rows, cache), None
 
     (rows, cache), _ = scan_layers(body, (rows, cache), range(config.num_layers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,7 @@ class Model:
 
     def _computed_fingerprint(self) -> str:
         digest = hashlib.sha256()
-        shape = {name: value for name, value in asdict(self.config).items() if name not in REQUEST_FIELDS}
-        parts = [json.dumps(shape, sort_keys=True).encode(), _tokenizer_bytes(self.tokenizer)]
+        parts = [_config_bytes(self.config), _tokenizer_bytes(self.tokenizer)]
         files = self.weight_files
         # Parameters that replaced loaded ones are not what the files hold.
         loaded = files.digest() if files is not None and files.loaded.as_in(self.params) else None
@@ -93,6 +92,17 @@ def random_model(config: ModelConfig, seed: int = 0) -> Model:
     """Returns a model with random weights, drawn on the device: for benchmarks and tests of shape and speed."""
     params = jax.jit(partial(init_params, config=config))(jax.random.key(seed))
     return Model(config, params, name="random")
+
+
+def _config_bytes(config: ModelConfig) -> bytes:
+    """Returns what stand-alone KV depends on.
+
+    Options at their defaults are left out, so that a new option, of another family, changes no model's fingerprint.
+    """
+    wanted = (field for field in fields(config) if field.name not in REQUEST_FIELDS)
+    changed = {field.name for field in wanted if getattr(config, field.name) != field.default}
+    options = {name: value for name, value in asdict(config).items() if name in changed}
+    return json.dumps(options, sort_keys=True).encode()
 
 
 def _tokenizer_bytes(tokenizer: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""RoPE angles: inverse frequencies of every supported type, and the float32 cosine and sine tables made from them."""
+"""RoPE angles: inverse frequencies of every supported type, and the cosine and sine tables made from them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,36 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig, RopeConfig
+
+
+@struct.dataclass
+class Angles:
+    """Cosines and sines of the angles that rotate some tokens, float32, for each RoPE in `ModelConfig.ropes`."""
+
+    cos: Float[Array, "ropes tokens half"]
+    sin: Float[Array, "ropes tokens half"]
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens they are of."""
+        return self.cos.shape[1]
+
+    def take(self, tokens: Int[Array, " taken"] | slice) -> Angles:
+        """Returns the angles of some of the tokens."""
+        return Angles(self.cos[:, tokens], self.sin[:, tokens])
+
+    def of_layer(
+        self, config: ModelConfig, index: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]:
+        """Returns the `cos` and `sin` of layer `index`, traced or not, as `apply_rope` takes them."""
+        if len(config.ropes) == 1:  # no table is looked up where there is but one
+            return self.cos[0], self.sin[0]
+        rope = jnp.asarray(config.rope_of_layer, jnp.int32)[index]
+        return self.cos[rope], self.sin[rope]
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
@@ -60,14 +88,18 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 @lru_cache(maxsize=16)
-def rope_tables(config: ModelConfig, num_positions: int) -> tuple[jax.Array, jax.Array]:
-    """Returns float32 `cos` and `sin`, each `[num_positions, head_dim // 2]`, of positions 0 … num_positions - 1.
+def rope_tables(config: ModelConfig, num_positions: int) -> Angles:
+    """Returns the angles of positions 0 … num_positions - 1, in tables `[ropes, num_positions, head_dim // 2]`.
 
     Angles are products of float32 position and float32 inverse frequency, as transformers computes them; they are
     made once on the host, so that fresh, cached and blended keys of every program agree.
     """
-    frequencies, attention_factor = inverse_frequencies(config.rope, config.head_dim)
-    angles = np.arange(num_positions, dtype=np.float32)[:, None] * frequencies[None, :]
-    factor = np.float32(attention_factor)
+    positions = np.arange(num_positions, dtype=np.float32)[:, None]
+    cos, sin = [], []
+    for rope in config.ropes:
+        frequencies, attention_factor = inverse_frequencies(rope, config.head_dim)
+        angles, factor = positions * frequencies, np.float32(attention_factor)
+        cos.append(np.cos(angles) * factor)
+        sin.append(np.sin(angles) * factor)
     with jax.ensure_compile_time_eval():  # the cache must hold arrays even when first called inside a trace
-        return jnp.asarray(np.cos(angles) * factor), jnp.asarray(np.sin(angles) * factor)
+        return Angles(jnp.asarray(np.stack(cos)), jnp.asarray(np.stack(sin)))

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import LayerKV
+from cacheblend_jax.model.rope import Angles
 from pallas_kernels import apply_rope, selective_attention
 from pallas_kernels.dispatch import current_target
 
@@ -55,13 +56,29 @@ def _linear(config: ModelConfig, inputs: int, outputs: int, *, bias: bool, split
     )
 
 
-def _norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    dtype = jnp.dtype(config.dtype)
-    return nnx.RMSNorm(size, epsilon=config.rms_norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
+class RMSNorm(nnx.Module):
+    """Divides by the root mean square and multiplies by `offset + scale`, in float32; rounds once.
+
+    `nnx.RMSNorm` has no offset. It cannot be added to the stored scale: in bfloat16, 1 + scale would lose digits.
+    """
+
+    def __init__(self, config: ModelConfig, size: int):
+        self.dtype, self.epsilon, self.offset = jnp.dtype(config.dtype), config.rms_norm_eps, config.norm_offset
+        self.scale = nnx.Param(jnp.full(size, 1 - self.offset, self.dtype))
+
+    def __call__(self, x: Float[Array, "*axes size"]) -> Float[Array, "*axes size"]:
+        """Normalises the last axis."""
+        x = x.astype(jnp.float32)
+        scale = jnp.expand_dims(self.offset + self.scale[...].astype(jnp.float32), range(x.ndim - 1))
+        factor = lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
+        return (x * (factor * scale)).astype(self.dtype)
 
 
 class DecoderLayer(nnx.Module):
-    """A pre-norm decoder layer of the Llama form, as the steps around attention: keys and values, queries, finish."""
+    """A pre-norm decoder layer, as the steps around attention: keys and values, queries, finish.
+
+    Where the configuration has `post_norms`, what attention and MLP return is normalised, too, before it is added.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         hidden, head_dim = config.hidden_size, config.head_dim
@@ -69,17 +86,20 @@ class DecoderLayer(nnx.Module):
         linear = partial(_linear, config, rngs=rngs)
         self.head_dim = head_dim
         self.activation = config.activation
-        self.input_norm = _norm(config, hidden, rngs)
+        self.attention_scale = config.attention_scale
+        self.input_norm = RMSNorm(config, hidden)
         self.q_proj = linear(hidden, q_size, bias=config.qkv_bias, split="outputs")
         self.k_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
         self.v_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
         self.o_proj = linear(q_size, hidden, bias=config.output_bias, split="inputs")
-        self.q_norm = _norm(config, head_dim, rngs) if config.qk_norm else None
-        self.k_norm = _norm(config, head_dim, rngs) if config.qk_norm else None
-        self.mlp_norm = _norm(config, hidden, rngs)
+        self.q_norm = RMSNorm(config, head_dim) if config.qk_norm else None
+        self.k_norm = RMSNorm(config, head_dim) if config.qk_norm else None
+        self.attention_out_norm = RMSNorm(config, hidden) if config.post_norms else None
+        self.mlp_norm = RMSNorm(config, hidden)
         self.gate_proj = linear(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
         self.up_proj = linear(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
         self.down_proj = linear(config.intermediate_size, hidden, bias=config.mlp_bias, split="inputs")
+        self.mlp_out_norm = RMSNorm(config, hidden) if config.post_norms else None
 
     def keys_values(
         self, hidden: Float[Array, "tokens hidden"]
@@ -102,10 +122,12 @@ class DecoderLayer(nnx.Module):
     ) -> Float[Array, "tokens hidden"]:
         """Adds the output projection of `attended`, then the MLP."""
         with jax.named_scope("finish"):
-            hidden = hidden + self.o_proj(attended.reshape(attended.shape[0], -1))
+            added = self.o_proj(attended.reshape(attended.shape[0], -1))
+            hidden = hidden + (added if self.attention_out_norm is None else self.attention_out_norm(added))
             normed = self.mlp_norm(hidden)
             gate = ACTIVATION_FUNCTIONS[self.activation](self.gate_proj(normed))
-            return hidden + self.down_proj(gate * self.up_proj(normed))
+            added = self.down_proj(gate * self.up_proj(normed))
+            return hidden + (added if self.mlp_out_norm is None else self.mlp_out_norm(added))
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], -1, self.head_dim)
@@ -121,7 +143,8 @@ class Embedder(nnx.Module):
             out_sharding=("model", None),
             eager_sharding=False,
         )
-        self.final_norm = _norm(config, config.hidden_size, rngs)
+        self.embedding_scale = config.embedding_scale
+        self.final_norm = RMSNorm(config, config.hidden_size)
         if config.tied_embeddings:
             self.lm_head = None
         else:
@@ -130,8 +153,9 @@ class Embedder(nnx.Module):
             )
 
     def embed(self, token_ids: Int[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
-        """Looks up the tokens' embeddings."""
-        return self.embedding[...][token_ids]
+        """Looks up the tokens' embeddings, and scales them."""
+        embedded = self.embedding[...][token_ids]
+        return embedded * jnp.asarray(self.embedding_scale, embedded.dtype)  # rounded first, as in transformers
 
     def logits(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
         """Returns float32 next-token logits."""
@@ -223,19 +247,17 @@ class Rows:
 
     hidden: Float[Array, "rows hidden"]
     positions: Int[Array, " rows"]
-    cos: Float[Array, "rows half"]
-    sin: Float[Array, "rows half"]
+    angles: Angles
 
     def take(self, indices: Int[Array, " kept"], valid: Array, padding_position: int) -> Rows:
         """Keeps the rows at `indices`; those not `valid` become padding."""
         positions = jnp.where(valid, self.positions[indices], padding_position)
-        return Rows(self.hidden[indices], positions, self.cos[indices], self.sin[indices])
+        return Rows(self.hidden[indices], positions, self.angles.take(indices))
 
 
-def rows_at(hidden: jax.Array, positions: jax.Array, cos: jax.Array, sin: jax.Array) -> Rows:
-    """Builds `Rows` whose angles are gathered from tables of all positions (padding reads the last row)."""
-    at = jnp.minimum(positions, cos.shape[0] - 1)
-    return Rows(hidden, positions, cos[at], sin[at])
+def rows_at(hidden: jax.Array, positions: jax.Array, angles: Angles) -> Rows:
+    """Builds `Rows` whose angles are gathered from those of all positions (padding reads the last)."""
+    return Rows(hidden, positions, angles.take(jnp.minimum(positions, angles.num_tokens - 1)))
 
 
 def layer_starts(config: ModelConfig, index: Int[Array, ""] | int, positions: Int[Array, " rows"]) -> jax.Array | None:
@@ -259,12 +281,24 @@ def attend(
     rows: Rows,
     kv: LayerKV,
     *,
+    angles: tuple[Float[Array, "rows half"], Float[Array, "rows half"]],
     starts: Int[Array, " rows"] | None,
     kv_length: Int[Array, ""] | int,
 ) -> Attended:
-    """The second half of every layer step: attention over the rotated keys, output projection, MLP."""
-    q = apply_rope(layer.queries(rows.hidden), rows.cos, rows.sin)
+    """The second half of every layer step: attention over the rotated keys, output projection, MLP.
+
+    Args:
+        angles: the rows' own, of this layer.
+    """
+    q = apply_rope(layer.queries(rows.hidden), *angles)
     attended, lse = selective_attention(
-        q, kv.k, kv.v, rows.positions, q_starts=starts, kv_length=kv_length, return_lse=True
+        q,
+        kv.k,
+        kv.v,
+        rows.positions,
+        q_starts=starts,
+        kv_length=kv_length,
+        scale=layer.attention_scale,
+        return_lse=True,
     )
     return Attended(replace(rows, hidden=layer.finish(rows.hidden, attended)), q, lse)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from cacheblend_jax.model.checkpoint import (
 )
 from cacheblend_jax.model.config import ModelConfig, stated_dtype
 from cacheblend_jax.model.config_fields import MAX_POSITIONS
+from cacheblend_jax.model.families import text_tower
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.quantised import refuse_quantised_config, refuse_quantised_tensors
+from cacheblend_jax.model.tensor_names import EMBEDDING, HEAD, OTHER_TOWERS, is_kernel, stored_name, tensor_names
 from cacheblend_jax.model.transformer import Params, abstract_params, partition_specs
 from cacheblend_jax.model.user_cache import read_record, record_path, write_record
 from cacheblend_jax.model.weights_digest import FileState, SameLeaves, WeightFiles, file_states, sampled_digest
@@ -41,19 +43,6 @@ HEAD_ROWS = 4096  # of embedding and output projection, compared at a time
 EXPONENT_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF << 52}
 FINITE_BLOCK = 2**16  # elements, so that a block stays in the processor's cache
 
-# The path of a leaf in `Params` and its name in a checkpoint; `{}` is the layer. Kernels are stored [in, out] here and
-# [out, in] there.
-EMBEDDER_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm.scale": "model.norm.weight",
-    "lm_head.kernel": "lm_head.weight",
-}
-LAYER_MODULES = {
-    "input_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
-    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
-}
 Progress = Callable[[int, int], None]
 
 
@@ -67,6 +56,8 @@ def load_model(
     max_positions: int | None = None,
 ) -> Model:
     """Loads a Hugging Face checkpoint: a directory, a hub id, or `"demo"` for the bundled one.
+
+    Of a multimodal checkpoint (`Gemma3ForConditionalGeneration`), the text model is loaded.
 
     Reads `config.json` (of transformers 4 or 5), safetensors in one file or many, and the tokenizer if there is one;
     never pickle, never remote code. Nothing is written in the checkpoint's directory. Peak host memory is about 1.25
@@ -92,6 +83,7 @@ def load_model(
     directory = checkpoint_directory(name_or_path)
     raw = read_config(directory)
     refuse_quantised_config(directory / "config.json", raw)
+    raw = text_tower(raw, f"{directory / 'config.json'}: ")
     files_of_tensors = tensor_files(directory)
     config = _read_model_config(directory, raw, dtype, files_of_tensors)
     config = config if max_positions is None else replace(config, max_positions=max_positions)
@@ -189,10 +181,7 @@ def load_params(
     """Loads the weights leaf by leaf: each is filled on the host, cast, and moved to the device before the next."""
     files = tensor_files(directory)
     wanted = abstract_params(config)
-    names = Params(
-        embedder=_map_paths(wanted.embedder, lambda path: EMBEDDER_NAMES[path]),
-        layers=_map_paths(wanted.layers, _layer_tensor_name),
-    )
+    names = jax.tree.map(lambda name: stored_name(name, files), tensor_names(wanted, config))
     _check_tensors(directory, files, config, names, wanted)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)]
     loaded = 0
@@ -210,45 +199,22 @@ def load_params(
     return jax.tree.map(load, names, wanted, partition_specs(config))
 
 
-def hugging_face_tensors(params: Params) -> dict[str, np.ndarray]:
-    """Returns the parameters under their Hugging Face names and in their shapes: what `load_params` reads."""
-    tensors = {}
-    for path, leaf in jax.tree.leaves_with_path(params.embedder):
-        name = EMBEDDER_NAMES[_dotted(path)]
-        tensors[name] = np.asarray(leaf.T if name == "lm_head.weight" else leaf)
-    for path, leaf in jax.tree.leaves_with_path(params.layers):
-        name = _layer_tensor_name(_dotted(path))
-        tensors |= {name.format(layer): np.asarray(array.T) for layer, array in enumerate(leaf)}
-    return tensors
-
-
-def _layer_tensor_name(path: str) -> str:
-    module, leaf = path.rsplit(".", 1)
-    return f"model.layers.{{}}.{LAYER_MODULES[module]}.{'bias' if leaf == 'bias' else 'weight'}"
-
-
-def _map_paths(tree: dict[str, Any], name: Callable[[str], str]) -> dict[str, Any]:
-    return jax.tree.map_with_path(lambda path, _: name(_dotted(path)), tree)
-
-
-def _dotted(path: Sequence[Any]) -> str:
-    return ".".join(entry.key for entry in path)
-
-
 def _check_tensors(directory: Path, files: dict[str, Path], config: ModelConfig, names: Params, wanted: Params) -> None:
     """Checks by the files' headers that they hold each tensor and no others, in the right shapes and dtypes."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, leaf in zip(jax.tree.leaves(names), jax.tree.leaves(wanted), strict=True):
         stacked = "{}" in name
         shape = leaf.shape[1:] if stacked else leaf.shape
-        shape = shape[::-1] if _is_kernel(name) else shape
+        shape = shape[::-1] if is_kernel(name) else shape
         shapes |= {name.format(layer): shape for layer in range(config.num_layers if stacked else 1)}
     if missing := sorted(shapes.keys() - files.keys()):
         refuse_quantised_tensors(directory, sorted(files))
         raise CheckpointError(f"{directory}: {len(missing)} tensors are missing, among them {missing[0]}")
-    redundant = {"lm_head.weight"} if config.tied_embeddings else set()
-    extra = sorted(name for name in files.keys() - shapes - redundant if not name.endswith("rotary_emb.inv_freq"))
-    if extra:
+    redundant = {stored_name(HEAD, files)} if config.tied_embeddings else set()
+    others = files.keys() - shapes - redundant
+    if stored_name(EMBEDDING, files) != EMBEDDING:  # a multimodal checkpoint
+        others = {name for name in others if not name.startswith(OTHER_TOWERS)}
+    if extra := sorted(name for name in others if not name.endswith("rotary_emb.inv_freq")):
         refuse_quantised_tensors(directory, extra)
         raise CheckpointError(
             f"{directory}: {len(extra)} tensors have no place in {config.architecture}, among them {extra[0]!r}"
@@ -272,21 +238,16 @@ def _check_tensor(file: Path, tensors: Any, name: str, shape: tuple[int, ...]) -
         )
 
 
-def _is_kernel(name: str) -> bool:
-    """Returns whether a tensor is a matrix that is stored [out, in]."""
-    return name.endswith(("_proj.weight", "lm_head.weight"))
-
-
 def _read_leaf(directory: Path, files: dict[str, Path], name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     out = aligned_empty(leaf.shape, leaf.dtype)
     stacked = "{}" in name
     places = {name.format(layer): out[layer] for layer in range(leaf.shape[0])} if stacked else {name: out}
-    for file, tensor_names in _by_file(files, places):
+    for file, in_file in _by_file(files, places):
         # Opened anew for each leaf: the pages that a memory map has touched count as ours until it is closed.
         with open_tensors(file) as tensors:
-            for tensor_name in tensor_names:
+            for tensor_name in in_file:
                 place = places[tensor_name]
-                _copy_tensor(file, tensors, tensor_name, place.T if _is_kernel(name) else place)
+                _copy_tensor(file, tensors, tensor_name, place.T if is_kernel(name) else place)
     return out
 
 
@@ -325,7 +286,7 @@ def _stored_dtype(files: dict[str, Path]) -> str:
 
 def _has_own_head(files: dict[str, Path]) -> bool:
     """Returns whether an output projection is stored that is not the embedding."""
-    embedding, head = EMBEDDER_NAMES["embedding"], EMBEDDER_NAMES["lm_head.kernel"]
+    embedding, head = stored_name(EMBEDDING, files), stored_name(HEAD, files)
     if embedding not in files or head not in files:
         return False
     with open_tensors(files[embedding]) as at_embedding, open_tensors(files[head]) as at_head:

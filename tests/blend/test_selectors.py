@@ -21,6 +21,8 @@ from pallas_kernels import apply_rope
 CHECK, NUM_LAYERS = 2, 6
 PREFIX, LENGTHS, SUFFIX = 9, (30, 40, 25), 7
 TOTAL = PREFIX + sum(LENGTHS) + SUFFIX
+# One that has the same attention in every layer, and one whose layers differ in window and RoPE, with its own scale.
+each_family = pytest.mark.parametrize("family", ["llama3", "gemma3"])
 
 
 def blend_engine(selector: str, ratio: float = 0.2, family: str = "llama3", **options) -> cb.Engine:
@@ -47,15 +49,17 @@ def forward(model: cb.Model, token_ids: np.ndarray) -> list[dict[str, np.ndarray
     """A dense full prefill in plain jnp: each layer's k (before RoPE), v, and attention weights [heads, q, k]."""
     config, params = model.config, model.params
     hidden = embedder(params, config).embed(jnp.asarray(token_ids))
-    cos, sin = rope_tables(config, token_ids.size)
+    angles, scale = rope_tables(config, token_ids.size), config.attention_scale or config.head_dim**-0.5
+    distance = np.arange(token_ids.size)[:, None] - np.arange(token_ids.size)
     group = config.num_heads // config.num_kv_heads
     layers = []
     for index in range(config.num_layers):
         layer = layer_at(params, config, index)
         k, v = layer.keys_values(hidden)
-        q, turned = (apply_rope(x, cos, sin) for x in (layer.queries(hidden), k))
-        scores = jnp.einsum("qhd,khd->hqk", q, jnp.repeat(turned, group, 1)) / np.sqrt(config.head_dim)
-        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[1:], bool)), scores, -jnp.inf)
+        q, turned = (apply_rope(x, *angles.of_layer(config, index)) for x in (layer.queries(hidden), k))
+        scores = jnp.einsum("qhd,khd->hqk", q, jnp.repeat(turned, group, 1)) * scale
+        visible = (distance >= 0) & (distance < (config.windows[index] or TOTAL))
+        scores = jnp.where(visible[None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1)
         hidden = layer.finish(hidden, jnp.einsum("hqk,khd->qhd", weights, jnp.repeat(v, group, 1)))
         layers.append({"k": np.asarray(k), "v": np.asarray(v), "weights": np.asarray(weights)})
@@ -91,8 +95,9 @@ def test_hkvd_picks_the_highest_kv_deviation_at_the_check_layer(part):
     assert 0.2 * sum(LENGTHS) <= len(chosen) <= 0.25 * sum(LENGTHS)
 
 
-def test_cross_picks_what_looked_at_other_chunks_in_the_layer_before_the_check():
-    engine, prompt = blend_engine("cross"), the_prompt()
+@each_family
+def test_cross_picks_what_looked_at_other_chunks_in_the_layer_before_the_check(family):
+    engine, prompt = blend_engine("cross", family=family), the_prompt()
     chosen = chosen_after_check(engine, prompt)
     weights = forward(engine.model, np.concatenate([prompt.prefix, *prompt.chunks, prompt.suffix]))[CHECK - 1][
         "weights"
@@ -109,8 +114,9 @@ def test_cross_picks_what_looked_at_other_chunks_in_the_layer_before_the_check()
     np.testing.assert_array_equal(chosen, top(scores, len(chosen)))
 
 
-def test_query_picks_by_the_questions_attention_over_cached_kv_times_deviation():
-    engine, prompt = blend_engine("query"), the_prompt()
+@each_family
+def test_query_picks_by_the_questions_attention_over_cached_kv_times_deviation(family):
+    engine, prompt = blend_engine("query", family=family), the_prompt()
     chosen = chosen_after_check(engine, prompt)
     full = forward(engine.model, np.concatenate([prompt.prefix, *prompt.chunks, prompt.suffix]))[CHECK]
     k, v = stored(engine, prompt)
@@ -127,17 +133,19 @@ def question_attention(engine: cb.Engine, prompt: cb.Prompt) -> np.ndarray:
     model = engine.model
     config, params = model.config, model.params
     cache = engine.prefill(prompt, "reuse").cache
-    cos, sin = rope_tables(config, TOTAL)
+    scale = config.attention_scale or config.head_dim**-0.5
     group = config.num_heads // config.num_kv_heads
     hidden = embedder(params, config).embed(jnp.asarray(prompt.suffix))
     total = np.zeros(TOTAL)
-    positions = np.arange(TOTAL - SUFFIX, TOTAL)
+    positions = jnp.arange(TOTAL - SUFFIX, TOTAL)
+    angles = rope_tables(config, TOTAL).take(positions)
     for index in range(config.num_layers):
         layer = layer_at(params, config, index)
-        q = apply_rope(layer.queries(hidden), cos[positions], sin[positions])
+        q = apply_rope(layer.queries(hidden), *angles.of_layer(config, index))
         k, v = (jnp.repeat(x[index], group, 1) for x in (cache.k, cache.v))
-        scores = jnp.einsum("qhd,khd->hqk", q, k) / np.sqrt(config.head_dim)
-        visible = np.arange(TOTAL) <= positions[:, None]
+        scores = jnp.einsum("qhd,khd->hqk", q, k) * scale
+        distance = np.asarray(positions)[:, None] - np.arange(TOTAL)
+        visible = (distance >= 0) & (distance < (config.windows[index] or TOTAL))
         scores = jnp.where(visible[None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1)
         total += np.asarray(weights.sum((0, 1)))
@@ -145,8 +153,9 @@ def question_attention(engine: cb.Engine, prompt: cb.Prompt) -> np.ndarray:
     return total
 
 
-def test_oracle_picks_the_true_deviation_over_all_layers():
-    engine, prompt = blend_engine("oracle"), the_prompt()
+@each_family
+def test_oracle_picks_the_true_deviation_over_all_layers(family):
+    engine, prompt = blend_engine("oracle", family=family), the_prompt()
     chosen = chosen_after_check(engine, prompt)
     layers = forward(engine.model, np.concatenate([prompt.prefix, *prompt.chunks, prompt.suffix]))
     k, v = stored(engine, prompt)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 import cacheblend_jax as cb
 from cacheblend_jax.model.rope import rope_tables
+
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu_pytorch_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+}
 
 
 class Reference:
@@ -27,7 +32,8 @@ class Reference:
             recomputed: `[layers, tokens]`: tokens whose KV is computed afresh; no layer has one that the last had not.
             k, v: stand-alone KV `[layers, tokens, kv_heads, head_dim]`, which all other tokens keep.
         """
-        k, v, hidden = k.copy(), v.copy(), self._params.embedder["embedding"][token_ids]
+        k, v = k.copy(), v.copy()
+        hidden = self._params.embedder["embedding"][token_ids] * self.config.embedding_scale
         for index, rows in enumerate(recomputed):
             layer = jax.tree.map(lambda leaf, index=index: leaf[index], self._params.layers)
             normed = self._norm(layer["input_norm"], hidden[rows])
@@ -62,7 +68,8 @@ class Reference:
         k, v = (np.concatenate(each, axis=1) for each in zip(*stored, strict=True))
         token_ids = np.concatenate([ids for _, ids in parts])
         logits, k, v = self.blend(token_ids, recomputed, k, v)
-        return logits, np.stack([self._rotated(layer, np.arange(token_ids.size)) for layer in k]), v
+        positions = np.arange(token_ids.size)
+        return logits, np.stack([self._rotated(index, keys, positions) for index, keys in enumerate(k)]), v
 
     def _heads(self, layer: dict, name: str, normed: np.ndarray) -> np.ndarray:
         heads = self._linear(layer[f"{name}_proj"], normed).reshape(len(normed), -1, self.config.head_dim)
@@ -74,28 +81,32 @@ class Reference:
         seen = keys <= positions[:, None]
         if self.config.windows and self.config.windows[index] is not None:
             seen &= keys > positions[:, None] - self.config.windows[index]
-        k, v = np.repeat(self._rotated(k, keys), group, axis=1), np.repeat(v, group, axis=1)
-        scores = np.einsum("qhd,khd->hqk", self._rotated(q, positions), k) / np.sqrt(self.config.head_dim)
+        k, v = np.repeat(self._rotated(index, k, keys), group, axis=1), np.repeat(v, group, axis=1)
+        scale = self.config.attention_scale or self.config.head_dim**-0.5
+        scores = np.einsum("qhd,khd->hqk", self._rotated(index, q, positions), k) * scale
         weights = np.exp(np.where(seen, scores - scores.max(axis=-1, keepdims=True), -np.inf))
         attended = np.einsum("hqk,khd->qhd", weights / weights.sum(axis=-1, keepdims=True), v)
         return attended.reshape(len(q), -1)
 
     def _finish(self, layer: dict, hidden: np.ndarray, attended: np.ndarray) -> np.ndarray:
-        hidden = hidden + self._linear(layer["o_proj"], attended)
+        hidden = hidden + self._out_norm(layer, "attention", self._linear(layer["o_proj"], attended))
         normed = self._norm(layer["mlp_norm"], hidden)
-        gate = self._linear(layer["gate_proj"], normed)
-        return hidden + self._linear(
-            layer["down_proj"], gate / (1 + np.exp(-gate)) * self._linear(layer["up_proj"], normed)
-        )
+        gate = ACTIVATIONS[self.config.activation](self._linear(layer["gate_proj"], normed))
+        out = self._linear(layer["down_proj"], gate * self._linear(layer["up_proj"], normed))
+        return hidden + self._out_norm(layer, "mlp", out)
+
+    def _out_norm(self, layer: dict, name: str, out: np.ndarray) -> np.ndarray:
+        return self._norm(layer[f"{name}_out_norm"], out) if self.config.post_norms else out
 
     def _linear(self, params: dict, x: np.ndarray) -> np.ndarray:
         return x @ params["kernel"] + params.get("bias", 0.0)
 
     def _norm(self, params: dict, x: np.ndarray) -> np.ndarray:
-        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + self.config.rms_norm_eps) * params["scale"]
+        scale = params["scale"] + self.config.norm_offset
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + self.config.rms_norm_eps) * scale
 
-    def _rotated(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        tables = rope_tables(self.config, int(positions.max(initial=0)) + 1)
+    def _rotated(self, index: int, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        tables = rope_tables(self.config, int(positions.max(initial=0)) + 1).of_layer(self.config, index)
         cos, sin = (np.asarray(table, np.float64)[positions][:, None] for table in tables)
         one, other = np.split(x, 2, axis=-1)
         return np.concatenate([one * cos - other * sin, other * cos + one * sin], axis=-1)

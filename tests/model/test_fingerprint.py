@@ -10,10 +10,11 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import HF
+from conftest import FAMILIES, HF, SHAPE, family_model
 
 import cacheblend_jax as cb
-from cacheblend_jax.model import weights_digest
+from cacheblend_jax.model import RopeConfig, weights_digest
+from cacheblend_jax.model.model import _config_bytes
 
 
 @pytest.fixture
@@ -194,3 +195,27 @@ def test_how_a_tokenizer_was_last_called_is_no_part_of_the_fingerprint(checkpoin
     model.tokenizer("a text", truncation=True, max_length=2)
     assert model.tokenizer.backend_tokenizer.truncation
     assert model.fingerprint == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"local_rope": None},
+        {"rope": RopeConfig(theta=1e6)},
+        {"norm_offset": 0.0},
+        {"embedding_scale": 1.0},
+        {"attention_scale": None},
+        {"windows": (20,) * 6},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_another_configuration_has_another_fingerprint(changes):
+    model = family_model("gemma3")
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
+    assert other.fingerprint != model.fingerprint
+
+
+def test_options_that_a_model_does_not_use_are_no_part_of_its_fingerprint():
+    """A new option, of another family, must not cost users what they have stored."""
+    names = json.loads(_config_bytes(FAMILIES["llama2"])).keys()
+    assert names == {"architecture", "windows", *SHAPE} - {"max_positions"}

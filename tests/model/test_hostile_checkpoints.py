@@ -51,14 +51,17 @@ def refusal(directory: Path) -> str:
 
 ROPE_KEYS = {"low_freq_factor", "high_freq_factor", "factor", "attention_factor", "mscale", "mscale_all_dim"}
 ROPE_KEYS |= {"beta_fast", "beta_slow"}
+# Keys that Gemma's configurations alone have.
+GEMMA = {"architectures": ["Gemma3ForCausalLM"], "rope_parameters": None, "layer_types": None}
+GEMMA_KEYS = {"query_pre_attn_scalar", "sliding_window_pattern", "rope_local_base_freq"}
 NOT_NUMBERS = ["1", True, [2], {"a": 2}, -1, float("nan"), float("inf"), 10**400]
 
 
 @pytest.mark.parametrize("value", [*NOT_NUMBERS, 2.0, 10**12], ids=lambda value: repr(value)[:8])
 @pytest.mark.parametrize("key", sorted(INTEGERS))
 def test_every_integer_is_checked(checkpoint, key, value):
-    given = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": None, key: value}
-    edit_json(checkpoint / "config.json", **given)
+    qwen = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": None}
+    edit_json(checkpoint / "config.json", **(GEMMA if key in GEMMA_KEYS else qwen) | {key: value})
     message = refusal(checkpoint)
     assert f"config.json: {key} must be an integer in [" in message
     assert f"got {value!r}"[:30] in message
@@ -69,7 +72,7 @@ def test_every_integer_is_checked(checkpoint, key, value):
 def test_every_number_is_checked(checkpoint, key, value):
     rope = {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4}
     given = {"rope_parameters": rope | {key: value}} if key in {*ROPE_KEYS, "rope_theta"} else {key: value}
-    edit_json(checkpoint / "config.json", **given)
+    edit_json(checkpoint / "config.json", **(GEMMA if key in GEMMA_KEYS else {}) | given)
     message = refusal(checkpoint)
     prefix = "rope_parameters." if "rope_parameters" in given else ""
     assert f"config.json: {prefix}{key} must be a number in [" in message or "must be a JSON object" in message
@@ -93,6 +96,23 @@ def test_every_number_is_checked(checkpoint, key, value):
         (
             {"rope_parameters": {"type": "llama3", "factor": 2.0, "low_freq_factor": 4, "high_freq_factor": 4}},
             "rope_parameters.high_freq_factor must be above low_freq_factor, got 4.0",
+        ),
+        (GEMMA | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported; Gemma3ForCausalLM"),
+        (GEMMA | {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported"),
+        (GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
+        (GEMMA | {"hidden_activation": "mish"}, "hidden_activation 'mish' is not supported"),
+        (GEMMA | {"sliding_window": None}, "sliding_window must be an integer in [1, 2147483647], got None"),
+        (
+            GEMMA | {"rope_parameters": {"rope_type": "default"}},
+            "rope_parameters.rope_type must be absent: what is there is full_attention and sliding_attention",
+        ),
+        (
+            GEMMA | {"rope_parameters": {"sliding_attention": {"rope_theta": 0}}},
+            "rope_parameters.sliding_attention.rope_theta must be a number in [2, 1e+38], got 0",
+        ),
+        (
+            {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": [1]},
+            "text_config must be a JSON object, got [1]",
         ),
         ({"eos_token_id": "2"}, "eos_token_id must be a token id or a list of them, got '2'"),
         ({"eos_token_id": [2, -1]}, "eos_token_id must be a token id or a list of them, got [2, -1]"),

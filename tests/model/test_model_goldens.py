@@ -29,6 +29,21 @@ def test_full_prefill_and_greedy_decoding_equal_transformers(case):
     assert answer.token_ids == golden["greedy"].tolist()
 
 
+@pytest.mark.parametrize("executor", ["resident", "streamed"])
+def test_a_blend_of_three_chunks_that_recomputes_all_equals_transformers(executor):
+    """Of the model whose layers differ in window and RoPE; the prompt is four times as long as the windows."""
+    golden = np.load(HF / "gemma3" / "golden.npz")
+    ids = golden["token_ids"]
+    engine = cb.Engine(
+        cb.load_model(HF / "gemma3", dtype="float32"), blend=cb.BlendConfig(1.0, num_stages=2), executor=executor
+    )
+    prompt = cb.Prompt(ids[:5], [ids[5:19], ids[19:31], ids[31:42]], ids[42:])
+    engine.precompute(prompt)
+    out = engine.prefill(prompt)
+    assert (out.stats.hits, out.stats.executor) == (3, executor)
+    np.testing.assert_allclose(out.logits, golden["logits"][1], rtol=2e-4, atol=2e-4)
+
+
 @pytest.mark.live
 @pytest.mark.parametrize("case", CASES)
 def test_live_transformers_agrees_on_other_tokens(case):

@@ -30,7 +30,7 @@ def test_tables_hold_float32_angles_times_the_attention_factor():
     config = ModelConfig.from_hugging_face(BASE | {"rope_parameters": CASES["qwen2.5-yarn"]})
     frequencies, factor = inverse_frequencies(config.rope, 128)
     assert factor > 1
-    cos, sin = rope_tables(config, 5000)
+    cos, sin = rope_tables(config, 5000).of_layer(config, 0)
     angles = np.float32(4321) * frequencies
     np.testing.assert_allclose(cos[4321], np.cos(angles) * factor, atol=1e-6)
     np.testing.assert_allclose(sin[4321], np.sin(angles) * factor, atol=1e-6)

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 import cacheblend_jax as cb
 from cacheblend_jax.model import save_check_layer
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.weights import _all_finite, hugging_face_tensors
+from cacheblend_jax.model.tensor_names import hugging_face_tensors
+from cacheblend_jax.model.weights import _all_finite
 
 
 @pytest.fixture
@@ -273,7 +274,7 @@ def test_the_stop_tokens_are_the_checkpoints(checkpoint):
 def test_configuration_and_weights_go_back_to_hugging_face(case):
     model = cb.load_model(HF / case)
     assert ModelConfig.from_hugging_face(model.config.to_hugging_face()) == model.config
-    written = hugging_face_tensors(model.params)
+    written = hugging_face_tensors(model.params, model.config)
     stored = {name: array for file in (HF / case).glob("*.safetensors") for name, array in load_file(file).items()}
     assert written.keys() == stored.keys()
     for name, array in stored.items():
@@ -290,6 +291,28 @@ def test_configurations_of_transformers_4_and_5_read_alike():
     read = ModelConfig.from_hugging_face(old)
     assert read == ModelConfig.from_hugging_face(new)
     assert (read.rope.type, read.rope.theta, read.rope.factor, read.dtype) == ("linear", 5e5, 2.0, "bfloat16")
+
+
+@pytest.mark.parametrize("tower", ["language_model.model.", "model.language_model."])
+def test_the_text_tower_of_a_multimodal_checkpoint_is_the_text_model(tmp_path, tower):
+    """As Gemma 3 from 4B on is published: the keys nested, in the form of transformers 4, and the names longer."""
+    text = json.loads((HF / "gemma3" / "config.json").read_text())
+    text |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_parameters": None, "layer_types": None}
+    shared = {"torch_dtype": text.pop("dtype"), "eos_token_id": [2, 106]}
+    kinds = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(kinds | shared | {"text_config": text}))
+    stored = load_file(HF / "gemma3" / "model.safetensors")
+    tensors = {name.replace("model.", tower, 1): array for name, array in stored.items()}
+    head = "language_model.lm_head.weight" if tower == "language_model.model." else "lm_head.weight"
+    tensors[head] = tensors[f"{tower}embed_tokens.weight"].copy()
+    outer = tower.removesuffix("language_model.").removesuffix("language_model.model.")
+    for other in ("vision_tower.a.weight", "multi_modal_projector.b"):
+        tensors[outer + other] = np.zeros((2, 3), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, alone = cb.load_model(tmp_path), cb.load_model(HF / "gemma3")
+    assert model.config == alone.config
+    assert model.stop_token_ids == (2, 106)
+    jax.tree.map(np.testing.assert_array_equal, model.params, alone.params)
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2", "Qwen3"])
@@ -309,7 +332,7 @@ def test_windows_as_transformers_reads_them(architecture):
     assert ModelConfig.from_hugging_face(raw).windows == wanted
 
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
 SIZES = {"vocab_size": 9, "hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 40}
 SIZES |= {"num_attention_heads": 64}  # a multiple of every family's default of num_key_value_heads
 
@@ -323,7 +346,7 @@ def read_by_transformers(raw: dict) -> dict:
 def longest_sequence(full: dict) -> int:
     """What vLLM makes of a configuration of transformers; never less than it states."""
     rope, stated = full["rope_parameters"], full["max_position_embeddings"]
-    if rope["rope_type"] not in ("linear", "yarn"):
+    if rope.get("rope_type") not in ("linear", "yarn"):  # Gemma's, by layer type, are counted in what it states
         return stated
     original = full.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     return max(stated, int(rope["factor"] * (original if rope["rope_type"] == "yarn" else stated)))
@@ -335,17 +358,21 @@ def assert_read_alike(raw: dict) -> None:
     ours, theirs = ModelConfig.from_hugging_face(raw), ModelConfig.from_hugging_face(full)
     assert ours == theirs
     head_dim = full.get("head_dim") or full["hidden_size"] // full["num_attention_heads"]
+    gemma = raw["model_type"] == "gemma3_text"
     window = None if raw["model_type"] == "llama" else full["sliding_window"]
     kinds = full.get("layer_types") or ["sliding_attention"] * len(ours.windows)
     assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
     assert (ours.num_kv_heads, ours.head_dim) == (full["num_key_value_heads"], head_dim)
     assert (ours.max_positions, ours.rms_norm_eps) == (longest_sequence(full), full["rms_norm_eps"])
-    assert (ours.activation, ours.tied_embeddings) == (full["hidden_act"], full["tie_word_embeddings"])
-    assert (ours.rope.type, ours.rope.theta) == (
-        full["rope_parameters"]["rope_type"],
-        full["rope_parameters"]["rope_theta"],
-    )
-    bias = raw["model_type"] in ("llama", "qwen3") and full["attention_bias"]  # others' layers read no such key
+    activation = full["hidden_activation" if gemma else "hidden_act"]
+    assert (ours.activation, ours.tied_embeddings) == (activation, full["tie_word_embeddings"])
+    ropes = full["rope_parameters"]
+    ropes = [ropes["full_attention"], ropes["sliding_attention"]] if gemma else [ropes]
+    assert [(x.type, x.theta, x.factor) for x in ours.ropes] == [
+        (x["rope_type"], x["rope_theta"], x.get("factor", 1.0)) for x in ropes
+    ]
+    assert ours.attention_scale == (full["query_pre_attn_scalar"] ** -0.5 if gemma else None)
+    bias = raw["model_type"] not in ("mistral", "qwen2") and full["attention_bias"]  # their layers read no such key
     assert (ours.output_bias, ours.qkv_bias) == (bias, bias or raw["model_type"] == "qwen2")
     assert ours.mlp_bias == (raw["model_type"] == "llama" and full["mlp_bias"])
 
@@ -372,8 +399,10 @@ def test_every_absent_key_has_the_default_of_transformers(family):
     ids=lambda given: ",".join(given),
 )
 def test_given_keys_are_read_as_by_transformers(family, given):
-    if family == "mistral" and "num_key_value_heads" in given:
+    if family in ("mistral", "gemma3_text") and "num_key_value_heads" in given:
         pytest.skip("transformers 5 refuses it")
+    if family == "gemma3_text" and ("rope_parameters" in given or given.get("sliding_window", 1) is None):
+        pytest.skip("of no form that Gemma's layers can be made of")
     assert_read_alike({"model_type": family} | SIZES | given)
 
 
@@ -416,6 +445,39 @@ def test_users_may_choose_how_long_sequences_are():
 def test_a_length_that_is_none_is_named(value):
     with pytest.raises(cb.CheckpointError, match=r"max_positions must be None or a whole number in \[1, .*, got"):
         cb.load_model(HF / "llama2", max_positions=value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"sliding_window_pattern": 1},
+        {"sliding_window_pattern": 4, "sliding_window": 512},
+        {"layer_types": ["full_attention", "sliding_attention"] * 20},
+        {"query_pre_attn_scalar": 168, "head_dim": 128},
+        {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 3e5}}},
+        {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 3e4}}},
+        {
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 3e5}},
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+        {"tie_word_embeddings": False, "hidden_activation": "gelu"},
+    ],
+    ids=lambda given: ",".join(given),
+)
+def test_gemmas_own_keys_are_read_as_by_transformers(given):
+    assert_read_alike({"model_type": "gemma3_text"} | SIZES | given)
+
+
+def test_a_gemma_configuration_as_published_leaves_out_shapes():
+    ours = ModelConfig.from_hugging_face(
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34},
+        }
+    )
+    assert (ours.vocab_size, ours.num_heads, ours.num_kv_heads, ours.head_dim) == (262208, 8, 4, 256)
+    assert ours.embedding_scale == 2560**0.5
 
 
 PEAK = """

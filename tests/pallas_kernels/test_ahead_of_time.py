@@ -16,6 +16,7 @@ from cacheblend_jax.blend.schedule import BlendConfig, make_plan
 from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.model import KVCache, transformer
 from cacheblend_jax.model.decode import decode_step
+from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.transformer import abstract_params
 from cacheblend_jax.runtime.programs import COMPILER_OPTIONS
 from pallas_kernels import blend_kv, selective_attention, tuning
@@ -168,13 +169,13 @@ def _blend_arguments(config, num_stages: int):
         seed=_shape(),
     )
     cached = _shape(layers, plan.cache_length, 8, 128, of=jnp.bfloat16)
-    angles = _shape(plan.cache_length, 64, of=jnp.float32)
+    table = _shape(1, plan.cache_length, 64, of=jnp.float32)
 
-    def blend(params, request, cached, cos, sin):
-        sequence = PromptSequence(request.length, cos, sin)
+    def blend(params, request, cached, angles):
+        sequence = PromptSequence(request.length, angles)
         return prefill(params, request, cached, sequence, config=config, plan=plan)
 
-    return blend, abstract_params(config), request, KVCache(cached, cached), angles, angles
+    return blend, abstract_params(config), request, KVCache(cached, cached), Angles(table, table)
 
 
 def _slices_of_weights(text: str) -> list[str]:
@@ -200,12 +201,12 @@ def test_a_whole_blend_for_an_h200_spills_nothing_and_copies_no_weights(capfd, m
 
 
 def test_decoding_for_an_h200_copies_no_weights():
-    cached, angles = _shape(32, 8192, 8, 128, of=jnp.bfloat16), _shape(8192, 64, of=jnp.float32)
+    cached, table = _shape(32, 8192, 8, 128, of=jnp.bfloat16), _shape(1, 8192, 64, of=jnp.float32)
 
-    def decode(params, cache, token_id, position, cos, sin):
-        return decode_step(params, cache, token_id, position, cos, sin, config=LLAMA3_8B)
+    def decode(params, cache, token_id, position, angles):
+        return decode_step(params, cache, token_id, position, angles, config=LLAMA3_8B)
 
-    arguments = abstract_params(LLAMA3_8B), KVCache(cached, cached), _shape(), _shape(), angles, angles
+    arguments = abstract_params(LLAMA3_8B), KVCache(cached, cached), _shape(), _shape(), Angles(table, table)
     compiled = compiler("gpu")(decode, *arguments, donate=(1,), options=COMPILER_OPTIONS["gpu"])
     assert _slices_of_weights(compiled.as_text()) == []
 

@@ -152,7 +152,7 @@ def test_a_blend_attends_at_ascending_positions_only(monkeypatch, selector):
     cached = jax.random.normal(jax.random.key(0), (2, 6, plan.cache_length, config.num_kv_heads, config.head_dim))
     tables = rope_tables(config, plan.cache_length)
     request = request_of(plan, length, config.vocab_size, 0.3)
-    arguments = request, KVCache(*cached), PromptSequence(request.length, *tables)
+    arguments = request, KVCache(*cached), PromptSequence(request.length, tables)
     run = jax.jit(checkify.checkify(partial(prefill, family_model("llama2").params, config=config, plan=plan)))
     error, out = run(*arguments)
     error.throw()

@@ -1,0 +1,168 @@
+"""The supported model families: for each, what its name says that its configurations leave out.
+
+To add a family is to add an entry here. What one needs that no other has had becomes an option of `ModelConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cacheblend_jax.errors import CheckpointError
+from cacheblend_jax.model.config_fields import Fields
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+Windows = tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the configurations of a family are to be read, and how its layer differs from Llama's.
+
+    Attributes:
+        model_type: transformers' name of the family.
+        defaults: what transformers takes for absent keys, where families differ. Shapes are among them only where
+            published checkpoints leave them out; any other checkpoint that doesn't state them is refused.
+        windows: each layer's sliding window, given the number of layers.
+        biases: those of the keys `attention_bias` and `mlp_bias` that the family's layers read.
+        unsupported: keys which, unless null or false, ask for what no layer here computes.
+        activation_key: under which key the activation stands.
+        qkv_bias: whether the projections to queries, keys and values always have a bias.
+        qk_norm: whether queries and keys are normalised.
+        norm_offset: what norms add to their weight.
+        post_norms: whether what attention and MLP return is normalised.
+        ropes_by_type: whether layers with a window have a RoPE of their own.
+        states_scaled_positions: whether `max_position_embeddings` counts RoPE scaling of any type.
+        attention_scale: the factor of attention's scores, where it is not `head_dim ** -0.5`.
+        embedding_scale: the factor of embeddings, where there is one.
+    """
+
+    model_type: str
+    defaults: Mapping[str, Any]
+    windows: Callable[[Fields, int], Windows]
+    biases: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
+    activation_key: str = "hidden_act"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    ropes_by_type: bool = False
+    states_scaled_positions: bool = False
+    attention_scale: Callable[[Fields], float] | None = None
+    embedding_scale: Callable[[Fields], float] | None = None
+
+
+def _no_windows(_: Fields, num_layers: int) -> Windows:
+    return (None,) * num_layers
+
+
+def _same_windows(fields: Fields, num_layers: int) -> Windows:
+    """One window for all layers, whatever `layer_types` says; an explicit null means none."""
+    return ((fields.integer("sliding_window") if "sliding_window" in fields else None),) * num_layers
+
+
+def _qwen_windows(fields: Fields, num_layers: int) -> Windows:
+    if not fields.flag("use_sliding_window") or "sliding_window" not in fields:
+        return (None,) * num_layers
+    return _windows_by_type(fields, num_layers, lambda layer: layer >= fields.integer("max_window_layers", 28))
+
+
+def _gemma_windows(fields: Fields, num_layers: int) -> Windows:
+    return _windows_by_type(fields, num_layers, lambda layer: (layer + 1) % fields.integer("sliding_window_pattern", 6))
+
+
+def _windows_by_type(fields: Fields, num_layers: int, slides: Callable[[int], int]) -> Windows:
+    """Reads `layer_types`; where there are none, the layers for which `slides` is true have the window."""
+    kinds = fields.texts("layer_types") or [LAYER_TYPES[bool(slides(layer))] for layer in range(num_layers)]
+    if unknown := set(kinds) - set(LAYER_TYPES):
+        raise CheckpointError(f"layer type {min(unknown)!r} is not supported; supported: {', '.join(LAYER_TYPES)}")
+    is_read = "sliding_window" in fields or "sliding_attention" in kinds
+    window = fields.integer("sliding_window") if is_read else None
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(
+        "llama",
+        defaults={"num_key_value_heads": None, "max_position_embeddings": 2048, "sliding_window": None},
+        windows=_no_windows,
+        biases=("attention_bias", "mlp_bias"),
+    ),
+    "MistralForCausalLM": Family(
+        "mistral",
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        windows=_same_windows,
+    ),
+    "Qwen2ForCausalLM": Family("qwen2", defaults=QWEN_DEFAULTS, windows=_qwen_windows, qkv_bias=True),
+    "Qwen3ForCausalLM": Family(
+        "qwen3",
+        defaults=QWEN_DEFAULTS | {"head_dim": 128},
+        windows=_qwen_windows,
+        biases=("attention_bias",),
+        qk_norm=True,
+    ),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text",
+        defaults={
+            "vocab_size": 262208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+        },
+        windows=_gemma_windows,
+        biases=("attention_bias",),
+        unsupported=("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"),
+        activation_key="hidden_activation",
+        qk_norm=True,
+        norm_offset=1.0,
+        post_norms=True,
+        ropes_by_type=True,
+        states_scaled_positions=True,
+        attention_scale=lambda fields: fields.integer("query_pre_attn_scalar") ** -0.5,
+        embedding_scale=lambda fields: fields.integer("hidden_size") ** 0.5,
+    ),
+}
+# Multimodal checkpoints whose text tower is a model of a family: its architecture, and their model_type.
+MULTIMODAL = {"Gemma3ForConditionalGeneration": ("gemma3", "Gemma3ForCausalLM")}
+# What such a configuration says for its text tower, too.
+SHARED_KEYS = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
+
+
+def family_of(fields: Fields) -> str:
+    """Returns the architecture that a configuration names: a key of `FAMILIES`.
+
+    Raises:
+        CheckpointError: there is no such family; the supported ones are named.
+    """
+    named, model_type = fields.texts("architectures"), fields.text("model_type")
+    by_type = {family.model_type: architecture for architecture, family in FAMILIES.items()}
+    architecture = named[0] if named else by_type.get(model_type or "")
+    if architecture not in FAMILIES:
+        got = architecture or model_type or "none"
+        raise CheckpointError(f"architecture {got!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return architecture
+
+
+def text_tower(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the configuration of a multimodal checkpoint's text tower; any other configuration as it is.
+
+    Args:
+        prefix: stands before the keys in messages.
+    """
+    fields = Fields(raw, prefix)
+    named, model_type = fields.texts("architectures"), fields.text("model_type")
+    for multimodal, (its_type, architecture) in MULTIMODAL.items():
+        if multimodal == named[0] if named else its_type == model_type:
+            text = fields.nested("text_config") or Fields({})
+            shared = {key: raw[key] for key in SHARED_KEYS if key in fields}
+            return {**text.content, **shared, "architectures": [architecture]}
+    return dict(raw)

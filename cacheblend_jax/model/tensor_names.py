@@ -1,0 +1,79 @@
+"""What the tensors of Hugging Face checkpoints are called, and which leaf of `Params` each of them is (part of)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.transformer import Params
+
+# The path of a leaf in `Params` and its name in a checkpoint; `{}` is the layer. Kernels are stored [in, out] here and
+# [out, in] there.
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDER_NAMES = {"embedding": EMBEDDING, "final_norm.scale": "model.norm.weight", "lm_head.kernel": HEAD}
+LAYER_MODULES = {
+    "input_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
+    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+}
+# Where a family's names differ, by architecture.
+OTHER_MODULES = {
+    "Gemma3ForCausalLM": {
+        "attention_out_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+    }
+}
+# What the text tower's names in multimodal checkpoints begin with in place of "model.", of transformers before 4.52
+# and since; and what those of the other towers do.
+TEXT_TOWERS = ("language_model.model.", "model.language_model.")
+OTHER_TOWERS = tuple(f"{at}{tower}." for at in ("", "model.") for tower in ("vision_tower", "multi_modal_projector"))
+
+
+def tensor_names(params: Params, config: ModelConfig) -> Params:
+    """Returns the name of each leaf's tensor, or tensors, in a checkpoint of a text model."""
+    modules = LAYER_MODULES | OTHER_MODULES.get(config.architecture, {})
+
+    def of_layers(path: str) -> str:
+        module, leaf = path.rsplit(".", 1)
+        return f"model.layers.{{}}.{modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+
+    return Params(
+        embedder=_map_paths(params.embedder, lambda path: EMBEDDER_NAMES[path]),
+        layers=_map_paths(params.layers, of_layers),
+    )
+
+
+def stored_name(name: str, stored: Collection[str]) -> str:
+    """Returns what a tensor of a text model is called in a checkpoint that has the names `stored`."""
+    tower = next((tower for tower in TEXT_TOWERS if tower + EMBEDDING.removeprefix("model.") in stored), "model.")
+    if name.startswith("model."):
+        return tower + name.removeprefix("model.")
+    return f"language_model.{name}" if tower == "language_model.model." else name  # the head stands beside the tower
+
+
+def is_kernel(name: str) -> bool:
+    """Returns whether a tensor is a matrix that is stored [out, in]."""
+    return name.endswith(("_proj.weight", HEAD))
+
+
+def hugging_face_tensors(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Returns the parameters under their Hugging Face names and in their shapes: what `load_params` reads."""
+    tensors: dict[str, np.ndarray] = {}
+    for name, leaf in zip(jax.tree.leaves(tensor_names(params, config)), jax.tree.leaves(params), strict=True):
+        places = {name.format(layer): leaf[layer] for layer in range(len(leaf))} if "{}" in name else {name: leaf}
+        tensors |= {place: np.asarray(array.T if is_kernel(name) else array) for place, array in places.items()}
+    return tensors
+
+
+def _map_paths(tree: dict[str, Any], name: Callable[[str], str]) -> dict[str, Any]:
+    return jax.tree.map_with_path(lambda path, _: name(_dotted(path)), tree)
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return ".".join(entry.key for entry in path)
