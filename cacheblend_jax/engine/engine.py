@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +34,7 @@ from cacheblend_jax.engine.warmup import Sizes, compile_tasks
 from cacheblend_jax.errors import CacheBlendError, PromptError, is_whole_number
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
+from cacheblend_jax.runtime.exit_hook import several_at_a_time
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore, Store
 
@@ -275,8 +274,8 @@ class Engine:
         planners = [replace(self._planner, blend=blend) for blend in self.blend.fixed()]
         tasks = compile_tasks(sizes, self.model, planners, self._executors, self._buckets, self.context_tokens)
         before = self.model.runner.count
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for done, _ in enumerate(pool.map(lambda task: task(), tasks), 1):
+        with several_at_a_time() as threads:
+            for done, _ in enumerate(threads.map(lambda task: task(), tasks), 1):
                 if progress is not None:
                     progress(done, len(tasks))
         self._prefiller.is_warm = True

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +31,7 @@ from cacheblend_jax.evaluation.metrics import (
 from cacheblend_jax.evaluation.progress import Progress, no_progress
 from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, CONTINUATIONS, Setting
 from cacheblend_jax.model import Model
+from cacheblend_jax.runtime.exit_hook import several_at_a_time
 from cacheblend_jax.store import ChunkStore
 
 STORE_BYTES = 4 * 2**30
@@ -200,8 +199,8 @@ class Evaluator:
         by_engine: dict[Engine, list[Setting]] = defaultdict(list)
         for setting in settings:
             by_engine[self.engine(setting)].append(setting)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            compiling = [pool.submit(self.evaluate_row, row, group) for group in by_engine.values()]
+        with several_at_a_time() as threads:
+            compiling = [threads.submit(self.evaluate_row, row, group) for group in by_engine.values()]
             for each in progress(compiling, "compile"):
                 each.result()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
-import concurrent.futures.thread  # noqa: F401  (its hook must be registered before ours: they run in reverse)
 import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from concurrent.futures.thread import ThreadPoolExecutor  # registers its hook before ours: they run in reverse
+from contextlib import contextmanager
 from typing import Protocol, TypeVar, runtime_checkable
 
 Result = TypeVar("Result")
@@ -60,6 +61,18 @@ def to_its_end(work: Callable[[], Result]) -> Result:
     except RuntimeError:  # no more threads
         return work()
     return outcome.result()
+
+
+@contextmanager
+def several_at_a_time() -> Iterator[ThreadPoolExecutor]:
+    """Gives threads for tasks that compile; where the body raises (Ctrl-C, say), those that have not begun never do."""
+    threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="cacheblend-compile")
+    try:
+        yield threads
+    except BaseException:
+        threads.shutdown(wait=False, cancel_futures=True)
+        raise
+    threads.shutdown()
 
 
 def _flush_all() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+from concurrent.futures import wait
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from cacheblend_jax.runtime.exit_hook import to_its_end
+from cacheblend_jax.runtime.exit_hook import several_at_a_time, to_its_end
 from cacheblend_jax.runtime.programs import Runner
 
 
@@ -36,6 +37,30 @@ def test_an_interrupt_ends_the_waiting_and_not_the_work():
     go_on.set()
     worker.join()
     assert done.is_set()
+
+
+def test_an_interrupt_leaves_what_has_not_begun():
+    go_on, done = threading.Event(), []
+
+    def task(number: int) -> None:
+        go_on.wait()
+        done.append(number)
+
+    def interrupted() -> None:
+        with several_at_a_time() as workers:
+            tasks.extend(workers.submit(task, number) for number in range(100))
+            raise KeyboardInterrupt
+
+    tasks: list = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    go_on.set()
+    begun = [each for each in tasks if not each.cancelled()]
+    wait(begun)
+    assert len(done) == len(begun) <= 8
+    with several_at_a_time() as workers:
+        other = workers.submit(task, 0)
+    assert other.done()  # a body that ends well waits for all
 
 
 def test_what_the_work_returns_or_raises_is_its_callers(monkeypatch):
