@@ -24,6 +24,8 @@ root, rng, whole = Path(sys.argv[1]), random.Random(int(sys.argv[2])), {}
 arguments = ["ask", "--model", sys.argv[3], "--docs", str(root / "docs"), "--all", "--chunk-tokens", "40"]
 arguments += ["--max-new-tokens", "8", "--store", str(root / "kv"), "--no-compile-cache", "Who is it?"]
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have jobs in the background ignore it
+
 def start(compiles):
     pid = os.fork()
     if pid:
