@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation import plots
 from cacheblend_jax.evaluation.check_layer import measure_check_layer
 from cacheblend_jax.evaluation.corpus import KINDS, Difficulty, examples
-from cacheblend_jax.evaluation.datasets import SEED, Row, bundled_rows
+from cacheblend_jax.evaluation.datasets import SEED, Row
 from cacheblend_jax.evaluation.evaluate import evaluate
 from cacheblend_jax.evaluation.evaluator import Evaluator
 from cacheblend_jax.evaluation.settings import Setting, settings_for
@@ -38,8 +37,8 @@ def test_blend_restores_what_reuse_loses(monkeypatch):
     settings = [Setting("full"), Setting("reuse"), HKVD, less, RANDOM]
     difficulty = Difficulty(num_chunks=(7, 7), chunk_words=(48, 56))
     rows = [
-        replace(row, chunks=example.chunks, question=example.question.text, answers=(example.question.answer,))
-        for row, example in zip(bundled_rows(1) * 16, examples("reference", 16, SEED, difficulty), strict=False)
+        Row(f"reference/{i}", "reference", drawn.chunks, drawn.question.text, (drawn.question.answer,))
+        for i, drawn in enumerate(examples("reference", 16, SEED, difficulty))
     ]
     options = {"max_new_tokens": 2, "continuation_tokens": 2, "layer_deviations": True}
     with Evaluator(cb.load_model("demo", dtype="float32"), rows, **options) as evaluator:
