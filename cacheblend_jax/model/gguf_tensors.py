@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cacheblend_jax.errors import CheckpointError
+from cacheblend_jax.errors import CheckpointError, one_line
 from cacheblend_jax.model.gguf_config import EMBEDDING, HEAD, ROPE_FACTORS
 from cacheblend_jax.model.gguf_file import FLOATS, GgufFile, StoredTensor, dequantised
 
@@ -85,15 +87,15 @@ class GgufTensors:
     def __init__(self, path: Path, tensors: dict[str, NamedTensor]) -> None:
         self._tensors = {name: tensor for name, tensor in tensors.items() if tensor.stored.path == path}
         try:
-            self._content: np.ndarray | None = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is no longer readable: {error}") from error
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise CheckpointError(f"{path} is no longer readable: {one_line(error)}") from error
 
     def __enter__(self) -> GgufTensors:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._content = None  # unmaps the file: pages that were touched no longer count as ours
+        self._file.close()
 
     def keys(self) -> Iterable[str]:
         """Returns the tensors' names."""
@@ -101,13 +103,12 @@ class GgufTensors:
 
     def get_slice(self, name: str) -> _Rows:
         """Returns a view of a tensor, which reads the rows that are taken from it."""
-        assert self._content is not None, "used after its with statement"
-        return _Rows(self._tensors[name], self._content)
+        return _Rows(self._tensors[name], self._file)
 
 
 class _Rows:
-    def __init__(self, tensor: NamedTensor, content: np.ndarray) -> None:
-        self._tensor, self._content = tensor, content
+    def __init__(self, tensor: NamedTensor, file: FileIO) -> None:
+        self._tensor, self._file = tensor, file
 
     def get_dtype(self) -> str:
         quantisation = self._tensor.stored.quantisation
@@ -118,17 +119,26 @@ class _Rows:
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         stored, heads, offset = self._tensor
-        if stored.end > self._content.size:
-            raise CheckpointError(f"{stored.path} was cut off while it was read")
-        content = self._content[stored.offset : stored.end].reshape(-1, stored.row_bytes)
+        chosen = np.arange(stored.shape[0]) if heads == 0 else _in_halves(stored.shape[0], heads)
         if len(stored.shape) == 1:  # one row in the file, each of its values a row here
-            values = dequantised(stored, content)[0]
-            values = values if heads == 0 else values[_in_halves(len(values), heads)]
-            values = values[rows]
+            values = dequantised(stored, self._read(0, 1))[0][chosen[rows]]
         else:
-            chosen = content[rows if heads == 0 else _in_halves(len(content), heads)[rows]]
-            values = dequantised(stored, chosen).reshape(-1, *stored.shape[1:])
+            chosen = chosen[rows]
+            first = int(chosen.min())
+            content = self._read(first, int(chosen.max()) + 1)
+            content = content if heads == 0 else content[chosen - first]
+            values = dequantised(stored, content).reshape(-1, *stored.shape[1:])
         return values - np.asarray(offset, values.dtype) if offset else values
+
+    def _read(self, first: int, end: int) -> np.ndarray:
+        """Reads rows into memory of their own: pages of a memory map would count as ours besides."""
+        stored = self._tensor.stored
+        rows = math.prod(stored.shape[1:-1])  # of more than two dimensions, a row here is several there
+        content = np.empty(((end - first) * rows, stored.row_bytes), np.uint8)
+        self._file.seek(stored.offset + first * rows * stored.row_bytes)
+        if self._file.readinto(memoryview(content).cast("B")) != content.nbytes:
+            raise CheckpointError(f"{stored.path} was cut off while it was read")
+        return content
 
 
 def _in_halves(rows: int, heads: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
 from cacheblend_jax.model import weights as weights_module
+from cacheblend_jax.model import weights_digest
 from cacheblend_jax.model.gguf_file import read_gguf
 from cacheblend_jax.model.tensor_names import hugging_face_tensors
 
@@ -129,6 +130,16 @@ def test_the_fingerprint_is_of_the_file(tmp_path):
     other = from_hugging_face(HF / "llama2", tmp_path / "b.gguf", "llama", {"attn_q.weight": "Q8_0"})
     fingerprints = [cb.load_model(each).fingerprint for each in (path, copy, other)]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_files_in_one_directory_are_remembered_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights_digest, "REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(weights_digest, "SETTLED_SECONDS", -1000)  # files as new as these are believed
+    kinds = [{}, {"attn_q.weight": "Q8_0"}]
+    paths = [from_hugging_face(HF / "llama2", tmp_path / f"{i}.gguf", "llama", kind) for i, kind in enumerate(kinds)]
+    fingerprints = [cb.load_model(path).fingerprint for path in paths]
+    monkeypatch.setattr(weights_digest.WeightFiles, "_computed", lambda self: pytest.fail("hashed again"))
+    assert [cb.load_model(path).fingerprint for path in paths] == fingerprints
 
 
 TEXTS = [
