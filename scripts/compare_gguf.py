@@ -1,7 +1,7 @@
 """Compares a GGUF file as it is loaded here with transformers + torch reading the same file.
 
 `reference FILE OUT` needs torch, transformers, gguf and accelerate, and none of this package; `compare FILE OUT`
-reads what it wrote. They may run in different environments.
+reads what it wrote. They may run in different environments. `load FILE` times loading, and measures its memory (Linux).
 """
 
 from __future__ import annotations
@@ -72,13 +72,35 @@ def compare(path: Path, out: Path) -> None:
     print(f"token ids equal in {same} of {len(ours)} texts")
 
 
+def peak_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def load(path: Path, _: None) -> None:
+    """Prints how long loading takes, and how much memory; imports are not counted."""
+    import jax
+    from transformers import PreTrainedTokenizerFast  # noqa: F401 (imported when it is first asked for)
+
+    import cacheblend_jax as cb
+
+    jax.block_until_ready(jax.numpy.zeros(8) + 1)
+    before, began = peak_bytes(), time.perf_counter()
+    model = cb.load_model(path, dtype="float32")
+    seconds = time.perf_counter() - began
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    print(f"loaded in {seconds:.1f} s; peak memory {(peak_bytes() - before) / weights:.2f} times the weights")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", choices=("reference", "compare"))
+    parser.add_argument("work", choices=("reference", "compare", "load"))
     parser.add_argument("gguf", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="?")
     parsed = parser.parse_args()
-    {"reference": reference, "compare": compare}[parsed.work](parsed.gguf, parsed.out)
+    if parsed.out is None and parsed.work != "load":
+        parser.error("OUT is missing")
+    {"reference": reference, "compare": compare, "load": load}[parsed.work](parsed.gguf, parsed.out)
 
 
 if __name__ == "__main__":

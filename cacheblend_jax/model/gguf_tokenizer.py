@@ -178,11 +178,11 @@ def _sentence_piece(said: _Said, tokens: list[str], types: np.ndarray) -> Any:
 
 def _merges(ranked: list[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """Returns every pair of pieces whose union is a piece: what SentencePiece merges, the best union first."""
-    known = set(ranked)
+    known = {piece: piece for piece in ranked}  # a pair holds these very texts: there may be a million pairs
     found: list[tuple[str, str]] = []
     for piece in ranked:
         cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        pairs = [pair for pair in cuts if pair[0] in known and pair[1] in known]
+        pairs = [(known[left], known[right]) for left, right in cuts if left in known and right in known]
         found += sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
     return found
 
