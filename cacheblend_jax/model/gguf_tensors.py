@@ -136,7 +136,7 @@ class _Rows:
         rows = math.prod(stored.shape[1:-1])  # of more than two dimensions, a row here is several there
         content = np.empty(((end - first) * rows, stored.row_bytes), np.uint8)
         self._file.seek(stored.offset + first * rows * stored.row_bytes)
-        if self._file.readinto(memoryview(content).cast("B")) != content.nbytes:
+        if self._file.readinto(content.reshape(-1).data) != content.nbytes:
             raise CheckpointError(f"{stored.path} was cut off while it was read")
         return content
 
