@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cacheblend_jax.blend import SELECTORS, BlendConfig
-from cacheblend_jax.cli.bundled_model import check_reads
-from cacheblend_jax.cli.documents_prompt import add_source_options, load_with_tokenizer, prompt_of, split
+from cacheblend_jax.cli.bundled_model import load_reader
+from cacheblend_jax.cli.documents_prompt import add_source_options, prompt_of, split
 from cacheblend_jax.cli.options import (
     STANDARD_STREAM,
     add_shared_options,
@@ -106,8 +106,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     blend = _blend(parsed)
     sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
     documents = read_documents(paths)
-    model = load_with_tokenizer(parsed.model, parsed.dtype)
-    check_reads(model, [question, *(document.text for document in documents)], parsed.model)
+    model = load_reader(parsed.model, parsed.dtype, [question, *(document.text for document in documents)])
     chunks = _chosen(split(documents, model, parsed.chunk_tokens), question, model, parsed)
     prompt = prompt_of(chunks, question, model, parsed.system, parsed.template_arguments)
     trace = None if parsed.trace is None else Trace()

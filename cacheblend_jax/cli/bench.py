@@ -17,7 +17,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `bench` to the command line's commands."""
     parser = commands.add_parser("bench", help="time the modes against each other")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory or hub id")
+    source.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory, hub id or .gguf file")
     source.add_argument(
         "--shape", choices=sorted(SHAPES), default="bench-16l", help="with random weights (default: bench-16l)"
     )

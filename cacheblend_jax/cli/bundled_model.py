@@ -1,40 +1,57 @@
-"""The bundled model knows a few hundred words: refuses, or warns, where it would be given others to read."""
+"""The bundled model knows a few hundred words: another reads in its place, or a refusal, or a warning, says so."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from cacheblend_jax.cli.options import print_warning
+from cacheblend_jax.cli.documents_prompt import load_with_tokenizer
+from cacheblend_jax.cli.options import print_status, print_warning
 from cacheblend_jax.engine.prompt import encode
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model
 from cacheblend_jax.model.demo import demo_directory
+from cacheblend_jax.model.smollm2 import INSTALL, SMOLLM2, installed_smollm2
 
 WORD = re.compile(r"\w+")
 NAMED_WORDS = 3
 
 
-def check_reads(model: Model, texts: Iterable[str], named: str | None) -> None:
-    """Checks that a model can read texts: only the bundled one may be unable to.
-
-    Where the user has named it, a warning is printed instead of an error.
-
-    Args:
-        named: the model that the user has named; `None`: the default was taken.
+def load_reader(named: str | None, dtype: str | None, texts: Sequence[str]) -> Model:
+    """Loads a model that can read texts: the named one, or the bundled one, or SmolLM2 where that one cannot.
 
     Raises:
-        CacheBlendError: the default was taken, and the texts have words that it does not know.
+        CacheBlendError: none was named, the bundled one cannot read them, and SmolLM2 is not installed; or as
+            `load_with_tokenizer`.
     """
-    if model.directory != demo_directory():
-        return
-    unknown = unknown_words(model, texts)
+    model = load_with_tokenizer(named, dtype)
+    if named is not None:
+        warn_of_unknown(model, texts)
+        return model
+    unknown = _unknown_to_bundled(model, texts)
     if not unknown:
-        return
-    reason = f"the bundled model knows only the records that it was trained on, and none of {', '.join(unknown)}"
-    if named is None:
-        raise CacheBlendError(f"{reason}; name a model of your own: --model DIR_OR_HUB_ID")
-    print_warning(f"{reason}; its answers mean nothing (--model names another)")
+        return model
+    if installed_smollm2() is None:
+        raise CacheBlendError(
+            f"{_reason(unknown)}; name a model that reads any text: --model DIR_OR_HUB_ID, or --model {SMOLLM2} "
+            f"after {INSTALL}"
+        )
+    print_status(f"{_reason(unknown)}: {SMOLLM2} reads the texts (--model names another)")
+    return load_with_tokenizer(SMOLLM2, dtype)
+
+
+def warn_of_unknown(model: Model, texts: Iterable[str]) -> None:
+    """Prints a warning where a model cannot read texts: only the bundled one may be unable to."""
+    if unknown := _unknown_to_bundled(model, texts):
+        print_warning(f"{_reason(unknown)}; its answers mean nothing (--model names another)")
+
+
+def _unknown_to_bundled(model: Model, texts: Iterable[str]) -> list[str]:
+    return unknown_words(model, texts) if model.directory == demo_directory() else []
+
+
+def _reason(unknown: list[str]) -> str:
+    return f"the bundled model knows only the records that it was trained on, and none of {', '.join(unknown)}"
 
 
 def unknown_words(model: Model, texts: Iterable[str], limit: int = NAMED_WORDS) -> list[str]:

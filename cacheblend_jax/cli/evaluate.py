@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cacheblend_jax.cli.bundled_model import check_reads
+from cacheblend_jax.cli.bundled_model import warn_of_unknown
 from cacheblend_jax.cli.options import add_model_option, add_shared_options, at_least_one, load_with_bar, print_warning
 from cacheblend_jax.cli.progress import progress
 from cacheblend_jax.engine.layout import MODES
@@ -116,7 +116,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         check_layer=parsed.check_layer,
     )
     model = load_with_bar(parsed.model, parsed.dtype)
-    check_reads(model, _texts(parsed, model), named=model.name)
+    warn_of_unknown(model, _texts(parsed, model))
     if parsed.check_layers:
         return _find_check_layer(parsed, model)
     found = evaluate(

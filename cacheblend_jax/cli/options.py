@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from cacheblend_jax.cli.progress import progress_bar
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.model import Model, load_model
+from cacheblend_jax.model.smollm2 import SMOLLM2
 from cacheblend_jax.store import ChunkStore
 from cacheblend_jax.store.chunk_store import DEFAULT_HOST_BYTES
 
@@ -80,7 +81,9 @@ def open_store(parsed: argparse.Namespace) -> ChunkStore:
 def add_model_option(parser: argparse.ArgumentParser) -> None:
     """Adds `--model`; `load_with_bar` takes the bundled model where it is not given."""
     parser.add_argument(
-        "--model", metavar="DIR_OR_ID", help=f"checkpoint directory or hub id (default: {BUNDLED}, the bundled model)"
+        "--model",
+        metavar="DIR_OR_ID",
+        help=f"checkpoint directory, hub id, .gguf file or {SMOLLM2} (default: {BUNDLED}, the bundled model)",
     )
 
 

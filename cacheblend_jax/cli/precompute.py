@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from cacheblend_jax.cli.bundled_model import check_reads
-from cacheblend_jax.cli.documents_prompt import add_source_options, load_with_tokenizer, prompt_of, split
+from cacheblend_jax.cli.bundled_model import load_reader
+from cacheblend_jax.cli.documents_prompt import add_source_options, prompt_of, split
 from cacheblend_jax.cli.options import add_shared_options, add_store_options, open_store, print_warning
 from cacheblend_jax.cli.progress import progress_bar
 from cacheblend_jax.cli.store_report import stored_otherwise
@@ -27,8 +27,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Stores the KV of all chunks of the documents; returns what `--json` writes."""
     documents = read_documents(parsed.docs)
-    model = load_with_tokenizer(parsed.model, parsed.dtype)
-    check_reads(model, [document.text for document in documents], parsed.model)
+    model = load_reader(parsed.model, parsed.dtype, [document.text for document in documents])
     chunks = split(documents, model, parsed.chunk_tokens)
     # Chunks are computed after the prefix of the prompt that `ask` will make of them, whatever its question.
     prompt = prompt_of(chunks, "?", model, parsed.system, parsed.template_arguments)

@@ -1,4 +1,7 @@
-"""The files of a Hugging Face checkpoint: its directory, JSON files, safetensors and tokenizer, read and checked."""
+"""The files of a Hugging Face checkpoint: its directory, JSON files, safetensors and tokenizer, read and checked.
+
+`GgufCheckpoint` has the same methods as `DirectoryCheckpoint`: `load_model` reads both alike.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import glob
 import importlib.util
 import json
 import os
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,18 +18,66 @@ from safetensors import SafetensorError, safe_open
 from cacheblend_jax.errors import CheckpointError, one_line
 from cacheblend_jax.model.config_fields import Fields, shown
 from cacheblend_jax.model.demo import demo_directory
+from cacheblend_jax.model.families import text_tower
+from cacheblend_jax.model.quantised import refuse_quantised_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+DEFAULTS_FILE = "cacheblend.json"  # what a checkpoint's author ships with it; read, never written
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 # What is read beside the weights. Other files of a repository (other formats, training states, adapters) stay there.
 HUB_FILES = (
-    *("config.json", "generation_config.json", "cacheblend.json", INDEX),
+    *("config.json", "generation_config.json", DEFAULTS_FILE, INDEX),
     *(*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.txt"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
 SENTENCEPIECE_START = b"\n"  # of the first message in the file; a tiktoken file begins with base64
 MAX_NAME = 255
 MAX_JSON_BYTES = 2**27  # the index of the largest checkpoints has a few million
+
+
+class DirectoryCheckpoint:
+    """A checkpoint in Hugging Face form: a directory with `config.json`, safetensors and, mostly, a tokenizer.
+
+    Attributes:
+        location: what messages name where they mean the whole checkpoint; of the configuration, `config_location`.
+        directory: where the weight files lie.
+        defaults_file: where the checkpoint's author may have put a measured check layer.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.location = self.directory = directory
+        self.config_location = directory / "config.json"
+        self.defaults_file: Path | None = directory / DEFAULTS_FILE
+
+    def config(self) -> dict[str, Any]:
+        """Returns the configuration in Hugging Face form."""
+        return self._config
+
+    def tensor_files(self) -> dict[str, Path]:
+        """Returns the file of every tensor, by its Hugging Face name."""
+        return self._files
+
+    def open_tensors(self, path: Path) -> Any:
+        """Opens the tensors of one file, to be used in a `with` statement."""
+        return open_tensors(path)
+
+    def tokenizer(self) -> Any:
+        """Returns the tokenizer; `None` where there is none."""
+        return load_tokenizer(self.directory)
+
+    def stop_token_ids(self) -> set[int]:
+        """Returns every token that ends an answer."""
+        return stop_token_ids(self.directory, self._config)
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        raw = read_config(self.directory)
+        refuse_quantised_config(self.config_location, raw)
+        return text_tower(raw, f"{self.config_location}: ")
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        return tensor_files(self.directory)
 
 
 def checkpoint_directory(name_or_path: str | Path) -> Path:

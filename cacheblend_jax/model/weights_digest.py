@@ -139,8 +139,10 @@ class WeightFiles:
         return digest.hexdigest() if self._current() == self.states else None
 
     def _record_name(self) -> str:
-        # One record for each directory: a changed checkpoint replaces the record of the one before.
-        return hashlib.sha256(str(self.directory.resolve()).encode()).hexdigest()[:32]
+        # One record for each directory, and each GGUF file in it: a changed checkpoint replaces the one before.
+        name = self.states[0].name
+        place = self.directory.resolve() / name if name.endswith(".gguf") else self.directory.resolve()
+        return hashlib.sha256(str(place).encode()).hexdigest()[:32]
 
     def _recall(self) -> str | None:
         record = read_record("digests", self._record_name())

