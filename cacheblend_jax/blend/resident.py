@@ -109,17 +109,30 @@ def _question_mass(
 
 
 def standalone(
-    params: Params, token_ids: Int[Array, " tokens"], sequence: PromptSequence, *, config: ModelConfig
+    params: Params,
+    token_ids: Int[Array, " tokens"],
+    context: KVCache | None,
+    start: Int[Array, ""],
+    sequence: PromptSequence,
+    *,
+    config: ModelConfig,
 ) -> KVCache:
     """Returns the KV that a store keeps, `[layers, tokens, kv_heads, head_dim]`: K before RoPE, V as it is.
 
     This is a prefill of the context and the chunk alone, which stops once the last layer's K, V are known.
+
+    Args:
+        token_ids: the context's ids and the chunk's; with `context`, the chunk's alone.
+        context: the context's own KV, as this function returns it.
+        start: position of the first of the tokens: the context's length, or 0 without `context`.
     """
-    positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
+    positions = start + jnp.arange(token_ids.shape[0], dtype=jnp.int32)
     rows = rows_at(embedder(params, config).embed(token_ids), positions, sequence.angles)
+    before_rows = None if context is None else context.with_room(sequence.num_keys)
 
     def body(rows: Rows, index: LayerIndex) -> tuple[Rows, LayerKV]:
-        step = layer_step(params, config, index, rows, None, sequence)
+        cached = None if before_rows is None else before_rows.layer(index)
+        step = layer_step(params, config, index, rows, cached, sequence)
         return step.rows, step.fresh
 
     last = config.num_layers - 1

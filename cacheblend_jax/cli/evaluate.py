@@ -12,6 +12,7 @@ import numpy as np
 from cacheblend_jax.cli.bundled_model import warn_of_unknown
 from cacheblend_jax.cli.options import add_model_option, add_shared_options, at_least_one, load_with_bar, print_warning
 from cacheblend_jax.cli.progress import progress
+from cacheblend_jax.engine.contexts import NEUTRAL, PLAIN
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, CONTINUATIONS
 from cacheblend_jax.model import Model, save_check_layer
@@ -60,6 +61,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--check-layer", type=at_least_one, metavar="L", help="where tokens are first chosen (default: the model's own)"
+    )
+    parser.add_argument(
+        "--contexts",
+        nargs="+",
+        default=[PLAIN],
+        metavar="NAME",
+        help=f"what chunks are precomputed after: {PLAIN} (default), {NEUTRAL} (a packaged text), or a text file",
     )
     parser.add_argument("--check-layers", action="store_true", help="find the model's check layer and save it")
     parser.add_argument(
@@ -114,6 +122,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         deviations=parsed.deviations,
         num_stages=parsed.stages,
         check_layer=parsed.check_layer,
+        contexts=parsed.contexts,
     )
     model = load_with_bar(parsed.model, parsed.dtype)
     warn_of_unknown(model, _texts(parsed, model))

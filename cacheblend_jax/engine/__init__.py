@@ -1,5 +1,6 @@
 """The engine: from a prompt to its blended KV cache and an answer."""
 
+from cacheblend_jax.engine.contexts import neutral_text
 from cacheblend_jax.engine.controller import Decision
 from cacheblend_jax.engine.delays import Tier, cheapest_tier
 from cacheblend_jax.engine.engine import Engine
@@ -19,4 +20,5 @@ __all__ = [
     "Tier",
     "TokenStream",
     "cheapest_tier",
+    "neutral_text",
 ]

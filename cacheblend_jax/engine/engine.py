@@ -16,7 +16,7 @@ from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
 from cacheblend_jax.engine.delays import Estimator
 from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.generation import TokenStream, continuation_logits
-from cacheblend_jax.engine.layout import PlacedChunk, context_of
+from cacheblend_jax.engine.layout import ChunkContext, PlacedChunk
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prefilling import Prefiller
 from cacheblend_jax.engine.profile import Profile
@@ -26,6 +26,7 @@ from cacheblend_jax.engine.prompt import (
     TokenizedPrompt,
     check_length,
     checked_ids,
+    ids_of,
     tokenize_parts,
     tokenize_prompt,
 )
@@ -50,6 +51,9 @@ class Engine:
         blend: how the blend chooses the tokens to recompute, unless a request says otherwise. `"auto"` is
             `BlendConfig(recompute_ratio="auto")`: the controller chooses the ratio of each request, and what to load.
         context_tokens: how many of the prefix's first tokens a chunk is precomputed after; `None`: all of them.
+        context: text or token ids that follow them there, the same for all prompts (`neutral_text()`, say): a chunk
+            that is computed as a text's beginning deviates more from its place in a prompt. It costs time only when
+            chunks are precomputed. Chunks computed after another context are other entries of the store.
         length_buckets: sizes to pad lengths to, ascending. Few sizes mean few programs to compile, but more padding.
             `None`: many sizes, with at most 3.1 % padding above 1024 tokens.
         executor: `"resident"` (all cached KV on the device, one program), `"streamed"` (each layer's KV arrives
@@ -69,6 +73,7 @@ class Engine:
         blend: BlendConfig | str | None = None,
         *,
         context_tokens: int | None = 4,
+        context: TextOrIds = "",
         length_buckets: Sequence[int] | None = None,
         executor: str = "auto",
         prefetch_layers: int = 2,
@@ -82,13 +87,16 @@ class Engine:
         self.store: Store = ChunkStore() if store is None else store
         self.blend = _blend_config(blend)
         self.context_tokens = context_tokens
+        ids = ids_of(context, "context", model.tokenizer, model.config.vocab_size)
+        check_length((context_tokens or 0) + ids.size + 1, model.config.max_positions, "the context with a chunk")
+        self._context = ChunkContext(context_tokens, ids)
         self._buckets = Buckets(None if length_buckets is None else tuple(length_buckets))
         self._planner = Planner(model.config, self.blend, self._buckets)
         self._executors = Executors(model, executor, prefetch_layers, buckets=self._buckets, tiers=self.store.tiers)
         to_device = self._executors.to_device if self._executors.uses_device_tier else None
         self._background = Background(self.store, self._executors.standalone, to_device)
         self._prefiller = Prefiller(
-            model, self.store, self._executors, self._background, context_tokens=context_tokens, profile=profile
+            model, self.store, self._executors, self._background, context=self._context, profile=profile
         )
 
     def precompute(
@@ -272,7 +280,7 @@ class Engine:
         modes = (*modes, "full")  # for prompts none of whose chunks is stored, or can be read
         sizes = Sizes(max_tokens, modes, prefix_tokens, suffix_tokens, chunk_tokens, max_new_tokens)
         planners = [replace(self._planner, blend=blend) for blend in self.blend.fixed()]
-        tasks = compile_tasks(sizes, self.model, planners, self._executors, self._buckets, self.context_tokens)
+        tasks = compile_tasks(sizes, self.model, planners, self._executors, self._buckets, self._context)
         before = self.model.runner.count
         with several_at_a_time() as threads:
             for done, _ in enumerate(threads.map(lambda task: task(), tasks), 1):
@@ -317,7 +325,7 @@ class Engine:
             tokenized = tokenize_parts(
                 Prompt(prefix, prompt, np.zeros(0, np.int32)), self.model.tokenizer, config.vocab_size
             )
-        context = context_of(tokenized.prefix, self.context_tokens)
+        context = self._context.after(tokenized.prefix)
         check_length(tokenized.prefix.size, config.max_positions, "the prefix")
         for i, ids in enumerate(tokenized.chunks):
             check_length(context.size + ids.size, config.max_positions, f"chunk {i} with its context")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,10 @@ from cacheblend_jax.runtime.host_buffers import HostBuffers
 from cacheblend_jax.runtime.programs import Prepared, shapes_of
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkEntry, DeviceEntry
+
+SHARED_CONTEXT = (
+    64  # tokens; a shorter context is computed anew with each chunk: that is faster than blending its KV in
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Executors:
         self.prefetch_layers = prefetch_layers
         self.uses_device_tier = "device" in tiers and setting != "streamed"
         self._model, self._buckets, self._tiers = model, buckets, tiers
+        self._shared_context: tuple[Hashable, KVCache] | None = None
         self._buffers = HostBuffers(jnp.dtype(model.config.dtype))
         self._readers = _reader_pool()
 
@@ -120,6 +125,14 @@ class Executors:
         """Compiles the program that computes the KV of a context and a chunk, padded to `size` tokens."""
         no_tokens = np.zeros(size, np.int32)
         self._model.runner.prepare((standalone, size), lambda run: self._standalone(run, no_tokens, 0))
+
+    def warm_up_after(self, context_tokens: int, size: int) -> None:
+        """Compiles the program that computes a chunk's KV, padded to `size` tokens, after a context's shared KV."""
+        rows, no_tokens = self._buckets.length(context_tokens), np.zeros(size, np.int32)
+        context = abstract_cache(self._model.config, rows, self._model.placement)
+        self._model.runner.prepare(
+            (standalone, rows, size), lambda run: self._standalone(run, no_tokens, 0, context, context_tokens)
+        )
 
     def _executor(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> str:
         return choose_executor(self.setting, [] if plan.nothing_cached else [chunk.tier for chunk in chunks])
@@ -164,9 +177,18 @@ class Executors:
         sequence = self._sequence(on_device.length, plan.cache_length)
         return prefill_streamed(run, model.params, on_device, keep, sequence, layers, config=model.config, plan=plan)
 
-    def _standalone(self, run: Callable[..., Any], padded_ids: np.ndarray, length: int) -> KVCache:
-        sequence = self._sequence(np.asarray(length, np.int32), padded_ids.size)
-        return run(standalone, self._model.params, padded_ids, sequence, config=self._model.config)
+    def _standalone(
+        self,
+        run: Callable[..., Any],
+        padded_ids: np.ndarray,
+        length: int,
+        context: KVCache | None = None,
+        context_length: int = 0,
+    ) -> KVCache:
+        rows = 0 if context is None else context.k.shape[1]
+        sequence = self._sequence(np.asarray(context_length + length, np.int32), rows + padded_ids.size)
+        start = np.asarray(context_length, np.int32)
+        return run(standalone, self._model.params, padded_ids, context, start, sequence, config=self._model.config)
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -262,18 +284,29 @@ class Executors:
         Raises:
             CacheBlendError: the weights are no longer those that the chunk's key was made with.
         """
-        model = self._model
-        ids = np.concatenate([chunk.context_ids, chunk.token_ids])
-        size = self._buckets.length(ids.size)
-        padded = np.zeros(size, np.int32)
-        padded[: ids.size] = ids
-        kv = self._standalone(model.runner, padded, ids.size)
-        begin = chunk.context_ids.size
-        k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : ids.size]) for x in (kv.k, kv.v))
+        model, context_ids = self._model, chunk.context_ids
+        if context_ids.size < SHARED_CONTEXT:
+            begin = context_ids.size
+            kv = self._kv_of(np.concatenate([context_ids, chunk.token_ids]))
+        else:
+            begin = 0
+            kv = self._kv_of(chunk.token_ids, self._context_kv(context_ids, chunk.fingerprint), context_ids.size)
+        k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : begin + chunk.num_tokens]) for x in (kv.k, kv.v))
         if model.fingerprint != chunk.fingerprint:
             raise CacheBlendError("the model's weights changed while a chunk waited to be stored; it is not stored")
-        context_ids = tuple(chunk.context_ids.tolist())
-        return ChunkEntry(k, v, chunk.fingerprint, context_ids, label_for(model, chunk)).hand_over()
+        return ChunkEntry(k, v, chunk.fingerprint, tuple(context_ids.tolist()), label_for(model, chunk)).hand_over()
+
+    def _kv_of(self, token_ids: np.ndarray, context: KVCache | None = None, context_length: int = 0) -> KVCache:
+        padded = np.zeros(self._buckets.length(token_ids.size), np.int32)
+        padded[: token_ids.size] = token_ids
+        return self._standalone(self._model.runner, padded, token_ids.size, context, context_length)
+
+    def _context_kv(self, context_ids: np.ndarray, fingerprint: str) -> KVCache:
+        """Returns a context's own KV, on the device; the one used last is kept, since most chunks have the same."""
+        name, shared = (fingerprint, context_ids.tobytes()), self._shared_context
+        if shared is None or shared[0] != name:
+            shared = self._shared_context = (name, self._kv_of(context_ids))
+        return shared[1]
 
     def _sequence(self, length: Any, num_keys: int) -> PromptSequence:
         return PromptSequence(length, self._put(rope_tables(self._model.config, num_keys)))

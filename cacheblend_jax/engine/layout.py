@@ -86,7 +86,7 @@ class Layout:
         exact, candidate: bool `[tokens]`; a token that is neither is forced.
         chunk_starts: int32 `[tokens]`, position of the first token of each token's chunk; prefix and suffix count as
             chunks.
-        context_length: how many tokens chunks are precomputed after.
+        context_length: how many of the prompt's first tokens chunks are precomputed after.
         suffix_start: position of the suffix; of the last token where there is none.
         hits, misses: how many chunks the store has, and lacks; the prefix does not count.
     """
@@ -103,13 +103,29 @@ class Layout:
     misses: int
 
 
-def context_of(prefix_ids: np.ndarray, context_tokens: int | None) -> np.ndarray:
-    """Returns the ids that chunks are precomputed after: the first `context_tokens` of the prefix, or all (`None`)."""
-    return prefix_ids if context_tokens is None else prefix_ids[:context_tokens]
+@dataclass(frozen=True, eq=False)
+class ChunkContext:
+    """What an engine's chunks are precomputed after: the first tokens of the prompt's prefix, then a fixed text.
+
+    Attributes:
+        prefix_tokens: how many tokens of the prefix; `None`: all of them.
+        text_ids: int32, the text: it stands in no prompt.
+    """
+
+    prefix_tokens: int | None = 4
+    text_ids: np.ndarray = NO_CONTEXT
+
+    def after(self, prefix_ids: np.ndarray) -> np.ndarray:
+        """Returns the ids that the chunks of a prompt with this prefix are precomputed after."""
+        return np.concatenate([self.shared_with(prefix_ids), self.text_ids])
+
+    def shared_with(self, prefix_ids: np.ndarray) -> np.ndarray:
+        """Returns those of them that stand in the prompt, too."""
+        return prefix_ids if self.prefix_tokens is None else prefix_ids[: self.prefix_tokens]
 
 
 def place_chunks(
-    prompt: TokenizedPrompt, mode: str, *, context_tokens: int | None, fingerprint: str, salt: str
+    prompt: TokenizedPrompt, mode: str, *, context: ChunkContext, fingerprint: str, salt: str
 ) -> list[PlacedChunk]:
     """Places the prefix and the chunks that a mode looks up: `full` none, `prefix` only exact ones.
 
@@ -123,16 +139,17 @@ def place_chunks(
         raise PromptError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
     if mode == "full":
         return []
-    context = context_of(prompt.prefix, context_tokens)
+    after, before = context.after(prompt.prefix), prompt.token_ids
 
     def place(start: int, context_ids: np.ndarray, ids: np.ndarray, is_prefix: bool) -> PlacedChunk:
         key = chunk_key(fingerprint, context_ids, ids, salt)
-        return PlacedChunk(key, fingerprint, context_ids, ids, start, context_ids.size == start, is_prefix)
+        exact = np.array_equal(context_ids, before[:start])
+        return PlacedChunk(key, fingerprint, context_ids, ids, start, exact, is_prefix)
 
     chunks = [place(0, NO_CONTEXT, prompt.prefix, True)] if prompt.prefix.size else []
     start = prompt.prefix.size
     for ids in prompt.chunks:
-        chunks.append(place(start, context, ids, False))
+        chunks.append(place(start, after, ids, False))
         start += ids.size
     return [chunk for chunk in chunks if chunk.exact or mode != "prefix"]
 

@@ -24,7 +24,7 @@ from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.controller import Decision, decide
 from cacheblend_jax.engine.delays import Estimator
 from cacheblend_jax.engine.executors import Executors, PrefillRun
-from cacheblend_jax.engine.layout import Layout, PlacedChunk, context_of, lay_out, look_up, place_chunks
+from cacheblend_jax.engine.layout import ChunkContext, Layout, PlacedChunk, lay_out, look_up, place_chunks
 from cacheblend_jax.engine.loading import LostChunkError
 from cacheblend_jax.engine.planner import Planner, computed_positions
 from cacheblend_jax.engine.profile import Profile, profile_for
@@ -42,7 +42,8 @@ class Prefiller:
     """Prefills prompts, one at a time.
 
     Args:
-        context_tokens, profile: see `Engine`.
+        context: what chunks are precomputed after.
+        profile: see `Engine`.
 
     Attributes:
         is_warm: whether programs were compiled in advance. Then a request that waits for the compiler is logged, and
@@ -56,11 +57,11 @@ class Prefiller:
         executors: Executors,
         background: Background,
         *,
-        context_tokens: int | None,
+        context: ChunkContext,
         profile: Profile | Path | str | None,
     ) -> None:
         self._model, self._store, self._executors, self._background = model, store, executors, background
-        self._context_tokens, self._profile = context_tokens, profile
+        self._context, self._profile = context, profile
         self._tiers = store.tiers
         self._estimator: Estimator | None = None
         self._lock = threading.RLock()  # reentrant: the oracle's full prefill is part of a prefill
@@ -71,7 +72,7 @@ class Prefiller:
         return place_chunks(
             tokenized,
             mode,
-            context_tokens=self._context_tokens,
+            context=self._context,
             fingerprint=self._model.fingerprint,
             salt=self._store.salt,
         )
@@ -145,7 +146,7 @@ class Prefiller:
             planner = planner.at(planner.blend.auto_ratios[0] if decision is None else decision.ratio)
 
         def planned(compute: Collection[int]) -> _Planned:
-            context = context_of(call.tokenized.prefix, self._context_tokens)
+            context = self._context.shared_with(call.tokenized.prefix)
             layout = lay_out(call.tokenized, chunks, context_length=context.size, compute=compute)
             return _Planned(planner, layout, *planner.plan_layout(layout, call.mode), decision)
 

@@ -14,6 +14,7 @@ from cacheblend_jax.engine.encoding import check_text, encode, encode_opened
 from cacheblend_jax.errors import PromptError, PromptTooLongError
 
 TextOrIds = str | Sequence[int] | np.ndarray
+Encoder = Callable[..., list[int]]
 SYSTEM = "Answer the question from the passages."
 
 
@@ -180,23 +181,34 @@ def tokenize_parts(prompt: Prompt, tokenizer: Any, vocab_size: int) -> Tokenized
     """Tokenises each part on its own and checks its ids, whatever the length of the whole."""
     with_controls = prompt.control_tokens
 
-    def ids_of(part: TextOrIds, name: str, encoder: Callable[..., list[int]], **options: bool) -> np.ndarray:
-        if isinstance(part, str):
-            if tokenizer is None and part == "":
-                return np.zeros(0, np.int32)
-            _require_tokenizer(tokenizer, name)
-            check_text(part, name)
-            part = encoder(tokenizer, part, **options)
-        return checked_ids(part, name, vocab_size)
+    def ids(part: TextOrIds, name: str, encoder: Encoder, **options: bool) -> np.ndarray:
+        return ids_of(part, name, tokenizer, vocab_size, encoder, **options)
 
-    chunks = tuple(ids_of(chunk, f"chunk {i}", encode) for i, chunk in enumerate(prompt.chunks))
-    if empty := [i for i, ids in enumerate(chunks) if ids.size == 0]:
+    chunks = tuple(ids(chunk, f"chunk {i}", encode) for i, chunk in enumerate(prompt.chunks))
+    if empty := [i for i, each in enumerate(chunks) if each.size == 0]:
         raise PromptError(f"chunk {empty[0]} has no tokens; leave it out")
     return TokenizedPrompt(
-        prefix=ids_of(prompt.prefix, "prefix", encode_opened, control_tokens=with_controls),
+        prefix=ids(prompt.prefix, "prefix", encode_opened, control_tokens=with_controls),
         chunks=chunks,
-        suffix=ids_of(prompt.suffix, "suffix", encode, control_tokens=with_controls),
+        suffix=ids(prompt.suffix, "suffix", encode, control_tokens=with_controls),
     )
+
+
+def ids_of(
+    part: TextOrIds, name: str, tokenizer: Any, vocab_size: int, encoder: Encoder = encode, **options: bool
+) -> np.ndarray:
+    """Returns the ids of text or of token ids; `name` stands in errors.
+
+    Raises:
+        PromptError: text without a tokenizer, or invalid text or ids.
+    """
+    if isinstance(part, str):
+        if tokenizer is None and part == "":
+            return np.zeros(0, np.int32)
+        _require_tokenizer(tokenizer, name)
+        check_text(part, name)
+        part = encoder(tokenizer, part, **options)
+    return checked_ids(part, name, vocab_size)
 
 
 def check_length(total: int, max_tokens: int, what: str = "the prompt") -> None:

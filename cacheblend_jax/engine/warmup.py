@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from cacheblend_jax.blend.buckets import Buckets, buckets_up_to
-from cacheblend_jax.engine.executors import Executors
+from cacheblend_jax.engine.executors import SHARED_CONTEXT, Executors
 from cacheblend_jax.engine.generation import warm_up_decoding
-from cacheblend_jax.engine.layout import MODES
+from cacheblend_jax.engine.layout import MODES, ChunkContext
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.model import Model
@@ -46,7 +48,7 @@ def compile_tasks(
     planners: Sequence[Planner],
     executors: Executors,
     buckets: Buckets,
-    context_tokens: int | None,
+    context: ChunkContext,
 ) -> list[Callable[[], object]]:
     """Returns calls that together compile all programs of those sizes; they may run at the same time.
 
@@ -56,14 +58,20 @@ def compile_tasks(
     most = model.config.max_positions
     if sizes.max_tokens > most:
         raise CacheBlendError(f"max_tokens must be in [1, {most}], got {sizes.max_tokens!r}")
-    context = sizes.prefix_tokens if context_tokens is None else min(sizes.prefix_tokens, context_tokens)
-    exact_chunk = sizes.chunk_tokens if context == sizes.prefix_tokens else 0
+    prefix = np.zeros(sizes.prefix_tokens, np.int32)
+    after, shared = context.after(prefix).size, context.shared_with(prefix).size
+    exact_chunk = sizes.chunk_tokens if after == shared == sizes.prefix_tokens else 0
     limits = (sizes.max_tokens, sizes.modes, sizes.prefix_tokens, sizes.suffix_tokens, exact_chunk)
     plans = dict.fromkeys(plan for planner in planners for plan in planner.plans_up_to(*limits))
     tasks: list[Callable[[], object]] = [partial(executors.warm_up, plan) for plan in plans]
     if sizes.chunk_tokens:
         alone = {buckets.length(max(sizes.prefix_tokens, 1))}
-        alone |= {*buckets_up_to(buckets.length, min(context + sizes.chunk_tokens, most))}
+        if after < SHARED_CONTEXT:
+            alone |= {*buckets_up_to(buckets.length, min(after + sizes.chunk_tokens, most))}
+        else:
+            alone.add(buckets.length(after))
+            following = buckets_up_to(buckets.length, min(sizes.chunk_tokens, most - after))
+            tasks += [partial(executors.warm_up_after, after, size) for size in following]
         tasks += [partial(executors.warm_up_standalone, size) for size in sorted(alone)]
     if sizes.max_new_tokens > 1:
         decoded = buckets_up_to(buckets.length, min(sizes.max_tokens + sizes.max_new_tokens - 1, most))

@@ -13,6 +13,7 @@ import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
+from cacheblend_jax.engine.contexts import context_text
 from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.prompt import Prompt, tokenize_prompt
@@ -112,7 +113,7 @@ class Evaluator:
         self._length_buckets = sorted({Buckets().length(int(np.ceil(size)) + self._room) for size in quantiles})
         self._open = ExitStack()
         self._store = self._open.enter_context(ChunkStore(host_bytes=STORE_BYTES))
-        self._engines: dict[BlendConfig, Engine] = {}
+        self._engines: dict[tuple[BlendConfig, str], Engine] = {}
 
     def __enter__(self) -> Evaluator:
         return self
@@ -126,11 +127,13 @@ class Evaluator:
 
     def engine(self, setting: Setting) -> Engine:
         """Returns the setting's engine, over the shared store."""
-        config = setting.blend_config()
-        if config not in self._engines:
-            engine = Engine(self.model, self._store, config, length_buckets=self._length_buckets)
-            self._engines[config] = self._open.enter_context(engine)
-        return self._engines[config]
+        config, context = setting.blend_config(), setting.context
+        if (config, context) not in self._engines:
+            engine = Engine(
+                self.model, self._store, config, context=context_text(context), length_buckets=self._length_buckets
+            )
+            self._engines[config, context] = self._open.enter_context(engine)
+        return self._engines[config, context]
 
     def prompt(self, row: Row) -> Prompt:
         """Returns the row's prompt, the one that `ask` would build, in token ids."""
@@ -206,6 +209,7 @@ class Evaluator:
 
     def _record(self, row: Row, prompt: Prompt, setting: Setting, reference: _Reference) -> dict[str, Any]:
         engine, full = self.engine(setting), reference.full
+        engine.precompute(prompt)
         out = full if setting.mode == "full" else engine.prefill(prompt, setting.mode)
         answer = engine.complete(out, max_new_tokens=self.max_new_tokens).text.strip()
         logits = engine.continuation_logits(out, reference.padded_ids)[: reference.num_tokens]

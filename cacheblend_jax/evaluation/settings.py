@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.engine.contexts import PLAIN, context_text
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.errors import CacheBlendError
 
@@ -16,7 +18,10 @@ CONTINUATION_TOKENS = 24
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to answer: a mode and, for `blend`, how it chooses the tokens to recompute (see `BlendConfig`)."""
+    """One way to answer: a mode and, for `blend`, how it chooses the tokens to recompute (see `BlendConfig`).
+
+    `context` names what chunks are precomputed after, see `engine.contexts.context_text`.
+    """
 
     mode: str
     selector: str = ""
@@ -24,21 +29,24 @@ class Setting:
     deviation: str = "kv"
     num_stages: int = 4
     check_layer: int | None = None
+    context: str = PLAIN
 
     @property
     def label(self) -> str:
         """Names the setting in tables, plots and result files: short, and different for different settings."""
-        return self.mode if self.mode != "blend" else " ".join([self.selector, f"{self.ratio:g}", *self._unusual])
+        of_mode = [self.selector, f"{self.ratio:g}"] if self.mode == "blend" else [self.mode]
+        return " ".join([*of_mode, *self._unusual])
 
     @property
     def name(self) -> str:
         """The label without the ratio: the same for all points of one curve."""
-        return self.mode if self.mode != "blend" else " ".join([self.selector, *self._unusual])
+        return " ".join([self.selector if self.mode == "blend" else self.mode, *self._unusual])
 
     @property
     def _unusual(self) -> list[str]:
         usual = Setting("blend")
-        words = [f"{self.deviation} only"] if self.deviation != usual.deviation else []
+        words = [f"after {Path(self.context).stem}"] if self.context != PLAIN else []
+        words += [f"{self.deviation} only"] if self.deviation != usual.deviation else []
         words += [f"{self.num_stages} stages"] if self.num_stages != usual.num_stages else []
         return words + ([f"check {self.check_layer}"] if self.check_layer is not None else [])
 
@@ -61,18 +69,27 @@ def settings_for(
     deviations: Sequence[str] = ("kv",),
     num_stages: Sequence[int] = (4,),
     check_layer: int | None = None,
+    contexts: Sequence[str] = (PLAIN,),
 ) -> list[Setting]:
-    """Returns every mode once and, in place of `blend`, every selector at every ratio, deviation and number of stages.
+    """Returns every mode and, in place of `blend`, every selector at every ratio, deviation and number of stages.
+
+    Each of them with every context, except `full`, which loads no chunks.
 
     Raises:
         CacheBlendError: a mode or a selector is unknown, or a value is out of its range.
     """
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise CacheBlendError(f"unknown mode {unknown[0]!r}; known: {', '.join(MODES)}")
-    settings = [Setting(mode) for mode in modes if mode != "blend"]
+    settings = [
+        Setting(mode, context=context)
+        for mode in modes
+        for context in (contexts if mode != "full" else (PLAIN,))
+        if mode != "blend"
+    ]
     if "blend" in modes:
         settings += [
-            Setting("blend", selector, ratio, deviation, stages, check_layer)
+            Setting("blend", selector, ratio, deviation, stages, check_layer, context)
+            for context in contexts
             for selector in selectors
             for ratio in ratios
             for deviation in deviations
@@ -80,4 +97,5 @@ def settings_for(
         ]
     for setting in settings:
         setting.blend_config()  # so that a bad value is found before any work
+        context_text(setting.context)
     return settings

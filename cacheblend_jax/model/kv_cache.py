@@ -54,6 +54,10 @@ class KVCache:
         """Returns the first `num_keys` keys and values of each layer."""
         return jax.tree.map(lambda x: x[:, :num_keys], self)
 
+    def with_room(self, num_keys: int) -> KVCache:
+        """Returns a copy of `num_keys` keys and values, those of this cache first; the others are zeros."""
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, num_keys - x.shape[1]), (0, 0), (0, 0))), self)
+
 
 def _shape_text(leaf: Any) -> str:
     """Returns an array's dtype and shape; JAX also puts other things in an array's place."""
