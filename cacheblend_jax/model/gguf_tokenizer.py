@@ -133,6 +133,9 @@ def _byte_level(said: _Said, tokens: list[str]) -> Any:
     name = said.one_of("pre", SPLITS, "default")
     split = SPLITS[name]
     vocabulary = {token: number for number, token in enumerate(tokens)}
+    for left, right in merges:  # tokenizers panics at others, which no handler of errors sees
+        if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
+            raise said.wrong("merges", "pairs of tokens that make a token", f"{left} {right}")
     backend = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=name in LLAMA3_SPLITS))
     if name in COMPOSED:
         backend.normalizer = normalizers.NFC()

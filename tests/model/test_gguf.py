@@ -195,6 +195,18 @@ def test_texts_are_split_by_the_name_of_their_kind(pre, text, words, tmp_path):
     assert [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == words
 
 
+def test_llama3_takes_whole_words_of_its_vocabulary_that_no_merges_make(tmp_path):
+    for pre, ids in (("llama-bpe", [319]), ("gpt-2", [4, 3, 4])):
+        said = byte_level_metadata(byte_level_tokenizer(), pre)
+        tokens = said["tokenizer.ggml.tokens"]
+        word = tokens[4] + tokens[3] + tokens[4]
+        said["tokenizer.ggml.tokens"] = [*tokens[:-1], word]
+        with pytest.raises(cb.CheckpointError, match="merges must be pairs of tokens that make a token, got"):
+            load_wide(tmp_path, said)
+        said["tokenizer.ggml.merges"].pop()
+        assert load_wide(tmp_path, said)[0].encode(word, add_special_tokens=False) == ids
+
+
 def sentence_piece_metadata(**changes) -> dict:
     """A vocabulary with scores, as SentencePiece's BPE has it: what has a higher score is merged first."""
     pieces = {"ab": -1, "▁c": -2, "bc": -3, "▁ab": -4, "▁": -5, "a": -6, "b": -7, "c": -8, "\n": -9}
