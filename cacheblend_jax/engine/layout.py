@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -113,7 +113,7 @@ class ChunkContext:
     """
 
     prefix_tokens: int | None = 4
-    text_ids: np.ndarray = NO_CONTEXT
+    text_ids: np.ndarray = field(default_factory=lambda: NO_CONTEXT)
 
     def after(self, prefix_ids: np.ndarray) -> np.ndarray:
         """Returns the ids that the chunks of a prompt with this prefix are precomputed after."""

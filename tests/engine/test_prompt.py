@@ -15,7 +15,7 @@ import cacheblend_jax as cb
 from cacheblend_jax.engine import encoding
 from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.prompt import tokenize_prompt
-from cacheblend_jax.model.weights import load_tokenizer
+from cacheblend_jax.model.checkpoint import load_tokenizer
 
 BOS, START = 1, 3
 
