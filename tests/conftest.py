@@ -183,3 +183,13 @@ def random_prompt(seed: int, chunk_lengths=(30, 40, 1, 25), prefix=9, suffix=7) 
 def relative_error(actual, wanted) -> float:
     actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
     return float(np.abs(actual - wanted).max() / np.abs(wanted).max())
+
+
+def refusal(path: Path, shorter_than: int = 500) -> str:
+    """Returns the message, one line that is not long, with which a checkpoint is refused."""
+    with pytest.raises(cb.CheckpointError) as error:
+        cb.load_model(path)
+    message = str(error.value)
+    assert len(message.splitlines()) == 1
+    assert len(message) < shorter_than
+    return message

@@ -107,8 +107,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
     documents = read_documents(paths)
     model = load_reader(parsed.model, parsed.dtype, [question, *(document.text for document in documents)])
-    chunks = _chosen(split(documents, model, parsed.chunk_tokens), question, model, parsed)
-    prompt = prompt_of(chunks, question, model, parsed.system, parsed.template_arguments)
+    chunks, prompt = _asked(split(documents, model, parsed.chunk_tokens), question, model, parsed)
     trace = None if parsed.trace is None else Trace()
     with (
         open_store(parsed) as store,
@@ -159,17 +158,23 @@ def _read_stdin() -> str:
         ) from error
 
 
-def _chosen(chunks: list[Chunk], question: str, model: Model, parsed: argparse.Namespace) -> list[Chunk]:
-    """Returns the chunks to use, in order: where the user has not said how many, those that leave room to answer."""
-    if parsed.all:
-        return chunks
-    if parsed.top_k is not None:
-        return select_top_k(chunks, question, parsed.top_k)
+def _asked(chunks: list[Chunk], question: str, model: Model, parsed: argparse.Namespace) -> tuple[list[Chunk], Prompt]:
+    """Returns the chunks to use, in order, and their prompt.
+
+    Where the user has not said how many, they are those that leave room to answer.
+    """
+
+    def prompt_with(chosen: list[Chunk]) -> Prompt:
+        return prompt_of(chosen, question, model, parsed.system, parsed.template_arguments)
+
+    if parsed.all or parsed.top_k is not None:
+        chosen = chunks if parsed.all else select_top_k(chunks, question, parsed.top_k)
+        return chosen, prompt_with(chosen)
     room = model.config.max_positions - parsed.max_new_tokens + 1
     ranked = by_relevance(chunks, question)[:TOP_K]
     for count in range(len(ranked), 0, -1):
         chosen = [chunks[number] for number in sorted(ranked[:count])]
-        prompt = prompt_of(chosen, question, model, parsed.system, parsed.template_arguments)
+        prompt = prompt_with(chosen)
         if count == 1 or tokenize_parts(prompt, model.tokenizer, model.config.vocab_size).token_ids.size <= room:
             break
     if count < len(ranked):
@@ -177,7 +182,7 @@ def _chosen(chunks: list[Chunk], question: str, model: Model, parsed: argparse.N
             f"the model takes {model.config.max_positions} tokens: {count} instead of {len(ranked)} chunks are used "
             "(--chunk-tokens N makes them shorter)"
         )
-    return chosen
+    return chosen, prompt
 
 
 def _blend(parsed: argparse.Namespace) -> BlendConfig:

@@ -16,9 +16,8 @@ from cacheblend_jax.errors import PromptError
 
 # A fast tokenizer encodes without holding the GIL, and how it treats special tokens is state that each call sets.
 _encoding_lock = threading.Lock()
-_control_ids: WeakKeyDictionary[Any, tuple[int, frozenset[int]]] = (
-    WeakKeyDictionary()
-)  # with the vocabulary's size then
+# Of each tokenizer, with the size that its vocabulary had then.
+_control_ids: WeakKeyDictionary[Any, tuple[int, frozenset[int]]] = WeakKeyDictionary()
 MARKUP = re.compile(r"[<>\[\]{}|｜]")
 PROBE = "a"
 

@@ -33,9 +33,8 @@ from cacheblend_jax.runtime.programs import Prepared, shapes_of
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkEntry, DeviceEntry
 
-SHARED_CONTEXT = (
-    64  # tokens; a shorter context is computed anew with each chunk: that is faster than blending its KV in
-)
+# Tokens. A shorter context is computed anew with each chunk: that is faster than blending its KV in.
+SHARED_CONTEXT = 64
 
 
 @dataclass(frozen=True)
@@ -121,17 +120,26 @@ class Executors:
         if self.uses_device_tier and loads:
             self._prepare_placing(plan, buckets_up_to(small_bucket, plan.cache_length))
 
-    def warm_up_standalone(self, size: int) -> None:
-        """Compiles the program that computes the KV of a context and a chunk, padded to `size` tokens."""
-        no_tokens = np.zeros(size, np.int32)
-        self._model.runner.prepare((standalone, size), lambda run: self._standalone(run, no_tokens, 0))
+    def standalone_sizes(self, context_tokens: int, chunk_tokens: int) -> set[tuple[int, int]]:
+        """Returns what `warm_up_standalone` takes for chunks of up to `chunk_tokens` tokens after such a context."""
+        length, most = self._buckets.length, self._model.config.max_positions
+        if not _is_shared(context_tokens):
+            return {(0, size) for size in buckets_up_to(length, min(context_tokens + chunk_tokens, most))}
+        sizes = buckets_up_to(length, min(chunk_tokens, most - context_tokens))
+        return {(0, length(context_tokens)), *((context_tokens, size) for size in sizes)}
 
-    def warm_up_after(self, context_tokens: int, size: int) -> None:
-        """Compiles the program that computes a chunk's KV, padded to `size` tokens, after a context's shared KV."""
-        rows, no_tokens = self._buckets.length(context_tokens), np.zeros(size, np.int32)
-        context = abstract_cache(self._model.config, rows, self._model.placement)
+    def warm_up_standalone(self, shared_tokens: int, size: int) -> None:
+        """Compiles the program that computes stand-alone KV, padded to `size` tokens.
+
+        Args:
+            shared_tokens: tokens of a context whose own KV is there already; 0 for none.
+        """
+        no_tokens, context, rows = np.zeros(size, np.int32), None, 0
+        if shared_tokens:
+            rows = self._buckets.length(shared_tokens)
+            context = abstract_cache(self._model.config, rows, self._model.placement)
         self._model.runner.prepare(
-            (standalone, rows, size), lambda run: self._standalone(run, no_tokens, 0, context, context_tokens)
+            (standalone, rows, size), lambda run: self._standalone(run, no_tokens, 0, context, shared_tokens)
         )
 
     def _executor(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> str:
@@ -285,12 +293,12 @@ class Executors:
             CacheBlendError: the weights are no longer those that the chunk's key was made with.
         """
         model, context_ids = self._model, chunk.context_ids
-        if context_ids.size < SHARED_CONTEXT:
-            begin = context_ids.size
-            kv = self._kv_of(np.concatenate([context_ids, chunk.token_ids]))
-        else:
+        if _is_shared(context_ids.size):
             begin = 0
             kv = self._kv_of(chunk.token_ids, self._context_kv(context_ids, chunk.fingerprint), context_ids.size)
+        else:
+            begin = context_ids.size
+            kv = self._kv_of(np.concatenate([context_ids, chunk.token_ids]))
         k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : begin + chunk.num_tokens]) for x in (kv.k, kv.v))
         if model.fingerprint != chunk.fingerprint:
             raise CacheBlendError("the model's weights changed while a chunk waited to be stored; it is not stored")
@@ -313,6 +321,10 @@ class Executors:
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, self._model.placement)
+
+
+def _is_shared(context_tokens: int) -> bool:
+    return context_tokens >= SHARED_CONTEXT
 
 
 def _reader_pool() -> ThreadPoolExecutor:

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets, buckets_up_to
-from cacheblend_jax.engine.executors import SHARED_CONTEXT, Executors
+from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.generation import warm_up_decoding
 from cacheblend_jax.engine.layout import MODES, ChunkContext
 from cacheblend_jax.engine.planner import Planner
@@ -65,14 +65,9 @@ def compile_tasks(
     plans = dict.fromkeys(plan for planner in planners for plan in planner.plans_up_to(*limits))
     tasks: list[Callable[[], object]] = [partial(executors.warm_up, plan) for plan in plans]
     if sizes.chunk_tokens:
-        alone = {buckets.length(max(sizes.prefix_tokens, 1))}
-        if after < SHARED_CONTEXT:
-            alone |= {*buckets_up_to(buckets.length, min(after + sizes.chunk_tokens, most))}
-        else:
-            alone.add(buckets.length(after))
-            following = buckets_up_to(buckets.length, min(sizes.chunk_tokens, most - after))
-            tasks += [partial(executors.warm_up_after, after, size) for size in following]
-        tasks += [partial(executors.warm_up_standalone, size) for size in sorted(alone)]
+        alone = {(0, buckets.length(max(sizes.prefix_tokens, 1)))}
+        alone |= executors.standalone_sizes(after, sizes.chunk_tokens)
+        tasks += [partial(executors.warm_up_standalone, *each) for each in sorted(alone)]
     if sizes.max_new_tokens > 1:
         decoded = buckets_up_to(buckets.length, min(sizes.max_tokens + sizes.max_new_tokens - 1, most))
         tasks += [partial(warm_up_decoding, model, size) for size in decoded]

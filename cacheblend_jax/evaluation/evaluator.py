@@ -176,9 +176,7 @@ class Evaluator:
             over the layers after the check layer).
         """
         prompt = self.prompt(row)
-        engine = self.engine(Setting("full"))
-        engine.precompute(prompt)
-        full = engine.prefill(prompt, "full")
+        full = self.engine(Setting("full")).prefill(prompt, "full")
         reference = self._reference(row, full)
         return [self._record(row, prompt, setting, reference) for setting in settings]
 
@@ -195,7 +193,7 @@ class Evaluator:
             raise CacheBlendError(f"row {row.name}: there is no answer to score; use --answers full")
         padded = np.full(room, ids[-1], np.int32)  # one program for continuations of all lengths
         padded[: len(ids)] = ids
-        return _Reference(full, padded, len(ids), engine.continuation_logits(full, padded)[: len(ids)])
+        return _Reference(full, padded, engine.continuation_logits(full, padded)[: len(ids)])
 
     def warmup(self, row: Row, settings: Sequence[Setting], progress: Progress = no_progress) -> None:
         """Compiles what the settings need for rows of this one's size, several programs at a time."""
@@ -212,9 +210,9 @@ class Evaluator:
         engine.precompute(prompt)
         out = full if setting.mode == "full" else engine.prefill(prompt, setting.mode)
         answer = engine.complete(out, max_new_tokens=self.max_new_tokens).text.strip()
-        logits = engine.continuation_logits(out, reference.padded_ids)[: reference.num_tokens]
-        token_ids = reference.padded_ids[: reference.num_tokens]
-        distance = continuation_distance(logits, reference.logits, token_ids)
+        wanted = reference.logits
+        logits = wanted if out is full else engine.continuation_logits(out, reference.padded_ids)[: len(wanted)]
+        distance = continuation_distance(logits, wanted, reference.padded_ids[: len(wanted)])
         stats = out.stats
         deviations = self._layer_deviations(prompt, out, full) if self.layer_deviations else {}
         return {
@@ -254,11 +252,9 @@ class _Reference:
     Attributes:
         full: the full prefill.
         padded_ids: int32, the continuation, then padding.
-        num_tokens: tokens of the continuation.
-        logits: float32 `[tokens, vocab]`, full recompute's over the continuation.
+        logits: float32 `[tokens, vocab]`, full recompute's over the continuation without the padding.
     """
 
     full: PrefillResult
     padded_ids: np.ndarray
-    num_tokens: int
     logits: np.ndarray

@@ -97,5 +97,6 @@ def settings_for(
         ]
     for setting in settings:
         setting.blend_config()  # so that a bad value is found before any work
-        context_text(setting.context)
+    for context in dict.fromkeys(setting.context for setting in settings):
+        context_text(context)
     return settings

@@ -15,30 +15,25 @@ import numpy as np
 from cacheblend_jax.errors import CheckpointError, one_line
 from cacheblend_jax.model.gguf_config import EMBEDDING, HEAD, ROPE_FACTORS
 from cacheblend_jax.model.gguf_file import FLOATS, GgufFile, StoredTensor, dequantised
+from cacheblend_jax.model.tensor_names import EMBEDDER_NAMES, layer_modules
 
 LAYER_TENSOR = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)")
-NAMES = {
-    EMBEDDING: "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    HEAD: "lm_head.weight",
-}
+# The names of leaves and of layers' modules here, by GGUF's; `tensor_names` has Hugging Face's for them.
+LEAVES = {EMBEDDING: "embedding", "output_norm.weight": "final_norm.scale", HEAD: "lm_head.kernel"}
 MODULES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-GEMMA_MODULES = MODULES | {
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+    "attn_norm": "input_norm",
+    "attn_q": "q_proj",
+    "attn_k": "k_proj",
+    "attn_v": "v_proj",
+    "attn_output": "o_proj",
+    "attn_q_norm": "q_norm",
+    "attn_k_norm": "k_norm",
+    "post_attention_norm": "attention_out_norm",
+    "ffn_norm": "mlp_norm",
+    "ffn_gate": "gate_proj",
+    "ffn_up": "up_proj",
+    "ffn_down": "down_proj",
+    "post_ffw_norm": "mlp_out_norm",
 }
 
 
@@ -63,15 +58,16 @@ def named_tensors(file: GgufFile, config: dict[str, Any]) -> dict[str, NamedTens
     is_gemma = architecture.startswith("Gemma")
     heads = {"attn_q": config["num_attention_heads"]}
     heads["attn_k"] = config.get("num_key_value_heads", heads["attn_q"])
+    theirs = layer_modules(architecture)
+    modules = {module: theirs[ours] for module, ours in MODULES.items() if ours in theirs}
     named = {}
     for name, stored in file.tensors.items():
         if name == ROPE_FACTORS:
             continue
         match = LAYER_TENSOR.fullmatch(name)
-        modules = GEMMA_MODULES if is_gemma else MODULES
         if match is None or match[2] not in modules:
             tensor = NamedTensor(stored, offset=1.0 if is_gemma and name == "output_norm.weight" else 0.0)
-            named[NAMES.get(name, name)] = tensor
+            named[EMBEDDER_NAMES[LEAVES[name]] if name in LEAVES else name] = tensor
             continue
         number, module, kind = match.groups()
         # llama.cpp turns neighbouring dimensions by RoPE where Hugging Face turns halves; only Llama's are reordered.

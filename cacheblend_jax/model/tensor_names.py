@@ -37,7 +37,7 @@ OTHER_TOWERS = tuple(f"{at}{tower}." for at in ("", "model.") for tower in ("vis
 
 def tensor_names(params: Params, config: ModelConfig) -> Params:
     """Returns the name of each leaf's tensor, or tensors, in a checkpoint of a text model."""
-    modules = LAYER_MODULES | OTHER_MODULES.get(config.architecture, {})
+    modules = layer_modules(config.architecture)
 
     def of_layers(path: str) -> str:
         module, leaf = path.rsplit(".", 1)
@@ -47,6 +47,11 @@ def tensor_names(params: Params, config: ModelConfig) -> Params:
         embedder=_map_paths(params.embedder, lambda path: EMBEDDER_NAMES[path]),
         layers=_map_paths(params.layers, of_layers),
     )
+
+
+def layer_modules(architecture: str) -> dict[str, str]:
+    """Returns what a layer's modules are called in checkpoints of an architecture, by their names here."""
+    return LAYER_MODULES | OTHER_MODULES.get(architecture, {})
 
 
 def stored_name(name: str, stored: Collection[str]) -> str:

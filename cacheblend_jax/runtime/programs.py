@@ -92,10 +92,8 @@ class Runner:
             donate: names of the parameters whose buffers the program may overwrite.
             static: keyword arguments that programs are compiled for.
         """
-        program, _ = self._program(function, arrays, donate, static)
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(arrays)):
-            return program.result_shapes
-        return program.run(*arrays)
+        program, _, over_shapes = self._program(function, arrays, donate, static)
+        return program.result_shapes if over_shapes else program.run(*arrays)
 
     @property
     def count(self) -> int:
@@ -134,10 +132,11 @@ class Runner:
         arrays: tuple[Any, ...],
         donate: tuple[str, ...],
         static: dict[str, Hashable],
-    ) -> tuple[_Program, float]:
-        """Returns the program, and the seconds that this caller waited for its compilation."""
+    ) -> tuple[_Program, float, bool]:
+        """Returns the program, the seconds that this caller waited for its compilation, and whether it gave shapes."""
         leaves, structure = jax.tree.flatten(arrays)
         shapes = tuple(map(_shape_of, leaves))
+        over_shapes = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
         # A kernel is chosen while a function is traced, so the environment's override is part of the key.
         key = (function, donate, tuple(sorted(static.items())), structure, shapes, implementation_override())
         with _lock:
@@ -147,11 +146,11 @@ class Runner:
                 entry = self._entries[key] = _Entry(key)
             entry.used = next(_uses)
         if entry.program.done() and not ours:
-            return entry.program.result(), 0.0
+            return entry.program.result(), 0.0, over_shapes
         began = time.perf_counter()
         if ours:
             self._compile(entry, partial(function, **static), arrays, donate)
-        return entry.program.result(), time.perf_counter() - began
+        return entry.program.result(), time.perf_counter() - began, over_shapes
 
     def _compile(self, entry: _Entry, function: Callable[..., Any], arrays: tuple[Any, ...], donate: tuple) -> None:
         try:
@@ -180,7 +179,7 @@ class _Recorder:
     def __call__(
         self, function: Callable[..., Any], *arrays: Any, donate: tuple[str, ...] = (), **static: Hashable
     ) -> Any:
-        program, compile_s = self._runner._program(function, arrays, donate, static)
+        program, compile_s, _ = self._runner._program(function, arrays, donate, static)
         self.compile_s += compile_s
         self.peak_memory_bytes = max(self.peak_memory_bytes, program.peak_memory_bytes)
         return program.result_shapes

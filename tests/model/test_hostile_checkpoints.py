@@ -15,7 +15,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-from conftest import HF
+from conftest import HF, refusal
 from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
@@ -38,15 +38,6 @@ def checkpoint(tmp_path, monkeypatch):
 def edit_json(path: Path, **changes) -> None:
     content = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(content | changes))
-
-
-def refusal(directory: Path) -> str:
-    with pytest.raises(cb.CheckpointError) as error:
-        cb.load_model(directory)
-    message = str(error.value)
-    assert len(message.splitlines()) == 1
-    assert len(message) < 500
-    return message
 
 
 ROPE_KEYS = {"low_freq_factor", "high_freq_factor", "factor", "attention_factor", "mscale", "mscale_all_dim"}
