@@ -37,6 +37,7 @@ HEAD_ROWS = 4096  # of embedding and output projection, compared at a time
 EXPONENT_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF << 52}
 COPIED_BLOCK = 2**20  # elements: what is read, dequantised and cast at a time
 FINITE_BLOCK = 2**16  # elements, so that a block stays in the processor's cache
+STRIP = 16  # rows that are transposed at a time, so that the lines they are written to stay in the cache
 
 Progress = Callable[[int, int], None]
 Checkpoint = DirectoryCheckpoint | GgufCheckpoint  # alike in what `load_model` asks them for
@@ -280,7 +281,14 @@ def _copy_tensor(file: Path, tensors: Any, name: str, place: np.ndarray) -> None
             raise CheckpointError(
                 f"{file}: {name} holds NaN or infinity; the file is damaged, or its training diverged"
             )
-        place[begin : begin + len(tensor)] = tensor.astype(place.dtype, copy=False)
+        _write_rows(place[begin : begin + len(tensor)], tensor.astype(place.dtype, copy=False))
+
+
+def _write_rows(place: np.ndarray, rows: np.ndarray) -> None:
+    """Copies rows to where they belong: strip by strip where they are columns in memory, several times as fast."""
+    strip = len(rows) if place.flags.c_contiguous else STRIP
+    for begin in range(0, len(rows), strip):
+        place[begin : begin + strip] = rows[begin : begin + strip]
 
 
 def _all_finite(tensor: np.ndarray) -> bool:
