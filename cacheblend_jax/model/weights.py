@@ -18,6 +18,7 @@ from cacheblend_jax.model.checkpoint import DirectoryCheckpoint, checkpoint_dire
 from cacheblend_jax.model.config import ModelConfig, stated_dtype
 from cacheblend_jax.model.config_fields import MAX_POSITIONS
 from cacheblend_jax.model.gguf_checkpoint import GgufCheckpoint
+from cacheblend_jax.model.gguf_file import is_gguf
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.quantised import refuse_quantised_tensors
 from cacheblend_jax.model.smollm2 import SMOLLM2, smollm2_path
@@ -30,7 +31,6 @@ from cacheblend_jax.runtime.host_buffers import aligned_empty
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-GGUF = ".gguf"
 CHECK_LAYERS = "check-layers"  # the kind of record
 
 HEAD_ROWS = 4096  # of embedding and output projection, compared at a time
@@ -114,7 +114,7 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
         CheckpointError: there is no such file or directory, or it cannot be read.
     """
     path = smollm2_path() if name_or_path == SMOLLM2 else Path(name_or_path).expanduser()
-    if path.suffix == GGUF and not os.path.isdir(path):
+    if is_gguf(path):
         if not os.path.isfile(path):
             raise CheckpointError(f"model {str(name_or_path)!r} is not a file; pass the path of a GGUF file")
         return GgufCheckpoint(path)
