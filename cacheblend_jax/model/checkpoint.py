@@ -95,7 +95,7 @@ def checkpoint_directory(name_or_path: str | Path) -> Path:
     is_path = isinstance(name_or_path, Path) or text.startswith((".", "/", "~")) or os.path.exists(directory)
     if is_path or text.count("/") != 1:
         raise CheckpointError(
-            f"model {text!r} is not a directory; pass a checkpoint's directory or a hub id (owner/name)"
+            f"model {text!r} is not a directory; pass a checkpoint's directory, a GGUF file or a hub id (owner/name)"
         )
     return _downloaded(text)
 
@@ -117,7 +117,9 @@ def _downloaded(hub_id: str) -> Path:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Reads `config.json` as it is."""
-    return read_json(directory / "config.json", "pass the directory of a Hugging Face checkpoint, which holds one")
+    gguf = next(iter(sorted(directory.glob("*.gguf"))), None)
+    hint = "pass the directory of a Hugging Face checkpoint, which holds one, or a GGUF file"
+    return read_json(directory / "config.json", hint if gguf is None else f"to load {gguf.name}, pass that file")
 
 
 def read_json(path: Path, hint: str = "it was there a moment ago") -> dict[str, Any]:

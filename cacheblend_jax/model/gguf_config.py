@@ -67,6 +67,8 @@ def hugging_face_config(file: GgufFile, rope_factors: np.ndarray | None) -> dict
     for key in REQUIRED:
         if key not in said:
             raise CheckpointError(f"{file.path}: {name}.{key} is missing")
+    if said.get("attention.causal", True) is not True:
+        raise CheckpointError(f"{file.path}: {name}.attention.causal must be true: only decoders are supported")
     if said.get("expert_count", 0) != 0:
         raise CheckpointError(f"{file.path}: {shown(said['expert_count'])} experts are not supported; dense models are")
     has_biases = "blk.0.attn_output.bias" in file.tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from cacheblend_jax.errors import CheckpointError, one_line
 from cacheblend_jax.model.config_fields import shown
 
-MAGIC, VERSIONS = b"GGUF", (2, 3)
+SUFFIX, MAGIC, VERSIONS = ".gguf", b"GGUF", (2, 3)
 INSTALL = "pip install 'cacheblend-jax[gguf]'"
 QUANTISATIONS = tuple("F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K".split())
 FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -51,6 +52,19 @@ class GgufFile:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
+
+
+def is_gguf(path: Path) -> bool:
+    """Returns whether a path is to be read as GGUF: by its name or, since Ollama names no format, by how it begins."""
+    if path.suffix.lower() == SUFFIX:
+        return not os.path.isdir(path)
+    try:
+        if not os.path.isfile(path):
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,12 @@ LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Mistral's since Nemo, whose files call themselves llama, too.
+UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+TEKKEN_WORDS = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # How a text is split before its pieces are merged, by the name that the metadata gives: GPT-2's pattern after
 # single digits, or a pattern of its own.
 GPT2, DIGITS = "gpt-2", "digits"
@@ -27,9 +34,11 @@ SPLITS = {
     **dict.fromkeys(("default", "gpt-2", "gpt2"), GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), DIGITS),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), LLAMA3_WORDS),
+    "tekken": TEKKEN_WORDS,
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")),
 }
-LLAMA3_SPLITS, COMPOSED = ("llama-bpe", "llama3", "llama-v3"), ("qwen2", "deepseek-r1-qwen")
+# Those whose texts begin with BOS and whose vocabularies hold whole words; those whose texts are composed (NFC).
+WHOLE_WORDS, COMPOSED = ("llama-bpe", "llama3", "llama-v3", "tekken"), ("qwen2", "deepseek-r1-qwen")
 SPECIALS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -101,14 +110,16 @@ class _Said:
             raise self.wrong(key, "true or false", value)
         return value
 
+    def token_id(self, key: str, tokens: list[str]) -> int | None:
+        value = self.get(key)
+        if value is not None and not is_whole_number(value, least=0, below=len(tokens)):
+            raise self.wrong(key, f"the id of one of {len(tokens)} tokens", value)
+        return value
+
     def token(self, key: str, tokens: list[str]) -> str | None:
         """Returns the token whose id stands there."""
-        value = self.get(key)
-        if value is None:
-            return None
-        if not is_whole_number(value, least=0, below=len(tokens)):
-            raise self.wrong(key, f"the id of one of {len(tokens)} tokens", value)
-        return tokens[value]
+        number = self.token_id(key, tokens)
+        return None if number is None else tokens[number]
 
     def one_of(self, key: str, known: Iterable[str], default: str) -> str:
         value = self.get(key, default)
@@ -136,7 +147,7 @@ def _byte_level(said: _Said, tokens: list[str]) -> Any:
     for left, right in merges:  # tokenizers panics at others, which no handler of errors sees
         if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
             raise said.wrong("merges", "pairs of tokens that make a token", f"{left} {right}")
-    backend = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=name in LLAMA3_SPLITS))
+    backend = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=name in WHOLE_WORDS))
     if name in COMPOSED:
         backend.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in (GPT2, DIGITS))]
@@ -181,12 +192,16 @@ def _sentence_piece(said: _Said, tokens: list[str], types: np.ndarray) -> Any:
 
 def _merges(ranked: list[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """Returns every pair of pieces whose union is a piece: what SentencePiece merges, the best union first."""
-    known = {piece: piece for piece in ranked}  # a pair holds these very texts: there may be a million pairs
+    known = {piece: (vocabulary[piece], piece) for piece in ranked}
+    lengths = sorted({len(piece) for piece in ranked})  # no others are tried: a damaged file may have very long pieces
     found: list[tuple[str, str]] = []
     for piece in ranked:
-        cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        pairs = [(known[left], known[right]) for left, right in cuts if left in known and right in known]
-        found += sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        pairs = []
+        for cut in lengths[: bisect_left(lengths, len(piece))]:
+            left = known.get(piece[:cut])
+            if left is not None and (right := known.get(piece[cut:])) is not None:
+                pairs.append((left, right))
+        found += [(left, right) for (_, left), (_, right) in sorted(pairs)]
     return found
 
 
@@ -205,16 +220,17 @@ def _opening(said: _Said, tokens: list[str]) -> Any:
     """Puts BOS before a text, and EOS after it, where the metadata or llama.cpp's rule for its kind says so."""
     from tokenizers import processors
 
-    is_llama = said.get("model") == SENTENCE_PIECE or said.get("pre") in LLAMA3_SPLITS
-    bos, eos = said.token("bos_token_id", tokens), said.token("eos_token_id", tokens)
-    first = bos if bos is not None and said.flag("add_bos_token", is_llama) else None
-    last = eos if eos is not None and said.flag("add_eos_token", False) else None
-    frame = [token for token in (first, "$A", last) if token is not None]
-    ids = {token: tokens.index(token) for token in (first, last) if token is not None}
+    is_llama = said.get("model") == SENTENCE_PIECE or said.get("pre") in WHOLE_WORDS
+    asked = {"bos": said.flag("add_bos_token", is_llama), "eos": said.flag("add_eos_token", False)}
+    given = {name: said.token_id(f"{name}_token_id", tokens) for name, is_asked in asked.items() if is_asked}
+    # By names of our own: those of a vocabulary's tokens may mean something in a template.
+    ends = [{"id": name, "ids": [i], "tokens": [tokens[i]]} for name, i in given.items() if i is not None]
     words = processors.ByteLevel(trim_offsets=False)
-    if not ids:
+    if not ends:
         return words
-    single = [f"{token}:0" for token in frame]
-    pair = [*single, *(f"{token}:1".replace("$A", "$B") for token in frame)]
-    template = processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(ids.items()))
+    names = [end["id"] for end in ends]
+    frame = [name for name in ("bos", "$A", "eos") if name == "$A" or name in names]
+    single = [f"{name}:0" for name in frame]
+    pair = [*single, *(f"{name}:1".replace("$A", "$B") for name in frame)]
+    template = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
     return processors.Sequence([words, template]) if said.get("model") == BYTE_LEVEL else template

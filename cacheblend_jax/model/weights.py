@@ -18,6 +18,7 @@ from cacheblend_jax.model.checkpoint import DirectoryCheckpoint, checkpoint_dire
 from cacheblend_jax.model.config import ModelConfig, stated_dtype
 from cacheblend_jax.model.config_fields import MAX_POSITIONS
 from cacheblend_jax.model.gguf_checkpoint import GgufCheckpoint
+from cacheblend_jax.model.gguf_file import is_gguf
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.quantised import refuse_quantised_tensors
 from cacheblend_jax.model.smollm2 import SMOLLM2, smollm2_path
@@ -30,13 +31,13 @@ from cacheblend_jax.runtime.host_buffers import aligned_empty
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-GGUF = ".gguf"
 CHECK_LAYERS = "check-layers"  # the kind of record
 
 HEAD_ROWS = 4096  # of embedding and output projection, compared at a time
 EXPONENT_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF << 52}
 COPIED_BLOCK = 2**20  # elements: what is read, dequantised and cast at a time
 FINITE_BLOCK = 2**16  # elements, so that a block stays in the processor's cache
+STRIP = 16  # rows that are transposed at a time, so that the lines they are written to stay in the cache
 
 Progress = Callable[[int, int], None]
 Checkpoint = DirectoryCheckpoint | GgufCheckpoint  # alike in what `load_model` asks them for
@@ -113,7 +114,7 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
         CheckpointError: there is no such file or directory, or it cannot be read.
     """
     path = smollm2_path() if name_or_path == SMOLLM2 else Path(name_or_path).expanduser()
-    if path.suffix == GGUF and not os.path.isdir(path):
+    if is_gguf(path):
         if not os.path.isfile(path):
             raise CheckpointError(f"model {str(name_or_path)!r} is not a file; pass the path of a GGUF file")
         return GgufCheckpoint(path)
@@ -280,7 +281,14 @@ def _copy_tensor(file: Path, tensors: Any, name: str, place: np.ndarray) -> None
             raise CheckpointError(
                 f"{file}: {name} holds NaN or infinity; the file is damaged, or its training diverged"
             )
-        place[begin : begin + len(tensor)] = tensor.astype(place.dtype, copy=False)
+        _write_rows(place[begin : begin + len(tensor)], tensor.astype(place.dtype, copy=False))
+
+
+def _write_rows(place: np.ndarray, rows: np.ndarray) -> None:
+    """Copies rows to where they belong: strip by strip where they are columns in memory, several times as fast."""
+    strip = len(rows) if place.flags.c_contiguous else STRIP
+    for begin in range(0, len(rows), strip):
+        place[begin : begin + strip] = rows[begin : begin + strip]
 
 
 def _all_finite(tensor: np.ndarray) -> bool:

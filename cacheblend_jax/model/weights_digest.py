@@ -141,7 +141,7 @@ class WeightFiles:
     def _record_name(self) -> str:
         # One record for each directory, and each GGUF file in it: a changed checkpoint replaces the one before.
         name = self.states[0].name
-        place = self.directory.resolve() / name if name.endswith(".gguf") else self.directory.resolve()
+        place = self.directory.resolve() if name.endswith(".safetensors") else self.directory.resolve() / name
         return hashlib.sha256(str(place).encode()).hexdigest()[:32]
 
     def _recall(self) -> str | None:

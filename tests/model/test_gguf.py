@@ -18,9 +18,10 @@ from gguf_files import byte_level_metadata, byte_level_tokenizer, from_hugging_f
 from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
+from cacheblend_jax.model import gguf_tokenizer, weights_digest
 from cacheblend_jax.model import weights as weights_module
-from cacheblend_jax.model import weights_digest
 from cacheblend_jax.model.gguf_file import read_gguf
+from cacheblend_jax.model.gguf_tensors import GgufTensors, NamedTensor
 from cacheblend_jax.model.tensor_names import hugging_face_tensors
 
 CASES = {
@@ -87,7 +88,8 @@ def test_super_blocks_are_read(kind, tmp_path):
     stored = read_gguf(tmp_path / "a.gguf").tensors["rows"]
     assert stored.shape == (3, 512)
     assert stored.row_bytes == 2 * size
-    assert (tmp_path / "a.gguf").read_bytes()[stored.offset : stored.end] == rows.tobytes()
+    with GgufTensors(stored.path, {"rows": NamedTensor(stored)}) as tensors:
+        np.testing.assert_array_equal(tensors.get_slice("rows")[1:3], gguf.dequantize(rows[1:], kind))
 
 
 def split_in_two(tmp_path: Path) -> list[Path]:
@@ -125,11 +127,12 @@ def test_the_fingerprint_is_of_the_file(tmp_path):
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-def test_files_in_one_directory_are_remembered_apart(tmp_path, monkeypatch):
+@pytest.mark.parametrize("suffix", [".gguf", ""])
+def test_files_in_one_directory_are_remembered_apart(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr(weights_digest, "REMEMBERED_BYTES", 0)
     monkeypatch.setattr(weights_digest, "SETTLED_SECONDS", -1000)  # files as new as these are believed
     kinds = [{}, {"attn_q.weight": "Q8_0"}]
-    paths = [from_hugging_face(HF / "llama2", tmp_path / f"{i}.gguf", "llama", kind) for i, kind in enumerate(kinds)]
+    paths = [from_hugging_face(HF / "llama2", tmp_path / f"{i}{suffix}", "llama", kind) for i, kind in enumerate(kinds)]
     fingerprints = [cb.load_model(path).fingerprint for path in paths]
     monkeypatch.setattr(weights_digest.WeightFiles, "_computed", lambda self: pytest.fail("hashed again"))
     assert [cb.load_model(path).fingerprint for path in paths] == fingerprints
@@ -178,6 +181,7 @@ def load_wide(tmp_path: Path, metadata: dict) -> tuple:
         ("gpt-2", "a 12b's", ["a", "Ġ12", "b", "'s"]),
         ("smollm", "a 12b's", ["a", "Ġ", "1", "2", "b", "'s"]),
         ("llama-bpe", "A 1234'S\n\n", ["A", "Ġ", "123", "4", "'S", "ĊĊ"]),
+        ("tekken", "HelloWORLD 12a//\n", ["Hello", "WORLD", "Ġ", "1", "2", "a", "//Ċ"]),
         ("qwen2", "A 123e\u0301", ["A", "Ġ", "1", "2", "3", "Ã©"]),
     ],
 )
@@ -188,8 +192,8 @@ def test_texts_are_split_by_the_name_of_their_kind(pre, text, words, tmp_path):
     assert [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == words
 
 
-def test_llama3_takes_whole_words_of_its_vocabulary_that_no_merges_make(tmp_path):
-    for pre, ids in (("llama-bpe", [319]), ("gpt-2", [4, 3, 4])):
+def test_llama3_and_tekken_take_whole_words_of_its_vocabulary_that_no_merges_make(tmp_path):
+    for pre, ids in (("llama-bpe", [319]), ("tekken", [319]), ("gpt-2", [4, 3, 4])):
         said = byte_level_metadata(byte_level_tokenizer(), pre)
         tokens = said["tokenizer.ggml.tokens"]
         word = tokens[4] + tokens[3] + tokens[4]
@@ -233,7 +237,31 @@ def test_a_vocabulary_with_scores_is_merged_by_them(tmp_path):
     assert bare.convert_ids_to_tokens(bare.encode("ab  c")) == ["ab", "▁▁", "c"]
 
 
+@pytest.mark.parametrize("name", ["$A", "a:b", "<0x00>"])
+def test_tokens_around_a_text_may_have_any_name(name, tmp_path):
+    said = sentence_piece_metadata(add_eos_token=True)
+    said["tokenizer.ggml.tokens"][1:3] = [name, f"{name}:"]
+    tokenizer, _ = load_wide(tmp_path, said)
+    assert tokenizer.encode("ab") == [1, 262, 2]
+    assert tokenizer.encode("ab", "c") == [1, 262, 2, 1, 260, 2]
+
+
+def test_a_very_long_piece_is_cut_only_where_a_piece_may_end():
+    cuts = 0
+
+    class Piece(str):
+        def __getitem__(self, part):
+            nonlocal cuts
+            cuts += 1
+            return super().__getitem__(part)
+
+    pieces = ["a", "b", "ab", Piece("ab" * 5000)]
+    assert gguf_tokenizer._merges(pieces, {piece: i for i, piece in enumerate(pieces)}) == [("a", "b")]
+    assert 0 < cuts < 10
+
+
 BAD_METADATA = [
+    ({"llama.attention.causal": False}, "llama.attention.causal must be true"),
     ({"llama.embedding_length": 33}, "shape"),
     ({"llama.attention.head_count": 0}, "num_attention_heads must be an integer in"),
     ({"llama.attention.head_count": "4"}, "num_attention_heads must be an integer in"),
@@ -343,6 +371,21 @@ def test_a_missing_package_is_named_with_its_install_line(tmp_path, monkeypatch)
     path = from_hugging_face(HF / "llama2", tmp_path / "a.gguf", "llama")
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "needs the package gguf: install it with pip install 'cacheblend-jax[gguf]'" in refused(path)
+
+
+@pytest.mark.parametrize("name", ["sha256-0123abcd", "MODEL.GGUF"])
+def test_a_file_is_known_by_how_it_begins(name, tmp_path):
+    path = from_hugging_face(HF / "llama2", tmp_path / "a.gguf", "llama")
+    renamed = path.rename(tmp_path / name)
+    assert cb.load_model(renamed).config.num_layers == 4
+
+
+def test_what_cannot_be_loaded_points_to_the_file_that_can(tmp_path):
+    path = from_hugging_face(HF / "llama2", tmp_path / "a.gguf", "llama")
+    assert "config.json is missing: to load a.gguf, pass that file" in refusal(tmp_path)
+    path.unlink()
+    assert "which holds one, or a GGUF file" in refusal(tmp_path)
+    assert "pass a checkpoint's directory, a GGUF file or a hub id" in refusal(HF / "llama2" / "model.safetensors")
 
 
 def test_a_path_that_is_no_file_is_named():
