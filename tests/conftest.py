@@ -14,9 +14,9 @@ CACHE = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# These flags save two thirds of compiling. jax 0.12 has no other emitters to choose.
+# These flags save two thirds of compiling. From jax 0.11 on there are no other emitters to choose.
 QUICKLY, AS_USERS = {"xla_backend_optimization_level": 0}, {"xla_backend_optimization_level": 3}
-if importlib.metadata.version("jax") < "0.12":
+if importlib.metadata.version("jax") < "0.11":
     QUICKLY["xla_cpu_use_fusion_emitters"], AS_USERS["xla_cpu_use_fusion_emitters"] = False, True
 FLAGS = [f"--{name}={str(value).lower()}" for name, value in QUICKLY.items()]
 FLAGS.append("--xla_force_host_platform_device_count=2")  # meshes need devices
