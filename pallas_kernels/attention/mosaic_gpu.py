@@ -236,12 +236,23 @@ def _load(
 ) -> None:
     """Keeps `stages` blocks in flight, from the first needed one to the last."""
     count = blocks.end - blocks.begin
+    streams = (
+        (stored[0], tails[0], shared.k, shared.k_loaded, shared.k_read),
+        (stored[1], tails[1], shared.v, shared.v_loaded, shared.v_read),
+    )
 
-    def fetch(step: jax.Array, slot: jax.Array) -> None:
-        block = blocks.begin + step
-        for source, tail, target, loaded in zip(
-            stored, tails, (shared.k, shared.v), (shared.k_loaded, shared.v_loaded), strict=True
-        ):
+    def slot_of(step: jax.Array) -> jax.Array:
+        return lax.rem(step, jnp.int32(shape.stages))
+
+    def fetch(step: jax.Array, carry: None) -> None:
+        slot, block = slot_of(step), blocks.begin + step
+        # Keys are read half a step before the values of the same block: their slot need not wait for those.
+        for source, tail, target, loaded, read in streams:
+
+            @pl.when(step >= shape.stages)
+            def _wait_until_read(read=read):
+                plgpu.barrier_wait(read.at[slot])
+
             destination = target.at[slot], loaded.at[slot]
 
             @pl.when(block == blocks.last)
@@ -253,18 +264,16 @@ def _load(
                 keys = pl.ds(block * shape.keys, shape.keys)
                 plgpu.copy_gmem_to_smem(source.at[keys, kv_head], *destination)
 
-    def refill(step: jax.Array, carry: None) -> None:
-        slot = lax.rem(step, jnp.int32(shape.stages))
-
-        @pl.when(step >= shape.stages)
-        def _wait_until_read():
-            plgpu.barrier_wait(shared.k_read.at[slot])
-            plgpu.barrier_wait(shared.v_read.at[slot])
-
-        fetch(step, slot)
         return carry
 
-    lax.fori_loop(0, count, refill, None)
+    def wait_until_read(step: jax.Array, carry: None) -> None:
+        for *_, read in streams:
+            plgpu.barrier_wait(read.at[slot_of(step)])
+        return carry
+
+    lax.fori_loop(0, count, fetch, None)
+    # A barrier must not end in a phase that nobody waited for.
+    lax.fori_loop(jnp.maximum(count - shape.stages, 0), count, wait_until_read, None)
 
 
 def _compute(
