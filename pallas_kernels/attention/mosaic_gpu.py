@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.tiles import KeyBlocks, cost, make_tiles, unpack_rows
+from pallas_kernels.attention.tiles import Grid, KeyBlocks, cost, make_tiles, unpack_rows
 from pallas_kernels.tuning import AttentionBlocks
 
 MASKED = -1e30  # finite, so that a row that sees nothing of a block stays free of NaN
@@ -89,6 +89,7 @@ def attend_mosaic_gpu(
         interpret=interpret,
     )
     num_rows = tiles.rows.shape[1]
+    grid = Grid(num_rows // blocks.rows, num_kv_heads)
     tail = kv_length // blocks.keys
     # The tensor memory accelerator reads keys in groups of eight; the last ones come from the tail block anyway.
     k, v = (jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0), (0, 0))) for x in (k, v))
@@ -99,14 +100,14 @@ def attend_mosaic_gpu(
     if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:  # from jax 0.11 on
         options["cost_estimate"] = cost(q, k, tile_rows=blocks.rows, block_keys=blocks.keys)
     out, lse = plgpu.kernel(
-        _kernel(shape, num_rows // blocks.rows),
+        _kernel(shape, grid),
         out_type=[
             jax.ShapeDtypeStruct((num_kv_heads, num_rows, head_dim), q.dtype),
             jax.ShapeDtypeStruct((num_kv_heads, num_rows), jnp.float32),
         ],
         scratch_types=_scratch(shape),
-        grid=(num_kv_heads, num_rows // blocks.rows),
-        grid_names=("kv_head", "tile"),
+        grid=(grid.size,),
+        grid_names=("block",),
         num_threads=COMPUTING + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -172,13 +173,11 @@ class _Shared(NamedTuple):
     weights: Any = None  # in the interpreter only
 
 
-def _kernel(shape: _Shape, num_tiles: int) -> Callable[..., None]:
+def _kernel(shape: _Shape, grid: Grid) -> Callable[..., None]:
     def kernel(begin, inner_begin, inner_end, end, tail, first_visible, last_visible, q, k, v, k_tail, v_tail, *rest):
         out, lse, *scratch = rest
         shared = _Shared(*scratch)
-        kv_head = lax.axis_index("kv_head")
-        # The last tiles see the most keys: they start first, and short ones fill the gaps at the end.
-        tile = num_tiles - 1 - lax.axis_index("tile")
+        tile, kv_head = grid.place(lax.axis_index("block"))
         warpgroup = lax.axis_index("warpgroup")
         # Here `last` names the block that comes from the tail arrays, whose padding is zero: no mask needs it.
         blocks = KeyBlocks(begin[tile], inner_begin[tile], inner_end[tile], end[tile], tail[0])

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -30,6 +31,26 @@ class QueryTiles(NamedTuple):
     last_visible: Int[Array, " rows"]  # -1 where a row sees nothing
     first_visible: Int[Array, " rows"]
     blocks: KeyBlocks
+
+
+class Grid(NamedTuple):
+    """The blocks of a kernel's grid: one for each tile of each KV head."""
+
+    num_tiles: int
+    num_kv_heads: int
+
+    @property
+    def size(self) -> int:
+        """The number of blocks."""
+        return self.num_tiles * self.num_kv_heads
+
+    def place(self, block: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """Returns tile and KV head of the block that starts as number `block`.
+
+        The last tiles see the most keys: they start first, over all heads, and short ones fill the gaps at the end.
+        """
+        kv_heads = jnp.int32(self.num_kv_heads)
+        return self.num_tiles - 1 - lax.div(block, kv_heads), lax.rem(block, kv_heads)
 
 
 def make_tiles(

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.tiles import cost, make_tiles, unpack_rows
+from pallas_kernels.attention.tiles import Grid, cost, make_tiles, unpack_rows
 from pallas_kernels.tuning import AttentionBlocks
 
 MASKED = -1e30  # finite, so that a row that sees nothing of a block stays free of NaN
@@ -55,15 +55,20 @@ def attend_triton(
         block_keys=blocks.keys,
     )
     num_rows = tiles.rows.shape[1]
-    whole = pl.BlockSpec((k.shape[0], None, width), lambda tile, head: (0, head, 0))
-    row = pl.BlockSpec((blocks.rows,), lambda tile, head: (tile,))
-    bound = pl.BlockSpec((1,), lambda tile, head: (tile,))
-    rows = pl.BlockSpec((None, blocks.rows, width), lambda tile, head: (head, tile, 0))
+    grid = Grid(num_rows // blocks.rows, num_kv_heads)
+
+    def specified(sizes: tuple[int | None, ...], at: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
+        return pl.BlockSpec(sizes, lambda block: at(*grid.place(block)))
+
+    whole = specified((k.shape[0], None, width), lambda tile, head: (0, head, 0))
+    row = specified((blocks.rows,), lambda tile, head: (tile,))
+    bound = specified((1,), lambda tile, head: (tile,))
+    rows = specified((None, blocks.rows, width), lambda tile, head: (head, tile, 0))
     out, lse = pl.pallas_call(
         _kernel(scale, blocks.keys, has_starts=starts is not None),
-        grid=(num_rows // blocks.rows, num_kv_heads),
+        grid=(grid.size,),
         in_specs=[*[bound] * len(tiles.blocks), row, row, rows, whole, whole],
-        out_specs=[rows, pl.BlockSpec((None, blocks.rows), lambda tile, head: (head, tile))],
+        out_specs=[rows, specified((None, blocks.rows), lambda tile, head: (head, tile))],
         out_shape=[
             jax.ShapeDtypeStruct((num_kv_heads, num_rows, width), q.dtype),
             jax.ShapeDtypeStruct((num_kv_heads, num_rows), jnp.float32),
