@@ -22,11 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.tiles import Grid, KeyBlocks, cost, make_tiles, unpack_rows
+from pallas_kernels.attention.tiles import Grid, KeyBlocks, cost, make_grid, make_tiles, merge_splits
 from pallas_kernels.tuning import AttentionBlocks
 
 MASKED = -1e30  # finite, so that a row that sees nothing of a block stays free of NaN
 COMPUTING = 2  # computing warpgroups
+CONCURRENT = 132  # blocks of the grid: shared memory holds one on each multiprocessor of an H100 or H200
 LOG2_E = math.log2(math.e)
 
 
@@ -89,7 +90,7 @@ def attend_mosaic_gpu(
         interpret=interpret,
     )
     num_rows = tiles.rows.shape[1]
-    grid = Grid(num_rows // blocks.rows, num_kv_heads)
+    grid = make_grid(num_rows // blocks.rows, num_kv_heads, k.shape[0], concurrent=CONCURRENT)
     tail = kv_length // blocks.keys
     # The tensor memory accelerator reads keys in groups of eight; the last ones come from the tail block anyway.
     k, v = (jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0), (0, 0))) for x in (k, v))
@@ -102,8 +103,8 @@ def attend_mosaic_gpu(
     out, lse = plgpu.kernel(
         _kernel(shape, grid),
         out_type=[
-            jax.ShapeDtypeStruct((num_kv_heads, num_rows, head_dim), q.dtype),
-            jax.ShapeDtypeStruct((num_kv_heads, num_rows), jnp.float32),
+            jax.ShapeDtypeStruct((grid.num_splits, num_kv_heads, num_rows, head_dim), q.dtype),
+            jax.ShapeDtypeStruct((grid.num_splits, num_kv_heads, num_rows), jnp.float32),
         ],
         scratch_types=_scratch(shape),
         grid=(grid.size,),
@@ -123,7 +124,7 @@ def attend_mosaic_gpu(
         v,
         *tail_blocks,
     )
-    return unpack_rows(out, num_queries, num_heads), unpack_rows(lse, num_queries, num_heads)
+    return merge_splits(out, lse, num_queries, num_heads)
 
 
 def _tail_block(
@@ -177,10 +178,11 @@ def _kernel(shape: _Shape, grid: Grid) -> Callable[..., None]:
     def kernel(begin, inner_begin, inner_end, end, tail, first_visible, last_visible, q, k, v, k_tail, v_tail, *rest):
         out, lse, *scratch = rest
         shared = _Shared(*scratch)
-        tile, kv_head = grid.place(lax.axis_index("block"))
+        tile, split, kv_head = grid.place(lax.axis_index("block"))
         warpgroup = lax.axis_index("warpgroup")
         # Here `last` names the block that comes from the tail arrays, whose padding is zero: no mask needs it.
         blocks = KeyBlocks(begin[tile], inner_begin[tile], inner_end[tile], end[tile], tail[0])
+        blocks = blocks.part(split, grid.num_splits)
 
         @pl.when(warpgroup < COMPUTING)
         def _():
@@ -191,8 +193,8 @@ def _kernel(shape: _Shape, grid: Grid) -> Callable[..., None]:
             plgpu.barrier_wait(shared.q_loaded.at[warpgroup])
             _compute(shape, shared, blocks, warpgroup, row_first, row_last)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(shared.q.at[warpgroup], out.at[kv_head, rows])
-            plgpu.copy_smem_to_gmem(shared.lse.at[warpgroup], lse.at[kv_head, rows])
+            plgpu.copy_smem_to_gmem(shared.q.at[warpgroup], out.at[split, kv_head, rows])
+            plgpu.copy_smem_to_gmem(shared.lse.at[warpgroup], lse.at[split, kv_head, rows])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == COMPUTING)
@@ -341,7 +343,7 @@ def _compute(
     weighted, maximum, total = lax.fori_loop(blocks.inner_end, blocks.end, lambda i, c: step(True, i, c), carry)
     pl.when(warpgroup == 0)(take_turns)
 
-    sees_any = row_last >= 0
+    sees_any = (row_last >= 0) & (total != 0)  # a NaN is passed on
     total = jnp.where(sees_any, total, 1.0)
     out = weighted * lax.broadcast_in_dim(1.0 / total, weighted.shape, [0])
     out = jnp.where(lax.broadcast_in_dim(sees_any, out.shape, [0]), out, 0.0)

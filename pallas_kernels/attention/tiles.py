@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Shaped
 
 BIG = 2**30  # beyond every position
+KEYS_OF_A_SPLIT = 512  # at least
 
 
 class KeyBlocks(NamedTuple):
@@ -22,6 +23,16 @@ class KeyBlocks(NamedTuple):
     inner_end: Int[Array, " tiles"]
     end: Int[Array, " tiles"]
     last: Int[Array, " tiles"]  # no query of the tile sees this key or a later one; counts keys, not blocks
+
+    def part(self, split: Int[Array, ""], num_splits: int) -> KeyBlocks:
+        """Returns the blocks of one of `num_splits` ranges of equal size, for the blocks of a single tile."""
+        if num_splits == 1:
+            return self
+        count = self.end - self.begin
+        begin = self.begin + lax.div(count * split, jnp.int32(num_splits))
+        end = self.begin + lax.div(count * (split + 1), jnp.int32(num_splits))
+        inner_begin = jnp.clip(self.inner_begin, begin, end)
+        return KeyBlocks(begin, inner_begin, jnp.clip(self.inner_end, begin, end), end, self.last)
 
 
 class QueryTiles(NamedTuple):
@@ -34,23 +45,35 @@ class QueryTiles(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The blocks of a kernel's grid: one for each tile of each KV head."""
+    """The blocks of a kernel's grid: one for each tile, range of the tile's keys, and KV head."""
 
     num_tiles: int
+    num_splits: int  # ranges of keys
     num_kv_heads: int
 
     @property
     def size(self) -> int:
         """The number of blocks."""
-        return self.num_tiles * self.num_kv_heads
+        return self.num_tiles * self.num_splits * self.num_kv_heads
 
-    def place(self, block: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
-        """Returns tile and KV head of the block that starts as number `block`.
+    def place(self, block: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
+        """Returns tile, split and KV head of the block that starts as number `block`.
 
         The last tiles see the most keys: they start first, over all heads, and short ones fill the gaps at the end.
         """
-        kv_heads = jnp.int32(self.num_kv_heads)
-        return self.num_tiles - 1 - lax.div(block, kv_heads), lax.rem(block, kv_heads)
+        kv_heads, splits = jnp.int32(self.num_kv_heads), jnp.int32(self.num_splits)
+        rest = lax.div(block, kv_heads)
+        return self.num_tiles - 1 - lax.div(rest, splits), lax.rem(rest, splits), lax.rem(block, kv_heads)
+
+
+def make_grid(num_tiles: int, num_kv_heads: int, num_keys: int, *, concurrent: int) -> Grid:
+    """Returns the grid for a device that runs `concurrent` of the kernel's blocks at a time.
+
+    Where there are fewer tiles than that, each tile's keys are shared out over several blocks (as FlashDecoding does),
+    unless they are so few that the blocks would end before their results can be merged.
+    """
+    num_splits = min(concurrent // (num_tiles * num_kv_heads), num_keys // KEYS_OF_A_SPLIT)
+    return Grid(num_tiles, max(num_splits, 1), num_kv_heads)
 
 
 def make_tiles(
@@ -126,3 +149,26 @@ def unpack_rows(
     group = num_heads // num_kv_heads
     rows = packed[:, : num_queries * group].reshape(num_kv_heads, num_queries, group, *rest)
     return jnp.moveaxis(rows, 0, 1).reshape(num_queries, num_heads, *rest)
+
+
+def merge_splits(
+    out: Float[Array, "splits kv_heads rows head_dim"],
+    lse: Float[Array, "splits kv_heads rows"],
+    num_queries: int,
+    num_heads: int,
+) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
+    """Returns output and log-sum-exp of queries, from the rows' output and log-sum-exp over each range of their keys.
+
+    Source: FlashAttention (arXiv 2205.14135), the same rescaling that joins blocks of keys.
+    """
+    if out.shape[0] == 1:
+        return unpack_rows(out[0], num_queries, num_heads), unpack_rows(lse[0], num_queries, num_heads)
+    # Padding rows go first: most rows of a tile that holds a single query.
+    parts, lse = (jax.vmap(lambda x: unpack_rows(x, num_queries, num_heads))(x) for x in (out, lse))
+    peak = lse.max(axis=0, keepdims=True)
+    peak = jnp.where(peak == -jnp.inf, 0.0, peak)  # of queries that see nothing
+    weights = jnp.exp(lse - peak)
+    total = weights.sum(axis=0)
+    weighted = (weights[..., None] * parts.astype(jnp.float32)).sum(axis=0)
+    merged = weighted / jnp.where(total == 0, 1.0, total)[..., None]
+    return merged.astype(out.dtype), peak[0] + jnp.log(total)

@@ -12,9 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.tiles import Grid, cost, make_tiles, unpack_rows
+from pallas_kernels.attention.tiles import Grid, KeyBlocks, cost, make_grid, make_tiles, merge_splits
 from pallas_kernels.tuning import AttentionBlocks
 
+CONCURRENT = 256  # programs: about two on each multiprocessor of a large GPU
 MASKED = -1e30  # finite, so that a row that sees nothing of a block stays free of NaN
 
 
@@ -55,36 +56,42 @@ def attend_triton(
         block_keys=blocks.keys,
     )
     num_rows = tiles.rows.shape[1]
-    grid = Grid(num_rows // blocks.rows, num_kv_heads)
+    grid = make_grid(num_rows // blocks.rows, num_kv_heads, num_keys, concurrent=CONCURRENT)
+    out_dtype = q.dtype if grid.num_splits == 1 else jnp.float32  # rounded once, after the merge
 
     def specified(sizes: tuple[int | None, ...], at: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
         return pl.BlockSpec(sizes, lambda block: at(*grid.place(block)))
 
-    whole = specified((k.shape[0], None, width), lambda tile, head: (0, head, 0))
-    row = specified((blocks.rows,), lambda tile, head: (tile,))
-    bound = specified((1,), lambda tile, head: (tile,))
-    rows = specified((None, blocks.rows, width), lambda tile, head: (head, tile, 0))
+    whole = specified((k.shape[0], None, width), lambda tile, split, head: (0, head, 0))
+    row = specified((blocks.rows,), lambda tile, split, head: (tile,))
+    bound = specified((1,), lambda tile, split, head: (tile,))
+    rows = specified((None, blocks.rows, width), lambda tile, split, head: (head, tile, 0))
+    out_rows = specified((None, None, blocks.rows, width), lambda tile, split, head: (split, head, tile, 0))
+    out_lse = specified((None, None, blocks.rows), lambda tile, split, head: (split, head, tile))
     out, lse = pl.pallas_call(
-        _kernel(scale, blocks.keys, has_starts=starts is not None),
+        _kernel(grid, scale, blocks.keys, has_starts=starts is not None),
         grid=(grid.size,),
         in_specs=[*[bound] * len(tiles.blocks), row, row, rows, whole, whole],
-        out_specs=[rows, specified((None, blocks.rows), lambda tile, head: (head, tile))],
+        out_specs=[out_rows, out_lse],
         out_shape=[
-            jax.ShapeDtypeStruct((num_kv_heads, num_rows, width), q.dtype),
-            jax.ShapeDtypeStruct((num_kv_heads, num_rows), jnp.float32),
+            jax.ShapeDtypeStruct((grid.num_splits, num_kv_heads, num_rows, width), out_dtype),
+            jax.ShapeDtypeStruct((grid.num_splits, num_kv_heads, num_rows), jnp.float32),
         ],
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         cost_estimate=cost(q, k, tile_rows=blocks.rows, block_keys=blocks.keys),
         interpret=interpret,
         name="selective_attention_triton",
     )(*tiles.blocks, tiles.first_visible, tiles.last_visible, tiles.rows, k, v)
-    return unpack_rows(out, num_queries, num_heads)[..., :head_dim], unpack_rows(lse, num_queries, num_heads)
+    out, lse = merge_splits(out, lse, num_queries, num_heads)
+    return out[..., :head_dim].astype(q.dtype), lse
 
 
-def _kernel(scale: float, block_keys: int, *, has_starts: bool) -> Callable[..., None]:
+def _kernel(grid: Grid, scale: float, block_keys: int, *, has_starts: bool) -> Callable[..., None]:
     def kernel(begin, inner_begin, inner_end, end, last, first_visible, last_visible, q, k, v, out, lse):
         num_rows, width = q.shape
-        queries, row_first, row_last, last_key = q[...], first_visible[...], last_visible[...], last[0]
+        queries, row_first, row_last = q[...], first_visible[...], last_visible[...]
+        blocks = KeyBlocks(begin[0], inner_begin[0], inner_end[0], end[0], last[0])
+        blocks = blocks.part(grid.place(pl.program_id(0))[1], grid.num_splits)
         precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
         def step(masked: bool, block: jax.Array, carry: Any) -> Any:
@@ -100,7 +107,7 @@ def _kernel(scale: float, block_keys: int, *, has_starts: bool) -> Callable[...,
                 scores = jnp.where(visible, scores, MASKED)
                 # Keys that no query sees may be NaN, and zero times NaN is NaN.
                 key = block * block_keys + lax.broadcasted_iota(jnp.int32, value_block.shape, 0)
-                value_block = jnp.where(key < last_key, value_block, jnp.zeros_like(value_block))
+                value_block = jnp.where(key < blocks.last, value_block, jnp.zeros_like(value_block))
             new_maximum = jnp.maximum(maximum, scores.max(axis=1))
             weights = jnp.exp(scores - new_maximum[:, None])
             rescale = jnp.exp(maximum - new_maximum)
@@ -114,10 +121,10 @@ def _kernel(scale: float, block_keys: int, *, has_starts: bool) -> Callable[...,
             jnp.zeros((num_rows,), jnp.float32),
         )
         if has_starts:
-            carry = lax.fori_loop(begin[0], inner_begin[0], lambda i, c: step(True, i, c), carry)
-        carry = lax.fori_loop(inner_begin[0], inner_end[0], lambda i, c: step(False, i, c), carry)
-        weighted, maximum, total = lax.fori_loop(inner_end[0], end[0], lambda i, c: step(True, i, c), carry)
-        sees_any = row_last >= 0
+            carry = lax.fori_loop(blocks.begin, blocks.inner_begin, lambda i, c: step(True, i, c), carry)
+        carry = lax.fori_loop(blocks.inner_begin, blocks.inner_end, lambda i, c: step(False, i, c), carry)
+        weighted, maximum, total = lax.fori_loop(blocks.inner_end, blocks.end, lambda i, c: step(True, i, c), carry)
+        sees_any = (row_last >= 0) & (total != 0)  # a NaN is passed on
         total = jnp.where(sees_any, total, 1.0)
         out[...] = jnp.where(sees_any[:, None], weighted / total[:, None], 0.0).astype(out.dtype)
         lse[...] = jnp.where(sees_any, maximum + jnp.log(total), -jnp.inf)

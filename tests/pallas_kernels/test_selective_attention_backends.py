@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import attend, cases
 
 from pallas_kernels import dispatch, selective_attention, tuning
+from pallas_kernels.attention import mosaic_gpu, tiles, triton
 from pallas_kernels.attention.api import BACKENDS
+from pallas_kernels.attention.tiles import Grid, make_grid
 from pallas_kernels.attention.xla import BlockSizes, block_sizes
 from pallas_kernels.tuning import AttentionBlocks
 
@@ -34,6 +37,10 @@ BLOCKS = {
 def small_blocks(monkeypatch):
     table = {(name, ""): [(size, 256, blocks) for size in (2, 4)] for name, blocks in BLOCKS.items()}
     monkeypatch.setattr(tuning, "SELECTIVE_ATTENTION", table)
+    # A small device, so that few queries share out their keys over several blocks, and many do not.
+    monkeypatch.setattr(tiles, "KEYS_OF_A_SPLIT", 64)
+    monkeypatch.setattr(mosaic_gpu, "CONCURRENT", 4)
+    monkeypatch.setattr(triton, "CONCURRENT", 4)
 
 
 @pytest.fixture
@@ -90,6 +97,23 @@ def test_poisoned_padding_never_reaches_a_result(backend):
     k[length:] = v[length:] = np.nan
     for one, other in zip(clean, attend(q, k, v, positions, **options), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_keys_are_shared_out_where_tiles_leave_the_device_idle(monkeypatch):
+    monkeypatch.undo()  # large blocks
+    grid = partial(make_grid, num_kv_heads=8, concurrent=132)
+    assert grid(1, num_keys=8192) == Grid(1, 16, 8)  # one query: 128 blocks instead of 8
+    assert grid(7, num_keys=8192) == Grid(7, 2, 8)
+    assert grid(39, num_keys=8192) == Grid(39, 1, 8)
+    assert grid(1, num_keys=1500) == Grid(1, 2, 8)
+    assert grid(1, num_keys=100) == Grid(1, 1, 8)
+
+
+def test_a_grid_has_each_tile_split_and_head_once_and_long_tiles_first():
+    grid = Grid(num_tiles=3, num_splits=2, num_kv_heads=4)
+    places = [tuple(map(int, grid.place(jnp.int32(block)))) for block in range(grid.size)]
+    assert len(set(places)) == 24
+    assert [tile for tile, *_ in places] == [2] * 8 + [1] * 8 + [0] * 8
 
 
 def test_every_backend_is_compared_with_the_reference():
