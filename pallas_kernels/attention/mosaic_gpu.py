@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention.tiles import Grid, KeyBlocks, cost, make_grid, make_tiles, merge_splits
 from pallas_kernels.tuning import AttentionBlocks
 
-MASKED = -1e30  # finite, so that a row that sees nothing of a block stays free of NaN
 COMPUTING = 2  # computing warpgroups
 CONCURRENT = 132  # blocks of the grid: shared memory holds one on each multiprocessor of an H100 or H200
 LOG2_E = math.log2(math.e)
@@ -50,7 +49,7 @@ class _Shape(NamedTuple):
     stages: int
     head_dim: int
     dtype: jnp.dtype
-    scale: float
+    exponent_scale: float  # positive; from products of queries and keys to powers of two
     has_starts: bool
     interpret: bool
 
@@ -70,6 +69,7 @@ def attend_mosaic_gpu(
     """Returns output and log-sum-exp for validated arguments; `starts` already takes the window into account."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
+    q, exponent_scale = _with_positive_scale(q, scale)
     tiles = make_tiles(
         q,
         q_positions,
@@ -85,7 +85,7 @@ def attend_mosaic_gpu(
         stages=blocks.stages,
         head_dim=head_dim,
         dtype=jnp.dtype(q.dtype),
-        scale=scale,
+        exponent_scale=exponent_scale,
         has_starts=starts is not None,
         interpret=interpret,
     )
@@ -125,6 +125,16 @@ def attend_mosaic_gpu(
         *tail_blocks,
     )
     return merge_splits(out, lse, num_queries, num_heads)
+
+
+def _with_positive_scale(
+    q: Float[Array, "queries heads head_dim"], scale: float
+) -> tuple[Float[Array, "queries heads head_dim"], float]:
+    """Returns queries and a scale of their products with keys, in powers of two: the highest product counts most."""
+    exponent_scale = abs(scale) * LOG2_E
+    if exponent_scale < float(jnp.finfo(jnp.float32).tiny):
+        return q * 0, 1.0
+    return (q if scale > 0 else -q), exponent_scale
 
 
 def _tail_block(
@@ -304,16 +314,17 @@ def _compute(
 
         scores = pl.run_scoped(product, plgpu.ACC((rows, shape.keys), jnp.float32))
         plgpu.barrier_arrive(shared.k_read.at[slot])
-        scores = scores * (shape.scale * LOG2_E)  # softmax in powers of two, which the hardware computes
         if masked:
             key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA) + block * shape.keys
             visible = key <= lax.broadcast_in_dim(row_last, scores.shape, [0])
             if shape.has_starts:
                 visible &= key >= lax.broadcast_in_dim(row_first, scores.shape, [0])
-            scores = jnp.where(visible, scores, MASKED)
+            scores = jnp.where(visible, scores, -jnp.inf)
         new_maximum = jnp.maximum(maximum, scores.max(axis=1))
-        rescale = jnp.exp2(maximum - new_maximum)
-        weights = jnp.exp2(scores - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
+        rescale = jnp.exp2((maximum - new_maximum) * shape.exponent_scale)
+        # Softmax in powers of two, which the hardware computes; scaling and subtraction are one instruction.
+        subtracted = lax.broadcast_in_dim(new_maximum * shape.exponent_scale, scores.shape, [0])
+        weights = jnp.exp2(scores * shape.exponent_scale - subtracted)
         total = total * rescale + weights.sum(axis=1)
         weighted = weighted * lax.broadcast_in_dim(rescale, weighted.shape, [0])
         weights = weights.astype(shape.dtype)
@@ -332,7 +343,8 @@ def _compute(
 
     carry = (
         filled((rows, head_dim), 0.0, plgpu.Layout.WGMMA),
-        filled((rows,), MASKED, plgpu.Layout.WGMMA.reduce(1)),
+        # Finite, also when scaled: a row that sees nothing of its first block has weights of 0 there, not NaN.
+        filled((rows,), -1e30 / max(shape.exponent_scale, 1.0), plgpu.Layout.WGMMA.reduce(1)),
         filled((rows,), 0.0, plgpu.Layout.WGMMA.reduce(1)),
     )
     # One warpgroup is half a step behind the other: while one multiplies, the other does its softmax.
@@ -348,5 +360,5 @@ def _compute(
     out = weighted * lax.broadcast_in_dim(1.0 / total, weighted.shape, [0])
     out = jnp.where(lax.broadcast_in_dim(sees_any, out.shape, [0]), out, 0.0)
     shared.q.at[warpgroup][...] = out.astype(shape.dtype)
-    lse = (maximum + jnp.log2(total)) / LOG2_E
+    lse = (maximum * shape.exponent_scale + jnp.log2(total)) / LOG2_E
     shared.lse.at[warpgroup][...] = jnp.where(sees_any, lse, -jnp.inf)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_cases import attend, cases
+from kernel_cases import as_float64, attend, attend_by_reference, cases
 
 from pallas_kernels import dispatch, selective_attention, tuning
 from pallas_kernels.attention import mosaic_gpu, tiles, triton
@@ -131,6 +131,28 @@ def _races_found() -> bool:
 
     races = gpu_callbacks._races
     return races is not None and races.races_found
+
+
+@pytest.mark.usefixtures("callbacks_run_at_once")
+@pytest.mark.parametrize("backend", ["xla", *EACH_PALLAS_BACKEND])
+def test_the_scale_may_be_any_number(backend):
+    # The others multiply scores by it, where any number is as good as another.
+    for scale in (-0.4, 0.0, 1e-40, 9.0) if backend == "mosaic_gpu" else (-0.4,):
+        _check_scale(backend, scale)
+
+
+def _check_scale(backend, scale):
+    # Each row starts later than the one before: most see nothing of the tile's first block.
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((tokens, 1, 32)), jnp.bfloat16) for tokens in (24, 300, 300))
+    positions = jnp.arange(250, 274)
+    masks = {"q_starts": jnp.linspace(0, 260, 24).astype(jnp.int32)}
+    function = partial(selective_attention, scale=scale, return_lse=True, implementation=backend)
+    out, lse = (function if backend == "mosaic_gpu" else jax.jit(function))(q, k, v, positions, **masks)
+    with jax.enable_x64(True):
+        wanted, wanted_lse = attend_by_reference(*map(as_float64, (q, k, v)), positions, scale=scale, **masks)
+    np.testing.assert_allclose(np.asarray(out, np.float64), np.asarray(wanted), atol=0.08, rtol=0.02)
+    np.testing.assert_allclose(np.asarray(lse), np.asarray(wanted_lse), atol=0.02, rtol=1e-3)
 
 
 POSITIONS = jnp.asarray([300], jnp.int32)
