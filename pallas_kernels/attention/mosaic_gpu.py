@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention.tiles import Grid, KeyBlocks, cost, make_grid, make_tiles, merge_splits
 from pallas_kernels.tuning import AttentionBlocks
 
-COMPUTING = 2  # computing warpgroups
+COMPUTING = 2  # computing warpgroups, at most
 CONCURRENT = 132  # blocks of the grid: shared memory holds one on each multiprocessor of an H100 or H200
 LOG2_E = math.log2(math.e)
 
@@ -44,7 +44,8 @@ def unsupported_reason(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | 
 class _Shape(NamedTuple):
     """What the kernel is compiled for."""
 
-    rows: int  # of one warpgroup
+    computing: int  # warpgroups
+    rows: int  # of one of them
     keys: int  # of one block
     stages: int
     head_dim: int
@@ -69,6 +70,10 @@ def attend_mosaic_gpu(
     """Returns output and log-sum-exp for validated arguments; `starts` already takes the window into account."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
+    rows = blocks.rows // COMPUTING
+    # Where one warpgroup holds all rows, as of a single query, another would compute padding.
+    computing = 1 if num_queries * num_heads // num_kv_heads <= rows else COMPUTING
+    tile_rows = computing * rows
     q, exponent_scale = _with_positive_scale(q, scale)
     tiles = make_tiles(
         q,
@@ -76,11 +81,12 @@ def attend_mosaic_gpu(
         starts,
         kv_length,
         num_kv_heads=num_kv_heads,
-        tile_rows=blocks.rows,
+        tile_rows=tile_rows,
         block_keys=blocks.keys,
     )
     shape = _Shape(
-        rows=blocks.rows // COMPUTING,
+        computing=computing,
+        rows=rows,
         keys=blocks.keys,
         stages=blocks.stages,
         head_dim=head_dim,
@@ -90,7 +96,7 @@ def attend_mosaic_gpu(
         interpret=interpret,
     )
     num_rows = tiles.rows.shape[1]
-    grid = make_grid(num_rows // blocks.rows, num_kv_heads, k.shape[0], concurrent=CONCURRENT)
+    grid = make_grid(num_rows // tile_rows, num_kv_heads, k.shape[0], concurrent=CONCURRENT)
     tail = kv_length // blocks.keys
     # The tensor memory accelerator reads keys in groups of eight; the last ones come from the tail block anyway.
     k, v = (jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0), (0, 0))) for x in (k, v))
@@ -99,7 +105,7 @@ def attend_mosaic_gpu(
     if interpret:
         options["interpret"] = vars(plgpu)["InterpretGPUParams"](detect_races=True)
     if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:  # from jax 0.11 on
-        options["cost_estimate"] = cost(q, k, tile_rows=blocks.rows, block_keys=blocks.keys)
+        options["cost_estimate"] = cost(q, k, tile_rows=tile_rows, block_keys=blocks.keys)
     out, lse = plgpu.kernel(
         _kernel(shape, grid),
         out_type=[
@@ -109,7 +115,7 @@ def attend_mosaic_gpu(
         scratch_types=_scratch(shape),
         grid=(grid.size,),
         grid_names=("block",),
-        num_threads=COMPUTING + 1,
+        num_threads=computing + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="selective_attention_mosaic_gpu",
@@ -154,17 +160,17 @@ def _scratch(shape: _Shape) -> list[Any]:
         return plgpu.SMEM((*sizes, shape.head_dim), shape.dtype, transforms=transforms)
 
     return [
-        shared(COMPUTING, shape.rows),
+        shared(shape.computing, shape.rows),
         shared(shape.stages, shape.keys),
         shared(shape.stages, shape.keys),
-        plgpu.SMEM((COMPUTING, shape.rows), jnp.float32),
-        plgpu.Barrier(num_barriers=COMPUTING),
+        plgpu.SMEM((shape.computing, shape.rows), jnp.float32),
+        plgpu.Barrier(num_barriers=shape.computing),
         plgpu.Barrier(num_barriers=shape.stages),
         plgpu.Barrier(num_barriers=shape.stages),
-        plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=shape.stages),
-        plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=shape.stages),
-        plgpu.Barrier(num_arrivals=COMPUTING),
-        *([plgpu.SMEM((COMPUTING, shape.rows, shape.keys), shape.dtype)] if shape.interpret else []),
+        plgpu.Barrier(num_arrivals=shape.computing, num_barriers=shape.stages),
+        plgpu.Barrier(num_arrivals=shape.computing, num_barriers=shape.stages),
+        plgpu.Barrier(num_arrivals=shape.computing),
+        *([plgpu.SMEM((shape.computing, shape.rows, shape.keys), shape.dtype)] if shape.interpret else []),
     ]
 
 
@@ -194,10 +200,11 @@ def _kernel(shape: _Shape, grid: Grid) -> Callable[..., None]:
         blocks = KeyBlocks(begin[tile], inner_begin[tile], inner_end[tile], end[tile], tail[0])
         blocks = blocks.part(split, grid.num_splits)
 
-        @pl.when(warpgroup < COMPUTING)
+        @pl.when(warpgroup < shape.computing)
         def _():
-            plgpu.set_max_registers(232, action="increase")
-            rows = pl.ds((tile * COMPUTING + warpgroup) * shape.rows, shape.rows)
+            if shape.computing == COMPUTING:
+                plgpu.set_max_registers(232, action="increase")
+            rows = pl.ds((tile * shape.computing + warpgroup) * shape.rows, shape.rows)
             plgpu.copy_gmem_to_smem(q.at[kv_head, rows], shared.q.at[warpgroup], shared.q_loaded.at[warpgroup])
             row_first, row_last = (_load_rows(x, rows) for x in (first_visible, last_visible))
             plgpu.barrier_wait(shared.q_loaded.at[warpgroup])
@@ -207,9 +214,10 @@ def _kernel(shape: _Shape, grid: Grid) -> Callable[..., None]:
             plgpu.copy_smem_to_gmem(shared.lse.at[warpgroup], lse.at[split, kv_head, rows])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup == COMPUTING)
+        @pl.when(warpgroup == shape.computing)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            if shape.computing == COMPUTING:
+                plgpu.set_max_registers(40, action="decrease")
             _load(shape, shared, blocks, kv_head, (k, v), (k_tail, v_tail))
 
     return kernel
@@ -298,9 +306,17 @@ def _compute(
     """Runs one warpgroup's rows over all the tile's blocks; leaves output and log-sum-exp in shared memory."""
     rows, head_dim = shape.rows, shape.head_dim
 
+    def end_turn() -> None:
+        if shape.computing > 1:
+            plgpu.barrier_arrive(shared.turn)
+
+    def wait_for_turn() -> None:
+        if shape.computing > 1:
+            plgpu.barrier_wait(shared.turn)
+
     def take_turns() -> None:
-        plgpu.barrier_arrive(shared.turn)
-        plgpu.barrier_wait(shared.turn)
+        end_turn()
+        wait_for_turn()
 
     def step(masked: bool, block: jax.Array, carry: Any) -> Any:
         weighted, maximum, total = carry
@@ -328,9 +344,9 @@ def _compute(
         total = total * rescale + weights.sum(axis=1)
         weighted = weighted * lax.broadcast_in_dim(rescale, weighted.shape, [0])
         weights = weights.astype(shape.dtype)
-        plgpu.barrier_arrive(shared.turn)
+        end_turn()
         plgpu.barrier_wait(shared.v_loaded.at[slot])
-        plgpu.barrier_wait(shared.turn)
+        wait_for_turn()
 
         weighted = _add_product(
             weighted, weights, shared.v.at[slot], shared.weights.at[warpgroup] if shape.interpret else None
