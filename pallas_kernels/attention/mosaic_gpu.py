@@ -100,7 +100,7 @@ def attend_mosaic_gpu(
     tail = kv_length // blocks.keys
     # The tensor memory accelerator reads keys in groups of eight; the last ones come from the tail block anyway.
     k, v = (jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0), (0, 0))) for x in (k, v))
-    tail_blocks = [_tail_block(x, tail, kv_length, blocks.keys) for x in (k, v)]
+    tails = jnp.stack([_tail_block(x, tail, kv_length, blocks.keys) for x in (k, v)])  # in one kernel
     options: dict[str, Any] = {}
     if interpret:
         options["interpret"] = vars(plgpu)["InterpretGPUParams"](detect_races=True)
@@ -128,7 +128,7 @@ def attend_mosaic_gpu(
         tiles.rows,
         k,
         v,
-        *tail_blocks,
+        tails,
     )
     return merge_splits(out, lse, num_queries, num_heads)
 
@@ -191,7 +191,7 @@ class _Shared(NamedTuple):
 
 
 def _kernel(shape: _Shape, grid: Grid) -> Callable[..., None]:
-    def kernel(begin, inner_begin, inner_end, end, tail, first_visible, last_visible, q, k, v, k_tail, v_tail, *rest):
+    def kernel(begin, inner_begin, inner_end, end, tail, first_visible, last_visible, q, k, v, tails, *rest):
         out, lse, *scratch = rest
         shared = _Shared(*scratch)
         tile, split, kv_head = grid.place(lax.axis_index("block"))
@@ -218,7 +218,7 @@ def _kernel(shape: _Shape, grid: Grid) -> Callable[..., None]:
         def _():
             if shape.computing == COMPUTING:
                 plgpu.set_max_registers(40, action="decrease")
-            _load(shape, shared, blocks, kv_head, (k, v), (k_tail, v_tail))
+            _load(shape, shared, blocks, kv_head, (k, v), tails)
 
     return kernel
 
@@ -250,14 +250,12 @@ def _load_rows(source: Any, rows: Any) -> Int[Array, " rows"]:
     return plgpu.load(source.at[rows], **options)
 
 
-def _load(
-    shape: _Shape, shared: _Shared, blocks: KeyBlocks, kv_head: Any, stored: Sequence[Any], tails: Sequence[Any]
-) -> None:
+def _load(shape: _Shape, shared: _Shared, blocks: KeyBlocks, kv_head: Any, stored: Sequence[Any], tails: Any) -> None:
     """Keeps `stages` blocks in flight, from the first needed one to the last."""
     count = blocks.end - blocks.begin
     streams = (
-        (stored[0], tails[0], shared.k, shared.k_loaded, shared.k_read),
-        (stored[1], tails[1], shared.v, shared.v_loaded, shared.v_read),
+        (stored[0], tails.at[0], shared.k, shared.k_loaded, shared.k_read),
+        (stored[1], tails.at[1], shared.v, shared.v_loaded, shared.v_read),
     )
 
     def slot_of(step: jax.Array) -> jax.Array:

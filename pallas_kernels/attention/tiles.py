@@ -165,10 +165,7 @@ def merge_splits(
         return unpack_rows(out[0], num_queries, num_heads), unpack_rows(lse[0], num_queries, num_heads)
     # Padding rows go first: most rows of a tile that holds a single query.
     parts, lse = (jax.vmap(lambda x: unpack_rows(x, num_queries, num_heads))(x) for x in (out, lse))
-    peak = lse.max(axis=0, keepdims=True)
-    peak = jnp.where(peak == -jnp.inf, 0.0, peak)  # of queries that see nothing
-    weights = jnp.exp(lse - peak)
-    total = weights.sum(axis=0)
-    weighted = (weights[..., None] * parts.astype(jnp.float32)).sum(axis=0)
-    merged = weighted / jnp.where(total == 0, 1.0, total)[..., None]
-    return merged.astype(out.dtype), peak[0] + jnp.log(total)
+    merged_lse = lax.reduce(lse, np.float32(-np.inf), jnp.logaddexp, (0,))
+    weights = jnp.exp(lse - jnp.where(merged_lse == -jnp.inf, 0.0, merged_lse)[None])
+    merged = (weights[..., None] * parts.astype(jnp.float32)).sum(axis=0)
+    return merged.astype(out.dtype), merged_lse
