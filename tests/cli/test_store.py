@@ -8,11 +8,13 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from conftest import HF
+from conftest import HF, family_model
 from store_cases import BIG, fill, key_of, largest_file, make_entry, packs
 
 import cacheblend_jax as cb
 from cacheblend_jax.cli.main import main
+from cacheblend_jax.cli.store_report import stored_otherwise
+from cacheblend_jax.engine.chunk_lookup import ChunkLookup
 from cacheblend_jax.model.demo import demo_directory
 from cacheblend_jax.store.disk import DiskTier
 from cacheblend_jax.store.label import UNKNOWN, label_of
@@ -185,6 +187,30 @@ def test_ask_says_what_keeps_stored_texts_from_being_used(capsys, tmp_path, reco
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"rope_theta": 1000000.0', '"rope_theta": 20000.0'))
     assert warned("--model", str(tmp_path / "model")) == ["2 with model 'demo' (--model)"]
+
+
+def test_of_all_entries_of_a_text_the_one_that_differs_least_is_named(tmp_path):
+    model, label = family_model("llama3"), label_of("random", "The Cobalt team works in Oslo.")
+    asked = [ChunkLookup(key_of(9), False, (5,), label)]
+    with cb.ChunkStore(tmp_path) as store:
+
+        def said_after(seed: int, entry: cb.ChunkEntry) -> str | None:
+            store.put(key_of(seed), entry)
+            store.flush()
+            said = stored_otherwise(store, model, asked)
+            return said and said.partition("for another use: ")[2]
+
+        here = replace(make_entry(1), label=label)
+        two = replace(here, k=here.k.astype("float16"), v=here.v.astype("float16"), label=replace(label, model="other"))
+        assert said_after(1, replace(here, label=label_of("random", "Another text."))) is None
+        assert said_after(2, two) == "1 with model 'other' (--model) and dtype float16 (--dtype)"
+        weights = "1 with other weights or another tokenizer under the model's name"
+        assert said_after(3, here) == weights
+        assert said_after(4, two) == weights
+        context = replace(here, fingerprint=model.fingerprint, context_ids=(6,))
+        assert said_after(5, context) == weights  # of as many differences, the first
+        store.remove(key_of(3))
+        assert said_after(4, two) == "1 with another text before it (--system)"
 
 
 def test_precompute_fails_where_not_all_is_written(capsys, tmp_path, monkeypatch):

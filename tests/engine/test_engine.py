@@ -256,6 +256,7 @@ BAD_CALLS = {
         "unknown mode 'fast'; expected one of full",
     ),
     "no new tokens": (lambda engine, prompt: engine.generate(prompt, max_new_tokens=0), "max_new_tokens must be"),
+    "a flag for a number": (lambda engine, prompt: engine.generate(prompt, max_new_tokens=True), "got True"),
     "text": (lambda engine, _: engine.prefill(cb.Prompt("text")), "no tokenizer"),
     "one string": (lambda engine, _: engine.precompute("text"), "got one string"),
     "empty": (lambda engine, _: engine.prefill(cb.Prompt([])), "is empty"),

@@ -14,6 +14,8 @@ import cacheblend_jax as cb
 from cacheblend_jax.store.breaker import Breaker, State
 from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
 from cacheblend_jax.store.open_packs import OpenPacks
+from cacheblend_jax.store.pins import Pin
+from cacheblend_jax.store.record import storage_name
 
 
 class Clock:
@@ -146,6 +148,13 @@ def test_an_entry_evicted_between_two_reads_is_lost_and_no_damage(tmp_path, monk
     with cb.ChunkStore(tmp_path) as store:
         monkeypatch.setattr(store._disk.disk, "_open_packs", OpenPacks(limit=1))
         with store.open(key_of(0)) as first, store.open(key_of(1)) as second:
+            pack = store._disk.disk.index.find(storage_name(key_of(0))).pack
+            with (
+                Pin(tmp_path / "packs" / pack, alone=True),  # as whoever is evicting it
+                pytest.raises(cb.DamagedEntryError, match="was evicted before it was read"),
+            ):
+                first.read_layer(0)
+            assert store.stats.read_errors == 0
             for pack in packs(tmp_path):
                 shutil.rmtree(pack)
             with pytest.raises(cb.DamagedEntryError, match="was evicted before it was read"):

@@ -20,6 +20,15 @@ def test_uses_beyond_the_window_are_forgotten():
     assert uses.exceeds("b", "a")
 
 
+def test_one_use_more_is_no_reason_to_swap():
+    uses = RecentUses()
+    for key in "aab":
+        uses.add(key)
+    assert not uses.exceeds("a", "b")
+    uses.add("a")
+    assert uses.exceeds("a", "b")
+
+
 def test_entries_used_alike_that_do_not_all_fit_are_not_swapped(tmp_path, monkeypatch):
     """Five requests of four chunks, with room for two, read no entry in vain."""
     fill(tmp_path, range(5))
