@@ -63,9 +63,13 @@ def test_an_interrupt_lost_in_a_finalizer_comes_again(monkeypatch, ended_at_once
         return 0
 
     before = sys.unraisablehook
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of shells ignore it
     monkeypatch.setattr(command_line, "main", main)
-    with pytest.raises(Ended):
-        command_line.run()
+    try:
+        with pytest.raises(Ended):
+            command_line.run()
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert ended_at_once == [130]
     assert sys.unraisablehook is before
     assert capsys.readouterr().err == "cacheblend-jax: interrupted\n"
