@@ -75,7 +75,7 @@ def evaluate(
 
     Raises:
         CacheBlendError: the model has no tokenizer, the data set or `out` cannot be read, `out` holds results of
-            something else, no prompt fits the model, or a package is missing.
+            something else, no prompt fits the model, it cannot have a setting's check layer, or a package is missing.
     """
     settings = settings_for() if settings is None else list(settings)
     rows = rows_for(model, data_set, limit=limit, chunk_tokens=chunk_tokens)
@@ -84,6 +84,8 @@ def evaluate(
     measures: dict[str, Any] = {"max_new_tokens": max_new_tokens, "continuation": continuation}
     measures |= {"continuation_tokens": continuation_tokens, "layer_deviations": layer_deviations, "system": system}
     with Evaluator(model, rows, **measures) as evaluator:
+        for setting in settings:
+            evaluator.engine(setting)  # one that the model cannot have is named before any work, too
         header = {
             "model": model.fingerprint,
             "check layer": model.config.check_layer,

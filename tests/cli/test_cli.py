@@ -15,6 +15,7 @@ import cacheblend_jax as cb
 from cacheblend_jax.cli import ask as ask_module
 from cacheblend_jax.cli.main import main
 from cacheblend_jax.evaluation.evaluate import Evaluation
+from cacheblend_jax.evaluation.evaluator import Evaluator
 from cacheblend_jax.model.demo import demo_directory
 
 MODEL = ["--model", str(HF / "llama3"), "--no-compile-cache"]
@@ -48,6 +49,7 @@ def test_ask_answers_and_says_what_was_reused(docs, capsys, tmp_path):
     assert prefill["reused"] == prefill["exact"] + prefill["candidates"]
 
 
+@pytest.mark.once
 def test_ask_compares_the_four_modes(docs, capsys, tmp_path):
     report = tmp_path / "report.json"
     assert ask(docs, "--all", "--compare", "--json", str(report)) == 0
@@ -212,6 +214,7 @@ def test_without_top_k_as_many_chunks_are_used_as_fit(tmp_path, capsys, monkeypa
     assert "the model takes 2048 tokens: 2 instead of 3 chunks are used" in capsys.readouterr().err
 
 
+@pytest.mark.once
 def test_bench_prints_a_table_and_writes_json(tmp_path, capsys):
     report = tmp_path / "bench.json"
     sizes = ["--tokens", "64", "--chunks", "2", "--prefix-tokens", "8", "--question-tokens", "8", "--repeats", "2"]
@@ -315,11 +318,13 @@ def test_evaluate_says_which_rows_are_skipped(tmp_path, capsys, monkeypatch):
         (["--out", "/nowhere/results.jsonl"], "cannot write --out /nowhere/results.jsonl"),
     ],
 )
-def test_evaluate_names_what_makes_no_sense(capsys, options, message):
-    assert evaluate(*options) == 2
+def test_evaluate_names_what_makes_no_sense_before_any_work(capsys, monkeypatch, options, message):
+    monkeypatch.setattr(Evaluator, "evaluate_row", None)
+    assert evaluate("--limit", "1", *options) == 2
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.once
 def test_check_layers_are_measured_and_saved(tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(demo_directory(), model)
