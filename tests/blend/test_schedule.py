@@ -114,6 +114,7 @@ def test_full_prefill_is_one_stage():
     assert [(stage.first, stage.border) for stage in plan.stages] == [(0, 11)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("mode", "most", "prefix", "chunk", "lengths"),
     [

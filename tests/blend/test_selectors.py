@@ -26,7 +26,7 @@ each_family = pytest.mark.parametrize("family", ["llama3", "gemma3"])
 
 
 def blend_engine(selector: str, ratio: float = 0.2, family: str = "llama3", **options) -> cb.Engine:
-    blend = cb.BlendConfig(ratio, selector=selector, check_layer=CHECK, **options)
+    blend = cb.BlendConfig(ratio, selector=selector, check_layer=CHECK, **{"num_stages": 2} | options)
     return cb.Engine(family_model(family), blend=blend)
 
 
@@ -184,7 +184,7 @@ def test_random_follows_its_seed():
 
 
 def test_filtering_is_gradual_and_nested():
-    engine, prompt = blend_engine("hkvd", ratio=0.3), the_prompt()
+    engine, prompt = blend_engine("hkvd", ratio=0.3, num_stages=4), the_prompt()
     engine.precompute(prompt)
     recomputed = engine.prefill(prompt).recomputed[:, PREFIX:-SUFFIX]
     counts = recomputed.sum(1)

@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import FAMILIES, HF, family_model, random_prompt
+from conftest import FAMILIES, HF, TWO_STAGES, family_model, random_prompt
 
 import cacheblend_jax as cb
 
@@ -17,7 +17,7 @@ import cacheblend_jax as cb
 def slow_storing(monkeypatch):
     """An engine that stores missing chunks only once the test allows it."""
     go_on = threading.Event()
-    engine = cb.Engine(family_model("llama3"))
+    engine = cb.Engine(family_model("llama3"), blend=TWO_STAGES)
     compute = engine._background._standalone
     monkeypatch.setattr(engine._background, "_standalone", lambda missing: (go_on.wait(30), compute(missing))[1])
     yield engine, go_on
@@ -68,7 +68,7 @@ def test_a_thread_that_cannot_be_started_keeps_nobody_waiting(monkeypatch):
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", fail_once)
-    with cb.Engine(family_model("llama3")) as engine:
+    with cb.Engine(family_model("llama3"), blend=TWO_STAGES) as engine:
         engine.prefill(random_prompt(27))
         engine.flush()
         assert failed
@@ -80,7 +80,7 @@ def test_a_thread_that_cannot_be_started_keeps_nobody_waiting(monkeypatch):
 def test_kv_of_other_weights_is_not_stored_under_the_old_key(slow_storing):
     engine, go_on = slow_storing
     model = cb.model.random_model(FAMILIES["llama3"], seed=7)
-    engine = cb.Engine(model)
+    engine = cb.Engine(model, blend=TWO_STAGES)
     compute, engine._background._standalone = engine._background._standalone, None
     engine._background._standalone = lambda missing: (go_on.wait(30), compute(missing))[1]
     engine.prefill(random_prompt(29))
@@ -95,7 +95,7 @@ def test_kv_of_other_weights_is_not_stored_under_the_old_key(slow_storing):
 
 def test_a_chunk_that_is_there_and_cannot_be_read_is_stored_again(monkeypatch):
     store, prompt = cb.ChunkStore(), random_prompt(24)
-    with cb.Engine(family_model("llama3"), store) as engine:
+    with cb.Engine(family_model("llama3"), store, TWO_STAGES) as engine:
         (key, *_) = engine.precompute(prompt)
         fresh = []
         put = store.put
@@ -123,9 +123,9 @@ def _fails_once(read_layer):
 
 def test_a_failing_promotion_is_told_of_and_one_without_room_is_left(tmp_path, monkeypatch, caplog):
     prompt = random_prompt(25)
-    with cb.ChunkStore(tmp_path) as store, cb.Engine(family_model("llama3"), store) as engine:
+    with cb.ChunkStore(tmp_path) as store, cb.Engine(family_model("llama3"), store, TWO_STAGES) as engine:
         engine.precompute(prompt)
-    with cb.ChunkStore(tmp_path) as store, cb.Engine(family_model("llama3"), store) as engine:
+    with cb.ChunkStore(tmp_path) as store, cb.Engine(family_model("llama3"), store, TWO_STAGES) as engine:
         tried = []
 
         def promote(key, to_device):
@@ -145,7 +145,7 @@ def test_a_failing_promotion_is_told_of_and_one_without_room_is_left(tmp_path, m
 
 def test_what_is_too_large_for_memory_still_goes_to_the_device(tmp_path):
     options = {"host_bytes": 1, "device_bytes": 10**7}
-    with cb.ChunkStore(tmp_path, **options) as store, cb.Engine(family_model("llama3"), store) as engine:
+    with cb.ChunkStore(tmp_path, **options) as store, cb.Engine(family_model("llama3"), store, TWO_STAGES) as engine:
         engine.precompute(random_prompt(30))
         engine.flush()
         engine.prefill(random_prompt(30))
@@ -155,7 +155,7 @@ def test_what_is_too_large_for_memory_still_goes_to_the_device(tmp_path):
 
 def test_a_store_that_fails_to_open_a_chunk_leaves_no_other_open(monkeypatch):
     store, prompt = cb.ChunkStore(), random_prompt(26)
-    with cb.Engine(family_model("llama3"), store) as engine:
+    with cb.Engine(family_model("llama3"), store, TWO_STAGES) as engine:
         keys = engine.precompute(prompt)
         find = store.open
 
@@ -171,7 +171,7 @@ def test_a_store_that_fails_to_open_a_chunk_leaves_no_other_open(monkeypatch):
 
 
 def test_a_prefix_longer_than_the_model_is_named_before_any_work():
-    engine = cb.Engine(cb.model.random_model(FAMILIES["llama3"]))
+    engine = cb.Engine(cb.model.random_model(FAMILIES["llama3"]), blend=TWO_STAGES)
     with pytest.raises(cb.PromptError, match="the prefix has 2049 tokens"):
         engine.precompute([[1, 2]], prefix=np.ones(2049, np.int32))
     assert len(engine.store) == 0

@@ -73,8 +73,8 @@ def test_chunks_after_another_context_are_other_entries():
 
 
 def test_warm_up_covers_chunks_after_a_shared_context():
-    engine = engine_with(TEXT, length_buckets=(128, 256))
-    engine.warmup(250, prefix_tokens=9, suffix_tokens=7, chunk_tokens=40)
+    engine = engine_with(TEXT, length_buckets=(128,))
+    engine.warmup(128, prefix_tokens=9, suffix_tokens=7, chunk_tokens=40)
     compiled = engine.model.runner.count
     engine.precompute(random_prompt(46))
     assert engine.prefill(random_prompt(46)).stats.compile_s == 0

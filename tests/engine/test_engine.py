@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, HF, family_model, fresh_engine, random_prompt, relative_error
+from conftest import FAMILIES, HF, TWO_STAGES, family_model, fresh_engine, random_prompt, relative_error
 
 import cacheblend_jax as cb
 from cacheblend_jax.blend.flops import prefill_flops
@@ -17,7 +17,7 @@ from cacheblend_jax.model.decode import Sampling
 
 @pytest.fixture(scope="module")
 def text_engine():
-    engine = cb.Engine(cb.load_model(HF / "llama3", dtype="float32"))
+    engine = cb.Engine(cb.load_model(HF / "llama3", dtype="float32"), blend=TWO_STAGES)
     engine.precompute(PROMPT)
     return engine
 
@@ -181,7 +181,7 @@ def test_a_repeated_missing_chunk_is_computed_once():
 
 def test_a_store_too_small_costs_hits_and_never_an_answer():
     model = family_model("llama3")
-    with cb.Engine(model, cb.ChunkStore(host_bytes=1)) as engine:
+    with cb.Engine(model, cb.ChunkStore(host_bytes=1), TWO_STAGES) as engine:
         prompt = random_prompt(25)
         full = engine.prefill(prompt, "full")
         for _ in range(2):
@@ -191,7 +191,7 @@ def test_a_store_too_small_costs_hits_and_never_an_answer():
 
 
 def test_a_failure_while_storing_is_logged_and_answers_go_on(monkeypatch, caplog):
-    engine, prompt = cb.Engine(family_model("llama3")), random_prompt(26)
+    engine, prompt = cb.Engine(family_model("llama3"), blend=TWO_STAGES), random_prompt(26)
 
     def fail(*_):
         raise OSError("no space left")
@@ -204,7 +204,7 @@ def test_a_failure_while_storing_is_logged_and_answers_go_on(monkeypatch, caplog
 
 
 def test_a_closed_engine_answers_and_no_longer_stores():
-    with cb.Engine(family_model("llama3")) as engine:
+    with cb.Engine(family_model("llama3"), blend=TWO_STAGES) as engine:
         pass
     assert engine.prefill(random_prompt(27)).stats.misses == 4
     assert len(engine.store) == 0
@@ -232,8 +232,8 @@ def test_threads_share_an_engine():
 def test_a_mesh_gives_what_one_device_gives():
 
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    plain = cb.Engine(cb.load_model(HF / "qwen3", dtype="float32"))
-    meshed = cb.Engine(cb.load_model(HF / "qwen3", dtype="float32", mesh=mesh))
+    plain = cb.Engine(cb.load_model(HF / "qwen3", dtype="float32"), blend=TWO_STAGES)
+    meshed = cb.Engine(cb.load_model(HF / "qwen3", dtype="float32", mesh=mesh), blend=TWO_STAGES)
     prompt = random_prompt(28)
     for engine in (plain, meshed):
         engine.precompute(prompt)
@@ -311,7 +311,7 @@ def test_a_models_fingerprint_follows_weights_configuration_and_tokenizer():
 
 def test_chosen_buckets_change_programs_and_not_answers():
     model, prompts = family_model("llama3"), [random_prompt(seed, (30, size), 9, 7) for seed, size in ((1, 3), (2, 99))]
-    coarse = cb.Engine(cb.model.random_model(model.config, seed=7), length_buckets=(200,))
+    coarse = cb.Engine(cb.model.random_model(model.config, seed=7), blend=TWO_STAGES, length_buckets=(200,))
     for prompt in prompts:
         for mode in ("full", "blend"):
             wanted = fresh_engine("llama3").prefill(prompt, mode)
@@ -324,7 +324,7 @@ def test_chosen_buckets_change_programs_and_not_answers():
 
 def test_warm_up_provides_for_exact_first_chunks_missing_ones_and_decoding(caplog):
     """Without a prefix the first chunk is exact, and its tokens are not active."""
-    engine = cb.Engine(cb.model.random_model(FAMILIES["llama3"], seed=9))
+    engine = cb.Engine(cb.model.random_model(FAMILIES["llama3"], seed=9), blend=TWO_STAGES)
     engine.warmup(128, suffix_tokens=7, chunk_tokens=40, max_new_tokens=3)
     count = engine.model.runner.count
     for seed, lengths in ((1, (30, 40)), (2, (5, 70)), (3, (40,))):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
-from conftest import FAMILIES, HF, family_model, random_prompt, relative_error
+from conftest import FAMILIES, HF, TWO_STAGES, family_model, random_prompt, relative_error
 
 import cacheblend_jax as cb
 from cacheblend_jax.engine.layer_stream import LayerStream
@@ -25,7 +26,7 @@ CASES += [("qwen2", "cross", 0.3), ("qwen2", "query", 0.3)]
 CASES += [("qwen3", selector, 0.2) for selector in SELECTORS if selector != "hkvd"] + [("qwen3", "oracle", 0.2)]
 
 
-def engines(model, blend=None, store=None, **options):
+def engines(model, blend=TWO_STAGES, store=None, **options):
     """A resident and a streamed engine over one store."""
     store = cb.ChunkStore() if store is None else store
     return [cb.Engine(model, store, blend, executor=executor, **options) for executor in ("resident", "streamed")]
@@ -53,7 +54,7 @@ def test_i6_streamed_is_resident(family, selector, ratio):
 
 @pytest.mark.parametrize("mode", ["prefix", "reuse", "blend"])
 def test_i6_with_misses_and_an_exact_chunk(mode):
-    resident, streamed = engines(family_model("mistral"), cb.BlendConfig(0.3), context_tokens=None)
+    resident, streamed = engines(family_model("mistral"), cb.BlendConfig(0.3, num_stages=2), context_tokens=None)
     prompt = random_prompt(3)
     resident.precompute(prompt.chunks[:1] + prompt.chunks[2:], prefix=prompt.prefix)
     wanted = resident.prefill(prompt, mode)
@@ -86,13 +87,13 @@ def test_a_streamed_cache_decodes_on():
 
 def test_auto_streams_what_comes_from_a_slow_tier():
     store, model, prompt = cb.ChunkStore(), family_model("llama3"), random_prompt(5)
-    with cb.Engine(model, store) as engine:
+    with cb.Engine(model, store, TWO_STAGES) as engine:
         engine.precompute(prompt)
         assert engine.prefill(prompt).stats.executor == "resident"
-    with cb.Engine(model, cb.store.ThrottledStore(store, 1e12)) as engine:
+    with cb.Engine(model, cb.store.ThrottledStore(store, 1e12), TWO_STAGES) as engine:
         assert engine.prefill(prompt).stats.executor == "streamed"
         assert engine.prefill(prompt, "full").stats.executor == "resident"
-    with cb.Engine(model, cb.store.ThrottledStore(store, 1e12), executor="resident") as engine:
+    with cb.Engine(model, cb.store.ThrottledStore(store, 1e12), TWO_STAGES, executor="resident") as engine:
         assert engine.prefill(prompt).stats.executor == "resident"
 
 
@@ -133,10 +134,8 @@ class DeviceWatch(cb.Trace):
 @pytest.mark.parametrize("prefetch_layers", [1, 2, 4])
 @pytest.mark.parametrize("selector", ["hkvd", "query"])
 def test_at_most_prefetch_layers_of_cached_kv_are_on_the_device(selector, prefetch_layers):
-    (_, streamed), prompt = (
-        engines(family_model("llama3"), cb.BlendConfig(selector=selector), prefetch_layers=prefetch_layers),
-        random_prompt(8),
-    )
+    blend, prompt = replace(TWO_STAGES, selector=selector), random_prompt(8)
+    _, streamed = engines(family_model("llama3"), blend, prefetch_layers=prefetch_layers)
     streamed.precompute(prompt)
     streamed.prefill(prompt)
     watch = DeviceWatch((128, 2, 8))

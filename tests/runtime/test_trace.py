@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import family_model, random_prompt
+from conftest import TWO_STAGES, family_model, random_prompt
 
 import cacheblend_jax as cb
 from cacheblend_jax.runtime.trace import Span
@@ -49,7 +49,7 @@ def test_overlap_counts_time_once():
 
 def test_a_streamed_prefill_shows_every_layer_in_its_lanes(tmp_path):
     store, prompt = cb.ChunkStore(), random_prompt(1)
-    with cb.Engine(family_model("llama3"), cb.store.ThrottledStore(store, 1e12)) as engine:
+    with cb.Engine(family_model("llama3"), cb.store.ThrottledStore(store, 1e12), TWO_STAGES) as engine:
         engine.precompute(prompt)
         engine.prefill(prompt)
         trace = cb.Trace()

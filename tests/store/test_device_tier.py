@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from conftest import FAMILIES, HF, family_model, random_prompt
+from conftest import FAMILIES, HF, TWO_STAGES, family_model, random_prompt
 
 import cacheblend_jax as cb
 from cacheblend_jax.store import DeviceEntry
@@ -140,7 +140,10 @@ def test_what_is_replaced_or_removed_is_not_on_the_device_any_more(how):
 @pytest.mark.parametrize("mode", ["blend", "reuse", "prefix"])
 def test_answers_are_the_same_bits_with_and_without(family, mode):
     model, prompt = family_model(family), random_prompt(11)
-    with cb.Engine(model, cb.ChunkStore()) as plain, cb.Engine(model, cb.ChunkStore(device_bytes=2**30)) as engine:
+    with (
+        cb.Engine(model, cb.ChunkStore(), TWO_STAGES) as plain,
+        cb.Engine(model, cb.ChunkStore(device_bytes=2**30), TWO_STAGES) as engine,
+    ):
         plain.precompute(prompt)
         engine.precompute(prompt)
         wanted = plain.prefill(prompt, mode)
@@ -156,7 +159,10 @@ def test_answers_are_the_same_bits_with_and_without(family, mode):
 
 def test_some_on_the_device_and_some_not_is_the_same_answer():
     model, prompt = family_model("llama3"), random_prompt(12)
-    with cb.Engine(model, cb.ChunkStore()) as plain, cb.Engine(model, cb.ChunkStore(device_bytes=2**30)) as engine:
+    with (
+        cb.Engine(model, cb.ChunkStore(), TWO_STAGES) as plain,
+        cb.Engine(model, cb.ChunkStore(device_bytes=2**30), TWO_STAGES) as engine,
+    ):
         wanted = plain.prefill(prompt, "full")
         plain.precompute(prompt)
         wanted = plain.prefill(prompt)
@@ -170,7 +176,7 @@ def test_some_on_the_device_and_some_not_is_the_same_answer():
 
 def test_a_hit_on_the_device_transfers_no_kv(monkeypatch):
     model, prompt = family_model("llama3"), random_prompt(13)
-    with cb.Engine(model, cb.ChunkStore(device_bytes=2**30)) as engine:
+    with cb.Engine(model, cb.ChunkStore(device_bytes=2**30), TWO_STAGES) as engine:
         engine.precompute(prompt)
         engine.prefill(prompt)
         engine.flush()
@@ -190,7 +196,7 @@ def test_a_hit_on_the_device_transfers_no_kv(monkeypatch):
 
 def test_nothing_compiles_after_warm_up():
     model = cb.model.random_model(FAMILIES["llama3"], seed=7)  # of its own: its programs are no other test's
-    with cb.Engine(model, cb.ChunkStore(device_bytes=2**30)) as engine:
+    with cb.Engine(model, cb.ChunkStore(device_bytes=2**30), TWO_STAGES) as engine:
         engine.warmup(128, prefix_tokens=9, suffix_tokens=7)
         for prompt in (random_prompt(6), random_prompt(7, (20, 50, 30))):
             engine.precompute(prompt)
@@ -204,7 +210,7 @@ def test_on_a_mesh():
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     model = cb.load_model(HF / "qwen3", dtype="float32", mesh=mesh)
     prompt = random_prompt(14)
-    with cb.Engine(model, cb.ChunkStore(device_bytes=2**30)) as engine:
+    with cb.Engine(model, cb.ChunkStore(device_bytes=2**30), TWO_STAGES) as engine:
         engine.precompute(prompt)
         wanted = engine.prefill(prompt).logits
         engine.flush()
@@ -214,7 +220,10 @@ def test_on_a_mesh():
 
 def test_a_streaming_engine_reads_what_another_put_on_the_device():
     model, prompt, store = family_model("llama3"), random_prompt(15), cb.ChunkStore(device_bytes=2**30)
-    with cb.Engine(model, store) as engine, cb.Engine(model, store, executor="streamed") as streamed:
+    with (
+        cb.Engine(model, store, TWO_STAGES) as engine,
+        cb.Engine(model, store, TWO_STAGES, executor="streamed") as streamed,
+    ):
         engine.precompute(prompt)
         before = streamed.prefill(prompt)
         streamed.flush()

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
-from conftest import family_model, random_prompt
+from conftest import TWO_STAGES, family_model, random_prompt
 from store_cases import BIG, LAYERS, fill, key_of, largest_file, make_entry, packs, run_python, same
 
 import cacheblend_jax as cb
@@ -108,9 +108,9 @@ def test_another_salt_finds_nothing(tmp_path):
     prompt, model = random_prompt(3), family_model("llama3")
     with cb.ChunkStore(tmp_path, salt="mine") as mine:
         cb.Engine(model, mine).precompute(prompt)
-    with cb.ChunkStore(tmp_path, salt="theirs") as theirs, cb.Engine(model, theirs) as engine:
+    with cb.ChunkStore(tmp_path, salt="theirs") as theirs, cb.Engine(model, theirs, TWO_STAGES) as engine:
         assert engine.prefill(prompt).stats.hits == 0
-    with cb.ChunkStore(tmp_path, salt="mine") as mine, cb.Engine(model, mine) as engine:
+    with cb.ChunkStore(tmp_path, salt="mine") as mine, cb.Engine(model, mine, TWO_STAGES) as engine:
         assert engine.prefill(prompt).stats.misses == 0
 
 
@@ -118,8 +118,8 @@ ANSWER = """
 import sys
 import numpy as np
 import cacheblend_jax as cb
-from conftest import family_model, random_prompt
-with cb.ChunkStore(sys.argv[1]) as store, cb.Engine(family_model("llama3"), store) as engine:
+from conftest import TWO_STAGES, family_model, random_prompt
+with cb.ChunkStore(sys.argv[1]) as store, cb.Engine(family_model("llama3"), store, TWO_STAGES) as engine:
     out = engine.prefill(random_prompt(5), sys.argv[2])
     if sys.argv[3] == "again":  # the first request stored what it missed
         out = engine.prefill(random_prompt(5), sys.argv[2])
@@ -128,6 +128,7 @@ with cb.ChunkStore(sys.argv[1]) as store, cb.Engine(family_model("llama3"), stor
 """
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["blend"])
 def test_another_process_answers_with_the_same_bits(tmp_path, mode):
     first = run_python(ANSWER, tmp_path, mode, "again").stdout
@@ -324,7 +325,7 @@ def test_errors_of_the_file_system_fail_no_request(tmp_path, monkeypatch, caplog
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(packing, "write_pack", refuse)
-    with cb.ChunkStore(tmp_path) as store, cb.Engine(family_model("llama3"), store) as engine:
+    with cb.ChunkStore(tmp_path) as store, cb.Engine(family_model("llama3"), store, TWO_STAGES) as engine:
         prompt = random_prompt(8)
         engine.prefill(prompt)
         engine.flush()
@@ -450,10 +451,10 @@ def test_names_of_the_index_are_hexadecimal():
 
 def test_a_chunk_read_from_disk_is_in_memory_for_the_next_request(tmp_path):
     prompt = random_prompt(5)
-    with cb.ChunkStore(tmp_path / "kv") as store, cb.Engine(family_model("llama3"), store) as engine:
+    with cb.ChunkStore(tmp_path / "kv") as store, cb.Engine(family_model("llama3"), store, TWO_STAGES) as engine:
         keys = engine.precompute(prompt)
         engine.flush()
-    with cb.ChunkStore(tmp_path / "kv") as store, cb.Engine(family_model("llama3"), store) as engine:
+    with cb.ChunkStore(tmp_path / "kv") as store, cb.Engine(family_model("llama3"), store, TWO_STAGES) as engine:
         assert engine.prefill(prompt).stats.executor == "streamed"
         engine.flush()
         for key in keys:
