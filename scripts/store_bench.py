@@ -1,8 +1,9 @@
-"""Times the store against plain Orbax and safetensors, and its index with many keys."""
+"""Times the store against plain Orbax and safetensors, its index with many keys, and prefills whose reads all fail."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -15,12 +16,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
+from cacheblend_jax.store.entry_reader import EntryReader
 from cacheblend_jax.store.index import Index
 from cacheblend_jax.store.record import EntryRecord, dump_record, layer_checksums
 
@@ -196,15 +199,56 @@ def bench_index(directory: Path, keys: int) -> dict[str, float]:
     return json.loads(output.stdout) | {"MB of file": (root / "index.sqlite").stat().st_size / 1e6}
 
 
+def bench_failing(directory: Path, repeats: int) -> dict[str, float]:
+    """Median TTFT in milliseconds, warm: of full prefills, and of blends all of whose reads from disk fail.
+
+    Every turn has a new store, which does not know that reads fail; after the first blend of a turn it does.
+    """
+    model = cb.load_model("demo", dtype="float32")
+    rng = np.random.default_rng(0)
+
+    def ids(size: int) -> list[int]:
+        return rng.integers(5, 360, size).tolist()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    prompts = [cb.Prompt(ids(9), [ids(190) for _ in range(8)], ids(20)) for _ in range(2 * repeats + 2)]
+    one_size = {"length_buckets": (1600,)}
+    with cb.ChunkStore(directory / "kv-failing") as store, cb.Engine(model, store, **one_size) as engine:
+        for prompt in prompts:
+            engine.precompute(prompt)
+    times: dict[str, list[float]] = {"full": [], "reads fail": [], "known to fail": []}
+    with mock.patch.object(EntryReader, "read_layer", fail):
+        for first, second in zip(prompts[::2], prompts[1::2], strict=True):
+            with (
+                cb.ChunkStore(directory / "kv-failing", host_bytes=1) as store,  # nothing stays in memory
+                cb.Engine(model, store, **one_size) as engine,
+            ):
+                engine.warmup(1600, prefix_tokens=9, suffix_tokens=20, modes=("blend", "full"))
+                programs = model.runner.count
+                for name, prompt, mode in (
+                    ("full", first, "full"),
+                    ("reads fail", first, "blend"),
+                    ("known to fail", second, "blend"),
+                ):
+                    stats = engine.prefill(prompt, mode).stats
+                    assert (stats.candidates, model.runner.count) == (0, programs)
+                    times[name].append(stats.ttft_s * 1e3)
+                    engine.flush()  # the next does not share the cores with what is being stored
+    return {name: float(np.median(values[1:])) for name, values in times.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, help="where to write (a temporary directory)")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--keys", type=int, default=1_000_000)
-    parser.add_argument("--only", choices=("reading", "writing", "small", "index"))
+    parser.add_argument("--only", choices=("reading", "writing", "small", "index", "failing"))
     parser.add_argument("--json", type=Path, metavar="FILE")
     parsed = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("cacheblend_jax").setLevel(logging.ERROR)  # reads that fail on purpose
     root = Path(tempfile.mkdtemp(prefix="store-bench-", dir=parsed.directory))
     benches = {
         "reading": lambda: bench_reading(root, parsed.repeats),
@@ -214,6 +258,7 @@ def main() -> None:
         },
         "small": lambda: bench_small_entries(root),
         "index": lambda: bench_index(root, parsed.keys),
+        "failing": lambda: bench_failing(root, parsed.repeats),
     }
     try:
         report = {name: bench() for name, bench in benches.items() if parsed.only in (None, name)}
