@@ -340,7 +340,8 @@ def test_check_layers_are_measured_and_saved(tmp_path, capsys):
 def test_demo_shows_that_reuse_fails_and_blend_does_not(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     # Each selector and ratio has programs of its own to compile.
-    monkeypatch.setattr("cacheblend_jax.evaluation.demo.SELECTORS", ("hkvd", "random"))
+    monkeypatch.setattr("cacheblend_jax.evaluation.demo.QUESTIONS", {"single": 1, "reference": 5, "compare": 1})
+    monkeypatch.setattr("cacheblend_jax.evaluation.demo.SELECTORS", ("hkvd",))
     monkeypatch.setattr("cacheblend_jax.evaluation.demo.CURVE_RATIOS", (0.15, 0.3))
     monkeypatch.setattr("cacheblend_jax.evaluation.demo.CURVE_SELECTORS", ("hkvd",))
     report, plots = tmp_path / "demo.json", tmp_path / "plots"
