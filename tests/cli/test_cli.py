@@ -61,6 +61,7 @@ def test_ask_compares_the_four_modes(docs, capsys, tmp_path):
     assert answers["blend"]["prefill"]["flops"] > answers["reuse"]["prefill"]["flops"]
 
 
+@pytest.mark.once
 def test_ask_without_a_chat_template(docs, tmp_path, capsys):
     model = shutil.copytree(HF / "llama3", tmp_path / "plain")
     path = model / "tokenizer_config.json"
@@ -108,6 +109,7 @@ def test_a_platform_without_a_device_is_one_line(docs):
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.once
 def test_the_question_may_follow_the_paths(docs, capsys):
     options = [*MODEL, "--max-new-tokens", "2"]
     assert main(["ask", *options, "--docs", docs, docs + "/company.md", "Where is Oslo?"]) == 0

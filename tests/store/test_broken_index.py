@@ -58,6 +58,7 @@ def lax(connection: sqlite3.Connection) -> None:
     connection.execute("UPDATE sqlite_master SET sql = replace(sql, ' NOT NULL', '') WHERE type = 'table'")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("command", COMMANDS)
 def test_flipped_bits_in_the_index_end_no_command(tmp_path, capsys, command):
     fill(tmp_path / "whole", range(4), one_by_one=True)
