@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.xla import attend_xla
 from pallas_kernels.dispatch import UnsupportedReasons, choose_backend, current_target, unsupported_reasons
-from pallas_kernels.tuning import attention_blocks
+from pallas_kernels.tuning import AttentionBlocks, attention_blocks
 from pallas_kernels.visibility import first_visible
 
 # By backend: module and function. Imported when first used: a machine may lack the Pallas of other platforms.
@@ -107,9 +107,9 @@ def _attend_pallas(
     scale: float,
 ) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
     target = current_target()
-    module, function = BACKENDS[backend]
     attend = partial(
-        getattr(import_module(module), function),
+        _attend_by,
+        backend=backend,
         scale=scale,
         blocks=attention_blocks(backend, target.chip, q.dtype, q.shape[2]),
         interpret=target.platform == "cpu",
@@ -121,6 +121,26 @@ def _attend_pallas(
                 q, k, v, q_positions, kv_length
             )
         return sequential_vmap(attend)(q, k, v, q_positions, starts, kv_length)
+
+
+# Lowering a kernel takes JAX up to a second. Jitted, it is lowered once for all layers that call it with these shapes.
+@partial(jax.jit, static_argnames=("backend", "scale", "blocks", "interpret"))
+def _attend_by(
+    q: Float[Array, "queries heads head_dim"],
+    k: Float[Array, "keys kv_heads head_dim"],
+    v: Float[Array, "keys kv_heads head_dim"],
+    q_positions: Int[Array, " queries"],
+    starts: Int[Array, " queries"] | None,
+    kv_length: Int[Array, ""],
+    *,
+    backend: str,
+    scale: float,
+    blocks: AttentionBlocks,
+    interpret: bool,
+) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
+    module, function = BACKENDS[backend]
+    attend = getattr(import_module(module), function)
+    return attend(q, k, v, q_positions, starts, kv_length, scale=scale, blocks=blocks, interpret=interpret)
 
 
 def _validate(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import tuning
 from pallas_kernels.blending.xla import blend_xla
 from pallas_kernels.dispatch import UnsupportedReasons, choose_backend, current_target, unsupported_reasons
+from pallas_kernels.tuning import BlendBlocks
 
 # By backend: module and function. Imported when first used: a machine may lack the Pallas of other platforms.
 BACKENDS = {
@@ -83,15 +84,25 @@ def _unsupported(k_cached: jax.Array, k_fresh: jax.Array) -> UnsupportedReasons:
 def _blend_pallas(
     backend: str, arguments: tuple[jax.Array, ...], with_deviation: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    module, function = BACKENDS[backend]
     blend = partial(
-        getattr(import_module(module), function),
+        _blend_by,
+        backend=backend,
         with_deviation=with_deviation,
         blocks=tuning.BLEND_KV[backend],
         interpret=current_target().platform == "cpu",
     )
     # A batch's members run one after another: each fills the kernel's grid.
     return sequential_vmap(lambda *arrays: blend(*arrays))(*arguments)
+
+
+# Jitted, a kernel is lowered once for all layers that call it with these shapes.
+@partial(jax.jit, static_argnames=("backend", "with_deviation", "blocks", "interpret"))
+def _blend_by(
+    *arguments: jax.Array, backend: str, with_deviation: bool, blocks: BlendBlocks, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    module, function = BACKENDS[backend]
+    blend = getattr(import_module(module), function)
+    return blend(*arguments, with_deviation=with_deviation, blocks=blocks, interpret=interpret)
 
 
 def _validate(
