@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from pallas_kernels.tuning import AttentionBlocks
 
 COMPUTING = 2  # computing warpgroups, at most
 CONCURRENT = 132  # blocks of the grid: shared memory holds one on each multiprocessor of an H100 or H200
+NVCC = "nvidia-cuda-nvcc-cu12"  # the wheel whose `ptxas` compiles the kernel for CUDA 12
 LOG2_E = math.log2(math.e)
 
 
@@ -38,7 +40,21 @@ def unsupported_reason(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | 
         return f"needs a head_dim of 32 to 256 that is a multiple of 16, got {q.shape[2]}"
     if interpret and not hasattr(plgpu, "InterpretGPUParams"):
         return "has an interpreter from jax 0.11 on (Python 3.12 or later)"
+    if not interpret and (version := _miscompiling_compiler()):
+        return f"needs {NVCC} before 12.8 or from 12.9.86 on: {version} miscompiles masks"
     return None
+
+
+def _miscompiling_compiler() -> str | None:
+    """Returns the version of the installed wheel with `ptxas` where it is of CUDA 12.8.0 to 12.9.0.
+
+    Those miscompile masks: Pallas' own attention for Hopper refuses them. The `ptxas` of a local toolkit is not seen.
+    """
+    try:
+        version = metadata.version(NVCC)
+    except metadata.PackageNotFoundError:
+        return None
+    return version if (12, 8) <= tuple(map(int, version.split("."))) < (12, 9, 86) else None
 
 
 class _Shape(NamedTuple):

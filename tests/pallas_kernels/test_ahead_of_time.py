@@ -44,9 +44,9 @@ def _attention(
     return attend, shape(num_queries, 32, head_dim), keys, keys, *integers
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_attention_for_hopper_spills_no_register(head_dim, capfd):
-    compiled = compiler("gpu")(*_attention(head_dim))
+@pytest.mark.parametrize(("head_dim", "num_queries"), [*((size, 1229) for size in (64, 80, 96, 128, 256)), (256, 1)])
+def test_attention_for_hopper_spills_no_register(head_dim, num_queries, capfd):
+    compiled = compiler("gpu")(*_attention(head_dim, num_queries=num_queries))
     text = compiled.as_text()
     assert "selective_attention_mosaic_gpu" in text or "mosaic_gpu" in text
     printed = "".join(capfd.readouterr())

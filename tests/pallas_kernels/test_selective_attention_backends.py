@@ -248,6 +248,22 @@ def test_what_cannot_be_served_says_why(implementation, target, unsupported, mes
         _choose(implementation, target, monkeypatch, unsupported)
 
 
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [("12.6.85", False), ("12.8.61", True), ("12.9.41", True), ("12.9.86", False), (None, False)],
+)
+def test_compilers_that_miscompile_masks_are_refused(version, refused, monkeypatch):
+    def version_of(package):
+        if version is None:
+            raise mosaic_gpu.metadata.PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(mosaic_gpu.metadata, "version", version_of)
+    q = jnp.zeros((1, 1, 64), jnp.bfloat16)
+    reason = mosaic_gpu.unsupported_reason(q, q, interpret=False)
+    assert (reason is not None and f"{version} miscompiles masks" in reason) == refused
+
+
 def test_what_never_ran_on_a_device_is_not_chosen_unasked(monkeypatch):
     assert _choose(None, H200, monkeypatch, proven=()) == "xla"
     assert _choose(None, H200, monkeypatch, proven=("triton",)) == "triton"
