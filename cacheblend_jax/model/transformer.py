@@ -49,6 +49,18 @@ def _linear(config: ModelConfig, inputs: int, outputs: int, *, bias: bool, split
     )
 
 
+def _multiplied(by: Callable[[jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
+    """Returns `by(rows)`, the product with a matrix; on a GPU a single row is multiplied twice.
+
+    XLA for GPUs makes the product of a single row and a small matrix a multiplication and a sum, with all that is to be
+    summed in memory in between (as it did with a decoded token's keys and values); and before cuBLAS multiplies a
+    single row into float32 (logits) it converts the whole matrix.
+    """
+    if rows.shape[0] > 1 or current_target().platform != "gpu":
+        return by(rows)
+    return by(jnp.concatenate([rows, rows]))[:1]
+
+
 class RMSNorm(nnx.Module):
     """Divides by the root mean square and multiplies by `offset + scale`, in float32; rounds once.
 
@@ -100,9 +112,9 @@ class DecoderLayer(nnx.Module):
         """Returns the tokens' keys, after qk-norm and before RoPE, and their values: what a store keeps."""
         with jax.named_scope("keys_values"):
             normed = self.input_norm(hidden)
-            k = self._heads(self.k_proj(normed))
+            k = self._heads(_multiplied(self.k_proj, normed))
             k = k if self.k_norm is None else self.k_norm(k)
-            return k, self._heads(self.v_proj(normed))
+            return k, self._heads(_multiplied(self.v_proj, normed))
 
     def queries(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens heads head_dim"]:
         """Returns the tokens' queries, after qk-norm and before RoPE."""
@@ -155,7 +167,7 @@ class Embedder(nnx.Module):
         with jax.named_scope("logits"):
             normed = self.final_norm(hidden)
             kernel = self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-            return jnp.matmul(normed, kernel, preferred_element_type=jnp.float32)
+            return _multiplied(lambda x: jnp.matmul(x, kernel, preferred_element_type=jnp.float32), normed)
 
 
 class _Graph(NamedTuple):

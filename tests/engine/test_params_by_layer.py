@@ -11,11 +11,13 @@ from conftest import FAMILIES, HF, random_prompt, relative_error
 
 import cacheblend_jax as cb
 from cacheblend_jax.evaluation.metrics import attention_deviation_by_layer
+from cacheblend_jax.model import transformer
 from cacheblend_jax.model.kv_cache import cache_shape
 from cacheblend_jax.model.params import Params, is_by_layer
 from cacheblend_jax.model.tensor_names import hugging_face_tensors
-from cacheblend_jax.model.transformer import abstract_params, partition_specs
+from cacheblend_jax.model.transformer import abstract_params, embedder, layer_at, partition_specs
 from cacheblend_jax.model.weights import load_params, open_checkpoint
+from pallas_kernels.dispatch import Target
 
 MODES = ("full", "prefix", "reuse", "blend")
 
@@ -93,3 +95,17 @@ def test_a_model_on_a_gpu_takes_stacked_weights_apart(monkeypatch):
     model = cb.Model(CONFIG, params)
     assert model.params.by_layer
     assert same_leaves(model.params, wanted)
+
+
+def test_a_single_row_is_the_same_on_a_gpu(monkeypatch):
+    params = both_forms()[0].params
+    row = jax.random.normal(jax.random.key(1), (1, CONFIG.hidden_size))
+
+    def computed() -> tuple:
+        return *layer_at(params, CONFIG, 0).keys_values(row), embedder(params, CONFIG).logits(row)
+
+    wanted = computed()
+    monkeypatch.setattr(transformer, "current_target", lambda: Target("gpu"))
+    for of_gpu, other in zip(computed(), wanted, strict=True):
+        assert of_gpu.shape == other.shape
+        assert relative_error(of_gpu, other) < 1e-6
