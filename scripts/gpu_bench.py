@@ -31,7 +31,7 @@ from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.evaluation.torch_peer import torch_model
 from cacheblend_jax.evaluation.whole_prefills import RATIO, Mode, config_of, kernels, prefills, whole_blend_error
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.transformer import init_params
+from cacheblend_jax.model.transformer import random_params
 from pallas_kernels import blend_kv, selective_attention, tuning
 from pallas_kernels.attention import api as attention
 from pallas_kernels.attention.reference import selective_attention_reference
@@ -300,7 +300,7 @@ def bench_model(options: argparse.Namespace) -> list[dict]:
     chip, rows = current_target().chip, []
     for shape in options.shapes:
         config = config_of(shape, options.dtype)
-        params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
+        params = random_params(jax.random.key(0), config)
         for implementation in options.kernels:
             with kernels(implementation), ThreadPoolExecutor(len(options.lengths)) as pool:  # most of it is compiling
                 compiling = {length: pool.submit(prefills, config, length, params) for length in options.lengths}
@@ -332,7 +332,7 @@ def bench_stages(options: argparse.Namespace) -> list[dict]:
     rows, length = [], options.lengths[min(1, len(options.lengths) - 1)]
     for shape, implementation in itertools.product(options.shapes, options.kernels):
         config = config_of(shape, options.dtype)
-        params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
+        params = random_params(jax.random.key(0), config)
         case = f"{shape} {length} {implementation}"
         with kernels(implementation):
             blend = prefills(config, length, params, ("blend",))["blend"]

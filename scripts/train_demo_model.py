@@ -47,9 +47,10 @@ from cacheblend_jax.evaluation.corpus import (
     vocabulary,
 )
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.tensor_names import hugging_face_tensors
-from cacheblend_jax.model.transformer import Params, embedder, init_params, layer_at
+from cacheblend_jax.model.transformer import embedder, init_params, layer_at
 from pallas_kernels import apply_rope
 
 BOS, EOS, UNKNOWN = SPECIAL = ("<s>", "</s>", "<unk>")

@@ -14,12 +14,10 @@ from hypothesis import strategies as st
 
 import cacheblend_jax as cb
 from cacheblend_jax.evaluation.corpus import Difficulty, examples
-from cacheblend_jax.model import transformer
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.transformer import embedder, layer_at
 from pallas_kernels import apply_rope
 from pallas_kernels.attention.reference import selective_attention_reference
-from pallas_kernels.dispatch import Target
 
 SELECTORS = sorted(cb.SELECTORS)
 # The default runs on every family, selectors that read attention also with sliding windows, and all on one family.
@@ -68,26 +66,6 @@ def test_i1_bfloat16_within_rounding(family):
     for one, other in ((out.logits, full.logits), (out.cache.k, full.cache.k), (out.cache.v, full.cache.v)):
         one, other = (np.asarray(x, np.float32) for x in (one, other))
         assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
-
-
-@pytest.mark.parametrize(("family", "selector"), [("mistral", "query"), ("qwen3", "hkvd")])
-def test_layers_written_out_for_a_gpu_compute_what_a_loop_does(family, selector, monkeypatch):
-    prompt = random_prompt(3)
-
-    def run():
-        config = dataclasses.replace(FAMILIES[family], num_layers=4, windows=FAMILIES[family].windows[:4])
-        blend = cb.BlendConfig(selector=selector, num_stages=1)
-        engine = cb.Engine(cb.model.random_model(config, seed=7), blend=blend)
-        engine.precompute(prompt)
-        text = engine.generate(prompt, max_new_tokens=3)
-        return engine.prefill(prompt), text.token_ids, engine.model.runner.texts()
-
-    looped, tokens, programs = run()
-    monkeypatch.setattr(transformer, "current_target", lambda: Target("gpu"))
-    written_out, same_tokens, other_programs = run()
-    assert_full(written_out, looped)
-    assert tokens == same_tokens
-    assert len("".join(other_programs)) > 1.2 * len("".join(programs))  # a body of its own for every layer
 
 
 def test_i2_reuse_returns_what_is_stored(family):

@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import LayerKV
+from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles
-from cacheblend_jax.model.transformer import DecoderLayer, Params, Rows, attend, layer_at, layer_starts
+from cacheblend_jax.model.transformer import DecoderLayer, Rows, attend, layer_at, layer_starts
 from pallas_kernels import apply_rope, blend_kv, selective_attention
 
 HostOrDevice = Any  # a JAX array, or a NumPy array on the host

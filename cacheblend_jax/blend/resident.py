@@ -31,7 +31,8 @@ from cacheblend_jax.blend.steps import (
 )
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache, LayerKV
-from cacheblend_jax.model.transformer import Params, Rows, embedder, layer_at, rows_at, scan_layers
+from cacheblend_jax.model.params import Params
+from cacheblend_jax.model.transformer import Rows, embedder, layer_at, rows_at, scan_layers
 from pallas_kernels.dispatch import current_target
 
 _State = tuple[ActiveRows, KVCache]  # the rows, and the blended cache, filled layer by layer
@@ -60,7 +61,7 @@ def prefill(
 
     def at_layer(step: Callable[..., Any], state: _State, index: LayerIndex, *more: Any, **static: Any) -> Any:
         active, blended = state
-        index = _once_reached(index, active)
+        index = index if params.by_layer else _once_reached(index, active)
         layer = None if cached is None else cached.layer(index)
         return step(params, active, layer, blended, sequence, index, *more, config=config, **static)
 
@@ -70,7 +71,9 @@ def prefill(
         measured = number == 0 and plan.needs("cross_mass")
         with jax.named_scope(f"stage_{number}"):  # profiles tell stages apart by it
             layers = range(stage.first, stage.border - measured)
-            state, _ = scan_layers(lambda state, index: (at_layer(plain_layer, state, index), None), state, layers)
+            state, _ = scan_layers(
+                params, lambda state, index: (at_layer(plain_layer, state, index), None), state, layers
+            )
             if measured:
                 context = request.context_length
                 active, blended, signals = at_layer(cross_mass_layer, state, stage.border - 1, signals, context)
@@ -105,7 +108,7 @@ def _question_mass(
         return question_layer(params, *carry, layer, request.is_question, sequence, index, config=config), None
 
     start = begin_question_pass(request, active, sequence)
-    return scan_layers(body, start, range(config.num_layers))[0][1]
+    return scan_layers(params, body, start, range(config.num_layers))[0][1]
 
 
 def standalone(
@@ -136,7 +139,7 @@ def standalone(
         return step.rows, step.fresh
 
     last = config.num_layers - 1
-    rows, before = scan_layers(body, rows, range(last))
+    rows, before = scan_layers(params, body, rows, range(last))
     k, v = (x[None] for x in layer_at(params, config, last).keys_values(rows.hidden))
     if before is None:
         return KVCache(k, v)

@@ -27,7 +27,8 @@ from cacheblend_jax.blend.layer_step import (
 from cacheblend_jax.blend.selectors import Evidence, Selector
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache, LayerKV
-from cacheblend_jax.model.transformer import Params, Rows, embedder, layer_starts, rows_at
+from cacheblend_jax.model.params import Params
+from cacheblend_jax.model.transformer import Rows, embedder, layer_starts, rows_at
 from pallas_kernels import attention_mass
 
 LayerIndex = Int[Array, ""] | int

@@ -32,7 +32,7 @@ from cacheblend_jax.blend.steps import (
 )
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import LayerKV
-from cacheblend_jax.model.transformer import Params
+from cacheblend_jax.model.params import Params
 
 
 @runtime_checkable
@@ -103,13 +103,13 @@ def prefill_streamed(
     for number, stage in enumerate(plan.stages):
         stage_positions.append(active.rows.positions)
         for layer in range(stage.first, stage.border):
-            at_layer = (params, active, stream.next(), blended, sequence, np.int32(layer))
+            at_layer = (params.only_layer(layer), active, stream.next(), blended, sequence, np.int32(layer))
             if number == 0 and layer == stage.border - 1 and plan.needs("cross_mass"):
                 active, blended, signals = in_place(cross_mass_layer, *at_layer, signals, request.context_length)
             else:
                 active, blended = in_place(plain_layer, *at_layer)
             stream.used_until(active.rows.hidden)
-        at_border = (params, active, stream.next(), blended, sequence, np.int32(stage.border))
+        at_border = (params.only_layer(stage.border), active, stream.next(), blended, sequence, np.int32(stage.border))
         if stage is plan.stages[-1]:
             logits, next_token, blended = in_place(last_layer, *at_border)
             stream.used_until(next_token)
@@ -134,7 +134,7 @@ def _question_mass(
         cached = stream.next()
         rows, mass = run(
             question_layer,
-            params,
+            params.only_layer(layer),
             rows,
             mass,
             cached,

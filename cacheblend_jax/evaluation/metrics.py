@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 from scipy.special import log_softmax
 from scipy.stats import bootstrap, spearmanr
@@ -22,8 +21,9 @@ from cacheblend_jax.blend.deviation import relative_squared_distance
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model, ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache
+from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles, rope_tables
-from cacheblend_jax.model.transformer import Params, Rows, attend, embedder, layer_at, layer_starts, rows_at
+from cacheblend_jax.model.transformer import Rows, attend, embedder, layer_at, layer_starts, rows_at, scan_layers
 
 QUERY_PADDING = 32  # questions are padded to a multiple of it: few shapes to compile
 
@@ -151,7 +151,7 @@ def _attention_deviation(
     embedded = rows_at(embedder(params, config).embed(question_ids), positions, angles)
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
 
-    def step(index: jax.Array, rows: Rows, kv: KVCache) -> tuple[Rows, jax.Array]:
+    def step(index: Int[Array, ""] | int, rows: Rows, kv: KVCache) -> tuple[Rows, jax.Array]:
         layer = layer_at(params, config, index)
         layer_kv = kv.layer(index)
         turned, starts = rows.angles.of_layer(config, index), layer_starts(config, index, rows.positions)
@@ -159,12 +159,12 @@ def _attention_deviation(
         q = attended.q * scale
         return attended.rows, _probabilities(q, layer_kv.k, attended.lse, rows.positions, starts, length)
 
-    def both(carry: tuple[Rows, Rows], index: jax.Array) -> tuple[tuple[Rows, Rows], jax.Array]:
+    def both(carry: tuple[Rows, Rows], index: Int[Array, ""] | int) -> tuple[tuple[Rows, Rows], jax.Array]:
         rows, seen = step(index, carry[0], cache)
         true_rows, wanted = step(index, carry[1], reference)
         return (rows, true_rows), jnp.linalg.norm((seen - wanted).ravel()) / jnp.linalg.norm(wanted.ravel())
 
-    return lax.scan(both, (embedded, embedded), jnp.arange(config.num_layers))[1]
+    return scan_layers(params, both, (embedded, embedded), range(config.num_layers))[1]
 
 
 def _probabilities(

@@ -21,8 +21,9 @@ from cacheblend_jax.blend.steps import Request
 from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache, cache_shape
+from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import rope_tables
-from cacheblend_jax.model.transformer import Params, init_params
+from cacheblend_jax.model.transformer import random_params
 from cacheblend_jax.runtime.programs import compiler_options
 from pallas_kernels.dispatch import OVERRIDE, current_target
 
@@ -118,7 +119,7 @@ def whole_blend_error(implementation: str, dtype: str) -> float:
     The largest difference of the logits over the largest logit. The weights are the same numbers, rounded once.
     """
     config, length = _tiny(dtype), 256
-    params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
+    params = random_params(jax.random.key(0), config)
     with kernels(implementation):
         blend = prefills(config, length, params, ("blend",), ratio=1.0)["blend"]
     token_ids = np.asarray(request_of(blend.plan, length, config.vocab_size, 1.0).token_ids)[:length]

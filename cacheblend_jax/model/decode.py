@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache
+from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.transformer import (
-    Params,
     Rows,
     attend,
     embedder,
@@ -123,5 +123,5 @@ def extend(
         attended = attend(layer, rows, cache.layer(index), angles=turned, starts=starts, kv_length=position + num_new)
         return (attended.rows, cache), None
 
-    (rows, cache), _ = scan_layers(body, (rows, cache), range(config.num_layers))
+    (rows, cache), _ = scan_layers(params, body, (rows, cache), range(config.num_layers))
     return embedder(params, config).logits(rows.hidden), cache

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.transformer import Params, init_params
+from cacheblend_jax.model.params import Params, suits_by_layer
+from cacheblend_jax.model.transformer import random_params
 from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, params_digest
 from cacheblend_jax.runtime.programs import Runner
 
@@ -22,7 +23,10 @@ REQUEST_FIELDS = ("check_layer", "max_positions")
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A decoder ready to run. `tokenizer` is `None` where the checkpoint has none: prompts are then token ids."""
+    """A decoder ready to run. `tokenizer` is `None` where the checkpoint has none: prompts are then token ids.
+
+    On a GPU, layers that are stacked in `params` are taken apart there (`Params.take_apart`).
+    """
 
     config: ModelConfig
     params: Params
@@ -31,6 +35,10 @@ class Model:
     stop_token_ids: tuple[int, ...] = ()
     directory: Path | None = None  # the checkpoint's, if there is one
     weight_files: WeightFiles | None = None  # the files in it that the parameters were loaded from
+
+    def __post_init__(self) -> None:
+        if suits_by_layer(self.platform):
+            self.params.take_apart()
 
     def __repr__(self) -> str:
         layers = f"{self.config.num_layers} layers of {self.config.hidden_size}"
@@ -88,10 +96,13 @@ class Model:
         return device.platform
 
 
-def random_model(config: ModelConfig, seed: int = 0) -> Model:
-    """Returns a model with random weights, drawn on the device: for benchmarks and tests of shape and speed."""
-    params = jax.jit(partial(init_params, config=config))(jax.random.key(seed))
-    return Model(config, params, name="random")
+def random_model(config: ModelConfig, seed: int = 0, *, by_layer: bool | None = None) -> Model:
+    """Returns a model with random weights, drawn on the device: for benchmarks and tests of shape and speed.
+
+    Args:
+        by_layer: each layer's weights as arrays of their own; `None`: on a GPU.
+    """
+    return Model(config, random_params(jax.random.key(seed), config, by_layer=by_layer), name="random")
 
 
 def _config_bytes(config: ModelConfig) -> bytes:

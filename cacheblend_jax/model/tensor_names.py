@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.transformer import Params
+from cacheblend_jax.model.params import Params, is_by_layer
 
 # The path of a leaf in `Params` and its name in a checkpoint; `{}` is the layer. Kernels are stored [in, out] here and
 # [out, in] there.
@@ -70,14 +70,15 @@ def is_kernel(name: str) -> bool:
 def hugging_face_tensors(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     """Returns the parameters under their Hugging Face names and in their shapes: what `load_params` reads."""
     tensors: dict[str, np.ndarray] = {}
-    for name, leaf in zip(jax.tree.leaves(tensor_names(params, config)), jax.tree.leaves(params), strict=True):
+    names, leaves = jax.tree.leaves(tensor_names(params, config)), jax.tree.leaves(params, is_leaf=is_by_layer)
+    for name, leaf in zip(names, leaves, strict=True):
         places = {name.format(layer): leaf[layer] for layer in range(len(leaf))} if "{}" in name else {name: leaf}
         tensors |= {place: np.asarray(array.T if is_kernel(name) else array) for place, array in places.items()}
     return tensors
 
 
 def _map_paths(tree: dict[str, Any], name: Callable[[str], str]) -> dict[str, Any]:
-    return jax.tree.map_with_path(lambda path, _: name(_dotted(path)), tree)
+    return jax.tree.map_with_path(lambda path, _: name(_dotted(path)), tree, is_leaf=is_by_layer)
 
 
 def _dotted(path: Sequence[Any]) -> str:

@@ -1,7 +1,7 @@
-"""The one definition of the decoder layer, and the pure functions over its stacked state that everything runs.
+"""The one definition of the decoder layer, and the pure functions over its state that everything runs.
 
 `nnx` modules declare parameters, initialisers, names and sharding; they are split once into a static graph definition
-and a state whose leaves are stacked `[layers, …]`. A layer is merged again at trace time only.
+and a state (`model.params.Params`). A layer is merged again at trace time only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import LayerKV
+from cacheblend_jax.model.params import Params, suits_by_layer
 from cacheblend_jax.model.rope import Angles
 from pallas_kernels import apply_rope, selective_attention
 from pallas_kernels.dispatch import current_target
@@ -31,14 +32,6 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": jax.nn.gelu,
     "relu": jax.nn.relu,
 }
-
-
-@struct.dataclass
-class Params:
-    """A model's parameters: plain nested dicts of arrays. The leaves of `layers` are stacked, `[layers, …]`."""
-
-    embedder: dict[str, Any]
-    layers: dict[str, Any]
 
 
 def _linear(config: ModelConfig, inputs: int, outputs: int, *, bias: bool, split: str, rngs: nnx.Rngs) -> nnx.Linear:
@@ -54,6 +47,18 @@ def _linear(config: ModelConfig, inputs: int, outputs: int, *, bias: bool, split
         bias_metadata={"out_sharding": ("model",) if by_outputs else (None,), "eager_sharding": False},
         rngs=rngs,
     )
+
+
+def _multiplied(by: Callable[[jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
+    """Returns `by(rows)`, the product with a matrix; on a GPU a single row is multiplied twice.
+
+    XLA for GPUs makes the product of a single row and a small matrix a multiplication and a sum, with all that is to be
+    summed in memory in between (as it did with a decoded token's keys and values); and before cuBLAS multiplies a
+    single row into float32 (logits) it converts the whole matrix.
+    """
+    if rows.shape[0] > 1 or current_target().platform != "gpu":
+        return by(rows)
+    return by(jnp.concatenate([rows, rows]))[:1]
 
 
 class RMSNorm(nnx.Module):
@@ -107,9 +112,9 @@ class DecoderLayer(nnx.Module):
         """Returns the tokens' keys, after qk-norm and before RoPE, and their values: what a store keeps."""
         with jax.named_scope("keys_values"):
             normed = self.input_norm(hidden)
-            k = self._heads(self.k_proj(normed))
+            k = self._heads(_multiplied(self.k_proj, normed))
             k = k if self.k_norm is None else self.k_norm(k)
-            return k, self._heads(self.v_proj(normed))
+            return k, self._heads(_multiplied(self.v_proj, normed))
 
     def queries(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens heads head_dim"]:
         """Returns the tokens' queries, after qk-norm and before RoPE."""
@@ -162,7 +167,7 @@ class Embedder(nnx.Module):
         with jax.named_scope("logits"):
             normed = self.final_norm(hidden)
             kernel = self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-            return jnp.matmul(normed, kernel, preferred_element_type=jnp.float32)
+            return _multiplied(lambda x: jnp.matmul(x, kernel, preferred_element_type=jnp.float32), normed)
 
 
 class _Graph(NamedTuple):
@@ -183,21 +188,21 @@ def embedder(params: Params, config: ModelConfig) -> Embedder:
 
 
 def layer_at(params: Params, config: ModelConfig, index: Int[Array, ""] | int) -> DecoderLayer:
-    """Merges layer `index`, traced or not (at trace time)."""
-    state = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), params.layers)
-    return nnx.merge(_graph(DecoderLayer, config).definition, nnx.State(state))
+    """Merges layer `index`, which may be traced where weights are stacked (at trace time)."""
+    return nnx.merge(_graph(DecoderLayer, config).definition, nnx.State(params.layer(index)))
 
 
-def scan_layers(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: range) -> tuple[Any, Any]:
+def scan_layers(
+    params: Params, step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: range
+) -> tuple[Any, Any]:
     """`lax.scan` over layer indices: `carry, y = step(carry, index)` for each; returns the carry and the stacked ys.
 
-    A single layer is not a loop: its index stays a constant. For a GPU all layers are written out. There, a loop copies
-    the weights that it takes out of their stacks before it multiplies them (0.44 GB per layer of a Llama 3 8B, a tenth
-    of the blend's time at r = 0.15), while matrix products read a slice in place where its index is a constant.
+    A single layer is not a loop: its index stays a constant. Where each layer's weights are arrays of their own, all
+    layers are written out.
     """
     if not layers:  # even an empty loop would be compiled
         return carry, None
-    if current_target().platform != "gpu" and len(layers) > 1:
+    if not params.by_layer and len(layers) > 1:
         return lax.scan(step, carry, jnp.arange(layers.start, layers.stop, dtype=jnp.int32))
     ys = []
     for index in layers:
@@ -206,17 +211,20 @@ def scan_layers(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers:
     return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *ys)
 
 
-def abstract_params(config: ModelConfig) -> Params:
+def abstract_params(config: ModelConfig, *, by_layer: bool = False) -> Params:
     """Returns the parameters' shapes and dtypes, as `jax.ShapeDtypeStruct`."""
-    stacked = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype),
-        _graph(DecoderLayer, config).abstract,
-    )
-    return Params(embedder=_graph(Embedder, config).abstract, layers=stacked)
+
+    def of_layers(leaf: jax.ShapeDtypeStruct) -> Any:
+        if by_layer:
+            return (leaf,) * config.num_layers
+        return jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype)
+
+    layers = jax.tree.map(of_layers, _graph(DecoderLayer, config).abstract)
+    return Params(embedder=_graph(Embedder, config).abstract, layers=layers)
 
 
 def partition_specs(config: ModelConfig) -> Params:
-    """Returns each parameter's `PartitionSpec` for tensor parallelism over a mesh axis named `model`."""
+    """Returns each stacked parameter's `PartitionSpec` for tensor parallelism over a mesh axis named `model`."""
     stacked = jax.tree.map(
         lambda spec: jax.P(None, *spec),
         _graph(DecoderLayer, config).partitions,
@@ -226,16 +234,36 @@ def partition_specs(config: ModelConfig) -> Params:
 
 
 def init_params(key: jax.Array, config: ModelConfig) -> Params:
-    """Draws random parameters (traceable: under `jax.jit` they are made on the device)."""
-
-    def draw(module: Callable[..., nnx.Module], module_key: jax.Array) -> dict[str, Any]:
-        return nnx.to_pure_dict(nnx.split(module(config, rngs=nnx.Rngs(module_key)))[1])
-
+    """Draws random parameters, stacked (traceable)."""
     embedder_key, layers_key = jax.random.split(key)
+    draw_layer = partial(_draw, module=DecoderLayer, config=config)
     return Params(
-        embedder=draw(Embedder, embedder_key),
-        layers=jax.vmap(partial(draw, DecoderLayer))(jax.random.split(layers_key, config.num_layers)),
+        embedder=_draw(embedder_key, module=Embedder, config=config),
+        layers=jax.vmap(draw_layer)(jax.random.split(layers_key, config.num_layers)),
     )
+
+
+def random_params(key: jax.Array, config: ModelConfig, *, by_layer: bool | None = None) -> Params:
+    """Draws the parameters of `init_params` on the default device.
+
+    Args:
+        by_layer: each layer's weights as arrays of their own; `None`: on a GPU.
+    """
+    if by_layer is None:
+        by_layer = suits_by_layer(current_target().platform)
+    if not by_layer:
+        return jax.jit(init_params, static_argnames="config")(key, config)
+    embedder_key, layers_key = jax.random.split(key)
+    draw = jax.jit(_draw, static_argnames=("module", "config"))
+    drawn = [draw(each, module=DecoderLayer, config=config) for each in jax.random.split(layers_key, config.num_layers)]
+    return Params(
+        embedder=draw(embedder_key, module=Embedder, config=config),
+        layers=jax.tree.map(lambda *layers: layers, *drawn),
+    )
+
+
+def _draw(key: jax.Array, *, module: Callable[..., nnx.Module], config: ModelConfig) -> dict[str, Any]:
+    return nnx.to_pure_dict(nnx.split(module(config, rngs=nnx.Rngs(key)))[1])
 
 
 @struct.dataclass

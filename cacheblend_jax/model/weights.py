@@ -1,4 +1,4 @@
-"""Loading models: a checkpoint's tensors stacked into `[layers, …]` leaves, and the check layer that goes with them."""
+"""Loading models: weights from a checkpoint, stacked or layer by layer, and the check layer that goes with them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from cacheblend_jax.model.config_fields import MAX_POSITIONS
 from cacheblend_jax.model.gguf_checkpoint import GgufCheckpoint
 from cacheblend_jax.model.gguf_file import is_gguf
 from cacheblend_jax.model.model import Model
+from cacheblend_jax.model.params import Params, suits_by_layer
 from cacheblend_jax.model.quantised import refuse_quantised_tensors
 from cacheblend_jax.model.smollm2 import SMOLLM2, smollm2_path
 from cacheblend_jax.model.tensor_names import EMBEDDING, HEAD, OTHER_TOWERS, is_kernel, stored_name, tensor_names
-from cacheblend_jax.model.transformer import Params, abstract_params, partition_specs
+from cacheblend_jax.model.transformer import abstract_params, partition_specs
 from cacheblend_jax.model.user_cache import read_record, record_path, write_record
 from cacheblend_jax.model.weights_digest import FileState, SameLeaves, WeightFiles, file_states, sampled_digest
 from cacheblend_jax.runtime.host_buffers import aligned_empty
+from pallas_kernels.dispatch import current_target
 
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -193,23 +195,34 @@ def load_params(
     *,
     mesh: jax.sharding.Mesh | None = None,
     progress: Progress | None = None,
+    by_layer: bool | None = None,
 ) -> Params:
-    """Loads the weights leaf by leaf: each is filled on the host, cast, and moved to the device before the next."""
+    """Loads the weights leaf by leaf: each is filled on the host, cast, and moved to the device before the next.
+
+    Args:
+        by_layer: each layer's weights as arrays of their own; `None`: on a GPU.
+    """
+    if by_layer is None:
+        by_layer = suits_by_layer(current_target().platform if mesh is None else mesh.devices.flat[0].platform)
     wanted = abstract_params(config)
     names = jax.tree.map(lambda name: stored_name(name, checkpoint.tensor_files()), tensor_names(wanted, config))
     _check_tensors(checkpoint, config, names, wanted)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)]
     loaded = 0
 
-    def load(name: str, leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
+    def load(name: str, leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array | tuple[jax.Array, ...]:
         nonlocal loaded
         array = _read_leaf(checkpoint, name, leaf)
-        device_array = jax.device_put(array, _sharding(mesh, spec, leaf))
-        device_array.block_until_ready()
+        if by_layer and "{}" in name:
+            at_layer = _sharding(mesh, jax.P(*spec[1:]), leaf.shape[1:])
+            on_device = tuple(jax.device_put(layer, at_layer) for layer in array)
+        else:
+            on_device = jax.device_put(array, _sharding(mesh, spec, leaf.shape))
+        jax.block_until_ready(on_device)
         loaded += leaf.size * leaf.dtype.itemsize
         if progress is not None:
             progress(loaded, sum(sizes))
-        return device_array
+        return on_device
 
     return jax.tree.map(load, names, wanted, partition_specs(config))
 
@@ -327,11 +340,11 @@ def _has_own_head(checkpoint: Checkpoint) -> bool:
         return any(not np.array_equal(one[block], other[block]) for block in blocks)
 
 
-def _sharding(mesh: jax.sharding.Mesh | None, spec: jax.P, leaf: jax.ShapeDtypeStruct) -> Any:
+def _sharding(mesh: jax.sharding.Mesh | None, spec: jax.P, shape: tuple[int, ...]) -> Any:
     if mesh is None:
         return None
     if "model" not in mesh.shape:
         raise CheckpointError(f"mesh must have an axis named 'model', got {mesh.axis_names}")
     ways = mesh.shape["model"]
-    fits = all(axis is None or size % ways == 0 for axis, size in zip(spec, leaf.shape, strict=False))
+    fits = all(axis is None or size % ways == 0 for axis, size in zip(spec, shape, strict=False))
     return jax.sharding.NamedSharding(mesh, spec if fits else jax.P())

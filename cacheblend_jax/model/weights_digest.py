@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cacheblend_jax.model.params import is_by_layer
 from cacheblend_jax.model.user_cache import read_record, write_record
 
 logger = logging.getLogger(__name__)
@@ -172,11 +173,16 @@ def sampled_digest(states: Iterable[FileState]) -> str:
 
 
 def params_digest(params: Any) -> str:
-    """Returns the SHA-256 (hex) over the parameters themselves: structure, shapes, dtypes and bits."""
-    leaves, treedef = jax.tree.flatten(params)
+    """Returns the SHA-256 (hex) over the parameters themselves: structure, shapes, dtypes and bits.
+
+    It is the same for both forms of `Params`.
+    """
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_by_layer)
     digest = hashlib.sha256(str(treedef).encode())
     for leaf in leaves:
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        digest.update(f"{array.dtype.name}{list(array.shape)}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        layers = leaf if is_by_layer(leaf) else (leaf,)
+        shape = [len(layers), *layers[0].shape] if is_by_layer(leaf) else list(leaf.shape)
+        digest.update(f"{layers[0].dtype.name}{shape}".encode())
+        for layer in layers:
+            digest.update(np.ascontiguousarray(jax.device_get(layer)).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

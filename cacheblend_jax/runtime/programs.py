@@ -30,12 +30,15 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
 MAX_MAPPED_SHARE = 0.75  # of the memory regions that the kernel lets a process map
 EVICTED_AT_ONCE = 8
 MIN_KEPT = 16  # the programs used last stay: a request that compiles one more needs its others, too
+REMEMBERED_ARRAYS = 4096  # more than a model's weights, where each layer's are apart
 MAX_REGIONS_FILE, REGIONS_FILE = Path("/proc/sys/vm/max_map_count"), Path("/proc/self/maps")
 
 _lock = threading.Lock()  # guards the programs of all runners
 _cpu_runners: weakref.WeakSet[Runner] = weakref.WeakSet()  # the limit of mapped regions holds for the whole process
 _uses = itertools.count()
 _drops = 0  # how often programs were dropped in this process
+# By `id`: reading a shape from an array takes a microsecond, and a model with each layer's weights apart has hundreds.
+_array_shapes: dict[int, tuple[weakref.ref, Hashable]] = {}
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,18 @@ def shapes_of(tree: Any, placement: jax.sharding.Sharding | None = None) -> Any:
 
 def _shape_of(leaf: Any) -> Hashable:
     """Returns what a program depends on: an array's shape, dtype, placement (`None`: on the host) and weak type."""
+    known = _array_shapes.get(id(leaf))
+    if known is not None and known[0]() is leaf:
+        return known[1]
+    shape = _read_shape(leaf)
+    if isinstance(leaf, jax.Array):
+        if len(_array_shapes) >= REMEMBERED_ARRAYS:
+            _array_shapes.clear()
+        _array_shapes[id(leaf)] = weakref.ref(leaf), shape
+    return shape
+
+
+def _read_shape(leaf: Any) -> Hashable:
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.shape, leaf.dtype, None, False
     sharding = leaf.sharding

@@ -13,20 +13,24 @@ from ahead_of_time import compiler
 from cacheblend_jax.blend.layer_step import PromptSequence
 from cacheblend_jax.blend.resident import Request, prefill
 from cacheblend_jax.blend.schedule import BlendConfig, make_plan
+from cacheblend_jax.blend.steps import ActiveRows, plain_layer
 from cacheblend_jax.evaluation.shapes import SHAPES
-from cacheblend_jax.model import KVCache, transformer
+from cacheblend_jax.model import KVCache, LayerKV, ModelConfig
 from cacheblend_jax.model.decode import decode_step
+from cacheblend_jax.model.params import is_by_layer
 from cacheblend_jax.model.rope import Angles
-from cacheblend_jax.model.transformer import abstract_params
+from cacheblend_jax.model.transformer import Rows, abstract_params
 from cacheblend_jax.runtime.programs import COMPILER_OPTIONS
 from pallas_kernels import blend_kv, selective_attention, tuning
 from pallas_kernels.attention.tiles import cost
-from pallas_kernels.dispatch import OVERRIDE, Target
+from pallas_kernels.dispatch import OVERRIDE
 from pallas_kernels.tuning import AttentionBlocks
 
 pytestmark = pytest.mark.aot
 NO_SPILL = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 LLAMA3_8B = SHAPES["llama-3-8b"]
+WEIGHTS = abstract_params(LLAMA3_8B, by_layer=True).layers
+BY_CUBLAS = COMPILER_OPTIONS["gpu"] | {"xla_gpu_enable_triton_gemm": False}
 
 
 def _attention(
@@ -151,7 +155,7 @@ def _shape(*sizes: int, of=jnp.int32):
     return jax.ShapeDtypeStruct(sizes, of)
 
 
-def _blend_arguments(config, num_stages: int):
+def _blend_arguments(config, num_stages: int, *, by_layer: bool = False):
     length, forced, layers = 8192, 64, config.num_layers
     blend_config = BlendConfig(num_stages=num_stages)
     plan = make_plan(num_layers=layers, length=length, active=length, forced=forced, blend=blend_config, check_layer=1)
@@ -175,46 +179,106 @@ def _blend_arguments(config, num_stages: int):
         sequence = PromptSequence(request.length, angles)
         return prefill(params, request, cached, sequence, config=config, plan=plan)
 
-    return blend, abstract_params(config), request, KVCache(cached, cached), Angles(table, table)
+    return blend, abstract_params(config, by_layer=by_layer), request, KVCache(cached, cached), Angles(table, table)
 
 
-def _slices_of_weights(text: str) -> list[str]:
-    """Operations of their own, within no fusion, that take a layer's matrix out of its stack."""
-    matrices = {x.shape[1:] for x in jax.tree.leaves(abstract_params(LLAMA3_8B).layers) if x.ndim == 3}
-    sizes = "|".join(f"{rows},{columns}" for rows, columns in matrices)
-    taken = re.compile(rf"%\S*(slice|copy)\S* = \(?bf16\[1,({sizes})\]")
+def _with_layers(num_layers: int) -> ModelConfig:
+    return replace(LLAMA3_8B, num_layers=num_layers, windows=(None,) * num_layers)
+
+
+def _outside_fusions(text: str) -> list[str]:
     computations = re.split(r"^(?=\S)", text, flags=re.MULTILINE)
     run = [computation for computation in computations if computation.startswith(("ENTRY", "%region"))]  # and loops
-    return [line for computation in run for line in computation.splitlines() if taken.search(line)]
+    return [line for computation in run for line in computation.splitlines()]
+
+
+def _copied_weights(text: str) -> list[str]:
+    """Operations of their own whose result has the shape of a matrix of weights, or of some of them side by side."""
+    matrices = [leaf[0].shape for leaf in jax.tree.leaves(WEIGHTS, is_leaf=is_by_layer) if len(leaf[0].shape) == 2]
+    rows = "|".join(str(rows) for rows in sorted({rows for rows, _ in matrices}))
+    # No number of tokens is one of them.
+    made = re.compile(rf"= \(?(bf16|f32)\[(1,)?({rows}),\d{{4,}}\]")
+    given = re.compile(r"\b(parameter|get-tuple-element|bitcast)\(")
+    return [line for line in _outside_fusions(text) if made.search(line) and not given.search(line)]
+
+
+def _different_products(text: str) -> set[tuple[str, ...]]:
+    """The forms of cuBLAS products: shapes and layouts of results and operands, and what is computed."""
+    lines = [line for line in text.splitlines() if " = " in line]
+    shapes = {line.split(" = ")[0].split()[-1]: re.split(r" [a-z-]+\(", line.split(" = ")[1])[0] for line in lines}
+    products = set()
+    for line in lines:
+        if '"__cublas$lt$matmul"' in line:
+            result, operands = re.search(r" = (.*?) custom-call\((.*?)\)", line).groups()
+            of = (shapes[operand.split()[-1]] for operand in operands.split(","))
+            products.add((result, *of, re.search(r"backend_config=.*", line)[0]))
+    return products
 
 
 def test_a_whole_blend_for_an_h200_spills_nothing_and_copies_no_weights(capfd, monkeypatch):
     monkeypatch.setenv(OVERRIDE, "pallas")
-    compiled = compiler("gpu")(*_blend_arguments(LLAMA3_8B, 4), options=COMPILER_OPTIONS["gpu"])
+    compiled = compiler("gpu")(*_blend_arguments(LLAMA3_8B, 4, by_layer=True), options=COMPILER_OPTIONS["gpu"])
     assert "mosaic_gpu" in compiled.as_text()
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", "".join(capfd.readouterr()))
     assert spills, "ptxas printed no account of registers"
     assert set(spills) == {("0", "0")}
-    assert _slices_of_weights(compiled.as_text()) == []
+    assert _copied_weights(compiled.as_text()) == []
     # Beside 16 GB of weights and 2 GB of KV: activations of 8192 tokens, never scores of tokens by tokens (8.6 GB).
     assert compiled.memory_analysis().temp_size_in_bytes < 2e9
 
 
-def test_decoding_for_an_h200_copies_no_weights():
-    cached, table = _shape(32, 8192, 8, 128, of=jnp.bfloat16), _shape(1, 8192, 64, of=jnp.float32)
+def test_products_by_cublas_copy_no_weights_and_are_the_same_in_all_layers(monkeypatch):
+    monkeypatch.setenv(OVERRIDE, "pallas")
+    products = []
+    for layers in (4, 6):
+        arguments = _blend_arguments(_with_layers(layers), 2, by_layer=True)
+        text = compiler("gpu")(*arguments, options=BY_CUBLAS).as_text()
+        assert _copied_weights(text) == []
+        products.append(_different_products(text))
+    assert products[0]
+    assert products[0] == products[1]
+
+
+def test_products_that_xla_merges_are_seen_to_copy():
+    options = BY_CUBLAS | {"xla_gpu_dot_merger_threshold_mb": "32"}  # XLA's own
+    compiled = compiler("gpu")(*_blend_arguments(_with_layers(3), 2, by_layer=True), options=options)
+    assert _copied_weights(compiled.as_text())
+
+
+def test_weights_that_a_loop_copies_are_seen():
+    assert _copied_weights(compiler("gpu")(*_blend_arguments(_with_layers(4), 1)).as_text())
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_a_streamed_layer_for_an_h200_copies_no_weights_unless_they_are_stacked(by_layer):
+    rows, keys, config = 1296, 8192, _with_layers(4)
+    kv, table = _shape(keys, 8, 128, of=jnp.bfloat16), _shape(1, keys, 64, of=jnp.float32)
+    stack = _shape(4, keys, 8, 128, of=jnp.bfloat16)
+    of_rows = Angles(*[_shape(1, rows, 64, of=jnp.float32)] * 2)
+    active = ActiveRows(Rows(_shape(rows, 4096, of=jnp.bfloat16), _shape(rows), of_rows), _shape(rows))
+    params = abstract_params(config, by_layer=by_layer).only_layer(2)
+    sequence = PromptSequence(_shape(), Angles(table, table))
+
+    def layer(params, active, cached, blended, sequence, index):
+        return plain_layer(params, active, cached, blended, sequence, index, config=config)
+
+    arguments = params, active, LayerKV(kv, kv), KVCache(stack, stack), sequence, _shape()
+    compiled = compiler("gpu")(layer, *arguments, donate=(3,), options=BY_CUBLAS)
+    assert bool(_copied_weights(compiled.as_text())) != by_layer
+
+
+@pytest.mark.parametrize("options", [COMPILER_OPTIONS["gpu"], BY_CUBLAS], ids=["triton", "cublas"])
+def test_decoding_for_an_h200_copies_no_weights(options):
+    config = _with_layers(4)
+    cached, table = _shape(4, 8192, 8, 128, of=jnp.bfloat16), _shape(1, 8192, 64, of=jnp.float32)
 
     def decode(params, cache, token_id, position, angles):
-        return decode_step(params, cache, token_id, position, angles, config=LLAMA3_8B)
+        return decode_step(params, cache, token_id, position, angles, config=config)
 
-    arguments = abstract_params(LLAMA3_8B), KVCache(cached, cached), _shape(), _shape(), Angles(table, table)
-    compiled = compiler("gpu")(decode, *arguments, donate=(1,), options=COMPILER_OPTIONS["gpu"])
-    assert _slices_of_weights(compiled.as_text()) == []
-
-
-def test_weights_that_a_loop_copies_are_seen(monkeypatch):
-    monkeypatch.setattr(transformer, "current_target", lambda: Target("cpu"))
-    config = replace(LLAMA3_8B, num_layers=4, windows=(None,) * 4)
-    assert _slices_of_weights(compiler("gpu")(*_blend_arguments(config, 1)).as_text())
+    params = abstract_params(config, by_layer=True)
+    arguments = params, KVCache(cached, cached), _shape(), _shape(), Angles(table, table)
+    compiled = compiler("gpu")(decode, *arguments, donate=(1,), options=options)
+    assert _copied_weights(compiled.as_text()) == []
 
 
 def test_a_whole_blend_compiles_for_a_tpu(monkeypatch):

@@ -43,6 +43,23 @@ def test_what_is_run_over_shapes_is_compiled_and_what_is_run_over_arrays_is_comp
     assert runner.count == 1  # shapes without a placement stand for arrays on the host
 
 
+def test_an_array_where_another_was_is_not_taken_for_it(monkeypatch):
+    monkeypatch.setattr(programs, "id", lambda leaf: 0, raising=False)  # as if each were made where the last was freed
+    runner = Runner("cpu")
+    for size in (2, 3, 3):
+        assert runner(jnp.negative, jnp.ones(size)).tolist() == [-1.0] * size
+    assert runner.count == 2
+
+
+def test_shapes_are_remembered_of_few_arrays(monkeypatch):
+    monkeypatch.setattr(programs, "REMEMBERED_ARRAYS", 8)
+    arrays = [jnp.ones(2) for _ in range(20)]
+    runner = Runner("cpu")
+    for array in arrays:
+        runner(jnp.negative, array)
+    assert len(programs._array_shapes) <= 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "static"),
     [

@@ -1,0 +1,111 @@
+"""Weights stacked and weights by layer are one model: the same results, as many programs, one fingerprint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from conftest import FAMILIES, HF, random_prompt, relative_error
+
+import cacheblend_jax as cb
+from cacheblend_jax.evaluation.metrics import attention_deviation_by_layer
+from cacheblend_jax.model import transformer
+from cacheblend_jax.model.kv_cache import cache_shape
+from cacheblend_jax.model.params import Params, is_by_layer
+from cacheblend_jax.model.tensor_names import hugging_face_tensors
+from cacheblend_jax.model.transformer import abstract_params, embedder, layer_at, partition_specs
+from cacheblend_jax.model.weights import load_params, open_checkpoint
+from pallas_kernels.dispatch import Target
+
+MODES = ("full", "prefix", "reuse", "blend")
+
+
+CONFIG = replace(FAMILIES["qwen3"], num_layers=3, qkv_bias=True, windows=(None, 20, None))  # few layers to compile
+
+
+def both_forms() -> list[cb.Model]:
+    return [cb.model.random_model(CONFIG, seed=7, by_layer=by_layer) for by_layer in (False, True)]
+
+
+def same_leaves(one: Params, other: Params) -> bool:
+    layers = [jax.tree.map(np.stack, params.layers, is_leaf=is_by_layer) for params in (one, other)]
+    pairs = jax.tree.map(np.array_equal, (one.embedder, layers[0]), (other.embedder, layers[1]))
+    return all(jax.tree.leaves(pairs))
+
+
+@pytest.mark.parametrize("executor", ["resident", "streamed"])
+def test_prefills_and_answers_are_those_of_stacked_weights(executor):
+    blend = cb.BlendConfig(0.3, "query", num_stages=2)
+    stacked, by_layer = (cb.Engine(model, blend=blend, executor=executor) for model in both_forms())
+    prompt = random_prompt(11)
+    for engine in (stacked, by_layer):
+        engine.precompute(prompt)
+    for mode in MODES:
+        out, wanted = by_layer.prefill(prompt, mode), stacked.prefill(prompt, mode)
+        assert out.stats.executor == wanted.stats.executor
+        np.testing.assert_array_equal(out.recomputed, wanted.recomputed)
+        assert relative_error(out.logits, wanted.logits) < 2e-6
+        assert relative_error(out.cache.k, wanted.cache.k) < 2e-6
+    answers = [engine.generate(prompt, max_new_tokens=4, stop_token_ids=()) for engine in (by_layer, stacked)]
+    assert answers[0].token_ids == answers[1].token_ids
+    assert by_layer.model.runner.count == stacked.model.runner.count
+
+
+def test_attention_deviation_is_that_of_stacked_weights():
+    rng, shape = np.random.default_rng(0), cache_shape(CONFIG, 64)
+    blended, true = (cb.KVCache(*rng.normal(size=(2, *shape)).astype(np.float32)) for _ in range(2))
+    token_ids = rng.integers(0, CONFIG.vocab_size, 50).astype(np.int32)
+    wanted, measured = (attention_deviation_by_layer(model, token_ids, 43, blended, true) for model in both_forms())
+    np.testing.assert_allclose(measured, wanted, rtol=1e-5)
+
+
+def test_the_fingerprint_and_the_tensors_are_those_of_stacked_weights():
+    stacked, by_layer = both_forms()
+    assert same_leaves(by_layer.params, stacked.params)
+    assert by_layer.fingerprint == stacked.fingerprint
+    named, wanted = (hugging_face_tensors(model.params, model.config) for model in (by_layer, stacked))
+    assert named.keys() == wanted.keys()
+    assert all(np.array_equal(named[name], tensor) for name, tensor in wanted.items())
+    v_proj = by_layer.params.layers["v_proj"]
+    v_proj["kernel"] = tuple(2 * kernel for kernel in v_proj["kernel"])
+    assert by_layer.fingerprint != stacked.fingerprint
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+def test_checkpoints_load_by_layer(ways):
+    mesh = jax.make_mesh((ways,), ("model",), axis_types=(jax.sharding.AxisType.Auto,)) if ways > 1 else None
+    checkpoint, stacked = open_checkpoint(HF / "qwen3"), cb.load_model(HF / "qwen3", mesh=mesh)
+    by_layer = load_params(checkpoint, stacked.config, mesh=mesh, by_layer=True)
+    assert by_layer.by_layer
+    assert same_leaves(by_layer, stacked.params)
+    abstract = abstract_params(stacked.config, by_layer=True)
+    assert [leaf.shape for leaf in jax.tree.leaves(by_layer)] == [leaf.shape for leaf in jax.tree.leaves(abstract)]
+    if mesh is not None:
+        kernel = by_layer.layers["q_proj"]["kernel"][1]
+        spec = partition_specs(stacked.config).layers["q_proj"]["kernel"]
+        assert kernel.sharding.spec == jax.P(*spec[1:])
+        assert kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // 2
+
+
+def test_a_model_on_a_gpu_takes_stacked_weights_apart(monkeypatch):
+    wanted, params = (model.params for model in both_forms()[::-1])
+    monkeypatch.setattr(cb.Model, "platform", "gpu")
+    model = cb.Model(CONFIG, params)
+    assert model.params.by_layer
+    assert same_leaves(model.params, wanted)
+
+
+def test_a_single_row_is_the_same_on_a_gpu(monkeypatch):
+    params = both_forms()[0].params
+    row = jax.random.normal(jax.random.key(1), (1, CONFIG.hidden_size))
+
+    def computed() -> tuple:
+        return *layer_at(params, CONFIG, 0).keys_values(row), embedder(params, CONFIG).logits(row)
+
+    wanted = computed()
+    monkeypatch.setattr(transformer, "current_target", lambda: Target("gpu"))
+    for of_gpu, other in zip(computed(), wanted, strict=True):
+        assert of_gpu.shape == other.shape
+        assert relative_error(of_gpu, other) < 1e-6
