@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -23,6 +23,19 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.platform} ({self.chip})" if self.chip else self.platform
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Target:
+        """Undoes `dataclasses.asdict`, for JSON has no tuples.
+
+        Raises:
+            TypeError, KeyError, ValueError: the record is none of a target.
+        """
+        capability = record["compute_capability"]
+        if capability is not None:
+            major, minor = capability
+            capability = int(major), int(minor)
+        return cls(str(record["platform"]), str(record["chip"]), capability)
 
 
 @runtime_checkable

@@ -131,12 +131,10 @@ class Verdicts:
         """Returns the verdicts of a record.
 
         Raises:
-            TypeError, KeyError: the record is none of `record`'s.
+            TypeError, KeyError, ValueError: the record is none of `record`'s.
         """
-        target = record["target"]
-        capability = target["compute_capability"]
         return cls(
-            Target(target["platform"], target["chip"], None if capability is None else (capability[0], capability[1])),
+            Target.from_record(record["target"]),
             dict(record["identity"]),
             tuple(Verdict(**verdict) for verdict in record["verdicts"]),
             tuple(Failure(**failure) for failure in record["failures"]),

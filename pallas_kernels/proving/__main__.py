@@ -1,4 +1,4 @@
-"""Proves the kernels on this machine's first GPU or TPU, and prints the verdicts; nothing is remembered.
+"""Proves the kernels on this machine's first GPU or TPU, prints the verdicts, and remembers them.
 
 python -m pallas_kernels.proving --json verdicts.json
 """
@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-import jax
-
-from pallas_kernels.proving.prove import LIMIT_SECONDS, Outcome, prove
+from pallas_kernels.proving.prove import LIMIT_SECONDS, Outcome, describe_first_device, prove
+from pallas_kernels.proving.remembered import remember
 from pallas_kernels.proving.report import failure_line, verdict_lines
 
 
@@ -29,14 +25,16 @@ def main() -> None:
 
     def tell(operation: str, backend: str, outcome: Outcome) -> None:
         print(f"--- {operation}, {backend}: {time.perf_counter() - began:.0f} s so far", flush=True)
-        print("\n".join(verdict_lines(outcome.verdicts)), flush=True)
-        if outcome.reason is not None:
-            print(failure_line(operation, backend, outcome.reason), flush=True)
+        lines = verdict_lines(outcome.verdicts)
+        lines += [] if outcome.reason is None else [failure_line(operation, backend, outcome.reason)]
+        print("\n".join(lines), flush=True)
 
-    verdicts = prove(jax.local_devices()[0], limit_seconds=options.limit, progress=tell)
-    print(json.dumps(verdicts.identity, indent=1))
+    place = describe_first_device()
+    print(json.dumps(place.identity, indent=1), flush=True)
+    verdicts = prove(place, limit_seconds=options.limit, progress=tell)
     if options.json:
         options.json.write_text(json.dumps(verdicts.record(), indent=1) + "\n", encoding="utf-8")
+    print(f"remembered in {remember(verdicts)}")
 
 
 if __name__ == "__main__":

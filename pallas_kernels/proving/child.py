@@ -1,6 +1,7 @@
-"""The child process of `prove`: tries one backend of one operation, and writes a JSON line for each thing it says.
+"""The child processes of `prove`: they describe the device, or try a backend, and write a JSON line for each finding.
 
-python -m pallas_kernels.proving.child OPERATION BACKEND PLATFORM CHIP
+python -m pallas_kernels.proving.child                                     describes the first device
+python -m pallas_kernels.proving.child OPERATION BACKEND PLATFORM CHIP     tries a backend
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.proving.attention_cases import ATTENTION
 from pallas_kernels.proving.blending_cases import BLENDING
+from pallas_kernels.proving.identity import Place
 from pallas_kernels.proving.trial import try_backend
 
 OPERATIONS = {operation.name: operation for operation in (ATTENTION, BLENDING)}
@@ -26,7 +28,12 @@ def say(**said: Any) -> None:
     print(json.dumps(said), flush=True)
 
 
-def main(operation: str, backend: str, platform: str, chip: str) -> None:
+def describe() -> None:
+    """Describes the first device."""
+    say(place=asdict(Place.of(jax.local_devices()[0])))
+
+
+def try_on(operation: str, backend: str, platform: str, chip: str) -> None:
     """Tries the backend on the first device of that kind."""
     device = next((each for each in jax.local_devices(backend=platform) if each.device_kind == chip), None)
     if device is None:
@@ -39,4 +46,4 @@ def main(operation: str, backend: str, platform: str, chip: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try_on(*sys.argv[1:]) if sys.argv[1:] else describe()

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import jax
 import jaxlib
 
-from pallas_kernels.target import Device
+from pallas_kernels.target import Device, Target, target_of
 
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/sys/module/nvidia/version")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device to prove kernels on, as this process or another one sees it.
+
+    Attributes:
+        identity: what verdicts on it hold for.
+        visible_gpu: what `CUDA_VISIBLE_DEVICES` must be for a process to see this GPU alone; empty for others.
+    """
+
+    target: Target
+    identity: dict[str, str]
+    visible_gpu: str = ""
+
+    @classmethod
+    def of(cls, device: Device) -> Place:
+        """Describes a device of this process."""
+        visible_gpu = ""
+        if device.platform == "gpu":
+            visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+            number = getattr(device, "local_hardware_id", None) or 0
+            visible_gpu = visible[number] if number < len(visible) else str(number)
+        return cls(target_of(device), identity_of(device), visible_gpu)
 
 
 def identity_of(device: Device) -> dict[str, str]:

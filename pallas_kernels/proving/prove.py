@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pallas_kernels.attention.api import BACKENDS as ATTENTION_BACKENDS
 from pallas_kernels.blending.api import BACKENDS as BLENDING_BACKENDS
 from pallas_kernels.dispatch import OVERRIDE, pallas_backends, wrong_platform
-from pallas_kernels.proving.identity import identity_of
-from pallas_kernels.target import Device, Target, target_of
+from pallas_kernels.proving.identity import Place
+from pallas_kernels.proving.processes import ended
+from pallas_kernels.target import Target
 from pallas_kernels.verdicts import Failure, Verdict, Verdicts
 
-LIMIT_SECONDS = 300.0
+LIMIT_SECONDS, DESCRIBING_SECONDS = 300.0, 120.0
 BACKENDS = {"selective_attention": ATTENTION_BACKENDS, "blend_kv": BLENDING_BACKENDS}
-Command = Callable[[str, str, Target], Sequence[str]]
 NO_MEMORY = "Out of memory while trying to allocate"
+# -P: a package of the same name in the current directory is none of ours.
+CHILD = (sys.executable, "-P", "-m", "pallas_kernels.proving.child")
+Command = Callable[[str, str, Target], Sequence[str]]
 
 
 class UnprovenError(RuntimeError):
@@ -30,11 +30,11 @@ class UnprovenError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a child process said, and how it ended.
+    """What the trial of a backend came to.
 
     Attributes:
-        is_ready: it had the device and the memory that it needs.
-        reason: why it came to no verdicts; `None` if it did.
+        is_ready: it had the device, and the memory that it needs.
+        reason: why there are no verdicts; `None` if there are.
     """
 
     is_ready: bool
@@ -42,19 +42,12 @@ class Outcome:
     reason: str | None = None
 
 
+Progress = Callable[[str, str, Outcome], None]
+
+
 def child_command(operation: str, backend: str, target: Target) -> Sequence[str]:
     """Returns the command that tries a backend; see `child.py`."""
-    # -P: a package of the same name in the current directory is none of ours.
-    return [
-        sys.executable,
-        "-P",
-        "-m",
-        "pallas_kernels.proving.child",
-        operation,
-        backend,
-        target.platform,
-        target.chip,
-    ]
+    return [*CHILD, operation, backend, target.platform, target.chip]
 
 
 def backends_to_try(target: Target) -> list[tuple[str, str]]:
@@ -63,12 +56,26 @@ def backends_to_try(target: Target) -> list[tuple[str, str]]:
     return [(operation, name) for operation, backends in BACKENDS.items() for name in able if name in backends]
 
 
+def describe_first_device(command: Sequence[str] = CHILD) -> Place:
+    """Returns JAX's first device, without opening it in this process: a TPU serves one process at a time.
+
+    Raises:
+        UnprovenError: there is none that can be opened.
+    """
+    end = ended(command, _environment(), DESCRIBING_SECONDS)
+    for said in end.said:
+        if "place" in said:
+            place = said["place"]
+            return Place(Target.from_record(place["target"]), place["identity"], place["visible_gpu"])
+    raise UnprovenError(f"the process that looks for a device {end.how}")
+
+
 def prove(
-    device: Device,
+    place: Place,
     *,
     limit_seconds: float = LIMIT_SECONDS,
     command: Command = child_command,
-    progress: Callable[[str, str, Outcome], None] = lambda operation, backend, outcome: None,
+    progress: Progress | None = None,
 ) -> Verdicts:
     """Tries every Pallas backend on a device, each in a process of its own, one after another.
 
@@ -80,87 +87,43 @@ def prove(
     Raises:
         UnprovenError: the device has no memory to spare, or can't be opened by another process.
     """
-    target = target_of(device)
     verdicts: list[Verdict] = []
     failures: list[Failure] = []
-    for operation, backend in backends_to_try(target):
-        outcome = _run(command(operation, backend, target), _environment(device), limit_seconds)
-        progress(operation, backend, outcome)
-        if not outcome.is_ready:
-            raise UnprovenError(outcome.reason)
-        _check_memory(outcome)
+    for operation, backend in backends_to_try(place.target):
+        outcome = _try(command(operation, backend, place.target), _environment(place.visible_gpu), limit_seconds)
+        if progress is not None:
+            progress(operation, backend, outcome)
+        _check_that_it_says_something(outcome)
         verdicts += outcome.verdicts
         if outcome.reason is not None:
             failures.append(Failure(operation, backend, outcome.reason))
-    return Verdicts(target, identity_of(device), tuple(verdicts), tuple(failures))
+    return Verdicts(place.target, place.identity, tuple(verdicts), tuple(failures))
 
 
-def _check_memory(outcome: Outcome) -> None:
+def _try(command: Sequence[str], environment: dict[str, str], limit_seconds: float) -> Outcome:
+    end = ended(command, environment, limit_seconds)
+    is_ready, doing = False, "starting"
+    for said in end.said:
+        is_ready |= bool(said.get("ready"))
+        doing = said.get("doing", doing)
+        if "verdicts" in said:
+            return Outcome(True, tuple(Verdict(**verdict) for verdict in said["verdicts"]))
+    return Outcome(is_ready, reason=f"{end.how} ({doing})")
+
+
+def _check_that_it_says_something(outcome: Outcome) -> None:
     problems = [outcome.reason, *(verdict.problem for verdict in outcome.verdicts)]
-    if lacking := next((problem for problem in problems if problem and NO_MEMORY in problem), None):
-        raise UnprovenError(lacking)
+    lacking = next((problem for problem in problems if problem and NO_MEMORY in problem), None)
+    if lacking or not outcome.is_ready:
+        raise UnprovenError(lacking or f"the process that was to try a kernel {outcome.reason}")
 
 
-def _environment(device: Device) -> dict[str, str]:
+def _environment(visible_gpu: str = "") -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != OVERRIDE}
     root = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
     # Beside a process that has taken three quarters of the memory, as JAX does.
     environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".2"}
-    if device.platform == "gpu":  # a context on each GPU would take memory from all
-        visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        number = getattr(device, "local_hardware_id", None) or 0
-        environment["CUDA_VISIBLE_DEVICES"] = visible[number] if number < len(visible) else str(number)
+    if visible_gpu:  # a context on each GPU would take memory from all
+        environment["CUDA_VISIBLE_DEVICES"] = visible_gpu
     return environment
-
-
-def _run(command: Sequence[str], environment: dict[str, str], limit_seconds: float) -> Outcome:
-    """Runs a child process to its end, or ends it."""
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    ) as child:
-        try:
-            written, complaints = child.communicate(timeout=limit_seconds)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            written, complaints = child.communicate()
-            return _outcome(written, f"ran for more than {limit_seconds:g} s")
-        except BaseException:
-            child.kill()
-            raise
-    if child.returncode == 0:
-        return _outcome(written, "said nothing of its results")
-    how = f"was killed by signal {-child.returncode}" if child.returncode < 0 else f"exited with {child.returncode}"
-    return _outcome(written, f"{how}: {_last_line(complaints)}")
-
-
-def _outcome(written: str, otherwise: str) -> Outcome:
-    """Returns what a child's lines say; `otherwise` is the reason where they hold no verdicts."""
-    is_ready, doing = False, "starting"
-    for said in _said(written):
-        is_ready |= bool(said.get("ready"))
-        doing = said.get("doing", doing)
-        if "verdicts" in said:
-            return Outcome(True, tuple(Verdict(**verdict) for verdict in said["verdicts"]))
-    return Outcome(is_ready, reason=f"{otherwise} ({doing})")
-
-
-def _said(written: str) -> Iterable[dict[str, Any]]:
-    for line in written.splitlines():
-        try:
-            said = json.loads(line)
-        except ValueError:  # cut off, or a library's own output
-            continue
-        if isinstance(said, dict):
-            yield said
-
-
-def _last_line(complaints: str) -> str:
-    lines = complaints.strip().splitlines()
-    return lines[-1][:300] if lines else "it said nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +45,7 @@ def try_backend(
         for head_dim in head_dims
         if operation.unsupported(dtype, head_dim)[backend]() is None
     ]
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
         errors = dict(_errors(operation, backend, served, pool, say))
         right = [of for of in served if isinstance(errors[of], float)]
         seconds = dict(_seconds(operation, backend, right, pool, say))
