@@ -10,9 +10,9 @@ import json
 import time
 from pathlib import Path
 
-from pallas_kernels.proving.prove import LIMIT_SECONDS, Outcome, describe_first_device, prove
+from pallas_kernels.proving.prove import LIMIT_SECONDS, Outcome, UnprovenError, describe_first_device, prove
 from pallas_kernels.proving.remembered import remember
-from pallas_kernels.proving.report import failure_line, verdict_lines
+from pallas_kernels.proving.report import outcome_lines
 
 
 def main() -> None:
@@ -25,13 +25,14 @@ def main() -> None:
 
     def tell(operation: str, backend: str, outcome: Outcome) -> None:
         print(f"--- {operation}, {backend}: {time.perf_counter() - began:.0f} s so far", flush=True)
-        lines = verdict_lines(outcome.verdicts)
-        lines += [] if outcome.reason is None else [failure_line(operation, backend, outcome.reason)]
-        print("\n".join(lines), flush=True)
+        print("\n".join(outcome_lines(operation, backend, outcome.verdicts, outcome.reason)), flush=True)
 
-    place = describe_first_device()
-    print(json.dumps(place.identity, indent=1), flush=True)
-    verdicts = prove(place, limit_seconds=options.limit, progress=tell)
+    try:
+        place = describe_first_device()
+        print(json.dumps(place.identity, indent=1), flush=True)
+        verdicts = prove(place, limit_seconds=options.limit, progress=tell)
+    except UnprovenError as error:
+        raise SystemExit(str(error)) from None
     if options.json:
         options.json.write_text(json.dumps(verdicts.record(), indent=1) + "\n", encoding="utf-8")
     print(f"remembered in {remember(verdicts)}")

@@ -28,12 +28,6 @@ def _verdicts(target, *backends):
     return Verdicts(target, {}, tuple(found))
 
 
-@pytest.fixture(autouse=True)
-def _no_verdicts_stay():
-    yield
-    use_verdicts()
-
-
 def _choose(implementation, target, monkeypatch, unsupported=(), proven=("mosaic_gpu", "triton", "tpu")):
     monkeypatch.setattr(dispatch, "current_target", lambda: target)
     use_verdicts(*([] if target == CPU else [_verdicts(target, *proven)]))
