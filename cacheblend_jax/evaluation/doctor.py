@@ -32,6 +32,16 @@ class DeviceReport:
     has_kernels: bool
     verdicts: Verdicts | None
 
+    def record(self) -> dict[str, Any]:
+        """Returns it as JSON's types."""
+        kernels = None
+        if self.verdicts is not None:
+            found = [
+                asdict(each) | {"speedup": each.speedup, "used": each.is_chosen} for each in self.verdicts.verdicts
+            ]
+            kernels = self.verdicts.record() | {"verdicts": found}
+        return asdict(self.place) | {"kernels": kernels}
+
     @property
     def lines(self) -> list[str]:
         """The report as text."""
@@ -58,11 +68,7 @@ class Diagnosis:
 
     def record(self) -> dict[str, Any]:
         """Returns it as JSON's types."""
-        devices = [
-            asdict(each.place) | {"kernels": None if each.verdicts is None else each.verdicts.record()}
-            for each in self.devices
-        ]
-        return {"versions": self.versions, "devices": devices}
+        return {"versions": self.versions, "devices": [device.record() for device in self.devices]}
 
 
 def diagnose(*, prove_again: bool = False, say: Callable[[str], None] = lambda line: None) -> Diagnosis:
