@@ -36,10 +36,9 @@ class DeviceReport:
         """Returns it as JSON's types."""
         kernels = None
         if self.verdicts is not None:
-            found = [
-                asdict(each) | {"speedup": each.speedup, "used": each.is_chosen} for each in self.verdicts.verdicts
-            ]
-            kernels = self.verdicts.record() | {"verdicts": found}
+            kernels = self.verdicts.record()
+            for record, verdict in zip(kernels["verdicts"], self.verdicts.verdicts, strict=True):
+                record |= {"speedup": verdict.speedup, "used": verdict.is_chosen}
         return asdict(self.place) | {"kernels": kernels}
 
     @property

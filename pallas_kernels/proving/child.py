@@ -1,7 +1,6 @@
 """The child processes of `prove`: they describe the device, or try a backend, and write a JSON line for each finding.
 
-python -m pallas_kernels.proving.child                                     describes the first device
-python -m pallas_kernels.proving.child OPERATION BACKEND PLATFORM CHIP     tries a backend
+Without arguments it describes the first device. Its arguments: operation, backend, platform, chip, and head_dims.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def describe() -> None:
     say(place=asdict(Place.of(jax.local_devices()[0])))
 
 
-def try_on(operation: str, backend: str, platform: str, chip: str) -> None:
+def try_on(operation: str, backend: str, platform: str, chip: str, *head_dims: str) -> None:
     """Tries the backend on the first device of that kind."""
     device = next((each for each in jax.local_devices(backend=platform) if each.device_kind == chip), None)
     if device is None:
@@ -41,7 +40,12 @@ def try_on(operation: str, backend: str, platform: str, chip: str) -> None:
     jax.config.update("jax_default_device", device)
     jax.block_until_ready(jnp.zeros(NEEDED_BYTES, jnp.uint8))
     say(ready=True)
-    verdicts = try_backend(OPERATIONS[operation], backend, say=lambda doing: say(doing=doing))
+    verdicts = try_backend(
+        OPERATIONS[operation],
+        backend,
+        head_dims=tuple(map(int, head_dims)),
+        say=lambda doing: say(doing=doing),
+    )
     say(verdicts=[asdict(verdict) for verdict in verdicts])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from pallas_kernels.attention.api import BACKENDS as ATTENTION_BACKENDS
 from pallas_kernels.blending.api import BACKENDS as BLENDING_BACKENDS
 from pallas_kernels.dispatch import OVERRIDE, pallas_backends, wrong_platform
+from pallas_kernels.proving.case import HEAD_DIMS
 from pallas_kernels.proving.identity import Place
 from pallas_kernels.proving.processes import ended
 from pallas_kernels.target import Target
@@ -45,9 +46,9 @@ class Outcome:
 Progress = Callable[[str, str, Outcome], None]
 
 
-def child_command(operation: str, backend: str, target: Target) -> Sequence[str]:
+def child_command(operation: str, backend: str, target: Target, head_dims: Sequence[int] = HEAD_DIMS) -> Sequence[str]:
     """Returns the command that tries a backend; see `child.py`."""
-    return [*CHILD, operation, backend, target.platform, target.chip]
+    return [*CHILD, operation, backend, target.platform, target.chip, *map(str, head_dims)]
 
 
 def backends_to_try(target: Target) -> list[tuple[str, str]]:
@@ -76,6 +77,7 @@ def prove(
     limit_seconds: float = LIMIT_SECONDS,
     command: Command = child_command,
     progress: Progress | None = None,
+    only: Sequence[str] | None = None,
 ) -> Verdicts:
     """Tries every Pallas backend on a device, each in a process of its own, one after another.
 
@@ -83,6 +85,7 @@ def prove(
         limit_seconds: of each process; one that takes longer is killed.
         command: starts such a process.
         progress: called after each.
+        only: these backends; `None`: all.
 
     Raises:
         UnprovenError: the device has no memory to spare, or can't be opened by another process.
@@ -90,6 +93,8 @@ def prove(
     verdicts: list[Verdict] = []
     failures: list[Failure] = []
     for operation, backend in backends_to_try(place.target):
+        if only is not None and backend not in only:
+            continue
         outcome = _try(command(operation, backend, place.target), _environment(place.visible_gpu), limit_seconds)
         if progress is not None:
             progress(operation, backend, outcome)

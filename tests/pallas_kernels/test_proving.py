@@ -19,7 +19,14 @@ from pallas_kernels.proving.blending_cases import BLENDING
 from pallas_kernels.proving.case import Case, Operation, Timing, Wanted, error_share, numbers
 from pallas_kernels.proving.first_use import use_verdicts_on
 from pallas_kernels.proving.identity import Place
-from pallas_kernels.proving.prove import UnprovenError, backends_to_try, describe_first_device, prove
+from pallas_kernels.proving.prove import (
+    CHILD,
+    UnprovenError,
+    backends_to_try,
+    child_command,
+    describe_first_device,
+    prove,
+)
 from pallas_kernels.proving.report import report_lines
 from pallas_kernels.target import Target, compiling, target_of
 from pallas_kernels.verdicts import Call, Failure, Verdict, Verdicts, class_of, use_verdicts, verdicts_on
@@ -155,7 +162,8 @@ def test_the_child_process_says_what_it_does_and_finds(monkeypatch, capsys):
     monkeypatch.setattr(child, "OPERATIONS", {"double": operation("right")})
     monkeypatch.setattr(child, "NEEDED_BYTES", 8)
     monkeypatch.setattr(jax.config, "update", lambda *setting: None)
-    child.try_on("double", "right", "cpu", jax.devices()[0].device_kind)
+    arguments = child_command("double", "right", target_of(jax.devices()[0]), head_dims=(64,))[len(CHILD) :]
+    child.try_on(*arguments)
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert said[0] == {"ready": True}
     assert "doing" in said[1]
