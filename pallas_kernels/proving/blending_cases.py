@@ -17,7 +17,7 @@ from pallas_kernels.proving.case import ROUNDING, Case, Operation, Timing, Wante
 # By program: keys, fresh rows, KV heads.
 SIZES = {"scattered": (4097, 300, 2), "all": (1000, 1000, 4), "few keys": (100, 37, 1), "one row": (513, 1, 2)}
 TIMED_KEYS, TIMED_ROWS = 8192, {"full": 8192, "scattered": 1293, "few": 64, "one": 1}
-TIMED_LAYERS, TIMED_KV_HEADS = 4, 8
+TIMED_LAYERS, TIMED_KV_HEADS = 2, 8
 
 
 def blend(*arrays: Any, implementation: str) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from pallas_kernels.dispatch import UnsupportedReasons
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # The relative error of rounding to a dtype; in float32, that of sums and exponents of many terms.
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-18}
+PERIOD = 2**20 - 3  # a prime
 TF32 = 2.0**-10  # XLA's products of float32 on GPUs, by default
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
@@ -89,5 +91,9 @@ def error_share(got: Sequence[Any], wanted: Sequence[Wanted]) -> float:
 
 
 def numbers(rng: np.random.Generator, dtype: str, *shape: int) -> np.ndarray:
-    """Draws numbers in [-2, 2] that every dtype holds exactly: cases of all dtypes have the same results."""
-    return (rng.integers(-64, 65, shape, np.int8).astype(np.float32) / 32).astype(DTYPES[dtype])
+    """Draws numbers in [-2, 2] that every dtype holds exactly: cases of all dtypes have the same results.
+
+    Large arrays repeat them, since drawing takes seconds; no row is that of another head or key.
+    """
+    drawn = rng.integers(-64, 65, min(math.prod(shape), PERIOD), np.int8).astype(np.float32) / 32
+    return np.resize(drawn.astype(DTYPES[dtype]), shape)

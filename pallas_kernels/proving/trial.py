@@ -19,6 +19,7 @@ from pallas_kernels.verdicts import SHAPES, Verdict
 
 REPEATS = 20
 ROUNDS, ROUND_SECONDS, MOST_CALLS = 5, 0.02, 50
+MOST_COMPARED = 2**22  # numbers of a result
 # The same bytes and the same products: not worth half a minute more of everyone's first start.
 TIMED_AS = {"float16": "bfloat16"}
 Programs = dict[Any, "Future[Any]"]
@@ -78,7 +79,7 @@ def _errors(
         programs: Programs = {}
         for case in cases:
             if case.program not in programs:
-                programs[case.program] = pool.submit(_compiled, case, backend)
+                programs[case.program] = pool.submit(compiled, case.call, shapes_of(case), backend)
         prepared.append((of, [(case, programs[case.program], pool.submit(case.wanted)) for case in cases]))
     while prepared:
         of, ready = prepared.pop(0)
@@ -110,9 +111,14 @@ def _error_of(
     return worst
 
 
-def _compiled(case: Case | Timing, implementation: str) -> Any:
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), case.arrays)
-    return jax.jit(partial(case.call, implementation=implementation)).lower(*shapes).compile()
+def shapes_of(case: Case | Timing) -> tuple[Any, ...]:
+    """Returns the shapes of a call's arrays: what waits to be compiled must not hold the arrays themselves."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), case.arrays)
+
+
+def compiled(call: Callable[..., Any], shapes: tuple[Any, ...], implementation: str) -> Any:
+    """Returns the program of a call."""
+    return jax.jit(partial(call, implementation=implementation)).lower(*shapes).compile()
 
 
 def _seconds(
@@ -129,7 +135,7 @@ def _seconds(
     for of in timed:
         for timing in operation.timings(*of):
             for name in (backend, "xla"):
-                compiling[of, timing.shapes, name] = pool.submit(_compiled, timing, name)
+                compiling[of, timing.shapes, name] = pool.submit(compiled, timing.call, shapes_of(timing), name)
     for program in compiling.values():
         program.exception()  # nothing else runs while the first is timed
     for of in timed:
@@ -159,8 +165,9 @@ def _time_both(timing: Timing, program: Any, xla: Any) -> tuple[float, float] | 
 
 
 def _sample(results: Sequence[jax.Array]) -> list[np.ndarray]:
-    """Returns some rows of large results: float64 of all would take seconds."""
-    return [np.asarray(x)[:: 5 if x.shape[0] > 1000 else 1] for x in results]
+    """Returns some rows of large results: float64 of all would take seconds, and gigabytes."""
+    rows = [np.asarray(x).reshape(-1, x.shape[-1]) for x in results]
+    return [x[:: max(x.size // MOST_COMPARED, 1) | 1] for x in rows]  # an odd step meets all heads
 
 
 @jax.jit

@@ -262,7 +262,7 @@ def test_numbers_are_the_same_in_every_dtype():
 def attention_programs():
     """The cases of two programs, compiled for XLA."""
     cases = [case for case in ATTENTION.cases("bfloat16", 64) if case.program in ("few keys", "full")]
-    return cases, {case.program: trial._compiled(case, "xla") for case in cases}
+    return cases, {case.program: trial.compiled(case.call, trial.shapes_of(case), "xla") for case in cases}
 
 
 def share(attention_programs, change=lambda *arrays: arrays) -> float:
@@ -293,7 +293,7 @@ def test_what_sees_other_keys_fails_the_cases_of_attention(attention_programs, c
 def test_xla_passes_the_cases_of_blending(dtype):
     for case in BLENDING.cases(dtype, 64):
         if case.program in ("few keys", "one row"):
-            got = trial._compiled(case, "xla")(*case.arrays)
+            got = trial.compiled(case.call, trial.shapes_of(case), "xla")(*case.arrays)
             assert error_share(got, case.wanted()) < 1
             k, v, deviation = (np.array(x) for x in got)
             assert error_share([np.roll(k, 1, axis=0), v, deviation], case.wanted()) > 1
@@ -383,7 +383,9 @@ def test_verdicts_on_one_device_leave_those_on_others_in_use():
     assert verdicts_on(target_of(H100)) is not None
 
 
-@pytest.mark.parametrize("error", [UnprovenError("the card is full"), OSError("no more processes")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [UnprovenError("the card is full"), OSError("no more processes"), KeyError("seconds")], ids=repr
+)
 def test_what_cannot_be_proven_now_is_xlas_with_one_warning_and_tried_again_by_the_next_process(error, caplog):
     def proof(place):
         raise error
