@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import dispatch, use_verdicts
+from pallas_kernels import blend_kv, dispatch, selective_attention, use_verdicts
 from pallas_kernels.dispatch import Target, current_target
 from pallas_kernels.target import compiling
 from pallas_kernels.verdicts import Call, Verdict, Verdicts
@@ -153,3 +155,28 @@ def test_the_target_is_the_device_that_is_compiled_for():
             assert current_target().platform == "cpu"
         assert current_target() == A100
     assert current_target().platform == "cpu"
+
+
+def _rows(tokens, heads):
+    return jax.ShapeDtypeStruct((tokens, heads, 32), jnp.float32)
+
+
+@pytest.mark.parametrize(("rows", "shapes"), [(1, "one"), (20, "few"), (60, "full")])
+def test_calls_take_what_was_proven_for_their_kind(rows, shapes):
+    """On a CPU, where kernels are interpreted. A function that was traced before stays as it was."""
+    indices, angles = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((64, 16), jnp.float32)
+    calls = {
+        "selective_attention": lambda: jax.make_jaxpr(
+            lambda *arrays: selective_attention(*arrays)
+        )(  # not traced before
+            _rows(rows, 4), *[_rows(64, 2)] * 2, indices
+        ),
+        "blend_kv": lambda: jax.make_jaxpr(lambda *arrays: blend_kv(*arrays[:-2], cos=arrays[-2], sin=arrays[-1]))(
+            *[_rows(64, 2)] * 2, *[_rows(rows, 2)] * 2, indices, angles, angles
+        ),
+    }
+    for operation, trace in calls.items():
+        for kind in ("one", "few", "scattered", "full"):
+            verdict = Verdict(operation, "triton", "float32", 32, kind, 0.5, 1.0, 2.0)
+            use_verdicts(Verdicts(current_target(), {}, (verdict,)))
+            assert ("pallas_call" in str(trace())) == (kind == shapes), operation

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import choose_backend
+from pallas_kernels.proving import __main__ as command_line
 from pallas_kernels.proving import child, remembered, trial
 from pallas_kernels.proving.attention_cases import ATTENTION
 from pallas_kernels.proving.blending_cases import BLENDING
@@ -21,6 +22,7 @@ from pallas_kernels.proving.first_use import use_verdicts_on
 from pallas_kernels.proving.identity import Place
 from pallas_kernels.proving.prove import (
     CHILD,
+    Outcome,
     UnprovenError,
     backends_to_try,
     child_command,
@@ -416,3 +418,20 @@ def test_verdicts_that_cannot_be_written_are_used_all_the_same(caplog, own_user_
     use_verdicts_on(GPU, lambda place: found_on())
     assert verdicts_on(target_of(GPU)).backends_for(CALL) == ("triton",)
     assert "can't be remembered, and each process will check anew" in caplog.text
+
+
+def test_the_command_prints_what_is_found_and_remembers_only_all_of_it(monkeypatch, capsys, tmp_path):
+    def prove(place, progress, **options):
+        progress("blend_kv", "triton", Outcome(True, reason="was killed by signal 11"))
+        return found_on()
+
+    monkeypatch.setattr(command_line, "describe_first_device", lambda: Place.of(GPU))
+    monkeypatch.setattr(command_line, "prove", prove)
+    monkeypatch.setattr(sys, "argv", ["proving", "--json", str(tmp_path / "found.json"), "--head-dims", "128"])
+    command_line.main()
+    assert json.loads((tmp_path / "found.json").read_text()) == json.loads(json.dumps(found_on().record()))
+    assert "not used: was killed by signal 11" in capsys.readouterr().out
+    assert remembered.recall(found_on().identity) is None
+    monkeypatch.setattr(sys, "argv", ["proving"])
+    command_line.main()
+    assert remembered.recall(found_on().identity).record() == found_on().record()
