@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from importlib import import_module
 from types import ModuleType
 
-import jax
+from pallas_kernels.target import Target, current_target, preferred_while_compiling
+from pallas_kernels.verdicts import Call, choices_in_use, verdicts_on
+
+__all__ = ["Target", "choose_backend", "current_target", "implementation_override", "kernels_in_force"]
 
 BACKENDS = ("xla", "mosaic_gpu", "triton", "tpu")
+IMPLEMENTATIONS = (*BACKENDS, "pallas")
 # The environment variable that says what `implementation=None` means, for users whose caller does not pass one.
 OVERRIDE = "PALLAS_KERNELS_IMPLEMENTATION"
-# Backends that scripts/gpu_bench.py has checked on a device: only these are chosen by default.
-PROVEN: frozenset[str] = frozenset()
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-
-
-@dataclass(frozen=True)
-class Target:
-    """The device that a traced call is compiled for. `platform` is `"cpu"`, `"gpu"` or `"tpu"`."""
-
-    platform: str
-    chip: str = ""
-    compute_capability: tuple[int, int] | None = None  # of NVIDIA GPUs
-
-    def __str__(self) -> str:
-        return f"{self.platform} ({self.chip})" if self.chip else self.platform
-
 
 UnsupportedReasons = Mapping[str, Callable[[], str | None]]
 """By backend, in any order: why it can't serve this call's shapes and dtypes; `None` where it can."""
@@ -60,35 +47,10 @@ def unsupported_reasons(
     return {backend: partial(reason, backend) for backend in backends}
 
 
-def current_target() -> Target:
-    """Returns the device that the code being traced is meant for.
-
-    The abstract device of the mesh in use (ahead-of-time compilation), else JAX's default device.
-    """
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return _target(abstract.platform, abstract.device_kind, None)
-    default = jax.config.jax_default_device  # type: ignore[attr-defined]
-    device = default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
-    return _target(device.platform, device.device_kind, getattr(device, "compute_capability", None))
-
-
-def _target(platform: str | None, chip: str, capability: str | None) -> Target:
-    platform = (platform or ("tpu" if "tpu" in chip.lower() else "gpu")).lower()
-    if platform not in ("gpu", "cuda"):
-        return Target(platform, chip)
-    if capability is None and any(name in chip for name in HOPPER):
-        capability = "9.0"
-    if capability is None or "." not in capability:  # ROCm's are names
-        return Target("gpu", chip)
-    major, minor = capability.split(".")[:2]
-    return Target("gpu", chip, (int(major), int(minor)))
-
-
 def implementation_override() -> str | None:
     """Returns the implementation that the environment variable `PALLAS_KERNELS_IMPLEMENTATION` asks for now.
 
-    `None` where it is unset or empty. Traced programs depend on it: whoever keeps them must key them by it.
+    `None` where it is unset or empty.
 
     Raises:
         ValueError: it names no implementation.
@@ -96,24 +58,30 @@ def implementation_override() -> str | None:
     override = os.environ.get(OVERRIDE)
     if not override:
         return None
-    if override not in (*BACKENDS, "pallas"):
+    if override not in IMPLEMENTATIONS:
         expected = ", ".join(map(repr, BACKENDS))
         raise ValueError(f"the environment variable {OVERRIDE} is {override!r}; expected {expected} or 'pallas'")
     return override
 
 
-def choose_backend(
-    implementation: str | None, operation: str, unsupported: UnsupportedReasons, default: str | None = None
-) -> str:
-    """Returns the backend that serves this call of `operation`.
+def kernels_in_force() -> Hashable:
+    """Returns what decides, here and now, which backends `implementation=None` means.
+
+    The implementation that `compiling` or else the environment prefers; else what the verdicts in use choose. Traced
+    programs depend on it: whoever keeps them must key them by it.
+    """
+    return preferred_while_compiling() or implementation_override() or choices_in_use()
+
+
+def choose_backend(implementation: str | None, call: Call, unsupported: UnsupportedReasons) -> str:
+    """Returns the backend that serves a call.
 
     Args:
-        implementation: `None`: `default`, or where that is `None` the first of the platform's Pallas backends that is
-            `PROVEN` and supports the call, or else `"xla"`. `"pallas"`: the first of the platform's Pallas backends
-            that supports the call; on a CPU an interpreted one. Or a backend's name; on a CPU it is interpreted.
-        operation: its name, for messages.
+        implementation: `None`: what `compiling` or else the environment prefers, where that serves the call; else the
+            fastest of the Pallas backends that the verdicts in use on this device found right and faster than XLA for
+            such calls; else `"xla"`. `"pallas"`: the first of the platform's Pallas backends that supports the call; on
+            a CPU an interpreted one. Or a backend's name; on a CPU it is interpreted.
         unsupported: the operation's Pallas backends, and why each can't serve the call.
-        default: what `None` means for this operation, where the environment asks for nothing that it has.
 
     Raises:
         ValueError: the implementation is unknown, or can't serve the call; the message says why.
@@ -121,11 +89,12 @@ def choose_backend(
     is_required = implementation is not None
     known = ("xla", *(name for name in BACKENDS if name in unsupported))
     if not is_required:
-        override = implementation_override()
-        implementation = override if override in (*known, "pallas") else default
-    if implementation is not None and implementation not in (*known, "pallas"):
+        preferred = preferred_while_compiling() or implementation_override()
+        # What is preferred is not demanded: not every operation has every backend.
+        implementation = preferred if preferred in (None, *known, "pallas") else "xla"
+    elif implementation not in (*known, "pallas"):
         raise ValueError(
-            f"{operation}: unknown implementation {implementation!r}; expected None (best for the platform), "
+            f"{call.operation}: unknown implementation {implementation!r}; expected None (best for the device), "
             + ", ".join(map(repr, known))
             + " or 'pallas'"
         )
@@ -133,40 +102,38 @@ def choose_backend(
         return "xla"
     reasons = []
     target = current_target()
-    for name in _candidates(implementation, target, unsupported):
-        reason = _wrong_platform(name, target) or unsupported[name]()
+    for name in _candidates(implementation, target, call, unsupported):
+        reason = wrong_platform(name, target) or unsupported[name]()
         if reason is None:
             return name
         reasons.append(f"{name} {reason}")
-    if not is_required:  # an environment override is only a preference: not every operation has every backend
+    if not is_required:
         return "xla"
     raise ValueError(
-        f"{operation}: implementation={implementation!r} can't serve this call: "
+        f"{call.operation}: implementation={implementation!r} can't serve this call: "
         + ("; ".join(reasons) or f"there is no Pallas backend for {target}")
         + "; use implementation='xla' or None"
     )
 
 
-def _candidates(implementation: str | None, target: Target, unsupported: UnsupportedReasons) -> tuple[str, ...]:
+def _candidates(
+    implementation: str | None, target: Target, call: Call, unsupported: UnsupportedReasons
+) -> tuple[str, ...]:
     """Returns the operation's Pallas backends to try, best first."""
-    if implementation is not None and implementation in unsupported:
-        return (implementation,)
-    candidates = tuple(name for name in _pallas_backends(target, implementation) if name in unsupported)
-    return candidates if implementation == "pallas" else tuple(name for name in candidates if name in PROVEN)
+    if implementation is None:
+        verdicts = verdicts_on(target)
+        candidates = () if verdicts is None else verdicts.backends_for(call)
+    else:
+        candidates = pallas_backends(target) if implementation == "pallas" else (implementation,)
+    return tuple(name for name in candidates if name in unsupported)
 
 
-def _pallas_backends(target: Target, implementation: str | None) -> tuple[str, ...]:
-    """Returns the platform's Pallas backends, best first. By default nothing is interpreted: that is for tests."""
-    if target.platform == "tpu":
-        return ("tpu",)
-    if target.platform == "gpu":
-        return ("mosaic_gpu", "triton")
-    if target.platform == "cpu" and implementation == "pallas":
-        return ("tpu", "triton")
-    return ()
+def pallas_backends(target: Target) -> tuple[str, ...]:
+    """Returns the platform's Pallas backends, best first; those that a CPU interprets, for tests."""
+    return {"tpu": ("tpu",), "gpu": ("mosaic_gpu", "triton"), "cpu": ("tpu", "triton")}.get(target.platform, ())
 
 
-def _wrong_platform(backend: str, target: Target) -> str | None:
+def wrong_platform(backend: str, target: Target) -> str | None:
     """Returns why the backend can't run on the device at all; `None` where it can. A CPU interprets each."""
     if target.platform == "cpu":
         return None

@@ -62,6 +62,7 @@ import pytest  # noqa: E402
 import cacheblend_jax as cb  # noqa: E402
 from cacheblend_jax.model.config import ModelConfig, RopeConfig  # noqa: E402
 from cacheblend_jax.runtime.programs import COMPILER_OPTIONS, compiler_options, mapped_share  # noqa: E402
+from pallas_kernels import use_verdicts  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -140,6 +141,12 @@ def own_user_cache(monkeypatch, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
     return directory / "cacheblend-jax"
+
+
+@pytest.fixture(autouse=True)
+def _no_verdicts_stay():
+    yield
+    use_verdicts()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -111,7 +111,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     trace = None if parsed.trace is None else Trace()
     with (
         open_store(parsed) as store,
-        Engine(model, store, blend, executor=parsed.executor, profile=parsed.profile) as engine,
+        Engine(model, store, blend, executor=parsed.executor, profile=parsed.profile, kernels=parsed.kernels) as engine,
     ):
         report = _precompute(engine, store, prompt)
         answers = _answers(parsed, engine, prompt, sampling, trace)

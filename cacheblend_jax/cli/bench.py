@@ -8,6 +8,7 @@ from typing import Any
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.cli.options import add_shared_options, at_least_one, load_with_bar, print_status
+from cacheblend_jax.engine.kernels import with_kernels
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.model import Model, random_model
@@ -77,6 +78,7 @@ def _check(parsed: argparse.Namespace) -> None:
 
 def _model(parsed: argparse.Namespace) -> Model:
     if parsed.model is not None:
-        return load_with_bar(parsed.model, parsed.dtype)
+        return with_kernels(load_with_bar(parsed.model, parsed.dtype), parsed.kernels)
     shape = SHAPES[parsed.shape]
-    return random_model(shape if parsed.dtype is None else replace(shape, dtype=parsed.dtype))
+    model = random_model(shape if parsed.dtype is None else replace(shape, dtype=parsed.dtype))
+    return with_kernels(model, parsed.kernels)

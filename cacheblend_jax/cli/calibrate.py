@@ -9,6 +9,7 @@ from typing import Any
 
 from cacheblend_jax.cli.options import add_model_option, add_shared_options, at_least_one, check_writable, load_with_bar
 from cacheblend_jax.cli.progress import progress
+from cacheblend_jax.engine.kernels import with_kernels
 from cacheblend_jax.engine.profile import default_path
 
 
@@ -43,7 +44,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
 
     if parsed.out is not None and parsed.out.parent.is_dir():  # a directory that is missing is made
         check_writable("--out", parsed.out)
-    model = load_with_bar(parsed.model, parsed.dtype)
+    model = with_kernels(load_with_bar(parsed.model, parsed.dtype), parsed.kernels)
     profile = calibrate(
         model,
         parsed.store,

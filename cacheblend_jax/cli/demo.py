@@ -8,6 +8,7 @@ from typing import Any
 
 from cacheblend_jax.cli.options import add_shared_options, load_with_bar
 from cacheblend_jax.cli.progress import progress
+from cacheblend_jax.engine.kernels import with_kernels
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -23,7 +24,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.evaluation.demo import demo, ratio_curves, worked_example
     from cacheblend_jax.evaluation.tables import demo_table, worked_example_text
 
-    model = load_with_bar("demo", parsed.dtype)
+    model = with_kernels(load_with_bar("demo", parsed.dtype), parsed.kernels)
     answers = demo(model, progress=progress)
     print(f"{demo_table(answers)}\n\n{worked_example_text(worked_example(answers))}")
     if parsed.plot is not None:

@@ -13,6 +13,7 @@ from cacheblend_jax.cli.bundled_model import warn_of_unknown
 from cacheblend_jax.cli.options import add_model_option, add_shared_options, at_least_one, load_with_bar, print_warning
 from cacheblend_jax.cli.progress import progress
 from cacheblend_jax.engine.contexts import NEUTRAL, PLAIN
+from cacheblend_jax.engine.kernels import with_kernels
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, CONTINUATIONS
 from cacheblend_jax.model import Model, save_check_layer
@@ -124,7 +125,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         check_layer=parsed.check_layer,
         contexts=parsed.contexts,
     )
-    model = load_with_bar(parsed.model, parsed.dtype)
+    model = with_kernels(load_with_bar(parsed.model, parsed.dtype), parsed.kernels)
     warn_of_unknown(model, _texts(parsed, model))
     if parsed.check_layers:
         return _find_check_layer(parsed, model)

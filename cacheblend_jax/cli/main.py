@@ -11,14 +11,14 @@ from importlib.metadata import version
 import jax
 from platformdirs import user_cache_path
 
-from cacheblend_jax.cli import ask, bench, calibrate, demo, evaluate, precompute, store
+from cacheblend_jax.cli import ask, bench, calibrate, demo, doctor, evaluate, precompute, store
 from cacheblend_jax.cli.options import STANDARD_STREAM, OneLineParser, check_writable, write_json
 from cacheblend_jax.errors import FULL, CacheBlendError, PromptTooLongError, one_line
 
 # Each has `add_parser(commands)`, which declares it and returns its parser, and `run(parsed)`, which returns what
 # `--json` writes, with an `"exit_code"` if that is not 0. `options.add_shared_options` adds what all of them take; the
 # parser's default `shorten` ends the error of a prompt that is too long, with the options that help.
-COMMANDS = (demo, ask, precompute, store, evaluate, bench, calibrate)
+COMMANDS = (demo, ask, precompute, store, evaluate, bench, calibrate, doctor)
 INTERRUPTED = 130
 
 

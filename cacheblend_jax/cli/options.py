@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cacheblend_jax.cli.progress import progress_bar
+from cacheblend_jax.engine.kernels import KERNELS
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.model import Model, load_model
 from cacheblend_jax.model.smollm2 import SMOLLM2
@@ -35,6 +36,12 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     """Adds what every command takes that runs a model."""
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="cast the weights to it (default: as stored)"
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=KERNELS,
+        default="auto",
+        help="how attention and blending are computed (default: auto, what was found right and fastest on the device)",
     )
     add_json_option(parser)
     parser.add_argument("--no-compile-cache", action="store_true", help="do not keep compiled programs on disk")

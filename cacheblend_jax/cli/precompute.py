@@ -33,7 +33,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     prompt = prompt_of(chunks, "?", model, parsed.system, parsed.template_arguments)
     with (
         open_store(parsed) as store,
-        Engine(model, store) as engine,
+        Engine(model, store, kernels=parsed.kernels) as engine,
         progress_bar("precompute") as advance,
     ):
         store.check_writable()

@@ -16,6 +16,7 @@ from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
 from cacheblend_jax.engine.delays import Estimator
 from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.generation import TokenStream, continuation_logits
+from cacheblend_jax.engine.kernels import prove_kernels, with_kernels
 from cacheblend_jax.engine.layout import ChunkContext, PlacedChunk
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prefilling import Prefiller
@@ -61,9 +62,13 @@ class Engine:
         prefetch_layers: while streaming, how many layers of cached KV may be on the device at a time.
         profile: what the controller estimates delays from: a `Profile` or its path; `None`: the profile that
             `calibrate` saved for this model, device and store, or else a quick estimate.
+        kernels: how attention and blending are computed. `"auto"`: on a GPU, by the Pallas kernels that were found
+            right and faster than XLA on this very device, by XLA else. The first engine on a GPU finds out, which takes
+            minutes; the user's cache remembers it. `"xla"`: by XLA. `"pallas"`, or a kernel's name: by it wherever it
+            can, unproven. The environment variable `PALLAS_KERNELS_IMPLEMENTATION` says what `"auto"` means.
 
     Raises:
-        CacheBlendError: a check layer the model does not have, or another invalid argument.
+        CacheBlendError: unknown kernels, a check layer the model does not have, or another invalid argument.
     """
 
     def __init__(
@@ -78,12 +83,13 @@ class Engine:
         executor: str = "auto",
         prefetch_layers: int = 2,
         profile: Profile | Path | str | None = None,
+        kernels: str = "auto",
     ) -> None:
         if context_tokens is not None and not is_whole_number(context_tokens, least=0):
             raise CacheBlendError(
                 f"context_tokens must be None or a whole number of at least 0, got {context_tokens!r}"
             )
-        self.model = model
+        self.model = model = with_kernels(model, kernels)
         self.store: Store = ChunkStore() if store is None else store
         self.blend = _blend_config(blend)
         self.context_tokens = context_tokens
@@ -98,6 +104,7 @@ class Engine:
         self._prefiller = Prefiller(
             model, self.store, self._executors, self._background, context=self._context, profile=profile
         )
+        prove_kernels(model)  # last: it may take minutes, and wrong arguments are said at once
 
     def precompute(
         self,

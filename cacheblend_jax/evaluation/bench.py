@@ -111,6 +111,7 @@ def _time_length(
     with ExitStack() as opened:
         store = opened.enter_context(ChunkStore(host_bytes=STORE_BYTES))
         engines = [opened.enter_context(Engine(model, store, config)) for config in configs]
+        runner = engines[0].model.runner
         announce("precomputing and compiling")
         engines[0].precompute(prompt)
         prefills = _prefills(configs, engines)
@@ -118,7 +119,7 @@ def _time_length(
         torch_ttft_s = None
         if peer is not None:
             torch_ttft_s = torch_prefill(model, prompt, engines[0].prefill(prompt, "full").next_token)
-        compiled = model.runner.count
+        compiled = runner.count
         samples: dict[str, list[PrefillStats]] = {mode: [] for mode in prefills}
         torch_seconds: list[float] = []
         for repeat in range(repeats):
@@ -132,7 +133,7 @@ def _time_length(
         engines[0].precompute(another)
         for prefill in prefills.values():
             prefill(another)
-    programs = {"programs": compiled, "compiles_after_warmup": model.runner.count - compiled}
+    programs = {"programs": compiled, "compiles_after_warmup": runner.count - compiled}
     rows = [_row(mode, length, stats, samples["full"], compile_s[mode]) | programs for mode, stats in samples.items()]
     if torch_seconds:
         median = statistics.median(torch_seconds)

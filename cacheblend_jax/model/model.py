@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Model:
     stop_token_ids: tuple[int, ...] = ()
     directory: Path | None = None  # the checkpoint's, if there is one
     weight_files: WeightFiles | None = None  # the files in it that the parameters were loaded from
+    kernels: str | None = None  # the implementation that its programs prefer; `None`: what is best for the device
 
     def __post_init__(self) -> None:
         if suits_by_layer(self.platform):
@@ -78,8 +79,23 @@ class Model:
 
     @cached_property
     def runner(self) -> Runner:
-        """Runs this model's programs; shared by all its engines."""
-        return Runner(self.platform, self.placement)
+        """Runs this model's programs; shared by all its engines that want the same kernels."""
+        return Runner(self.platform, self.placement, kernels=self.kernels)
+
+    def with_kernels(self, kernels: str | None) -> Model:
+        """Returns this model with programs that prefer an implementation of the kernels: always the same object."""
+        if kernels == self.kernels:
+            return self
+        if kernels not in self._with_kernels:
+            model = replace(self, kernels=kernels)
+            # What is known of this model is known of all of them.
+            model.__dict__.update(_hashed=self._hashed, _with_kernels=self._with_kernels)
+            self._with_kernels.setdefault(kernels, model)
+        return self._with_kernels[kernels]
+
+    @cached_property
+    def _with_kernels(self) -> dict[str | None, Model]:
+        return {self.kernels: self}
 
     @property
     def placement(self) -> jax.sharding.Sharding:

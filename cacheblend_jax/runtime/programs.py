@@ -18,7 +18,8 @@ import jax
 import numpy as np
 
 from cacheblend_jax.runtime.exit_hook import to_its_end
-from pallas_kernels.dispatch import implementation_override
+from pallas_kernels.dispatch import kernels_in_force
+from pallas_kernels.target import compiling
 
 logger = logging.getLogger(__name__)
 COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
@@ -72,10 +73,16 @@ class Runner:
         platform: `"cpu"`, `"gpu"` or `"tpu"`, which the programs run on. A program for a CPU maps up to a thousand
             regions of memory, and Linux lets a process map 65,530 of them. So, on a CPU, the least recently used
             programs of the process, from any of its runners, are dropped to make room for new ones.
+        kernels: the implementation that the kernels in its programs are to have where they can; `None`: what the
+            environment prefers, or else what was proven on the device.
     """
 
-    def __init__(self, platform: str, placement: jax.sharding.Sharding | None = None) -> None:
+    def __init__(
+        self, platform: str, placement: jax.sharding.Sharding | None = None, *, kernels: str | None = None
+    ) -> None:
         self._compiler_options = compiler_options(platform)
+        self._device = None if placement is None else next(iter(placement.device_set))
+        self._kernels = kernels
         self._out_shardings = placement if isinstance(placement, jax.sharding.NamedSharding) else None
         self._entries: dict[Hashable, _Entry] = {}
         self._prepared: dict[Hashable, tuple[Prepared, int]] = {}
@@ -115,7 +122,7 @@ class Runner:
                 dropped since.
             loop: runs over shapes; called with a stand-in for this runner.
         """
-        key = name, implementation_override()
+        key = name, self._kernels_in_force()
         known, drops = self._prepared.get(key, (None, -1))
         if known is not None and drops == _drops:
             return known
@@ -127,7 +134,10 @@ class Runner:
 
     def is_prepared(self, name: Hashable) -> bool:
         """Returns whether a loop of this name was prepared, and no program was dropped since."""
-        return self._prepared.get((name, implementation_override()), (None, -1))[1] == _drops
+        return self._prepared.get((name, self._kernels_in_force()), (None, -1))[1] == _drops
+
+    def _kernels_in_force(self) -> Hashable:
+        return self._kernels or kernels_in_force()
 
     def _program(
         self,
@@ -140,8 +150,8 @@ class Runner:
         leaves, structure = jax.tree.flatten(arrays)
         shapes = tuple(map(_shape_of, leaves))
         over_shapes = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-        # A kernel is chosen while a function is traced, so the environment's override is part of the key.
-        key = (function, donate, tuple(sorted(static.items())), structure, shapes, implementation_override())
+        # A kernel is chosen while a function is traced, so what it is chosen by is part of the key.
+        key = (function, donate, tuple(sorted(static.items())), structure, shapes, self._kernels_in_force())
         with _lock:
             entry = self._entries.get(key)
             ours = entry is None
@@ -160,7 +170,8 @@ class Runner:
             if self._evicts:
                 _make_room()
             jitted = jax.jit(function, donate_argnames=donate, out_shardings=self._out_shardings)
-            lowered = jitted.lower(*arrays)
+            with compiling(self._device, self._kernels):
+                lowered = jitted.lower(*arrays)
             compiled = to_its_end(partial(lowered.compile, compiler_options=self._compiler_options))
             with _lock:
                 self._count += 1

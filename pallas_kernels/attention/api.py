@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention.xla import attend_xla
 from pallas_kernels.dispatch import UnsupportedReasons, choose_backend, current_target, unsupported_reasons
 from pallas_kernels.tuning import AttentionBlocks, attention_blocks
+from pallas_kernels.verdicts import Call, class_of
 from pallas_kernels.visibility import first_visible
 
 # By backend: module and function. Imported when first used: a machine may lack the Pallas of other platforms.
@@ -56,9 +57,9 @@ def selective_attention(
         window: the query at p sees at most the `window` keys up to and including p.
         scale: factor of the scores; `head_dim ** -0.5` by default.
         return_lse: also return float32 `[queries, heads]`, the log-sum-exp of the visible scaled scores.
-        implementation: `None` (best for the platform), `"xla"` (blockwise; memory O(queries x block)), `"pallas"`
-            (the platform's Pallas kernel; on a CPU interpreted, for tests), or a Pallas kernel by name: `"mosaic_gpu"`,
-            `"triton"`, `"tpu"`.
+        implementation: `None` (what was found right and fastest on this device, see `use_verdicts`; else `"xla"`),
+            `"xla"` (blockwise; memory O(queries x block)), `"pallas"` (the platform's Pallas kernel; on a CPU
+            interpreted, for tests), or a Pallas kernel by name: `"mosaic_gpu"`, `"triton"`, `"tpu"`.
 
     Work is proportional to the visible keys: a tile of queries starts at its first visible key block and stops at its
     last. Accumulation is in float32; the result has the dtype of `q`.
@@ -70,8 +71,9 @@ def selective_attention(
     Source: FlashAttention (arXiv 2205.14135) for the online softmax; CacheBlend (arXiv 2405.16444) §4.2 for the use.
     """
     _validate(q, k, v, q_positions, q_starts, kv_length, window)
-    backend = choose_backend(implementation, "selective_attention", _unsupported(q, k))
     num_keys, head_dim = k.shape[0], q.shape[2]
+    call = Call("selective_attention", str(q.dtype), head_dim, class_of(q.shape[0], num_keys))
+    backend = choose_backend(implementation, call, unsupported(q, k))
     kv_length = jnp.minimum(jnp.asarray(num_keys if kv_length is None else kv_length, jnp.int32), num_keys)
     starts = first_visible(q_positions, q_starts, window)
     scale = head_dim**-0.5 if scale is None else scale
@@ -84,7 +86,9 @@ def selective_attention(
     return (out, lse) if return_lse else out
 
 
-def _unsupported(q: jax.Array, k: jax.Array) -> UnsupportedReasons:
+def unsupported(q: jax.Array, k: jax.Array) -> UnsupportedReasons:
+    """Returns why each Pallas backend can't serve arrays of these shapes and dtypes."""
+
     def reason_of(backend: str, module: ModuleType) -> str | None:
         target = current_target()
         reason = module.unsupported_reason(q, k, interpret=target.platform == "cpu")

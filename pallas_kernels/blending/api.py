@@ -15,6 +15,7 @@ from pallas_kernels import tuning
 from pallas_kernels.blending.xla import blend_xla
 from pallas_kernels.dispatch import UnsupportedReasons, choose_backend, current_target, unsupported_reasons
 from pallas_kernels.tuning import BlendBlocks
+from pallas_kernels.verdicts import Call, class_of
 
 # By backend: module and function. Imported when first used: a machine may lack the Pallas of other platforms.
 BACKENDS = {
@@ -48,8 +49,9 @@ def blend_kv(
 
     Args:
         return_deviation: also return how far each fresh row is from the one that it replaces; see below.
-        implementation: `None` (best for the platform: today `"xla"` on all), `"xla"`, `"pallas"` (the platform's
-            Pallas kernel; on a CPU interpreted, for tests), or a Pallas kernel by name: `"triton"`, `"tpu"`.
+        implementation: `None` (what was found right and fastest on this device, see `use_verdicts`; else `"xla"`),
+            `"xla"`, `"pallas"` (the platform's Pallas kernel; on a CPU interpreted, for tests), or a Pallas kernel by
+            name: `"triton"`, `"tpu"`.
 
     With `return_deviation` a third result, float32 `[tokens, 2]`: how far each fresh row is from the cached one that
     it replaces, `[Σ (k_fresh - k_cached)², Σ (v_fresh - v_cached)²]` over heads and dims, before RoPE, not divided by
@@ -62,8 +64,9 @@ def blend_kv(
     Source: CacheBlend (arXiv 2405.16444) §4.2, with keys cached before RoPE.
     """
     _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)
-    # Memory-bound: no kernel is chosen by default until it has been measured to be faster than XLA.
-    backend = choose_backend(implementation, "blend_kv", _unsupported(k_cached, k_fresh), default="xla")
+    shapes = class_of(k_fresh.shape[0], k_cached.shape[0])
+    call = Call("blend_kv", str(k_cached.dtype), k_cached.shape[2], shapes)
+    backend = choose_backend(implementation, call, unsupported(k_cached, k_fresh))
     arguments = k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin
     with jax.named_scope("blend_kv"):
         if backend == "xla":
@@ -73,7 +76,9 @@ def blend_kv(
     return (k, v) if deviation is None else (k, v, deviation)
 
 
-def _unsupported(k_cached: jax.Array, k_fresh: jax.Array) -> UnsupportedReasons:
+def unsupported(k_cached: jax.Array, k_fresh: jax.Array) -> UnsupportedReasons:
+    """Returns why each Pallas backend can't serve arrays of these shapes and dtypes."""
+
     def reason_of(_: str, module: ModuleType) -> str | None:
         return module.unsupported_reason(k_cached, k_fresh, interpret=current_target().platform == "cpu")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import as_float64, attend, attend_by_reference, cases
 
-from pallas_kernels import dispatch, selective_attention, tuning
+from pallas_kernels import selective_attention, tuning
 from pallas_kernels.attention import mosaic_gpu, tiles, triton
 from pallas_kernels.attention.api import BACKENDS
 from pallas_kernels.attention.tiles import Grid, make_grid
@@ -191,63 +191,6 @@ def test_a_batch_equals_one_by_one(backend):
         np.testing.assert_array_equal(batched[i], alone(q[i], k[i], v[i], positions[i], lengths[i]))
 
 
-# --- dispatch ------------------------------------------------------------------------------------------------------
-
-H200 = dispatch.Target("gpu", "NVIDIA H200", (9, 0))
-A100 = dispatch.Target("gpu", "NVIDIA A100", (8, 0))
-T4 = dispatch.Target("gpu", "Tesla T4", (7, 5))
-B200 = dispatch.Target("gpu", "NVIDIA B200", (10, 0))
-V5E = dispatch.Target("tpu", "TPU v5 lite")
-CPU = dispatch.Target("cpu", "cpu")
-
-
-def _choose(implementation, target, monkeypatch, unsupported=(), proven=("mosaic_gpu", "triton", "tpu")):
-    monkeypatch.setattr(dispatch, "current_target", lambda: target)
-    monkeypatch.setattr(dispatch, "PROVEN", frozenset(proven))
-    backends = ("mosaic_gpu", "triton", "tpu")
-    reasons = {name: (lambda name=name: "is out of order" if name in unsupported else None) for name in backends}
-    return dispatch.choose_backend(implementation, "op", reasons)
-
-
-@pytest.mark.parametrize(
-    ("implementation", "target", "unsupported", "chosen"),
-    [
-        (None, CPU, (), "xla"),
-        (None, H200, (), "mosaic_gpu"),
-        (None, H200, ("mosaic_gpu",), "triton"),
-        (None, H200, ("mosaic_gpu", "triton"), "xla"),
-        (None, A100, (), "triton"),
-        (None, B200, (), "triton"),
-        (None, T4, (), "xla"),
-        (None, V5E, (), "tpu"),
-        (None, V5E, ("tpu",), "xla"),
-        ("pallas", CPU, (), "tpu"),
-        ("pallas", H200, (), "mosaic_gpu"),
-        ("xla", H200, (), "xla"),
-        ("triton", H200, (), "triton"),
-    ],
-)
-def test_the_best_backend_that_can_serve_the_call_is_chosen(implementation, target, unsupported, chosen, monkeypatch):
-    assert _choose(implementation, target, monkeypatch, unsupported) == chosen
-
-
-@pytest.mark.parametrize(
-    ("implementation", "target", "unsupported", "message"),
-    [
-        ("mosaic_gpu", A100, (), "needs a Hopper GPU"),
-        ("mosaic_gpu", B200, (), "needs a Hopper GPU"),
-        ("tpu", H200, (), "needs a TPU"),
-        ("triton", V5E, (), "needs a GPU"),
-        ("pallas", T4, (), "needs an NVIDIA GPU of compute capability 8.0 or more"),
-        ("pallas", V5E, ("tpu",), "tpu is out of order"),
-        ("cuda", H200, (), "unknown implementation 'cuda'"),
-    ],
-)
-def test_what_cannot_be_served_says_why(implementation, target, unsupported, message, monkeypatch):
-    with pytest.raises(ValueError, match=message):
-        _choose(implementation, target, monkeypatch, unsupported)
-
-
 @pytest.mark.parametrize(
     ("version", "refused"),
     [("12.6.85", False), ("12.8.61", True), ("12.9.41", True), ("12.9.86", False), (None, False)],
@@ -262,40 +205,3 @@ def test_compilers_that_miscompile_masks_are_refused(version, refused, monkeypat
     q = jnp.zeros((1, 1, 64), jnp.bfloat16)
     reason = mosaic_gpu.unsupported_reason(q, q, interpret=False)
     assert (reason is not None and f"{version} miscompiles masks" in reason) == refused
-
-
-def test_what_never_ran_on_a_device_is_not_chosen_unasked(monkeypatch):
-    assert _choose(None, H200, monkeypatch, proven=()) == "xla"
-    assert _choose(None, H200, monkeypatch, proven=("triton",)) == "triton"
-    assert _choose("pallas", H200, monkeypatch, proven=()) == "mosaic_gpu"
-
-
-def test_the_environment_replaces_the_default(monkeypatch):
-    monkeypatch.setenv(dispatch.OVERRIDE, "xla")
-    assert _choose(None, H200, monkeypatch) == "xla"
-    assert _choose("pallas", H200, monkeypatch) == "mosaic_gpu"
-    monkeypatch.setenv(dispatch.OVERRIDE, "pallas")
-    assert _choose(None, H200, monkeypatch, proven=()) == "mosaic_gpu"
-    assert _choose(None, H200, monkeypatch, unsupported=("mosaic_gpu", "triton")) == "xla"
-
-
-def test_the_override_is_what_the_environment_says_now(monkeypatch):
-    monkeypatch.delenv(dispatch.OVERRIDE, raising=False)
-    assert dispatch.implementation_override() is None
-    for value in ("xla", "pallas", "mosaic_gpu"):
-        monkeypatch.setenv(dispatch.OVERRIDE, value)
-        assert dispatch.implementation_override() == value
-    monkeypatch.setenv(dispatch.OVERRIDE, "")
-    assert dispatch.implementation_override() is None
-    monkeypatch.setenv(dispatch.OVERRIDE, "palas")
-    with pytest.raises(ValueError, match=f"the environment variable {dispatch.OVERRIDE} is 'palas'; expected 'xla', "):
-        dispatch.implementation_override()
-
-
-def test_an_operation_without_the_backend_that_the_environment_names_takes_its_default(monkeypatch):
-    monkeypatch.setattr(dispatch, "current_target", lambda: H200)
-    monkeypatch.setenv(dispatch.OVERRIDE, "mosaic_gpu")
-    assert dispatch.choose_backend(None, "op", {"triton": lambda: None}, default="xla") == "xla"
-    monkeypatch.setenv(dispatch.OVERRIDE, "palas")
-    with pytest.raises(ValueError, match=f"the environment variable {dispatch.OVERRIDE} is 'palas'; expected 'xla', "):
-        dispatch.choose_backend(None, "op", {"triton": lambda: None}, default="xla")

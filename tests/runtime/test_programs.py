@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,10 @@ from cacheblend_jax.runtime.programs import (
     compiler_options,
     mapped_share,
 )
-from pallas_kernels.dispatch import OVERRIDE
+from pallas_kernels import use_verdicts
+from pallas_kernels.dispatch import OVERRIDE, kernels_in_force
+from pallas_kernels.target import Target, current_target, target_of
+from pallas_kernels.verdicts import Verdict, Verdicts
 
 
 def shape(*sizes: int) -> jax.ShapeDtypeStruct:
@@ -141,6 +145,32 @@ def test_another_kernel_implementation_is_another_program(monkeypatch):
     assert not runner.is_prepared("loop")
     runner(jnp.negative, shape(3))
     assert runner.count == 2
+
+
+def test_programs_are_traced_for_the_runners_device_and_kernels(monkeypatch):
+    found, placement = [], jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def function(x):
+        found.append((current_target(), kernels_in_force()))
+        return x
+
+    a100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
+    elsewhere, here = Runner("cpu", placement, kernels="triton"), Runner("cpu", placement)
+    monkeypatch.setattr(elsewhere, "_device", a100)
+    for runner in (elsewhere, here):
+        runner(function, shape(3))
+    assert found[0] == (Target("gpu", "NVIDIA A100", (8, 0)), "triton")
+    assert found[1] == (target_of(jax.devices()[0]), kernels_in_force())
+
+
+def test_other_verdicts_are_other_programs_unless_kernels_were_asked_for():
+    verdict = Verdict("selective_attention", "triton", "bfloat16", 128, "full", 0.5, 1.0, 2.0)
+    best, xla = Runner("cpu"), Runner("cpu", kernels="xla")
+    for verdicts in ([], [Verdicts(Target("gpu", "NVIDIA A100", (8, 0)), {}, (verdict,))]):
+        use_verdicts(*verdicts)
+        for runner in (best, xla):
+            runner(jnp.negative, shape(3))
+    assert (best.count, xla.count) == (2, 1)
 
 
 def compile_s(runner: Runner, number: int) -> float:

@@ -1,0 +1,35 @@
+"""Which implementation of the kernels an engine's programs have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model.model import Model
+from pallas_kernels.dispatch import IMPLEMENTATIONS, implementation_override
+from pallas_kernels.proving.first_use import use_verdicts_on
+
+KERNELS = ("auto", *IMPLEMENTATIONS)
+
+
+def with_kernels(model: Model, kernels: str) -> Model:
+    """Returns the model with programs whose kernels are as asked; see `Engine`. `"auto"` is as the model has them.
+
+    Raises:
+        CacheBlendError: unknown kernels.
+    """
+    if kernels not in KERNELS:
+        raise CacheBlendError(f"unknown kernels {kernels!r}; expected one of {', '.join(KERNELS)}")
+    if kernels != "auto":
+        return model.with_kernels(kernels)
+    is_split = len(model.placement.device_set) > 1
+    if is_split and model.kernels is None and implementation_override() is None:
+        return model.with_kernels("xla")  # the Pallas kernels can't be partitioned over a mesh
+    return model
+
+
+def prove_kernels(model: Model) -> None:
+    """Proves the kernels of the model's GPU or TPU, where its programs are to have the best ones; once a device."""
+    if model.kernels is None and implementation_override() is None and model.platform != "cpu":
+        device: Any = next(iter(model.placement.device_set))
+        use_verdicts_on(device)

@@ -1,0 +1,42 @@
+"""Verdicts as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from pallas_kernels.verdicts import Verdict, Verdicts
+
+
+def report_lines(verdicts: Verdicts) -> list[str]:
+    """Returns a line for each operation, backend, dtype and head_dim, and one for each backend that failed."""
+    failures = [_failure_line(failed.operation, failed.backend, failed.reason) for failed in verdicts.failures]
+    return _verdict_lines(verdicts.verdicts) + failures
+
+
+def outcome_lines(operation: str, backend: str, verdicts: Iterable[Verdict], reason: str | None) -> list[str]:
+    """Returns the lines on one backend's trial; `reason`: why it came to no verdicts."""
+    return _verdict_lines(verdicts) if reason is None else [_failure_line(operation, backend, reason)]
+
+
+def _verdict_lines(verdicts: Iterable[Verdict]) -> list[str]:
+    by_kind = groupby(verdicts, key=lambda of: (of.operation, of.backend, of.dtype, of.head_dim))
+    return [
+        f"{operation:<20} {backend:<11} {dtype:<9} {head_dim:>4}  {_finding(list(of_kind))}"
+        for (operation, backend, dtype, head_dim), of_kind in by_kind
+    ]
+
+
+def _finding(of_kind: Sequence[Verdict]) -> str:
+    problems = list(dict.fromkeys(verdict.problem for verdict in of_kind if verdict.problem))
+    error = next((verdict.error for verdict in of_kind if verdict.error is not None), None)
+    parts = [] if error is None else [f"error {error:4.2f} of what rounding allows"]
+    for verdict in of_kind:
+        if verdict.speedup is not None and verdict.seconds is not None:
+            use = "" if verdict.is_chosen else ", not used"
+            parts.append(f"{verdict.shapes} {verdict.speedup:.2f}x ({1e3 * verdict.seconds:.3g} ms{use})")
+    return "; ".join([*parts, *(f"not used: {problem}" for problem in problems)])
+
+
+def _failure_line(operation: str, backend: str, reason: str) -> str:
+    return f"{operation:<20} {backend:<11} not used: {reason}"
