@@ -2,7 +2,8 @@
 
     python scripts/gpu_bench.py --json gpu.json
 
-A few minutes on a GPU. A part that fails is reported and the others go on; the JSON is written after every part.
+Ten minutes on a GPU. Each part runs in a process of its own with a time limit; one that fails or does not end is
+reported, and the others go on. The JSON is written after every row.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -55,6 +59,7 @@ PREDICTED_SHARE = {
 PREDICTED_SHARE |= {"cudnn": 0.65, "tokamax": 0.6, "causal": 0.1, "dense": 0.05, "torch sdpa": 0.5, "torch full": 0.55}
 PREDICTED_OTHER = 0.05  # of a blend's time is neither matmul nor attention
 PREDICTED_BANDWIDTH = {"copy": 0.9, "triton": 0.8, "tpu": 0.7, "xla": 0.6}
+IN_A_LOOP = 50  # calls of attention so short that launching one from the host takes longer
 CANDIDATES = [
     AttentionBlocks(rows, keys, stages) for rows, keys, stages in itertools.product((128,), (64, 128), (2, 3, 4))
 ]
@@ -123,6 +128,15 @@ def tokamax_positions(q, k, v, positions):
     return attend(q[None], k[None], v[None], is_causal=True, q_indices=positions[None, None])[0]
 
 
+def in_a_loop(function: Callable) -> Callable:
+    """`IN_A_LOOP` calls of attention in one program, each after the last, so that no launch from the host is timed."""
+
+    def run(q, *others):
+        return jax.lax.fori_loop(0, IN_A_LOOP, lambda _, out: function(q + 0 * out, *others), jnp.zeros_like(q))
+
+    return run
+
+
 def measure(functions: dict[str, Callable], arguments, repeats: int) -> dict[str, dict]:
     """Medians of interleaved rounds, and temporary memory by the compiler's account."""
     compiled, results = {}, {}
@@ -173,46 +187,50 @@ def with_implementation(name: str) -> Callable:
     return lambda q, k, v, positions: selective_attention(q, k, v, positions, implementation=name)
 
 
-def bench_attention(options: argparse.Namespace) -> list[dict]:
-    chip, rows = current_target().chip, []
-    for label, num_queries in (("scattered", int(0.15 * options.keys)), ("full", options.keys)):
+def bench_attention(options: argparse.Namespace) -> Iterator[dict]:
+    """Times attention of one query (decoding), few (`reuse`), scattered ones (`blend`) and all (`full`)."""
+    queries = {"one": 1, "few": min(32, options.keys), "scattered": int(0.15 * options.keys), "full": options.keys}
+    for case, num_queries in queries.items():
         arguments = inputs(num_queries, options.keys, options.heads, options.kv_heads, options.head_dim, options.dtype)
         functions = {name: with_implementation(name) for name in backends()}
-        functions |= (
-            {"dense": dense, "tokamax": tokamax_positions}
-            if label == "scattered"
-            else {"causal": causal, "cudnn": cudnn, "tokamax": tokamax_causal}
-        )
+        if case == "full":
+            functions |= {"causal": causal, "cudnn": cudnn, "tokamax": tokamax_causal}
+        else:
+            functions |= {"dense": dense, "tokamax": tokamax_positions}
+        is_short = case in ("one", "few")
+        calls = IN_A_LOOP if is_short else 1
+        if is_short:
+            functions = {name: in_a_loop(function) for name, function in functions.items()}
         flops = visible_flops(np.asarray(arguments[3], np.int64), options.heads, options.head_dim)
         for name, result in measure(functions, arguments, options.repeats).items():
-            predicted = predicted_seconds(flops, chip, name)
-            row = {"case": label, "name": name, "predicted_ms": predicted and 1e3 * predicted} | result
-            rows.append(row | ({"tflops": flops / result["ms"] / 1e9} if "ms" in result else {}))
-    return rows
+            result |= {key: result[key] / calls for key in ("ms", "ms_fastest", "ms_slowest") if key in result}
+            # Few queries are bound by reading the keys and values, for which nothing is predicted.
+            predicted = None if is_short else predicted_seconds(flops, current_target().chip, name)
+            yield {"case": case} | _row(name, result, predicted, tflops=flops / 1e9)
 
 
-def sweep(options: argparse.Namespace) -> list[dict]:
+def sweep(options: argparse.Namespace) -> Iterator[dict]:
     """Times every candidate of block sizes for the platform's first backend."""
-    backend, rows = backends()[0], []
+    backend = backends()[0]
+    if backend == "xla":
+        return
     arguments = inputs(
         int(0.15 * options.keys), options.keys, options.heads, options.kv_heads, options.head_dim, options.dtype
     )
-    if backend == "xla":
-        return rows
     flops = visible_flops(np.asarray(arguments[3], np.int64), options.heads, options.head_dim)
     predicted = predicted_seconds(flops, current_target().chip, backend)
     for blocks in CANDIDATES:
         size = jnp.dtype(options.dtype).itemsize
         tuning.SELECTIVE_ATTENTION[backend, ""] = [(size, 256, blocks)]
         result = measure({str(blocks): with_implementation(backend)}, arguments, options.repeats)
-        rows += [_row(name, timing, predicted) for name, timing in result.items()]
-    return rows
+        yield from (_row(name, timing, predicted) for name, timing in result.items())
 
 
 # --- the device's own limits, and blending -------------------------------------------------------------------------
 
 
-def check(options: argparse.Namespace) -> list[dict]:
+def check(options: argparse.Namespace) -> Iterator[dict]:
+    """Small cases only: `python -m pallas_kernels.proving` tries the kernels hard."""
     models = ("pallas", "xla") if len(backends()) > 1 else ("xla",)  # no interpreter
     rows = [{"name": name, "op": "selective_attention", "call": (largest_error, name)} for name in backends()]
     rows += [{"name": name, "op": "blend_kv", "call": (blend_error, name)} for name in backends("blend_kv")]
@@ -223,19 +241,17 @@ def check(options: argparse.Namespace) -> list[dict]:
             row["error_to_reference"] = function(name, options.dtype)
         except Exception as error:
             row["error"] = _first_line(error)
-    return rows
+        yield row
 
 
-def limits(options: argparse.Namespace) -> list[dict]:
+def limits(options: argparse.Namespace) -> Iterator[dict]:
     chip, size, n = current_target().chip, options.copy_mb * 10**6 // 4, options.matmul
     x, a = jnp.ones(size, jnp.float32), jnp.ones((n, n), options.dtype)
     copy = measure({"copy": lambda x: x + 1}, (x,), options.repeats)["copy"]
     product = measure({"matmul": lambda a, b: a @ b}, (a, a), options.repeats)["matmul"]
     moved, flops = 8 * size, 2 * n**3
-    return [
-        _row("copy", copy, _predicted(moved, BANDWIDTH, PREDICTED_BANDWIDTH, chip, "copy"), gb_s=moved / 1e6),
-        _row("matmul", product, predicted_seconds(flops, chip, "matmul"), tflops=flops / 1e9),
-    ]
+    yield _row("copy", copy, _predicted(moved, BANDWIDTH, PREDICTED_BANDWIDTH, chip, "copy"), gb_s=moved / 1e6)
+    yield _row("matmul", product, predicted_seconds(flops, chip, "matmul"), tflops=flops / 1e9)
 
 
 def _row(name: str, result: dict, predicted: float | None, **amounts: float) -> dict:
@@ -268,7 +284,7 @@ def blend_error(implementation: str, dtype: str) -> float:
         return float(np.abs(np.asarray(k, np.float64) - np.asarray(wanted_k)).max()) if same else float("inf")
 
 
-def bench_blend_kv(options: argparse.Namespace) -> list[dict]:
+def bench_blend_kv(options: argparse.Namespace) -> Iterator[dict]:
     """Blending inside a loop over layers, as prefills do it: the arrays that it works on die there."""
     layers, keys, chip = 4, options.keys, current_target().chip
     arguments = blend_inputs(keys, int(RATIO * keys), options.kv_heads, options.head_dim, options.dtype, layers)
@@ -287,17 +303,16 @@ def bench_blend_kv(options: argparse.Namespace) -> list[dict]:
     results = measure({name: over_layers(name) for name in backends("blend_kv")}, arguments, options.repeats)
     # Each layer's slices are copied out of and into the stacks: two more passes over K and V.
     moved = layers * (moved + 8 * keys * row)
-    return [
-        _row(name, result, _predicted(moved, BANDWIDTH, PREDICTED_BANDWIDTH, chip, name), gb_s=moved / 1e6)
-        for name, result in results.items()
-    ]
+    for name, result in results.items():
+        yield _row(name, result, _predicted(moved, BANDWIDTH, PREDICTED_BANDWIDTH, chip, name), gb_s=moved / 1e6)
 
 
 # --- whole prefills ------------------------------------------------------------------------------------------------
 
 
-def bench_model(options: argparse.Namespace) -> list[dict]:
-    chip, rows = current_target().chip, []
+def bench_model(options: argparse.Namespace) -> Iterator[dict]:
+    """Times `full` and `blend`, and says how long they took to compile, both at the same time."""
+    chip = current_target().chip
     for shape in options.shapes:
         config = config_of(shape, options.dtype)
         params = random_params(jax.random.key(0), config)
@@ -307,10 +322,9 @@ def bench_model(options: argparse.Namespace) -> list[dict]:
             for length, made in compiling.items():
                 case = f"{shape} {length} {implementation}"
                 try:
-                    rows += _model_rows(options, config, case, made.result(), chip)
+                    yield from _model_rows(options, config, case, made.result(), chip)
                 except Exception as error:  # too long for this card, say
-                    rows.append({"case": case, "name": "prefill", "error": _first_line(error)})
-    return rows
+                    yield {"case": case, "name": "prefill", "error": _first_line(error)}
 
 
 def _model_rows(options: argparse.Namespace, config: ModelConfig, case: str, modes: dict[str, Mode], chip: str):
@@ -321,15 +335,16 @@ def _model_rows(options: argparse.Namespace, config: ModelConfig, case: str, mod
     rows = []
     for name, result in times.items():
         predicted = predicted_seconds(flops[name], chip, name)
-        rows.append({"case": case} | _row(name, result, predicted, tflops=flops[name] / 1e9))
+        row = _row(name, result, predicted, tflops=flops[name] / 1e9)
+        rows.append({"case": case} | row | {"compile_s": modes[name].compile_s})
     speedup = times["full"]["ms"] / times["blend"]["ms"]
     rows[-1] |= {"speedup": speedup, "efficiency": speedup / (flops["full"] / flops["blend"])}
     return rows
 
 
-def bench_stages(options: argparse.Namespace) -> list[dict]:
+def bench_stages(options: argparse.Namespace) -> Iterator[dict]:
     """Where the blend's time goes, at the second of the lengths, and how much of it is neither matmul nor attention."""
-    rows, length = [], options.lengths[min(1, len(options.lengths) - 1)]
+    length = options.lengths[min(1, len(options.lengths) - 1)]
     for shape, implementation in itertools.product(options.shapes, options.kernels):
         config = config_of(shape, options.dtype)
         params = random_params(jax.random.key(0), config)
@@ -338,14 +353,13 @@ def bench_stages(options: argparse.Namespace) -> list[dict]:
             blend = prefills(config, length, params, ("blend",))["blend"]
         directory = options.profile and options.profile / case.replace(" ", "-")
         spent = time_by_stage(blend.run, blend.program, directory)
-        rows += [{"case": case} | row for row in spent]
+        yield from ({"case": case} | row for row in spent)
         other = sum(row["share"] for row in spent if row["kind"] not in ("matmul", "attention"))
         whole = {"case": case, "stage": "all", "kind": "neither matmul nor attention", "share": other}
-        rows.append(whole | {"predicted_share": PREDICTED_OTHER})
-    return rows
+        yield whole | {"predicted_share": PREDICTED_OTHER}
 
 
-def bench_torch(options: argparse.Namespace) -> list[dict]:
+def bench_torch(options: argparse.Namespace) -> Iterator[dict]:
     """Torch's causal attention, and full prefill of the same models by transformers + torch, both with sdpa."""
     import torch
 
@@ -363,7 +377,7 @@ def bench_torch(options: argparse.Namespace) -> list[dict]:
     flops = visible_flops(np.arange(options.keys, dtype=np.int64), options.heads, options.head_dim)
     chip = current_target().chip
     predicted = predicted_seconds(flops, chip, "torch sdpa")
-    rows = [_row("torch sdpa", interleaved({"torch": attend}, options.repeats)["torch"], predicted, tflops=flops / 1e9)]
+    yield _row("torch sdpa", interleaved({"torch": attend}, options.repeats)["torch"], predicted, tflops=flops / 1e9)
     for shape in options.shapes:
         config = config_of(shape, options.dtype)
         model = torch_model(config, device)
@@ -380,8 +394,7 @@ def bench_torch(options: argparse.Namespace) -> list[dict]:
             except torch.OutOfMemoryError as error:
                 result = {"error": _first_line(error)}
             predicted = predicted_seconds(flops, chip, "torch full")
-            rows.append({"case": f"{shape} {length}"} | _row("torch full", result, predicted, tflops=flops / 1e9))
-    return rows
+            yield {"case": f"{shape} {length}"} | _row("torch full", result, predicted, tflops=flops / 1e9)
 
 
 PARTS = {
@@ -412,24 +425,58 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--matmul", type=int, default=8192, help="rows and columns")
     parser.add_argument("--profile", type=Path, help="folder for the traces of the blends")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--limit", type=float, default=240, help="seconds for each part; 0: in this process, no limit")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> dict:
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    report: dict = {"device": str(current_target()), "jax": jax.__version__}
-    report["arguments"] = {key: str(value) for key, value in vars(options).items()}
+    report: dict = {"jax": jax.__version__, "arguments": {key: str(value) for key, value in vars(options).items()}}
     for part in options.only:
         start = time.perf_counter()
-        try:
-            report[part] = PARTS[part](options)
-        except Exception as error:  # the other parts are worth having all the same
-            report[part] = [{"name": part, "error": _first_line(error)}]
-        print(f"--- {part} ({time.perf_counter() - start:.0f} s) on {report['device']}", flush=True)
+        if options.limit:
+            report |= in_a_process(part, arguments, options.limit)
+        else:
+            run_part(part, options, report)
+        print(f"--- {part} ({time.perf_counter() - start:.0f} s) on {report.get('device')}", flush=True)
         print_table(report[part])
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=1))
+        _write(report, options.json)
     return report
+
+
+def run_part(part: str, options: argparse.Namespace, report: dict) -> None:
+    """Adds a part's rows to the report, one by one."""
+    rows = report[part] = []
+    report["device"] = str(current_target())
+    try:
+        for row in PARTS[part](options):
+            rows.append(row)
+            _write(report, options.json)
+    except Exception as error:  # the other parts are worth having all the same
+        rows.append({"name": part, "error": _first_line(error)})
+
+
+def in_a_process(part: str, arguments: list[str], limit: float) -> dict:
+    """Returns what a part adds to the report, run by a process that ends within `limit` seconds."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "part.json")
+        command = [sys.executable, __file__, *arguments, "--only", part, "--json", str(path), "--limit", "0"]
+        error = None
+        try:
+            status = subprocess.run(command, timeout=limit, stdout=subprocess.DEVNULL).returncode
+            if status:
+                error = f"ended with status {status}"
+        except subprocess.TimeoutExpired:
+            error = f"did not end within {limit:g} s"
+        report = json.loads(path.read_text()) if path.exists() else {}
+    rows = [*report.get(part, []), *([] if error is None else [{"name": part, "error": error}])]
+    return {part: rows} | ({"device": report["device"]} if "device" in report else {})
+
+
+def _write(report: dict, path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1))
 
 
 def print_table(rows: list[dict]) -> None:

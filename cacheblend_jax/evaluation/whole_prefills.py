@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -53,11 +55,12 @@ def request_of(plan: Plan, length: int, vocab_size: int, ratio: float) -> Reques
 
 
 class Mode(NamedTuple):
-    """A prefill's plan, its compiled program, and a call of it."""
+    """A prefill's plan, its compiled program, a call of it, and the seconds that compiling took."""
 
     plan: Plan
     program: Any
     run: Callable
+    compile_s: float
 
 
 def prefills(
@@ -68,21 +71,21 @@ def prefills(
     blending = make_plan(
         num_layers=config.num_layers, length=length, active=length, forced=SUFFIX, blend=blend, check_layer=1
     )
-    modes = {}
-    for name in names:
+
+    def compiled(name: str) -> Mode:
         plan = blending if name == "blend" else full_plan(config.num_layers, length)
         request = request_of(plan, length, config.vocab_size, ratio)
         shape = cache_shape(config, plan.cache_length)
         kv = None if plan.nothing_cached else KVCache(*(0.1 * jnp.ones(shape, config.dtype) for _ in "kv"))
         arguments = (params, request, kv, PromptSequence(request.length, rope_tables(config, plan.cache_length)))
-
-        def traced(*arguments, plan=plan):
-            return prefill(*arguments, config=config, plan=plan)
-
         options = compiler_options(current_target().platform)
-        program = jax.jit(traced).lower(*arguments).compile(compiler_options=options)
-        modes[name] = Mode(plan, program, partial(program, *arguments))
-    return modes
+        begin = time.perf_counter()
+        lowered = jax.jit(partial(prefill, config=config, plan=plan)).lower(*arguments)
+        program = lowered.compile(compiler_options=options)
+        return Mode(plan, program, partial(program, *arguments), time.perf_counter() - begin)
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        return dict(zip(names, pool.map(compiled, names), strict=True))
 
 
 @contextlib.contextmanager
