@@ -104,8 +104,13 @@ def _cross(evidence: Evidence) -> jax.Array:
 
 
 def _query(evidence: Evidence) -> jax.Array:
-    """The question's attention to the token times its deviation. After ProphetKV (arXiv 2602.02579)."""
-    return evidence.question_mass * evidence.deviation()
+    """The question's attention to the token times its deviation, after ProphetKV (arXiv 2602.02579); and first tokens.
+
+    The first token of every chunk is always chosen, whatever its score: it was a text's beginning when it was stored,
+    and models attend to that. On Gemma 3 270M this recovers 84 % of plain reuse's loss, not 75 (docs/results.md).
+    """
+    scores = evidence.question_mass * evidence.deviation()
+    return jnp.where(evidence.positions == evidence.chunk_starts, jnp.finfo(jnp.float32).max, scores)
 
 
 def _epic(evidence: Evidence) -> jax.Array:

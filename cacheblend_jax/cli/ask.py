@@ -26,6 +26,7 @@ from cacheblend_jax.cli.options import (
 from cacheblend_jax.cli.progress import progress_bar
 from cacheblend_jax.cli.store_report import StoreReport, stored_otherwise
 from cacheblend_jax.documents import Chunk, by_relevance, read_documents, select_top_k
+from cacheblend_jax.engine.contexts import context_text
 from cacheblend_jax.engine.controller import explain
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.layout import MODES
@@ -105,13 +106,22 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     question, paths = _question_and_paths(parsed.question, parsed.docs)
     blend = _blend(parsed)
     sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
+    context = context_text(parsed.context)
     documents = read_documents(paths)
     model = load_reader(parsed.model, parsed.dtype, [question, *(document.text for document in documents)])
     chunks, prompt = _asked(split(documents, model, parsed.chunk_tokens), question, model, parsed)
     trace = None if parsed.trace is None else Trace()
     with (
         open_store(parsed) as store,
-        Engine(model, store, blend, executor=parsed.executor, profile=parsed.profile, kernels=parsed.kernels) as engine,
+        Engine(
+            model,
+            store,
+            blend,
+            context=context,
+            executor=parsed.executor,
+            profile=parsed.profile,
+            kernels=parsed.kernels,
+        ) as engine,
     ):
         report = _precompute(engine, store, prompt)
         answers = _answers(parsed, engine, prompt, sampling, trace)

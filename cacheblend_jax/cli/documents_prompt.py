@@ -10,6 +10,7 @@ from typing import Any
 from cacheblend_jax.cli.options import add_model_option, at_least_one, json_object, load_with_bar
 from cacheblend_jax.cli.progress import progress
 from cacheblend_jax.documents import Chunk, Document, chunk_documents
+from cacheblend_jax.engine.contexts import NEUTRAL, PLAIN
 from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.errors import CacheBlendError
@@ -29,6 +30,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--system", help="system text before the chunks (default: the tokenizer's own, or a general one)"
+    )
+    parser.add_argument(
+        "--context",
+        default=PLAIN,
+        metavar="NAME",
+        help=f"what chunks are precomputed after: {PLAIN} (default), {NEUTRAL} (a packaged text), or a text file",
     )
     parser.add_argument(
         "--template-arguments",

@@ -11,6 +11,7 @@ from cacheblend_jax.cli.options import add_shared_options, add_store_options, op
 from cacheblend_jax.cli.progress import progress_bar
 from cacheblend_jax.cli.store_report import stored_otherwise
 from cacheblend_jax.documents import read_documents
+from cacheblend_jax.engine.contexts import context_text
 from cacheblend_jax.engine.engine import Engine
 
 
@@ -26,6 +27,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Stores the KV of all chunks of the documents; returns what `--json` writes."""
+    context = context_text(parsed.context)
     documents = read_documents(parsed.docs)
     model = load_reader(parsed.model, parsed.dtype, [document.text for document in documents])
     chunks = split(documents, model, parsed.chunk_tokens)
@@ -33,7 +35,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     prompt = prompt_of(chunks, "?", model, parsed.system, parsed.template_arguments)
     with (
         open_store(parsed) as store,
-        Engine(model, store, kernels=parsed.kernels) as engine,
+        Engine(model, store, context=context, kernels=parsed.kernels) as engine,
         progress_bar("precompute") as advance,
     ):
         store.check_writable()

@@ -66,5 +66,5 @@ def _differences(record: EntryRecord, model: Model, chunk: ChunkLookup) -> list[
     if not differences and record.fingerprint != model.fingerprint:
         differences.append("other weights or another tokenizer under the model's name")
     if record.fingerprint == model.fingerprint and record.context_ids != chunk.context_ids:
-        differences.append("another text before it (--system)")
+        differences.append("another text before it (--system, --context)")
     return differences or ["a spelling that the tokenizer tells apart"]

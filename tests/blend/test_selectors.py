@@ -115,7 +115,7 @@ def test_cross_picks_what_looked_at_other_chunks_in_the_layer_before_the_check(f
 
 
 @each_family
-def test_query_picks_by_the_questions_attention_over_cached_kv_times_deviation(family):
+def test_query_picks_first_tokens_then_by_the_questions_attention_over_cached_kv_times_deviation(family):
     engine, prompt = blend_engine("query", family=family), the_prompt()
     chosen = chosen_after_check(engine, prompt)
     full = forward(engine.model, np.concatenate([prompt.prefix, *prompt.chunks, prompt.suffix]))[CHECK]
@@ -125,6 +125,9 @@ def test_query_picks_by_the_questions_attention_over_cached_kv_times_deviation(f
     for fresh, cached in ((full["k"], k[CHECK]), (full["v"], v[CHECK])):
         deviation += np.square(fresh - cached).sum((1, 2)) / np.square(fresh[active]).sum((1, 2)).mean()
     scores = question_attention(engine, prompt) * deviation
+    firsts = PREFIX + np.cumsum([0, *LENGTHS[:-1]])
+    assert not set(firsts) <= set(top(scores, len(chosen)))  # they are not chosen by their scores alone
+    scores[firsts] = np.inf
     np.testing.assert_array_equal(chosen, top(scores, len(chosen)))
 
 

@@ -138,6 +138,20 @@ def test_ask_finds_what_precompute_stored(capsys, tmp_path):
     assert {path.name for path in packs(tmp_path / "kv")} == before  # nothing was computed again
 
 
+def test_ask_finds_what_precompute_stored_after_the_same_context_alone(capsys, tmp_path):
+    (tmp_path / "notes.md").write_text("The Cobalt team works in Oslo.\n\nAna joined the Cobalt team.")
+    (tmp_path / "before.txt").write_text("Rooms open at eight.")
+    common = ["--model", HF / "llama3", "--no-compile-cache", "--docs", tmp_path / "notes.md", "--chunk-tokens", "40"]
+    common += ["--store", tmp_path / "kv"]
+    stored = run(capsys, tmp_path, "precompute", *common, "--context", tmp_path / "before.txt")
+    asked = ["ask", *common, "--all", "--max-new-tokens", "1"]
+    with_it = run(capsys, tmp_path, *asked, "--context", tmp_path / "before.txt", "Where?")
+    assert with_it["store"]["found"] == len(stored["chunks"])
+    assert run(capsys, tmp_path, *asked, "Where?")["store"]["found"] == 0
+    assert main([*map(str, asked), "--context", str(tmp_path / "none.txt"), "Where?"]) == 2
+    assert "is neither 'plain', 'neutral' nor a readable text file" in capsys.readouterr().err
+
+
 TEXTS = ("Reyes took the nickname Cobalt.", "The green car was given to Cobalt.")
 
 
@@ -179,7 +193,7 @@ def test_ask_says_what_keeps_stored_texts_from_being_used(capsys, tmp_path, reco
     assert "for another use" not in precomputed.err
     monkeypatch.setattr(cb.Engine, "precompute", stop)
     assert warned() == []
-    assert warned("--system", "All new records.") == ["2 with another text before it (--system)"]
+    assert warned("--system", "All new records.") == ["2 with another text before it (--system, --context)"]
     assert warned("--dtype", "float32") == ["2 with dtype bfloat16 (--dtype)"]
     assert main(["precompute", *records, str(tmp_path / "kv"), "--dtype", "float32"]) == 2
     assert "the store holds 2 of these texts, but for another use: 2 with dtype bfloat16" in capsys.readouterr().err
@@ -210,7 +224,7 @@ def test_of_all_entries_of_a_text_the_one_that_differs_least_is_named(tmp_path):
         context = replace(here, fingerprint=model.fingerprint, context_ids=(6,))
         assert said_after(5, context) == weights  # of as many differences, the first
         store.remove(key_of(3))
-        assert said_after(4, two) == "1 with another text before it (--system)"
+        assert said_after(4, two) == "1 with another text before it (--system, --context)"
 
 
 def test_precompute_fails_where_not_all_is_written(capsys, tmp_path, monkeypatch):
