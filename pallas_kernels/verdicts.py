@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,6 +13,13 @@ from pallas_kernels.target import Target
 
 FASTER = 1.02  # a kernel that is faster by less than the noise is not worth its risk
 SHAPES = ("full", "scattered", "few", "one")
+
+
+class Kind(NamedTuple):
+    """What all calls of a model's programs have in common, and what backends are tried for."""
+
+    dtype: str
+    head_dim: int
 
 
 class Call(NamedTuple):
@@ -75,27 +82,51 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A backend about which nothing can be said: its check did not come to its end."""
+class Trial:
+    """A backend that was tried for one dtype and head_dim: what it serves of them, there are verdicts on.
+
+    Attributes:
+        failure: why nothing can be said of it: its check did not come to its end.
+    """
 
     operation: str
     backend: str
-    reason: str
+    dtype: str
+    head_dim: int
+    failure: str | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What it was tried for."""
+        return Kind(self.dtype, self.head_dim)
 
 
 @dataclass(frozen=True, eq=False)
 class Verdicts:
-    """All verdicts on one device.
+    """What is known of the kernels on one device.
 
     Attributes:
         target: the device.
         identity: what the verdicts hold for: another driver, release of jax or source of a kernel needs others.
+        trials: what they come from.
     """
 
     target: Target
     identity: dict[str, str]
     verdicts: tuple[Verdict, ...] = ()
-    failures: tuple[Failure, ...] = ()
+    trials: tuple[Trial, ...] = ()
+
+    def lacking(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Returns those of which nothing is known."""
+        known = set(map(_key, self.trials))
+        return [trial for trial in trials if _key(trial) not in known]
+
+    def merged_with(self, later: Verdicts) -> Verdicts:
+        """Returns these verdicts and others on the same device, which hold where both tried the same."""
+        again = set(map(_key, later.trials))
+        verdicts = tuple(verdict for verdict in self.verdicts if _key(verdict) not in again)
+        trials = tuple(trial for trial in self.trials if _key(trial) not in again)
+        return replace(self, verdicts=verdicts + later.verdicts, trials=trials + later.trials)
 
     def backends_for(self, call: Call) -> tuple[str, ...]:
         """Returns the backends that are right and faster than XLA for such calls, the fastest first."""
@@ -123,7 +154,7 @@ class Verdicts:
             "target": asdict(self.target),
             "identity": self.identity,
             "verdicts": [asdict(verdict) for verdict in self.verdicts],
-            "failures": [asdict(failure) for failure in self.failures],
+            "trials": [asdict(trial) for trial in self.trials],
         }
 
     @classmethod
@@ -137,8 +168,12 @@ class Verdicts:
             Target.from_record(record["target"]),
             dict(record["identity"]),
             tuple(Verdict(**verdict) for verdict in record["verdicts"]),
-            tuple(Failure(**failure) for failure in record["failures"]),
+            tuple(Trial(**trial) for trial in record["trials"]),
         )
+
+
+def _key(of: Trial | Verdict) -> tuple[str, str, str, int]:
+    return of.operation, of.backend, of.dtype, of.head_dim
 
 
 _in_force: dict[Target, Verdicts] = {}

@@ -63,9 +63,10 @@ class Engine:
         profile: what the controller estimates delays from: a `Profile` or its path; `None`: the profile that
             `calibrate` saved for this model, device and store, or else a quick estimate.
         kernels: how attention and blending are computed. `"auto"`: on a GPU, by the Pallas kernels that were found
-            right and faster than XLA on this very device, by XLA else. The first engine on a GPU finds out, which takes
-            minutes; the user's cache remembers it. `"xla"`: by XLA. `"pallas"`, or a kernel's name: by it wherever it
-            can, unproven. The environment variable `PALLAS_KERNELS_IMPLEMENTATION` says what `"auto"` means.
+            right and faster than XLA on this very device, by XLA else. The first engine of a dtype and head_dim on a
+            GPU finds out, which takes up to a minute; the user's cache remembers it. `"xla"`: by XLA. `"pallas"`, or a
+            kernel's name: by it wherever it can, unproven. The environment variable `PALLAS_KERNELS_IMPLEMENTATION`
+            says what `"auto"` means.
 
     Raises:
         CacheBlendError: unknown kernels, a check layer the model does not have, or another invalid argument.
@@ -104,7 +105,7 @@ class Engine:
         self._prefiller = Prefiller(
             model, self.store, self._executors, self._background, context=self._context, profile=profile
         )
-        prove_kernels(model)  # last: it may take minutes, and wrong arguments are said at once
+        prove_kernels(model)  # last: it may take a minute, and wrong arguments are said at once
 
     def precompute(
         self,

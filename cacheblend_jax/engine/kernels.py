@@ -8,6 +8,7 @@ from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.model import Model
 from pallas_kernels.dispatch import IMPLEMENTATIONS, implementation_override
 from pallas_kernels.proving.first_use import use_verdicts_on
+from pallas_kernels.verdicts import Kind
 
 KERNELS = ("auto", *IMPLEMENTATIONS)
 
@@ -29,7 +30,10 @@ def with_kernels(model: Model, kernels: str) -> Model:
 
 
 def prove_kernels(model: Model) -> None:
-    """Proves the kernels of the model's GPU or TPU, where its programs are to have the best ones; once a device."""
+    """Proves the kernels for the model on its GPU or TPU, where its programs are to have the best ones.
+
+    Once a device, dtype and head_dim.
+    """
     if model.kernels is None and implementation_override() is None and model.platform != "cpu":
         device: Any = next(iter(model.placement.device_set))
-        use_verdicts_on(device)
+        use_verdicts_on(device, Kind(model.config.dtype, model.config.head_dim))

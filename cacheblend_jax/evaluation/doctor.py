@@ -52,9 +52,11 @@ class DeviceReport:
     @property
     def _kernel_lines(self) -> list[str]:
         if self.verdicts is not None:
-            return report_lines(self.verdicts)
+            return report_lines(self.verdicts) or ["kernels: XLA's; no other serves what was tried"]
         if self.has_kernels:
-            return ["kernels: not proven yet; the first engine does it, and so does cacheblend-jax doctor --prove"]
+            return [
+                "kernels: not proven yet; the first engine does it for its model, cacheblend-jax doctor --prove for all"
+            ]
         return ["kernels: XLA's; no other can run here"]
 
 
@@ -74,7 +76,7 @@ def diagnose(*, prove_again: bool = False, say: Callable[[str], None] = lambda l
     """Returns the versions, the devices, and what is remembered of the kernels on each.
 
     Args:
-        prove_again: first prove the kernels of the first device, whatever is remembered, and remember the verdicts.
+        prove_again: first prove all kernels of the first device, whatever is remembered, and remember the verdicts.
         say: called with a line for each thing found on the way.
 
     Raises:

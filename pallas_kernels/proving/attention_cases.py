@@ -55,7 +55,7 @@ PROGRAMS = {
     "few keys": _Program(37, 100, 7, 1, (_Values("tied", 99), _Values("tied", 100)), True),
 }
 # Compiling takes seconds a program: float16 differs from bfloat16 in its numbers, not in its tiles and masks.
-FEWER = {"float16": ("scattered", "starts and window")}
+FLOAT16_PROGRAMS = ("scattered", "starts and window")
 
 
 def attend(q: Any, k: Any, v: Any, positions: Any, starts: Any, length: Any, *, implementation: str, window: Any):
@@ -84,7 +84,6 @@ def cases(dtype: str, head_dim: int) -> list[Case]:
             partial(_wanted, program, values, dtype, head_dim),
         )
         for name, program in PROGRAMS.items()
-        if name in FEWER.get(dtype, PROGRAMS)
         for values in program.values
     ]
 
@@ -173,4 +172,4 @@ def unsupported(dtype: str, head_dim: int) -> UnsupportedReasons:
     return api.unsupported(array, array)
 
 
-ATTENTION = Operation("selective_attention", api.BACKENDS, unsupported, cases, timings)
+ATTENTION = Operation("selective_attention", api.BACKENDS, unsupported, cases, timings, FLOAT16_PROGRAMS)

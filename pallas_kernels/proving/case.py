@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels.dispatch import UnsupportedReasons
+from pallas_kernels.verdicts import Kind
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # The relative error of rounding to a dtype; in float32, that of sums and exponents of many terms.
@@ -18,6 +19,7 @@ ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-18}
 PERIOD = 2**20 - 3  # a prime
 TF32 = 2.0**-10  # XLA's products of float32 on GPUs, by default
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+KINDS = tuple(Kind(dtype, head_dim) for dtype in DTYPES for head_dim in HEAD_DIMS)
 
 
 class Wanted(NamedTuple):
@@ -67,6 +69,7 @@ class Operation:
         unsupported: why backends can't serve a dtype and a head_dim.
         cases: those of a dtype and a head_dim.
         timings: likewise.
+        float16_programs: of the cases, those to be tried for float16 beside bfloat16; `None`: all.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Operation:
     unsupported: Callable[[str, int], UnsupportedReasons]
     cases: Callable[[str, int], Sequence[Case]]
     timings: Callable[[str, int], Sequence[Timing]]
+    float16_programs: Collection[str] | None = None
 
 
 def error_share(got: Sequence[Any], wanted: Sequence[Wanted]) -> float:

@@ -1,6 +1,7 @@
 """The child processes of `prove`: they describe the device, or try a backend, and write a JSON line for each finding.
 
-Without arguments it describes the first device. Its arguments: operation, backend, platform, chip, and head_dims.
+Without arguments it describes the first device. Its arguments: operation, backend, platform, chip,
+and dtypes, each followed by a head_dim.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pallas_kernels.proving.attention_cases import ATTENTION
 from pallas_kernels.proving.blending_cases import BLENDING
 from pallas_kernels.proving.identity import Place
 from pallas_kernels.proving.trial import try_backend
+from pallas_kernels.verdicts import Kind
 
 OPERATIONS = {operation.name: operation for operation in (ATTENTION, BLENDING)}
 NEEDED_BYTES = 3 * 2**29  # of the largest call that is timed
@@ -32,7 +34,7 @@ def describe() -> None:
     say(place=asdict(Place.of(jax.local_devices()[0])))
 
 
-def try_on(operation: str, backend: str, platform: str, chip: str, *head_dims: str) -> None:
+def try_on(operation: str, backend: str, platform: str, chip: str, *kinds: str) -> None:
     """Tries the backend on the first device of that kind."""
     device = next((each for each in jax.local_devices(backend=platform) if each.device_kind == chip), None)
     if device is None:
@@ -43,7 +45,7 @@ def try_on(operation: str, backend: str, platform: str, chip: str, *head_dims: s
     verdicts = try_backend(
         OPERATIONS[operation],
         backend,
-        head_dims=tuple(map(int, head_dims)),
+        [Kind(dtype, int(head_dim)) for dtype, head_dim in zip(kinds[::2], kinds[1::2], strict=True)],
         say=lambda doing: say(doing=doing),
     )
     say(verdicts=[asdict(verdict) for verdict in verdicts])

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pallas_kernels.attention.api import BACKENDS as ATTENTION_BACKENDS
 from pallas_kernels.blending.api import BACKENDS as BLENDING_BACKENDS
 from pallas_kernels.dispatch import OVERRIDE, pallas_backends, wrong_platform
-from pallas_kernels.proving.case import HEAD_DIMS
+from pallas_kernels.proving.case import KINDS
 from pallas_kernels.proving.identity import Place
 from pallas_kernels.proving.processes import ended
 from pallas_kernels.target import Target
-from pallas_kernels.verdicts import Failure, Verdict, Verdicts
+from pallas_kernels.verdicts import Kind, Trial, Verdict, Verdicts
 
 LIMIT_SECONDS, DESCRIBING_SECONDS = 300.0, 120.0
 BACKENDS = {"selective_attention": ATTENTION_BACKENDS, "blend_kv": BLENDING_BACKENDS}
 NO_MEMORY = "Out of memory while trying to allocate"
 # -P: a package of the same name in the current directory is none of ours.
 CHILD = (sys.executable, "-P", "-m", "pallas_kernels.proving.child")
-Command = Callable[[str, str, Target], Sequence[str]]
+Command = Callable[[str, str, Target, Sequence[Kind]], Sequence[str]]
 
 
 class UnprovenError(RuntimeError):
@@ -46,15 +46,20 @@ class Outcome:
 Progress = Callable[[str, str, Outcome], None]
 
 
-def child_command(operation: str, backend: str, target: Target, head_dims: Sequence[int] = HEAD_DIMS) -> Sequence[str]:
+def child_command(operation: str, backend: str, target: Target, kinds: Sequence[Kind]) -> Sequence[str]:
     """Returns the command that tries a backend; see `child.py`."""
-    return [*CHILD, operation, backend, target.platform, target.chip, *map(str, head_dims)]
+    return [*CHILD, operation, backend, target.platform, target.chip, *(str(part) for kind in kinds for part in kind)]
 
 
 def backends_to_try(target: Target) -> list[tuple[str, str]]:
     """Returns each operation's backends that can run on a device."""
     able = [name for name in pallas_backends(target) if wrong_platform(name, target) is None]
     return [(operation, name) for operation, backends in BACKENDS.items() for name in able if name in backends]
+
+
+def trials_on(target: Target, kinds: Sequence[Kind] = KINDS) -> list[Trial]:
+    """Returns the trials of all backends that can run on a device."""
+    return [Trial(operation, backend, *kind) for operation, backend in backends_to_try(target) for kind in kinds]
 
 
 def describe_first_device(command: Sequence[str] = CHILD) -> Place:
@@ -73,36 +78,41 @@ def describe_first_device(command: Sequence[str] = CHILD) -> Place:
 
 def prove(
     place: Place,
+    trials: Sequence[Trial] | None = None,
     *,
     limit_seconds: float = LIMIT_SECONDS,
     command: Command = child_command,
     progress: Progress | None = None,
-    only: Sequence[str] | None = None,
 ) -> Verdicts:
-    """Tries every Pallas backend on a device, each in a process of its own, one after another.
+    """Tries Pallas backends on a device, each in a process of its own, one after another.
 
     Args:
+        trials: `None`: all of `trials_on`.
         limit_seconds: of each process; one that takes longer is killed.
         command: starts such a process.
         progress: called after each.
-        only: these backends; `None`: all.
 
     Raises:
         UnprovenError: the device has no memory to spare, or can't be opened by another process.
     """
     verdicts: list[Verdict] = []
-    failures: list[Failure] = []
-    for operation, backend in backends_to_try(place.target):
-        if only is not None and backend not in only:
-            continue
-        outcome = _try(command(operation, backend, place.target), _environment(place.visible_gpu), limit_seconds)
+    ended_trials: list[Trial] = []
+    for (operation, backend), of_backend in _by_backend(trials_on(place.target) if trials is None else trials).items():
+        process = command(operation, backend, place.target, [trial.kind for trial in of_backend])
+        outcome = _try(process, _environment(place.visible_gpu), limit_seconds)
         if progress is not None:
             progress(operation, backend, outcome)
         _check_that_it_says_something(outcome)
         verdicts += outcome.verdicts
-        if outcome.reason is not None:
-            failures.append(Failure(operation, backend, outcome.reason))
-    return Verdicts(place.target, place.identity, tuple(verdicts), tuple(failures))
+        ended_trials += [replace(trial, failure=outcome.reason) for trial in of_backend]
+    return Verdicts(place.target, place.identity, tuple(verdicts), tuple(ended_trials))
+
+
+def _by_backend(trials: Iterable[Trial]) -> dict[tuple[str, str], list[Trial]]:
+    by_backend: dict[tuple[str, str], list[Trial]] = {}
+    for trial in trials:
+        by_backend.setdefault((trial.operation, trial.backend), []).append(trial)
+    return by_backend
 
 
 def _try(command: Sequence[str], environment: dict[str, str], limit_seconds: float) -> Outcome:

@@ -41,12 +41,16 @@ def recall(identity: dict[str, str]) -> Verdicts | None:
 
 
 def remember(verdicts: Verdicts) -> Path:
-    """Writes verdicts in one step, so that no reader ever sees half of them, and returns their file.
+    """Adds verdicts to those in their file, and returns the file.
+
+    It is written in one step, so that no reader ever sees half of it. Of two processes that add to it at the same
+    moment, one may be forgotten: its trials are then lacking, and made again.
 
     Raises:
         OSError: the user's cache directory can't be written.
     """
-    path, record = path_of(verdicts.identity), verdicts.record()
+    known = recall(verdicts.identity)
+    path, record = path_of(verdicts.identity), (verdicts if known is None else known.merged_with(verdicts)).record()
     text = json.dumps({"format": FORMAT, "sha256": _digest(record), "verdicts": record}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")

@@ -9,8 +9,16 @@ from pallas_kernels.verdicts import Verdict, Verdicts
 
 
 def report_lines(verdicts: Verdicts) -> list[str]:
-    """Returns a line for each operation, backend, dtype and head_dim, and one for each backend that failed."""
-    failures = [_failure_line(failed.operation, failed.backend, failed.reason) for failed in verdicts.failures]
+    """Returns a line for each operation, backend, dtype and head_dim, and those that failed at once in one line."""
+    failed: dict[tuple[str, str, str], list[str]] = {}
+    for trial in verdicts.trials:
+        if trial.failure is not None:
+            at_once = failed.setdefault((trial.operation, trial.backend, trial.failure), [])
+            at_once.append(f"{trial.dtype} {trial.head_dim}")
+    failures = [
+        _failure_line(operation, backend, f"{reason}; tried: {', '.join(kinds)}")
+        for (operation, backend, reason), kinds in failed.items()
+    ]
     return _verdict_lines(verdicts.verdicts) + failures
 
 

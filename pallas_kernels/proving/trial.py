@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.proving.case import DTYPES, HEAD_DIMS, Case, Operation, Timing, error_share
-from pallas_kernels.verdicts import SHAPES, Verdict
+from pallas_kernels.proving.case import Case, Operation, Timing, error_share
+from pallas_kernels.verdicts import SHAPES, Kind, Verdict
 
 REPEATS = 20
 ROUNDS, ROUND_SECONDS, MOST_CALLS = 5, 0.02, 50
@@ -28,32 +28,25 @@ Programs = dict[Any, "Future[Any]"]
 def try_backend(
     operation: Operation,
     backend: str,
-    *,
-    head_dims: Sequence[int] = HEAD_DIMS,
-    dtypes: Sequence[str] = tuple(DTYPES),
+    kinds: Sequence[Kind],
     say: Callable[[str], None] = lambda doing: None,
 ) -> list[Verdict]:
-    """Returns the verdicts on all that the backend serves, of these head_dims and dtypes.
+    """Returns the verdicts on all that the backend serves, of these kinds of calls.
 
     Programs are compiled beside each other, and timed once nothing else runs.
 
     Args:
         say: called with what is being done, before it is done: what a crash or a hang is to be blamed on.
     """
-    served = [
-        (dtype, head_dim)
-        for dtype in dtypes
-        for head_dim in head_dims
-        if operation.unsupported(dtype, head_dim)[backend]() is None
-    ]
+    served = [kind for kind in kinds if operation.unsupported(*kind)[backend]() is None]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
         errors = dict(_errors(operation, backend, served, pool, say))
         right = [of for of in served if isinstance(errors[of], float)]
         seconds = dict(_seconds(operation, backend, right, pool, say))
     verdicts = []
     for dtype, head_dim in served:
-        error = errors[dtype, head_dim]
-        timed = seconds.get((TIMED_AS.get(dtype, dtype), head_dim), {})
+        error = errors[Kind(dtype, head_dim)]
+        timed = seconds.get(Kind(TIMED_AS.get(dtype, dtype), head_dim), {})
         for shapes in SHAPES:
             verdict = partial(Verdict, operation.name, backend, dtype, head_dim, shapes)
             if isinstance(error, str):
@@ -68,14 +61,14 @@ def try_backend(
 def _errors(
     operation: Operation,
     backend: str,
-    served: Sequence[tuple[str, int]],
+    served: Sequence[Kind],
     pool: ThreadPoolExecutor,
     say: Callable[[str], None],
-) -> Iterator[tuple[tuple[str, int], float | str]]:
+) -> Iterator[tuple[Kind, float | str]]:
     """Yields each dtype's and head_dim's largest error, or what is wrong."""
     prepared = []
     for of in served:
-        cases = operation.cases(*of)
+        cases = _cases(operation, of, served)
         programs: Programs = {}
         for case in cases:
             if case.program not in programs:
@@ -86,8 +79,15 @@ def _errors(
         yield of, _error_of(of, ready, say)
 
 
+def _cases(operation: Operation, of: Kind, served: Sequence[Kind]) -> list[Case]:
+    cases, fewer = list(operation.cases(*of)), operation.float16_programs
+    if fewer is not None and of.dtype == "float16" and Kind("bfloat16", of.head_dim) in served:
+        return [case for case in cases if case.program in fewer]
+    return cases
+
+
 def _error_of(
-    of: tuple[str, int], ready: Sequence[tuple[Case, Future[Any], Future[Any]]], say: Callable[[str], None]
+    of: Kind, ready: Sequence[tuple[Case, Future[Any], Future[Any]]], say: Callable[[str], None]
 ) -> float | str:
     worst = 0.0
     for case, program, wanted in ready:
@@ -124,12 +124,12 @@ def compiled(call: Callable[..., Any], shapes: tuple[Any, ...], implementation: 
 def _seconds(
     operation: Operation,
     backend: str,
-    right: Sequence[tuple[str, int]],
+    right: Sequence[Kind],
     pool: ThreadPoolExecutor,
     say: Callable[[str], None],
-) -> Iterator[tuple[tuple[str, int], dict[str, tuple[float, float] | str]]]:
+) -> Iterator[tuple[Kind, dict[str, tuple[float, float] | str]]]:
     """Yields, by class of shapes, the backend's seconds and XLA's, or what is wrong."""
-    timed = dict.fromkeys((TIMED_AS.get(dtype, dtype), head_dim) for dtype, head_dim in right)
+    timed = dict.fromkeys(Kind(TIMED_AS.get(dtype, dtype), head_dim) for dtype, head_dim in right)
     compiling = {}
     say("compiling what is timed")
     for of in timed:

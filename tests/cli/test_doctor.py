@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -13,17 +14,18 @@ from cacheblend_jax.evaluation import doctor
 from pallas_kernels.proving.identity import Place
 from pallas_kernels.proving.prove import Outcome, UnprovenError
 from pallas_kernels.proving.remembered import recall, remember
-from pallas_kernels.verdicts import Failure, Verdict, Verdicts
+from pallas_kernels.verdicts import Trial, Verdict, Verdicts
 
 GPU = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0", local_hardware_id=0)
 FOUND = Verdict("selective_attention", "triton", "bfloat16", 128, "full", 0.25, 1e-3, 2e-3)
 SLOW = Verdict("selective_attention", "triton", "bfloat16", 128, "one", 0.25, 4e-3, 2e-3)
-FAILED = Failure("blend_kv", "triton", "ran for more than 300 s (a case)")
+TRIED = Trial("selective_attention", "triton", "bfloat16", 128)
+FAILED = Trial("blend_kv", "triton", "bfloat16", 128, "ran for more than 300 s (a case)")
 
 
 def verdicts() -> Verdicts:
     place = Place.of(GPU)
-    return Verdicts(place.target, place.identity, (FOUND, SLOW), (FAILED,))
+    return Verdicts(place.target, place.identity, (FOUND, SLOW), (TRIED, FAILED))
 
 
 @pytest.fixture
@@ -47,13 +49,13 @@ def test_doctor_shows_what_is_remembered_of_a_gpu(on_a_gpu, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[1] == "gpu (NVIDIA A100), compute capability 8.0"
     assert printed[2].endswith("error 0.25 of what rounding allows; full 2.00x (1 ms); one 0.50x (4 ms, not used)")
-    assert printed[3].endswith("not used: ran for more than 300 s (a case)")
+    assert printed[3].endswith("not used: ran for more than 300 s (a case); tried: bfloat16 128")
 
 
 def test_doctor_proves_again_and_remembers(on_a_gpu, monkeypatch, capsys):
     def prove(place, progress):
         progress("selective_attention", "triton", Outcome(True, (FOUND, SLOW)))
-        progress("blend_kv", "triton", Outcome(True, (), FAILED.reason))
+        progress("blend_kv", "triton", Outcome(True, (), FAILED.failure))
         return verdicts()
 
     monkeypatch.setattr(doctor, "prove", prove)
@@ -64,6 +66,12 @@ def test_doctor_proves_again_and_remembers(on_a_gpu, monkeypatch, capsys):
     assert device["identity"]["chip"] == "NVIDIA A100"
     assert "full 2.00x" in printed.err
     assert recall(Place.of(GPU).identity).verdicts == (FOUND, SLOW)
+
+
+def test_what_no_kernel_serves_is_xlas(on_a_gpu, capsys):
+    remember(replace(verdicts(), verdicts=(), trials=(TRIED,)))
+    assert main(["doctor"]) == 0
+    assert "kernels: XLA's; no other serves what was tried" in capsys.readouterr().out
 
 
 def test_a_gpu_that_cannot_be_proven_now_is_one_line(on_a_gpu, monkeypatch, capsys):
