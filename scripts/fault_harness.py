@@ -67,7 +67,6 @@ def main(arguments: list[str] | None = None) -> int:
         _add_options(kinds.add_parser(name, help=(run.__doc__ or name).splitlines()[0]))
     _add_options(kinds.add_parser("all", help="each of them in turn"))
     parsed = parser.parse_args(arguments)
-    logging.getLogger("cacheblend_jax").setLevel(logging.ERROR)  # damage is what is made here
     reports = []
     for kind in KINDS if parsed.kind == "all" else [parsed.kind]:
         reports.append(run_kind(kind, parsed))
@@ -85,4 +84,5 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("cacheblend_jax").setLevel(logging.ERROR)  # damage is what is made here
     sys.exit(main())
