@@ -108,8 +108,10 @@ def layer_groups(num_layers: int, check_layer: int, num_stages: int) -> list[tup
     return [(first, after - 1) for first, after in pairwise(edges)]
 
 
-def stage_ratios(ratio: float, group_sizes: list[int]) -> list[float]:
+def stage_ratios(ratio: float, group_sizes: list[int], taper: float = TAPER) -> list[float]:
     """Returns a ratio for each group, falling linearly, whose mean over the layers is `ratio`; none exceeds 1.
+
+    `taper`: the first is up to this share above the mean, the last as much below.
 
     Source: gradual filtering, CacheBlend (arXiv 2405.16444) §4.3: the first ratio slightly above, the last below.
     """
@@ -118,7 +120,7 @@ def stage_ratios(ratio: float, group_sizes: list[int]) -> list[float]:
         return [ratio] * count
     slopes = [1 - 2 * i / (count - 1) for i in range(count)]
     mean = sum(slope * size for slope, size in zip(slopes, group_sizes, strict=True)) / sum(group_sizes)
-    taper = min(TAPER, (1 - ratio) / ratio / (1 - mean))
+    taper = min(taper, (1 - ratio) / ratio / (1 - mean))
     return [min(ratio * (1 + taper * (slope - mean)), 1.0) for slope in slopes]
 
 

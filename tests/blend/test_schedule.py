@@ -69,6 +69,11 @@ def test_stage_ratios_fall_and_average_to_the_ratio(ratio, sizes):
     assert 0 <= stages[-1] <= stages[0] <= 1
 
 
+def test_the_taper_says_how_far_stage_ratios_fall():
+    assert stage_ratios(0.2, [2, 2, 2], 0.0) == pytest.approx([0.2, 0.2, 0.2])
+    assert stage_ratios(0.2, [2, 2, 2], 0.5) == pytest.approx([0.3, 0.2, 0.1])
+
+
 @given(st.integers(2, 80), st.integers(1, 79), st.integers(1, 8))
 def test_layer_groups_cover_the_layers_after_the_check_layer(num_layers, check_layer, num_stages):
     if check_layer >= num_layers - 1:
