@@ -65,7 +65,8 @@ class Setting:
     Attributes:
         selector: `"hkvd"`: the deviation alone; `"query"`: the mass is the question's attention; `"random"`.
         ratio, check_layer, stages: as in `BlendConfig`; at ratio 0 nothing is recomputed.
-        first: so many tokens at the start of each chunk are chosen before all others; they count.
+        first: so many tokens at the start of each chunk are chosen before all others; they count. The
+            package's own `query` has 1.
         taper: see `stage_ratios`.
     """
 

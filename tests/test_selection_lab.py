@@ -39,10 +39,10 @@ def test_a_simulated_blend_computes_what_an_engine_does(lab):
         out = engine.prefill(prompt, "reuse")
         assert relative_error(reused.logits[0], out.logits) < 1e-5
         assert not np.asarray(reused.computed)[1:, in_chunks].any()  # K, V of the first layer depend on nothing
-        for selector in ("hkvd", "query"):
+        for selector, first in (("hkvd", 0), ("query", 1)):
             blend = replace(TWO_STAGES, recompute_ratio=0.3, selector=selector, check_layer=2)
             out = engine.prefill(prompt, "blend", blend=blend)
-            setting = Setting(selector, 0.3, check_layer=2, stages=2)
+            setting = Setting(selector, 0.3, first, check_layer=2, stages=2)
             simulated = lab.blend(1, cached, setting, reused.mass)
             assert relative_error(simulated.logits[0], out.logits) < 1e-5
             np.testing.assert_array_equal(np.asarray(simulated.computed)[:, in_chunks], out.recomputed[:, in_chunks])
