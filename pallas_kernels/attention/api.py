@@ -5,9 +5,11 @@ Full prefill is the case `q_positions = 0 … n-1`, decoding that of one query, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,12 +113,15 @@ def _attend_pallas(
     scale: float,
 ) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
     target = current_target()
+    interpret = target.platform == "cpu"
+    # What Mosaic GPU's interpreter traced once, it can't run twice: its threads wait for ever.
+    attend_by: Callable[..., Any] = _attend_by if interpret else _attend_lowered_once
     attend = partial(
-        _attend_by,
+        attend_by,
         backend=backend,
         scale=scale,
         blocks=attention_blocks(backend, target.chip, q.dtype, q.shape[2]),
-        interpret=target.platform == "cpu",
+        interpret=interpret,
     )
     with jax.named_scope("selective_attention"):
         # A batch's members run one after another: each fills the kernel's grid, and has block bounds of its own.
@@ -127,8 +132,6 @@ def _attend_pallas(
         return sequential_vmap(attend)(q, k, v, q_positions, starts, kv_length)
 
 
-# Lowering a kernel takes JAX up to a second. Jitted, it is lowered once for all layers that call it with these shapes.
-@partial(jax.jit, static_argnames=("backend", "scale", "blocks", "interpret"))
 def _attend_by(
     q: Float[Array, "queries heads head_dim"],
     k: Float[Array, "keys kv_heads head_dim"],
@@ -145,6 +148,10 @@ def _attend_by(
     module, function = BACKENDS[backend]
     attend = getattr(import_module(module), function)
     return attend(q, k, v, q_positions, starts, kv_length, scale=scale, blocks=blocks, interpret=interpret)
+
+
+# Lowering a kernel takes JAX up to a second. Jitted, it is lowered once for all layers that call it with these shapes.
+_attend_lowered_once = jax.jit(_attend_by, static_argnames=("backend", "scale", "blocks", "interpret"))
 
 
 def _validate(

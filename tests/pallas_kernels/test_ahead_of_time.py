@@ -48,6 +48,21 @@ def _attention(
     return attend, shape(num_queries, 32, head_dim), keys, keys, *integers
 
 
+def test_a_kernel_that_several_layers_call_is_lowered_once():
+    attend, q, *others = _attention(64)
+
+    def layers(q, *others):
+        for _ in range(3):
+            q = attend(q, *others)[0]
+        return q
+
+    target = compiler("gpu")
+    arguments = [target.shape(x.shape, x.dtype) for x in (q, *others)]
+    with jax.sharding.use_abstract_mesh(target.abstract_mesh):
+        text = jax.jit(layers).lower(*arguments).as_text()
+    assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 1
+
+
 @pytest.mark.parametrize(("head_dim", "num_queries"), [*((size, 1229) for size in (64, 80, 96, 128, 256)), (256, 1)])
 def test_attention_for_hopper_spills_no_register(head_dim, num_queries, capfd):
     compiled = compiler("gpu")(*_attention(head_dim, num_queries=num_queries))
