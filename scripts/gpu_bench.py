@@ -42,6 +42,7 @@ from pallas_kernels.attention.reference import selective_attention_reference
 from pallas_kernels.blending import api as blending
 from pallas_kernels.blending.reference import blend_kv_reference
 from pallas_kernels.dispatch import current_target
+from pallas_kernels.proving.trial import first_line
 from pallas_kernels.tuning import AttentionBlocks
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "TPU v5 lite": 197e12}  # dense bfloat16
@@ -145,7 +146,7 @@ def measure(functions: dict[str, Callable], arguments, repeats: int) -> dict[str
             compiled[name] = jax.jit(function).lower(*arguments).compile()
             jax.block_until_ready(compiled[name](*arguments))
         except Exception as error:  # a rival that this device lacks must not end the run
-            results[name] = {"error": _first_line(error)}
+            results[name] = {"error": first_line(error)}
     seconds = interleaved({name: lambda run=run: run(*arguments) for name, run in compiled.items()}, repeats)
     for name, run in compiled.items():
         memory = run.memory_analysis().temp_size_in_bytes
@@ -171,10 +172,6 @@ def interleaved(runs: dict[str, Callable], repeats: int) -> dict[str, dict]:
         name: {"ms": 1e3 * statistics.median(of), "ms_fastest": 1e3 * min(of), "ms_slowest": 1e3 * max(of)}
         for name, of in seconds.items()
     }
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def backends(operation: str = "selective_attention") -> tuple[str, ...]:
@@ -240,7 +237,7 @@ def check(options: argparse.Namespace) -> Iterator[dict]:
         try:
             row["error_to_reference"] = function(name, options.dtype)
         except Exception as error:
-            row["error"] = _first_line(error)
+            row["error"] = first_line(error)
         yield row
 
 
@@ -324,7 +321,7 @@ def bench_model(options: argparse.Namespace) -> Iterator[dict]:
                 try:
                     yield from _model_rows(options, config, case, made.result(), chip)
                 except Exception as error:  # too long for this card, say
-                    yield {"case": case, "name": "prefill", "error": _first_line(error)}
+                    yield {"case": case, "name": "prefill", "error": first_line(error)}
 
 
 def _model_rows(options: argparse.Namespace, config: ModelConfig, case: str, modes: dict[str, Mode], chip: str):
@@ -392,7 +389,7 @@ def bench_torch(options: argparse.Namespace) -> Iterator[dict]:
             try:
                 result = interleaved({"torch": partial(full, ids)}, options.repeats)["torch"]
             except torch.OutOfMemoryError as error:
-                result = {"error": _first_line(error)}
+                result = {"error": first_line(error)}
             predicted = predicted_seconds(flops, chip, "torch full")
             yield {"case": f"{shape} {length}"} | _row("torch full", result, predicted, tflops=flops / 1e9)
 
@@ -454,7 +451,7 @@ def run_part(part: str, options: argparse.Namespace, report: dict) -> None:
             rows.append(row)
             _write(report, options.json)
     except Exception as error:  # the other parts are worth having all the same
-        rows.append({"name": part, "error": _first_line(error)})
+        rows.append({"name": part, "error": first_line(error)})
 
 
 def in_a_process(part: str, arguments: list[str], limit: float) -> dict:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import cacheblend_jax as cb
-from cacheblend_jax.blend.schedule import TAPER, layer_groups, stage_ratios
+from cacheblend_jax.blend.schedule import TAPER, layer_groups, num_chosen, stage_ratios
 from cacheblend_jax.engine.contexts import PLAIN, context_text
 from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.layout import ChunkContext
@@ -34,7 +33,7 @@ from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prompt import TokenizedPrompt, check_length, tokenize_prompt
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.evaluation.datasets import BUNDLED
-from cacheblend_jax.evaluation.evaluator import rows_for
+from cacheblend_jax.evaluation.evaluator import rows_for, through_stop
 from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS
 from cacheblend_jax.evaluation.simulated_blend import (
     Choice,
@@ -111,7 +110,7 @@ class Setting:
         groups = layer_groups(num_layers, self.check_layer, self.stages)
         ratios = stage_ratios(self.ratio, [last - first + 1 for first, last in groups], self.taper)
         for (first, _), ratio in zip(groups, ratios, strict=True):
-            keep[first - 1 :] = math.ceil(ratio * candidates - 1e-9)  # as in `survivor_counts`
+            keep[first - 1 :] = num_chosen(ratio, candidates)
         return keep
 
 
@@ -196,8 +195,7 @@ def greedy_answers(model: Model, tokenized: Sequence[TokenizedPrompt], size: int
         for parts in tokenized:
             full = engine.prefill(cb.Prompt(parts.prefix, parts.chunks, parts.suffix), "full")
             ids = engine.complete(full, max_new_tokens=CONTINUATION_TOKENS, stop_token_ids=()).token_ids
-            ends = [number for number, token in enumerate(ids) if token in model.stop_token_ids]
-            answers.append(ids[: ends[0] + 1] if ends else ids)
+            answers.append(through_stop(ids, model.stop_token_ids))
     return answers
 
 

@@ -124,11 +124,15 @@ def stage_ratios(ratio: float, group_sizes: list[int], taper: float = TAPER) -> 
     return [min(ratio * (1 + taper * (slope - mean)), 1.0) for slope in slopes]
 
 
+def num_chosen(ratio: float, candidates: int) -> int:
+    """Returns ⌈ratio x candidates⌉; where rounding alone keeps the product from being whole, no token is added."""
+    return math.ceil(ratio * candidates - 1e-9)
+
+
 def survivor_counts(plan: Plan, ratio: float, candidates: int, forced: int) -> list[int]:
     """Returns how many tokens survive each border but the last: forced ones and ⌈stage ratio x candidates⌉ others."""
     if plan.selector is None:
         return []
     sizes = [stage.border - stage.first + 1 for stage in plan.stages[1:]]
-    # where rounding alone keeps a product from being whole, ceil must not add a token
-    counts = [math.ceil(r * candidates - 1e-9) + forced for r in stage_ratios(ratio, sizes)]
+    counts = [num_chosen(r, candidates) + forced for r in stage_ratios(ratio, sizes)]
     return [min(count, stage.rows) for count, stage in zip(counts, plan.stages[1:], strict=True)]

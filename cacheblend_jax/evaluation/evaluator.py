@@ -55,6 +55,12 @@ def rows_for(model: Model, data_set: str, *, limit: int | None, chunk_tokens: in
     return load_rows(data_set, limit=limit, chunk_tokens=chunk_tokens, count_tokens=count_tokens)
 
 
+def through_stop(token_ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:
+    """Returns an answer up to and with its first stop token: that it ends there is part of it."""
+    ends = (number for number, token in enumerate(token_ids) if token in stop_token_ids)
+    return token_ids[: next(ends, len(token_ids)) + 1]
+
+
 class Evaluator:
     """Answers rows in many settings over one store, with one engine for each setting.
 
@@ -187,8 +193,7 @@ class Evaluator:
             ids = encode(self.model.tokenizer, row.answers[0])[:room]
         else:
             ids = engine.complete(full, max_new_tokens=room, stop_token_ids=()).token_ids
-            ends = [number for number, token in enumerate(ids) if token in self.model.stop_token_ids]
-            ids = ids[: ends[0] + 1] if ends else ids  # that the answer ends here is part of it
+            ids = through_stop(ids, self.model.stop_token_ids)
         if not ids:
             raise CacheBlendError(f"row {row.name}: there is no answer to score; use --answers full")
         padded = np.full(room, ids[-1], np.int32)  # one program for continuations of all lengths

@@ -133,21 +133,11 @@ def _attend_pallas(
 
 
 def _attend_by(
-    q: Float[Array, "queries heads head_dim"],
-    k: Float[Array, "keys kv_heads head_dim"],
-    v: Float[Array, "keys kv_heads head_dim"],
-    q_positions: Int[Array, " queries"],
-    starts: Int[Array, " queries"] | None,
-    kv_length: Int[Array, ""],
-    *,
-    backend: str,
-    scale: float,
-    blocks: AttentionBlocks,
-    interpret: bool,
-) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
+    *arguments: jax.Array | None, backend: str, scale: float, blocks: AttentionBlocks, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
     module, function = BACKENDS[backend]
     attend = getattr(import_module(module), function)
-    return attend(q, k, v, q_positions, starts, kv_length, scale=scale, blocks=blocks, interpret=interpret)
+    return attend(*arguments, scale=scale, blocks=blocks, interpret=interpret)
 
 
 # Lowering a kernel takes JAX up to a second. Jitted, it is lowered once for all layers that call it with these shapes.

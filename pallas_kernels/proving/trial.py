@@ -106,7 +106,7 @@ def _error_of(
                 ):
                     return f"is not the same every time ({label})"
         except Exception as error:
-            return f"fails: {_first_line(error)} ({label})"
+            return f"fails: {first_line(error)} ({label})"
         worst = max(worst, share)
     return worst
 
@@ -147,7 +147,7 @@ def _seconds(
                 programs = [compiling[of, timing.shapes, name].result() for name in (backend, "xla")]
                 found[timing.shapes] = _time_both(timing, *programs)
             except Exception as error:
-                found[timing.shapes] = f"fails: {_first_line(error)} ({label})"
+                found[timing.shapes] = f"fails: {first_line(error)} ({label})"
         yield of, found
 
 
@@ -195,5 +195,6 @@ def interleaved(calls: Sequence[Callable[[], Any]]) -> list[float]:
     return [statistics.median(seconds) for seconds in rounds]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns an error's type and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
