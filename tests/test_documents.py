@@ -16,10 +16,11 @@ from cacheblend_jax.documents import (
     DocumentError,
     chunk_documents,
     read_documents,
+    sample_documents,
     select_top_k,
     split_into_chunks,
 )
-from cacheblend_jax.store.ownership import MARKER_NAME
+from cacheblend_jax.store.marker import MARKER_NAME
 
 
 def words(text: str) -> int:
@@ -225,3 +226,28 @@ def test_duplicates_of_a_text_do_not_fill_the_top_k():
     chunks = [Chunk(text, f"copy {number}", 0) for number, text in enumerate(texts)]
     assert [chunk.source for chunk in select_top_k(chunks, "Is Cobalt in Oslo?", 2)] == ["copy 0", "copy 3"]
     assert [chunk.source for chunk in select_top_k(chunks, "Cobalt", 9)] == ["copy 0", "copy 3", "copy 4"]
+
+
+def test_a_sample_is_a_few_paragraphs_from_all_over_and_always_the_same():
+    def document(name: str) -> Document:
+        return Document(name, "\n\n".join(f"Part {i} of {name} {'says more ' * 20}." for i in range(60)))
+
+    documents = [document("alpha"), Document("empty", ""), document("beta")]
+    sample = sample_documents(documents, words)
+    paragraphs = sample.strip().split("\n\n")  # two in each excerpt
+    assert [paragraph.split()[3] for paragraph in paragraphs[::2]] == ["alpha", "alpha", "alpha", "beta", "beta"]
+    assert all(paragraph.startswith("Part ") for paragraph in paragraphs)
+    assert len(set(paragraphs)) == 10
+    assert words(sample) <= 5 * 90
+    assert sample_documents(documents, words) == sample
+    with pytest.raises(DocumentError, match="have 20 characters, expected at least 25000 .* --context neutral"):
+        sample_documents([Document("short", "x" * 20)], words)
+
+
+@given(st.text(alphabet=st.sampled_from("ab \n漢😀"), min_size=50, max_size=200))
+@settings(max_examples=20, deadline=None)
+def test_any_text_has_a_sample_of_its_own_words(text):
+    text *= 500
+    for excerpt in sample_documents([Document("any", text)], len).split("\n\n"):
+        assert excerpt in text
+        assert len(excerpt) <= 90

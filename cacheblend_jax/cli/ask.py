@@ -6,13 +6,21 @@ import argparse
 import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cacheblend_jax.blend import SELECTORS, BlendConfig
 from cacheblend_jax.cli.bundled_model import load_reader
-from cacheblend_jax.cli.documents_prompt import add_source_options, prompt_of, split
+from cacheblend_jax.cli.documents_prompt import (
+    DOCUMENTS,
+    add_source_options,
+    named_context,
+    prompt_of,
+    remembered_sample,
+    split,
+)
 from cacheblend_jax.cli.options import (
     STANDARD_STREAM,
     add_shared_options,
@@ -26,7 +34,6 @@ from cacheblend_jax.cli.options import (
 from cacheblend_jax.cli.progress import progress_bar
 from cacheblend_jax.cli.store_report import StoreReport, stored_otherwise
 from cacheblend_jax.documents import Chunk, by_relevance, read_documents, select_top_k
-from cacheblend_jax.engine.contexts import context_text
 from cacheblend_jax.engine.controller import explain
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.layout import MODES
@@ -106,23 +113,17 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     question, paths = _question_and_paths(parsed.question, parsed.docs)
     blend = _blend(parsed)
     sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
-    context = context_text(parsed.context)
+    context = named_context(parsed.context)
     documents = read_documents(paths)
     model = load_reader(parsed.model, parsed.dtype, [question, *(document.text for document in documents)])
     chunks, prompt = _asked(split(documents, model, parsed.chunk_tokens), question, model, parsed)
     trace = None if parsed.trace is None else Trace()
-    with (
-        open_store(parsed) as store,
-        Engine(
-            model,
-            store,
-            blend,
-            context=context,
-            executor=parsed.executor,
-            profile=parsed.profile,
-            kernels=parsed.kernels,
-        ) as engine,
-    ):
+    with ExitStack() as opened:
+        store = opened.enter_context(open_store(parsed))
+        if parsed.context == DOCUMENTS:
+            context = remembered_sample(store, documents, model)
+        options = {"executor": parsed.executor, "profile": parsed.profile, "kernels": parsed.kernels}
+        engine = opened.enter_context(Engine(model, store, blend, context=context, **options))
         report = _precompute(engine, store, prompt)
         answers = _answers(parsed, engine, prompt, sampling, trace)
     answer = answers[parsed.mode]

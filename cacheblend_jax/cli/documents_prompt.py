@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from cacheblend_jax.cli.options import add_model_option, at_least_one, json_object, load_with_bar
+from cacheblend_jax.cli.options import add_model_option, at_least_one, json_object, load_with_bar, print_status
 from cacheblend_jax.cli.progress import progress
-from cacheblend_jax.documents import Chunk, Document, chunk_documents
-from cacheblend_jax.engine.contexts import NEUTRAL, PLAIN
+from cacheblend_jax.documents import Chunk, Document, chunk_documents, sample_documents
+from cacheblend_jax.engine.contexts import NEUTRAL, PLAIN, context_text
 from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model
+from cacheblend_jax.store import Store
 
 SEPARATOR = "\n\n"  # after each chunk
+DOCUMENTS = "documents"  # the context that is a sample of them
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +35,10 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--context",
-        default=PLAIN,
         metavar="NAME",
-        help=f"what chunks are precomputed after: {PLAIN} (default), {NEUTRAL} (a packaged text), or a text file",
+        help=f"what chunks are precomputed after: {NEUTRAL} (a packaged text), {DOCUMENTS} (a sample of these, which "
+        f"the store then remembers), a text file, or {PLAIN} (nothing); default: what the store remembers, or else "
+        f"{NEUTRAL}",
     )
     parser.add_argument(
         "--template-arguments",
@@ -55,6 +58,28 @@ def load_with_tokenizer(name: str | None, dtype: str | None) -> Model:
     if model.tokenizer is None:
         raise CacheBlendError(f"model {model.name!r} has no tokenizer; text needs one")
     return model
+
+
+def named_context(name: str | None) -> str | None:
+    """Returns the text that `--context` names; `None` for the default, and for a sample of the documents.
+
+    Raises:
+        CacheBlendError: a file cannot be read.
+    """
+    return None if name in (None, DOCUMENTS) else context_text(name)
+
+
+def remembered_sample(store: Store, documents: Sequence[Document], model: Model) -> str:
+    """Has a store remember a sample of the documents, unless it remembers a text; returns the one that it remembers.
+
+    Raises:
+        CacheBlendError: the documents are too short, or the store cannot be written.
+    """
+    sample = sample_documents(documents, lambda text: len(encode(model.tokenizer, text)))
+    remembered = store.remember_context(sample)
+    if remembered != sample:
+        print_status("chunks are precomputed after the text that the store remembers, not a sample of these documents")
+    return remembered
 
 
 def split(documents: Sequence[Document], model: Model, chunk_tokens: int) -> list[Chunk]:

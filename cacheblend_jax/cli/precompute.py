@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from typing import Any
 
 from cacheblend_jax.cli.bundled_model import load_reader
-from cacheblend_jax.cli.documents_prompt import add_source_options, prompt_of, split
+from cacheblend_jax.cli.documents_prompt import (
+    DOCUMENTS,
+    add_source_options,
+    named_context,
+    prompt_of,
+    remembered_sample,
+    split,
+)
 from cacheblend_jax.cli.options import add_shared_options, add_store_options, open_store, print_warning
 from cacheblend_jax.cli.progress import progress_bar
 from cacheblend_jax.cli.store_report import stored_otherwise
 from cacheblend_jax.documents import read_documents
-from cacheblend_jax.engine.contexts import context_text
 from cacheblend_jax.engine.engine import Engine
 
 
@@ -27,18 +34,19 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Stores the KV of all chunks of the documents; returns what `--json` writes."""
-    context = context_text(parsed.context)
+    context = named_context(parsed.context)
     documents = read_documents(parsed.docs)
     model = load_reader(parsed.model, parsed.dtype, [document.text for document in documents])
     chunks = split(documents, model, parsed.chunk_tokens)
     # Chunks are computed after the prefix of the prompt that `ask` will make of them, whatever its question.
     prompt = prompt_of(chunks, "?", model, parsed.system, parsed.template_arguments)
-    with (
-        open_store(parsed) as store,
-        Engine(model, store, context=context, kernels=parsed.kernels) as engine,
-        progress_bar("precompute") as advance,
-    ):
+    with ExitStack() as opened:
+        store = opened.enter_context(open_store(parsed))
         store.check_writable()
+        if parsed.context == DOCUMENTS:
+            context = remembered_sample(store, documents, model)
+        engine = opened.enter_context(Engine(model, store, context=context, kernels=parsed.kernels))
+        advance = opened.enter_context(progress_bar("precompute"))
         if otherwise := stored_otherwise(store, model, engine.look_up(prompt.chunks, prefix=prompt.prefix)):
             print_warning(otherwise)
         keys = engine.precompute(prompt.chunks, prefix=prompt.prefix, progress=advance)

@@ -6,11 +6,12 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 from etils import epath
 
-from cacheblend_jax.errors import CacheBlendError, is_whole_number
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.store.checks import check_capacity, check_text, is_text
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry, QueuedEntry
 from cacheblend_jax.store.loads import Load, Loads
 from cacheblend_jax.store.memory import MemoryTier
@@ -78,6 +79,7 @@ class ChunkStore:
         self.salt = salt
         self._host: MemoryTier[ChunkEntry] = MemoryTier(host_bytes)
         self._device: MemoryTier[DeviceEntry] = MemoryTier(device_bytes)
+        self._context: str | None = None  # where there is no directory to remember it
         self._disk: PersistentTier | None = None
         self._disk_at_close = DiskStats()
         self._lock = threading.Lock()
@@ -210,6 +212,26 @@ class ChunkStore:
         with self._lock:
             self._stored += kept or queued
         return kept or queued
+
+    def remembered_context(self) -> str | None:
+        """Returns the text that chunks are precomputed after in this store; `None` where none is remembered."""
+        disk = self._disk
+        return self._context if disk is None else disk.remembered_context()
+
+    def remember_context(self, text: str) -> str:
+        """Remembers a text that chunks are to be precomputed after, unless one is; returns the one that is then.
+
+        The directory keeps it, for this salt and every later process: see `Engine`.
+
+        Raises:
+            CacheBlendError: it is no text, or the directory cannot be written.
+        """
+        check_text("text", text)
+        if (disk := self._disk) is not None:
+            return disk.remember_context(text)
+        with self._lock:
+            self._context = text if self._context is None else self._context
+            return self._context
 
     def remove(self, key: str) -> bool:
         """Drops an entry everywhere; returns whether there was one.
@@ -368,34 +390,3 @@ class ChunkStore:
     def _unpin(self, tier: MemoryTier, key: str) -> None:
         with self._lock:
             tier.unpin(key)
-
-
-def check_capacity(name: str, value: object, *, least: int) -> None:
-    """Checks a number of bytes.
-
-    Raises:
-        CacheBlendError: it is not a whole number, or too small; names the argument.
-    """
-    if not is_whole_number(value, least=least):
-        raise CacheBlendError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def check_text(name: str, value: object) -> None:
-    """Checks that a value is text.
-
-    Raises:
-        CacheBlendError: it is not; names the argument.
-    """
-    if not is_text(value):
-        raise CacheBlendError(f"{name} must be a str that UTF-8 can encode, got {value!r}")
-
-
-def is_text(value: object) -> TypeGuard[str]:
-    """Whether a value is text that UTF-8 can encode: half of a surrogate pair alone is none."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

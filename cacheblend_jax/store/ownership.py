@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import uuid
 from collections.abc import Iterator
-from typing import Any
 
 from etils import epath
 
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.index_file import INDEX_ERRORS, connected, has_index_header, is_regular
+from cacheblend_jax.store.marker import MARKER_NAME, MARKER_VERSION, Marker, read_marker, write_marker
 from cacheblend_jax.store.places import CALIBRATION_NAME, INDEX_NAME, PACK_NAME
-from cacheblend_jax.store.record import canonical_json, crc32c_of_bytes
 
-MARKER_NAME = "cacheblend-store.json"
-MARKER_FORMAT = "cacheblend_jax store"
-MARKER_VERSION = 1
 DIRECTORIES = ("packs", "writing", "quarantine")  # what a store makes in its directory
 INDEX_FILES = tuple(INDEX_NAME + suffix for suffix in ("", "-wal", "-shm", "-journal"))
 _UNFINISHED_MARKER = re.compile(re.escape(MARKER_NAME) + r"\.[0-9a-f]{32}")
@@ -111,35 +106,19 @@ def _check_version(root: epath.Path) -> bool:
         CacheBlendError: it is, and of a later version.
     """
     try:
-        value = json.loads((root / MARKER_NAME).read_bytes())
-        body: dict[str, Any] = value["store"]
-        if value["crc32c"] != crc32c_of_bytes(canonical_json(body)) or body["format"] != MARKER_FORMAT:
-            return False
-        version = int(body["version"])
-    except (OSError, KeyError, TypeError, ValueError):
+        marker = read_marker(root)
+    except OSError:
         return False
-    if version != MARKER_VERSION:
+    if marker is not None and marker.version != MARKER_VERSION:
         raise CacheBlendError(
-            f"store {os.fspath(root)!r} is of format {version}, and this version of cacheblend-jax reads format "
+            f"store {os.fspath(root)!r} is of format {marker.version}, and this version of cacheblend-jax reads format "
             f"{MARKER_VERSION}; upgrade, or choose another path"
         )
-    return True
+    return marker is not None
 
 
 def _mark(root: epath.Path, local: bool) -> None:
-    """Writes the marker, which is complete once it is there."""
-    body = {"format": MARKER_FORMAT, "version": MARKER_VERSION, "id": uuid.uuid4().hex}
-    text = canonical_json({"crc32c": crc32c_of_bytes(canonical_json(body)), "store": body})
-    marker = root / MARKER_NAME
-    if not local:
-        marker.write_bytes(text)
-        return
-    unfinished = root / f"{MARKER_NAME}.{uuid.uuid4().hex}"
-    try:
-        unfinished.write_bytes(text)
-        os.rename(unfinished, marker)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_marker(root, Marker(uuid.uuid4().hex, MARKER_VERSION), local=local)
 
 
 def _was_made_before_markers(root: epath.Path, local: bool) -> bool:

@@ -13,6 +13,7 @@ from etils import epath
 from cacheblend_jax.store.disk import DiskTier
 from cacheblend_jax.store.disk_chunk import DiskChunk, whole
 from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
+from cacheblend_jax.store.marker import remember_context, remembered_context
 from cacheblend_jax.store.record import checksums_of
 from cacheblend_jax.store.stats import DiskStats
 from cacheblend_jax.store.writeback import WriteBack
@@ -100,6 +101,15 @@ class PersistentTier:
     def check_writable(self) -> None:
         """See `DiskTier.check_writable`."""
         self.disk.check_writable()
+
+    def remembered_context(self) -> str | None:
+        """Returns the context that the directory remembers for the salt; see `Store.remembered_context`."""
+        return remembered_context(self.disk.places, self.disk.salt)
+
+    def remember_context(self, text: str) -> str:
+        """See `Store.remember_context`. Errors also as `check_writable`."""
+        self.check_writable()
+        return remember_context(self.disk.places, self.disk.salt, text)
 
     def remove(self, key: str) -> None:
         """Removes an entry, written or not. Errors as `check_writable`."""

@@ -77,6 +77,16 @@ class Store(Protocol):
             CacheBlendError: the directory cannot be written.
         """
 
+    def remembered_context(self) -> str | None:
+        """Returns the text that chunks are precomputed after in this store; `None` where none is remembered."""
+
+    def remember_context(self, text: str) -> str:
+        """Remembers a text that chunks are to be precomputed after, unless one is; returns the one that is then.
+
+        Raises:
+            CacheBlendError: the directory cannot be written.
+        """
+
     def check_writable(self) -> None:
         """Checks that the store can keep entries where it was told to.
 

@@ -107,6 +107,14 @@ class ThrottledStore:
         """As the wrapped store does."""
         return self.wrapped.remove(key)
 
+    def remembered_context(self) -> str | None:
+        """The wrapped store's."""
+        return self.wrapped.remembered_context()
+
+    def remember_context(self, text: str) -> str:
+        """As the wrapped store does."""
+        return self.wrapped.remember_context(text)
+
     def check_writable(self) -> None:
         """As the wrapped store does."""
         self.wrapped.check_writable()

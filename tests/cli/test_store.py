@@ -152,6 +152,26 @@ def test_ask_finds_what_precompute_stored_after_the_same_context_alone(capsys, t
     assert "is neither 'plain', 'neutral' nor a readable text file" in capsys.readouterr().err
 
 
+def test_a_sample_of_the_documents_is_remembered_with_the_store(capsys, tmp_path, monkeypatch):
+    (tmp_path / "notes.md").write_text("The Cobalt team works in Oslo.\n\nAna joined the Cobalt team.")
+    common = ["--model", HF / "llama3", "--no-compile-cache", "--docs", tmp_path / "notes.md", "--chunk-tokens", "40"]
+    common += ["--store", tmp_path / "kv"]
+    sampled = ["precompute", *common, "--context", "documents"]
+    assert main([*map(str, sampled)]) == 2
+    assert "have 59 characters, expected at least 25000 to take a sample of" in capsys.readouterr().err
+    monkeypatch.setattr("cacheblend_jax.documents.sampling.LEAST_CHARACTERS", 50)
+    monkeypatch.setattr("cacheblend_jax.documents.sampling.EXCERPTS", 1)
+    stored = run(capsys, tmp_path, *sampled)
+    with cb.ChunkStore(tmp_path / "kv") as store:
+        assert store.remembered_context() == "The Cobalt team works in Oslo.\n\nAna joined the Cobalt team.\n\n"
+    asked = ["ask", *common, "--all", "--max-new-tokens", "1"]
+    assert run(capsys, tmp_path, *asked, "Where?")["store"]["found"] == len(stored["chunks"])
+    assert run(capsys, tmp_path, *asked, "--context", "plain", "Where?")["store"]["found"] == 0
+    (tmp_path / "notes.md").write_text("The Ridge team works in Lima.\n\nAna has left the Cobalt team.")
+    assert main([*map(str, sampled)]) == 0
+    assert "after the text that the store remembers, not a sample of these" in capsys.readouterr().err
+
+
 TEXTS = ("Reyes took the nickname Cobalt.", "The green car was given to Cobalt.")
 
 

@@ -94,3 +94,38 @@ def test_a_context_is_text_or_ids_and_leaves_room():
 
 def test_the_packaged_text_is_a_page():
     assert 300 < len(cb.neutral_text().split()) < 400
+
+
+READER = HF / "llama3"  # a checkpoint with a tokenizer that reads any text
+
+
+def context_of(engine: cb.Engine) -> str:
+    (key,) = engine.precompute(["Grass is green."])
+    return engine.model.tokenizer.decode(list(engine.store.get(key).context_ids)).removeprefix("<s>").strip()
+
+
+def test_by_default_chunks_are_precomputed_after_the_neutral_text_where_the_model_reads_it(monkeypatch):
+    model = cb.load_model(READER, dtype="float32")
+    monkeypatch.setattr("cacheblend_jax.engine.contexts.neutral_text", lambda: "Rooms open at eight.")
+    assert context_of(cb.Engine(model)) == "Rooms open at eight."
+    assert context_of(cb.Engine(model, context="")) == ""
+    assert context_of(cb.Engine(model, context_tokens=None)) == ""  # the whole prefix: first chunks are exact
+    monkeypatch.undo()  # of the packaged text, letter by letter: it would leave chunks too little room
+    assert context_of(cb.Engine(model)) == ""
+
+
+def test_a_model_that_lacks_words_of_the_neutral_text_goes_without():
+    engine = cb.Engine(cb.load_model("demo"))
+    (key,) = engine.precompute(["Reyes took the nickname Cobalt."])
+    assert len(engine.store.get(key).context_ids) == 1  # the opening
+
+
+def test_the_text_that_a_store_remembers_comes_before_the_neutral_one(tmp_path):
+    model = cb.load_model(READER, dtype="float32")
+    with cb.ChunkStore(tmp_path) as store:
+        assert store.remember_context("The sky is blue.") == "The sky is blue."
+        with cb.Engine(model, store) as engine:
+            assert context_of(engine) == "The sky is blue."
+    with cb.ChunkStore(tmp_path) as later, cb.Engine(model, later) as engine:
+        assert engine.prefill(cb.Prompt("", ["Grass is green."], "?")).stats.hits == 1
+        assert context_of(cb.Engine(model, later, context="Snow is white.")) == "Snow is white."  # said here

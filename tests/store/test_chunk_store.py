@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import cacheblend_jax as cb
 from cacheblend_jax.store import ChunkEntry, TierStats, chunk_key
-from cacheblend_jax.store.chunk_store import check_capacity
+from cacheblend_jax.store.checks import check_capacity
 
 ENTRY_BYTES = 2 * 2 * 3 * 1 * 4 * 4
 

@@ -16,7 +16,8 @@ from store_cases import BIG, check_all, fill, key_of, largest_file, make_entry, 
 import cacheblend_jax as cb
 from cacheblend_jax.store.disk import DiskTier
 from cacheblend_jax.store.disk_log import DiskLog
-from cacheblend_jax.store.ownership import MARKER_NAME, claim
+from cacheblend_jax.store.marker import MARKER_NAME
+from cacheblend_jax.store.ownership import claim
 
 HEX = "0123456789abcdef" * 2
 
@@ -115,6 +116,27 @@ def test_a_damaged_marker_is_written_anew_and_a_later_one_is_refused(tmp_path, m
     monkeypatch.undo()
     with pytest.raises(cb.CacheBlendError, match="is of format 2, and this version of cacheblend-jax reads format 1"):
         cb.ChunkStore(tmp_path)
+
+
+def test_the_marker_remembers_a_context_for_each_salt(tmp_path, monkeypatch):
+    with cb.ChunkStore(tmp_path) as store:
+        assert store.remember_context("after this") == "after this"
+    before = json.loads((tmp_path / MARKER_NAME).read_bytes())["store"]
+    with cb.ChunkStore(tmp_path, salt="tenant") as tenant:
+        assert tenant.remembered_context() is None
+        assert tenant.remember_context("another") == "another"
+    with cb.ChunkStore(tmp_path) as store:
+        assert store.remembered_context() == store.remember_context("late") == "after this"
+        after = json.loads((tmp_path / MARKER_NAME).read_bytes())["store"]
+        assert after["id"] == before["id"]
+        assert sorted(after["contexts"].values()) == ["after this", "another"]
+        assert "tenant" not in after["contexts"]  # a salt is nobody's to read
+        (tmp_path / MARKER_NAME).write_bytes(b"{}")
+        assert store.remembered_context() is None
+        (tmp_path / MARKER_NAME).unlink()
+        with pytest.raises(cb.CacheBlendError, match="cannot remember a context: No such file"):
+            store.remember_context("gone")
+    assert cb.ChunkStore().remember_context("in memory") == "in memory"
 
 
 def test_inside_a_store_only_its_own_is_cleaned(tmp_path):

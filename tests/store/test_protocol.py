@@ -33,6 +33,9 @@ def test_stores_satisfy_the_protocol_and_can_be_closed_by_a_with(tmp_path, throt
             assert isinstance(chunk, StoredChunk)
         assert (opened.stats.written, opened.stats.hits, opened.remove("a"), len(opened)) == (1, 2, True, 0)
         assert opened.put("a", ENTRY)
+        assert opened.remembered_context() is None
+        assert opened.remember_context("first") == opened.remember_context("second") == "first"
+        assert opened.remembered_context() == "first"
     with cb.ChunkStore(tmp_path, salt="mine") as later:  # closing wrote it
         assert later.keys() == ["a"]
 
