@@ -99,7 +99,7 @@ FAMILIES = {
 
 
 # Each stage more is a fifth more to compile; and engines of as many share their programs.
-TWO_STAGES = cb.BlendConfig(num_stages=2)
+TWO_STAGES = cb.BlendConfig(selector="hkvd", num_stages=2)
 
 
 @contextlib.contextmanager

@@ -240,7 +240,7 @@ def test_a_sample_is_a_few_paragraphs_from_all_over_and_always_the_same():
     assert len(set(paragraphs)) == 10
     assert words(sample) <= 5 * 90
     assert sample_documents(documents, words) == sample
-    with pytest.raises(DocumentError, match="have 20 characters, expected at least 25000 .* --context neutral"):
+    with pytest.raises(DocumentError, match=r"have 20 characters, expected at least 25000 .* --context neutral"):
         sample_documents([Document("short", "x" * 20)], words)
 
 

@@ -18,7 +18,9 @@ class BlendConfig:
     Attributes:
         recompute_ratio: HKVD tokens / candidates, averaged over the layers after the check layer; in [0, 1]. `"auto"`:
             the controller chooses one of `auto_ratios` for each request, and which stored chunks to load.
-        selector: the name of a selector (`cacheblend_jax.SELECTORS`), or a `Selector`.
+        selector: the name of a selector (`cacheblend_jax.SELECTORS`), or a `Selector`. `None`: `"query"`, which
+            recovers most on real models; with an automatic ratio `"hkvd"`, whose blend runs while KV loads, where
+            `"query"` first takes the KV of all layers.
         check_layer: the layer where tokens are first chosen; `None`: the model's own.
         deviation: what the KV deviation is measured on: `"kv"`, `"k"` or `"v"`.
         num_stages: groups of layers after the check layer; the set shrinks between them (gradual filtering).
@@ -31,7 +33,7 @@ class BlendConfig:
     """
 
     recompute_ratio: float | Literal["auto"] = 0.15
-    selector: str | Selector = "hkvd"
+    selector: str | Selector | None = None
     check_layer: int | None = None
     deviation: str = "kv"
     num_stages: int = 4
@@ -44,6 +46,8 @@ class BlendConfig:
             raise CacheBlendError(
                 f"recompute_ratio must be in [0, 1], got {ratio!r}; 'auto' lets the controller choose"
             )
+        if self.selector is None:
+            object.__setattr__(self, "selector", "hkvd" if ratio == "auto" else "query")
         selector_of(self.selector)
         if self.deviation not in ("kv", "k", "v"):
             raise CacheBlendError(f"deviation must be 'kv', 'k' or 'v', got {self.deviation!r}")

@@ -149,7 +149,7 @@ SELECTORS: Mapping[str, Selector] = MappingProxyType(_registered)
 """The selectors by name. Read-only: `register_selector` adds to it."""
 
 
-def selector_of(selector: str | Selector) -> Selector:
+def selector_of(selector: str | Selector | None) -> Selector:
     """Returns the selector of that name, or the selector itself.
 
     Raises:

@@ -63,8 +63,8 @@ class ShapeSource:
 def layers_wanted(plan: Plan, num_layers: int) -> list[int]:
     """Returns the layers whose cached KV a streamed prefill takes, in order.
 
-    The `query` selector's question pass reads all of them before the first layer. They are then loaded twice, since
-    keeping them would mean holding all cached KV on the device.
+    The `query` selector's question pass takes all of them before the first layer. They then come to the device twice,
+    since keeping them there would mean holding all cached KV; in host memory they are kept.
     """
     return list(range(num_layers)) * (2 if plan.needs("question_mass") else 1)
 

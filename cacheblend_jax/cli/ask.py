@@ -80,7 +80,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write a Chrome trace, and a picture of it beside it (.png)"
     )
-    parser.add_argument("--selector", default="hkvd", help=f"{', '.join(sorted(SELECTORS))} (default: hkvd)")
+    parser.add_argument("--selector", help=f"{', '.join(sorted(SELECTORS))} (default: query; hkvd with --ratio auto)")
     parser.add_argument(
         "--max-new-tokens", type=at_least_one, default=64, metavar="N", help="longest answer (default: 64)"
     )

@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--ratios", type=float, nargs="+", default=[0.15], metavar="R", help="recompute ratios (default: 0.15)"
     )
-    parser.add_argument("--selector", default="hkvd", help="how the tokens to recompute are chosen (default: hkvd)")
+    parser.add_argument("--selector", default="query", help="how the tokens to recompute are chosen (default: query)")
     parser.add_argument("--repeats", type=at_least_one, default=7, metavar="N", help="interleaved rounds (default: 7)")
     parser.add_argument("--peer", choices=("torch",), help="also time full prefill by transformers and torch")
     add_shared_options(parser)

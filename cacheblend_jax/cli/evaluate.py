@@ -15,7 +15,7 @@ from cacheblend_jax.cli.progress import progress
 from cacheblend_jax.engine.contexts import NEUTRAL, PLAIN
 from cacheblend_jax.engine.kernels import with_kernels
 from cacheblend_jax.engine.layout import MODES
-from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, CONTINUATIONS
+from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, CONTINUATIONS, SELECTORS_COMPARED
 from cacheblend_jax.model import Model, save_check_layer
 
 NAMED_ROWS = 5  # of those skipped
@@ -45,7 +45,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="modes to compare (default: full reuse blend)",
     )
     parser.add_argument(
-        "--selectors", nargs="+", default=["hkvd", "random", "epic"], help="for blend (default: hkvd random epic)"
+        "--selectors",
+        nargs="+",
+        default=list(SELECTORS_COMPARED),
+        help=f"for blend (default: {' '.join(SELECTORS_COMPARED)})",
     )
     parser.add_argument(
         "--ratios", type=float, nargs="+", default=[0.15], metavar="R", help="recompute ratios (default: 0.15)"

@@ -58,7 +58,7 @@ def decide(
     The chunks that load slowest per token are recomputed, as many as give the lowest predicted TTFT, if that saves more
     than 5 %. The ratio is `max(r where T_recompute = T_load, floor)`, rounded down to one of the blend's `auto_ratios`,
     so that loading remains the longer of the two; the first of these is the floor. Where chunks are not streamed but
-    loaded first, nothing is hidden, and the ratio is the floor.
+    loaded first, or a pass of the question takes all layers first, nothing is hidden, and the ratio is the floor.
 
     Args:
         chunks: the stored ones, with open handles.
@@ -92,7 +92,8 @@ def _best_ratio(
     floor, *higher_ratios = planner.blend.auto_ratios
     ratio, recompute_s = floor, sum(estimator.compute.layer_seconds(plan_at(floor)))
     bound = "floor"
-    if candidates and estimator.executor_of(chunks) == "streamed":
+    hides = estimator.executor_of(chunks) == "streamed" and not plan_at(floor).needs("question_mass")
+    if candidates and hides:
         for higher in higher_ratios:
             seconds = sum(estimator.compute.layer_seconds(plan_at(higher)))
             if seconds > load_s:

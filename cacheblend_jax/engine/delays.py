@@ -41,6 +41,14 @@ class ComputeModel:
         coefficients = (self.layer_s, self.key_s, self.projected_s, self.attending_s, self.visible_s)
         return [sum(c * x for c, x in zip(coefficients, sizes, strict=True)) for sizes in layer_sizes(plan)]
 
+    def question_seconds(self, plan: Plan) -> list[float]:
+        """Seconds of each layer of the pass of the question alone, which some selectors need; else none."""
+        if not plan.needs("question_mass"):
+            return []
+        rows, keys = plan.forced, plan.cache_length
+        seconds = self.layer_s + (self.projected_s + self.attending_s) * rows + self.visible_s * rows * keys
+        return [seconds] * (plan.stages[-1].border + 1)
+
 
 def layer_sizes(plan: Plan) -> list[tuple[float, float, float, float, float]]:
     """Returns the sizes that each layer's time is linear in, in the order of `ComputeModel`'s coefficients.
@@ -142,14 +150,19 @@ class Estimator:
 
     def ttft_s(self, plan: Plan, chunks: Sequence[PlacedChunk], layer_bytes: int) -> float:
         """Predicts the TTFT of a plan whose padded layers take `layer_bytes` (K and V)."""
-        compute = self.compute.layer_seconds(plan)
+        compute, question = self.compute.layer_seconds(plan), self.compute.question_seconds(plan)
+        request = self.compute.request_s
         if all(chunk.tier == "device" for chunk in chunks):
-            return self.compute.request_s + sum(compute)
+            return request + sum(question) + sum(compute)
         load = self.load_s(chunks, len(compute))
         transfer = self.transfer.load_s(layer_bytes)
-        if self.executor_of(chunks) == "streamed":
-            return self.compute.request_s + pipeline_s(load, transfer, compute, self.host_layers, self.device_layers)
-        return self.compute.request_s + (load + transfer) * len(compute) + sum(compute)
+        if self.executor_of(chunks) != "streamed":
+            return request + (load + transfer) * len(compute) + sum(question) + sum(compute)
+        if not question:
+            return request + pipeline_s(load, transfer, compute, self.host_layers, self.device_layers)
+        # All layers are read into host memory for the question, and transferred a second time for the blend.
+        asked = pipeline_s(load, transfer, question, len(question), self.device_layers)
+        return request + asked + pipeline_s(0.0, transfer, compute, len(compute), self.device_layers)
 
 
 def cheapest_tier(

@@ -228,7 +228,8 @@ class Executors:
         self, plan: Plan, request: Request, chunks: Sequence[PlacedChunk], prepared: Prepared, trace: Trace | None
     ) -> PrefillRun:
         config = self._model.config
-        buffers = self._buffers.arrays((self.host_layers, *cache_shape(config, plan.cache_length)[1:]))
+        host_layers = config.num_layers if plan.needs("question_mass") else self.host_layers  # no layer is read twice
+        buffers = self._buffers.arrays((host_layers, *cache_shape(config, plan.cache_length)[1:]))
         began = time.perf_counter()
         layers = layers_wanted(plan, config.num_layers)
         stream = LayerStream(chunks, layers, buffers, self.prefetch_layers, self._put, self._readers, trace)
@@ -250,7 +251,8 @@ class Executors:
         """Layers that are read ahead into host memory: half of the model's, or `prefetch_layers` if that is more.
 
         While the layers up to the check layer compute all tokens, a tier about as fast as the whole recompute delivers
-        several more layers; without room for them it would stand idle.
+        several more layers; without room for them it would stand idle. (All layers are, where a pass of the question
+        takes them all first.)
         """
         return max(self.prefetch_layers, -(-self._model.config.num_layers // 2))
 

@@ -29,7 +29,8 @@ class LayerStream:
 
     Args:
         chunks: what to load, and where.
-        layers: the layers wanted, in order; a layer may occur more than once.
+        layers: the layers wanted, in order; a layer may occur more than once, and is not read again where its buffer
+            still holds it.
         buffers: K and V on the host, each `[host_layers, keys, kv_heads, head_dim]`.
         device_layers: how many layers of cached KV may be on the device.
         put: puts arrays on the device.
@@ -135,7 +136,7 @@ class LayerStream:
                 self._room.acquire()
                 if self._closed:
                     return
-                for future in self._reads[turn]:
+                for future in self._reads.get(turn, ()):  # none: the buffer holds the layer from an earlier turn
                     future.result()
                 began = time.perf_counter()
                 on_device = LayerKV(*self._put(self._slot(turn)))
@@ -158,7 +159,7 @@ class LayerStream:
                     self._trace.add("compute", f"layer {layer}", layer, began, free_at)
                 _delete(kv)
                 again = turn + len(self._buffers[0])
-                if again < len(self._layers) and not self._closed:
+                if again < len(self._layers) and self._layers[again] != self._layers[turn] and not self._closed:
                     self._read(again)
                 self._room.release()
         except BaseException as error:

@@ -55,7 +55,7 @@ def bench(
     prefix_tokens: int = 0,
     question_tokens: int = QUESTION_TOKENS,
     ratios: Sequence[float] = (0.15,),
-    selector: str = "hkvd",
+    selector: str = "query",
     repeats: int = 7,
     peer: Literal["torch"] | None = None,
     announce: Callable[[str], None] = lambda line: None,

@@ -46,7 +46,7 @@ def fit_compute(
     with ChunkStore(host_bytes=2**40) as store:
         for tokens, ratio in progress(cases, "layer steps"):
             prompt = random_prompt(model.config.vocab_size, tokens)
-            with Engine(model, store, BlendConfig(ratio), executor="streamed") as engine:
+            with Engine(model, store, BlendConfig(ratio, "hkvd"), executor="streamed") as engine:
                 engine.precompute(prompt)
                 plan = engine.prefill(prompt).plan
                 runs = [_timed_layers(engine, prompt) for _ in range(repeats)]

@@ -14,6 +14,7 @@ from cacheblend_jax.errors import CacheBlendError
 # What settings are scored on, token by token: the greedy answer of full recompute, or the data's own.
 CONTINUATIONS = ("full", "gold")
 CONTINUATION_TOKENS = 24
+SELECTORS_COMPARED = ("query", "hkvd", "random", "epic")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Setting:
 def settings_for(
     *,
     modes: Sequence[str] = ("full", "reuse", "blend"),
-    selectors: Sequence[str] = ("hkvd", "random", "epic"),
+    selectors: Sequence[str] = SELECTORS_COMPARED,
     ratios: Sequence[float] = (0.15,),
     deviations: Sequence[str] = ("kv",),
     num_stages: Sequence[int] = (4,),

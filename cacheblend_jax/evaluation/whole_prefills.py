@@ -67,7 +67,7 @@ def prefills(
     config: ModelConfig, length: int, params, names: tuple[str, ...] = ("full", "blend"), ratio: float = RATIO
 ) -> dict[str, Mode]:
     """Compiles `"full"` and `"blend"`, or those of them named; returns them by name."""
-    blend = BlendConfig(ratio)
+    blend = BlendConfig(ratio, "hkvd")
     blending = make_plan(
         num_layers=config.num_layers, length=length, active=length, forced=SUFFIX, blend=blend, check_layer=1
     )

@@ -115,6 +115,24 @@ def test_what_is_not_streamed_hides_nothing():
     assert decision.predicted_ttft_s == pytest.approx(decision.load_s + decision.recompute_s, rel=1e-3)
 
 
+def test_a_pass_of_the_question_is_counted_and_hides_the_loading_in_the_blends_place():
+    query = Planner(CONFIG, cb.BlendConfig("auto", "query"))
+    plan = query.at(0.15).plan("blend", LENGTH, 0, 1024)
+    without = planner().at(0.15).plan("blend", LENGTH, 0, 1024)
+    asked = COMPUTE.question_seconds(plan)
+    assert COMPUTE.question_seconds(without) == []
+    assert len(asked) == CONFIG.num_layers
+    model = ComputeModel(1.0, 0.0, 2.0, 3.0, 5.0)
+    assert model.question_seconds(plan)[0] == 1 + (2 + 3) * plan.forced + 5 * plan.forced * plan.cache_length
+    compute, resident = sum(COMPUTE.layer_seconds(plan)), dataclasses.replace(load_at(1e-9), executor="resident")
+    assert resident.ttft_s(plan, CHUNKS, 1) - resident.ttft_s(without, CHUNKS, 1) == pytest.approx(sum(asked))
+    slow = load_at(compute * 3)
+    assert slow.ttft_s(plan, CHUNKS, 1) == pytest.approx(compute * 4 + asked[-1], rel=1e-3)  # load, then blend
+    assert slow.ttft_s(without, CHUNKS, 1) < compute * 3.5
+    decision = decide(load_at(recompute_s(0.5)), query, LENGTH, CHUNKS)
+    assert (decision.ratio, decision.bound) == (0.15, "floor")
+
+
 def test_the_ratio_never_falls_below_the_floor():
     decision = decide(load_at(recompute_s(0.15) / 10), planner(), LENGTH, CHUNKS)
     assert (decision.ratio, decision.bound) == (0.15, "floor")

@@ -341,6 +341,31 @@ def test_a_buffer_is_not_filled_again_before_its_step_is_done(readers):
             np.testing.assert_array_equal(np.asarray(result.k)[6:], 0)
 
 
+def test_a_layer_that_its_buffer_still_holds_is_not_read_again(readers):
+    rows, read = Rows(4), []
+    read_layer = rows.read_layer
+    rows.read_layer = lambda layer: read.append(layer) or read_layer(layer)
+    with stream_of(rows, [*range(5), *range(5)], readers, host_layers=5) as stream:
+        for layer in [*range(5), *range(5)]:
+            kv = stream.next()
+            result = jax.jit(lambda kv: jax.tree.map(lambda x: x * 1, kv))(kv)
+            stream.used_until(result.v)
+            np.testing.assert_array_equal(np.asarray(result.k)[2:6], np.full((4, 1, 2), layer))
+    assert sorted(read) == [0, 1, 2, 3, 4]
+
+
+def test_a_pass_of_the_question_reads_no_layer_twice():
+    store, prompt = cb.ChunkStore(), random_prompt(29)
+    throttled = cb.store.ThrottledStore(store, 1e12)
+    engine = cb.Engine(family_model("llama3"), throttled, replace(TWO_STAGES, selector="query"))
+    engine.precompute(prompt)
+    engine.prefill(prompt)
+    waits = []
+    throttled.wait_for = waits.append
+    assert engine.prefill(prompt).stats.executor == "streamed"
+    assert len(waits) == engine.model.config.num_layers * 5  # of the prefix and four chunks
+
+
 def test_no_layer_arrives_beyond_the_bound_until_one_is_released(readers):
     put, arrived = [], threading.Event()
 

@@ -172,7 +172,7 @@ def _shape(*sizes: int, of=jnp.int32):
 
 def _blend_arguments(config, num_stages: int, *, by_layer: bool = False):
     length, forced, layers = 8192, 64, config.num_layers
-    blend_config = BlendConfig(num_stages=num_stages)
+    blend_config = BlendConfig(selector="hkvd", num_stages=num_stages)
     plan = make_plan(num_layers=layers, length=length, active=length, forced=forced, blend=blend_config, check_layer=1)
     request = Request(
         token_ids=_shape(plan.active),
