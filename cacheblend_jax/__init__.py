@@ -1,7 +1,7 @@
 """CacheBlend for JAX: answer RAG prompts from precomputed, position-free chunk KV caches at full quality."""
 
 from cacheblend_jax.blend import SELECTORS, BlendConfig, Evidence, Selector, register_selector
-from cacheblend_jax.engine import Engine, Generation, PrefillResult, Prompt, neutral_text
+from cacheblend_jax.engine import Engine, FittedContext, Generation, PrefillResult, Prompt, neutral_text
 from cacheblend_jax.errors import CacheBlendError, CheckpointError, DamagedEntryError, PromptError
 from cacheblend_jax.model import KVCache, Model, Sampling, load_model
 from cacheblend_jax.runtime.trace import Trace
@@ -17,6 +17,7 @@ __all__ = [
     "DamagedEntryError",
     "Engine",
     "Evidence",
+    "FittedContext",
     "Generation",
     "KVCache",
     "Model",

@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import cacheblend_jax as cb
 from cacheblend_jax.blend.schedule import TAPER, layer_groups, num_chosen, stage_ratios
-from cacheblend_jax.engine.contexts import PLAIN, context_text
-from cacheblend_jax.engine.encoding import encode
+from cacheblend_jax.engine.contexts import PLAIN, chunk_context, named_context
 from cacheblend_jax.engine.layout import ChunkContext
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prompt import TokenizedPrompt, check_length, tokenize_prompt
@@ -49,7 +47,7 @@ from cacheblend_jax.evaluation.simulated_blend import (
 )
 from cacheblend_jax.model import Model, ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache
-from cacheblend_jax.model.params import Params, is_by_layer
+from cacheblend_jax.model.params import Params, stacked
 from cacheblend_jax.model.rope import Angles, rope_tables
 
 SELECTORS = ("hkvd", "query", "random")
@@ -148,19 +146,20 @@ class Lab:
         references = [model.runner(full_logits, params, each, angles, config=model.config) for each in prompts]
         return cls(model, params, tokenized, prompts, references, angles)
 
-    def chunk_kv(self, text_ids: np.ndarray) -> list[KVCache]:
-        """Returns each prompt's chunk KV after the first tokens of its prefix and a text, as an engine stores it.
+    def chunk_kv(self, context: ChunkContext) -> list[KVCache]:
+        """Returns each prompt's chunk KV after a context, as an engine stores it.
 
         Raises:
             PromptTooLongError: a chunk after the text is longer than the model takes.
         """
         config, cached = self.model.config, []
         for parts, prompt in zip(self.tokenized, self.prompts, strict=True):
-            before = ChunkContext(text_ids=text_ids).after(parts.prefix)
+            before = context.after(parts.prefix)
             size = before.size + prompt.chunks.shape[1]
             check_length(size, config.max_positions, "the context with a chunk")
             angles = rope_tables(config, size)
-            cached.append(self.model.runner(chunk_kv, self.params, prompt, before, angles, config=config))
+            arrays = self.params, prompt, before, angles, context.embeddings_after(parts.prefix)
+            cached.append(self.model.runner(chunk_kv, *arrays, config=config))
         return cached
 
     def blend(
@@ -179,13 +178,6 @@ class Lab:
             for blend, reference, prompt in zip(blends, self.references, self.prompts, strict=True)
         ]
         return jax.tree.map(lambda *values: np.stack(values), *jax.device_get(each))
-
-
-def stacked(params: Params) -> Params:
-    """Returns parameters whose layers are stacked: a scan over layers takes no others."""
-    if not params.by_layer:
-        return params
-    return replace(params, layers=jax.tree.map(jnp.stack, params.layers, is_leaf=is_by_layer))
 
 
 def greedy_answers(model: Model, tokenized: Sequence[TokenizedPrompt], size: int) -> list[list[int]]:
@@ -246,7 +238,7 @@ def compare(lab: Lab, contexts: Sequence[str], settings: Sequence[Setting]) -> T
     table: Table = []
     lost: np.ndarray
     for context in dict.fromkeys([PLAIN, *contexts]):  # first, for what is lost
-        cached = lab.chunk_kv(np.asarray(encode(lab.model.tokenizer, context_text(context)), np.int32))
+        cached = lab.chunk_kv(chunk_context(named_context(context), 4, lab.model))
         of_reuse, masses = reuse(lab, cached)
         if context == PLAIN:
             lost = np.asarray(of_reuse.kl)

@@ -11,14 +11,16 @@ import pytest
 from conftest import HF, TWO_STAGES, family_model, random_prompt, relative_error
 
 import cacheblend_jax as cb
+from cacheblend_jax.engine.layout import ChunkContext
 from cacheblend_jax.engine.prompt import tokenize_prompt
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.model.params import Params
-from scripts.selection_lab import REUSE, Lab, Setting, compare, first_words, main, parse, settings_of, stacked
+from cacheblend_jax.model.params import Params, stacked
+from scripts.selection_lab import REUSE, Lab, Setting, compare, first_words, main, parse, settings_of
 
 pytestmark = pytest.mark.once
 
 TEXT = np.random.default_rng(60).integers(0, 97, 11).astype(np.int32)
+AFTER_TEXT = ChunkContext(text_ids=TEXT)
 LENGTHS = ((30, 40, 1, 25), (12, 33))  # chunks of the prompts: padding differs
 
 
@@ -31,7 +33,11 @@ def lab():
 
 def test_a_simulated_blend_computes_what_an_engine_does(lab):
     """Windows, norms, and fewer tokens from stage to stage; the text before the chunks stands in no prompt."""
-    parts, cached, in_chunks = lab.tokenized[1], lab.chunk_kv(TEXT)[1], np.flatnonzero(lab.prompts[1].candidate)
+    parts, cached, in_chunks = (
+        lab.tokenized[1],
+        lab.chunk_kv(AFTER_TEXT)[1],
+        np.flatnonzero(lab.prompts[1].candidate),
+    )
     reused = lab.blend(1, cached, REUSE, with_mass=True)
     with cb.Engine(lab.model, context=TEXT) as engine:
         prompt = cb.Prompt(parts.prefix, parts.chunks, parts.suffix)
@@ -50,7 +56,7 @@ def test_a_simulated_blend_computes_what_an_engine_does(lab):
 
 
 def test_a_simulated_blend_that_recomputes_all_is_full_recompute(lab):
-    cached = lab.chunk_kv(TEXT)
+    cached = lab.chunk_kv(AFTER_TEXT)
     blends = [lab.blend(number, kv, Setting(ratio=1.0, check_layer=2)) for number, kv in enumerate(cached)]
     distances = lab.distances(blends)
     assert np.abs(distances.kl).max() < 1e-6
@@ -60,7 +66,7 @@ def test_a_simulated_blend_that_recomputes_all_is_full_recompute(lab):
 
 
 def test_the_first_tokens_of_each_chunk_come_before_all_others(lab):
-    cached, prompt = lab.chunk_kv(TEXT)[0], lab.prompts[0]
+    cached, prompt = lab.chunk_kv(AFTER_TEXT)[0], lab.prompts[0]
     computed = np.asarray(lab.blend(0, cached, Setting("random", 0.3, first=2, stages=1)).computed)
     first = prompt.candidate & (prompt.offset < 2)
     assert first.sum() == 7  # one chunk has but one token
@@ -90,7 +96,7 @@ def test_a_run_compares_settings(tmp_path, capsys):
 
 def test_what_is_recovered_is_a_share_of_what_plain_reuse_loses(lab, monkeypatch):
     monkeypatch.setattr("scripts.selection_lab.encode", lambda tokenizer, text: TEXT if text else TEXT[:0])
-    monkeypatch.setattr("scripts.selection_lab.context_text", lambda name: "" if name == "plain" else name)
+    monkeypatch.setattr("scripts.selection_lab.named_context", lambda name: "" if name == "plain" else name)
     plain, after = compare(lab, ["plain", "after"], [])
     assert compare(lab, ["after"], []) == [after]
     assert plain["all"]["recovered"] == 0

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cacheblend_jax.blend.layer_step import PromptSequence, layer_step
+from cacheblend_jax.blend.layer_step import HostOrDevice, PromptSequence, layer_step
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import (
     ActiveRows,
@@ -117,6 +117,7 @@ def standalone(
     context: KVCache | None,
     start: Int[Array, ""],
     sequence: PromptSequence,
+    embeddings: Float[HostOrDevice, "tokens hidden"] | None = None,
     *,
     config: ModelConfig,
 ) -> KVCache:
@@ -128,9 +129,13 @@ def standalone(
         token_ids: the context's ids and the chunk's; with `context`, the chunk's alone.
         context: the context's own KV, as this function returns it.
         start: position of the first of the tokens: the context's length, or 0 without `context`.
+        embeddings: what the first layer reads in the place of those ids that are negative.
     """
     positions = start + jnp.arange(token_ids.shape[0], dtype=jnp.int32)
-    rows = rows_at(embedder(params, config).embed(token_ids), positions, sequence.angles)
+    hidden = embedder(params, config).embed(token_ids if embeddings is None else jnp.maximum(token_ids, 0))
+    if embeddings is not None:
+        hidden = jnp.where((token_ids < 0)[:, None], embeddings.astype(hidden.dtype), hidden)
+    rows = rows_at(hidden, positions, sequence.angles)
     before_rows = None if context is None else context.with_room(sequence.num_keys)
 
     def body(rows: Rows, index: LayerIndex) -> tuple[Rows, LayerKV]:

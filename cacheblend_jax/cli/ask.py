@@ -16,7 +16,7 @@ from cacheblend_jax.cli.bundled_model import load_reader
 from cacheblend_jax.cli.documents_prompt import (
     DOCUMENTS,
     add_source_options,
-    named_context,
+    chosen_context,
     prompt_of,
     remembered_sample,
     split,
@@ -113,7 +113,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     question, paths = _question_and_paths(parsed.question, parsed.docs)
     blend = _blend(parsed)
     sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
-    context = named_context(parsed.context)
+    context = chosen_context(parsed.context)
     documents = read_documents(paths)
     model = load_reader(parsed.model, parsed.dtype, [question, *(document.text for document in documents)])
     chunks, prompt = _asked(split(documents, model, parsed.chunk_tokens), question, model, parsed)

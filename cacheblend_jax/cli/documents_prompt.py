@@ -10,8 +10,9 @@ from typing import Any
 from cacheblend_jax.cli.options import add_model_option, at_least_one, json_object, load_with_bar, print_status
 from cacheblend_jax.cli.progress import progress
 from cacheblend_jax.documents import Chunk, Document, chunk_documents, sample_documents
-from cacheblend_jax.engine.contexts import NEUTRAL, PLAIN, context_text
+from cacheblend_jax.engine.contexts import FITTED_SUFFIX, NEUTRAL, PLAIN, named_context
 from cacheblend_jax.engine.encoding import encode
+from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model
@@ -37,8 +38,8 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "--context",
         metavar="NAME",
         help=f"what chunks are precomputed after: {NEUTRAL} (a packaged text), {DOCUMENTS} (a sample of these, which "
-        f"the store then remembers), a text file, or {PLAIN} (nothing); default: what the store remembers, or else "
-        f"{NEUTRAL}",
+        f"the store then remembers), a text file, a fitted context (*{FITTED_SUFFIX}), or {PLAIN} (nothing); default: "
+        f"what the store remembers, or else {NEUTRAL}",
     )
     parser.add_argument(
         "--template-arguments",
@@ -60,13 +61,13 @@ def load_with_tokenizer(name: str | None, dtype: str | None) -> Model:
     return model
 
 
-def named_context(name: str | None) -> str | None:
-    """Returns the text that `--context` names; `None` for the default, and for a sample of the documents.
+def chosen_context(name: str | None) -> str | FittedContext | None:
+    """Returns what `--context` names; `None` for the default, and for a sample of the documents.
 
     Raises:
         CacheBlendError: a file cannot be read.
     """
-    return None if name in (None, DOCUMENTS) else context_text(name)
+    return None if name in (None, DOCUMENTS) else named_context(name)
 
 
 def remembered_sample(store: Store, documents: Sequence[Document], model: Model) -> str:

@@ -10,7 +10,7 @@ from cacheblend_jax.cli.bundled_model import load_reader
 from cacheblend_jax.cli.documents_prompt import (
     DOCUMENTS,
     add_source_options,
-    named_context,
+    chosen_context,
     prompt_of,
     remembered_sample,
     split,
@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Stores the KV of all chunks of the documents; returns what `--json` writes."""
-    context = named_context(parsed.context)
+    context = chosen_context(parsed.context)
     documents = read_documents(parsed.docs)
     model = load_reader(parsed.model, parsed.dtype, [document.text for document in documents])
     chunks = split(documents, model, parsed.chunk_tokens)

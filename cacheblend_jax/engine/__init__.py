@@ -4,6 +4,7 @@ from cacheblend_jax.engine.contexts import neutral_text
 from cacheblend_jax.engine.controller import Decision
 from cacheblend_jax.engine.delays import Tier, cheapest_tier
 from cacheblend_jax.engine.engine import Engine
+from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.generation import TokenStream
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.engine.prompt import Prompt
@@ -12,6 +13,7 @@ from cacheblend_jax.engine.results import Generation, PrefillResult, PrefillStat
 __all__ = [
     "Decision",
     "Engine",
+    "FittedContext",
     "Generation",
     "PrefillResult",
     "PrefillStats",

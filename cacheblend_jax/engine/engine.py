@@ -13,12 +13,13 @@ from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
-from cacheblend_jax.engine.contexts import default_context
+from cacheblend_jax.engine.contexts import chunk_context, default_context
 from cacheblend_jax.engine.delays import Estimator
 from cacheblend_jax.engine.executors import Executors
+from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.generation import TokenStream, continuation_logits
 from cacheblend_jax.engine.kernels import prove_kernels, with_kernels
-from cacheblend_jax.engine.layout import ChunkContext, PlacedChunk
+from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prefilling import Prefiller
 from cacheblend_jax.engine.profile import Profile
@@ -28,7 +29,6 @@ from cacheblend_jax.engine.prompt import (
     TokenizedPrompt,
     check_length,
     checked_ids,
-    ids_of,
     tokenize_parts,
     tokenize_prompt,
 )
@@ -53,11 +53,11 @@ class Engine:
         blend: how the blend chooses the tokens to recompute, unless a request says otherwise. `"auto"` is
             `BlendConfig(recompute_ratio="auto")`: the controller chooses the ratio of each request, and what to load.
         context_tokens: how many of the prefix's first tokens a chunk is precomputed after; `None`: all of them.
-        context: text or token ids that follow them there, the same for all prompts: a chunk that is computed as a
-            text's beginning deviates more from its place in a prompt. It costs time only when chunks are precomputed.
-            Chunks computed after another context are other entries of the store. `None`: the text that the store
-            remembers, or else `neutral_text()` where the model can read it; nothing with `context_tokens=None`, so that
-            first chunks are exact. `""`: nothing.
+        context: text, token ids or a `FittedContext` that follow them there, the same for all prompts: a chunk that is
+            computed as a text's beginning deviates more from its place in a prompt. It costs time only when chunks are
+            precomputed. Chunks computed after another context are other entries of the store. `None`: the text that
+            the store remembers, or else `neutral_text()` where the model can read it; nothing with
+            `context_tokens=None`, so that first chunks are exact. `""`: nothing.
         length_buckets: sizes to pad lengths to, ascending. Few sizes mean few programs to compile, but more padding.
             `None`: many sizes, with at most 3.1 % padding above 1024 tokens.
         executor: `"resident"` (all cached KV on the device, one program), `"streamed"` (each layer's KV arrives
@@ -82,7 +82,7 @@ class Engine:
         blend: BlendConfig | str | None = None,
         *,
         context_tokens: int | None = 4,
-        context: TextOrIds | None = None,
+        context: TextOrIds | FittedContext | None = None,
         length_buckets: Sequence[int] | None = None,
         executor: str = "auto",
         prefetch_layers: int = 2,
@@ -99,12 +99,17 @@ class Engine:
         self.context_tokens = context_tokens
         if context is None:
             context = "" if context_tokens is None else default_context(model, self.store)
-        ids = ids_of(context, "context", model.tokenizer, model.config.vocab_size)
-        check_length((context_tokens or 0) + ids.size + 1, model.config.max_positions, "the context with a chunk")
-        self._context = ChunkContext(context_tokens, ids)
+        self._context = chunk_context(context, context_tokens, model)
         self._buckets = Buckets(None if length_buckets is None else tuple(length_buckets))
         self._planner = Planner(model.config, self.blend, self._buckets)
-        self._executors = Executors(model, executor, prefetch_layers, buckets=self._buckets, tiers=self.store.tiers)
+        self._executors = Executors(
+            model,
+            executor,
+            prefetch_layers,
+            buckets=self._buckets,
+            tiers=self.store.tiers,
+            context_embeddings=self._context.embeddings,
+        )
         to_device = self._executors.to_device if self._executors.uses_device_tier else None
         self._background = Background(self.store, self._executors.standalone, to_device)
         self._prefiller = Prefiller(

@@ -66,6 +66,7 @@ class Executors:
             while others compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory.
         prefetch_layers: while streaming, how many layers of cached KV may be on the device at a time.
         tiers: those that the store may serve entries from.
+        context_embeddings: of a fitted context, see `ChunkContext`.
 
     Raises:
         CacheBlendError: an unknown executor, or a `prefetch_layers` that is not a positive whole number.
@@ -79,6 +80,7 @@ class Executors:
         *,
         buckets: Buckets = FINE_BUCKETS,
         tiers: Sequence[str] = ("host",),
+        context_embeddings: np.ndarray | None = None,
     ) -> None:
         if setting not in EXECUTORS:
             raise CacheBlendError(f"unknown executor {setting!r}; expected one of {', '.join(EXECUTORS)}")
@@ -88,6 +90,7 @@ class Executors:
         self.prefetch_layers = prefetch_layers
         self.uses_device_tier = "device" in tiers and setting != "streamed"
         self._model, self._buckets, self._tiers = model, buckets, tiers
+        self._context_embeddings = context_embeddings
         self._shared_context: tuple[Hashable, KVCache] | None = None
         self._buffers = HostBuffers(jnp.dtype(model.config.dtype))
         self._readers = _reader_pool()
@@ -196,7 +199,18 @@ class Executors:
         rows = 0 if context is None else context.k.shape[1]
         sequence = self._sequence(np.asarray(context_length + length, np.int32), rows + padded_ids.size)
         start = np.asarray(context_length, np.int32)
-        return run(standalone, self._model.params, padded_ids, context, start, sequence, config=self._model.config)
+        embeddings = self._embeddings_of(padded_ids) if context is None else None
+        arrays = (self._model.params, padded_ids, context, start, sequence, embeddings)
+        return run(standalone, *arrays, config=self._model.config)
+
+    def _embeddings_of(self, padded_ids: np.ndarray) -> np.ndarray | None:
+        """Returns what stands for the negative ids among a context's: its fitted embeddings, which come in a row."""
+        if self._context_embeddings is None:
+            return None
+        rows = np.zeros((padded_ids.size, self._model.config.hidden_size), np.float32)
+        if (fitted := padded_ids < 0).any():
+            rows[fitted] = self._context_embeddings
+        return rows
 
     # --- running -----------------------------------------------------------------------------------------------------
 

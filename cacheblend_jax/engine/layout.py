@@ -110,14 +110,23 @@ class ChunkContext:
     Attributes:
         prefix_tokens: how many tokens of the prefix; `None`: all of them.
         text_ids: int32, the text: it stands in no prompt.
+        embeddings: float32 `[text, hidden]`, where a fitted context takes the text's place: its ids are no tokens'.
     """
 
     prefix_tokens: int | None = 4
     text_ids: np.ndarray = field(default_factory=lambda: NO_CONTEXT)
+    embeddings: np.ndarray | None = None
 
     def after(self, prefix_ids: np.ndarray) -> np.ndarray:
         """Returns the ids that the chunks of a prompt with this prefix are precomputed after."""
         return np.concatenate([self.shared_with(prefix_ids), self.text_ids])
+
+    def embeddings_after(self, prefix_ids: np.ndarray) -> np.ndarray | None:
+        """Returns what stands for the ids of `after` that are no tokens': float32 `[ids, hidden]`, zeros elsewhere."""
+        if self.embeddings is None:
+            return None
+        before = self.shared_with(prefix_ids).size
+        return np.pad(self.embeddings, ((before, 0), (0, 0)))
 
     def shared_with(self, prefix_ids: np.ndarray) -> np.ndarray:
         """Returns those of them that stand in the prompt, too."""

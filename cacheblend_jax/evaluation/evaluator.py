@@ -13,7 +13,7 @@ import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
-from cacheblend_jax.engine.contexts import context_text
+from cacheblend_jax.engine.contexts import named_context
 from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.prompt import Prompt, tokenize_prompt
@@ -136,7 +136,7 @@ class Evaluator:
         config, context = setting.blend_config(), setting.context
         if (config, context) not in self._engines:
             engine = Engine(
-                self.model, self._store, config, context=context_text(context), length_buckets=self._length_buckets
+                self.model, self._store, config, context=named_context(context), length_buckets=self._length_buckets
             )
             self._engines[config, context] = self._open.enter_context(engine)
         return self._engines[config, context]

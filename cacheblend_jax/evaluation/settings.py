@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cacheblend_jax.blend import BlendConfig
-from cacheblend_jax.engine.contexts import PLAIN, context_text
+from cacheblend_jax.engine.contexts import PLAIN, named_context
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.errors import CacheBlendError
 
@@ -21,7 +21,7 @@ SELECTORS_COMPARED = ("query", "hkvd", "random", "epic")
 class Setting:
     """One way to answer: a mode and, for `blend`, how it chooses the tokens to recompute (see `BlendConfig`).
 
-    `context` names what chunks are precomputed after, see `engine.contexts.context_text`.
+    `context` names what chunks are precomputed after, see `engine.contexts.named_context`.
     """
 
     mode: str
@@ -99,5 +99,5 @@ def settings_for(
     for setting in settings:
         setting.blend_config()  # so that a bad value is found before any work
     for context in dict.fromkeys(setting.context for setting in settings):
-        context_text(context)
+        named_context(context)
     return settings

@@ -154,17 +154,24 @@ def full_logits(
 
 
 def chunk_kv(
-    params: Params, prompt: DensePrompt, context_ids: Int[Array, " context"], angles: Angles, *, config: ModelConfig
+    params: Params,
+    prompt: DensePrompt,
+    context_ids: Int[Array, " context"],
+    angles: Angles,
+    embeddings: Float[HostOrDevice, "context hidden"] | None = None,
+    *,
+    config: ModelConfig,
 ) -> KVCache:
     """Returns the KV of each chunk after the context alone, every token's at its place in the prompt; K before RoPE.
 
-    What stands at other tokens' places means nothing. `angles` are of the context's and the longest chunk's tokens.
+    What stands at other tokens' places means nothing. `angles` are of the context's and the longest chunk's tokens,
+    `embeddings` as in `standalone`.
     """
     start = jnp.asarray(context_ids.size, jnp.int32)
     context = None
     if context_ids.size:
         alone = PromptSequence(start, angles.take(slice(0, context_ids.size)))
-        context = standalone(params, context_ids, None, jnp.zeros((), jnp.int32), alone, config=config)
+        context = standalone(params, context_ids, None, jnp.zeros((), jnp.int32), alone, embeddings, config=config)
     sequence = PromptSequence(jnp.asarray(angles.num_tokens, jnp.int32), angles)
     kv = lax.map(lambda ids: standalone(params, ids, context, start, sequence, config=config), prompt.chunks)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, prompt.chunk, prompt.offset], kv)

@@ -8,9 +8,11 @@ which compiles in a fraction of the time.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Int
@@ -51,6 +53,13 @@ class Params:
     def take_apart(self) -> None:
         """Replaces stacked leaves by tuples, in place and one by one: at no time is more than one held twice."""
         _take_apart(self.layers)
+
+
+def stacked(params: Params) -> Params:
+    """Returns parameters whose layers are stacked: `lax.scan` over layers takes no others."""
+    if not params.by_layer:
+        return params
+    return replace(params, layers=jax.tree.map(jnp.stack, params.layers, is_leaf=is_by_layer))
 
 
 def is_by_layer(leaf: Any) -> bool:

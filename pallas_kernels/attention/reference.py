@@ -31,7 +31,8 @@ def selective_attention_reference(
     k, v = (jnp.where((column < kv_length).T[..., None], x, 0) for x in (k, v))
     k, v = (jnp.repeat(x, q.shape[1] // num_kv_heads, axis=1) for x in (k, v))
     scores = jnp.einsum("qhd,khd->hqk", q, k) * (head_dim**-0.5 if scale is None else scale)
-    scores = jnp.where(visible, scores, -jnp.inf)
+    sees_any = visible.any(axis=1)
+    scores = jnp.where(visible | ~sees_any[:, None], scores, -jnp.inf)  # rows that see nothing: finite, for gradients
     lse = jax.nn.logsumexp(scores, axis=-1)
-    weights = jnp.where(visible, jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]), 0.0)
-    return jnp.einsum("hqk,khd->qhd", weights, v), lse.T
+    weights = jnp.where(visible, jnp.exp(scores - lse[..., None]), 0.0)
+    return jnp.einsum("hqk,khd->qhd", weights, v), jnp.where(sees_any, lse, -jnp.inf).T

@@ -149,7 +149,7 @@ def test_ask_finds_what_precompute_stored_after_the_same_context_alone(capsys, t
     assert with_it["store"]["found"] == len(stored["chunks"])
     assert run(capsys, tmp_path, *asked, "Where?")["store"]["found"] == 0
     assert main([*map(str, asked), "--context", str(tmp_path / "none.txt"), "Where?"]) == 2
-    assert "is neither 'plain', 'neutral' nor a readable text file" in capsys.readouterr().err
+    assert "is neither 'plain', 'neutral' nor a readable file" in capsys.readouterr().err
 
 
 def test_a_sample_of_the_documents_is_remembered_with_the_store(capsys, tmp_path, monkeypatch):

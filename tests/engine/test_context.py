@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import HF, family_model, random_prompt, relative_error
+from conftest import FAMILIES, HF, family_model, random_prompt, relative_error
 
 import cacheblend_jax as cb
 from cacheblend_jax.engine.executors import SHARED_CONTEXT
@@ -129,3 +129,63 @@ def test_the_text_that_a_store_remembers_comes_before_the_neutral_one(tmp_path):
     with cb.ChunkStore(tmp_path) as later, cb.Engine(model, later) as engine:
         assert engine.prefill(cb.Prompt("", ["Grass is green."], "?")).stats.hits == 1
         assert context_of(cb.Engine(model, later, context="Snow is white.")) == "Snow is white."  # said here
+
+
+def fitted(family: str, tokens: int = 5) -> cb.FittedContext:
+    model = family_model(family)
+    rows = np.random.default_rng(50).normal(size=(tokens, model.config.hidden_size)).astype(np.float32)
+    return cb.FittedContext.of(model, 0.02 * rows)
+
+
+@pytest.mark.parametrize("tokens", [5, SHARED_CONTEXT + 2])
+def test_embeddings_that_are_those_of_a_text_do_what_the_text_does(tokens):
+    model, prompt = family_model("gemma3"), random_prompt(51)  # its embeddings are scaled
+    ids = TEXT[:tokens]
+    as_read = model.params.embedder["embedding"][ids] * np.float32(model.config.embedding_scale)
+    context = cb.FittedContext.of(model, as_read)
+    assert (context.token_ids < 0).all()
+    of_text, of_embeddings = (engine_with(each, "gemma3") for each in (ids, context))
+    for key, wanted in zip(of_embeddings.precompute(prompt), of_text.precompute(prompt), strict=True):
+        entry, expected = of_embeddings.store.get(key), of_text.store.get(wanted)
+        assert key != wanted
+        assert relative_error(entry.k, expected.k) < 1e-6
+        assert relative_error(entry.v, expected.v) < 1e-6
+        assert entry.context_ids[4:] == tuple(context.token_ids.tolist())
+    assert relative_error(of_embeddings.prefill(prompt).logits, of_text.prefill(prompt).logits) < 1e-6
+
+
+def test_warm_up_covers_a_fitted_context():
+    engine = engine_with(fitted("llama3"), length_buckets=(128,))
+    engine.warmup(128, prefix_tokens=9, suffix_tokens=7, chunk_tokens=40)
+    compiled = engine.model.runner.count
+    engine.precompute(random_prompt(46))
+    assert engine.model.runner.count == compiled
+
+
+def test_a_fitted_context_is_kept_in_a_file_and_serves_its_own_model_alone(tmp_path):
+    context, path = fitted("llama3"), tmp_path / "fitted.safetensors"
+    context.save(path)
+    again = cb.FittedContext.load(path)
+    np.testing.assert_array_equal(again.token_ids, context.token_ids)
+    assert len(set(context.token_ids.tolist())) == 5
+    assert engine_with(again).precompute(random_prompt(52)) == engine_with(context).precompute(random_prompt(52))
+    with pytest.raises(cb.CacheBlendError, match="was fitted to another model than 'random'; fit one to it"):
+        cb.Engine(cb.model.random_model(FAMILIES["llama3"], seed=8), context=again)
+    (tmp_path / "other.safetensors").write_bytes(b"no")
+    for name, why in (("other", "is not a fitted context"), ("none", "cannot be read")):
+        with pytest.raises(cb.CacheBlendError, match=why):
+            cb.FittedContext.load(tmp_path / f"{name}.safetensors")
+
+
+def test_a_packaged_context_serves_the_model_that_it_was_fitted_to(tmp_path, monkeypatch):
+    from cacheblend_jax.engine import contexts
+
+    (packaged,) = contexts.PACKAGED.iterdir()
+    assert cb.FittedContext.load(packaged).embeddings.shape == (64, 576)  # SmolLM2's
+    context = fitted("llama3")
+    context.save(tmp_path / "fitted.safetensors")
+    monkeypatch.setattr(contexts, "PACKAGED", tmp_path)
+    store = cb.ChunkStore()
+    by_default, named = (cb.Engine(family_model("llama3"), store, **more) for more in ({}, {"context": context}))
+    assert by_default.precompute(random_prompt(53)) == named.precompute(random_prompt(53))
+    assert len(store) == 5

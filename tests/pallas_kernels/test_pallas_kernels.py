@@ -157,3 +157,24 @@ def test_a_blend_attends_at_ascending_positions_only(monkeypatch, selector):
     error, out = run(*arguments)
     error.throw()
     assert np.isfinite(out.logits).all()
+
+
+def test_gradients_are_those_of_dense_attention_and_zero_where_nothing_is_seen():
+    rng = np.random.default_rng(12)
+    q, k, v = (jnp.asarray(rng.normal(size=(rows, heads, 8)), jnp.float32) for rows, heads in ((5, 4), (9, 2), (9, 2)))
+    positions, weights = jnp.asarray([0, 2, 3, 8, 9], jnp.int32), jnp.asarray(rng.normal(size=(5, 4, 8)), jnp.float32)
+
+    def by_us(q, k, v):
+        out, lse = selective_attention(q, k, v, positions, kv_length=9, window=3, return_lse=True)
+        return (out * weights).sum() + lse[:4].sum()  # the last is padding
+
+    def densely(q, k, v):
+        k, v = jnp.repeat(k, 2, axis=1), jnp.repeat(v, 2, axis=1)
+        column, row = jnp.arange(9)[None], positions[:4, None]
+        seen = (column <= row) & (column > row - 3)
+        scores = jnp.where(seen, jnp.einsum("qhd,khd->hqk", q[:4], k) * 8**-0.5, -1e9)
+        out = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores), v)
+        return (out * weights[:4]).sum() + jax.nn.logsumexp(scores, axis=-1).sum()
+
+    for got, wanted in zip(*(jax.grad(f, (0, 1, 2))(q, k, v) for f in (by_us, densely)), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
