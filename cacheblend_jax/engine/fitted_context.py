@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +18,6 @@ from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.model.model import Model
 
 FORMAT = "cacheblend_jax fitted context"
-PROBED_TOKENS = 8  # evenly spaced in the vocabulary
-TOLERANCE = 0.02  # relative, of their embeddings: the model may be loaded in another dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,16 +29,16 @@ class FittedContext:
 
     Attributes:
         embeddings: as the first layer reads them; values that float16 has.
-        probe: embeddings of a few tokens of the model that they were fitted to, by which it is recognised.
+        weights_digest: of the model that they were fitted to.
     """
 
     embeddings: Float[np.ndarray, "tokens hidden"]
-    probe: Float[np.ndarray, "probed hidden"]
+    weights_digest: str
 
     @classmethod
     def of(cls, model: Model, embeddings: jax.Array | np.ndarray) -> FittedContext:
         """Returns the context of these embeddings, fitted to a model."""
-        return cls(np.asarray(embeddings).astype(np.float16).astype(np.float32), _probe(model))
+        return cls(np.asarray(embeddings).astype(np.float16).astype(np.float32), model.weights_digest)
 
     @cached_property
     def token_ids(self) -> Int[np.ndarray, " tokens"]:
@@ -51,10 +48,8 @@ class FittedContext:
         return np.asarray([int.from_bytes(each, "little") | 2**31 for each in hashes], np.uint32).view(np.int32)
 
     def fits(self, model: Model) -> bool:
-        """Returns whether the context was fitted to a model, by the embeddings of a few tokens."""
-        if model.config.hidden_size != self.probe.shape[1]:
-            return False
-        return bool(np.abs(_probe(model) - self.probe).max() <= TOLERANCE * np.abs(self.probe).max())
+        """Returns whether the context was fitted to a model, in whatever dtype it is."""
+        return model.config.hidden_size == self.embeddings.shape[1] and model.weights_digest == self.weights_digest
 
     def check(self, model: Model) -> None:
         """Checks that the context was fitted to a model.
@@ -74,9 +69,9 @@ class FittedContext:
         Raises:
             CacheBlendError: the file cannot be written.
         """
-        tensors = {"embeddings": self.embeddings.astype(np.float16), "probe": self.probe.astype(np.float16)}
+        tensors = {"embeddings": self.embeddings.astype(np.float16)}
         try:
-            save_file(tensors, path, {"format": json.dumps(FORMAT)})
+            save_file(tensors, path, {"format": FORMAT, "weights_digest": self.weights_digest})
         except (OSError, SafetensorError) as error:
             raise CacheBlendError(f"context {os.fspath(path)!r} cannot be written: {error}") from error
 
@@ -89,15 +84,11 @@ class FittedContext:
         """
         try:
             with safe_open(path, "numpy") as file:
-                tensors = {name: file.get_tensor(name) for name in ("embeddings", "probe")}
+                embeddings, metadata = file.get_tensor("embeddings"), file.metadata()
         except OSError as error:
             raise CacheBlendError(f"context {os.fspath(path)!r} cannot be read: {reason_and_remedy(error)}") from error
         except SafetensorError as error:
             raise CacheBlendError(f"context {os.fspath(path)!r} is not a fitted context: {error}") from error
-        return cls(*(tensors[name].astype(np.float32) for name in ("embeddings", "probe")))
-
-
-def _probe(model: Model) -> np.ndarray:
-    table = model.params.embedder["embedding"]
-    rows = np.linspace(0, table.shape[0] - 1, PROBED_TOKENS).astype(np.int32)
-    return np.asarray(table[rows]).astype(np.float32)
+        if (metadata or {}).get("format") != FORMAT:
+            raise CacheBlendError(f"context {os.fspath(path)!r} is not a fitted context: it says nothing of its format")
+        return cls(embeddings.astype(np.float32), metadata.get("weights_digest", ""))

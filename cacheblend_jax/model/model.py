@@ -14,7 +14,7 @@ import jax
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.params import Params, suits_by_layer
 from cacheblend_jax.model.transformer import random_params
-from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, params_digest
+from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, content_digest, params_digest
 from cacheblend_jax.runtime.programs import Runner
 
 # Where HKVD tokens are chosen, and how long prompts may be: stand-alone KV does not depend on them.
@@ -61,6 +61,17 @@ class Model:
     def compute_fingerprint(self) -> None:
         """Has the fingerprint ready: hashing the weights takes a while, the first time."""
         self.fingerprint  # noqa: B018
+
+    @property
+    def weights_digest(self) -> str:
+        """What the weights are recognised by, whatever they were cast to: a digest of samples of their files.
+
+        Without files, or where a parameter was replaced, it is one of the parameters.
+        """
+        files = self.weight_files
+        if files is not None and files.loaded.as_in(self.params):
+            return content_digest(files.states)
+        return params_digest(self.params)
 
     def _computed_fingerprint(self) -> str:
         digest = hashlib.sha256()

@@ -164,6 +164,11 @@ class WeightFiles:
             logger.debug("the digest of the weights in %s can't be remembered: %s", self.directory, error)
 
 
+def content_digest(states: Iterable[FileState]) -> str:
+    """Returns a SHA-256 (hex) over sizes and samples, whatever the files' names: enough to recognise a model by."""
+    return hashlib.sha256("".join(f"{state.size} {state.sample}\n" for state in states).encode()).hexdigest()
+
+
 def sampled_digest(states: Iterable[FileState]) -> str:
     """Returns a SHA-256 (hex) over names, sizes and samples: the same for a copy of the files elsewhere."""
     digest = hashlib.sha256()

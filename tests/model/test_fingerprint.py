@@ -219,3 +219,23 @@ def test_options_that_a_model_does_not_use_are_no_part_of_its_fingerprint():
     """A new option, of another family, must not cost users what they have stored."""
     names = json.loads(_config_bytes(FAMILIES["llama2"])).keys()
     assert names == {"architecture", "windows", *SHAPE} - {"max_positions"}
+
+
+def test_weights_are_recognised_under_another_name_and_dtype_but_not_when_changed(tmp_path):
+    for name in ("here", "there"):
+        shutil.copytree(HF / "llama3", tmp_path / name)
+    there, *_ = sorted((tmp_path / "there").glob("*.safetensors"))
+    here, cast = (
+        cb.load_model(tmp_path / name, dtype=dtype) for name, dtype in (("here", "float32"), ("there", "bfloat16"))
+    )
+    assert here.weights_digest == cast.weights_digest
+    state = cast.weight_files.states[0]
+    assert weights_digest.content_digest([state]) == weights_digest.content_digest(
+        [dataclasses.replace(state, name="another")]
+    )
+    changed = bytearray(there.read_bytes())
+    changed[-1] ^= 1
+    there.write_bytes(changed)
+    assert cb.load_model(tmp_path / "there", dtype="float32").weights_digest != here.weights_digest
+    cast.params.layers["q_proj"]["kernel"] = cast.params.layers["q_proj"]["kernel"] * 2
+    assert cast.weights_digest != here.weights_digest
