@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import wraps
+from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
 
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+# By a word of its name: ahead of time there is no device to ask.
+COMPUTE_CAPABILITIES = {
+    "T4": (7, 5),
+    **dict.fromkeys(("A100", "A800", "A30"), (8, 0)),
+    **dict.fromkeys(("A10", "A10G", "A40", "A6000"), (8, 6)),
+    **dict.fromkeys(("L4", "L40", "L40S"), (8, 9)),
+    **dict.fromkeys(("H100", "H200", "H800", "H20", "GH200"), (9, 0)),
+    **dict.fromkeys(("B200", "GB200"), (10, 0)),
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,23 @@ def preferred_while_compiling() -> str | None:
     return _compilation.get().implementation
 
 
+def follows_its_arrays(operation: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Has an operation run by the kernels of the device that its arrays are on.
+
+    What is traced for a program is nowhere yet: inside a jitted function, `current_target` decides.
+    """
+
+    @wraps(operation)
+    def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        arrays = [array for array in arguments if isinstance(array, jax.Array)]
+        if not arrays or any(isinstance(array, jax.core.Tracer) for array in arrays):
+            return operation(*arguments, **options)
+        with compiling(next(iter(arrays[0].devices())), preferred_while_compiling()):
+            return operation(*arguments, **options)
+
+    return run
+
+
 def current_target() -> Target:
     """Returns the device that the code being traced is meant for.
 
@@ -106,9 +135,17 @@ def _target(platform: str | None, chip: str, capability: str | None) -> Target:
     platform = (platform or ("tpu" if "tpu" in chip.lower() else "gpu")).lower()
     if platform not in ("gpu", "cuda"):
         return Target(platform, chip)
-    if capability is None and any(name in chip for name in HOPPER):
-        capability = "9.0"
-    if capability is None or "." not in capability:  # ROCm's are names
+    if capability is None:
+        return Target("gpu", chip, _capability_by_name(chip))
+    if "." not in capability:  # ROCm's are names
         return Target("gpu", chip)
     major, minor = capability.split(".")[:2]
     return Target("gpu", chip, (int(major), int(minor)))
+
+
+def _capability_by_name(chip: str) -> tuple[int, int] | None:
+    """Returns the compute capability of the GPUs of that name here, or else of those that are known by name."""
+    for device in jax.local_devices():
+        if device.device_kind == chip and hasattr(device, "compute_capability"):
+            return target_of(device).compute_capability
+    return next((known for word in re.split(r"\W+", chip) if (known := COMPUTE_CAPABILITIES.get(word))), None)

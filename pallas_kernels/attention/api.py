@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.xla import attend_xla
 from pallas_kernels.dispatch import UnsupportedReasons, choose_backend, current_target, unsupported_reasons
+from pallas_kernels.target import follows_its_arrays
 from pallas_kernels.tuning import AttentionBlocks, attention_blocks
 from pallas_kernels.verdicts import Call, class_of
 from pallas_kernels.visibility import first_visible
@@ -30,6 +31,7 @@ BACKENDS = {
 }
 
 
+@follows_its_arrays
 def selective_attention(
     q: Float[Array, "queries heads head_dim"],
     k: Float[Array, "keys kv_heads head_dim"],

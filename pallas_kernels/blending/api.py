@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import tuning
 from pallas_kernels.blending.xla import blend_xla
 from pallas_kernels.dispatch import UnsupportedReasons, choose_backend, current_target, unsupported_reasons
+from pallas_kernels.target import follows_its_arrays
 from pallas_kernels.tuning import BlendBlocks
 from pallas_kernels.verdicts import Call, class_of
 
@@ -24,6 +25,7 @@ BACKENDS = {
 }
 
 
+@follows_its_arrays
 def blend_kv(
     k_cached: Float[Array, "keys kv_heads head_dim"],
     v_cached: Float[Array, "keys kv_heads head_dim"],
