@@ -8,7 +8,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import compiler
+from ahead_of_time import NO_SPILL, compiler
 
 from cacheblend_jax.blend.layer_step import PromptSequence
 from cacheblend_jax.blend.resident import Request, prefill
@@ -27,7 +27,6 @@ from pallas_kernels.dispatch import OVERRIDE
 from pallas_kernels.tuning import AttentionBlocks
 
 pytestmark = pytest.mark.aot
-NO_SPILL = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 LLAMA3_8B = SHAPES["llama-3-8b"]
 WEIGHTS = abstract_params(LLAMA3_8B, by_layer=True).layers
 BY_CUBLAS = COMPILER_OPTIONS["gpu"] | {"xla_gpu_enable_triton_gemm": False}
@@ -160,7 +159,7 @@ def test_attention_for_tpu_fits_its_memory(head_dim, dtype):
 
 
 def test_a_kernel_beyond_vmem_fails_for_tpu(monkeypatch):
-    too_large = [(2, 256, AttentionBlocks(rows=4096, keys=8192))]
+    too_large = [(2, 256, AttentionBlocks(rows=1024, keys=4096))]
     monkeypatch.setitem(tuning.SELECTIVE_ATTENTION, ("tpu", ""), too_large)
     with pytest.raises(Exception, match=r"(?i)vmem|memory"):
         compiler("tpu")(*_attention(128))
@@ -282,17 +281,21 @@ def test_a_streamed_layer_for_an_h200_copies_no_weights_unless_they_are_stacked(
     assert bool(_copied_weights(compiled.as_text())) != by_layer
 
 
-@pytest.mark.parametrize("options", [COMPILER_OPTIONS["gpu"], BY_CUBLAS], ids=["triton", "cublas"])
-def test_decoding_for_an_h200_copies_no_weights(options):
-    config = _with_layers(4)
-    cached, table = _shape(4, 8192, 8, 128, of=jnp.bfloat16), _shape(1, 8192, 64, of=jnp.float32)
+def _decode_arguments(config, *, by_layer: bool):
+    layers = config.num_layers
+    cached, table = _shape(layers, 8192, 8, 128, of=jnp.bfloat16), _shape(1, 8192, 64, of=jnp.float32)
 
     def decode(params, cache, token_id, position, angles):
         return decode_step(params, cache, token_id, position, angles, config=config)
 
-    params = abstract_params(config, by_layer=True)
-    arguments = params, KVCache(cached, cached), _shape(), _shape(), Angles(table, table)
-    compiled = compiler("gpu")(decode, *arguments, donate=(1,), options=options)
+    params = abstract_params(config, by_layer=by_layer)
+    return decode, params, KVCache(cached, cached), _shape(), _shape(), Angles(table, table)
+
+
+@pytest.mark.parametrize("options", [COMPILER_OPTIONS["gpu"], BY_CUBLAS], ids=["triton", "cublas"])
+def test_decoding_for_an_h200_copies_no_weights(options):
+    arguments = _decode_arguments(_with_layers(4), by_layer=True)
+    compiled = compiler("gpu")(*arguments, donate=(1,), options=options)
     assert _copied_weights(compiled.as_text()) == []
 
 
