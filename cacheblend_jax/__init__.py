@@ -1,11 +1,15 @@
 """CacheBlend for JAX: answer RAG prompts from precomputed, position-free chunk KV caches at full quality."""
 
-from cacheblend_jax.blend import SELECTORS, BlendConfig, Evidence, Selector, register_selector
-from cacheblend_jax.engine import Engine, FittedContext, Generation, PrefillResult, Prompt, neutral_text
-from cacheblend_jax.errors import CacheBlendError, CheckpointError, DamagedEntryError, PromptError
-from cacheblend_jax.model import KVCache, Model, Sampling, load_model
-from cacheblend_jax.runtime.trace import Trace
-from cacheblend_jax.store import ChunkEntry, ChunkStore
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cacheblend_jax.blend import SELECTORS, BlendConfig, Evidence, Selector, register_selector
+    from cacheblend_jax.engine import Engine, FittedContext, Generation, PrefillResult, Prompt, neutral_text
+    from cacheblend_jax.errors import CacheBlendError, CheckpointError, DamagedEntryError, PromptError
+    from cacheblend_jax.model import KVCache, Model, Sampling, load_model
+    from cacheblend_jax.runtime.trace import Trace
+    from cacheblend_jax.store import ChunkEntry, ChunkStore
 
 __all__ = [
     "SELECTORS",
@@ -31,3 +35,16 @@ __all__ = [
     "neutral_text",
     "register_selector",
 ]
+# Imported when a name of theirs is first used, those that need the least first: the layers alone run without a store.
+_HOMES = ("errors", "blend", "model", "runtime.trace", "store", "engine")
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return import_module(f"{__name__}.{name}")
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f"{__name__}.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+import jax
+import numpy as np
 
 from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, small_bucket
 from cacheblend_jax.blend.config import BlendConfig
@@ -136,3 +140,13 @@ def survivor_counts(plan: Plan, ratio: float, candidates: int, forced: int) -> l
     sizes = [stage.border - stage.first + 1 for stage in plan.stages[1:]]
     counts = [num_chosen(r, candidates) + forced for r in stage_ratios(ratio, sizes)]
     return [min(count, stage.rows) for count, stage in zip(counts, plan.stages[1:], strict=True)]
+
+
+def computed_positions(plan: Plan, stage_positions: Sequence[jax.Array]) -> list[np.ndarray]:
+    """Returns, for each layer, the positions whose K, V it computed; `stage_positions` holds each stage's, padded."""
+    computed = []
+    for stage, padded in zip(plan.stages, stage_positions, strict=True):
+        positions = np.asarray(padded)
+        positions = positions[positions < plan.cache_length]
+        computed += [positions] * (stage.border - stage.first + 1)
+    return computed

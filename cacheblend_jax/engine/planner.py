@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import jax
 import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
@@ -171,13 +170,3 @@ def _padding(plan: Plan) -> dict[str, Any]:
 def empty_request(plan: Plan) -> Request:
     """Returns a request that is all padding, in the shapes that the plan's programs are compiled for."""
     return Request(**_padding(plan))
-
-
-def computed_positions(plan: Plan, stage_positions: Sequence[jax.Array]) -> list[np.ndarray]:
-    """Returns, for each layer, the positions whose K, V it computed; `stage_positions` holds each stage's, padded."""
-    computed = []
-    for stage, padded in zip(plan.stages, stage_positions, strict=True):
-        positions = np.asarray(padded)
-        positions = positions[positions < plan.cache_length]
-        computed += [positions] * (stage.border - stage.first + 1)
-    return computed

@@ -18,7 +18,7 @@ import numpy as np
 
 from cacheblend_jax.blend.deviation import total_deviation
 from cacheblend_jax.blend.flops import prefill_flops
-from cacheblend_jax.blend.schedule import Plan
+from cacheblend_jax.blend.schedule import Plan, computed_positions
 from cacheblend_jax.blend.steps import Request
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.controller import Decision, decide
@@ -26,7 +26,7 @@ from cacheblend_jax.engine.delays import Estimator
 from cacheblend_jax.engine.executors import Executors, PrefillRun
 from cacheblend_jax.engine.layout import ChunkContext, Layout, PlacedChunk, lay_out, look_up, place_chunks
 from cacheblend_jax.engine.loading import LostChunkError
-from cacheblend_jax.engine.planner import Planner, computed_positions
+from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.profile import Profile, profile_for
 from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.engine.results import PrefillResult, PrefillStats
