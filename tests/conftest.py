@@ -65,6 +65,9 @@ from cacheblend_jax.runtime.programs import COMPILER_OPTIONS, compiler_options, 
 from pallas_kernels import use_verdicts  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests compare float32 with references: a GPU multiplies it in TF32 by default, a TPU in bfloat16.
+if jax.default_backend() != "cpu":
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 HF = Path(__file__).parent / "data" / "hf"  # tiny checkpoints: scripts/make_hf_goldens.py
 SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_layers": 6, "num_heads": 4}

@@ -51,7 +51,10 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     if options.json:
         options.json.write_text(json.dumps(verdicts.record(), indent=1) + "\n", encoding="utf-8")
-    print(f"remembered in {remember(verdicts)}")
+    try:
+        print(f"remembered in {remember(verdicts)}")
+    except OSError as error:
+        raise SystemExit(f"the verdicts can't be remembered: {error}; set XDG_CACHE_HOME") from None
 
 
 def _head_dim(text: str) -> int:

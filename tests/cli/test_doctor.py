@@ -83,6 +83,16 @@ def test_a_gpu_that_cannot_be_proven_now_is_one_line(on_a_gpu, monkeypatch, caps
     assert "the kernels can't be proven now: the card is full; end what else uses the device" in capsys.readouterr().err
 
 
+def test_verdicts_that_cannot_be_written_are_one_line(on_a_gpu, monkeypatch, capsys, own_user_cache):
+    monkeypatch.setattr(doctor, "prove", lambda place, progress: verdicts())
+    own_user_cache.mkdir()
+    (own_user_cache / "kernels").write_text("a file")
+    assert main(["doctor", "--prove"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the verdicts can't be remembered: " in line
+    assert line.endswith("set XDG_CACHE_HOME")
+
+
 def test_there_is_nothing_to_prove_on_a_cpu(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "describe_first_device", lambda: Place.of(jax.devices()[0]))
     assert main(["doctor", "--prove"]) == 2

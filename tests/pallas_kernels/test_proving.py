@@ -377,6 +377,15 @@ def test_the_command_proves_everything_prints_what_is_found_and_remembers_it(ask
     assert remembered.recall(found_on().identity).record() == found_on().record()
 
 
+def test_the_command_says_in_one_line_that_verdicts_cannot_be_written(asked, monkeypatch, capsys, own_user_cache):
+    own_user_cache.mkdir()
+    (own_user_cache / "kernels").write_text("a file")
+    monkeypatch.setattr(sys, "argv", ["proving"])
+    with pytest.raises(SystemExit, match=r"the verdicts can't be remembered: .*kernels.*; set XDG_CACHE_HOME"):
+        command_line.main()
+    assert "not used: was killed by signal 11" in capsys.readouterr().out
+
+
 def test_the_narrowed_command_adds_to_what_is_remembered(asked, monkeypatch, capsys):
     remembered.remember(found_on(kind=OTHER))
     narrow = ["--backends", "triton", "--dtypes", "float16", "--head-dims", "112", "64", "112"]
