@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from cacheblend_jax.blend.schedule import Plan, full_plan, make_plan, survivor_c
 from cacheblend_jax.blend.steps import Request
 from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.decode import decode_step
 from cacheblend_jax.model.kv_cache import KVCache, cache_shape
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import rope_tables
@@ -30,11 +31,13 @@ from cacheblend_jax.runtime.programs import compiler_options
 from pallas_kernels.dispatch import OVERRIDE, current_target
 
 SUFFIX, CHUNK, RATIO = 64, 512, 0.15
+MODES = ("full", "blend", "reuse")
 
 
 def request_of(plan: Plan, length: int, vocab_size: int, ratio: float) -> Request:
     """Returns the request for a prompt of chunks, all of them stored, and a question of `SUFFIX` tokens."""
-    positions = np.arange(plan.active, dtype=np.int32)
+    # Full KV reuse computes the question alone.
+    positions = np.arange(plan.active, dtype=np.int32) + (length - SUFFIX if plan.active < length else 0)
     forced = (positions >= length - SUFFIX) & (positions < length) if plan.forced else positions < length
     rows = np.flatnonzero(forced)[: plan.forced]
     padded = np.full(plan.forced, plan.active, np.int32)
@@ -63,29 +66,69 @@ class Mode(NamedTuple):
     compile_s: float
 
 
-def prefills(
-    config: ModelConfig, length: int, params, names: tuple[str, ...] = ("full", "blend"), ratio: float = RATIO
-) -> dict[str, Mode]:
-    """Compiles `"full"` and `"blend"`, or those of them named; returns them by name."""
-    blend = BlendConfig(ratio, "hkvd")
-    blending = make_plan(
-        num_layers=config.num_layers, length=length, active=length, forced=SUFFIX, blend=blend, check_layer=1
+class Decoding(NamedTuple):
+    """The compiled program of a decoding step, a call of it, and the seconds that compiling took."""
+
+    program: Any
+    run: Callable
+    compile_s: float
+
+
+def plan_of(name: str, config: ModelConfig, length: int, ratio: float) -> Plan:
+    """Returns the plan of a mode, one of `MODES`; the blend is that of `hkvd`."""
+    if name == "full":
+        return full_plan(config.num_layers, length)
+    active, blend = (length, BlendConfig(ratio, "hkvd")) if name == "blend" else (SUFFIX, None)
+    return make_plan(
+        num_layers=config.num_layers, length=length, active=active, forced=SUFFIX, blend=blend, check_layer=1
     )
 
+
+def prefills(
+    config: ModelConfig,
+    length: int,
+    params: Params,
+    names: Sequence[str] = ("full", "blend"),
+    ratio: float = RATIO,
+    options: Mapping[str, str | bool] | None = None,
+) -> dict[str, Mode]:
+    """Compiles the named of `MODES`, all at the same time; returns them by name.
+
+    Args:
+        options: the compiler's, beside those of the runner.
+    """
+    of_compiler = dict(compiler_options(current_target().platform)) | dict(options or {})
+
     def compiled(name: str) -> Mode:
-        plan = blending if name == "blend" else full_plan(config.num_layers, length)
+        plan = plan_of(name, config, length, ratio)
         request = request_of(plan, length, config.vocab_size, ratio)
         shape = cache_shape(config, plan.cache_length)
         kv = None if plan.nothing_cached else KVCache(*(0.1 * jnp.ones(shape, config.dtype) for _ in "kv"))
         arguments = (params, request, kv, PromptSequence(request.length, rope_tables(config, plan.cache_length)))
-        options = compiler_options(current_target().platform)
         begin = time.perf_counter()
         lowered = jax.jit(partial(prefill, config=config, plan=plan)).lower(*arguments)
-        program = lowered.compile(compiler_options=options)
+        program = lowered.compile(compiler_options=of_compiler)
         return Mode(plan, program, partial(program, *arguments), time.perf_counter() - begin)
 
     with ThreadPoolExecutor(len(names)) as pool:
         return dict(zip(names, pool.map(compiled, names), strict=True))
+
+
+def decoding(config: ModelConfig, length: int, params: Params) -> Decoding:
+    """Compiles a step of decoding after a prompt of `length` tokens, in place: every call overwrites the last row."""
+    cache = KVCache(*(0.1 * jnp.ones(cache_shape(config, length), config.dtype) for _ in "kv"))
+    arguments = jnp.int32(1), jnp.int32(length - 1), rope_tables(config, length)
+    begin = time.perf_counter()
+    lowered = jax.jit(partial(decode_step, config=config), donate_argnums=1).lower(params, cache, *arguments)
+    program = lowered.compile(compiler_options=compiler_options(current_target().platform))
+    compile_s = time.perf_counter() - begin
+
+    def run() -> jax.Array:
+        nonlocal cache
+        logits, _, cache = program(params, cache, *arguments)
+        return logits
+
+    return Decoding(program, run, compile_s)
 
 
 @contextlib.contextmanager

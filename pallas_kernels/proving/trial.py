@@ -176,7 +176,15 @@ def _same(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
 
 
 def interleaved(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Returns each call's median seconds; short ones run many times in a row, since a launch takes its own time."""
+    """Returns each call's median seconds."""
+    return [statistics.median(seconds) for seconds in seconds_by_round(calls)]
+
+
+def seconds_by_round(calls: Sequence[Callable[[], Any]], num_rounds: int = ROUNDS) -> list[list[float]]:
+    """Returns each call's seconds in each round, in which they take turns.
+
+    Short ones run many times in a row, since a launch takes its own time.
+    """
     counts: list[int] = []
     rounds: list[list[float]] = [[] for _ in calls]
     for call in calls:
@@ -185,14 +193,14 @@ def interleaved(calls: Sequence[Callable[[], Any]]) -> list[float]:
         jax.block_until_ready(call())
         took = max(time.perf_counter() - began, 1e-9)
         counts.append(int(min(max(ROUND_SECONDS / took, 1), MOST_CALLS)))
-    for _ in range(ROUNDS):
+    for _ in range(num_rounds):
         for call, count, seconds in zip(calls, counts, rounds, strict=True):
             began = time.perf_counter()
             for _ in range(count):
                 result = call()
             jax.block_until_ready(result)
             seconds.append((time.perf_counter() - began) / count)
-    return [statistics.median(seconds) for seconds in rounds]
+    return rounds
 
 
 def first_line(error: Exception) -> str:
