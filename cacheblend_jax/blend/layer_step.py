@@ -38,24 +38,21 @@ class PromptSequence:
 
 
 def blend_layer(
-    layer: DecoderLayer,
     config: ModelConfig,
     index: Int[Array, ""] | int,
     rows: Rows,
+    fresh: LayerKV,
     cached: LayerKV | None,
     sequence: PromptSequence,
-) -> tuple[LayerKV, LayerKV]:
-    """Computes the rows' K, V and writes them into those of `layer`, which is layer `index`.
+) -> LayerKV:
+    """Writes the rows' fresh K, V (before RoPE) into those of layer `index`.
 
-    Returns the fresh K, V (before RoPE) and the whole layer's, keys rotated. Without cached KV the rows are all keys.
+    Returns the whole layer's, keys rotated. Without cached KV the rows are all keys.
     """
-    k, v = layer.keys_values(rows.hidden)
-    fresh = LayerKV(k, v)
     if cached is None:
-        return fresh, LayerKV(apply_rope(k, *rows.angles.of_layer(config, index)), v)
+        return LayerKV(apply_rope(fresh.k, *rows.angles.of_layer(config, index)), fresh.v)
     cos, sin = sequence.angles.of_layer(config, index)
-    blended = blend_kv(cached.k, cached.v, k, v, rows.positions, cos=cos, sin=sin)
-    return fresh, LayerKV(*blended)
+    return LayerKV(*blend_kv(cached.k, cached.v, fresh.k, fresh.v, rows.positions, cos=cos, sin=sin))
 
 
 @struct.dataclass
@@ -64,6 +61,13 @@ class Survivors:
 
     indices: Int[Array, " kept"]
     valid: Bool[Array, " kept"]
+
+
+class Selection(NamedTuple):
+    """How a border shrinks the set of rows: `choose` returns survivors, `most` of them, given all rows' fresh KV."""
+
+    most: int
+    choose: Callable[[LayerKV], Survivors]
 
 
 class LayerStep(NamedTuple):
@@ -93,23 +97,38 @@ def layer_step(
     rows: Rows,
     cached: LayerKV | None,
     sequence: PromptSequence,
-    select: Callable[[LayerKV], Survivors] | None = None,
+    selection: Selection | None = None,
 ) -> LayerStep:
-    """Runs one layer for one set of rows. At a stage's border `select` shrinks the set between K, V and attention.
+    """Runs one layer for one set of rows. At a stage's border a selection shrinks it between K, V and attention.
 
-    The fresh K, V of all rows enter the layer's; only the rows that `select(fresh)` returns attend and go on.
+    The fresh K, V of all rows enter the layer's; only the rows that are selected attend and go on.
     """
-    layer = layer_at(params, config, index)
-    fresh, blended = blend_layer(layer, config, index, rows, cached, sequence)
-    if select is None:
-        kept = jnp.arange(rows.positions.shape[0], dtype=jnp.int32)
+    layer, num_rows = layer_at(params, config, index), rows.positions.shape[0]
+    q, fresh = _projections(layer, rows, num_rows if selection is None else selection.most)
+    blended = blend_layer(config, index, rows, fresh, cached, sequence)
+    if selection is None:
+        kept = jnp.arange(num_rows, dtype=jnp.int32)
     else:
-        survivors = select(fresh)
+        survivors = selection.choose(fresh)
         kept = survivors.indices
         rows = rows.take(kept, survivors.valid, blended.k.shape[0])
+        q = None if q is None else q[kept]
     angles, starts = rows.angles.of_layer(config, index), layer_starts(config, index, rows.positions)
-    attended = attend(layer, rows, blended, angles=angles, starts=starts, kv_length=sequence.length)
+    q = layer.queries(rows.hidden) if q is None else q
+    attended = attend(layer, rows, q, blended, angles=angles, starts=starts, kv_length=sequence.length)
     return LayerStep(attended.rows, kept, blended, fresh, attended.q, attended.lse)
+
+
+def _projections(layer: DecoderLayer, rows: Rows, kept: int) -> tuple[jax.Array | None, LayerKV]:
+    """Returns the queries and the fresh K, V of all rows; no queries where only those of `kept` rows are worthwhile.
+
+    Part of a joined matrix is copied before it multiplies: where most rows go on, all of their queries cost less.
+    """
+    num_rows = rows.positions.shape[0]
+    if kept == num_rows or (layer.joined and 2 * kept >= num_rows):
+        q, k, v = layer.queries_keys_values(rows.hidden)
+        return q, LayerKV(k, v)
+    return None, LayerKV(*layer.keys_values(rows.hidden))
 
 
 def highest(

@@ -6,7 +6,6 @@ positional arguments; what a program is compiled for is passed by keyword.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -18,6 +17,7 @@ from cacheblend_jax.blend.layer_step import (
     HostOrDevice,
     LayerStep,
     PromptSequence,
+    Selection,
     Survivors,
     cross_mass,
     highest,
@@ -166,11 +166,11 @@ def border_layer(
         deviation: what the selector's KV deviation is measured on.
     """
 
-    def select(fresh: LayerKV) -> Survivors:
+    def choose(fresh: LayerKV) -> Survivors:
         evidence = _evidence(fresh, cached, active, signals, deviation)
         return highest(selector.scores(evidence), signals.forced[active.index], evidence.valid, keep, room)
 
-    return _advance(params, active, cached, blended, sequence, index, config, select)[:2]
+    return _advance(params, active, cached, blended, sequence, index, config, Selection(room, choose))[:2]
 
 
 def last_layer(
@@ -184,9 +184,8 @@ def last_layer(
     config: ModelConfig,
 ) -> tuple[Float[Array, " vocab"], Int[Array, ""], KVCache]:
     """As `plain_layer`, but only the last token attends; returns its logits, the greedy next token and the cache."""
-    active, blended, _ = _advance(
-        params, active, cached, blended, sequence, index, config, lambda _: last_row(active.rows, sequence)
-    )
+    only_last = Selection(1, lambda _: last_row(active.rows, sequence))
+    active, blended, _ = _advance(params, active, cached, blended, sequence, index, config, only_last)
     logits = embedder(params, config).logits(active.rows.hidden)[0]
     return logits, jnp.argmax(logits).astype(jnp.int32), blended
 
@@ -240,9 +239,9 @@ def _advance(
     sequence: PromptSequence,
     index: LayerIndex,
     config: ModelConfig,
-    select: Callable[[LayerKV], Survivors] | None = None,
+    selection: Selection | None = None,
 ) -> tuple[ActiveRows, KVCache, LayerStep]:
-    step = layer_step(params, config, index, active.rows, cached, sequence, select)
+    step = layer_step(params, config, index, active.rows, cached, sequence, selection)
     return ActiveRows(step.rows, active.index[step.kept]), blended.with_layer(index, step.blended), step
 
 

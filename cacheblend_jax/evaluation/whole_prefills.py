@@ -135,9 +135,9 @@ def exact_logits(config: ModelConfig, params: Params, token_ids: np.ndarray) -> 
 
     Only of the plain Llama form: no bias, no norm of queries and keys, no window, one RoPE, embeddings not tied.
     """
+    separated = params.separated()
     embedder, layers = (
-        jax.tree.map(lambda x: np.asarray(x.astype(jnp.float32), np.float64), of)
-        for of in (params.embedder, params.layers)
+        jax.tree.map(lambda x: np.asarray(x).astype(np.float64), of) for of in (separated.embedder, separated.layers)
     )
     cos, sin = (np.asarray(x, np.float64)[0, :, None] for x in jax.tree.leaves(rope_tables(config, token_ids.size)))
 
