@@ -15,11 +15,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.kv_cache import LayerKV
+from cacheblend_jax.model.kv_cache import LayerInCache, LayerKV
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.transformer import DecoderLayer, Rows, attend, layer_at, layer_starts
 from pallas_kernels import apply_rope, blend_kv, selective_attention
+from pallas_kernels.dispatch import current_target
 
 HostOrDevice = Any  # a JAX array, or a NumPy array on the host
 
@@ -42,17 +43,20 @@ def blend_layer(
     index: Int[Array, ""] | int,
     rows: Rows,
     fresh: LayerKV,
-    cached: LayerKV | None,
+    cached: LayerKV | LayerInCache | None,
     sequence: PromptSequence,
-) -> LayerKV:
-    """Writes the rows' fresh K, V (before RoPE) into those of layer `index`.
+) -> LayerKV | LayerInCache:
+    """Writes the rows' fresh K, V (before RoPE) into those of layer `index`; in a cache, in place.
 
-    Returns the whole layer's, keys rotated. Without cached KV the rows are all keys.
+    Returns the whole layer's, keys rotated. Where nothing is cached the rows are all keys.
     """
-    if cached is None:
-        return LayerKV(apply_rope(fresh.k, *rows.angles.of_layer(config, index)), fresh.v)
+    if cached is None or (isinstance(cached, LayerInCache) and cached.is_empty):
+        turned = LayerKV(apply_rope(fresh.k, *rows.angles.of_layer(config, index)), fresh.v)
+        return turned if cached is None else cached.cache.with_layer(index, turned).in_place(index)
     cos, sin = sequence.angles.of_layer(config, index)
-    return LayerKV(*blend_kv(cached.k, cached.v, fresh.k, fresh.v, rows.positions, cos=cos, sin=sin))
+    at = index if isinstance(cached, LayerInCache) else None
+    k, v = blend_kv(cached.k, cached.v, fresh.k, fresh.v, rows.positions, cos=cos, sin=sin, layer=at)
+    return LayerKV(k, v) if at is None else LayerInCache(k, v, index)
 
 
 @struct.dataclass
@@ -84,7 +88,7 @@ class LayerStep(NamedTuple):
 
     rows: Rows
     kept: Int[Array, " kept"]
-    blended: LayerKV
+    blended: LayerKV | LayerInCache
     fresh: LayerKV
     q: Float[Array, "kept heads head_dim"]
     lse: Float[Array, "kept heads"]
@@ -95,7 +99,7 @@ def layer_step(
     config: ModelConfig,
     index: Int[Array, ""] | int,
     rows: Rows,
-    cached: LayerKV | None,
+    cached: LayerKV | LayerInCache | None,
     sequence: PromptSequence,
     selection: Selection | None = None,
 ) -> LayerStep:
@@ -105,13 +109,15 @@ def layer_step(
     """
     layer, num_rows = layer_at(params, config, index), rows.positions.shape[0]
     q, fresh = _projections(layer, rows, num_rows if selection is None else selection.most)
-    blended = blend_layer(config, index, rows, fresh, cached, sequence)
     if selection is None:
-        kept = jnp.arange(num_rows, dtype=jnp.int32)
+        kept, blended = jnp.arange(num_rows, dtype=jnp.int32), blend_layer(config, index, rows, fresh, cached, sequence)
     else:
         survivors = selection.choose(fresh)
         kept = survivors.indices
-        rows = rows.take(kept, survivors.valid, blended.k.shape[0])
+        # The selection reads stored KV that the blend overwrites.
+        at = once_known(index, kept[0].astype(jnp.float32))
+        blended = blend_layer(config, at, rows, fresh, cached, sequence)
+        rows = rows.take(kept, survivors.valid, sequence.num_keys)
         q = None if q is None else q[kept]
     angles, starts = rows.angles.of_layer(config, index), layer_starts(config, index, rows.positions)
     q = layer.queries(rows.hidden) if q is None else q
@@ -129,6 +135,25 @@ def _projections(layer: DecoderLayer, rows: Rows, kept: int) -> tuple[jax.Array 
         q, k, v = layer.queries_keys_values(rows.hidden)
         return q, LayerKV(k, v)
     return None, LayerKV(*layer.keys_values(rows.hidden))
+
+
+def blends_in_place(platform: str) -> bool:
+    """Returns whether stored KV becomes blended KV where it lies in the cache, on a platform.
+
+    Not on a TPU: attention reads keys in another order there, and XLA would lay the whole cache out anew for that.
+    """
+    return platform != "tpu"
+
+
+def once_known(value: Any, known: Float[Array, ""]) -> Any:
+    """Returns `value`; on a CPU, it depends on `known`.
+
+    XLA for CPUs may do things in any order that data allow. It copies a whole cache to be able to overwrite it before a
+    read that nothing else waits for, and, at the start, slices whose index is a constant out of their stacks.
+    """
+    if current_target().platform != "cpu":
+        return value
+    return jnp.where(known > jnp.inf, jnp.zeros_like(value), value)  # never true, but XLA cannot know
 
 
 def highest(
@@ -177,12 +202,17 @@ def cross_mass(
         is_row = positions < sequence.length
 
         def log_sum_exp(last_visible: Int[Array, " kept"], starts: Int[Array, " kept"] | None) -> jax.Array:
-            k, v = step.blended.k, step.blended.v
-            length = sequence.length
-            _, lse = selective_attention(
-                step.q, k, v, last_visible, q_starts=starts, kv_length=length, scale=scale, return_lse=True
-            )
-            return lse
+            return selective_attention(
+                step.q,
+                step.blended.k,
+                step.blended.v,
+                last_visible,
+                layer=step.blended.index if isinstance(step.blended, LayerInCache) else None,
+                q_starts=starts,
+                kv_length=sequence.length,
+                scale=scale,
+                return_lse=True,
+            )[1]
 
         own_starts = chunk_starts if window_starts is None else jnp.maximum(chunk_starts, window_starts)
         own = log_sum_exp(positions, own_starts)

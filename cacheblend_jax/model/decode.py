@@ -121,7 +121,7 @@ def extend(
         )
         starts = layer_starts(config, index, at)
         attended = attend(
-            layer, rows, q, cache.layer(index), angles=turned, starts=starts, kv_length=position + num_new
+            layer, rows, q, cache.in_place(index), angles=turned, starts=starts, kv_length=position + num_new
         )
         return (attended.rows, cache), None
 

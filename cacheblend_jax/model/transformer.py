@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.kv_cache import LayerKV
+from cacheblend_jax.model.kv_cache import LayerInCache, LayerKV
 from cacheblend_jax.model.params import JOINED, Params, is_joined, join, side_by_side, suits_by_layer
 from cacheblend_jax.model.rope import Angles
 from pallas_kernels import apply_rope, selective_attention
@@ -361,7 +361,7 @@ def attend(
     layer: DecoderLayer,
     rows: Rows,
     q: Float[Array, "rows heads head_dim"],
-    kv: LayerKV,
+    kv: LayerKV | LayerInCache,
     *,
     angles: tuple[Float[Array, "rows half"], Float[Array, "rows half"]],
     starts: Int[Array, " rows"] | None,
@@ -379,6 +379,7 @@ def attend(
         kv.k,
         kv.v,
         rows.positions,
+        layer=kv.index if isinstance(kv, LayerInCache) else None,
         q_starts=starts,
         kv_length=kv_length,
         scale=layer.attention_scale,
