@@ -15,11 +15,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.kv_cache import LayerKV
+from cacheblend_jax.model.kv_cache import LayerInCache, LayerKV
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.transformer import DecoderLayer, Rows, attend, layer_at, layer_starts
 from pallas_kernels import apply_rope, blend_kv, selective_attention
+from pallas_kernels.dispatch import current_target
 
 HostOrDevice = Any  # a JAX array, or a NumPy array on the host
 
@@ -38,24 +39,24 @@ class PromptSequence:
 
 
 def blend_layer(
-    layer: DecoderLayer,
     config: ModelConfig,
     index: Int[Array, ""] | int,
     rows: Rows,
-    cached: LayerKV | None,
+    fresh: LayerKV,
+    cached: LayerKV | LayerInCache | None,
     sequence: PromptSequence,
-) -> tuple[LayerKV, LayerKV]:
-    """Computes the rows' K, V and writes them into those of `layer`, which is layer `index`.
+) -> LayerKV | LayerInCache:
+    """Writes the rows' fresh K, V (before RoPE) into those of layer `index`; in a cache, in place.
 
-    Returns the fresh K, V (before RoPE) and the whole layer's, keys rotated. Without cached KV the rows are all keys.
+    Returns the whole layer's, keys rotated. Where nothing is cached the rows are all keys.
     """
-    k, v = layer.keys_values(rows.hidden)
-    fresh = LayerKV(k, v)
-    if cached is None:
-        return fresh, LayerKV(apply_rope(k, *rows.angles.of_layer(config, index)), v)
+    if cached is None or (isinstance(cached, LayerInCache) and cached.is_empty):
+        turned = LayerKV(apply_rope(fresh.k, *rows.angles.of_layer(config, index)), fresh.v)
+        return turned if cached is None else cached.cache.with_layer(index, turned).in_place(index)
     cos, sin = sequence.angles.of_layer(config, index)
-    blended = blend_kv(cached.k, cached.v, k, v, rows.positions, cos=cos, sin=sin)
-    return fresh, LayerKV(*blended)
+    at = index if isinstance(cached, LayerInCache) else None
+    k, v = blend_kv(cached.k, cached.v, fresh.k, fresh.v, rows.positions, cos=cos, sin=sin, layer=at)
+    return LayerKV(k, v) if at is None else LayerInCache(k, v, index)
 
 
 @struct.dataclass
@@ -64,6 +65,13 @@ class Survivors:
 
     indices: Int[Array, " kept"]
     valid: Bool[Array, " kept"]
+
+
+class Selection(NamedTuple):
+    """How a border shrinks the set of rows: `choose` returns survivors, `most` of them, given all rows' fresh KV."""
+
+    most: int
+    choose: Callable[[LayerKV], Survivors]
 
 
 class LayerStep(NamedTuple):
@@ -80,7 +88,7 @@ class LayerStep(NamedTuple):
 
     rows: Rows
     kept: Int[Array, " kept"]
-    blended: LayerKV
+    blended: LayerKV | LayerInCache
     fresh: LayerKV
     q: Float[Array, "kept heads head_dim"]
     lse: Float[Array, "kept heads"]
@@ -91,25 +99,61 @@ def layer_step(
     config: ModelConfig,
     index: Int[Array, ""] | int,
     rows: Rows,
-    cached: LayerKV | None,
+    cached: LayerKV | LayerInCache | None,
     sequence: PromptSequence,
-    select: Callable[[LayerKV], Survivors] | None = None,
+    selection: Selection | None = None,
 ) -> LayerStep:
-    """Runs one layer for one set of rows. At a stage's border `select` shrinks the set between K, V and attention.
+    """Runs one layer for one set of rows. At a stage's border a selection shrinks it between K, V and attention.
 
-    The fresh K, V of all rows enter the layer's; only the rows that `select(fresh)` returns attend and go on.
+    The fresh K, V of all rows enter the layer's; only the rows that are selected attend and go on.
     """
-    layer = layer_at(params, config, index)
-    fresh, blended = blend_layer(layer, config, index, rows, cached, sequence)
-    if select is None:
-        kept = jnp.arange(rows.positions.shape[0], dtype=jnp.int32)
+    layer, num_rows = layer_at(params, config, index), rows.positions.shape[0]
+    q, fresh = _projections(layer, rows, num_rows if selection is None else selection.most)
+    if selection is None:
+        kept, blended = jnp.arange(num_rows, dtype=jnp.int32), blend_layer(config, index, rows, fresh, cached, sequence)
     else:
-        survivors = select(fresh)
+        survivors = selection.choose(fresh)
         kept = survivors.indices
-        rows = rows.take(kept, survivors.valid, blended.k.shape[0])
+        # The selection reads stored KV that the blend overwrites.
+        at = once_known(index, kept[0].astype(jnp.float32))
+        blended = blend_layer(config, at, rows, fresh, cached, sequence)
+        rows = rows.take(kept, survivors.valid, sequence.num_keys)
+        q = None if q is None else q[kept]
     angles, starts = rows.angles.of_layer(config, index), layer_starts(config, index, rows.positions)
-    attended = attend(layer, rows, blended, angles=angles, starts=starts, kv_length=sequence.length)
+    q = layer.queries(rows.hidden) if q is None else q
+    attended = attend(layer, rows, q, blended, angles=angles, starts=starts, kv_length=sequence.length)
     return LayerStep(attended.rows, kept, blended, fresh, attended.q, attended.lse)
+
+
+def _projections(layer: DecoderLayer, rows: Rows, kept: int) -> tuple[jax.Array | None, LayerKV]:
+    """Returns the queries and the fresh K, V of all rows; no queries where only those of `kept` rows are worthwhile.
+
+    Part of a joined matrix is copied before it multiplies: where most rows go on, all of their queries cost less.
+    """
+    num_rows = rows.positions.shape[0]
+    if kept == num_rows or (layer.joined and 2 * kept >= num_rows):
+        q, k, v = layer.queries_keys_values(rows.hidden)
+        return q, LayerKV(k, v)
+    return None, LayerKV(*layer.keys_values(rows.hidden))
+
+
+def blends_in_place(platform: str) -> bool:
+    """Returns whether stored KV becomes blended KV where it lies in the cache, on a platform.
+
+    Not on a TPU: attention reads keys in another order there, and XLA would lay the whole cache out anew for that.
+    """
+    return platform != "tpu"
+
+
+def once_known(value: Any, known: Float[Array, ""]) -> Any:
+    """Returns `value`; on a CPU, it depends on `known`.
+
+    XLA for CPUs may do things in any order that data allow. It copies a whole cache to be able to overwrite it before a
+    read that nothing else waits for, and, at the start, slices whose index is a constant out of their stacks.
+    """
+    if current_target().platform != "cpu":
+        return value
+    return jnp.where(known > jnp.inf, jnp.zeros_like(value), value)  # never true, but XLA cannot know
 
 
 def highest(
@@ -158,12 +202,17 @@ def cross_mass(
         is_row = positions < sequence.length
 
         def log_sum_exp(last_visible: Int[Array, " kept"], starts: Int[Array, " kept"] | None) -> jax.Array:
-            k, v = step.blended.k, step.blended.v
-            length = sequence.length
-            _, lse = selective_attention(
-                step.q, k, v, last_visible, q_starts=starts, kv_length=length, scale=scale, return_lse=True
-            )
-            return lse
+            return selective_attention(
+                step.q,
+                step.blended.k,
+                step.blended.v,
+                last_visible,
+                layer=step.blended.index if isinstance(step.blended, LayerInCache) else None,
+                q_starts=starts,
+                kv_length=sequence.length,
+                scale=scale,
+                return_lse=True,
+            )[1]
 
         own_starts = chunk_starts if window_starts is None else jnp.maximum(chunk_starts, window_starts)
         own = log_sum_exp(positions, own_starts)

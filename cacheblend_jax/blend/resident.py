@@ -1,5 +1,7 @@
 """The resident executor: a whole prefill as one program of scans, with all cached KV on the device.
 
+But on TPUs, stored KV becomes blended KV in place, layer by layer.
+
 It reads like the paper: the layers up to the check layer run over all active tokens; there, HKVD tokens are selected;
 then stages of layers run over fewer and fewer of them; last come the logits. Nothing returns to the host in between.
 """
@@ -7,13 +9,20 @@ then stages of layers run over fewer and fewer of them; last come the logits. No
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cacheblend_jax.blend.layer_step import HostOrDevice, PromptSequence, layer_step
+from cacheblend_jax.blend.layer_step import (
+    HostOrDevice,
+    PromptSequence,
+    blends_in_place,
+    layer_step,
+    once_known,
+)
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import (
     ActiveRows,
@@ -50,22 +59,28 @@ def prefill(
     """Runs a planned prefill (traceable; `config` and `plan` are static).
 
     Args:
-        cached: stored K (before RoPE) and V of all layers; finite where nothing is stored; only read. `None` for a plan
-            with `nothing_cached`.
+        cached: stored K (before RoPE) and V of all layers; finite where nothing is stored. `None` for a plan with
+            `nothing_cached`. Donated, it becomes the blended cache, where the platform blends in place.
     """
-    active, blended = begin(params, request, sequence, config=config)
+    active, empty = begin(params, request, sequence, config=config)
+    in_place = blends_in_place(current_target().platform)
     mass = None
     if cached is not None and plan.needs("question_mass"):
         mass = _question_mass(params, request, cached, active, sequence, config)
+        # The pass reads stored KV that the first layer overwrites.
+        hidden = once_known(active.rows.hidden, mass[0])
+        active = replace(active, rows=replace(active.rows, hidden=hidden))
     signals = token_signals(request, mass)
 
     def at_layer(step: Callable[..., Any], state: _State, index: LayerIndex, *more: Any, **static: Any) -> Any:
         active, blended = state
-        index = index if params.by_layer else _once_reached(index, active)
-        layer = None if cached is None else cached.layer(index)
-        return step(params, active, layer, blended, sequence, index, *more, config=config, **static)
+        if isinstance(index, int) and not params.by_layer:
+            index = once_known(index, active.rows.hidden[0, 0])
+        static |= {"config": config, "nothing_cached": cached is None}
+        layer = None if cached is None or in_place else cached.layer(index)
+        return step(params, active, layer, blended, sequence, index, *more, **static)
 
-    stage_positions, state = [], (active, blended)
+    stage_positions, state = [], (active, cached if cached is not None and in_place else empty)
     for number, stage in enumerate(plan.stages):
         stage_positions.append(state[0].rows.positions)
         measured = number == 0 and plan.needs("cross_mass")
@@ -85,17 +100,6 @@ def prefill(
                 keep = request.keep[number]
                 state = at_layer(border_layer, state, stage.border, signals, keep, room=room, **choice)
     return Prefilled(logits, next_token, blended, tuple(stage_positions))
-
-
-def _once_reached(index: LayerIndex, active: ActiveRows) -> LayerIndex:
-    """Returns a layer's index; on a CPU, it depends on the layer before.
-
-    XLA for CPUs begins with operations that depend on nothing: at the start, it would slice all layers of constant
-    index (those at borders) out of their stacks, and hold these copies of weights and cached KV until they are read.
-    """
-    if not isinstance(index, int) or current_target().platform != "cpu":
-        return index
-    return jnp.where(active.rows.hidden[0, 0] > jnp.inf, 0, index)  # never true, but XLA cannot know
 
 
 def _question_mass(

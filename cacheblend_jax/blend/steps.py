@@ -6,7 +6,6 @@ positional arguments; what a program is compiled for is passed by keyword.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -18,7 +17,9 @@ from cacheblend_jax.blend.layer_step import (
     HostOrDevice,
     LayerStep,
     PromptSequence,
+    Selection,
     Survivors,
+    blends_in_place,
     cross_mass,
     highest,
     last_row,
@@ -26,10 +27,11 @@ from cacheblend_jax.blend.layer_step import (
 )
 from cacheblend_jax.blend.selectors import Evidence, Selector
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.kv_cache import KVCache, LayerKV
+from cacheblend_jax.model.kv_cache import KVCache, LayerInCache, LayerKV
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.transformer import Rows, embedder, layer_starts, rows_at
 from pallas_kernels import attention_mass
+from pallas_kernels.dispatch import current_target
 
 LayerIndex = Int[Array, ""] | int
 
@@ -94,7 +96,6 @@ def begin(
 ) -> tuple[ActiveRows, KVCache]:
     """Embeds the active tokens; returns them, and the empty blended cache."""
     hidden = embedder(params, config).embed(request.token_ids)
-    # Blended KV has a buffer of its own: one that is read and overwritten in turn would be copied whole between stages.
     empty = jnp.zeros((config.num_layers, sequence.num_keys, config.num_kv_heads, config.head_dim), hidden.dtype)
     rows = rows_at(hidden, request.positions, sequence.angles)
     index = jnp.arange(request.positions.shape[0], dtype=jnp.int32)
@@ -120,9 +121,15 @@ def plain_layer(
     index: LayerIndex,
     *,
     config: ModelConfig,
+    nothing_cached: bool = False,
 ) -> tuple[ActiveRows, KVCache]:
-    """Takes the rows through layer `index`, whose cached KV is `cached`, and writes its blended KV into the cache."""
-    return _advance(params, active, cached, blended, sequence, index, config)[:2]
+    """Takes the rows through layer `index`, and blends their KV into the layer's in the cache, in place.
+
+    Args:
+        cached: the layer's stored KV, which is first placed into the cache; `None` where it is there already.
+        nothing_cached: there is no stored KV, here or there: the rows are all keys.
+    """
+    return _advance(params, active, cached, blended, sequence, index, config, nothing_cached)[:2]
 
 
 def cross_mass_layer(
@@ -136,9 +143,10 @@ def cross_mass_layer(
     context_length: Int[Array, ""],
     *,
     config: ModelConfig,
+    nothing_cached: bool = False,
 ) -> tuple[ActiveRows, KVCache, TokenSignals]:
     """As `plain_layer` over all active tokens; also measures the attention that they pay to other chunks."""
-    after, blended, step = _advance(params, active, cached, blended, sequence, index, config)
+    after, blended, step = _advance(params, active, cached, blended, sequence, index, config, nothing_cached)
     starts = layer_starts(config, index, active.rows.positions)
     mass = cross_mass(step, signals.chunk_starts, context_length, sequence, starts, config.attention_scale)
     return after, blended, replace(signals, cross_mass=mass)
@@ -147,7 +155,7 @@ def cross_mass_layer(
 def border_layer(
     params: Params,
     active: ActiveRows,
-    cached: LayerKV,
+    cached: LayerKV | None,
     blended: KVCache,
     sequence: PromptSequence,
     index: LayerIndex,
@@ -155,6 +163,7 @@ def border_layer(
     keep: Int[Array, ""],
     *,
     config: ModelConfig,
+    nothing_cached: bool = False,
     selector: Selector,
     deviation: str,
     room: int,
@@ -166,11 +175,14 @@ def border_layer(
         deviation: what the selector's KV deviation is measured on.
     """
 
-    def select(fresh: LayerKV) -> Survivors:
-        evidence = _evidence(fresh, cached, active, signals, deviation)
+    stored = blended.in_place(index) if cached is None else KVCache(cached.k[None], cached.v[None]).in_place(0)
+
+    def choose(fresh: LayerKV) -> Survivors:
+        evidence = _evidence(fresh, stored, active, signals, deviation)
         return highest(selector.scores(evidence), signals.forced[active.index], evidence.valid, keep, room)
 
-    return _advance(params, active, cached, blended, sequence, index, config, select)[:2]
+    selection = Selection(room, choose)
+    return _advance(params, active, cached, blended, sequence, index, config, nothing_cached, selection)[:2]
 
 
 def last_layer(
@@ -182,11 +194,11 @@ def last_layer(
     index: LayerIndex,
     *,
     config: ModelConfig,
+    nothing_cached: bool = False,
 ) -> tuple[Float[Array, " vocab"], Int[Array, ""], KVCache]:
     """As `plain_layer`, but only the last token attends; returns its logits, the greedy next token and the cache."""
-    active, blended, _ = _advance(
-        params, active, cached, blended, sequence, index, config, lambda _: last_row(active.rows, sequence)
-    )
+    only_last = Selection(1, lambda _: last_row(active.rows, sequence))
+    active, blended, _ = _advance(params, active, cached, blended, sequence, index, config, nothing_cached, only_last)
     logits = embedder(params, config).logits(active.rows.hidden)[0]
     return logits, jnp.argmax(logits).astype(jnp.int32), blended
 
@@ -240,15 +252,25 @@ def _advance(
     sequence: PromptSequence,
     index: LayerIndex,
     config: ModelConfig,
-    select: Callable[[LayerKV], Survivors] | None = None,
+    nothing_cached: bool,
+    selection: Selection | None = None,
 ) -> tuple[ActiveRows, KVCache, LayerStep]:
-    step = layer_step(params, config, index, active.rows, cached, sequence, select)
-    return ActiveRows(step.rows, active.index[step.kept]), blended.with_layer(index, step.blended), step
+    if cached is not None and not blends_in_place(current_target().platform):
+        step = layer_step(params, config, index, active.rows, cached, sequence, selection)
+        after = ActiveRows(step.rows, active.index[step.kept])
+        return after, blended.with_layer(index, LayerKV(step.blended.k, step.blended.v)), step
+    if cached is not None:
+        blended = blended.with_layer(index, cached)
+    in_cache = blended.in_place(index, is_empty=nothing_cached)
+    step = layer_step(params, config, index, active.rows, in_cache, sequence, selection)
+    return ActiveRows(step.rows, active.index[step.kept]), KVCache(step.blended.k, step.blended.v), step
 
 
-def _evidence(fresh: LayerKV, cached: LayerKV, active: ActiveRows, signals: TokenSignals, deviation: str) -> Evidence:
+def _evidence(
+    fresh: LayerKV, stored: LayerInCache, active: ActiveRows, signals: TokenSignals, deviation: str
+) -> Evidence:
     """Returns what a selector sees: the signals of the current rows, and this layer's K, V."""
-    positions, index, num_keys = active.rows.positions, active.index, cached.k.shape[0]
+    positions, index, num_keys = active.rows.positions, active.index, stored.k.shape[1]
     at = jnp.minimum(positions, num_keys - 1)
     return Evidence(
         valid=positions < num_keys,
@@ -257,8 +279,8 @@ def _evidence(fresh: LayerKV, cached: LayerKV, active: ActiveRows, signals: Toke
         index=index,
         k_fresh=fresh.k,
         v_fresh=fresh.v,
-        k_cached=cached.k[at],
-        v_cached=cached.v[at],
+        k_cached=stored.k[stored.index, at],
+        v_cached=stored.v[stored.index, at],
         cross_mass=signals.cross_mass[index],
         question_mass=signals.question_mass[index],
         oracle=signals.oracle[index],

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, small_bucket
-from cacheblend_jax.blend.layer_step import PromptSequence
+from cacheblend_jax.blend.layer_step import PromptSequence, blends_in_place
 from cacheblend_jax.blend.resident import prefill, standalone
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import Prefilled, Request
@@ -179,7 +179,8 @@ class Executors:
         self, run: Callable[..., Any], plan: Plan, request: Request, cached: KVCache | None
     ) -> Prefilled:
         model, sequence = self._model, self._sequence(request.length, plan.cache_length)
-        return run(prefill, model.params, request, cached, sequence, config=model.config, plan=plan)
+        donate = () if cached is None or not blends_in_place(model.platform) else ("cached",)
+        return run(prefill, model.params, request, cached, sequence, donate=donate, config=model.config, plan=plan)
 
     def _prefill_streamed(
         self, run: Callable[..., Any], plan: Plan, request: Request, layers: LayerSource

@@ -155,7 +155,8 @@ def _attention_deviation(
         layer = layer_at(params, config, index)
         layer_kv = kv.layer(index)
         turned, starts = rows.angles.of_layer(config, index), layer_starts(config, index, rows.positions)
-        attended = attend(layer, rows, layer_kv, angles=turned, starts=starts, kv_length=length)
+        q = layer.queries(rows.hidden)
+        attended = attend(layer, rows, q, layer_kv, angles=turned, starts=starts, kv_length=length)
         q = attended.q * scale
         return attended.rows, _probabilities(q, layer_kv.k, attended.lse, rows.positions, starts, length)
 

@@ -192,13 +192,14 @@ def simulated_blend(
     def step(state: tuple[Rows, jax.Array], index: jax.Array) -> tuple[tuple[Rows, jax.Array], tuple[Any, ...]]:
         rows, computed = state
         layer, stored = layer_at(params, config, index), cached.layer(index)
-        fresh = LayerKV(*layer.keys_values(rows.hidden))
+        q, *fresh_kv = layer.queries_keys_values(rows.hidden)
+        fresh = LayerKV(*fresh_kv)
         k, v = (jnp.where(computed[:, None, None], *pair) for pair in ((fresh.k, stored.k), (fresh.v, stored.v)))
         deviation = kv_deviation(fresh.k, fresh.v, stored.k, stored.v, computed & prompt.measured)
         kept = _survivors(prompt, choice, deviation, computed, choice.keep[index])
         turned, starts = angles.of_layer(config, index), layer_starts(config, index, rows.positions)
         kv = LayerKV(apply_rope(k, *turned), v)
-        attended = attend(layer, rows, kv, angles=turned, starts=starts, kv_length=prompt.length)
+        attended = attend(layer, rows, q, kv, angles=turned, starts=starts, kv_length=prompt.length)
         mass = _question_mass(prompt, attended, kv, starts, config) if with_mass else None
         return (attended.rows, kept), (computed, mass)
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacheblend_jax.blend.config import BlendConfig
-from cacheblend_jax.blend.layer_step import PromptSequence
+from cacheblend_jax.blend.layer_step import PromptSequence, blends_in_place
 from cacheblend_jax.blend.resident import prefill
 from cacheblend_jax.blend.schedule import Plan, full_plan, make_plan, survivor_counts
-from cacheblend_jax.blend.steps import Request
+from cacheblend_jax.blend.steps import Prefilled, Request
 from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.decode import decode_step
@@ -105,10 +105,12 @@ def prefills(
         shape = cache_shape(config, plan.cache_length)
         kv = None if plan.nothing_cached else KVCache(*(0.1 * jnp.ones(shape, config.dtype) for _ in "kv"))
         arguments = (params, request, kv, PromptSequence(request.length, rope_tables(config, plan.cache_length)))
+        in_place = kv is not None and blends_in_place(current_target().platform)
         begin = time.perf_counter()
-        lowered = jax.jit(partial(prefill, config=config, plan=plan)).lower(*arguments)
-        program = lowered.compile(compiler_options=of_compiler)
-        return Mode(plan, program, partial(program, *arguments), time.perf_counter() - begin)
+        jitted = jax.jit(partial(prefill, config=config, plan=plan), donate_argnames="cached" if in_place else ())
+        program = jitted.lower(*arguments).compile(compiler_options=of_compiler)
+        run = _rerun(program, *arguments) if in_place else partial(program, *arguments)
+        return Mode(plan, program, run, time.perf_counter() - begin)
 
     with ThreadPoolExecutor(len(names)) as pool:
         return dict(zip(names, pool.map(compiled, names), strict=True))
@@ -129,6 +131,18 @@ def decoding(config: ModelConfig, length: int, params: Params) -> Decoding:
         return logits
 
     return Decoding(program, run, compile_s)
+
+
+def _rerun(program: Any, params: Params, request: Request, kv: KVCache | None, sequence: PromptSequence) -> Callable:
+    """Returns calls of a prefill that blends in place: each takes the cache of the one before for its stored KV."""
+    stored = [kv]
+
+    def run() -> Prefilled:
+        out = program(params, request, stored.pop(), sequence)
+        stored.append(out.cache)
+        return out
+
+    return run
 
 
 @contextlib.contextmanager
@@ -178,9 +192,9 @@ def exact_logits(config: ModelConfig, params: Params, token_ids: np.ndarray) -> 
 
     Only of the plain Llama form: no bias, no norm of queries and keys, no window, one RoPE, embeddings not tied.
     """
+    separated = params.separated()
     embedder, layers = (
-        jax.tree.map(lambda x: np.asarray(x.astype(jnp.float32), np.float64), of)
-        for of in (params.embedder, params.layers)
+        jax.tree.map(lambda x: np.asarray(x).astype(np.float64), of) for of in (separated.embedder, separated.layers)
     )
     cos, sin = (np.asarray(x, np.float64)[0, :, None] for x in jax.tree.leaves(rope_tables(config, token_ids.size)))
 

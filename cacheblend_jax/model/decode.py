@@ -111,7 +111,7 @@ def extend(
     def body(carry: tuple[Rows, KVCache], index: Int[Array, ""] | int) -> tuple[tuple[Rows, KVCache], None]:
         rows, cache = carry
         layer = layer_at(params, config, index)
-        k_fresh, v_fresh = layer.keys_values(rows.hidden)
+        q, k_fresh, v_fresh = layer.queries_keys_values(rows.hidden)
         turned = rows.angles.of_layer(config, index)
         k_fresh = apply_rope(k_fresh, *turned)
         place = [jnp.asarray(i, jnp.int32) for i in (index, position, 0, 0)]  # one dtype, whatever jax_enable_x64 is
@@ -120,7 +120,9 @@ def extend(
             lax.dynamic_update_slice(cache.v, v_fresh[None], place),
         )
         starts = layer_starts(config, index, at)
-        attended = attend(layer, rows, cache.layer(index), angles=turned, starts=starts, kv_length=position + num_new)
+        attended = attend(
+            layer, rows, q, cache.in_place(index), angles=turned, starts=starts, kv_length=position + num_new
+        )
         return (attended.rows, cache), None
 
     (rows, cache), _ = scan_layers(params, body, (rows, cache), range(config.num_layers))

@@ -24,6 +24,28 @@ class LayerKV:
 
 
 @struct.dataclass
+class LayerInCache:
+    """One layer's keys and values as they lie in a cache, whose stacks kernels read, and write, in place.
+
+    Attributes:
+        index: the layer, traced or not.
+        is_empty: nothing is stored for it yet.
+    """
+
+    k: Float[Array, "layers keys kv_heads head_dim"]
+    v: Float[Array, "layers keys kv_heads head_dim"]
+    index: Int[Array, ""] | int
+    is_empty: bool = struct.field(pytree_node=False, default=False)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache, with this layer as it is here."""
+        return KVCache(self.k, self.v)
+
+
+@struct.dataclass
 class KVCache:
     """All layers' keys and values, each `[layers, keys, kv_heads, head_dim]`.
 
@@ -40,8 +62,12 @@ class KVCache:
         return f"KVCache(k={_shape_text(self.k)}, v={_shape_text(self.v)})"
 
     def layer(self, index: Int[Array, ""] | int) -> LayerKV:
-        """Returns one layer's KV; `index` may be traced."""
+        """Returns one layer's KV, cut out; `index` may be traced."""
         return LayerKV(*(lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.k, self.v)))
+
+    def in_place(self, index: Int[Array, ""] | int, *, is_empty: bool = False) -> LayerInCache:
+        """Returns one layer's KV where it lies; `index` may be traced."""
+        return LayerInCache(self.k, self.v, index, is_empty)
 
     def with_layer(self, index: Int[Array, ""] | int, layer: LayerKV) -> KVCache:
         """Returns the cache with one layer's KV replaced, in place if the cache is donated or not needed any more."""

@@ -25,7 +25,8 @@ REQUEST_FIELDS = ("check_layer", "max_positions")
 class Model:
     """A decoder ready to run. `tokenizer` is `None` where the checkpoint has none: prompts are then token ids.
 
-    On a GPU, layers that are stacked in `params` are taken apart there (`Params.take_apart`).
+    On a GPU, layers that are stacked in `params` are taken apart there, and projections of the same rows joined
+    (`Params.take_apart`); `Params.separated` shows each by itself.
     """
 
     config: ModelConfig
@@ -39,7 +40,7 @@ class Model:
 
     def __post_init__(self) -> None:
         if suits_by_layer(self.platform):
-            self.params.take_apart()
+            self.params.take_apart(joined=len(self.placement.device_set) == 1)
 
     def __repr__(self) -> str:
         layers = f"{self.config.num_layers} layers of {self.config.hidden_size}"

@@ -70,10 +70,12 @@ def is_kernel(name: str) -> bool:
 def hugging_face_tensors(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     """Returns the parameters under their Hugging Face names and in their shapes: what `load_params` reads."""
     tensors: dict[str, np.ndarray] = {}
+    params = params.separated()
     names, leaves = jax.tree.leaves(tensor_names(params, config)), jax.tree.leaves(params, is_leaf=is_by_layer)
     for name, leaf in zip(names, leaves, strict=True):
         places = {name.format(layer): leaf[layer] for layer in range(len(leaf))} if "{}" in name else {name: leaf}
-        tensors |= {place: np.asarray(array.T if is_kernel(name) else array) for place, array in places.items()}
+        arrays = {place: np.asarray(array) for place, array in places.items()}
+        tensors |= {place: array.T if is_kernel(name) else array for place, array in arrays.items()}
     return tensors
 
 

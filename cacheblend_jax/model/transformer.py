@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.kv_cache import LayerKV
-from cacheblend_jax.model.params import Params, suits_by_layer
+from cacheblend_jax.model.kv_cache import LayerInCache, LayerKV
+from cacheblend_jax.model.params import JOINED, Params, is_joined, join, side_by_side, suits_by_layer
 from cacheblend_jax.model.rope import Angles
 from pallas_kernels import apply_rope, selective_attention
 from pallas_kernels.dispatch import current_target
@@ -76,51 +77,70 @@ class RMSNorm(nnx.Module):
         x = x.astype(jnp.float32)
         scale = jnp.expand_dims(self.offset + self.scale[...].astype(jnp.float32), range(x.ndim - 1))
         factor = lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
-        return (x * (factor * scale)).astype(self.dtype)
+        # In this order: XLA for GPUs then normalises rows in one kernel, with `factor * scale` first in three.
+        return (x * factor * scale).astype(self.dtype)
 
 
 class DecoderLayer(nnx.Module):
-    """A pre-norm decoder layer, as the steps around attention: keys and values, queries, finish.
+    """A pre-norm decoder layer, as the steps around attention: queries, keys and values, finish.
 
     Where the configuration has `post_norms`, what attention and MLP return is normalised, too, before it is added.
+    Projections of the same rows are modules of their own, or `joined` (`model.params.JOINED`).
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, joined: bool = False, rngs: nnx.Rngs):
         hidden, head_dim = config.hidden_size, config.head_dim
         q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
         linear = partial(_linear, config, rngs=rngs)
-        self.head_dim = head_dim
+        self.joined = joined
+        self.head_dim, self.q_size, self.kv_size, self.mlp_size = head_dim, q_size, kv_size, config.intermediate_size
         self.activation = config.activation
         self.attention_scale = config.attention_scale
         self.input_norm = RMSNorm(config, hidden)
-        self.q_proj = linear(hidden, q_size, bias=config.qkv_bias, split="outputs")
-        self.k_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
-        self.v_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
+        if joined:
+            self.qkv_proj = linear(hidden, q_size + 2 * kv_size, bias=config.qkv_bias, split="outputs")
+        else:
+            self.q_proj = linear(hidden, q_size, bias=config.qkv_bias, split="outputs")
+            self.k_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
+            self.v_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
         self.o_proj = linear(q_size, hidden, bias=config.output_bias, split="inputs")
         self.q_norm = RMSNorm(config, head_dim) if config.qk_norm else None
         self.k_norm = RMSNorm(config, head_dim) if config.qk_norm else None
         self.attention_out_norm = RMSNorm(config, hidden) if config.post_norms else None
         self.mlp_norm = RMSNorm(config, hidden)
-        self.gate_proj = linear(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
-        self.up_proj = linear(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
+        if joined:
+            self.gate_up_proj = linear(hidden, 2 * config.intermediate_size, bias=config.mlp_bias, split="outputs")
+        else:
+            self.gate_proj = linear(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
+            self.up_proj = linear(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
         self.down_proj = linear(config.intermediate_size, hidden, bias=config.mlp_bias, split="inputs")
         self.mlp_out_norm = RMSNorm(config, hidden) if config.post_norms else None
+
+    def queries_keys_values(
+        self, hidden: Float[Array, "tokens hidden"]
+    ) -> tuple[
+        Float[Array, "tokens heads head_dim"],
+        Float[Array, "tokens kv_heads head_dim"],
+        Float[Array, "tokens kv_heads head_dim"],
+    ]:
+        """Returns what `queries` and `keys_values` do, for the same tokens."""
+        with jax.named_scope("queries_keys_values"):
+            q, k, v = self._projected(self.input_norm(hidden), "q_proj", "k_proj", "v_proj")
+            return self._queries(q), self._keys(k), self._heads(v)
 
     def keys_values(
         self, hidden: Float[Array, "tokens hidden"]
     ) -> tuple[Float[Array, "tokens kv_heads head_dim"], Float[Array, "tokens kv_heads head_dim"]]:
         """Returns the tokens' keys, after qk-norm and before RoPE, and their values: what a store keeps."""
         with jax.named_scope("keys_values"):
-            normed = self.input_norm(hidden)
-            k = self._heads(_multiplied(self.k_proj, normed))
-            k = k if self.k_norm is None else self.k_norm(k)
-            return k, self._heads(_multiplied(self.v_proj, normed))
+            k, v = self._projected(self.input_norm(hidden), "k_proj", "v_proj")
+            return self._keys(k), self._heads(v)
 
     def queries(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens heads head_dim"]:
         """Returns the tokens' queries, after qk-norm and before RoPE."""
         with jax.named_scope("queries"):
-            q = self._heads(self.q_proj(self.input_norm(hidden)))
-            return q if self.q_norm is None else self.q_norm(q)
+            (q,) = self._projected(self.input_norm(hidden), "q_proj")
+            return self._queries(q)
 
     def finish(
         self, hidden: Float[Array, "tokens hidden"], attended: Float[Array, "tokens heads head_dim"]
@@ -130,12 +150,38 @@ class DecoderLayer(nnx.Module):
             added = self.o_proj(attended.reshape(attended.shape[0], -1))
             hidden = hidden + (added if self.attention_out_norm is None else self.attention_out_norm(added))
             normed = self.mlp_norm(hidden)
-            gate = ACTIVATION_FUNCTIONS[self.activation](self.gate_proj(normed))
-            added = self.down_proj(gate * self.up_proj(normed))
+            gate, up = self._projected(normed, "gate_proj", "up_proj")
+            added = self.down_proj(ACTIVATION_FUNCTIONS[self.activation](gate) * up)
             return hidden + (added if self.mlp_out_norm is None else self.mlp_out_norm(added))
+
+    def _queries(self, projected: jax.Array) -> jax.Array:
+        q = self._heads(projected)
+        return q if self.q_norm is None else self.q_norm(q)
+
+    def _keys(self, projected: jax.Array) -> jax.Array:
+        k = self._heads(projected)
+        return k if self.k_norm is None else self.k_norm(k)
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], -1, self.head_dim)
+
+    def _projected(self, rows: Float[Array, "tokens hidden"], *names: str) -> list[Float[Array, "tokens _"]]:
+        """Returns the rows' products with projections: one product, where they are joined."""
+        if not self.joined:
+            return [_multiplied(getattr(self, name), rows) for name in names]
+        sizes = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
+        sizes |= dict.fromkeys(("gate_proj", "up_proj"), self.mlp_size)
+        name, parts = next((name, parts) for name, parts in JOINED.items() if names[0] in parts)
+        begin = sum(sizes[part] for part in parts[: parts.index(names[0])])
+        widths = [sizes[part] for part in names]
+        whole = getattr(self, name)
+        columns = slice(begin, begin + sum(widths))  # of some, a copy: XLA multiplies by no part of a matrix
+
+        def product(rows: jax.Array) -> jax.Array:
+            multiplied = rows @ whole.kernel[..., columns]
+            return multiplied if whole.bias is None else multiplied + whole.bias[columns][None]
+
+        return jnp.split(_multiplied(product, rows), np.cumsum(widths)[:-1], axis=1)
 
 
 class Embedder(nnx.Module):
@@ -177,8 +223,8 @@ class _Graph(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def _graph(module: Callable[..., nnx.Module], config: ModelConfig) -> _Graph:
-    definition, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
+def _graph(module: Callable[..., nnx.Module], config: ModelConfig, **options: bool) -> _Graph:
+    definition, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), **options)))
     return _Graph(definition, nnx.to_pure_dict(state), nnx.to_pure_dict(nnx.get_partition_spec(state)))
 
 
@@ -189,7 +235,8 @@ def embedder(params: Params, config: ModelConfig) -> Embedder:
 
 def layer_at(params: Params, config: ModelConfig, index: Int[Array, ""] | int) -> DecoderLayer:
     """Merges layer `index`, which may be traced where weights are stacked (at trace time)."""
-    return nnx.merge(_graph(DecoderLayer, config).definition, nnx.State(params.layer(index)))
+    weights = params.layer(index)
+    return nnx.merge(_graph(DecoderLayer, config, joined=is_joined(weights)).definition, nnx.State(weights))
 
 
 def scan_layers(
@@ -211,15 +258,21 @@ def scan_layers(
     return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *ys)
 
 
-def abstract_params(config: ModelConfig, *, by_layer: bool = False) -> Params:
-    """Returns the parameters' shapes and dtypes, as `jax.ShapeDtypeStruct`."""
+def abstract_params(config: ModelConfig, *, by_layer: bool = False, joined: bool | None = None) -> Params:
+    """Returns the parameters' shapes and dtypes, as `jax.ShapeDtypeStruct`.
+
+    Args:
+        by_layer: each layer's weights as arrays of their own.
+        joined: with projections of the same rows in one matrix; `None`: where `by_layer`.
+    """
+    joined = by_layer if joined is None else joined
 
     def of_layers(leaf: jax.ShapeDtypeStruct) -> Any:
         if by_layer:
             return (leaf,) * config.num_layers
         return jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype)
 
-    layers = jax.tree.map(of_layers, _graph(DecoderLayer, config).abstract)
+    layers = jax.tree.map(of_layers, _graph(DecoderLayer, config, joined=joined).abstract)
     return Params(embedder=_graph(Embedder, config).abstract, layers=layers)
 
 
@@ -247,17 +300,17 @@ def random_params(key: jax.Array, config: ModelConfig, *, by_layer: bool | None 
     """Draws the parameters of `init_params` on the default device.
 
     Args:
-        by_layer: each layer's weights as arrays of their own; `None`: on a GPU.
+        by_layer: each layer's weights as arrays of their own, projections of the same rows joined; `None`: on a GPU.
     """
     if by_layer is None:
         by_layer = suits_by_layer(current_target().platform)
     if not by_layer:
         return jax.jit(init_params, static_argnames="config")(key, config)
     embedder_key, layers_key = jax.random.split(key)
-    draw = jax.jit(_draw, static_argnames=("module", "config"))
-    drawn = [draw(each, module=DecoderLayer, config=config) for each in jax.random.split(layers_key, config.num_layers)]
+    draw_layer = jax.jit(lambda key: join(_draw(key, module=DecoderLayer, config=config), side_by_side))
+    drawn = [draw_layer(each) for each in jax.random.split(layers_key, config.num_layers)]
     return Params(
-        embedder=draw(embedder_key, module=Embedder, config=config),
+        embedder=jax.jit(partial(_draw, module=Embedder, config=config))(embedder_key),
         layers=jax.tree.map(lambda *layers: layers, *drawn),
     )
 
@@ -307,7 +360,8 @@ class Attended(NamedTuple):
 def attend(
     layer: DecoderLayer,
     rows: Rows,
-    kv: LayerKV,
+    q: Float[Array, "rows heads head_dim"],
+    kv: LayerKV | LayerInCache,
     *,
     angles: tuple[Float[Array, "rows half"], Float[Array, "rows half"]],
     starts: Int[Array, " rows"] | None,
@@ -316,14 +370,16 @@ def attend(
     """The second half of every layer step: attention over the rotated keys, output projection, MLP.
 
     Args:
+        q: the rows' queries, before RoPE.
         angles: the rows' own, of this layer.
     """
-    q = apply_rope(layer.queries(rows.hidden), *angles)
+    q = apply_rope(q, *angles)
     attended, lse = selective_attention(
         q,
         kv.k,
         kv.v,
         rows.positions,
+        layer=kv.index if isinstance(kv, LayerInCache) else None,
         q_starts=starts,
         kv_length=kv_length,
         scale=layer.attention_scale,

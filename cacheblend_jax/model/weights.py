@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from cacheblend_jax.model.config_fields import MAX_POSITIONS
 from cacheblend_jax.model.gguf_checkpoint import GgufCheckpoint
 from cacheblend_jax.model.gguf_file import is_gguf
 from cacheblend_jax.model.model import Model
-from cacheblend_jax.model.params import Params, suits_by_layer
+from cacheblend_jax.model.params import Params, is_by_layer, join, suits_by_layer
 from cacheblend_jax.model.quantised import refuse_quantised_tensors
 from cacheblend_jax.model.smollm2 import SMOLLM2, smollm2_path
 from cacheblend_jax.model.tensor_names import EMBEDDING, HEAD, OTHER_TOWERS, is_kernel, stored_name, tensor_names
@@ -200,31 +200,63 @@ def load_params(
     """Loads the weights leaf by leaf: each is filled on the host, cast, and moved to the device before the next.
 
     Args:
-        by_layer: each layer's weights as arrays of their own; `None`: on a GPU.
+        by_layer: each layer's weights as arrays of their own, projections of the same rows joined where there is no
+            mesh; `None`: on a GPU.
     """
     if by_layer is None:
         by_layer = suits_by_layer(current_target().platform if mesh is None else mesh.devices.flat[0].platform)
     wanted = abstract_params(config)
     names = jax.tree.map(lambda name: stored_name(name, checkpoint.tensor_files()), tensor_names(wanted, config))
     _check_tensors(checkpoint, config, names, wanted)
-    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)]
+    joined = by_layer and mesh is None
+    specs = partition_specs(config)
+    parts = jax.tree.map(lambda name, leaf: (_Part(name, leaf.shape[-1]),), names, wanted)
+    if joined:
+        parts = replace(parts, layers=join(parts.layers, lambda of: tuple(part for each in of for part in each)))
+        specs = replace(specs, layers=join(specs.layers, lambda of: of[0]))
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
     loaded = 0
 
-    def load(name: str, leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array | tuple[jax.Array, ...]:
+    def load(parts: tuple[_Part, ...], leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array | tuple[jax.Array, ...]:
         nonlocal loaded
-        array = _read_leaf(checkpoint, name, leaf)
-        if by_layer and "{}" in name:
+        if by_layer and parts[0].stacked:
             at_layer = _sharding(mesh, jax.P(*spec[1:]), leaf.shape[1:])
-            on_device = tuple(jax.device_put(layer, at_layer) for layer in array)
+            on_device = _load_by_layer(checkpoint, parts, leaf, at_layer)
         else:
-            on_device = jax.device_put(array, _sharding(mesh, spec, leaf.shape))
+            on_device = jax.device_put(_read_leaf(checkpoint, parts, leaf), _sharding(mesh, spec, leaf.shape))
         jax.block_until_ready(on_device)
         loaded += leaf.size * leaf.dtype.itemsize
         if progress is not None:
-            progress(loaded, sum(sizes))
+            progress(loaded, total)
         return on_device
 
-    return jax.tree.map(load, names, wanted, partition_specs(config))
+    return jax.tree.map(load, parts, abstract_params(config, joined=joined), specs, is_leaf=is_by_layer)
+
+
+class _Part(NamedTuple):
+    """What a tensor of the checkpoint, or each layer's, is in a leaf: so many columns, after those of the part before.
+
+    In `name`, `{}` is the layer.
+    """
+
+    name: str
+    columns: int
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.name
+
+
+def _load_by_layer(
+    checkpoint: Checkpoint, parts: tuple[_Part, ...], leaf: jax.ShapeDtypeStruct, sharding: Any
+) -> tuple[jax.Array, ...]:
+    """Loads each layer's share of a stacked leaf: one is read while the one before moves to the device."""
+    on_device: list[jax.Array] = []
+    for layer in range(leaf.shape[0]):
+        array = _read_leaf(checkpoint, parts, jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), first=layer)
+        jax.block_until_ready(on_device)
+        on_device.append(jax.device_put(array[0], sharding))
+    return tuple(on_device)
 
 
 def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, names: Params, wanted: Params) -> None:
@@ -267,16 +299,23 @@ def _check_tensor(file: Path, tensors: Any, name: str, shape: tuple[int, ...]) -
         )
 
 
-def _read_leaf(checkpoint: Checkpoint, name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+def _read_leaf(
+    checkpoint: Checkpoint, parts: tuple[_Part, ...], leaf: jax.ShapeDtypeStruct, first: int = 0
+) -> np.ndarray:
+    """Reads a leaf on the host; of stacked ones, as many layers as it has, from `first` on."""
     out = aligned_empty(leaf.shape, leaf.dtype)
-    stacked = "{}" in name
-    places = {name.format(layer): out[layer] for layer in range(leaf.shape[0])} if stacked else {name: out}
+    places: dict[str, np.ndarray] = {}
+    begin = 0
+    for part in parts:
+        place = out[..., begin : begin + part.columns]
+        each = enumerate(place, start=first) if part.stacked else [(0, place)]
+        places |= {part.name.format(layer): at.T if is_kernel(part.name) else at for layer, at in each}
+        begin += part.columns
     for file, in_file in _by_file(checkpoint.tensor_files(), places):
         # Opened anew for each leaf: the pages that a memory map has touched count as ours until it is closed.
         with checkpoint.open_tensors(file) as tensors:
             for tensor_name in in_file:
-                place = places[tensor_name]
-                _copy_tensor(file, tensors, tensor_name, place.T if is_kernel(name) else place)
+                _copy_tensor(file, tensors, tensor_name, places[tensor_name])
     return out
 
 

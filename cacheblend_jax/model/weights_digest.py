@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cacheblend_jax.model.params import is_by_layer
+from cacheblend_jax.model.params import Params, is_by_layer
 from cacheblend_jax.model.user_cache import read_record, write_record
 
 logger = logging.getLogger(__name__)
@@ -177,12 +177,12 @@ def sampled_digest(states: Iterable[FileState]) -> str:
     return digest.hexdigest()
 
 
-def params_digest(params: Any) -> str:
+def params_digest(params: Params) -> str:
     """Returns the SHA-256 (hex) over the parameters themselves: structure, shapes, dtypes and bits.
 
-    It is the same for both forms of `Params`.
+    It is the same for all forms of `Params`.
     """
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_by_layer)
+    leaves, treedef = jax.tree.flatten(params.separated(), is_leaf=is_by_layer)
     digest = hashlib.sha256(str(treedef).encode())
     for leaf in leaves:
         layers = leaf if is_by_layer(leaf) else (leaf,)

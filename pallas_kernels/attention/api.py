@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
@@ -34,10 +35,11 @@ BACKENDS = {
 @follows_its_arrays
 def selective_attention(
     q: Float[Array, "queries heads head_dim"],
-    k: Float[Array, "keys kv_heads head_dim"],
-    v: Float[Array, "keys kv_heads head_dim"],
+    k: Float[Array, "*layers keys kv_heads head_dim"],
+    v: Float[Array, "*layers keys kv_heads head_dim"],
     q_positions: Int[Array, " queries"],
     *,
+    layer: Int[Array, ""] | int | None = None,
     q_starts: Int[Array, " queries"] | None = None,
     kv_length: Int[Array, ""] | int | None = None,
     window: int | None = None,
@@ -55,6 +57,8 @@ def selective_attention(
     head `h // (heads // kv_heads)`.
 
     Args:
+        layer: `k` and `v` are stacks, `[layers, keys, kv_heads, head_dim]`, of which this layer is read, traced or not:
+            kernels for GPUs read it in place.
         q_starts: first visible key of each query (its chunk's start, say); 0 by default.
         kv_length: number of valid keys, traced or not; all by default. Keys beyond it never reach a result, even if
             they are NaN.
@@ -74,8 +78,8 @@ def selective_attention(
 
     Source: FlashAttention (arXiv 2205.14135) for the online softmax; CacheBlend (arXiv 2405.16444) §4.2 for the use.
     """
-    _validate(q, k, v, q_positions, q_starts, kv_length, window)
-    num_keys, head_dim = k.shape[0], q.shape[2]
+    _validate(q, k, v, q_positions, layer, q_starts, kv_length, window)
+    num_keys, head_dim = k.shape[-3], q.shape[2]
     call = Call("selective_attention", str(q.dtype), head_dim, class_of(q.shape[0], num_keys))
     backend = choose_backend(implementation, call, unsupported(q, k))
     kv_length = jnp.minimum(jnp.asarray(num_keys if kv_length is None else kv_length, jnp.int32), num_keys)
@@ -84,9 +88,13 @@ def selective_attention(
     if 0 in (q.shape[0], num_keys):
         out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf)
     elif backend == "xla":
+        if layer is not None:
+            k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
         out, lse = attend_xla(q, k, v, q_positions, starts, kv_length, scale)
     else:
-        out, lse = _attend_pallas(backend, q, k, v, q_positions, starts, kv_length, scale)
+        k, v = (k[None], v[None]) if layer is None else (k, v)
+        at = jnp.asarray(0 if layer is None else layer, jnp.int32)
+        out, lse = _attend_pallas(backend, q, k, v, at, q_positions, starts, kv_length, scale)
     return (out, lse) if return_lse else out
 
 
@@ -100,15 +108,16 @@ def unsupported(q: jax.Array, k: jax.Array) -> UnsupportedReasons:
             return f"has no block sizes for {q.dtype} and head_dim {q.shape[2]} (pallas_kernels/tuning.py)"
         return reason
 
-    empty = min(q.shape[0], k.shape[0]) == 0
+    empty = min(q.shape[0], k.shape[-3]) == 0
     return unsupported_reasons(BACKENDS, reason_of, "needs a query and a key" if empty else None)
 
 
 def _attend_pallas(
     backend: str,
     q: Float[Array, "queries heads head_dim"],
-    k: Float[Array, "keys kv_heads head_dim"],
-    v: Float[Array, "keys kv_heads head_dim"],
+    k: Float[Array, "layers keys kv_heads head_dim"],
+    v: Float[Array, "layers keys kv_heads head_dim"],
+    layer: Int[Array, ""],
     q_positions: Int[Array, " queries"],
     starts: Int[Array, " queries"] | None,
     kv_length: Int[Array, ""],
@@ -127,11 +136,10 @@ def _attend_pallas(
     )
     with jax.named_scope("selective_attention"):
         # A batch's members run one after another: each fills the kernel's grid, and has block bounds of its own.
+        arrays = q, k, v, layer, q_positions, kv_length
         if starts is None:
-            return sequential_vmap(lambda q, k, v, positions, length: attend(q, k, v, positions, None, length))(
-                q, k, v, q_positions, kv_length
-            )
-        return sequential_vmap(attend)(q, k, v, q_positions, starts, kv_length)
+            return sequential_vmap(lambda *arrays: attend(*arrays[:5], None, arrays[5]))(*arrays)
+        return sequential_vmap(lambda starts, *arrays: attend(*arrays[:5], starts, arrays[5]))(starts, *arrays)
 
 
 def _attend_by(
@@ -151,6 +159,7 @@ def _validate(
     k: jax.Array,
     v: jax.Array,
     q_positions: jax.Array,
+    layer: jax.Array | int | None,
     q_starts: jax.Array | None,
     kv_length: jax.Array | int | None,
     window: int | None,
@@ -158,21 +167,26 @@ def _validate(
     def complain(name: str, got: object, expected: str) -> None:
         raise ValueError(f"selective_attention: {name} must be {expected}, got {got}")
 
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        if array.ndim != 3:
-            complain(name, array.shape, "of rank 3, [tokens, heads, head_dim]")
+    stacked = 3 if layer is None else 4
+    for name, array, rank in (("q", q, 3), ("k", k, stacked), ("v", v, stacked)):
+        if array.ndim != rank:
+            form = "[tokens, heads, head_dim]" if rank == 3 else "[layers, tokens, heads, head_dim] with a layer"
+            complain(name, array.shape, f"of rank {rank}, {form}")
+    if isinstance(layer, int) and not 0 <= layer < k.shape[0]:
+        complain("layer", layer, f"in [0, {k.shape[0]})")
     if v.shape != k.shape:
         complain("v", v.shape, f"of k's shape {k.shape}")
-    if q.shape[2] != k.shape[2]:
-        complain("q", q.shape, f"of k's head_dim {k.shape[2]}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        complain("q's heads", q.shape[1], f"a multiple of k's {k.shape[1]} kv_heads")
+    num_keys, num_kv_heads, head_dim = k.shape[-3:]
+    if q.shape[2] != head_dim:
+        complain("q", q.shape, f"of k's head_dim {head_dim}")
+    if num_kv_heads == 0 or q.shape[1] % num_kv_heads:
+        complain("q's heads", q.shape[1], f"a multiple of k's {num_kv_heads} kv_heads")
     if not q.dtype == k.dtype == v.dtype:
         complain("q, k and v", f"{q.dtype}, {k.dtype}, {v.dtype}", "of one dtype")
     for name, keys in (("q_positions", q_positions), ("q_starts", q_starts)):
         if keys is not None and (keys.shape != q.shape[:1] or not jnp.issubdtype(keys.dtype, jnp.integer)):
             complain(name, f"{keys.dtype}{list(keys.shape)}", f"integers of shape [{q.shape[0]}]")
-    if isinstance(kv_length, int) and not 0 <= kv_length <= k.shape[0]:
-        complain("kv_length", kv_length, f"in [0, {k.shape[0]}]")
+    if isinstance(kv_length, int) and not 0 <= kv_length <= num_keys:
+        complain("kv_length", kv_length, f"in [0, {num_keys}]")
     if window is not None and window < 1:
         complain("window", window, "at least 1")

@@ -28,6 +28,7 @@ from pallas_kernels.tuning import AttentionBlocks
 
 COMPUTING = 2  # computing warpgroups, at most
 CONCURRENT = 132  # blocks of the grid: shared memory holds one on each multiprocessor of an H100 or H200
+GROUP = 8  # keys that the tensor memory accelerator reads at a time
 NVCC = "nvidia-cuda-nvcc-cu12"  # the wheel whose `ptxas` compiles the kernel for CUDA 12
 LOG2_E = math.log2(math.e)
 
@@ -73,8 +74,9 @@ class _Shape(NamedTuple):
 
 def attend_mosaic_gpu(
     q: Float[Array, "queries heads head_dim"],
-    k: Float[Array, "keys kv_heads head_dim"],
-    v: Float[Array, "keys kv_heads head_dim"],
+    k: Float[Array, "layers keys kv_heads head_dim"],
+    v: Float[Array, "layers keys kv_heads head_dim"],
+    layer: Int[Array, ""],
     q_positions: Int[Array, " queries"],
     starts: Int[Array, " queries"] | None,
     kv_length: Int[Array, ""],
@@ -85,7 +87,7 @@ def attend_mosaic_gpu(
 ) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
     """Returns output and log-sum-exp for validated arguments; `starts` already takes the window into account."""
     num_queries, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
+    _, num_keys, num_kv_heads, _ = k.shape
     rows = blocks.rows // COMPUTING
     # Where one warpgroup holds all rows, as of a single query, another would compute padding.
     computing = 1 if num_queries * num_heads // num_kv_heads <= rows else COMPUTING
@@ -112,16 +114,22 @@ def attend_mosaic_gpu(
         interpret=interpret,
     )
     num_rows = tiles.rows.shape[1]
-    grid = make_grid(num_rows // tile_rows, num_kv_heads, k.shape[0], concurrent=CONCURRENT)
+    grid = make_grid(num_rows // tile_rows, num_kv_heads, num_keys, concurrent=CONCURRENT)
     tail = kv_length // blocks.keys
-    # The tensor memory accelerator reads keys in groups of eight; the last ones come from the tail block anyway.
-    k, v = (jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0), (0, 0))) for x in (k, v))
-    tails = jnp.stack([_tail_block(x, tail, kv_length, blocks.keys) for x in (k, v)])  # in one kernel
+    of_layer = jax.ShapeDtypeStruct(k.shape[1:], k.dtype)
+    # The tensor memory accelerator reads keys in groups; the last ones come from the tail block anyway.
+    if missing := -num_keys % GROUP:
+        padding = ((0, 0), (0, missing), (0, 0), (0, 0))
+        k, v = (jnp.pad(lax.dynamic_index_in_dim(x, layer), padding) for x in (k, v))
+        layer = jnp.zeros_like(layer)
+    first_key, first_group = layer * k.shape[1], layer * (k.shape[1] // GROUP)
+    k, v = (x.reshape(-1, num_kv_heads, head_dim) for x in (k, v))  # all layers' keys in a row
+    tails = jnp.stack([_tail_block(x, first_key, tail, kv_length, blocks.keys) for x in (k, v)])  # in one kernel
     options: dict[str, Any] = {}
     if interpret:
         options["interpret"] = vars(plgpu)["InterpretGPUParams"](detect_races=True)
     if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:  # from jax 0.11 on
-        options["cost_estimate"] = cost(q, k, tile_rows=tile_rows, block_keys=blocks.keys)
+        options["cost_estimate"] = cost(q, of_layer, tile_rows=tile_rows, block_keys=blocks.keys)
     out, lse = plgpu.kernel(
         _kernel(shape, grid),
         out_type=[
@@ -139,6 +147,7 @@ def attend_mosaic_gpu(
     )(
         *tiles.blocks[:4],
         tail.reshape(1),
+        first_group.reshape(1),  # by itself: a constant, where the layer is one
         tiles.first_visible,
         tiles.last_visible,
         tiles.rows,
@@ -160,11 +169,15 @@ def _with_positive_scale(
 
 
 def _tail_block(
-    x: Float[Array, "keys kv_heads head_dim"], tail: Int[Array, ""], kv_length: Int[Array, ""], size: int
+    x: Float[Array, "keys kv_heads head_dim"],
+    first_key: Int[Array, ""],
+    tail: Int[Array, ""],
+    kv_length: Int[Array, ""],
+    size: int,
 ) -> Float[Array, "size kv_heads head_dim"]:
     """Returns the block that holds the last valid key, with zeros after it: zero times NaN is NaN."""
     at = tail * size + jnp.arange(size, dtype=jnp.int32)
-    return jnp.where((at < kv_length)[:, None, None], x[jnp.minimum(at, x.shape[0] - 1)], 0)
+    return jnp.where((at < kv_length)[:, None, None], x[jnp.minimum(first_key + at, x.shape[0] - 1)], 0)
 
 
 def _scratch(shape: _Shape) -> list[Any]:
@@ -207,8 +220,8 @@ class _Shared(NamedTuple):
 
 
 def _kernel(shape: _Shape, grid: Grid) -> Callable[..., None]:
-    def kernel(begin, inner_begin, inner_end, end, tail, first_visible, last_visible, q, k, v, tails, *rest):
-        out, lse, *scratch = rest
+    def kernel(begin, inner_begin, inner_end, end, tail, first_group, first_visible, last_visible, q, *rest):
+        k, v, tails, out, lse, *scratch = rest
         shared = _Shared(*scratch)
         tile, split, kv_head = grid.place(lax.axis_index("block"))
         warpgroup = lax.axis_index("warpgroup")
@@ -234,7 +247,7 @@ def _kernel(shape: _Shape, grid: Grid) -> Callable[..., None]:
         def _():
             if shape.computing == COMPUTING:
                 plgpu.set_max_registers(40, action="decrease")
-            _load(shape, shared, blocks, kv_head, (k, v), tails)
+            _load(shape, shared, blocks, kv_head, first_group[0], (k, v), tails)
 
     return kernel
 
@@ -266,7 +279,15 @@ def _load_rows(source: Any, rows: Any) -> Int[Array, " rows"]:
     return plgpu.load(source.at[rows], **options)
 
 
-def _load(shape: _Shape, shared: _Shared, blocks: KeyBlocks, kv_head: Any, stored: Sequence[Any], tails: Any) -> None:
+def _load(
+    shape: _Shape,
+    shared: _Shared,
+    blocks: KeyBlocks,
+    kv_head: Any,
+    first_group: Any,
+    stored: Sequence[Any],
+    tails: Any,
+) -> None:
     """Keeps `stages` blocks in flight, from the first needed one to the last."""
     count = blocks.end - blocks.begin
     streams = (
@@ -294,7 +315,7 @@ def _load(shape: _Shape, shared: _Shared, blocks: KeyBlocks, kv_head: Any, store
 
             @pl.when(block != blocks.last)
             def _from_stored(source=source, destination=destination):
-                keys = pl.ds(block * shape.keys, shape.keys)
+                keys = pl.ds((first_group + block * (shape.keys // GROUP)) * GROUP, shape.keys)
                 plgpu.copy_gmem_to_smem(source.at[keys, kv_head], *destination)
 
         return carry

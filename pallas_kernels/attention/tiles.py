@@ -117,7 +117,7 @@ def _key_blocks(
 
 def cost(
     q: Float[Array, "queries heads head_dim"] | jax.ShapeDtypeStruct,
-    k: Float[Array, "keys kv_heads head_dim"] | jax.ShapeDtypeStruct,
+    k: Float[Array, "*layers keys kv_heads head_dim"] | jax.ShapeDtypeStruct,
     *,
     tile_rows: int,
     block_keys: int,
@@ -127,7 +127,7 @@ def cost(
     Assumes queries spread evenly over the keys, each seeing all keys before it: so are those of a full prefill and the
     survivors of a blend. A tile reads the key and value blocks up to its last query's position.
     """
-    (num_queries, num_heads, head_dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
+    (num_queries, num_heads, head_dim), (num_keys, num_kv_heads, _) = q.shape, k.shape[-3:]
     num_rows = num_queries * num_heads // num_kv_heads
     num_tiles = -(-num_rows // tile_rows)
     last_keys = num_keys * np.minimum(np.arange(1, num_tiles + 1) * tile_rows / num_rows, 1.0)

@@ -34,8 +34,9 @@ def unsupported_reason(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | 
 
 def attend_tpu(
     q: Float[Array, "queries heads head_dim"],
-    k: Float[Array, "keys kv_heads head_dim"],
-    v: Float[Array, "keys kv_heads head_dim"],
+    k: Float[Array, "layers keys kv_heads head_dim"],
+    v: Float[Array, "layers keys kv_heads head_dim"],
+    layer: Int[Array, ""],
     q_positions: Int[Array, " queries"],
     starts: Int[Array, " queries"] | None,
     kv_length: Int[Array, ""],
@@ -46,6 +47,8 @@ def attend_tpu(
 ) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
     """Returns output and log-sum-exp for validated arguments; `starts` already takes the window into account."""
     num_queries, num_heads, head_dim = q.shape
+    # Whatever is read of a stack, a copy in another order is made of it.
+    k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
     num_keys, num_kv_heads, _ = k.shape
     tile_rows = min(blocks.rows, _round_up(num_queries * num_heads // num_kv_heads, LANES))
     block_keys = min(blocks.keys, _round_up(num_keys, LANES))

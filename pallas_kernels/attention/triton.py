@@ -28,8 +28,9 @@ def unsupported_reason(q: jax.Array, k: jax.Array, *, interpret: bool) -> str | 
 
 def attend_triton(
     q: Float[Array, "queries heads head_dim"],
-    k: Float[Array, "keys kv_heads head_dim"],
-    v: Float[Array, "keys kv_heads head_dim"],
+    k: Float[Array, "layers keys kv_heads head_dim"],
+    v: Float[Array, "layers keys kv_heads head_dim"],
+    layer: Int[Array, ""],
     q_positions: Int[Array, " queries"],
     starts: Int[Array, " queries"] | None,
     kv_length: Int[Array, ""],
@@ -40,12 +41,16 @@ def attend_triton(
 ) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
     """Returns output and log-sum-exp for validated arguments; `starts` already takes the window into account."""
     num_queries, num_heads, head_dim = q.shape
-    num_keys, num_kv_heads, _ = k.shape
+    _, num_keys, num_kv_heads, _ = k.shape
     # The sizes of Triton's arrays are powers of two: other head_dims, and a last block of keys, are padded.
     width = max(pl.next_power_of_2(head_dim), 16)
-    widen = ((0, 0), (0, 0), (0, width - head_dim))
-    lengthen = ((0, -num_keys % blocks.keys), (0, 0), (0, width - head_dim))
-    q, k, v = jnp.pad(q, widen), jnp.pad(k, lengthen), jnp.pad(v, lengthen)
+    padding = ((0, -num_keys % blocks.keys), (0, 0), (0, width - head_dim))
+    if (num_keys, head_dim) != (num_keys + padding[0][1], width):
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, width - head_dim)))
+        k, v = (jnp.pad(lax.dynamic_index_in_dim(x, layer, keepdims=False), padding)[None] for x in (k, v))
+        layer = jnp.zeros_like(layer)
+    first_key = (layer * k.shape[1]).reshape(1)
+    k, v = (x.reshape(-1, num_kv_heads, width) for x in (k, v))  # all layers' keys in a row
     tiles = make_tiles(
         q,
         q_positions,
@@ -59,6 +64,8 @@ def attend_triton(
     grid = make_grid(num_rows // blocks.rows, num_kv_heads, num_keys, concurrent=CONCURRENT)
     out_dtype = q.dtype if grid.num_splits == 1 else jnp.float32  # rounded once, after the merge
 
+    of_layer = jax.ShapeDtypeStruct((num_keys, num_kv_heads, width), k.dtype)
+
     def specified(sizes: tuple[int | None, ...], at: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
         return pl.BlockSpec(sizes, lambda block: at(*grid.place(block)))
 
@@ -71,23 +78,23 @@ def attend_triton(
     out, lse = pl.pallas_call(
         _kernel(grid, scale, blocks.keys, has_starts=starts is not None),
         grid=(grid.size,),
-        in_specs=[*[bound] * len(tiles.blocks), row, row, rows, whole, whole],
+        in_specs=[specified((1,), lambda *_: (0,)), *[bound] * len(tiles.blocks), row, row, rows, whole, whole],
         out_specs=[out_rows, out_lse],
         out_shape=[
             jax.ShapeDtypeStruct((grid.num_splits, num_kv_heads, num_rows, width), out_dtype),
             jax.ShapeDtypeStruct((grid.num_splits, num_kv_heads, num_rows), jnp.float32),
         ],
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
-        cost_estimate=cost(q, k, tile_rows=blocks.rows, block_keys=blocks.keys),
+        cost_estimate=cost(q, of_layer, tile_rows=blocks.rows, block_keys=blocks.keys),
         interpret=interpret,
         name="selective_attention_triton",
-    )(*tiles.blocks, tiles.first_visible, tiles.last_visible, tiles.rows, k, v)
+    )(first_key, *tiles.blocks, tiles.first_visible, tiles.last_visible, tiles.rows, k, v)
     out, lse = merge_splits(out, lse, num_queries, num_heads)
     return out[..., :head_dim].astype(q.dtype), lse
 
 
 def _kernel(grid: Grid, scale: float, block_keys: int, *, has_starts: bool) -> Callable[..., None]:
-    def kernel(begin, inner_begin, inner_end, end, last, first_visible, last_visible, q, k, v, out, lse):
+    def kernel(first_key, begin, inner_begin, inner_end, end, last, first_visible, last_visible, q, k, v, out, lse):
         num_rows, width = q.shape
         queries, row_first, row_last = q[...], first_visible[...], last_visible[...]
         blocks = KeyBlocks(begin[0], inner_begin[0], inner_end[0], end[0], last[0])
@@ -96,7 +103,7 @@ def _kernel(grid: Grid, scale: float, block_keys: int, *, has_starts: bool) -> C
 
         def step(masked: bool, block: jax.Array, carry: Any) -> Any:
             weighted, maximum, total = carry
-            keys = pl.ds(block * block_keys, block_keys)
+            keys = pl.ds(first_key[0] + block * block_keys, block_keys)
             scores = plt.dot(queries, k[keys, :], trans_b=True, precision=precision).astype(jnp.float32) * scale
             value_block = v[keys, :]
             if masked:

@@ -27,37 +27,31 @@ BACKENDS = {
 
 @follows_its_arrays
 def blend_kv(
-    k_cached: Float[Array, "keys kv_heads head_dim"],
-    v_cached: Float[Array, "keys kv_heads head_dim"],
+    k_cached: Float[Array, "*layers keys kv_heads head_dim"],
+    v_cached: Float[Array, "*layers keys kv_heads head_dim"],
     k_fresh: Float[Array, "tokens kv_heads head_dim"],
     v_fresh: Float[Array, "tokens kv_heads head_dim"],
     indices: Int[Array, " tokens"],
     *,
     cos: Float[Array, "keys half"],
     sin: Float[Array, "keys half"],
-    return_deviation: bool = False,
+    layer: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
-) -> (
-    tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"]]
-    | tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"], Float[Array, "tokens 2"]]
-):
+) -> tuple[Float[Array, "*layers keys kv_heads head_dim"], Float[Array, "*layers keys kv_heads head_dim"]]:
     """Returns one layer's blended `(k rotated, v)`: the cached rows, with those at `indices` replaced by fresh ones.
 
     `k_cached` and `k_fresh` are before RoPE; `cos` and `sin` (float32) hold every key's angles. `indices` must ascend;
     an index of `keys` or more is padding and writes nothing.
 
-    The Pallas kernels work in place: where `k_cached` and `v_cached` are donated or no longer needed, keys pass through
-    once and only the fresh rows of the values move; otherwise XLA copies the cached arrays first.
+    The Pallas kernels work in place: where `k_cached` and `v_cached` are donated or no longer needed, the layer's keys
+    pass through once and only the fresh rows of its values move; otherwise XLA copies the cached arrays first.
 
     Args:
-        return_deviation: also return how far each fresh row is from the one that it replaces; see below.
+        layer: `k_cached` and `v_cached` are stacks, `[layers, keys, kv_heads, head_dim]`, of which this layer is
+            blended, traced or not; returns the stacks, whose other layers are as they were.
         implementation: `None` (what was found right and fastest on this device, see `use_verdicts`; else `"xla"`),
             `"xla"`, `"pallas"` (the platform's Pallas kernel; on a CPU interpreted, for tests), or a Pallas kernel by
             name: `"triton"`, `"tpu"`.
-
-    With `return_deviation` a third result, float32 `[tokens, 2]`: how far each fresh row is from the cached one that
-    it replaces, `[Σ (k_fresh - k_cached)², Σ (v_fresh - v_cached)²]` over heads and dims, before RoPE, not divided by
-    the layer's norms; zeros for padding.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation is unknown or can't serve the call; the message
@@ -65,17 +59,15 @@ def blend_kv(
 
     Source: CacheBlend (arXiv 2405.16444) §4.2, with keys cached before RoPE.
     """
-    _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)
-    shapes = class_of(k_fresh.shape[0], k_cached.shape[0])
-    call = Call("blend_kv", str(k_cached.dtype), k_cached.shape[2], shapes)
+    _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin, layer)
+    num_keys, _, head_dim = k_cached.shape[-3:]
+    call = Call("blend_kv", str(k_cached.dtype), head_dim, class_of(k_fresh.shape[0], num_keys))
     backend = choose_backend(implementation, call, unsupported(k_cached, k_fresh))
-    arguments = k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin
+    stacks = (k_cached, v_cached) if layer is not None else (k_cached[None], v_cached[None])
+    arguments = *stacks, k_fresh, v_fresh, indices, cos, sin, jnp.asarray(0 if layer is None else layer, jnp.int32)
     with jax.named_scope("blend_kv"):
-        if backend == "xla":
-            k, v, deviation = blend_xla(*arguments, with_deviation=return_deviation)
-        else:
-            k, v, deviation = _blend_pallas(backend, arguments, return_deviation)
-    return (k, v) if deviation is None else (k, v, deviation)
+        k, v = blend_xla(*arguments) if backend == "xla" else _blend_pallas(backend, arguments)
+    return (k[0], v[0]) if layer is None else (k, v)
 
 
 def unsupported(k_cached: jax.Array, k_fresh: jax.Array) -> UnsupportedReasons:
@@ -88,28 +80,18 @@ def unsupported(k_cached: jax.Array, k_fresh: jax.Array) -> UnsupportedReasons:
     return unsupported_reasons(BACKENDS, reason_of, "needs a key and a fresh row" if empty else None)
 
 
-def _blend_pallas(
-    backend: str, arguments: tuple[jax.Array, ...], with_deviation: bool
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    blend = partial(
-        _blend_by,
-        backend=backend,
-        with_deviation=with_deviation,
-        blocks=tuning.BLEND_KV[backend],
-        interpret=current_target().platform == "cpu",
-    )
+def _blend_pallas(backend: str, arguments: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    blocks, interpret = tuning.BLEND_KV[backend], current_target().platform == "cpu"
+    blend = partial(_blend_by, backend=backend, blocks=blocks, interpret=interpret)
     # A batch's members run one after another: each fills the kernel's grid.
     return sequential_vmap(lambda *arrays: blend(*arrays))(*arguments)
 
 
 # Jitted, a kernel is lowered once for all layers that call it with these shapes.
-@partial(jax.jit, static_argnames=("backend", "with_deviation", "blocks", "interpret"))
-def _blend_by(
-    *arguments: jax.Array, backend: str, with_deviation: bool, blocks: BlendBlocks, interpret: bool
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+@partial(jax.jit, static_argnames=("backend", "blocks", "interpret"))
+def _blend_by(*arguments: jax.Array, backend: str, blocks: BlendBlocks, interpret: bool) -> tuple[jax.Array, jax.Array]:
     module, function = BACKENDS[backend]
-    blend = getattr(import_module(module), function)
-    return blend(*arguments, with_deviation=with_deviation, blocks=blocks, interpret=interpret)
+    return getattr(import_module(module), function)(*arguments, blocks=blocks, interpret=interpret)
 
 
 def _validate(
@@ -120,19 +102,24 @@ def _validate(
     indices: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
+    layer: jax.Array | int | None,
 ) -> None:
-    for name, array in (("k_cached", k_cached), ("k_fresh", k_fresh)):
-        if array.ndim != 3:
-            raise ValueError(f"blend_kv: {name} must be of rank 3, [tokens, kv_heads, head_dim], got {array.shape}")
-    if k_cached.shape[2] % 2:
+    forms = {3: "[tokens, kv_heads, head_dim]", 4: "[layers, tokens, kv_heads, head_dim] with a layer"}
+    for name, array, rank in (("k_cached", k_cached, 3 if layer is None else 4), ("k_fresh", k_fresh, 3)):
+        if array.ndim != rank:
+            raise ValueError(f"blend_kv: {name} must be of rank {rank}, {forms[rank]}, got {array.shape}")
+    num_keys, num_kv_heads, head_dim = k_cached.shape[-3:]
+    if isinstance(layer, int) and not 0 <= layer < k_cached.shape[0]:
+        raise ValueError(f"blend_kv: layer must be in [0, {k_cached.shape[0]}), got {layer}")
+    if head_dim % 2:
         raise ValueError(f"blend_kv: k_cached must have an even head_dim, got {k_cached.shape}")
     for name, array, wanted in (
         ("v_cached", v_cached, k_cached.shape),
-        ("k_fresh", k_fresh, (*k_fresh.shape[:1], *k_cached.shape[1:])),
+        ("k_fresh", k_fresh, (k_fresh.shape[0], num_kv_heads, head_dim)),
         ("v_fresh", v_fresh, k_fresh.shape),
         ("indices", indices, k_fresh.shape[:1]),
-        ("cos", cos, (k_cached.shape[0], k_cached.shape[2] // 2)),
-        ("sin", sin, (k_cached.shape[0], k_cached.shape[2] // 2)),
+        ("cos", cos, (num_keys, head_dim // 2)),
+        ("sin", sin, (num_keys, head_dim // 2)),
     ):
         if array.shape != wanted:
             raise ValueError(f"blend_kv: {name} must have shape {wanted}, got {array.shape}")

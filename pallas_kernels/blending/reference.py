@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -16,18 +15,12 @@ def blend_kv_reference(
     *,
     cos: Float[Array, "keys half"],
     sin: Float[Array, "keys half"],
-) -> tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"], Float[Array, "tokens 2"]]:
-    """Returns what `blend_kv(..., return_deviation=True)` must, computed in the dtype of its arguments."""
+) -> tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"]]:
+    """Returns what `blend_kv` must, computed in the dtype of its arguments."""
     is_place = indices[None, :] == jnp.arange(k_cached.shape[0])[:, None]  # [keys, tokens]
     replaced, row = is_place.any(axis=1)[:, None, None], is_place.argmax(axis=1)
     k = jnp.where(replaced, k_fresh[row], k_cached)
     v = jnp.where(replaced, v_fresh[row], v_cached)
     first, second = jnp.split(k, 2, axis=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-    def distance(blended: jax.Array, cached: jax.Array) -> jax.Array:
-        by_key = jnp.square(blended - cached).sum(axis=(1, 2))
-        return jnp.where(is_place, by_key[:, None], 0.0).sum(axis=0)
-
-    return rotated, v, jnp.stack([distance(k, k_cached), distance(v, v_cached)], axis=1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1), v

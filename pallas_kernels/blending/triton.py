@@ -15,50 +15,49 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.blending.traffic import cost, distances_of_rows
+from pallas_kernels.blending.traffic import cost
 from pallas_kernels.tuning import BlendBlocks
 
 
 def unsupported_reason(k_cached: jax.Array, k_fresh: jax.Array, *, interpret: bool) -> str | None:
     """Returns why the kernel can't serve arrays of these shapes and dtypes; `None` where it can."""
-    if k_cached.shape[2] > 256:
-        return f"needs a head_dim of at most 256, got {k_cached.shape[2]}"
+    if k_cached.shape[-1] > 256:
+        return f"needs a head_dim of at most 256, got {k_cached.shape[-1]}"
     return None
 
 
 def blend_triton(
-    k_cached: Float[Array, "keys kv_heads head_dim"],
-    v_cached: Float[Array, "keys kv_heads head_dim"],
+    k_cached: Float[Array, "layers keys kv_heads head_dim"],
+    v_cached: Float[Array, "layers keys kv_heads head_dim"],
     k_fresh: Float[Array, "tokens kv_heads head_dim"],
     v_fresh: Float[Array, "tokens kv_heads head_dim"],
     indices: Int[Array, " tokens"],
     cos: Float[Array, "keys half"],
     sin: Float[Array, "keys half"],
+    layer: Int[Array, ""],
     *,
-    with_deviation: bool,
     blocks: BlendBlocks,
     interpret: bool,
-) -> tuple[
-    Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"], Float[Array, "tokens 2"] | None
-]:
-    """Returns `(k rotated, v, deviation)` for validated arguments."""
-    num_keys, num_kv_heads, head_dim = k_cached.shape
-    whole = [pl.BlockSpec(x.shape, _origin(x.ndim)) for x in (k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin)]
-    by_key = jax.ShapeDtypeStruct((2, num_kv_heads, num_keys), jnp.float32)
-    out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_cached, v_cached)]
-    k, v, *deviation = pl.pallas_call(
+) -> tuple[Float[Array, "layers keys kv_heads head_dim"], Float[Array, "layers keys kv_heads head_dim"]]:
+    """Returns stacks of k and v with one layer blended, for validated arguments."""
+    _, num_keys, num_kv_heads, head_dim = k_cached.shape
+    # As one array: keys and values that are parts of one product are cut out of it by one kernel then, not two.
+    fresh = jnp.stack([k_fresh, v_fresh])
+    arguments = layer.reshape(1), k_cached, v_cached, fresh, indices.astype(jnp.int32), cos, sin
+    whole = [pl.BlockSpec(x.shape, _origin(x.ndim)) for x in arguments]
+    k, v = pl.pallas_call(
         _kernel(blocks.keys, head_dim // 2),
         grid=(pl.cdiv(num_keys, blocks.keys), num_kv_heads),
         in_specs=whole,
-        out_specs=[*whole[:2], *([pl.BlockSpec(by_key.shape, _origin(3))] if with_deviation else [])],
-        out_shape=[*out_shape, *([by_key] if with_deviation else [])],
-        input_output_aliases={0: 0, 1: 1},  # XLA first copies what the caller still needs
+        out_specs=whole[1:3],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_cached, v_cached)],
+        input_output_aliases={1: 0, 2: 1},  # XLA first copies what the caller still needs
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=1),
-        cost_estimate=cost(k_cached, k_fresh, cos, with_deviation),
+        cost_estimate=cost(k_cached, k_fresh, cos),
         interpret=interpret,
         name="blend_kv_triton",
-    )(k_cached, v_cached, k_fresh, v_fresh, indices.astype(jnp.int32), cos, sin)
-    return k, v, distances_of_rows(deviation[0].sum(axis=1), indices) if with_deviation else None
+    )(*arguments)
+    return k, v
 
 
 def _origin(ndim: int) -> Callable[..., tuple[int, ...]]:
@@ -68,42 +67,30 @@ def _origin(ndim: int) -> Callable[..., tuple[int, ...]]:
 def _kernel(block_keys: int, half: int) -> Callable[..., None]:
     width = pl.next_power_of_2(half)  # the sizes of Triton's arrays are powers of two
 
-    def kernel(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin, k, v, *deviation):
-        num_keys, num_rows = k_cached.shape[0], k_fresh.shape[0]
-        head = pl.program_id(1)
+    def kernel(of_layer, k_cached, v_cached, fresh, indices, cos, sin, k, v):
+        num_keys, num_rows = k_cached.shape[1], fresh.shape[1]
+        layer, head = of_layer[0], pl.program_id(1)
         keys = pl.program_id(0) * block_keys + jnp.arange(block_keys, dtype=jnp.int32)
-        is_key = keys < num_keys
         rows, replaced = _find(indices, keys, num_rows)
         column = jnp.arange(width, dtype=jnp.int32)
         # Masked lanes have places of their own, since the interpreter writes back there what it read.
         key, row, first, second = keys[:, None], rows[:, None], column[None, :], half + column[None, :]
-        is_value = is_key[:, None] & (column < half)[None, :]
+        is_value = (keys < num_keys)[:, None] & (column < half)[None, :]
         is_fresh = is_value & replaced[:, None]
-        is_read = is_value if deviation else is_value & ~replaced[:, None]
 
         def load(source: Any, mask: jax.Array, *at: Any) -> jax.Array:
             return plt.load(source.at[at], mask=mask, other=0)
 
-        def squared_distance(fresh: jax.Array, cached: jax.Array) -> jax.Array:
-            difference = jnp.where(is_fresh, fresh.astype(jnp.float32) - cached.astype(jnp.float32), 0.0)
-            return jnp.square(difference).sum(axis=1)
-
-        halves, of_k, of_v = [], jnp.zeros(block_keys, jnp.float32), jnp.zeros(block_keys, jnp.float32)
+        halves = []
         for columns in (first, second):
-            k_new, v_new = (load(x, is_fresh, row, head, columns) for x in (k_fresh, v_fresh))
-            k_old = load(k_cached, is_read, key, head, columns)
+            k_new, v_new = (load(fresh, is_fresh, part, row, head, columns) for part in range(2))
+            k_old = load(k_cached, is_value & ~replaced[:, None], layer, key, head, columns)
             halves.append(jnp.where(is_fresh, k_new, k_old).astype(jnp.float32))
-            if deviation:
-                of_k += squared_distance(k_new, k_old)
-                of_v += squared_distance(v_new, load(v_cached, is_fresh, key, head, columns))
-            plt.store(v.at[key, head, columns], v_new, mask=is_fresh)
+            plt.store(v.at[layer, key, head, columns], v_new, mask=is_fresh)
         cosine, sine = load(cos, is_value, key, first), load(sin, is_value, key, first)
         turned = (halves[0] * cosine - halves[1] * sine, halves[1] * cosine + halves[0] * sine)
         for columns, x in zip((first, second), turned, strict=True):
-            plt.store(k.at[key, head, columns], x.astype(k.dtype), mask=is_value)
-        if deviation:
-            for part, distance in enumerate((of_k, of_v)):
-                plt.store(deviation[0].at[part, head, keys], distance, mask=is_key)
+            plt.store(k.at[layer, key, head, columns], x.astype(k.dtype), mask=is_value)
 
     return kernel
 

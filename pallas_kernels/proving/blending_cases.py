@@ -21,27 +21,32 @@ TIMED_LAYERS, TIMED_KV_HEADS = 2, 8
 
 
 def blend(*arrays: Any, implementation: str) -> tuple[Any, ...]:
-    """Calls the operation, and has it return deviations."""
-    *rows, cos, sin = arrays
-    return _blend(rows, cos=cos, sin=sin, return_deviation=True, implementation=implementation)
+    """Blends a layer by itself, and as one of a stack, whose other layers are to stay as they are."""
+    alone = _blend(*arrays, implementation=implementation)
+    k, v, *others = arrays
+    stacks = (jnp.stack([x, x, x]) for x in (k, v))
+    return *alone, *_blend(*stacks, *others, layer=1, implementation=implementation)
 
 
-def _blend(rows: Sequence[Any], **options: Any) -> tuple[Any, ...]:
-    k, v, k_fresh, v_fresh, indices = rows
-    return api.blend_kv(k, v, k_fresh, v_fresh, indices, **options)
+def _blend(k: Any, v: Any, k_fresh: Any, v_fresh: Any, indices: Any, cos: Any, sin: Any, **options: Any) -> Any:
+    return api.blend_kv(k, v, k_fresh, v_fresh, indices, cos=cos, sin=sin, **options)
 
 
 def blend_layers(*arrays: Any, implementation: str) -> tuple[Any, ...]:
-    """Blends several layers as a prefill does: each is taken out of its stack, and the results are stacked again."""
-    *stacks, indices, cos, sin = arrays
+    """Blends the layers of a stack in place, as a prefill does, in arrays of the program's own."""
+    k, v, k_fresh, v_fresh, *others = arrays
 
-    def layer(slices: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _blend((*slices, indices), cos=cos, sin=sin, implementation=implementation)
+    def blend_layer(stacks: tuple[Any, Any], layer: Any) -> tuple[tuple[Any, Any], None]:
+        return _blend(
+            *stacks, k_fresh[layer], v_fresh[layer], *others, layer=layer, implementation=implementation
+        ), None
 
+    stacks, layers = (k, v), range(k.shape[0])
     if current_target().platform == "tpu":  # where layers are scanned; on a GPU they are written out
-        return jax.lax.map(layer, tuple(stacks))
-    layers = [layer(tuple(stack[i] for stack in stacks)) for i in range(stacks[0].shape[0])]
-    return tuple(jnp.stack(of) for of in zip(*layers, strict=True))
+        return jax.lax.scan(blend_layer, stacks, jnp.arange(layers.stop))[0]
+    for layer in layers:
+        stacks, _ = blend_layer(stacks, layer)
+    return stacks
 
 
 def cases(dtype: str, head_dim: int) -> list[Case]:
@@ -72,15 +77,19 @@ def _arrays(
 def _wanted(arrays: tuple[np.ndarray, ...], padding: int, dtype: str) -> list[Wanted]:
     k, v, k_fresh, v_fresh, indices, cos, sin = (x if x.dtype == np.int32 else x.astype(np.float64) for x in arrays)
     real = slice(0, indices.size - padding)
-    at, deviation = indices[real], np.zeros((indices.size, 2))
-    for column, (fresh, cached) in enumerate(((k_fresh, k), (v_fresh, v))):
-        deviation[real, column] = np.square(fresh[real] - cached[at]).sum(axis=(1, 2))
+    k_before, v_before, at = k.copy(), v.copy(), indices[real]
     k[at], v[at] = k_fresh[real], v_fresh[real]
     first, second = np.split(k, 2, axis=-1)
     cos, sin = cos[:, None], sin[:, None]
     rotated = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     allowed = 1.25 * ROUNDING[dtype] * np.abs(rotated) + 4e-6
-    return [Wanted(rotated, allowed), Wanted(v, 0.0), Wanted(deviation, 1e-4 * deviation + 1e-6)]
+    unchanged = np.zeros_like(allowed)
+    return [
+        Wanted(rotated, allowed),
+        Wanted(v, 0.0),
+        Wanted(np.stack([k_before, rotated, k_before]), np.stack([unchanged, allowed, unchanged])),
+        Wanted(np.stack([v_before, v, v_before]), 0.0),
+    ]
 
 
 def timings(dtype: str, head_dim: int) -> list[Timing]:

@@ -30,7 +30,8 @@ def both_forms() -> list[cb.Model]:
 
 
 def same_leaves(one: Params, other: Params) -> bool:
-    layers = [jax.tree.map(np.stack, params.layers, is_leaf=is_by_layer) for params in (one, other)]
+    separated = [params.separated().layers for params in (one, other)]
+    layers = [jax.tree.map(np.stack, of_layers, is_leaf=is_by_layer) for of_layers in separated]
     pairs = jax.tree.map(np.array_equal, (one.embedder, layers[0]), (other.embedder, layers[1]))
     return all(jax.tree.leaves(pairs))
 
@@ -68,8 +69,8 @@ def test_the_fingerprint_and_the_tensors_are_those_of_stacked_weights():
     named, wanted = (hugging_face_tensors(model.params, model.config) for model in (by_layer, stacked))
     assert named.keys() == wanted.keys()
     assert all(np.array_equal(named[name], tensor) for name, tensor in wanted.items())
-    v_proj = by_layer.params.layers["v_proj"]
-    v_proj["kernel"] = tuple(2 * kernel for kernel in v_proj["kernel"])
+    qkv_proj = by_layer.params.layers["qkv_proj"]
+    qkv_proj["kernel"] = tuple(kernel.at[0, -1].mul(2) for kernel in qkv_proj["kernel"])  # of the values
     assert by_layer.fingerprint != stacked.fingerprint
 
 
@@ -79,8 +80,9 @@ def test_checkpoints_load_by_layer(ways):
     checkpoint, stacked = open_checkpoint(HF / "qwen3"), cb.load_model(HF / "qwen3", mesh=mesh)
     by_layer = load_params(checkpoint, stacked.config, mesh=mesh, by_layer=True)
     assert by_layer.by_layer
+    assert by_layer.joined == (mesh is None)
     assert same_leaves(by_layer, stacked.params)
-    abstract = abstract_params(stacked.config, by_layer=True)
+    abstract = abstract_params(stacked.config, by_layer=True, joined=mesh is None)
     assert [leaf.shape for leaf in jax.tree.leaves(by_layer)] == [leaf.shape for leaf in jax.tree.leaves(abstract)]
     if mesh is not None:
         kernel = by_layer.layers["q_proj"]["kernel"][1]
@@ -94,6 +96,7 @@ def test_a_model_on_a_gpu_takes_stacked_weights_apart(monkeypatch):
     monkeypatch.setattr(cb.Model, "platform", "gpu")
     model = cb.Model(CONFIG, params)
     assert model.params.by_layer
+    assert model.params.joined
     assert same_leaves(model.params, wanted)
 
 

@@ -162,10 +162,12 @@ def test_xla_passes_the_cases_of_blending(dtype):
         if case.program in ("few keys", "one row"):
             got = trial.compiled(case.call, trial.shapes_of(case), "xla")(*case.arrays)
             assert error_share(got, case.wanted()) < 1
-            k, v, deviation = (np.array(x) for x in got)
-            assert error_share([np.roll(k, 1, axis=0), v, deviation], case.wanted()) > 1
+            k, v, k_stack, v_stack = (np.array(x) for x in got)
+            assert error_share([np.roll(k, 1, axis=0), v, k_stack, v_stack], case.wanted()) > 1
+            k_stack[0, -1] += 1  # of a layer that is not blended
+            assert error_share([k, v, k_stack, v_stack], case.wanted()) == np.inf
             v[-1] += 1
-            assert error_share([k, v, deviation], case.wanted()) == np.inf
+            assert error_share([k, v, got[2], v_stack], case.wanted()) == np.inf
 
 
 def test_the_child_process_says_what_it_does_and_finds(monkeypatch, capsys):

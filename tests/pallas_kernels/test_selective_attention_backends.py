@@ -99,6 +99,20 @@ def test_poisoned_padding_never_reaches_a_result(backend):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
+@pytest.mark.usefixtures("callbacks_run_at_once")
+@pytest.mark.parametrize("backend", ["xla", *EACH_PALLAS_BACKEND])
+@pytest.mark.parametrize(("num_keys", "head_dim"), [(256, 32), (100, 80)])  # read in place, and padded first
+def test_a_layer_of_a_stack_is_that_layer_alone(backend, num_keys, head_dim):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((n, 2, head_dim)).astype(jnp.bfloat16) for n in (24, num_keys, num_keys))
+    positions = np.sort(rng.choice(num_keys, 24)).astype(np.int32)
+    options = {"kv_length": np.int32(num_keys - 3), "return_lse": True, "implementation": backend}
+    alone = attend(q, k, v, positions, **options)
+    stacks = (np.stack([np.full_like(x, np.nan), x, np.full_like(x, np.nan)]) for x in (k, v))
+    for one, other in zip(attend(q, *stacks, positions, layer=np.int32(1), **options), alone, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
 def test_keys_are_shared_out_where_tiles_leave_the_device_idle(monkeypatch):
     monkeypatch.undo()  # large blocks
     grid = partial(make_grid, num_kv_heads=8, concurrent=132)

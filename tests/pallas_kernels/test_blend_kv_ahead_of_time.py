@@ -1,0 +1,111 @@
+"""KV blending in place, alone and in whole prefills, compiled for an H200 and a TPU v5e without either."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ahead_of_time import compiler
+from test_ahead_of_time import BY_CUBLAS, NO_SPILL, _blend_arguments, _outside_fusions, _with_layers
+
+from pallas_kernels import blend_kv, selective_attention
+from pallas_kernels.dispatch import OVERRIDE
+from scripts.count_kernels import count_kernels
+
+pytestmark = pytest.mark.aot
+LAYERS, KEYS, ROWS = 4, 8192, 1293
+
+
+def _arguments(backend: str, head_dim: int, dtype, kv_heads: int, *, stacked: bool):
+    shape = jax.ShapeDtypeStruct
+    cached = shape((*((LAYERS,) if stacked else ()), KEYS, kv_heads, head_dim), dtype)
+    fresh, angles = shape((ROWS, kv_heads, head_dim), dtype), shape((KEYS, head_dim // 2), jnp.float32)
+
+    def blend(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin, layer):
+        options = {"cos": cos, "sin": sin, "layer": layer if stacked else None, "implementation": backend}
+        return blend_kv(k_cached, v_cached, k_fresh, v_fresh, indices, **options)
+
+    layer = shape((), jnp.int32)
+    return blend, cached, cached, fresh, fresh, shape((ROWS,), jnp.int32), angles, angles, layer
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "dtype", "kv_heads"),
+    [
+        ("triton", 128, "bfloat16", 8),
+        ("triton", 80, "bfloat16", 2),
+        ("triton", 256, "float32", 8),
+        ("tpu", 128, "bfloat16", 8),
+        ("tpu", 256, "float32", 8),
+    ],
+)
+def test_blending_in_place_copies_nothing(backend, head_dim, dtype, kv_heads, stacked):
+    platform = "gpu" if backend == "triton" else "tpu"
+    arguments = _arguments(backend, head_dim, jnp.dtype(dtype), kv_heads, stacked=stacked)
+    compiled = compiler(platform)(*arguments, donate=(0, 1), options=NO_SPILL if platform == "gpu" else None)
+    text = compiled.as_text()
+    assert f"blend_kv_{backend}" in text
+    assert not re.search(rf"\[(\d,)?{KEYS},{kv_heads},{head_dim}\]\S* copy\(", text)
+    memory = compiled.memory_analysis()
+    cached, fresh = (x.size * x.dtype.itemsize for x in (arguments[1], arguments[3]))
+    assert memory.alias_size_in_bytes >= 2 * cached
+    # On a GPU, the fresh keys and values are put into one array.
+    assert memory.temp_size_in_bytes < 2.2 * fresh
+
+
+def test_a_stack_is_blended_in_place_by_xla():
+    arguments = _arguments("xla", 128, jnp.bfloat16, 8, stacked=True)
+    compiled = compiler("gpu")(*arguments, donate=(0, 1))
+    assert not re.search(rf"\[{LAYERS},{KEYS},8,128\]\S* copy\(", compiled.as_text())
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * arguments[1].size * 2
+    assert memory.temp_size_in_bytes <= 2.2 * arguments[1].size * 2 / LAYERS
+
+
+def test_blending_heads_that_fill_no_lanes_compiles_for_tpu():
+    # XLA lays such arrays out with the keys as lanes, and turns them round for the kernel: it copies.
+    arguments = _arguments("tpu", 80, jnp.bfloat16, 2, stacked=False)
+    assert "blend_kv_tpu" in compiler("tpu")(*arguments).as_text()
+
+
+def test_a_copy_of_what_is_not_donated_is_seen():
+    arguments = _arguments("triton", 128, jnp.bfloat16, 8, stacked=False)
+    assert re.search(rf"\[(1,)?{KEYS},8,128\]\S* copy\(", compiler("gpu")(*arguments).as_text())
+
+
+@pytest.mark.parametrize("attention", ["mosaic_gpu", "triton"])
+def test_layers_of_a_stack_are_blended_and_attended_to_where_they_lie(attention):
+    blend, *shapes = _arguments("triton", 128, jnp.bfloat16, 8, stacked=True)
+
+    def layers(q, k, v, k_fresh, v_fresh, indices, cos, sin, layer):
+        for at in (layer, layer + 1):
+            k, v = blend(k, v, k_fresh, v_fresh, indices, cos, sin, at)
+            q = selective_attention(q, k, v, indices, layer=at, implementation=attention)
+        return q, k, v
+
+    compiled = compiler("gpu")(layers, jax.ShapeDtypeStruct((ROWS, 32, 128), jnp.bfloat16), *shapes, donate=(1, 2))
+    assert _made_of_kv(compiled.as_text(), LAYERS) == []
+    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * shapes[0].size * 2
+
+
+def _made_of_kv(text: str, layers: int) -> list[str]:
+    """Operations, other than blending in place, whose result is as large as a layer's keys, or all layers'."""
+    made = re.compile(rf"= \(?bf16\[({layers},|1,)?{KEYS},8,128\]")
+    given = re.compile(r"\b(parameter|get-tuple-element|bitcast|tuple)\(|blend_kv_triton")
+    return [line for line in _outside_fusions(text) if made.search(line) and not given.search(line)]
+
+
+def test_a_blend_for_an_h200_turns_stored_kv_into_blended_kv_in_place_in_few_kernels(monkeypatch):
+    monkeypatch.setenv(OVERRIDE, "pallas")
+    counts = []
+    for layers in (6, 10):  # two more in either stage
+        arguments = _blend_arguments(_with_layers(layers), 2, by_layer=True)
+        compiled = compiler("gpu")(*arguments, donate=(2,), options=BY_CUBLAS)
+        assert _made_of_kv(compiled.as_text(), layers) == []
+        cache = jax.tree.leaves(arguments[3])
+        assert compiled.memory_analysis().alias_size_in_bytes >= sum(2 * x.size for x in cache)
+        counts.append(sum(count_kernels(compiled.as_text()).values()))
+    assert counts[1] - counts[0] <= 4 * 14
