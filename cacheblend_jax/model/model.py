@@ -91,7 +91,17 @@ class Model:
     @cached_property
     def runner(self) -> Runner:
         """Runs this model's programs; shared by all its engines that want the same kernels."""
-        return Runner(self.platform, self.placement, kernels=self.kernels)
+        if self.kernels not in self._runners:
+            self._runners.setdefault(self.kernels, Runner(self.platform, self.placement, kernels=self.kernels))
+        return self._runners[self.kernels]
+
+    @cached_property
+    def _runners(self) -> dict[str | None, Runner]:
+        return {}
+
+    def share_programs_of(self, model: Model) -> None:
+        """Has this model run by the programs that were compiled for another one of the same shapes."""
+        self.__dict__["_runners"] = model._runners
 
     def with_kernels(self, kernels: str | None) -> Model:
         """Returns this model with programs that prefer an implementation of the kernels: always the same object."""
@@ -100,7 +110,7 @@ class Model:
         if kernels not in self._with_kernels:
             model = replace(self, kernels=kernels)
             # What is known of this model is known of all of them.
-            model.__dict__.update(_hashed=self._hashed, _with_kernels=self._with_kernels)
+            model.__dict__.update(_hashed=self._hashed, _runners=self._runners, _with_kernels=self._with_kernels)
             self._with_kernels.setdefault(kernels, model)
         return self._with_kernels[kernels]
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -82,31 +82,55 @@ def load_model(
     Raises:
         CheckpointError: something is missing, unsupported or misshapen; the message names it.
     """
+    opened = open_model(name_or_path, dtype=dtype, max_positions=max_positions)
+    tokenizer = opened.checkpoint.tokenizer()
+    model = opened.model(load_params(opened.checkpoint, opened.config, mesh=mesh, progress=progress), tokenizer)
+    if verify and model.weight_files is not None:
+        return replace(model, weight_files=replace(model.weight_files, verified=model.weight_files.digest(verify=True)))
+    return model
+
+
+class OpenedModel(NamedTuple):
+    """A checkpoint of which all has been read but the weights and the tokenizer.
+
+    Attributes:
+        states: of the weight files, before any weight is read, so that later changes are noticed.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    config: ModelConfig
+    stop_token_ids: frozenset[int]
+    states: tuple[FileState, ...] | None
+
+    def model(self, params: Params, tokenizer: Any) -> Model:
+        """Returns the model that has these weights, or the shapes of its weights in their place."""
+        stops, directory = set(self.stop_token_ids), self.checkpoint.directory
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            stops.add(tokenizer.eos_token_id)
+        return Model(
+            self.config,
+            params,
+            tokenizer,
+            name=self.name,
+            stop_token_ids=tuple(sorted(stops)),
+            directory=directory,
+            weight_files=None if self.states is None else WeightFiles(directory, self.states, SameLeaves(params)),
+        )
+
+
+def open_model(name_or_path: str | Path, *, dtype: str | None = None, max_positions: int | None = None) -> OpenedModel:
+    """Reads what `load_model` reads before the weights and the tokenizer, with the same arguments and errors."""
     _check_arguments(dtype, max_positions)
     checkpoint = open_checkpoint(name_or_path)
     config = _read_model_config(checkpoint, dtype)
     config = config if max_positions is None else replace(config, max_positions=max_positions)
-    stops = checkpoint.stop_token_ids()
-    tokenizer = checkpoint.tokenizer()
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        stops.add(tokenizer.eos_token_id)
+    stops = frozenset(checkpoint.stop_token_ids())
     directory = checkpoint.directory
     names = sorted({str(file.relative_to(directory)) for file in checkpoint.tensor_files().values()})
-    states = file_states(directory, names)  # before the weights are read, so that later changes are noticed
+    states = file_states(directory, names)
     config = replace(config, check_layer=_check_layer(config, checkpoint.defaults_file, states))
-    params = load_params(checkpoint, config, mesh=mesh, progress=progress)
-    files = None if states is None else WeightFiles(directory, states, SameLeaves(params))
-    if verify and files is not None:
-        files = replace(files, verified=files.digest(verify=True))
-    return Model(
-        config,
-        params,
-        tokenizer,
-        name=str(name_or_path),
-        stop_token_ids=tuple(sorted(stops)),
-        directory=directory,
-        weight_files=files,
-    )
+    return OpenedModel(str(name_or_path), checkpoint, config, stops, states)
 
 
 def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
@@ -207,22 +231,22 @@ def load_params(
     wanted = abstract_params(config)
     names = jax.tree.map(lambda name: stored_name(name, checkpoint.tensor_files()), tensor_names(wanted, config))
     _check_tensors(checkpoint, config, names, wanted)
-    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)]
-    loaded = 0
+    total, loaded = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)), 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal loaded
+        loaded += num_bytes
+        if progress is not None:
+            progress(loaded, total)
 
     def load(name: str, leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array | tuple[jax.Array, ...]:
-        nonlocal loaded
-        array = _read_leaf(checkpoint, name, leaf)
+        array = _read_leaf(checkpoint, name, leaf, advance)
         if by_layer and "{}" in name:
             at_layer = _sharding(mesh, jax.P(*spec[1:]), leaf.shape[1:])
             on_device = tuple(jax.device_put(layer, at_layer) for layer in array)
         else:
             on_device = jax.device_put(array, _sharding(mesh, spec, leaf.shape))
-        jax.block_until_ready(on_device)
-        loaded += leaf.size * leaf.dtype.itemsize
-        if progress is not None:
-            progress(loaded, sum(sizes))
-        return on_device
+        return jax.block_until_ready(on_device)
 
     return jax.tree.map(load, names, wanted, partition_specs(config))
 
@@ -267,7 +291,10 @@ def _check_tensor(file: Path, tensors: Any, name: str, shape: tuple[int, ...]) -
         )
 
 
-def _read_leaf(checkpoint: Checkpoint, name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+def _read_leaf(
+    checkpoint: Checkpoint, name: str, leaf: jax.ShapeDtypeStruct, advance: Callable[[int], None]
+) -> np.ndarray:
+    """Reads a leaf's tensors; `advance` is called with the bytes of each."""
     out = aligned_empty(leaf.shape, leaf.dtype)
     stacked = "{}" in name
     places = {name.format(layer): out[layer] for layer in range(leaf.shape[0])} if stacked else {name: out}
@@ -277,6 +304,7 @@ def _read_leaf(checkpoint: Checkpoint, name: str, leaf: jax.ShapeDtypeStruct) ->
             for tensor_name in in_file:
                 place = places[tensor_name]
                 _copy_tensor(file, tensors, tensor_name, place.T if is_kernel(name) else place)
+                advance(place.nbytes)
     return out
 
 
