@@ -40,7 +40,7 @@ class LoadingModel:
             CheckpointError: the weights can't be loaded.
         """
         model = self._opened.model(self._weights.result(), self.outline.tokenizer)
-        model.share_programs_of(self.outline)
+        model.follow(self.outline)
         return model
 
 

@@ -75,7 +75,7 @@ class Model:
 
     def _computed_fingerprint(self) -> str:
         digest = hashlib.sha256()
-        parts = [_config_bytes(self.config), _tokenizer_bytes(self.tokenizer)]
+        parts = [_config_bytes(self.config), self._tokenizer_bytes]
         files = self.weight_files
         # Parameters that replaced loaded ones are not what the files hold.
         loaded = files.digest() if files is not None and files.loaded.as_in(self.params) else None
@@ -89,6 +89,10 @@ class Model:
         return {}
 
     @cached_property
+    def _tokenizer_bytes(self) -> bytes:
+        return _tokenizer_bytes(self.tokenizer)
+
+    @cached_property
     def runner(self) -> Runner:
         """Runs this model's programs; shared by all its engines that want the same kernels."""
         if self.kernels not in self._runners:
@@ -99,9 +103,9 @@ class Model:
     def _runners(self) -> dict[str | None, Runner]:
         return {}
 
-    def share_programs_of(self, model: Model) -> None:
-        """Has this model run by the programs that were compiled for another one of the same shapes."""
-        self.__dict__["_runners"] = model._runners
+    def follow(self, outline: Model) -> None:
+        """Has this model run by the programs compiled for its outline, and share what is known of the tokenizer."""
+        self.__dict__.update(_runners=outline._runners, _tokenizer_bytes=outline._tokenizer_bytes)
 
     def with_kernels(self, kernels: str | None) -> Model:
         """Returns this model with programs that prefer an implementation of the kernels: always the same object."""

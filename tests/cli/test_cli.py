@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,7 +56,8 @@ def test_ask_answers_and_says_what_was_reused(docs, capsys, tmp_path):
     assert prefill["reused"] == prefill["exact"] + prefill["candidates"]
 
 
-def test_ask_compiles_beside_its_other_work_and_shows_what_it_does(docs, capsys, monkeypatch, tmp_path):
+def test_ask_compiles_beside_its_other_work_and_shows_what_it_does(docs, capsys, monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG, logger="jax._src.dispatch")
     shown, compiled_by, prepared = [], [], threading.Event()
     part, prepare, compile_program = Parts.part, Engine.prepare, Runner._compile
     load = loading_module.load_params
@@ -83,6 +86,10 @@ def test_ask_compiles_beside_its_other_work_and_shows_what_it_does(docs, capsys,
     assert ask(docs, *options) == 0  # what is stored leaves nothing to compile but the answer
     assert threading.main_thread() not in compiled_by
     assert capsys.readouterr().err == ""
+    compiled = set(re.findall(r"Finished XLA compilation of jit\((.*?)\)", caplog.text))
+    assert {"prefill", "standalone", "decode_step"} <= compiled
+    # Nothing in passing but a copy of the cache, a trial of options, and what the package bm25s tries.
+    assert compiled - {"prefill", "standalone", "decode_step"} <= {"_resized", "<lambda>", "top_k"}
 
 
 @pytest.mark.once
