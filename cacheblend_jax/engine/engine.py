@@ -313,15 +313,9 @@ class Engine:
     ) -> None:
         """Compiles what it takes to precompute a prompt, and then to answer it in each of these modes.
 
-        Nothing else is computed: the model may be the `outline` of one whose weights are still loading. With an
-        automatic ratio, a blend's own program is compiled when the request comes.
-
-        Args:
-            max_new_tokens: of the answer.
-            progress: called with the number of tasks done and their total.
-
-        Raises:
-            PromptError: as for `prefill`.
+        Nothing is computed: the model may be the `outline` of one whose weights are still loading. With an automatic
+        ratio, a blend's own program is compiled when the request comes. `progress` is called with the number of tasks
+        done and their total.
         """
         tokenized = self._tokenize(prompt)
         chunks = self._prefiller.place(tokenized, "blend")
