@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cacheblend_jax.blend import SELECTORS, BlendConfig
-from cacheblend_jax.cli.bundled_model import load_reader
+from cacheblend_jax.cli.bundled_model import loading_reader
+from cacheblend_jax.cli.compiling import compiled_meanwhile
 from cacheblend_jax.cli.documents_prompt import (
     DOCUMENTS,
     add_source_options,
@@ -31,18 +35,20 @@ from cacheblend_jax.cli.options import (
     print_status,
     print_warning,
 )
-from cacheblend_jax.cli.progress import progress_bar
+from cacheblend_jax.cli.progress import Advance, Parts, progress_of_parts
 from cacheblend_jax.cli.store_report import StoreReport, stored_otherwise
-from cacheblend_jax.documents import Chunk, by_relevance, read_documents, select_top_k
+from cacheblend_jax.documents import Chunk, Document, by_relevance, read_documents, select_top_k
+from cacheblend_jax.engine.chunk_lookup import ChunkLookup
 from cacheblend_jax.engine.controller import explain
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.engine.planner import EXECUTORS
 from cacheblend_jax.engine.prompt import Prompt, tokenize_parts
-from cacheblend_jax.engine.results import Generation, PrefillStats
+from cacheblend_jax.engine.results import Generation, PrefillResult, PrefillStats
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model
 from cacheblend_jax.model.decode import Sampling
+from cacheblend_jax.model.loading import LoadingModel
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore
 
@@ -115,17 +121,24 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
     context = chosen_context(parsed.context)
     documents = read_documents(paths)
-    model = load_reader(parsed.model, parsed.dtype, [question, *(document.text for document in documents)])
-    chunks, prompt = _asked(split(documents, model, parsed.chunk_tokens), question, model, parsed)
     trace = None if parsed.trace is None else Trace()
     with ExitStack() as opened:
+        shown = opened.enter_context(progress_of_parts())
+        loading = opened.enter_context(_loading(parsed, question, documents, shown))
+        model = loading.outline
+        chunks, prompt = _asked(split(documents, model, parsed.chunk_tokens, shown.items), question, model, parsed)
         store = opened.enter_context(open_store(parsed))
         if parsed.context == DOCUMENTS:
             context = remembered_sample(store, documents, model)
         options = {"executor": parsed.executor, "profile": parsed.profile, "kernels": parsed.kernels}
-        engine = opened.enter_context(Engine(model, store, blend, context=context, **options))
-        report = _precompute(engine, store, prompt)
-        answers = _answers(parsed, engine, prompt, sampling, trace)
+        new_engine = partial(Engine, store=store, blend=blend, context=context, **options)
+        looked_up = _prepare(new_engine(model=model), store, prompt, parsed, shown.part("compiling"))
+        engine = opened.enter_context(new_engine(model=loading.model()))
+        to_answer = prompt, _modes(parsed), parsed.max_new_tokens
+        compiled = opened.enter_context(compiled_meanwhile(engine, *to_answer, shown.part("compiling")))
+        report = _precompute(engine, prompt, looked_up, shown.part("precomputing"))
+        compiled()  # a compiler beside it would slow down what is timed
+        answers = _answers(parsed, engine, prompt, sampling, trace, shown)
     answer = answers[parsed.mode]
     prefill = answer.stats.prefill
     print(_comparison_table(answers) if parsed.compare else f"{answer.text}\n{_summary(prefill)}")
@@ -207,29 +220,67 @@ def _blend(parsed: argparse.Namespace) -> BlendConfig:
     return BlendConfig(parsed.ratio, selector=parsed.selector)
 
 
-def _precompute(engine: Engine, store: ChunkStore, prompt: Prompt) -> StoreReport:
+def _loading(
+    parsed: argparse.Namespace, question: str, documents: Sequence[Document], shown: Parts
+) -> AbstractContextManager[LoadingModel]:
+    texts = [question, *(document.text for document in documents)]
+    advance = shown.part("loading weights", unit="B", unit_scale=True)
+    return loading_reader(parsed.model, parsed.dtype, texts, advance)
+
+
+def _prepare(
+    ahead: Engine, store: ChunkStore, prompt: Prompt, parsed: argparse.Namespace, advance: Advance
+) -> list[ChunkLookup]:
+    """Does what needs no weights, while they are read: looks up the chunks, and compiles what is needed first."""
+    with ahead:
+        looked_up = ahead.look_up(prompt)
+        if otherwise := stored_otherwise(store, ahead.model, looked_up):
+            print_warning(otherwise)
+        # While missing chunks are computed, there is time to compile what answers.
+        modes = _modes(parsed) if all(chunk.is_stored for chunk in looked_up) else ()
+        ahead.prepare(prompt, modes, max_new_tokens=parsed.max_new_tokens if modes else 1, progress=advance)
+    advance(1, 1)
+    return looked_up
+
+
+def _precompute(engine: Engine, prompt: Prompt, looked_up: Sequence[ChunkLookup], advance: Advance) -> StoreReport:
     """Computes what the store lacks, and reports what it had before that."""
-    chunks = engine.look_up(prompt)
-    missing = {chunk.key for chunk in chunks if not chunk.is_stored}
-    if otherwise := stored_otherwise(store, engine.model, chunks):
-        print_warning(otherwise)
+    missing = {chunk.key for chunk in looked_up if not chunk.is_stored}
     began = time.perf_counter()
-    with progress_bar("precompute") as advance:
-        engine.precompute(prompt, progress=advance)
-    return StoreReport(chunks, len(missing), time.perf_counter() - began)
+    engine.precompute(prompt, progress=advance)
+    return StoreReport(looked_up, len(missing), time.perf_counter() - began)
+
+
+def _modes(parsed: argparse.Namespace) -> tuple[str, ...]:
+    return MODES if parsed.compare else (parsed.mode,)
 
 
 def _answers(
-    parsed: argparse.Namespace, engine: Engine, prompt: Prompt, sampling: Sampling, trace: Trace | None
+    parsed: argparse.Namespace, engine: Engine, prompt: Prompt, sampling: Sampling, trace: Trace | None, shown: Parts
 ) -> dict[str, Generation]:
     """Answers in the chosen mode, or in all of them to compare; `trace` collects what happens in the chosen one."""
     answers = {}
-    for mode in MODES if parsed.compare else (parsed.mode,):
+    for mode in _modes(parsed):
+        prefilled = shown.part(f"prefilling ({mode})")
         if parsed.compare:
             engine.prefill(prompt, mode)  # so that every mode is timed on its second run
         out = engine.prefill(prompt, mode, trace=trace if mode == parsed.mode else None)
-        answers[mode] = engine.complete(out, max_new_tokens=parsed.max_new_tokens, sampling=sampling)
+        prefilled(1, 1)
+        answers[mode] = _completed(engine, out, parsed.max_new_tokens, sampling, shown.part("decoding"))
     return answers
+
+
+def _completed(
+    engine: Engine, out: PrefillResult, max_new_tokens: int, sampling: Sampling, advance: Advance
+) -> Generation:
+    count = itertools.count(1)
+
+    def decoded(token: int, text: str) -> None:
+        advance(next(count), max_new_tokens)
+
+    answer = engine.complete(out, max_new_tokens=max_new_tokens, sampling=sampling, on_token=decoded)
+    advance(max_new_tokens, max_new_tokens)
+    return answer
 
 
 def _save_trace(trace: Trace, path: Path) -> None:

@@ -3,41 +3,58 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
-from cacheblend_jax.cli.documents_prompt import load_with_tokenizer
+from cacheblend_jax.cli.documents_prompt import loading_with_tokenizer
 from cacheblend_jax.cli.options import print_status, print_warning
+from cacheblend_jax.cli.progress import Advance, progress_of_parts
 from cacheblend_jax.engine.prompt import encode
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model import Model
 from cacheblend_jax.model.demo import demo_directory
+from cacheblend_jax.model.loading import LoadingModel
 from cacheblend_jax.model.smollm2 import INSTALL, SMOLLM2, installed_smollm2
 
 WORD = re.compile(r"\w+")
 NAMED_WORDS = 3
 
 
-def load_reader(named: str | None, dtype: str | None, texts: Sequence[str]) -> Model:
+@contextmanager
+def loading_reader(
+    named: str | None, dtype: str | None, texts: Sequence[str], progress: Advance | None = None
+) -> Iterator[LoadingModel]:
     """Loads a model that can read texts: the named one, or the bundled one, or SmolLM2 where that one cannot.
+
+    The body runs while the weights are read (`loading_model`).
 
     Raises:
         CacheBlendError: none was named, the bundled one cannot read them, and SmolLM2 is not installed; or as
-            `load_with_tokenizer`.
+            `loading_with_tokenizer`.
     """
-    model = load_with_tokenizer(named, dtype)
-    if named is not None:
-        warn_of_unknown(model, texts)
-        return model
-    unknown = _unknown_to_bundled(model, texts)
-    if not unknown:
-        return model
+    with loading_with_tokenizer(named, dtype, progress) as loading:
+        if named is not None:
+            warn_of_unknown(loading.outline, texts)
+        unknown = [] if named is not None else _unknown_to_bundled(loading.outline, texts)
+        if not unknown:
+            yield loading
+            return
     if installed_smollm2() is None:
         raise CacheBlendError(
             f"{_reason(unknown)}; name a model that reads any text: --model DIR_OR_HUB_ID, or --model {SMOLLM2} "
             f"after {INSTALL}"
         )
     print_status(f"{_reason(unknown)}: {SMOLLM2} reads the texts (--model names another)")
-    return load_with_tokenizer(SMOLLM2, dtype)
+    with loading_with_tokenizer(SMOLLM2, dtype, progress) as loading:
+        yield loading
+
+
+def load_reader(named: str | None, dtype: str | None, texts: Sequence[str]) -> Model:
+    """Loads a model as `loading_reader` does, and shows how far it has come."""
+    with progress_of_parts() as shown:
+        advance = shown.part("loading weights", unit="B", unit_scale=True)
+        with loading_reader(named, dtype, texts, advance) as loading:
+            return loading.model()
 
 
 def warn_of_unknown(model: Model, texts: Iterable[str]) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from cacheblend_jax.cli.options import add_model_option, at_least_one, json_object, load_with_bar, print_status
-from cacheblend_jax.cli.progress import progress
+from cacheblend_jax.cli.options import BUNDLED, add_model_option, at_least_one, json_object, print_status
+from cacheblend_jax.cli.progress import Advance, progress
 from cacheblend_jax.documents import Chunk, Document, chunk_documents, sample_documents
 from cacheblend_jax.engine.contexts import FITTED_SUFFIX, NEUTRAL, PLAIN, named_context
 from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.evaluation.progress import Progress
 from cacheblend_jax.model import Model
+from cacheblend_jax.model.loading import LoadingModel, loading_model
 from cacheblend_jax.store import Store
 
 SEPARATOR = "\n\n"  # after each chunk
@@ -49,16 +51,17 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_with_tokenizer(name: str | None, dtype: str | None) -> Model:
-    """Loads a model that can read text.
+@contextmanager
+def loading_with_tokenizer(name: str | None, dtype: str | None, progress: Advance | None) -> Iterator[LoadingModel]:
+    """Loads a model that can read text, the bundled one for `None`; the body runs meanwhile (`loading_model`).
 
     Raises:
         CacheBlendError: it has no tokenizer, or cannot be loaded.
     """
-    model = load_with_bar(name, dtype)
-    if model.tokenizer is None:
-        raise CacheBlendError(f"model {model.name!r} has no tokenizer; text needs one")
-    return model
+    with loading_model(BUNDLED if name is None else name, dtype=dtype, progress=progress) as loading:
+        if loading.outline.tokenizer is None:
+            raise CacheBlendError(f"model {loading.outline.name!r} has no tokenizer; text needs one")
+        yield loading
 
 
 def chosen_context(name: str | None) -> str | FittedContext | None:
@@ -83,13 +86,13 @@ def remembered_sample(store: Store, documents: Sequence[Document], model: Model)
     return remembered
 
 
-def split(documents: Sequence[Document], model: Model, chunk_tokens: int) -> list[Chunk]:
+def split(documents: Sequence[Document], model: Model, chunk_tokens: int, progress: Progress = progress) -> list[Chunk]:
     """Splits documents into chunks of at most `chunk_tokens` tokens, the separator after each included."""
 
     def count_tokens(text: str) -> int:
         return len(encode(model.tokenizer, text + SEPARATOR))
 
-    return chunk_documents(documents, chunk_tokens, count_tokens, partial(progress, what="split"))
+    return chunk_documents(documents, chunk_tokens, count_tokens, lambda items: progress(items, "split"))
 
 
 def prompt_of(

@@ -100,4 +100,4 @@ def _keep_compiled_programs() -> None:
     """Turns on JAX's persistent compilation cache, in the user's cache directory unless the user chose another."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(user_cache_path("cacheblend-jax") / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)

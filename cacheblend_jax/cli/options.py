@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cacheblend_jax.cli.progress import progress_bar
+from cacheblend_jax.cli.progress import line_erased, progress_bar
 from cacheblend_jax.engine.kernels import KERNELS
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.model import Model, load_model
@@ -187,7 +187,8 @@ def load_with_bar(name: str | None, dtype: str | None) -> Model:
 
 def print_status(line: str) -> None:
     """Prints a line that is not a result: to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    with line_erased():
+        print(line, file=sys.stderr, flush=True)
 
 
 def print_warning(line: str) -> None:

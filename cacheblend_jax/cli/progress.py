@@ -1,7 +1,8 @@
-"""How far long work has come: a bar on a terminal, and elsewhere, as in a log file, a line every so often."""
+"""How far long work has come: on one line of a terminal, and elsewhere, as in a log file, a line every so often."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -12,6 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 15.0
+REDRAWN_SECONDS = 0.2  # on a terminal
+ERASE = "\r\x1b[K"
 Advance = Callable[[int, int | None], None]  # (done, total)
 
 
@@ -48,27 +51,108 @@ def progress_bar(what: str, **options: Any) -> Iterator[Advance]:
 @contextmanager
 def progress_lines(what: str, *, unit: str = "", unit_scale: bool = False) -> Iterator[Advance]:
     """As `progress_bar`, but prints a line every `LINE_SECONDS`, whether or not anything moves."""
-    began, ended = time.monotonic(), threading.Event()
     at: tuple[int, int | None] = (0, None)
 
     def advance(done: int, total: int | None) -> None:
         nonlocal at
         at = (done, total)
 
-    def amount(number: int) -> str:
-        return f"{tqdm.format_sizeof(number) if unit_scale else number}{unit}"
+    with _shown(lambda: f"{what}: {_amount(*at, unit, unit_scale)}", on_terminal=False):
+        yield advance
 
-    def print_lines() -> None:
-        while not ended.wait(LINE_SECONDS):
-            done, total = at
-            of_total = "" if total is None else f" of {amount(total)}"
-            line = f"{what}: {amount(done)}{of_total}, {time.monotonic() - began:.0f} s"
-            print(line, file=sys.stderr, flush=True)
 
-    thread = threading.Thread(target=print_lines, name="cacheblend-progress", daemon=True)
+class Parts:
+    """Pieces of work, several of them at the same time; see `progress_of_parts`."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def part(self, what: str, *, unit: str = "", unit_scale: bool = False) -> Advance:
+        """Shows a piece of work from now on, until the function returned is called with all of it done."""
+        self._show(what, what)
+
+        def advance(done: int, total: int | None) -> None:
+            self._show(what, "" if done == total else f"{what} {_amount(done, total, unit, unit_scale)}")
+
+        return advance
+
+    def items(self, items: Iterable, what: str) -> Iterator:
+        """Shows how far the items have been taken: the `Progress` of `cacheblend_jax.evaluation`."""
+        total, advance = len(items) if isinstance(items, Sized) else None, self.part(what)
+        done = 0
+        for done, item in enumerate(items, 1):
+            yield item
+            advance(done, total)
+        advance(done, done)
+
+    def text(self) -> str:
+        """Returns how far all parts that are not done have come, in the order in which they began."""
+        with self._lock:
+            return ", ".join(self._texts.values()) or "working"
+
+    def _show(self, what: str, text: str) -> None:
+        with self._lock:
+            if text:
+                self._texts[what] = text
+            else:
+                self._texts.pop(what, None)
+
+
+@contextmanager
+def progress_of_parts() -> Iterator[Parts]:
+    """Shows on one line how far pieces of work have come: on a terminal from the beginning, rewritten as they move."""
+    parts = Parts()
+    with _shown(parts.text, on_terminal=sys.stderr.isatty()):
+        yield parts
+
+
+@contextmanager
+def line_erased() -> Iterator[None]:
+    """Takes the line that is rewritten off the terminal, so that its body can print another."""
+    with _drawing:
+        if _is_drawn.is_set():
+            sys.stderr.write(ERASE)
+            _is_drawn.clear()
+        yield
+
+
+_drawing, _is_drawn = threading.RLock(), threading.Event()
+
+
+@contextmanager
+def _shown(text: Callable[[], str], *, on_terminal: bool) -> Iterator[None]:
+    """Has a thread show a text and the time that has passed: at once on a terminal, every `LINE_SECONDS` elsewhere."""
+    began, ended = time.monotonic(), threading.Event()
+
+    def show() -> None:
+        while not ended.wait(REDRAWN_SECONDS if on_terminal else LINE_SECONDS):
+            redraw() if on_terminal else print(line(), file=sys.stderr, flush=True)
+
+    def line() -> str:
+        return f"{text()}, {time.monotonic() - began:.0f} s"
+
+    def redraw() -> None:
+        with _drawing:
+            width = shutil.get_terminal_size().columns - 1  # a full line would wrap
+            sys.stderr.write(ERASE + line()[:width])
+            sys.stderr.flush()
+            _is_drawn.set()
+
+    if on_terminal:
+        redraw()
+    thread = threading.Thread(target=show, name="cacheblend-progress", daemon=True)
     thread.start()
     try:
-        yield advance
+        yield
     finally:
         ended.set()
         thread.join()
+        with line_erased():
+            sys.stderr.flush()
+
+
+def _amount(done: int, total: int | None, unit: str, unit_scale: bool) -> str:
+    """Returns `"3 of 7"`, or `"270MB of 540MB"`; of an unknown total, what is done."""
+    amounts = [done] if total is None else [done, total]
+    return " of ".join(f"{tqdm.format_sizeof(each) if unit_scale else each}{unit}" for each in amounts)

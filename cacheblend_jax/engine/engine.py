@@ -33,11 +33,10 @@ from cacheblend_jax.engine.prompt import (
     tokenize_prompt,
 )
 from cacheblend_jax.engine.results import BackgroundStats, Generation, PrefillResult, StoredKeys
-from cacheblend_jax.engine.warmup import Sizes, compile_tasks
+from cacheblend_jax.engine.warmup import Sizes, compile_tasks, prompt_tasks, run_tasks
 from cacheblend_jax.errors import CacheBlendError, PromptError, is_whole_number
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
-from cacheblend_jax.runtime.exit_hook import several_at_a_time
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore, Store
 
@@ -300,12 +299,29 @@ class Engine:
         planners = [replace(self._planner, blend=blend) for blend in self.blend.fixed()]
         tasks = compile_tasks(sizes, self.model, planners, self._executors, self._buckets, self._context)
         before = self.model.runner.count
-        with several_at_a_time() as threads:
-            for done, _ in enumerate(threads.map(lambda task: task(), tasks), 1):
-                if progress is not None:
-                    progress(done, len(tasks))
+        run_tasks(tasks, progress)
         self._prefiller.is_warm = True
         return self.model.runner.count - before
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        modes: Sequence[str] = ("blend",),
+        *,
+        max_new_tokens: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Compiles what it takes to precompute a prompt, and then to answer it in each of these modes.
+
+        Nothing is computed: the model may be the `outline` of one whose weights are still loading. With an automatic
+        ratio, a blend's own program is compiled when the request comes. `progress` is called with the number of tasks
+        done and their total.
+        """
+        tokenized = self._tokenize(prompt)
+        chunks = self._prefiller.place(tokenized, "blend")
+        placed = {mode: self._prefiller.place(tokenized, mode) for mode in modes}
+        compiled_by = self.model, self._planner, self._executors, self.store
+        run_tasks(prompt_tasks(tokenized, chunks, placed, max_new_tokens, *compiled_by), progress)
 
     def estimator(self) -> Estimator:
         """Returns what the controller estimates delays from: the profile, or else a quick estimate."""

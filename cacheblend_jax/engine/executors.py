@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -115,10 +115,11 @@ class Executors:
         names = [(plan, executor), *(placing if executor == "resident" else [])]
         return all(map(self._model.runner.is_prepared, names))
 
-    def warm_up(self, plan: Plan) -> None:
-        """Compiles a plan for every executor that may run it, whatever tiers its chunks come from."""
+    def warm_up(self, plan: Plan, tiers: Collection[str] = ()) -> None:
+        """Compiles a plan for the executor that runs it where its chunks come from these tiers; for any, where none."""
         loads = not plan.nothing_cached
-        for executor in {choose_executor(self.setting, [tier] if loads else []) for tier in self._tiers}:
+        sources = [tiers] if tiers else [[tier] for tier in self._tiers]
+        for executor in {choose_executor(self.setting, source if loads else []) for source in sources}:
             self._prepare_plan(plan, executor)
         if self.uses_device_tier and loads:
             self._prepare_placing(plan, buckets_up_to(small_bucket, plan.cache_length))
@@ -130,6 +131,17 @@ class Executors:
             return {(0, size) for size in buckets_up_to(length, min(context_tokens + chunk_tokens, most))}
         sizes = buckets_up_to(length, min(chunk_tokens, most - context_tokens))
         return {(0, length(context_tokens)), *((context_tokens, size) for size in sizes)}
+
+    def standalone_sizes_of(self, chunks: Iterable[PlacedChunk]) -> set[tuple[int, int]]:
+        """Returns what `warm_up_standalone` takes for these chunks."""
+        length, sizes = self._buckets.length, set()
+        for chunk in chunks:
+            context = chunk.context_ids.size
+            if _is_shared(context):
+                sizes |= {(0, length(context)), (context, length(chunk.num_tokens))}
+            else:
+                sizes.add((0, length(context + chunk.num_tokens)))
+        return sizes
 
     def warm_up_standalone(self, shared_tokens: int, size: int) -> None:
         """Compiles the program that computes stand-alone KV, padded to `size` tokens.

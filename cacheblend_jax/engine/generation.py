@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Generator, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -80,15 +81,15 @@ def decode(
 ) -> Generator[tuple[int, float], None, None]:
     """Yields up to `room` token ids, each with the seconds of its decoding step; the first needs no step."""
     length = out.token_ids.size
-    key = jax.random.key(sampling.seed)
+    key = None if sampling.temperature == 0 else jax.random.key(sampling.seed)
 
-    def choose(logits: jax.Array, likeliest: jax.Array | int, step: int) -> int:
-        if sampling.temperature == 0:
+    def choose(logits: jax.Array | np.ndarray, likeliest: jax.Array | int, step: int) -> int:
+        if key is None:
             return int(likeliest)
         step_key = jax.random.fold_in(key, step)
-        return int(_draw(logits, step_key, sampling.temperature, sampling.top_k, sampling.top_p))
+        return int(_draw(jnp.asarray(logits), step_key, sampling.temperature, sampling.top_k, sampling.top_p))
 
-    token = choose(jnp.asarray(out.logits), out.next_token, 0)
+    token = choose(out.logits, out.next_token, 0)
     yield token, 0.0
     if room == 1:
         return
@@ -127,6 +128,7 @@ def _angles(model: Model, size: int) -> Angles:
     return jax.device_put(rope_tables(model.config, size), model.placement)
 
 
+@partial(jax.jit, static_argnames="size")  # else it is several programs
 def _resized(cache: KVCache, size: int) -> KVCache:
     """Copies a cache into one with room for `size` tokens: decoding donates the copy, not the result's own."""
     length = min(cache.k.shape[1], size)

@@ -1,8 +1,10 @@
-"""Warm-up: compiles, before the first request, the programs of all prompts within given sizes."""
+"""Warm-up: compiles the programs of all prompts within given sizes, or those of one prompt, before they are needed."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,10 +13,13 @@ import numpy as np
 from cacheblend_jax.blend.buckets import Buckets, buckets_up_to
 from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.generation import warm_up_decoding
-from cacheblend_jax.engine.layout import MODES, ChunkContext
+from cacheblend_jax.engine.layout import MODES, ChunkContext, PlacedChunk
 from cacheblend_jax.engine.planner import Planner
+from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.model import Model
+from cacheblend_jax.runtime.exit_hook import several_at_a_time
+from cacheblend_jax.store import Store
 
 
 @dataclass(frozen=True)
@@ -72,3 +77,50 @@ def compile_tasks(
         decoded = buckets_up_to(buckets.length, min(sizes.max_tokens + sizes.max_new_tokens - 1, most))
         tasks += [partial(warm_up_decoding, model, size) for size in decoded]
     return tasks
+
+
+def prompt_tasks(
+    tokenized: TokenizedPrompt,
+    chunks: Sequence[PlacedChunk],
+    placed: dict[str, list[PlacedChunk]],
+    max_new_tokens: int,
+    model: Model,
+    planner: Planner,
+    executors: Executors,
+    store: Store,
+) -> list[Callable[[], object]]:
+    """Returns calls that together compile what precomputing a prompt, prefilling it and decoding need, in that order.
+
+    What the store has now is taken to come from its slowest tier.
+
+    Args:
+        chunks: those to be precomputed.
+        placed: those that each mode looks up.
+    """
+    missing = {chunk.key: chunk for chunk in chunks if chunk.key not in store}
+    sizes = sorted(executors.standalone_sizes_of(missing.values()))
+    tasks: list[Callable[[], object]] = [partial(executors.warm_up_standalone, *each) for each in sizes]
+    length = tokenized.token_ids.size
+    for mode, looked_up in placed.items():
+        if planner.blend.is_auto and mode == "blend":
+            continue  # the controller chooses its plan when the request comes
+        tokens = Counter({True: 0, False: 0})
+        for chunk in looked_up:
+            tokens[chunk.exact] += min(chunk.stop, length - 1) - chunk.start  # the last token is always computed
+        plan = planner.plan(mode, length, tokens[True], tokens[False])
+        tiers = {"host" if chunk.key in missing else store.tiers[-1] for chunk in looked_up}
+        tasks.append(partial(executors.warm_up, plan, tiers))
+    if max_new_tokens > 1:
+        size = planner.buckets.length(min(length + max_new_tokens - 1, model.config.max_positions))
+        tasks.append(partial(warm_up_decoding, model, size))
+    return tasks
+
+
+def run_tasks(tasks: Sequence[Callable[[], object]], progress: Callable[[int, int], None] | None) -> None:
+    """Calls tasks that compile, several at a time; `progress` counts those that are done."""
+    with several_at_a_time() as threads:
+        futures = [threads.submit(task) for task in tasks]
+        for done, future in enumerate(as_completed(futures), 1):
+            future.result()
+            if progress is not None:
+                progress(done, len(tasks))

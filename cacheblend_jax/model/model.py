@@ -76,7 +76,7 @@ class Model:
 
     def _computed_fingerprint(self) -> str:
         digest = hashlib.sha256()
-        parts = [_config_bytes(self.config), _tokenizer_bytes(self.tokenizer)]
+        parts = [_config_bytes(self.config), self._tokenizer_bytes]
         files = self.weight_files
         # Parameters that replaced loaded ones are not what the files hold.
         loaded = files.digest() if files is not None and files.loaded.as_in(self.params) else None
@@ -90,9 +90,23 @@ class Model:
         return {}
 
     @cached_property
+    def _tokenizer_bytes(self) -> bytes:
+        return _tokenizer_bytes(self.tokenizer)
+
+    @cached_property
     def runner(self) -> Runner:
         """Runs this model's programs; shared by all its engines that want the same kernels."""
-        return Runner(self.platform, self.placement, kernels=self.kernels)
+        if self.kernels not in self._runners:
+            self._runners.setdefault(self.kernels, Runner(self.platform, self.placement, kernels=self.kernels))
+        return self._runners[self.kernels]
+
+    @cached_property
+    def _runners(self) -> dict[str | None, Runner]:
+        return {}
+
+    def follow(self, outline: Model) -> None:
+        """Has this model run by the programs compiled for its outline, and share what is known of the tokenizer."""
+        self.__dict__.update(_runners=outline._runners, _tokenizer_bytes=outline._tokenizer_bytes)
 
     def with_kernels(self, kernels: str | None) -> Model:
         """Returns this model with programs that prefer an implementation of the kernels: always the same object."""
@@ -101,7 +115,7 @@ class Model:
         if kernels not in self._with_kernels:
             model = replace(self, kernels=kernels)
             # What is known of this model is known of all of them.
-            model.__dict__.update(_hashed=self._hashed, _with_kernels=self._with_kernels)
+            model.__dict__.update(_hashed=self._hashed, _runners=self._runners, _with_kernels=self._with_kernels)
             self._with_kernels.setdefault(kernels, model)
         return self._with_kernels[kernels]
 

@@ -102,4 +102,4 @@ def rope_tables(config: ModelConfig, num_positions: int) -> Angles:
         cos.append(np.cos(angles) * factor)
         sin.append(np.sin(angles) * factor)
     with jax.ensure_compile_time_eval():  # the cache must hold arrays even when first called inside a trace
-        return Angles(jnp.asarray(np.stack(cos)), jnp.asarray(np.stack(sin)))
+        return Angles(*jax.device_put((np.stack(cos), np.stack(sin))))  # which, unlike `jnp.asarray`, compiles nothing

@@ -82,31 +82,55 @@ def load_model(
     Raises:
         CheckpointError: something is missing, unsupported or misshapen; the message names it.
     """
+    opened = open_model(name_or_path, dtype=dtype, max_positions=max_positions)
+    tokenizer = opened.checkpoint.tokenizer()
+    model = opened.model(load_params(opened.checkpoint, opened.config, mesh=mesh, progress=progress), tokenizer)
+    if verify and model.weight_files is not None:
+        return replace(model, weight_files=replace(model.weight_files, verified=model.weight_files.digest(verify=True)))
+    return model
+
+
+class OpenedModel(NamedTuple):
+    """A checkpoint of which all has been read but the weights and the tokenizer.
+
+    Attributes:
+        states: of the weight files, before any weight is read, so that later changes are noticed.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    config: ModelConfig
+    stop_token_ids: frozenset[int]
+    states: tuple[FileState, ...] | None
+
+    def model(self, params: Params, tokenizer: Any) -> Model:
+        """Returns the model that has these weights, or the shapes of its weights in their place."""
+        stops, directory = set(self.stop_token_ids), self.checkpoint.directory
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            stops.add(tokenizer.eos_token_id)
+        return Model(
+            self.config,
+            params,
+            tokenizer,
+            name=self.name,
+            stop_token_ids=tuple(sorted(stops)),
+            directory=directory,
+            weight_files=None if self.states is None else WeightFiles(directory, self.states, SameLeaves(params)),
+        )
+
+
+def open_model(name_or_path: str | Path, *, dtype: str | None = None, max_positions: int | None = None) -> OpenedModel:
+    """Reads what `load_model` reads before the weights and the tokenizer, with the same arguments and errors."""
     _check_arguments(dtype, max_positions)
     checkpoint = open_checkpoint(name_or_path)
     config = _read_model_config(checkpoint, dtype)
     config = config if max_positions is None else replace(config, max_positions=max_positions)
-    stops = checkpoint.stop_token_ids()
-    tokenizer = checkpoint.tokenizer()
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        stops.add(tokenizer.eos_token_id)
+    stops = frozenset(checkpoint.stop_token_ids())
     directory = checkpoint.directory
     names = sorted({str(file.relative_to(directory)) for file in checkpoint.tensor_files().values()})
-    states = file_states(directory, names)  # before the weights are read, so that later changes are noticed
+    states = file_states(directory, names)
     config = replace(config, check_layer=_check_layer(config, checkpoint.defaults_file, states))
-    params = load_params(checkpoint, config, mesh=mesh, progress=progress)
-    files = None if states is None else WeightFiles(directory, states, SameLeaves(params))
-    if verify and files is not None:
-        files = replace(files, verified=files.digest(verify=True))
-    return Model(
-        config,
-        params,
-        tokenizer,
-        name=str(name_or_path),
-        stop_token_ids=tuple(sorted(stops)),
-        directory=directory,
-        weight_files=files,
-    )
+    return OpenedModel(str(name_or_path), checkpoint, config, stops, states)
 
 
 def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
@@ -214,21 +238,21 @@ def load_params(
     if joined:
         parts = replace(parts, layers=join(parts.layers, lambda of: tuple(part for each in of for part in each)))
         specs = replace(specs, layers=join(specs.layers, lambda of: of[0]))
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
-    loaded = 0
+    total, loaded = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)), 0
 
-    def load(parts: tuple[_Part, ...], leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array | tuple[jax.Array, ...]:
+    def advance(num_bytes: int) -> None:
         nonlocal loaded
-        if by_layer and parts[0].stacked:
-            at_layer = _sharding(mesh, jax.P(*spec[1:]), leaf.shape[1:])
-            on_device = _load_by_layer(checkpoint, parts, leaf, at_layer)
-        else:
-            on_device = jax.device_put(_read_leaf(checkpoint, parts, leaf), _sharding(mesh, spec, leaf.shape))
-        jax.block_until_ready(on_device)
-        loaded += leaf.size * leaf.dtype.itemsize
+        loaded += num_bytes
         if progress is not None:
             progress(loaded, total)
-        return on_device
+
+    def load(parts: tuple[_Part, ...], leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array | tuple[jax.Array, ...]:
+        if by_layer and parts[0].stacked:
+            at_layer = _sharding(mesh, jax.P(*spec[1:]), leaf.shape[1:])
+            on_device = _load_by_layer(checkpoint, parts, leaf, at_layer, advance)
+        else:
+            on_device = jax.device_put(_read_leaf(checkpoint, parts, leaf, advance), _sharding(mesh, spec, leaf.shape))
+        return jax.block_until_ready(on_device)
 
     return jax.tree.map(load, parts, abstract_params(config, joined=joined), specs, is_leaf=is_by_layer)
 
@@ -248,12 +272,17 @@ class _Part(NamedTuple):
 
 
 def _load_by_layer(
-    checkpoint: Checkpoint, parts: tuple[_Part, ...], leaf: jax.ShapeDtypeStruct, sharding: Any
+    checkpoint: Checkpoint,
+    parts: tuple[_Part, ...],
+    leaf: jax.ShapeDtypeStruct,
+    sharding: Any,
+    advance: Callable[[int], None],
 ) -> tuple[jax.Array, ...]:
     """Loads each layer's share of a stacked leaf: one is read while the one before moves to the device."""
     on_device: list[jax.Array] = []
     for layer in range(leaf.shape[0]):
-        array = _read_leaf(checkpoint, parts, jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), first=layer)
+        of_layer = jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
+        array = _read_leaf(checkpoint, parts, of_layer, advance, first=layer)
         jax.block_until_ready(on_device)
         on_device.append(jax.device_put(array[0], sharding))
     return tuple(on_device)
@@ -300,9 +329,16 @@ def _check_tensor(file: Path, tensors: Any, name: str, shape: tuple[int, ...]) -
 
 
 def _read_leaf(
-    checkpoint: Checkpoint, parts: tuple[_Part, ...], leaf: jax.ShapeDtypeStruct, first: int = 0
+    checkpoint: Checkpoint,
+    parts: tuple[_Part, ...],
+    leaf: jax.ShapeDtypeStruct,
+    advance: Callable[[int], None],
+    first: int = 0,
 ) -> np.ndarray:
-    """Reads a leaf on the host; of stacked ones, as many layers as it has, from `first` on."""
+    """Reads a leaf on the host; of stacked ones, as many layers as it has, from `first` on.
+
+    `advance` is called with the bytes of each tensor.
+    """
     out = aligned_empty(leaf.shape, leaf.dtype)
     places: dict[str, np.ndarray] = {}
     begin = 0
@@ -316,6 +352,7 @@ def _read_leaf(
         with checkpoint.open_tensors(file) as tensors:
             for tensor_name in in_file:
                 _copy_tensor(file, tensors, tensor_name, places[tensor_name])
+                advance(places[tensor_name].nbytes)
     return out
 
 

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,11 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 class SameLeaves:
     """Recognises parameters that are still those it was made from, leaf by leaf: a replaced leaf was never hashed.
 
-    Keeps no leaf alive.
+    Keeps no array alive. Shapes in the leaves' place, which hold no memory, are kept.
     """
 
     def __init__(self, params: Any) -> None:
-        self._leaves = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
+        self._leaves = [_reference(leaf) for leaf in jax.tree.leaves(params)]
 
     def as_in(self, params: Any) -> bool:
         """Returns whether `params` has these very leaves."""
@@ -43,6 +43,10 @@ class SameLeaves:
         return len(leaves) == len(self._leaves) and all(
             known() is leaf for known, leaf in zip(self._leaves, leaves, strict=True)
         )
+
+
+def _reference(leaf: Any) -> Callable[[], Any]:
+    return (lambda: leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else weakref.ref(leaf)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from cacheblend_jax.cli import bundled_model
-from cacheblend_jax.cli.documents_prompt import load_with_tokenizer
+from cacheblend_jax.cli.documents_prompt import loading_with_tokenizer
 from cacheblend_jax.cli.main import main
 from cacheblend_jax.errors import CacheBlendError
 
@@ -63,14 +63,14 @@ def test_smollm2_reads_what_the_bundled_model_cannot_where_it_is_installed(
 ):
     loaded = []
 
-    def load(name, dtype):
+    def load(name, dtype, progress):
         loaded.append(name)
         if name == "smollm2":
             raise CacheBlendError("far enough")
-        return load_with_tokenizer(name, dtype)
+        return loading_with_tokenizer(name, dtype, progress)
 
     monkeypatch.setattr(bundled_model, "installed_smollm2", lambda: tmp_path / "model.gguf")
-    monkeypatch.setattr(bundled_model, "load_with_tokenizer", load)
+    monkeypatch.setattr(bundled_model, "loading_with_tokenizer", load)
     options = ["Why?"] if command == "ask" else ["--store", str(tmp_path / "kv")]
     assert run(command, foreign, *options) == 2
     assert loaded == [None, "smollm2"]

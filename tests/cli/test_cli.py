@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import HF
@@ -14,9 +17,13 @@ from conftest import HF
 import cacheblend_jax as cb
 from cacheblend_jax.cli import ask as ask_module
 from cacheblend_jax.cli.main import main
+from cacheblend_jax.cli.progress import Parts
+from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.evaluation.evaluate import Evaluation
 from cacheblend_jax.evaluation.evaluator import Evaluator
+from cacheblend_jax.model import loading as loading_module
 from cacheblend_jax.model.demo import demo_directory
+from cacheblend_jax.runtime.programs import Runner
 
 MODEL = ["--model", str(HF / "llama3"), "--no-compile-cache"]
 TEXT = "The Cobalt team works in Oslo.\n\nAna joined the Cobalt team.\n\nCats purr at night."
@@ -47,6 +54,42 @@ def test_ask_answers_and_says_what_was_reused(docs, capsys, tmp_path):
     assert prefill["misses"] == 0
     assert 0 < prefill["recompute_ratio"] < 0.3
     assert prefill["reused"] == prefill["exact"] + prefill["candidates"]
+
+
+def test_ask_compiles_beside_its_other_work_and_shows_what_it_does(docs, capsys, monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG, logger="jax._src.dispatch")
+    shown, compiled_by, prepared = [], [], threading.Event()
+    part, prepare, compile_program = Parts.part, Engine.prepare, Runner._compile
+    load = loading_module.load_params
+
+    def load_later(*args, **options):
+        assert prepared.wait(60)  # the weights come after the first programs
+        return load(*args, **options)
+
+    def prepare_first(engine, *args, **options):
+        prepare(engine, *args, **options)
+        prepared.set()
+
+    def compile_and_note(*args):
+        compiled_by.append(threading.current_thread())
+        compile_program(*args)
+
+    monkeypatch.setattr(loading_module, "load_params", load_later)
+    monkeypatch.setattr(Engine, "prepare", prepare_first)
+    monkeypatch.setattr(Runner, "_compile", compile_and_note)
+    monkeypatch.setattr(Parts, "part", lambda parts, what, **unit: shown.append(what) or part(parts, what, **unit))
+    options = ["--top-k", "2", "--store", str(tmp_path / "kv"), "--executor", "resident"]
+    assert ask(docs, *options) == 0
+    working = ["loading weights", "split", "compiling"]
+    assert shown == [*working, "compiling", "precomputing", "prefilling (blend)", "decoding"]
+    assert len(compiled_by) == 3  # for chunks and prefix, all of one padded length; for the prefill; for decoding
+    assert ask(docs, *options) == 0  # what is stored leaves nothing to compile but the answer
+    assert threading.main_thread() not in compiled_by
+    assert capsys.readouterr().err == ""
+    compiled = set(re.findall(r"Finished XLA compilation of jit\((.*?)\)", caplog.text))
+    assert {"prefill", "standalone", "decode_step"} <= compiled
+    # Nothing in passing but a copy of the cache, a trial of options, and what the package bm25s tries.
+    assert compiled - {"prefill", "standalone", "decode_step"} <= {"_resized", "<lambda>", "top_k"}
 
 
 @pytest.mark.once

@@ -92,11 +92,11 @@ def stdin_of(monkeypatch, content: bytes) -> None:
 def test_a_question_may_come_from_stdin(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def stop(_named, _dtype, texts):
+    def stop(_named, _dtype, texts, _progress):
         asked.append(texts[0])
         raise CacheBlendError("far enough")
 
-    monkeypatch.setattr(ask_module, "load_reader", stop)
+    monkeypatch.setattr(ask_module, "loading_reader", stop)
     (tmp_path / "records.md").write_text("Reyes took the nickname Cobalt.")
     for before in ([], ["--top-k", "1"]):
         stdin_of(monkeypatch, "Où est Reyes ?\n".encode())

@@ -8,7 +8,8 @@ import threading
 import pytest
 
 from cacheblend_jax.cli import progress as progress_module
-from cacheblend_jax.cli.progress import progress, progress_bar
+from cacheblend_jax.cli.options import print_status
+from cacheblend_jax.cli.progress import progress, progress_bar, progress_of_parts
 
 
 class Written:
@@ -80,3 +81,49 @@ def test_what_is_quick_prints_nothing(monkeypatch):
     for _ in progress("abc", "left early"):
         break
     assert (stderr.lines, threads()) == ([], [])
+
+
+class Terminal(Written):
+    """Stands for stderr on a terminal; keeps what is visible of each line as it is drawn."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        return super().write(text.replace(progress_module.ERASE, "")) and len(text)
+
+
+@pytest.mark.parametrize("stderr", [Written, Terminal])
+def test_pieces_of_work_are_shown_together_until_they_are_done(monkeypatch, stderr):
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.001)
+    monkeypatch.setattr(progress_module, "REDRAWN_SECONDS", 0.001)
+    monkeypatch.setattr(sys, "stderr", written := stderr())
+
+    def shown() -> str:
+        written.line()
+        return written.line().strip().rpartition(", ")[0]
+
+    with progress_of_parts() as parts:
+        loaded = parts.part("loading weights", unit="B", unit_scale=True)
+        assert shown() == "loading weights"
+        loaded(27 * 10**7, 54 * 10**7)
+        compiled = parts.part("compiling")
+        compiled(3, 7)
+        assert shown() == "loading weights 270MB of 540MB, compiling 3 of 7"
+        loaded(54 * 10**7, 54 * 10**7)
+        assert shown() == "compiling 3 of 7"
+        compiled(7, 7)
+        for _ in parts.items("abc", "precomputing"):
+            pass
+        assert shown() == "working"
+    assert threads() == []
+
+
+def test_a_line_that_is_rewritten_makes_room_for_others(monkeypatch):
+    monkeypatch.setattr(progress_module, "REDRAWN_SECONDS", 3600)
+    monkeypatch.setattr(sys, "stderr", written := Terminal())
+    with progress_of_parts():
+        assert written.lines == ["working, 0 s"]
+        print_status("a warning")
+        assert written.lines[-1] == "a warning"
+    assert progress_module.ERASE not in "".join(written.lines)
