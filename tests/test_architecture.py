@@ -75,7 +75,7 @@ def test_few_modules_stand_beside_the_rooms():
     assert len(loose) <= 6, loose
 
 
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

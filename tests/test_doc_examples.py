@@ -1,5 +1,7 @@
 """The examples of README and docs: Python runs, in the documents' order and one namespace; commands are parsed.
 
+The guide's pages run in `tests/test_docs.py`, each by itself; here their commands are parsed.
+
 `<!-- not run: why -->` on the line before a block of Python leaves it out.
 """
 
@@ -17,6 +19,7 @@ from cacheblend_jax.cli.main import _parser, main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 
 
@@ -27,9 +30,9 @@ class Block(NamedTuple):
     marked: bool
 
 
-def blocks(language: str) -> list[Block]:
+def blocks(language: str, documents: list[Path]) -> list[Block]:
     found = []
-    for document in DOCUMENTS:
+    for document in documents:
         lines = document.read_text(encoding="utf-8").splitlines()
         for start in (number for number, line in enumerate(lines, 1) if line.strip() == f"```{language}"):
             stop = next(number for number in range(start, len(lines)) if lines[number].strip() == "```")
@@ -40,7 +43,8 @@ def blocks(language: str) -> list[Block]:
 
 def commands() -> list[list[str]]:
     """Returns the commands of all shell blocks, as words; `&&` separates commands."""
-    words = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.text.splitlines()]
+    shell = blocks("sh", DOCUMENTS + GUIDE)
+    words = [shlex.split(line, comments=True) for block in shell for line in block.text.splitlines()]
     split = []
     for line in filter(None, words):
         starts = [0, *(place + 1 for place, word in enumerate(line) if word == "&&")]
@@ -51,7 +55,7 @@ def commands() -> list[list[str]]:
 
 def test_python_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    examples = [block for block in blocks("python") if not block.marked]
+    examples = [block for block in blocks("python", DOCUMENTS) if not block.marked]
     assert len(examples) >= 4
     namespace: dict = {}
     with ExitStack() as opened:
