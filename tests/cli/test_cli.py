@@ -95,7 +95,7 @@ def test_ask_compiles_beside_its_other_work_and_shows_what_it_does(docs, capsys,
 @pytest.mark.once
 def test_ask_compares_the_four_modes(docs, capsys, tmp_path):
     report = tmp_path / "report.json"
-    assert ask(docs, "--all", "--compare", "--json", str(report)) == 0
+    assert ask(docs, "--all", "--compare", "--selector", "hkvd", "--json", str(report)) == 0
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows] == ["mode", "full", "prefix", "reuse", "blend"]
     answers = json.loads(report.read_text())["answers"]

@@ -31,3 +31,17 @@ def test_a_buffer_of_its_own_makes_no_difference(executor, monkeypatch):
     np.testing.assert_allclose(one.logits, other.logits, rtol=1e-5, atol=1e-5)
     for name in ("k", "v"):
         np.testing.assert_allclose(getattr(one.cache, name), getattr(other.cache, name), rtol=1e-5, atol=1e-5)
+
+
+def test_a_result_is_its_own_whatever_is_prefilled_next():
+    # On a CPU, the device takes over host buffers without a copy, and the next request fills them again.
+    engine = cb.Engine(family_model("llama3"), blend=cb.BlendConfig(0.3, "hkvd", num_stages=2), executor="resident")
+    prompts = [random_prompt(seed) for seed in (4, 5)]
+    for prompt in prompts:
+        engine.precompute(prompt)
+    out = engine.prefill(prompts[0])
+    before = [np.array(x) for x in (out.cache.k, out.cache.v, out.padded_cache.k)]
+    engine.prefill(prompts[1])
+    for kept, wanted in zip((out.cache.k, out.cache.v, out.padded_cache.k), before, strict=True):
+        np.testing.assert_array_equal(kept, wanted)
+    assert np.array_equal(engine.prefill(prompts[0]).cache.k, before[0])  # nor does it change what is stored
