@@ -237,10 +237,10 @@ def test_a_sample_is_a_few_paragraphs_from_all_over_and_always_the_same():
     paragraphs = sample.strip().split("\n\n")  # two in each excerpt
     assert [paragraph.split()[3] for paragraph in paragraphs[::2]] == ["alpha", "alpha", "alpha", "beta", "beta"]
     assert all(paragraph.startswith("Part ") for paragraph in paragraphs)
-    assert len(set(paragraphs)) == 10
+    assert len(set(paragraphs)) == len(paragraphs) == 9  # one document ends where an excerpt begins
     assert words(sample) <= 5 * 90
     assert sample_documents(documents, words) == sample
-    with pytest.raises(DocumentError, match=r"have 20 characters, expected at least 25000 .* --context neutral"):
+    with pytest.raises(DocumentError, match=r"have 20 characters, expected at least 25000 .*--context neutral"):
         sample_documents([Document("short", "x" * 20)], words)
 
 

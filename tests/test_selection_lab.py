@@ -95,8 +95,7 @@ def test_a_run_compares_settings(tmp_path, capsys):
 
 
 def test_what_is_recovered_is_a_share_of_what_plain_reuse_loses(lab, monkeypatch):
-    monkeypatch.setattr("scripts.selection_lab.encode", lambda tokenizer, text: TEXT if text else TEXT[:0])
-    monkeypatch.setattr("scripts.selection_lab.named_context", lambda name: "" if name == "plain" else name)
+    monkeypatch.setattr("scripts.selection_lab.named_context", lambda name: "" if name == "plain" else TEXT)
     plain, after = compare(lab, ["plain", "after"], [])
     assert compare(lab, ["after"], []) == [after]
     assert plain["all"]["recovered"] == 0

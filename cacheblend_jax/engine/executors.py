@@ -153,9 +153,8 @@ class Executors:
         if shared_tokens:
             rows = self._buckets.length(shared_tokens)
             context = abstract_cache(self._model.config, rows, self._model.placement)
-        self._model.runner.prepare(
-            (standalone, rows, size), lambda run: self._standalone(run, no_tokens, 0, context, shared_tokens)
-        )
+        name = (standalone, rows, size, self._context_embeddings is None)  # engines of one model share a runner
+        self._model.runner.prepare(name, lambda run: self._standalone(run, no_tokens, 0, context, shared_tokens))
 
     def _executor(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> str:
         return choose_executor(self.setting, [] if plan.nothing_cached else [chunk.tier for chunk in chunks])

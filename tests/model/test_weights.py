@@ -486,8 +486,9 @@ import jax, numpy as np
 import cacheblend_jax as cb
 jax.block_until_ready(jax.numpy.zeros(8) + 1)
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+load_model = cb.load_model  # with all that it imports
 before = peak()
-model = cb.load_model(sys.argv[1], dtype=sys.argv[2] or None)
+model = load_model(sys.argv[1], dtype=sys.argv[2] or None)
 weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
 print((peak() - before) / weights)
 """
