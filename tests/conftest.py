@@ -187,9 +187,15 @@ def fresh_engine(*args, **options) -> cb.Engine:
 FAMILIES_OF_EVERY_VERSION = ("gemma3", "qwen3")
 
 
+# Commands and evaluations run what other tests run, too; how a prompt is planned is arithmetic of the host.
+RUN_ONCE = ("cli/test_cli.py", "evaluation/", "blend/test_schedule.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Marks the tests of the other families `once`."""
+    """Marks the tests of the other families, and of `RUN_ONCE`, `once`."""
     for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(RUN_ONCE):
+            item.add_marker(pytest.mark.once)
         family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
         if family in FAMILIES and family not in FAMILIES_OF_EVERY_VERSION:
             item.add_marker(pytest.mark.once)
