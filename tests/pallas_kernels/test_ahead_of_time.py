@@ -259,7 +259,7 @@ def test_decoding_for_an_h200_copies_no_weights(options):
 def test_a_whole_blend_compiles_for_a_tpu(monkeypatch):
     # As many layers of Llama 3 8B as a v5e holds weights, KV and embeddings of.
     monkeypatch.setenv(OVERRIDE, "pallas")
-    compiled = compiler("tpu")(*_blend_arguments(replace(LLAMA3_8B, num_layers=12, windows=(None,) * 12), 2))
+    compiled = compiler("tpu")(*_blend_arguments(replace(LLAMA3_8B, num_layers=12, windows=(None,) * 12), 1))
     text = compiled.as_text()
     assert "selective_attention_tpu" in text
     assert "blend_kv_tpu" in text

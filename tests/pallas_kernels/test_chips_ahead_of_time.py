@@ -128,7 +128,9 @@ def test_the_memory_of_the_kernel_for_hopper_is_what_the_table_says():
 
 
 def _by_force(module, **sizes):
-    _, *arguments = _attention(128)
+    _, q, k, v, *others = _attention(128)
+    stacks = [jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for x in (k, v)]
+    arguments = q, *stacks, jax.ShapeDtypeStruct((), jnp.int32), *others
     function = {triton: triton.attend_triton, mosaic_gpu: mosaic_gpu.attend_mosaic_gpu}[module]
     return partial(function, scale=0.1, blocks=AttentionBlocks(**sizes), interpret=False), *arguments
 
