@@ -29,39 +29,6 @@ def attend_xla(
 
     Its gradient is the reference's, with the memory that takes: O(queries x keys).
     """
-    return _attend(q, k, v, q_positions, starts, kv_length, scale)
-
-
-def _attend_forward(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    *arrays, _ = arguments
-    return _attend(*arguments), tuple(arrays)
-
-
-def _attend_backward(
-    scale: float, arrays: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array | None, ...]:
-    q, k, v, q_positions, starts, kv_length = arrays
-
-    def reference(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        visible = {"q_starts": starts, "kv_length": kv_length}
-        out, lse = selective_attention_reference(q, k, v, q_positions, **visible, scale=scale)
-        return out, lse.astype(jnp.float32)
-
-    return (*jax.vjp(reference, q, k, v)[1](cotangents), None, None, None)
-
-
-attend_xla.defvjp(_attend_forward, _attend_backward)
-
-
-def _attend(
-    q: Float[Array, "queries heads head_dim"],
-    k: Float[Array, "keys kv_heads head_dim"],
-    v: Float[Array, "keys kv_heads head_dim"],
-    q_positions: Int[Array, " queries"],
-    starts: Int[Array, " queries"] | None,
-    kv_length: Int[Array, ""],
-    scale: float,
-) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
     num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
     tile_size, blocks = block_sizes(num_queries, num_keys)
@@ -90,6 +57,27 @@ def _attend(
         _, (out, lse) = lax.scan(attend_tile, None, tiles)
         out = out.reshape(-1, num_heads, head_dim)[:num_queries]
         return out, lse.reshape(-1, num_heads)[:num_queries]
+
+
+def _attend_forward(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+    *arrays, _ = arguments
+    return attend_xla(*arguments), tuple(arrays)
+
+
+def _attend_backward(
+    scale: float, arrays: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array | None, ...]:
+    q, k, v, q_positions, starts, kv_length = arrays
+
+    def reference(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        visible = {"q_starts": starts, "kv_length": kv_length}
+        out, lse = selective_attention_reference(q, k, v, q_positions, **visible, scale=scale)
+        return out, lse.astype(jnp.float32)
+
+    return (*jax.vjp(reference, q, k, v)[1](cotangents), None, None, None)
+
+
+attend_xla.defvjp(_attend_forward, _attend_backward)
 
 
 class BlockSizes(NamedTuple):
