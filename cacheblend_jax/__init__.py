@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from cacheblend_jax.runtime.lazy_names import imported
+
 if TYPE_CHECKING:
     from cacheblend_jax.blend import SELECTORS, BlendConfig, Evidence, Selector, register_selector
     from cacheblend_jax.engine import Engine, FittedContext, Generation, PrefillResult, Prompt, neutral_text
@@ -42,9 +44,4 @@ _HOMES = ("errors", "blend", "model", "runtime.trace", "store", "engine")
 def __getattr__(name: str) -> object:
     if name in _HOMES:
         return import_module(f"{__name__}.{name}")
-    if name in __all__:
-        for home in _HOMES:
-            module = import_module(f"{__name__}.{home}")
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return imported(__name__, name, __all__, _HOMES)

@@ -1,7 +1,8 @@
 """One config-driven decoder for the Llama form: Llama 2/3.x, Mistral, Qwen2/2.5, Qwen3, Gemma 3 and what shares it."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from cacheblend_jax.runtime.lazy_names import imported
 
 if TYPE_CHECKING:
     from cacheblend_jax.model.config import ModelConfig, RopeConfig
@@ -25,9 +26,4 @@ _HOMES = ("config", "kv_cache", "decode", "model", "weights")  # as in the packa
 
 
 def __getattr__(name: str) -> object:
-    if name in __all__:
-        for home in _HOMES:
-            module = import_module(f"{__name__}.{home}")
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return imported(__name__, name, __all__, _HOMES)
