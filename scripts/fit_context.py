@@ -34,6 +34,7 @@ from cacheblend_jax.documents import read_documents
 from cacheblend_jax.engine.contexts import neutral_text
 from cacheblend_jax.engine.encoding import encode, opening
 from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.evaluation.simulated_blend import ChunkPlaces, chunk_kv
 from cacheblend_jax.model import Model, ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.params import Params, stacked
@@ -62,21 +63,16 @@ TRAINING = Sizes()
 
 
 @struct.dataclass
-class Example:
-    """A training prompt, padded.
+class Example(ChunkPlaces):
+    """A training prompt, padded; its chunks are the pieces.
 
     Attributes:
         token_ids: of the whole prompt: sink, pieces, question.
-        pieces: token ids of each piece, padded.
-        piece, offset: of each of the prompt's tokens: its piece, and its place there; of others, zeros.
         in_piece: which tokens are of pieces.
         question: positions of the question's tokens.
     """
 
     token_ids: Int[HostOrDevice, " tokens"]
-    pieces: Int[HostOrDevice, "pieces piece_tokens"]
-    piece: Int[HostOrDevice, " tokens"]
-    offset: Int[HostOrDevice, " tokens"]
     in_piece: HostOrDevice
     question: Int[HostOrDevice, " question"]
 
@@ -119,7 +115,7 @@ def example(pieces: Sequence[np.ndarray], sink: np.ndarray, question: np.ndarray
         start += each.size
     ids[start : start + question.size] = question
     positions = np.arange(start, start + question.size, dtype=np.int32)
-    return Example(ids, padded, piece, offset, in_piece, positions)
+    return Example(piece, offset, padded, ids, in_piece, positions)
 
 
 def reuse_kl(
@@ -148,16 +144,10 @@ def _whole(params: Params, prompt: Example, angles: Angles, config: ModelConfig)
 
 def _placed(params: Params, prompt: Example, embeddings: jax.Array, angles: Angles, config: ModelConfig) -> KVCache:
     """Returns the pieces' KV after the sink and the embeddings, every token's at its place in the prompt."""
-    length = SINK + embeddings.shape[0]
     ids = jnp.concatenate([prompt.token_ids[:SINK], jnp.full(embeddings.shape[0], -1, jnp.int32)])
-    rows = jnp.concatenate([jnp.zeros((SINK, embeddings.shape[1]), embeddings.dtype), embeddings])
-    start, zero = jnp.asarray(length, jnp.int32), jnp.zeros((), jnp.int32)
-    alone = PromptSequence(start, angles.take(slice(0, length)))
-    context = standalone(params, ids, None, zero, alone, rows, config=config)
-    sequence = PromptSequence(start + prompt.pieces.shape[1], angles.take(slice(0, length + prompt.pieces.shape[1])))
-    each = jax.checkpoint(lambda ids: standalone(params, ids, context, start, sequence, config=config))
-    kv = lax.map(each, prompt.pieces)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, prompt.piece, prompt.offset], kv)
+    rows = jnp.pad(embeddings, ((SINK, 0), (0, 0)))
+    angles = angles.take(slice(0, ids.size + prompt.chunks.shape[1]))
+    return chunk_kv(params, prompt, ids, angles, rows, config=config)
 
 
 def _question_logits(

@@ -33,8 +33,8 @@ def test_what_is_minimised_is_what_an_engine_loses_by_reuse(model, drawn):
     rows = 0.1 * np.random.default_rng(1).normal(size=(7, model.config.hidden_size)).astype(np.float32)
     angles = rope_tables(model.config, SMALL.prompt)
     kl = jax.jit(reuse_kl, static_argnames="config")(rows, model.params, drawn, angles, config=model.config)
-    sizes = [int((drawn.in_piece & (drawn.piece == number)).sum()) for number in range(len(drawn.pieces))]
-    chunks = [ids[:size] for ids, size in zip(drawn.pieces, sizes, strict=True)]
+    sizes = [int((drawn.in_piece & (drawn.chunk == number)).sum()) for number in range(len(drawn.chunks))]
+    chunks = [ids[:size] for ids, size in zip(drawn.chunks, sizes, strict=True)]
     prompt = cb.Prompt(drawn.token_ids[:SINK], chunks, drawn.token_ids[drawn.question])
     with cb.Engine(model, context=cb.FittedContext.of(model, rows)) as engine:
         engine.precompute(prompt)

@@ -32,7 +32,21 @@ SIZE_STEP = 16  # prompts, chunks and questions are padded to a multiple of it
 
 
 @struct.dataclass
-class DensePrompt:
+class ChunkPlaces:
+    """Where each token of a prompt comes from.
+
+    Attributes:
+        chunk, offset: each candidate's chunk, and its place there; of others, zeros.
+        chunks: token ids of each chunk, padded.
+    """
+
+    chunk: Int[HostOrDevice, " keys"]
+    offset: Int[HostOrDevice, " keys"]
+    chunks: Int[HostOrDevice, "chunks chunk_tokens"]
+
+
+@struct.dataclass
+class DensePrompt(ChunkPlaces):
     """A prompt with the answer that it is scored on, padded as others are.
 
     Attributes:
@@ -40,8 +54,6 @@ class DensePrompt:
         length: of both together.
         candidate: the chunks' tokens. All others are computed at every layer.
         measured: the tokens of chunks and question, whose mean norm is the unit of deviation, as in an engine.
-        chunk, offset: each candidate's chunk, and its place there; of others, zeros.
-        chunks: token ids of each chunk, padded.
         question: positions of the question's tokens; padding is the number of keys.
         scored: positions that the answer's tokens are predicted at; padding repeats the last.
         num_scored: how many they are.
@@ -52,9 +64,6 @@ class DensePrompt:
     length: Int[HostOrDevice, ""]
     candidate: Bool[HostOrDevice, " keys"]
     measured: Bool[HostOrDevice, " keys"]
-    chunk: Int[HostOrDevice, " keys"]
-    offset: Int[HostOrDevice, " keys"]
-    chunks: Int[HostOrDevice, "chunks chunk_tokens"]
     question: Int[HostOrDevice, " question"]
     scored: Int[HostOrDevice, " scored"]
     num_scored: Int[HostOrDevice, ""]
@@ -155,7 +164,7 @@ def full_logits(
 
 def chunk_kv(
     params: Params,
-    prompt: DensePrompt,
+    prompt: ChunkPlaces,
     context_ids: Int[Array, " context"],
     angles: Angles,
     embeddings: Float[HostOrDevice, "context hidden"] | None = None,
@@ -173,7 +182,8 @@ def chunk_kv(
         alone = PromptSequence(start, angles.take(slice(0, context_ids.size)))
         context = standalone(params, context_ids, None, jnp.zeros((), jnp.int32), alone, embeddings, config=config)
     sequence = PromptSequence(jnp.asarray(angles.num_tokens, jnp.int32), angles)
-    kv = lax.map(lambda ids: standalone(params, ids, context, start, sequence, config=config), prompt.chunks)
+    of_chunk = jax.checkpoint(lambda ids: standalone(params, ids, context, start, sequence, config=config))
+    kv = lax.map(of_chunk, prompt.chunks)  # what gradients need is computed again, chunk by chunk
     return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, prompt.chunk, prompt.offset], kv)
 
 
