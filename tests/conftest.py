@@ -98,6 +98,20 @@ FAMILIES = {
         local_rope=RopeConfig(),
         windows=(20, 20, None) * 2,
     ),
+    # What OLMo 2, Granite and SmolLM3 each add to Llama, all in one.
+    "olmo2_granite_smollm3": ModelConfig(
+        architecture="Olmo2ForCausalLM",
+        **SHAPE,
+        qk_norm=True,
+        qk_norm_over_heads=True,
+        pre_norms=False,
+        post_norms=True,
+        embedding_scale=12.0,
+        attention_scale=0.2,
+        residual_scale=0.22,
+        logits_scale=0.25,
+        rotated=(True, False, True) * 2,
+    ),
 }
 
 

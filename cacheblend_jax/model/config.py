@@ -12,6 +12,7 @@ from cacheblend_jax.model.config_fields import MAX_POSITIONS, Fields, shown
 from cacheblend_jax.model.families import FAMILIES, LAYER_TYPES, Family, family_of, text_tower
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+NO_ROPE = "none"  # the type of a RoPE that turns nothing; no configuration names it
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 
 
@@ -45,9 +46,14 @@ class ModelConfig:
         max_positions: how long a sequence may be, with RoPE scaling.
         rope: of all layers, unless there is a `local_rope`: of those with a window.
         norm_offset: what norms add to their weight.
+        pre_norms: whether what attention and MLP read is normalised.
         post_norms: whether what attention and MLP return is normalised before it is added.
+        qk_norm_over_heads: whether `qk_norm` normalises a token's heads together, not each by itself.
         embedding_scale: the factor of embeddings.
         attention_scale: the factor of attention's scores; `None` for `head_dim ** -0.5`.
+        residual_scale: the factor of what attention and MLP return, before it is added.
+        logits_scale: the factor of logits.
+        rotated: whether each layer has RoPE at all; by default all have.
         windows: each layer's sliding window, `None` for none.
 
     Raises:
@@ -79,10 +85,17 @@ class ModelConfig:
     post_norms: bool = False
     embedding_scale: float = 1.0
     attention_scale: float | None = None
+    pre_norms: bool = True
+    qk_norm_over_heads: bool = False
+    rotated: tuple[bool, ...] = ()
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
+        if all(self.rotated):
+            object.__setattr__(self, "rotated", ())
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
                 raise CheckpointError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -93,6 +106,7 @@ class ModelConfig:
             )
         positive: dict[str, float | None] = {"rms_norm_eps": self.rms_norm_eps, "embedding_scale": self.embedding_scale}
         positive |= {"attention_scale": self.attention_scale, "rope_theta": min(rope.theta for rope in self.ropes)}
+        positive |= {"residual_scale": self.residual_scale, "logits_scale": self.logits_scale}
         for name, value in positive.items():
             if value is not None and not 0 < value < math.inf:
                 raise CheckpointError(f"{name} must be a positive number, got {value!r}")
@@ -100,16 +114,23 @@ class ModelConfig:
             raise CheckpointError(f"head_dim must be even and positive, got {self.head_dim}")
         if len(self.windows) != self.num_layers:
             raise CheckpointError(f"{len(self.windows)} layer types for {self.num_layers} layers")
+        if self.rotated and len(self.rotated) != self.num_layers:
+            raise CheckpointError(f"no_rope_layers has {len(self.rotated)} entries for {self.num_layers} layers")
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
-        """The RoPEs of the model: tables are made of each."""
-        return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
+        """The RoPEs of the model: tables are made of each. Where some layers have none, the last turns nothing."""
+        local = () if self.local_rope is None else (self.local_rope,)
+        return (self.rope, *local, *((RopeConfig(NO_ROPE),) if self.rotated else ()))
 
     @property
     def rope_of_layer(self) -> tuple[int, ...]:
         """Which of `ropes` each layer has."""
-        return tuple(0 if self.local_rope is None or window is None else 1 for window in self.windows)
+        of_window = 0 if self.local_rope is None else 1
+        ropes = [0 if window is None else of_window for window in self.windows]
+        last = len(self.ropes) - 1
+        turned = self.rotated or (True,) * self.num_layers
+        return tuple(rope if turns else last for rope, turns in zip(ropes, turned, strict=True))
 
     @classmethod
     def from_hugging_face(cls, raw: Mapping[str, Any], dtype: str | None = None) -> ModelConfig:
@@ -146,15 +167,20 @@ class ModelConfig:
             local_rope=local_rope,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             norm_offset=family.norm_offset,
+            pre_norms=family.pre_norms,
             post_norms=family.post_norms,
             activation=_activation(fields, family.activation_key),
             qkv_bias=family.qkv_bias or attention_bias,
             output_bias=attention_bias,
             mlp_bias=mlp_bias,
             qk_norm=family.qk_norm,
+            qk_norm_over_heads=family.qk_norm_over_heads,
             tied_embeddings=fields.flag("tie_word_embeddings"),
-            embedding_scale=1.0 if family.embedding_scale is None else family.embedding_scale(fields),
-            attention_scale=None if family.attention_scale is None else family.attention_scale(fields),
+            embedding_scale=family.embedding_scale(fields),
+            attention_scale=family.attention_scale(fields),
+            residual_scale=family.residual_scale(fields),
+            logits_scale=family.logits_scale(fields),
+            rotated=family.rotated(fields, num_layers),
             windows=family.windows(fields, num_layers),
             dtype=dtype or stated_dtype(raw) or "float32",
         )
@@ -189,9 +215,7 @@ class ModelConfig:
             "layer_types": ["full_attention" if w is None else "sliding_attention" for w in self.windows],
             "dtype": self.dtype,
         }
-        if self.attention_scale is not None:
-            content["query_pre_attn_scalar"] = round(self.attention_scale**-2)
-        return content
+        return content | family.own_keys(self)
 
 
 def _check_unsupported(fields: Fields, architecture: str) -> None:

@@ -35,6 +35,7 @@ INTEGERS = {
     "max_window_layers": Range(0, 2**31 - 1),
     "sliding_window_pattern": Range(1, 2**12),
     "query_pre_attn_scalar": Range(1, 2**20),
+    "no_rope_layer_interval": Range(1, 2**12),
 }
 NUMBERS = {
     "rms_norm_eps": Range(POSITIVE, 1),
@@ -49,6 +50,10 @@ NUMBERS = {
     "attention_factor": Range(POSITIVE, 1e6),
     "mscale": Range(0, 1e6),  # 0: not given
     "mscale_all_dim": Range(0, 1e6),
+    "attention_multiplier": Range(POSITIVE, 1e6),
+    "embedding_multiplier": Range(POSITIVE, 1e6),
+    "residual_multiplier": Range(POSITIVE, 1e6),
+    "logits_scaling": Range(POSITIVE, 1e6),
 }
 
 
@@ -98,6 +103,15 @@ class Fields:
         if values is not None and not all(isinstance(value, str) for value in values):
             raise self.wrong(key, "a list of texts", values)
         return values
+
+    def switches(self, key: str) -> list[bool] | None:
+        """Returns a list of switches, which stand there as 0 or 1."""
+        values = self._typed(key, list, "a list of 0 and 1", None)
+        if values is None:
+            return None
+        if not all(is_whole_number(value, least=0, below=2) for value in values):
+            raise self.wrong(key, "a list of 0 and 1", values)
+        return [bool(value) for value in values]
 
     def nested(self, key: str) -> Fields | None:
         """Returns the JSON object that stands there."""

@@ -31,11 +31,15 @@ class Family:
         qkv_bias: whether the projections to queries, keys and values always have a bias.
         qk_norm: whether queries and keys are normalised.
         norm_offset: what norms add to their weight.
+        pre_norms: whether what attention and MLP read is normalised.
         post_norms: whether what attention and MLP return is normalised.
+        qk_norm_over_heads: whether queries, and keys, of all heads are normalised together.
         ropes_by_type: whether layers with a window have a RoPE of their own.
         states_scaled_positions: whether `max_position_embeddings` counts RoPE scaling of any type.
-        attention_scale: the factor of attention's scores, where it is not `head_dim ** -0.5`.
-        embedding_scale: the factor of embeddings, where there is one.
+        rotated: whether each layer has RoPE, given the number of layers; an empty tuple: all have.
+        attention_scale: the factor of attention's scores; `None` for `head_dim ** -0.5`.
+        embedding_scale, residual_scale, logits_scale: as in `ModelConfig`.
+        own_keys: what `ModelConfig.to_hugging_face` writes that other families' configurations do not have.
     """
 
     model_type: str
@@ -46,12 +50,18 @@ class Family:
     activation_key: str = "hidden_act"
     qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False
     norm_offset: float = 0.0
+    pre_norms: bool = True
     post_norms: bool = False
     ropes_by_type: bool = False
     states_scaled_positions: bool = False
-    attention_scale: Callable[[Fields], float] | None = None
-    embedding_scale: Callable[[Fields], float] | None = None
+    rotated: Callable[[Fields, int], tuple[bool, ...]] = lambda fields, num_layers: ()
+    attention_scale: Callable[[Fields], float | None] = lambda fields: None
+    embedding_scale: Callable[[Fields], float] = lambda fields: 1.0
+    residual_scale: Callable[[Fields], float] = lambda fields: 1.0
+    logits_scale: Callable[[Fields], float] = lambda fields: 1.0
+    own_keys: Callable[[Any], dict[str, Any]] = lambda config: {}
 
 
 def _no_windows(_: Fields, num_layers: int) -> Windows:
@@ -83,6 +93,20 @@ def _windows_by_type(fields: Fields, num_layers: int, slides: Callable[[int], in
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+def _smollm3_rotated(fields: Fields, num_layers: int) -> tuple[bool, ...]:
+    if (switches := fields.switches("no_rope_layers")) is not None:  # 1 where a layer has RoPE, whatever the name says
+        return tuple(switches[:num_layers])
+    interval = fields.integer("no_rope_layer_interval", 4)
+    return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
+
+
+def _smollm3_windows(fields: Fields, num_layers: int) -> Windows:
+    if not fields.flag("use_sliding_window") or "sliding_window" not in fields:
+        return (None,) * num_layers
+    rotated = _smollm3_rotated(fields, num_layers)
+    return _windows_by_type(fields, num_layers, lambda layer: not rotated[layer])
+
+
 QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(
@@ -103,6 +127,46 @@ FAMILIES: dict[str, Family] = {
         windows=_qwen_windows,
         biases=("attention_bias",),
         qk_norm=True,
+    ),
+    "Olmo2ForCausalLM": Family(
+        "olmo2",
+        defaults={"num_key_value_heads": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        windows=_no_windows,
+        biases=("attention_bias",),
+        qk_norm=True,
+        qk_norm_over_heads=True,
+        pre_norms=False,
+        post_norms=True,
+    ),
+    "GraniteForCausalLM": Family(
+        "granite",
+        defaults={"num_key_value_heads": None, "max_position_embeddings": 2048},
+        windows=_no_windows,
+        biases=("attention_bias", "mlp_bias"),
+        attention_scale=lambda fields: fields.number("attention_multiplier", 1.0),
+        embedding_scale=lambda fields: fields.number("embedding_multiplier", 1.0),
+        residual_scale=lambda fields: fields.number("residual_multiplier", 1.0),
+        logits_scale=lambda fields: 1 / fields.number("logits_scaling", 1.0),
+        own_keys=lambda config: {
+            "attention_multiplier": config.attention_scale,
+            "embedding_multiplier": config.embedding_scale,
+            "residual_multiplier": config.residual_scale,
+            "logits_scaling": 1 / config.logits_scale,
+        },
+    ),
+    "SmolLM3ForCausalLM": Family(
+        "smollm3",
+        defaults={
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+        },
+        windows=_smollm3_windows,
+        biases=("attention_bias", "mlp_bias"),
+        rotated=_smollm3_rotated,
+        own_keys=lambda config: {"no_rope_layers": [int(turns) for turns in config.rotated] or [1] * config.num_layers},
     ),
     "Gemma3ForCausalLM": Family(
         "gemma3_text",
@@ -129,6 +193,7 @@ FAMILIES: dict[str, Family] = {
         states_scaled_positions=True,
         attention_scale=lambda fields: fields.integer("query_pre_attn_scalar") ** -0.5,
         embedding_scale=lambda fields: fields.integer("hidden_size") ** 0.5,
+        own_keys=lambda config: {"query_pre_attn_scalar": round(config.attention_scale**-2)},
     ),
 }
 # Multimodal checkpoints whose text tower is a model of a family: its architecture, and their model_type.

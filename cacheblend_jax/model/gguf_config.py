@@ -15,6 +15,9 @@ ARCHITECTURES = {  # Mistral's files call themselves llama, and are computed ali
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",  # whose every fourth layer has no RoPE, there as here by default
 }
 REQUIRED = {
     "embedding_length": "hidden_size",
@@ -33,6 +36,10 @@ OPTIONAL = {
     "rope.freq_base_swa": "rope_local_base_freq",
     "final_logit_softcapping": "final_logit_softcapping",
     "attn_logit_softcapping": "attn_logit_softcapping",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
 }
 YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 # By what llama.cpp multiplies YaRN's own factor of attention, and what it does where these are absent.

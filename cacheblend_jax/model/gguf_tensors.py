@@ -37,6 +37,10 @@ MODULES = {
 }
 
 
+# Where llama.cpp's RoPE turns neighbouring dimensions, not halves as Hugging Face's does, rows are reordered.
+NEIGHBOURS = ("LlamaForCausalLM", "GraniteForCausalLM", "SmolLM3ForCausalLM")
+
+
 class NamedTensor(NamedTuple):
     """A stored tensor, and what makes it the one that Hugging Face's checkpoints hold.
 
@@ -70,8 +74,7 @@ def named_tensors(file: GgufFile, config: dict[str, Any]) -> dict[str, NamedTens
             named[EMBEDDER_NAMES[LEAVES[name]] if name in LEAVES else name] = tensor
             continue
         number, module, kind = match.groups()
-        # llama.cpp turns neighbouring dimensions by RoPE where Hugging Face turns halves; only Llama's are reordered.
-        reordered = heads.get(module, 0) if architecture.startswith("Llama") else 0
+        reordered = heads.get(module, 0) if architecture in NEIGHBOURS else 0
         tensor = NamedTensor(stored, reordered, 1.0 if is_gemma and module.endswith("norm") else 0.0)
         named[f"model.layers.{int(number)}.{modules[module]}.{kind}"] = tensor
     return named

@@ -33,7 +33,7 @@ GPT2, DIGITS = "gpt-2", "digits"
 SPLITS = {
     **dict.fromkeys(("default", "gpt-2", "gpt2"), GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), LLAMA3_WORDS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), LLAMA3_WORDS),
     "tekken": TEKKEN_WORDS,
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")),
 }

@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from cacheblend_jax.model.config import ModelConfig, RopeConfig
+from cacheblend_jax.model.config import NO_ROPE, ModelConfig, RopeConfig
 
 
 @struct.dataclass
@@ -45,6 +45,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
 
     Source: `modeling_rope_utils.py` of Hugging Face transformers 5; YaRN (arXiv 2309.00071) for `yarn`.
     """
+    if rope.type == NO_ROPE:
+        return np.zeros(head_dim // 2, np.float32), 1.0
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     plain = (1.0 / np.power(np.float32(rope.theta), exponent)).astype(np.float32)
     if rope.type == "linear":

@@ -23,6 +23,10 @@ LAYER_MODULES = {
 }
 # Where a family's names differ, by architecture.
 OTHER_MODULES = {
+    "Olmo2ForCausalLM": {
+        "attention_out_norm": "post_attention_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+    },
     "Gemma3ForCausalLM": {
         "attention_out_norm": "post_attention_layernorm",
         "mlp_norm": "pre_feedforward_layernorm",

@@ -81,10 +81,14 @@ class RMSNorm(nnx.Module):
         return (x * factor * scale).astype(self.dtype)
 
 
-class DecoderLayer(nnx.Module):
-    """A pre-norm decoder layer, as the steps around attention: queries, keys and values, finish.
+def _normed(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
 
-    Where the configuration has `post_norms`, what attention and MLP return is normalised, too, before it is added.
+
+class DecoderLayer(nnx.Module):
+    """A decoder layer, as the steps around attention: queries, keys and values, finish.
+
+    What attention and MLP read is normalised (`pre_norms`), what they return (`post_norms`), or both.
     Projections of the same rows are modules of their own, or `joined` (`model.params.JOINED`).
     """
 
@@ -95,8 +99,8 @@ class DecoderLayer(nnx.Module):
         self.joined = joined
         self.head_dim, self.q_size, self.kv_size, self.mlp_size = head_dim, q_size, kv_size, config.intermediate_size
         self.activation = config.activation
-        self.attention_scale = config.attention_scale
-        self.input_norm = RMSNorm(config, hidden)
+        self.attention_scale, self.residual_scale = config.attention_scale, config.residual_scale
+        self.input_norm = RMSNorm(config, hidden) if config.pre_norms else None
         if joined:
             self.qkv_proj = linear(hidden, q_size + 2 * kv_size, bias=config.qkv_bias, split="outputs")
         else:
@@ -104,10 +108,12 @@ class DecoderLayer(nnx.Module):
             self.k_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
             self.v_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
         self.o_proj = linear(q_size, hidden, bias=config.output_bias, split="inputs")
-        self.q_norm = RMSNorm(config, head_dim) if config.qk_norm else None
-        self.k_norm = RMSNorm(config, head_dim) if config.qk_norm else None
+        self.norms_heads_together = config.qk_norm_over_heads
+        q_norm, k_norm = (q_size, kv_size) if config.qk_norm_over_heads else (head_dim, head_dim)
+        self.q_norm = RMSNorm(config, q_norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(config, k_norm) if config.qk_norm else None
         self.attention_out_norm = RMSNorm(config, hidden) if config.post_norms else None
-        self.mlp_norm = RMSNorm(config, hidden)
+        self.mlp_norm = RMSNorm(config, hidden) if config.pre_norms else None
         if joined:
             self.gate_up_proj = linear(hidden, 2 * config.intermediate_size, bias=config.mlp_bias, split="outputs")
         else:
@@ -125,42 +131,41 @@ class DecoderLayer(nnx.Module):
     ]:
         """Returns what `queries` and `keys_values` do, for the same tokens."""
         with jax.named_scope("queries_keys_values"):
-            q, k, v = self._projected(self.input_norm(hidden), "q_proj", "k_proj", "v_proj")
-            return self._queries(q), self._keys(k), self._heads(v)
+            q, k, v = self._projected(_normed(self.input_norm, hidden), "q_proj", "k_proj", "v_proj")
+            return self._normed_heads(self.q_norm, q), self._normed_heads(self.k_norm, k), self._heads(v)
 
     def keys_values(
         self, hidden: Float[Array, "tokens hidden"]
     ) -> tuple[Float[Array, "tokens kv_heads head_dim"], Float[Array, "tokens kv_heads head_dim"]]:
         """Returns the tokens' keys, after qk-norm and before RoPE, and their values: what a store keeps."""
         with jax.named_scope("keys_values"):
-            k, v = self._projected(self.input_norm(hidden), "k_proj", "v_proj")
-            return self._keys(k), self._heads(v)
+            k, v = self._projected(_normed(self.input_norm, hidden), "k_proj", "v_proj")
+            return self._normed_heads(self.k_norm, k), self._heads(v)
 
     def queries(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens heads head_dim"]:
         """Returns the tokens' queries, after qk-norm and before RoPE."""
         with jax.named_scope("queries"):
-            (q,) = self._projected(self.input_norm(hidden), "q_proj")
-            return self._queries(q)
+            (q,) = self._projected(_normed(self.input_norm, hidden), "q_proj")
+            return self._normed_heads(self.q_norm, q)
 
     def finish(
         self, hidden: Float[Array, "tokens hidden"], attended: Float[Array, "tokens heads head_dim"]
     ) -> Float[Array, "tokens hidden"]:
         """Adds the output projection of `attended`, then the MLP."""
         with jax.named_scope("finish"):
-            added = self.o_proj(attended.reshape(attended.shape[0], -1))
-            hidden = hidden + (added if self.attention_out_norm is None else self.attention_out_norm(added))
-            normed = self.mlp_norm(hidden)
-            gate, up = self._projected(normed, "gate_proj", "up_proj")
+            added = _normed(self.attention_out_norm, self.o_proj(attended.reshape(attended.shape[0], -1)))
+            hidden = hidden + self._scaled(added)
+            gate, up = self._projected(_normed(self.mlp_norm, hidden), "gate_proj", "up_proj")
             added = self.down_proj(ACTIVATION_FUNCTIONS[self.activation](gate) * up)
-            return hidden + (added if self.mlp_out_norm is None else self.mlp_out_norm(added))
+            return hidden + self._scaled(_normed(self.mlp_out_norm, added))
 
-    def _queries(self, projected: jax.Array) -> jax.Array:
-        q = self._heads(projected)
-        return q if self.q_norm is None else self.q_norm(q)
+    def _scaled(self, added: jax.Array) -> jax.Array:
+        return added if self.residual_scale == 1 else (added * jnp.float32(self.residual_scale)).astype(added.dtype)
 
-    def _keys(self, projected: jax.Array) -> jax.Array:
-        k = self._heads(projected)
-        return k if self.k_norm is None else self.k_norm(k)
+    def _normed_heads(self, norm: RMSNorm | None, projected: jax.Array) -> jax.Array:
+        if self.norms_heads_together:
+            return self._heads(_normed(norm, projected))
+        return _normed(norm, self._heads(projected))
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], -1, self.head_dim)
@@ -194,7 +199,7 @@ class Embedder(nnx.Module):
             out_sharding=("model", None),
             eager_sharding=False,
         )
-        self.embedding_scale = config.embedding_scale
+        self.embedding_scale, self.logits_scale = config.embedding_scale, config.logits_scale
         self.final_norm = RMSNorm(config, config.hidden_size)
         if config.tied_embeddings:
             self.lm_head = None
@@ -213,7 +218,8 @@ class Embedder(nnx.Module):
         with jax.named_scope("logits"):
             normed = self.final_norm(hidden)
             kernel = self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-            return _multiplied(lambda x: jnp.matmul(x, kernel, preferred_element_type=jnp.float32), normed)
+            logits = _multiplied(lambda x: jnp.matmul(x, kernel, preferred_element_type=jnp.float32), normed)
+            return logits if self.logits_scale == 1 else logits * self.logits_scale
 
 
 class _Graph(NamedTuple):

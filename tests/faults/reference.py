@@ -36,14 +36,14 @@ class Reference:
         hidden = self._params.embedder["embedding"][token_ids] * self.config.embedding_scale
         for index, rows in enumerate(recomputed):
             layer = jax.tree.map(lambda leaf, index=index: leaf[index], self._params.layers)
-            normed = self._norm(layer["input_norm"], hidden[rows])
+            normed = self._norm(layer.get("input_norm"), hidden[rows])
             q, fresh_k, fresh_v = (self._heads(layer, name, normed) for name in "qkv")
             k[index, rows], v[index, rows] = fresh_k, fresh_v
             attended = self._attend(index, q, np.flatnonzero(rows), k[index], v[index])
             hidden[rows] = self._finish(layer, hidden[rows], attended)
         embedder = self._params.embedder
         kernel = embedder["lm_head"]["kernel"] if "lm_head" in embedder else embedder["embedding"].T
-        return self._norm(embedder["final_norm"], hidden[-1]) @ kernel, k, v
+        return self._norm(embedder["final_norm"], hidden[-1]) @ kernel * self.config.logits_scale, k, v
 
     def standalone(self, context: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns a chunk's keys (before RoPE) and values, computed after its context alone."""
@@ -72,8 +72,10 @@ class Reference:
         return logits, np.stack([self._rotated(index, keys, positions) for index, keys in enumerate(k)]), v
 
     def _heads(self, layer: dict, name: str, normed: np.ndarray) -> np.ndarray:
-        heads = self._linear(layer[f"{name}_proj"], normed).reshape(len(normed), -1, self.config.head_dim)
-        return self._norm(layer[f"{name}_norm"], heads) if f"{name}_norm" in layer else heads
+        projected, norm = self._linear(layer[f"{name}_proj"], normed), layer.get(f"{name}_norm")
+        if self.config.qk_norm_over_heads:
+            projected, norm = self._norm(norm, projected), None
+        return self._norm(norm, projected.reshape(len(normed), -1, self.config.head_dim))
 
     def _attend(self, index: int, q: np.ndarray, positions: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
         group = self.config.num_heads // self.config.num_kv_heads
@@ -89,19 +91,19 @@ class Reference:
         return attended.reshape(len(q), -1)
 
     def _finish(self, layer: dict, hidden: np.ndarray, attended: np.ndarray) -> np.ndarray:
-        hidden = hidden + self._out_norm(layer, "attention", self._linear(layer["o_proj"], attended))
-        normed = self._norm(layer["mlp_norm"], hidden)
+        scale, out = self.config.residual_scale, self._linear(layer["o_proj"], attended)
+        hidden = hidden + scale * self._norm(layer.get("attention_out_norm"), out)
+        normed = self._norm(layer.get("mlp_norm"), hidden)
         gate = ACTIVATIONS[self.config.activation](self._linear(layer["gate_proj"], normed))
         out = self._linear(layer["down_proj"], gate * self._linear(layer["up_proj"], normed))
-        return hidden + self._out_norm(layer, "mlp", out)
-
-    def _out_norm(self, layer: dict, name: str, out: np.ndarray) -> np.ndarray:
-        return self._norm(layer[f"{name}_out_norm"], out) if self.config.post_norms else out
+        return hidden + scale * self._norm(layer.get("mlp_out_norm"), out)
 
     def _linear(self, params: dict, x: np.ndarray) -> np.ndarray:
         return x @ params["kernel"] + params.get("bias", 0.0)
 
-    def _norm(self, params: dict, x: np.ndarray) -> np.ndarray:
+    def _norm(self, params: dict | None, x: np.ndarray) -> np.ndarray:
+        if params is None:
+            return x
         scale = params["scale"] + self.config.norm_offset
         return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + self.config.rms_norm_eps) * scale
 

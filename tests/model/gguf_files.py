@@ -30,6 +30,17 @@ GEMMA = NAMES | {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+OLMO = NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+OTHER_NAMES = {"gemma3": GEMMA, "olmo2": OLMO}
+GRANITES = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 WORDS = ["the store keeps 1234 checksums in its index", "naïve 日本語 text, and don't you forget", "one two  three\n\n"]
 
 
@@ -39,7 +50,7 @@ def stored_name(name: str, architecture: str) -> str:
     if module in TOP:
         return f"{TOP[module]}.{kind}"
     number, module = module.removeprefix("model.layers.").split(".", 1)
-    return f"blk.{number}.{(GEMMA if architecture == 'gemma3' else NAMES)[module]}.{kind}"
+    return f"blk.{number}.{OTHER_NAMES.get(architecture, NAMES)[module]}.{kind}"
 
 
 def stored_form(name: str, tensor: np.ndarray, architecture: str, heads: dict[str, int]) -> np.ndarray:
@@ -48,7 +59,7 @@ def stored_form(name: str, tensor: np.ndarray, architecture: str, heads: dict[st
     if architecture == "gemma3" and name.endswith("norm.weight"):
         return tensor + 1
     count = next((count for end, count in heads.items() if end in name and "norm" not in name), 0)
-    if architecture != "llama" or not count:
+    if architecture not in ("llama", "granite", "smollm3") or not count:
         return tensor
     halves = tensor.reshape(count, 2, len(tensor) // count // 2, *tensor.shape[1:])
     return halves.swapaxes(1, 2).reshape(tensor.shape)
@@ -203,4 +214,6 @@ def from_hugging_face(
     if architecture == "gemma3":
         said["gemma3.attention.sliding_window"] = config["sliding_window"]
         said["gemma3.attention.sliding_window_pattern"] = config["sliding_window_pattern"]
+    if architecture == "granite":
+        said |= {f"granite.{theirs}": float(config[ours]) for theirs, ours in GRANITES.items()}
     return write_gguf(path, architecture, said | metadata, tensors, kinds)

@@ -32,6 +32,9 @@ CASES = {
     "qwen2_full": "qwen2",
     "qwen3": "qwen3",
     "gemma3": "gemma3",
+    "olmo2": "olmo2",
+    "granite": "granite",
+    "smollm3": "smollm3",
 }
 
 refused = partial(refusal, shorter_than=600)
@@ -289,7 +292,8 @@ def test_metadata_is_checked(metadata, message, tmp_path):
 
 def test_what_is_unknown_is_named_with_what_is_known(tmp_path):
     path = write_gguf(tmp_path / "a.gguf", "falcon", {}, {"x": np.zeros((2, 2), np.float32)})
-    assert "architecture 'falcon' is not supported; supported: llama, qwen2, qwen3, gemma3" in refused(path)
+    known = "llama, qwen2, qwen3, gemma3, olmo2, granite, smollm3"
+    assert f"architecture 'falcon' is not supported; supported: {known}" in refused(path)
     assert "pre must be one of default, gpt-2" in unknown_split(tmp_path)
     writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama")
     kind = gguf.GGMLQuantizationType.IQ2_XS

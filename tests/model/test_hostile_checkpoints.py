@@ -42,9 +42,12 @@ def edit_json(path: Path, **changes) -> None:
 
 ROPE_KEYS = {"low_freq_factor", "high_freq_factor", "factor", "attention_factor", "mscale", "mscale_all_dim"}
 ROPE_KEYS |= {"beta_fast", "beta_slow"}
-# Keys that Gemma's configurations alone have.
+# Keys that one family's configurations alone have, with what makes a configuration one of that family.
 GEMMA = {"architectures": ["Gemma3ForCausalLM"], "rope_parameters": None, "layer_types": None}
-GEMMA_KEYS = {"query_pre_attn_scalar", "sliding_window_pattern", "rope_local_base_freq"}
+OWNERS = dict.fromkeys(("query_pre_attn_scalar", "sliding_window_pattern", "rope_local_base_freq"), GEMMA)
+OWNERS["no_rope_layer_interval"] = {"architectures": ["SmolLM3ForCausalLM"]}
+GRANITES = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+OWNERS |= {key: {"architectures": ["GraniteForCausalLM"]} for key in GRANITES}
 NOT_NUMBERS = ["1", True, [2], {"a": 2}, -1, float("nan"), float("inf"), 10**400]
 
 
@@ -52,7 +55,7 @@ NOT_NUMBERS = ["1", True, [2], {"a": 2}, -1, float("nan"), float("inf"), 10**400
 @pytest.mark.parametrize("key", sorted(INTEGERS))
 def test_every_integer_is_checked(checkpoint, key, value):
     qwen = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": None}
-    edit_json(checkpoint / "config.json", **(GEMMA if key in GEMMA_KEYS else qwen) | {key: value})
+    edit_json(checkpoint / "config.json", **OWNERS.get(key, qwen) | {key: value})
     message = refusal(checkpoint)
     assert f"config.json: {key} must be an integer in [" in message
     assert f"got {value!r}"[:30] in message
@@ -63,7 +66,7 @@ def test_every_integer_is_checked(checkpoint, key, value):
 def test_every_number_is_checked(checkpoint, key, value):
     rope = {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4}
     given = {"rope_parameters": rope | {key: value}} if key in {*ROPE_KEYS, "rope_theta"} else {key: value}
-    edit_json(checkpoint / "config.json", **(GEMMA if key in GEMMA_KEYS else {}) | given)
+    edit_json(checkpoint / "config.json", **OWNERS.get(key, {}) | given)
     message = refusal(checkpoint)
     prefix = "rope_parameters." if "rope_parameters" in given else ""
     assert f"config.json: {prefix}{key} must be a number in [" in message or "must be a JSON object" in message

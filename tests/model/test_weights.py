@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
 from cacheblend_jax.model import save_check_layer
-from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.config import NO_ROPE, ModelConfig
 from cacheblend_jax.model.tensor_names import hugging_face_tensors
 from cacheblend_jax.model.weights import _all_finite
 
@@ -332,7 +332,7 @@ def test_windows_as_transformers_reads_them(architecture):
     assert ModelConfig.from_hugging_face(raw).windows == wanted
 
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "granite", "smollm3"]
 SIZES = {"vocab_size": 9, "hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 40}
 SIZES |= {"num_attention_heads": 64}  # a multiple of every family's default of num_key_value_heads
 
@@ -359,7 +359,7 @@ def assert_read_alike(raw: dict) -> None:
     assert ours == theirs
     head_dim = full.get("head_dim") or full["hidden_size"] // full["num_attention_heads"]
     gemma = raw["model_type"] == "gemma3_text"
-    window = None if raw["model_type"] == "llama" else full["sliding_window"]
+    window = None if raw["model_type"] in ("llama", "olmo2", "granite") else full["sliding_window"]
     kinds = full.get("layer_types") or ["sliding_attention"] * len(ours.windows)
     assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
     assert (ours.num_kv_heads, ours.head_dim) == (full["num_key_value_heads"], head_dim)
@@ -368,13 +368,19 @@ def assert_read_alike(raw: dict) -> None:
     assert (ours.activation, ours.tied_embeddings) == (activation, full["tie_word_embeddings"])
     ropes = full["rope_parameters"]
     ropes = [ropes["full_attention"], ropes["sliding_attention"]] if gemma else [ropes]
-    assert [(x.type, x.theta, x.factor) for x in ours.ropes] == [
+    assert [(x.type, x.theta, x.factor) for x in ours.ropes if x.type != NO_ROPE] == [
         (x["rope_type"], x["rope_theta"], x.get("factor", 1.0)) for x in ropes
     ]
-    assert ours.attention_scale == (full["query_pre_attn_scalar"] ** -0.5 if gemma else None)
+    scale = full["query_pre_attn_scalar"] ** -0.5 if gemma else full.get("attention_multiplier")
+    assert ours.attention_scale == scale
+    assert ours.residual_scale == full.get("residual_multiplier", 1.0)
+    assert ours.logits_scale == 1 / full.get("logits_scaling", 1.0)
+    assert gemma or ours.embedding_scale == full.get("embedding_multiplier", 1.0)
+    turned = [bool(switch) for switch in full.get("no_rope_layers", [1])]
+    assert ours.rotated == (() if all(turned) else tuple(turned))
     bias = raw["model_type"] not in ("mistral", "qwen2") and full["attention_bias"]  # their layers read no such key
     assert (ours.output_bias, ours.qkv_bias) == (bias, bias or raw["model_type"] == "qwen2")
-    assert ours.mlp_bias == (raw["model_type"] == "llama" and full["mlp_bias"])
+    assert ours.mlp_bias == (raw["model_type"] in ("llama", "granite", "smollm3") and full["mlp_bias"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -467,6 +473,37 @@ def test_a_length_that_is_none_is_named(value):
 )
 def test_gemmas_own_keys_are_read_as_by_transformers(given):
     assert_read_alike({"model_type": "gemma3_text"} | SIZES | given)
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        ("granite", {"attention_multiplier": 0.0078125, "embedding_multiplier": 12, "residual_multiplier": 0.22}),
+        ("granite", {"logits_scaling": 16, "mlp_bias": True}),
+        ("smollm3", {"no_rope_layers": [1] * 40}),
+        ("smollm3", {"no_rope_layers": [0, 1] * 20, "use_sliding_window": True, "sliding_window": 7}),
+        ("smollm3", {"no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 7}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
+)
+def test_keys_of_one_family_are_read_as_by_transformers(family, given):
+    assert_read_alike({"model_type": family} | SIZES | given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"no_rope_layers": [1, 2]}, r"no_rope_layers must be a list of 0 and 1, got \[1, 2\]"),
+        ({"no_rope_layers": [1, 0, 1]}, "no_rope_layers has 3 entries for 40 layers"),
+        ({"no_rope_layer_interval": 0}, r"no_rope_layer_interval must be an integer in \[1, .*, got 0"),
+        ({"model_type": "granite", "residual_multiplier": -1}, "residual_multiplier must be a number in .*, got -1"),
+        ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling must be a number in .*, got 0"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else ",".join(value),
+)
+def test_wrong_values_of_a_familys_keys_are_named(given, message):
+    with pytest.raises(cb.CheckpointError, match=message):
+        ModelConfig.from_hugging_face({"model_type": "smollm3"} | SIZES | given)
 
 
 def test_a_gemma_configuration_as_published_leaves_out_shapes():
