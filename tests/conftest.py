@@ -98,8 +98,8 @@ FAMILIES = {
         local_rope=RopeConfig(),
         windows=(20, 20, None) * 2,
     ),
-    # What OLMo 2, Granite and SmolLM3 each add to Llama, all in one.
-    "olmo2_granite_smollm3": ModelConfig(
+    # What OLMo 2, Granite, SmolLM3 and Phi 3 each add to Llama, all in one.
+    "every_option": ModelConfig(
         architecture="Olmo2ForCausalLM",
         **SHAPE,
         qk_norm=True,
@@ -111,6 +111,9 @@ FAMILIES = {
         residual_scale=0.22,
         logits_scale=0.25,
         rotated=(True, False, True) * 2,
+        rotary_dim=6,
+        rope=RopeConfig("longrope", factor=8.0, original_max_positions=256),
+        rope_divisors=(1.0, 2.0, 4.0),
     ),
 }
 

@@ -80,6 +80,23 @@ SHAPES = {
         logits_scale=1 / 16,
         dtype="bfloat16",
     ),
+    "phi-4-mini": ModelConfig(
+        architecture="Phi3ForCausalLM",
+        vocab_size=200064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_layers=32,
+        num_heads=24,
+        num_kv_heads=8,
+        head_dim=128,
+        max_positions=131072,
+        rope=RopeConfig("longrope", factor=32.0, original_max_positions=4096),
+        rotary_dim=96,
+        rope_divisors=(1.0,) * 48,  # what they are makes no difference to a time
+        rms_norm_eps=1e-5,
+        tied_embeddings=True,
+        dtype="bfloat16",
+    ),
     "smollm3-3b": ModelConfig(
         architecture="SmolLM3ForCausalLM",
         vocab_size=128256,

@@ -11,14 +11,15 @@ from cacheblend_jax.errors import CheckpointError
 from cacheblend_jax.model.config_fields import MAX_POSITIONS, Fields, shown
 from cacheblend_jax.model.families import FAMILIES, LAYER_TYPES, Family, family_of, text_tower
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+LONGROPE = "longrope"
 NO_ROPE = "none"  # the type of a RoPE that turns nothing; no configuration names it
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """RoPE of one of the types `default`, `linear`, `llama3`, `yarn`; fields that a type does not read stay at 0.
+    """RoPE of one of the types in `ROPE_TYPES`; fields that a type does not read stay at 0.
 
     `attention_factor`, `mscale` and `mscale_all_dim` of 0 mean "not given", as an absent key does in a Hugging Face
     configuration.
@@ -54,6 +55,8 @@ class ModelConfig:
         residual_scale: the factor of what attention and MLP return, before it is added.
         logits_scale: the factor of logits.
         rotated: whether each layer has RoPE at all; by default all have.
+        rotary_dim: how many of a head's dimensions RoPE turns; `None`: all.
+        rope_divisors: by what LongRoPE divides each frequency, for sequences of up to `max_positions`.
         windows: each layer's sliding window, `None` for none.
 
     Raises:
@@ -90,6 +93,8 @@ class ModelConfig:
     rotated: tuple[bool, ...] = ()
     residual_scale: float = 1.0
     logits_scale: float = 1.0
+    rotary_dim: int | None = None
+    rope_divisors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.windows:
@@ -112,6 +117,11 @@ class ModelConfig:
                 raise CheckpointError(f"{name} must be a positive number, got {value!r}")
         if self.head_dim % 2 or self.head_dim < 2:
             raise CheckpointError(f"head_dim must be even and positive, got {self.head_dim}")
+        turned = self.rotary_dim or self.head_dim
+        if turned % 2 or turned > self.head_dim:
+            raise CheckpointError(f"RoPE must turn an even number of {self.head_dim} dimensions, got {turned}")
+        if self.rope.type == LONGROPE and len(self.rope_divisors) != turned // 2:
+            raise CheckpointError(f"LongRoPE needs {turned // 2} factors, got {len(self.rope_divisors)}")
         if len(self.windows) != self.num_layers:
             raise CheckpointError(f"{len(self.windows)} layer types for {self.num_layers} layers")
         if self.rotated and len(self.rotated) != self.num_layers:
@@ -133,10 +143,13 @@ class ModelConfig:
         return tuple(rope if turns else last for rope, turns in zip(ropes, turned, strict=True))
 
     @classmethod
-    def from_hugging_face(cls, raw: Mapping[str, Any], dtype: str | None = None) -> ModelConfig:
+    def from_hugging_face(
+        cls, raw: Mapping[str, Any], dtype: str | None = None, max_positions: int | None = None
+    ) -> ModelConfig:
         """Reads a Hugging Face configuration as its `config.json` or `to_dict()` gives it, of transformers 4 or 5.
 
-        `dtype` overrides the stated one. Absent keys have the defaults of transformers' configuration classes.
+        `dtype` and `max_positions` override what is stated. Absent keys have the defaults of transformers'
+        configuration classes.
 
         Raises:
             CheckpointError: the architecture, RoPE type, activation or a value is not supported; it is named.
@@ -150,9 +163,11 @@ class ModelConfig:
         attention_bias, mlp_bias = (fields.flag(key) and key in family.biases for key in ("attention_bias", "mlp_bias"))
         _check_unsupported(fields, architecture)
         rope, local_rope = _ropes(fields, family)
-        max_positions = fields.integer("max_position_embeddings")
-        if not family.states_scaled_positions:
-            max_positions = _max_positions(max_positions, rope)
+        if max_positions is None:
+            max_positions = fields.integer("max_position_embeddings")
+            if not family.states_scaled_positions:
+                max_positions = _max_positions(max_positions, rope)
+        head_dim = fields.integer("head_dim", family.defaults.get("head_dim", hidden // heads))
         return cls(
             architecture=architecture,
             vocab_size=fields.integer("vocab_size"),
@@ -161,9 +176,11 @@ class ModelConfig:
             num_layers=num_layers,
             num_heads=heads,
             num_kv_heads=fields.integer("num_key_value_heads", heads),
-            head_dim=fields.integer("head_dim", family.defaults.get("head_dim", hidden // heads)),
+            head_dim=head_dim,
             max_positions=max_positions,
             rope=rope,
+            rope_divisors=_rope_divisors(fields, rope, max_positions),
+            rotary_dim=_rotary_dim(fields, family, head_dim),
             local_rope=local_rope,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             norm_offset=family.norm_offset,
@@ -191,6 +208,10 @@ class ModelConfig:
         window = next((window for window in self.windows if window is not None), None)
         stretch = self.rope.factor if self.rope.type == "linear" and not family.states_scaled_positions else 1
         rope = _rope_parameters(self.rope)
+        if self.rope_divisors:  # one set, which serves for both: that of `max_positions`
+            rope |= {key: list(self.rope_divisors) for key in ("short_factor", "long_factor")}
+        if self.rotary_dim is not None:
+            rope["partial_rotary_factor"] = self.rotary_dim / self.head_dim
         if self.local_rope is not None:
             rope = {"full_attention": rope, "sliding_attention": _rope_parameters(self.local_rope)}
         content = {
@@ -241,13 +262,11 @@ def stated_dtype(raw: Mapping[str, Any]) -> str | None:
 def _ropes(fields: Fields, family: Family) -> tuple[RopeConfig, RopeConfig | None]:
     """Returns the RoPE of the layers, and that of those with a window where the family has two."""
     theta = fields.number("rope_theta", 10000.0)
-    # transformers 5 writes rope_parameters; before it were rope_theta and rope_scaling, whose type was once "type".
     if not family.ropes_by_type:
-        given = next((key for key in ("rope_scaling", "rope_parameters") if fields.content.get(key)), "rope_scaling")
-        parameters = fields.nested(given) or Fields({})
+        parameters = _rope_fields(fields)
         if any(key.endswith("_attention") for key in parameters.content):
-            raise CheckpointError(f"{given} that differ between layer types are not supported")
-        return _rope(fields, parameters, theta), None
+            raise CheckpointError("RoPE parameters that differ between layer types are not supported")
+        return _rope(fields, parameters, theta, family.rope_types), None
     by_type = fields.nested("rope_parameters") or Fields({})
     if unknown := set(by_type.content) - set(LAYER_TYPES):
         raise by_type.wrong(min(unknown), f"absent: what is there is {' and '.join(LAYER_TYPES)}", by_type.content)
@@ -257,23 +276,21 @@ def _ropes(fields: Fields, family: Family) -> tuple[RopeConfig, RopeConfig | Non
     return _rope(fields, full, theta), _rope(fields, local, fields.number("rope_local_base_freq", 10000.0))
 
 
-def _rope(fields: Fields, parameters: Fields, theta: float) -> RopeConfig:
-    rope_type = parameters.text("rope_type") or parameters.text("type") or "default"
+def _rope(fields: Fields, parameters: Fields, theta: float, names: Mapping[str, str] | None = None) -> RopeConfig:
+    named = parameters.text("rope_type") or parameters.text("type") or "default"  # once it was "type"
+    rope_type = (names or {}).get(named, named)
     if rope_type not in ROPE_TYPES:
         raise CheckpointError(f"RoPE type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    partial = fields if "partial_rotary_factor" in fields else parameters
-    if partial.number("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError("partial_rotary_factor other than 1 is not supported")
-    if rope_type != "default" and "factor" not in parameters:
+    if rope_type not in ("default", LONGROPE) and "factor" not in parameters:
         raise CheckpointError(f"RoPE type {rope_type!r} needs a factor")
     # As in transformers, the configuration's own key comes before that of its RoPE parameters.
-    original = "original_max_position_embeddings"
-    holder = fields if original in fields else parameters
+    original, stated = "original_max_position_embeddings", fields.integer("max_position_embeddings")
+    original_positions = (fields if original in fields else parameters).integer(original, stated)
     rope = RopeConfig(
         type=rope_type,
         theta=parameters.number("rope_theta", theta),
-        factor=parameters.number("factor", 1.0),
-        original_max_positions=holder.integer(original, fields.integer("max_position_embeddings")),
+        factor=parameters.number("factor", stated / original_positions if rope_type == LONGROPE else 1.0),
+        original_max_positions=original_positions,
         low_freq_factor=_given(parameters, "low_freq_factor"),
         high_freq_factor=_given(parameters, "high_freq_factor"),
         beta_fast=parameters.number("beta_fast", 32.0),
@@ -286,6 +303,32 @@ def _rope(fields: Fields, parameters: Fields, theta: float) -> RopeConfig:
     if rope_type == "llama3" and (rope.low_freq_factor or 1.0) >= (rope.high_freq_factor or 4.0):
         raise parameters.wrong("high_freq_factor", "above low_freq_factor", rope.high_freq_factor or 4.0)
     return rope
+
+
+def _rope_divisors(fields: Fields, rope: RopeConfig, max_positions: int) -> tuple[float, ...]:
+    """Returns the factors of LongRoPE for sequences of up to `max_positions`: one set for all, as in vLLM.
+
+    transformers changes from one set to the other within a sequence, with which no KV that was stored before agrees.
+    """
+    if rope.type != LONGROPE:
+        return ()
+    key = "long_factor" if max_positions > rope.original_max_positions else "short_factor"
+    return tuple(_rope_fields(fields).numbers(key))
+
+
+def _rotary_dim(fields: Fields, family: Family, head_dim: int) -> int | None:
+    holder = fields if "partial_rotary_factor" in fields else _rope_fields(fields)
+    if (share := holder.number("partial_rotary_factor", 1.0)) == 1.0:
+        return None
+    if not family.partial_rotary:
+        raise CheckpointError("partial_rotary_factor other than 1 is not supported")
+    return int(head_dim * share)
+
+
+def _rope_fields(fields: Fields) -> Fields:
+    """Returns the RoPE parameters: transformers 5 writes `rope_parameters`; before it was `rope_scaling`."""
+    given = next((key for key in ("rope_scaling", "rope_parameters") if fields.content.get(key)), "rope_scaling")
+    return fields.nested(given) or Fields({})
 
 
 def _max_positions(stated: int, rope: RopeConfig) -> int:
@@ -310,12 +353,13 @@ def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
     parameters: dict[str, Any] = {"rope_type": rope.type, "rope_theta": rope.theta}
     if rope.type != "default":
         parameters["factor"] = rope.factor
-    if rope.type in ("llama3", "yarn"):
+    if rope.type in ("llama3", "yarn", LONGROPE):
         parameters["original_max_position_embeddings"] = rope.original_max_positions
     if rope.type == "llama3":
         parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.type == "yarn":
         parameters |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+    if rope.type in ("yarn", LONGROPE):
         given = ("attention_factor", "mscale", "mscale_all_dim")
         parameters |= {name: getattr(rope, name) for name in given if getattr(rope, name)}
     return parameters

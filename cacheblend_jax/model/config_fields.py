@@ -21,6 +21,7 @@ class Range(NamedTuple):
 MAX_POSITIONS = 2**31 - 1  # positions are int32
 POSITIONS = Range(1, MAX_POSITIONS)
 POSITIVE = 1e-30
+LEAST_DIVISOR = 1e-3  # of a frequency; those published are around 1 and above
 INTEGERS = {
     "vocab_size": Range(1, 2**24),
     "hidden_size": Range(1, 2**17),
@@ -112,6 +113,15 @@ class Fields:
         if not all(is_whole_number(value, least=0, below=2) for value in values):
             raise self.wrong(key, "a list of 0 and 1", values)
         return [bool(value) for value in values]
+
+    def numbers(self, key: str) -> list[float]:
+        """Returns what RoPE's frequencies are divided by: a list of numbers, an empty one where the key is absent."""
+        values = self._typed(key, list, "a list of numbers", [])
+        least, most = LEAST_DIVISOR, NUMBERS["factor"].most
+        for value in values:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+                raise self.wrong(key, f"a list of numbers in [{least:g}, {most:g}]", values)
+        return [float(value) for value in values]
 
     def nested(self, key: str) -> Fields | None:
         """Returns the JSON object that stands there."""

@@ -36,6 +36,8 @@ class Family:
         qk_norm_over_heads: whether queries, and keys, of all heads are normalised together.
         ropes_by_type: whether layers with a window have a RoPE of their own.
         states_scaled_positions: whether `max_position_embeddings` counts RoPE scaling of any type.
+        partial_rotary: whether RoPE may turn a part of each head alone.
+        rope_types: other names of types of RoPE.
         rotated: whether each layer has RoPE, given the number of layers; an empty tuple: all have.
         attention_scale: the factor of attention's scores; `None` for `head_dim ** -0.5`.
         embedding_scale, residual_scale, logits_scale: as in `ModelConfig`.
@@ -56,6 +58,8 @@ class Family:
     post_norms: bool = False
     ropes_by_type: bool = False
     states_scaled_positions: bool = False
+    partial_rotary: bool = False
+    rope_types: Mapping[str, str] | None = None
     rotated: Callable[[Fields, int], tuple[bool, ...]] = lambda fields, num_layers: ()
     attention_scale: Callable[[Fields], float | None] = lambda fields: None
     embedding_scale: Callable[[Fields], float] = lambda fields: 1.0
@@ -127,6 +131,20 @@ FAMILIES: dict[str, Family] = {
         windows=_qwen_windows,
         biases=("attention_bias",),
         qk_norm=True,
+    ),
+    "Phi3ForCausalLM": Family(
+        "phi3",
+        defaults={
+            "num_key_value_heads": None,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        windows=_same_windows,
+        states_scaled_positions=True,
+        partial_rotary=True,
+        rope_types={"su": "longrope", "yarn": "longrope"},
+        own_keys=lambda config: {"original_max_position_embeddings": config.rope.original_max_positions},
     ),
     "Olmo2ForCausalLM": Family(
         "olmo2",

@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from cacheblend_jax.model.config import NO_ROPE, ModelConfig, RopeConfig
+from cacheblend_jax.model.config import LONGROPE, NO_ROPE, ModelConfig, RopeConfig
 
 
 @struct.dataclass
@@ -40,10 +40,15 @@ class Angles:
         return self.cos[rope], self.sin[rope]
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
+def inverse_frequencies(rope: RopeConfig, head_dim: int, divisors: tuple[float, ...] = ()) -> tuple[np.ndarray, float]:
     """Returns float32 `inv_freq [head_dim // 2]` and the attention factor by which cosine and sine are multiplied.
 
-    Source: `modeling_rope_utils.py` of Hugging Face transformers 5; YaRN (arXiv 2309.00071) for `yarn`.
+    Source: `modeling_rope_utils.py` of Hugging Face transformers 5; YaRN (arXiv 2309.00071) for `yarn`, LongRoPE (arXiv
+    2402.13753) for `longrope`.
+
+    Args:
+        head_dim: how many dimensions are turned.
+        divisors: of LongRoPE's frequencies.
     """
     if rope.type == NO_ROPE:
         return np.zeros(head_dim // 2, np.float32), 1.0
@@ -55,7 +60,15 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
         return _llama3(plain, rope), 1.0
     if rope.type == "yarn":
         return _yarn(plain, rope, head_dim), _yarn_attention_factor(rope)
+    if rope.type == LONGROPE:
+        return (plain / np.asarray(divisors, np.float32)).astype(np.float32), _longrope_attention_factor(rope)
     return plain, 1.0
+
+
+def _longrope_attention_factor(rope: RopeConfig) -> float:
+    if rope.attention_factor:
+        return rope.attention_factor
+    return 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_positions))
 
 
 def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
@@ -99,9 +112,11 @@ def rope_tables(config: ModelConfig, num_positions: int) -> Angles:
     positions = np.arange(num_positions, dtype=np.float32)[:, None]
     cos, sin = [], []
     for rope in config.ropes:
-        frequencies, attention_factor = inverse_frequencies(rope, config.head_dim)
+        turned = config.rotary_dim or config.head_dim
+        frequencies, attention_factor = inverse_frequencies(rope, turned, config.rope_divisors)
         angles, factor = positions * frequencies, np.float32(attention_factor)
-        cos.append(np.cos(angles) * factor)
-        sin.append(np.sin(angles) * factor)
+        others = ((0, 0), (0, (config.head_dim - turned) // 2))  # which keep what they are
+        cos.append(np.pad(np.cos(angles) * factor, others, constant_values=1))
+        sin.append(np.pad(np.sin(angles) * factor, others))
     with jax.ensure_compile_time_eval():  # the cache must hold arrays even when first called inside a trace
         return Angles(*jax.device_put((np.stack(cos), np.stack(sin))))  # which, unlike `jnp.asarray`, compiles nothing

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.fused_tensors import fuse
 from cacheblend_jax.model.params import Params, is_by_layer
 
 # The path of a leaf in `Params` and its name in a checkpoint; `{}` is the layer. Kernels are stored [in, out] here and
@@ -31,7 +32,7 @@ OTHER_MODULES = {
         "attention_out_norm": "post_attention_layernorm",
         "mlp_norm": "pre_feedforward_layernorm",
         "mlp_out_norm": "post_feedforward_layernorm",
-    }
+    },
 }
 # What the text tower's names in multimodal checkpoints begin with in place of "model.", of transformers before 4.52
 # and since; and what those of the other towers do.
@@ -80,7 +81,7 @@ def hugging_face_tensors(params: Params, config: ModelConfig) -> dict[str, np.nd
         places = {name.format(layer): leaf[layer] for layer in range(len(leaf))} if "{}" in name else {name: leaf}
         arrays = {place: np.asarray(array) for place, array in places.items()}
         tensors |= {place: array.T if is_kernel(name) else array for place, array in arrays.items()}
-    return tensors
+    return fuse(tensors, config)
 
 
 def _map_paths(tree: dict[str, Any], name: Callable[[str], str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from cacheblend_jax.errors import CheckpointError, is_whole_number
 from cacheblend_jax.model.checkpoint import DirectoryCheckpoint, checkpoint_directory, read_json
 from cacheblend_jax.model.config import ModelConfig, stated_dtype
 from cacheblend_jax.model.config_fields import MAX_POSITIONS
+from cacheblend_jax.model.fused_tensors import TensorSource, separate
 from cacheblend_jax.model.gguf_checkpoint import GgufCheckpoint
 from cacheblend_jax.model.gguf_file import is_gguf
 from cacheblend_jax.model.model import Model
@@ -77,7 +78,8 @@ def load_model(
             default a remembered digest is used for files that look unchanged (`weights_digest.FileState`).
         max_positions: how many tokens a prompt and its answer may have. By default what the configuration says, times
             the factor of linear or YaRN RoPE scaling, as in vLLM. Beyond it answers get worse, but stored KV is the
-            same.
+            same; except with LongRoPE, which has other frequencies for lengths of at most
+            `original_max_position_embeddings` (ask for no more where prompts are short).
 
     Raises:
         CheckpointError: something is missing, unsupported or misshapen; the message names it.
@@ -123,8 +125,7 @@ def open_model(name_or_path: str | Path, *, dtype: str | None = None, max_positi
     """Reads what `load_model` reads before the weights and the tokenizer, with the same arguments and errors."""
     _check_arguments(dtype, max_positions)
     checkpoint = open_checkpoint(name_or_path)
-    config = _read_model_config(checkpoint, dtype)
-    config = config if max_positions is None else replace(config, max_positions=max_positions)
+    config = _read_model_config(checkpoint, dtype, max_positions)
     stops = frozenset(checkpoint.stop_token_ids())
     directory = checkpoint.directory
     names = sorted({str(file.relative_to(directory)) for file in checkpoint.tensor_files().values()})
@@ -156,10 +157,10 @@ def _check_arguments(dtype: str | None, max_positions: int | None) -> None:
         )
 
 
-def _read_model_config(checkpoint: Checkpoint, dtype: str | None) -> ModelConfig:
+def _read_model_config(checkpoint: Checkpoint, dtype: str | None, max_positions: int | None) -> ModelConfig:
     raw = checkpoint.config()
     try:
-        config = ModelConfig.from_hugging_face(raw, dtype)
+        config = ModelConfig.from_hugging_face(raw, dtype, max_positions)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.config_location}: {error}") from None
     if dtype is None and stated_dtype(raw) is None:
@@ -214,7 +215,7 @@ def _is_check_layer(value: object, config: ModelConfig) -> bool:
 
 
 def load_params(
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     config: ModelConfig,
     *,
     mesh: jax.sharding.Mesh | None = None,
@@ -229,6 +230,7 @@ def load_params(
     """
     if by_layer is None:
         by_layer = suits_by_layer(current_target().platform if mesh is None else mesh.devices.flat[0].platform)
+    checkpoint = separate(checkpoint, config)
     wanted = abstract_params(config)
     names = jax.tree.map(lambda name: stored_name(name, checkpoint.tensor_files()), tensor_names(wanted, config))
     _check_tensors(checkpoint, config, names, wanted)
@@ -272,7 +274,7 @@ class _Part(NamedTuple):
 
 
 def _load_by_layer(
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     parts: tuple[_Part, ...],
     leaf: jax.ShapeDtypeStruct,
     sharding: Any,
@@ -288,7 +290,7 @@ def _load_by_layer(
     return tuple(on_device)
 
 
-def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, names: Params, wanted: Params) -> None:
+def _check_tensors(checkpoint: TensorSource, config: ModelConfig, names: Params, wanted: Params) -> None:
     """Checks by the files' headers that they hold each tensor and no others, in the right shapes and dtypes."""
     location, files = checkpoint.location, checkpoint.tensor_files()
     shapes: dict[str, tuple[int, ...]] = {}
@@ -329,7 +331,7 @@ def _check_tensor(file: Path, tensors: Any, name: str, shape: tuple[int, ...]) -
 
 
 def _read_leaf(
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     parts: tuple[_Part, ...],
     leaf: jax.ShapeDtypeStruct,
     advance: Callable[[int], None],

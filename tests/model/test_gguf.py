@@ -272,7 +272,7 @@ BAD_METADATA = [
     ({"llama.attention.head_count_kv": [2, 1]}, "num_key_value_heads must be an integer in"),
     ({"llama.attention.value_length": 4}, "keys of 8 and values of 4 dimensions are not supported"),
     ({"llama.rope.dimension_count": 4}, "RoPE over 4 of 8 dimensions is not supported"),
-    ({"llama.rope.scaling.type": "longrope"}, "RoPE type 'longrope' is not supported"),
+    ({"llama.rope.scaling.type": "dynamic"}, "RoPE type 'dynamic' is not supported"),
     ({"llama.rope.scaling.type": "yarn"}, "RoPE type 'yarn' needs a factor"),
     ({"llama.expert_count": 8}, "8 experts are not supported"),
     ({"tokenizer.ggml.model": "bert", "tokenizer.ggml.tokens": ["a"]}, "model must be one of gpt2, llama, got 'bert'"),

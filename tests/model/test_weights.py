@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import cacheblend_jax as cb
 from cacheblend_jax.model import save_check_layer
 from cacheblend_jax.model.config import NO_ROPE, ModelConfig
+from cacheblend_jax.model.rope import inverse_frequencies, rope_tables
 from cacheblend_jax.model.tensor_names import hugging_face_tensors
 from cacheblend_jax.model.weights import _all_finite
 
@@ -136,8 +137,8 @@ DAMAGES = {
         "architecture 'GemmaForCausalLM' is not supported; supported: LlamaForCausalLM, Mistral",
     ),
     "RoPE type": (
-        lambda d: edit_config(d, rope_parameters={"rope_type": "longrope", "factor": 2.0}),
-        "RoPE type 'longrope' is not supported; supported: default, linear, llama3, yarn",
+        lambda d: edit_config(d, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+        "RoPE type 'dynamic' is not supported; supported: default, linear, llama3, yarn, longrope",
     ),
     "old RoPE type": (
         lambda d: edit_config(d, rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}),
@@ -332,7 +333,7 @@ def test_windows_as_transformers_reads_them(architecture):
     assert ModelConfig.from_hugging_face(raw).windows == wanted
 
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "granite", "smollm3"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "granite", "smollm3", "phi3"]
 SIZES = {"vocab_size": 9, "hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 40}
 SIZES |= {"num_attention_heads": 64}  # a multiple of every family's default of num_key_value_heads
 
@@ -367,9 +368,10 @@ def assert_read_alike(raw: dict) -> None:
     activation = full["hidden_activation" if gemma else "hidden_act"]
     assert (ours.activation, ours.tied_embeddings) == (activation, full["tie_word_embeddings"])
     ropes = full["rope_parameters"]
+    implied = 2.0 if ours.rope_divisors else 1.0  # of `SCALED`
     ropes = [ropes["full_attention"], ropes["sliding_attention"]] if gemma else [ropes]
     assert [(x.type, x.theta, x.factor) for x in ours.ropes if x.type != NO_ROPE] == [
-        (x["rope_type"], x["rope_theta"], x.get("factor", 1.0)) for x in ropes
+        (x["rope_type"], x["rope_theta"], x.get("factor") or implied) for x in ropes
     ]
     scale = full["query_pre_attn_scalar"] ** -0.5 if gemma else full.get("attention_multiplier")
     assert ours.attention_scale == scale
@@ -378,7 +380,8 @@ def assert_read_alike(raw: dict) -> None:
     assert gemma or ours.embedding_scale == full.get("embedding_multiplier", 1.0)
     turned = [bool(switch) for switch in full.get("no_rope_layers", [1])]
     assert ours.rotated == (() if all(turned) else tuple(turned))
-    bias = raw["model_type"] not in ("mistral", "qwen2") and full["attention_bias"]  # their layers read no such key
+    without = ("mistral", "qwen2", "phi3")  # their layers read no such key
+    bias = raw["model_type"] not in without and full["attention_bias"]
     assert (ours.output_bias, ours.qkv_bias) == (bias, bias or raw["model_type"] == "qwen2")
     assert ours.mlp_bias == (raw["model_type"] in ("llama", "granite", "smollm3") and full["mlp_bias"])
 
@@ -407,6 +410,8 @@ def test_every_absent_key_has_the_default_of_transformers(family):
 def test_given_keys_are_read_as_by_transformers(family, given):
     if family in ("mistral", "gemma3_text") and "num_key_value_heads" in given:
         pytest.skip("transformers 5 refuses it")
+    if family == "phi3" and any(key.startswith("rope_") for key in given):
+        pytest.skip("of a type that Phi's configurations do not have")
     if family == "gemma3_text" and ("rope_parameters" in given or given.get("sliding_window", 1) is None):
         pytest.skip("of no form that Gemma's layers can be made of")
     assert_read_alike({"model_type": family} | SIZES | given)
@@ -475,11 +480,20 @@ def test_gemmas_own_keys_are_read_as_by_transformers(given):
     assert_read_alike({"model_type": "gemma3_text"} | SIZES | given)
 
 
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}
+LONGROPE |= {"original_max_position_embeddings": 4096}
+SCALED = {"max_position_embeddings": 8192, "original_max_position_embeddings": 4096}
+
+
 @pytest.mark.parametrize(
     ("family", "given"),
     [
         ("granite", {"attention_multiplier": 0.0078125, "embedding_multiplier": 12, "residual_multiplier": 0.22}),
         ("granite", {"logits_scaling": 16, "mlp_bias": True}),
+        ("phi3", {"head_dim": 96, "partial_rotary_factor": 0.75, "sliding_window": 9}),
+        ("phi3", SCALED | {"rope_scaling": LONGROPE}),
+        ("phi3", SCALED | {"rope_scaling": LONGROPE | {"type": "su"}}),
+        ("phi3", {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_type": "default"}}),
         ("smollm3", {"no_rope_layers": [1] * 40}),
         ("smollm3", {"no_rope_layers": [0, 1] * 20, "use_sliding_window": True, "sliding_window": 7}),
         ("smollm3", {"no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 7}),
@@ -498,12 +512,39 @@ def test_keys_of_one_family_are_read_as_by_transformers(family, given):
         ({"no_rope_layer_interval": 0}, r"no_rope_layer_interval must be an integer in \[1, .*, got 0"),
         ({"model_type": "granite", "residual_multiplier": -1}, "residual_multiplier must be a number in .*, got -1"),
         ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling must be a number in .*, got 0"),
+        (
+            {"model_type": "phi3", "rope_scaling": LONGROPE | {"short_factor": [1, "2"]}},
+            "short_factor must be a list of",
+        ),
+        ({"model_type": "phi3", "rope_scaling": LONGROPE | {"short_factor": [1]}}, "LongRoPE needs 4 factors, got 1"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.2}, "RoPE must turn an even number of 8 dimensions, got 1"),
     ],
     ids=lambda value: "" if isinstance(value, str) else ",".join(value),
 )
 def test_wrong_values_of_a_familys_keys_are_named(given, message):
     with pytest.raises(cb.CheckpointError, match=message):
         ModelConfig.from_hugging_face({"model_type": "smollm3"} | SIZES | given)
+
+
+@pytest.mark.parametrize(
+    ("max_positions", "factors"), [(None, "long_factor"), (4097, "long_factor"), (4096, "short_factor")]
+)
+def test_longrope_has_one_set_of_factors_for_all_that_a_model_is_asked_to_take(max_positions, factors):
+    raw = {"model_type": "phi3"} | SIZES | SCALED | {"max_position_embeddings": 131072, "rope_scaling": LONGROPE}
+    config = ModelConfig.from_hugging_face(raw, max_positions=max_positions)
+    assert config.max_positions == (max_positions or 131072)
+    assert config.rope_divisors == tuple(LONGROPE[factors])
+    frequencies, factor = inverse_frequencies(config.rope, 8, config.rope_divisors)
+    np.testing.assert_allclose(frequencies, 10000.0 ** -np.array([0, 0.25, 0.5, 0.75]) / LONGROPE[factors], rtol=1e-6)
+    assert factor == pytest.approx((1 + np.log(32) / np.log(4096)) ** 0.5)
+
+
+def test_dimensions_that_rope_does_not_turn_stay_as_they_are():
+    config = ModelConfig.from_hugging_face({"model_type": "phi3", "partial_rotary_factor": 0.5} | SIZES)
+    cos, sin = rope_tables(config, 9).of_layer(config, 0)
+    assert (cos[8, :2] != 1).all()
+    assert (cos[8, 2:] == 1).all()
+    assert (sin[8, 2:] == 0).all()
 
 
 def test_a_gemma_configuration_as_published_leaves_out_shapes():
