@@ -24,14 +24,14 @@ import jax
 import numpy as np
 
 import cacheblend_jax as cb
-from cacheblend_jax.blend.schedule import TAPER, layer_groups, num_chosen, stage_ratios
+from cacheblend_jax.blend.schedule import TAPER
 from cacheblend_jax.engine.contexts import PLAIN, chunk_context, named_context
 from cacheblend_jax.engine.layout import ChunkContext
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prompt import TokenizedPrompt, check_length, tokenize_prompt
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.evaluation.datasets import BUNDLED
-from cacheblend_jax.evaluation.evaluator import rows_for, through_stop
+from cacheblend_jax.evaluation.evaluator import rows_for
 from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS
 from cacheblend_jax.evaluation.simulated_blend import (
     Choice,
@@ -42,6 +42,8 @@ from cacheblend_jax.evaluation.simulated_blend import (
     dense_prompts,
     distance,
     full_logits,
+    greedy_answers,
+    kept_by_layer,
     padded_size,
     simulated_blend,
 )
@@ -102,14 +104,7 @@ class Setting:
 
     def keep(self, num_layers: int, candidates: int) -> np.ndarray:
         """Returns how many candidates go on from each layer to the next: int32 `[layers]`, as an engine plans it."""
-        keep = np.full(num_layers, candidates if self.ratio else 0, np.int32)
-        if self.ratio == 0 or self.check_layer >= num_layers - 1:
-            return keep
-        groups = layer_groups(num_layers, self.check_layer, self.stages)
-        ratios = stage_ratios(self.ratio, [last - first + 1 for first, last in groups], self.taper)
-        for (first, _), ratio in zip(groups, ratios, strict=True):
-            keep[first - 1 :] = num_chosen(ratio, candidates)
-        return keep
+        return kept_by_layer(num_layers, candidates, self.ratio, self.check_layer, self.stages, self.taper)
 
 
 REUSE = Setting(ratio=0.0)
@@ -178,17 +173,6 @@ class Lab:
             for blend, reference, prompt in zip(blends, self.references, self.prompts, strict=True)
         ]
         return jax.tree.map(lambda *values: np.stack(values), *jax.device_get(each))
-
-
-def greedy_answers(model: Model, tokenized: Sequence[TokenizedPrompt], size: int) -> list[list[int]]:
-    """Returns full recompute's answers, up to and with the first stop token; `size` is what prompts are padded to."""
-    answers = []
-    with cb.Engine(model, length_buckets=(size,)) as engine:
-        for parts in tokenized:
-            full = engine.prefill(cb.Prompt(parts.prefix, parts.chunks, parts.suffix), "full")
-            ids = engine.complete(full, max_new_tokens=CONTINUATION_TOKENS, stop_token_ids=()).token_ids
-            answers.append(through_stop(ids, model.stop_token_ids))
-    return answers
 
 
 def make_choice(prompt: DensePrompt, setting: Setting, num_layers: int, mass: jax.Array | None) -> Choice:

@@ -19,10 +19,14 @@ from jaxtyping import Array, Bool, Float, Int
 from cacheblend_jax.blend.deviation import kv_deviation
 from cacheblend_jax.blend.layer_step import HostOrDevice, PromptSequence, layer_step
 from cacheblend_jax.blend.resident import standalone
+from cacheblend_jax.blend.schedule import TAPER, layer_groups, num_chosen, stage_ratios
+from cacheblend_jax.engine import Engine, Prompt
 from cacheblend_jax.engine.prompt import TokenizedPrompt
+from cacheblend_jax.evaluation.evaluator import through_stop
 from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache, LayerKV
+from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.transformer import Attended, Rows, attend, embedder, layer_at, layer_starts, rows_at
@@ -111,9 +115,13 @@ def padded_size(count: int) -> int:
 
 
 def dense_prompts(
-    tokenized: Sequence[TokenizedPrompt], answers: Sequence[list[int]], size: int, seed: int
+    tokenized: Sequence[TokenizedPrompt],
+    answers: Sequence[list[int]],
+    size: int,
+    seed: int,
+    scored: int = CONTINUATION_TOKENS,
 ) -> list[DensePrompt]:
-    """Pads prompts of `size` keys or fewer with their answers, all to the same shapes."""
+    """Pads prompts of `size` keys or fewer with their answers of up to `scored` tokens, all to the same shapes."""
     most = max(len(parts.chunks) for parts in tokenized)
     longest = padded_size(max((ids.size for parts in tokenized for ids in parts.chunks), default=1))
     question = padded_size(max(parts.suffix.size for parts in tokenized))
@@ -141,12 +149,39 @@ def dense_prompts(
                 offset=offset,
                 chunks=chunks,
                 question=in_question,
-                scored=np.minimum(ids.size - 1 + np.arange(CONTINUATION_TOKENS, dtype=np.int32), last),
+                scored=np.minimum(ids.size - 1 + np.arange(scored, dtype=np.int32), last),
                 num_scored=np.int32(len(answer)),
                 drawn=np.random.default_rng([seed, number]).random(size, np.float32),
             )
         )
     return prompts
+
+
+def greedy_answers(
+    model: Model, tokenized: Sequence[TokenizedPrompt], size: int, tokens: int = CONTINUATION_TOKENS
+) -> list[list[int]]:
+    """Returns full recompute's answers, up to and with the first stop token; `size` is what prompts are padded to."""
+    answers = []
+    with Engine(model, length_buckets=(size,)) as engine:
+        for parts in tokenized:
+            full = engine.prefill(Prompt(parts.prefix, parts.chunks, parts.suffix), "full")
+            ids = engine.complete(full, max_new_tokens=tokens, stop_token_ids=()).token_ids
+            answers.append(through_stop(ids, model.stop_token_ids))
+    return answers
+
+
+def kept_by_layer(
+    num_layers: int, candidates: int, ratio: float, check_layer: int = 1, stages: int = 4, taper: float = TAPER
+) -> Int[np.ndarray, " layers"]:
+    """Returns how many candidates go on from each layer to the next, as an engine plans it; at ratio 0 none do."""
+    keep = np.full(num_layers, candidates if ratio else 0, np.int32)
+    if ratio == 0 or check_layer >= num_layers - 1:
+        return keep
+    groups = layer_groups(num_layers, check_layer, stages)
+    ratios = stage_ratios(ratio, [last - first + 1 for first, last in groups], taper)
+    for (first, _), share in zip(groups, ratios, strict=True):
+        keep[first - 1 :] = num_chosen(share, candidates)
+    return keep
 
 
 def full_logits(
@@ -170,11 +205,16 @@ def chunk_kv(
     embeddings: Float[HostOrDevice, "context hidden"] | None = None,
     *,
     config: ModelConfig,
+    at_once: int = 1,
 ) -> KVCache:
     """Returns the KV of each chunk after the context alone, every token's at its place in the prompt; K before RoPE.
 
-    What stands at other tokens' places means nothing. `angles` are of the context's and the longest chunk's tokens,
-    `embeddings` as in `standalone`.
+    What stands at other tokens' places means nothing.
+
+    Args:
+        angles: of the context's and the longest chunk's tokens.
+        embeddings: as in `standalone`.
+        at_once: chunks that are computed together.
     """
     start = jnp.asarray(context_ids.size, jnp.int32)
     context = None
@@ -183,7 +223,8 @@ def chunk_kv(
         context = standalone(params, context_ids, None, jnp.zeros((), jnp.int32), alone, embeddings, config=config)
     sequence = PromptSequence(jnp.asarray(angles.num_tokens, jnp.int32), angles)
     of_chunk = jax.checkpoint(lambda ids: standalone(params, ids, context, start, sequence, config=config))
-    kv = lax.map(of_chunk, prompt.chunks)  # what gradients need is computed again, chunk by chunk
+    # What gradients need is computed again.
+    kv = lax.map(of_chunk, prompt.chunks, batch_size=at_once if at_once > 1 else None)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, prompt.chunk, prompt.offset], kv)
 
 
@@ -205,7 +246,8 @@ def simulated_blend(
         q, *fresh_kv = layer.queries_keys_values(rows.hidden)
         fresh = LayerKV(*fresh_kv)
         k, v = (jnp.where(computed[:, None, None], *pair) for pair in ((fresh.k, stored.k), (fresh.v, stored.v)))
-        deviation = kv_deviation(fresh.k, fresh.v, stored.k, stored.v, computed & prompt.measured)
+        compared = lax.stop_gradient((fresh.k, fresh.v, stored.k, stored.v))  # tokens are ranked by it, no more
+        deviation = kv_deviation(*compared, computed & prompt.measured)
         kept = _survivors(prompt, choice, deviation, computed, choice.keep[index])
         turned, starts = angles.of_layer(config, index), layer_starts(config, index, rows.positions)
         kv = LayerKV(apply_rope(k, *turned), v)
@@ -215,7 +257,8 @@ def simulated_blend(
 
     rows = _all_rows(params, prompt, angles, config)
     start = rows, jnp.ones_like(prompt.candidate)
-    (rows, _), (computed, mass) = lax.scan(step, start, jnp.arange(config.num_layers))
+    # Gradients keep a layer's input alone, and compute the rest again.
+    (rows, _), (computed, mass) = lax.scan(jax.checkpoint(step), start, jnp.arange(config.num_layers))
     logits = embedder(params, config).logits(rows.hidden[prompt.scored])
     return Simulated(logits, computed, None if mass is None else mass.sum(axis=0))
 
