@@ -32,10 +32,10 @@ from cacheblend_jax.blend.layer_step import HostOrDevice, PromptSequence, layer_
 from cacheblend_jax.blend.resident import standalone
 from cacheblend_jax.documents import read_documents
 from cacheblend_jax.engine.contexts import neutral_text
-from cacheblend_jax.engine.encoding import encode, opening
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.simulated_blend import ChunkPlaces, chunk_kv
 from cacheblend_jax.model import Model, ModelConfig
+from cacheblend_jax.model.encoding import encode, opening
 from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.params import Params, stacked
 from cacheblend_jax.model.rope import Angles, rope_tables
