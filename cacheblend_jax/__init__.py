@@ -7,6 +7,7 @@ from cacheblend_jax.runtime.lazy_names import imported
 
 if TYPE_CHECKING:
     from cacheblend_jax.blend import SELECTORS, BlendConfig, Evidence, Selector, register_selector
+    from cacheblend_jax.documents import BM25Retriever, read_documents, split_text
     from cacheblend_jax.engine import Engine, FittedContext, Generation, PrefillResult, Prompt, neutral_text
     from cacheblend_jax.errors import CacheBlendError, CheckpointError, DamagedEntryError, PromptError
     from cacheblend_jax.model import KVCache, Model, Sampling, load_model
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SELECTORS",
+    "BM25Retriever",
     "BlendConfig",
     "CacheBlendError",
     "CheckpointError",
@@ -35,10 +37,12 @@ __all__ = [
     "Trace",
     "load_model",
     "neutral_text",
+    "read_documents",
     "register_selector",
+    "split_text",
 ]
 # Imported when a name of theirs is first used, those that need the least first: the layers alone run without a store.
-_HOMES = ("errors", "blend", "model", "runtime.trace", "store", "engine")
+_HOMES = ("errors", "documents", "blend", "model", "runtime.trace", "store", "engine")
 
 
 def __getattr__(name: str) -> object:

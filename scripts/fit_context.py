@@ -33,7 +33,6 @@ from jaxtyping import Array, Float
 import cacheblend_jax as cb
 from cacheblend_jax.documents import read_documents
 from cacheblend_jax.engine.contexts import neutral_text
-from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.prompt import TokenizedPrompt, tokenize_prompt
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS
@@ -50,6 +49,7 @@ from cacheblend_jax.evaluation.simulated_blend import (
     simulated_blend,
 )
 from cacheblend_jax.model import Model, ModelConfig
+from cacheblend_jax.model.encoding import encode
 from cacheblend_jax.model.params import Params, stacked
 from cacheblend_jax.model.rope import Angles, rope_tables
 from cacheblend_jax.model.transformer import embedder

@@ -20,7 +20,7 @@ ROOMS = {
     "engine": ("blend", "store", "model", "runtime", "pallas_kernels"),
     "evaluation": ("engine", "blend", "store", "model", "runtime", "pallas_kernels", "documents"),
     "cli": ("evaluation", "engine", "blend", "store", "model", "runtime", "documents"),
-    "documents": (),
+    "documents": ("model",),
     "errors": (),
 }
 

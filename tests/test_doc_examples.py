@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from cacheblend_jax.cli.main import _parser, main
+from cacheblend_jax.cli.main import main, parser_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,7 +69,8 @@ def test_python_runs_as_it_stands(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [words for words in commands() if "cacheblend-jax" in words], ids=" ".join)
 def test_commands_have_the_options_that_they_name(command):
-    assert _parser().parse_args(command[command.index("cacheblend-jax") + 1 :]).run is not None
+    arguments = command[command.index("cacheblend-jax") + 1 :]
+    assert parser_of(arguments).parse_args(arguments).run is not None
 
 
 def test_scripts_and_tests_that_commands_name_are_there():

@@ -37,7 +37,7 @@ from cacheblend_jax.cli.options import (
 )
 from cacheblend_jax.cli.progress import Advance, Parts, progress_of_parts
 from cacheblend_jax.cli.store_report import StoreReport, stored_otherwise
-from cacheblend_jax.documents import Chunk, Document, by_relevance, read_documents, select_top_k
+from cacheblend_jax.documents import BM25Retriever, Chunk, Document, read_documents
 from cacheblend_jax.engine.chunk_lookup import ChunkLookup
 from cacheblend_jax.engine.controller import explain
 from cacheblend_jax.engine.engine import Engine
@@ -192,12 +192,13 @@ def _asked(chunks: list[Chunk], question: str, model: Model, parsed: argparse.Na
         return prompt_of(chosen, question, model, parsed.system, parsed.template_arguments)
 
     if parsed.all or parsed.top_k is not None:
-        chosen = chunks if parsed.all else select_top_k(chunks, question, parsed.top_k)
+        chosen = chunks if parsed.all else BM25Retriever(chunks, parsed.top_k).retrieve(question)
         return chosen, prompt_with(chosen)
     room = model.config.max_positions - parsed.max_new_tokens + 1
-    ranked = by_relevance(chunks, question)[:TOP_K]
+    retriever = BM25Retriever(chunks, TOP_K)
+    ranked = retriever.ranked(question)
     for count in range(len(ranked), 0, -1):
-        chosen = [chunks[number] for number in sorted(ranked[:count])]
+        chosen = retriever.in_order(ranked[:count])
         prompt = prompt_with(chosen)
         if count == 1 or tokenize_parts(prompt, model.tokenizer, model.config.vocab_size).token_ids.size <= room:
             break

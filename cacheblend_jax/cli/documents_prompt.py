@@ -11,12 +11,12 @@ from cacheblend_jax.cli.options import BUNDLED, add_model_option, at_least_one, 
 from cacheblend_jax.cli.progress import Advance, progress
 from cacheblend_jax.documents import Chunk, Document, chunk_documents, sample_documents
 from cacheblend_jax.engine.contexts import FITTED_SUFFIX, NEUTRAL, PLAIN, named_context
-from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.progress import Progress
 from cacheblend_jax.model import Model
+from cacheblend_jax.model.encoding import encode
 from cacheblend_jax.model.loading import LoadingModel, loading_model
 from cacheblend_jax.store import Store
 
@@ -28,7 +28,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say what prompts are made of."""
     add_model_option(parser)
     parser.add_argument(
-        "--docs", nargs="+", action="extend", required=True, metavar="PATH", help=".txt and .md files, or directories"
+        "--docs",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="PATH",
+        help="text, Markdown, HTML, PDF or .docx files, or directories",
     )
     parser.add_argument(
         "--chunk-tokens", type=at_least_one, default=512, metavar="N", help="longest chunk (default: 512)"
@@ -88,11 +93,9 @@ def remembered_sample(store: Store, documents: Sequence[Document], model: Model)
 
 def split(documents: Sequence[Document], model: Model, chunk_tokens: int, progress: Progress = progress) -> list[Chunk]:
     """Splits documents into chunks of at most `chunk_tokens` tokens, the separator after each included."""
-
-    def count_tokens(text: str) -> int:
-        return len(encode(model.tokenizer, text + SEPARATOR))
-
-    return chunk_documents(documents, chunk_tokens, count_tokens, lambda items: progress(items, "split"))
+    return chunk_documents(
+        documents, model.tokenizer, chunk_tokens, separator=SEPARATOR, progress=lambda items: progress(items, "split")
+    )
 
 
 def prompt_of(

@@ -5,21 +5,34 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
+from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 
-import jax
 from platformdirs import user_cache_path
 
-from cacheblend_jax.cli import ask, bench, calibrate, demo, doctor, evaluate, precompute, store
 from cacheblend_jax.cli.options import STANDARD_STREAM, OneLineParser, check_writable, write_json
 from cacheblend_jax.errors import FULL, CacheBlendError, PromptTooLongError, one_line
 
-# Each has `add_parser(commands)`, which declares it and returns its parser, and `run(parsed)`, which returns what
-# `--json` writes, with an `"exit_code"` if that is not 0. `options.add_shared_options` adds what all of them take; the
-# parser's default `shorten` ends the error of a prompt that is too long, with the options that help.
-COMMANDS = (demo, ask, precompute, store, evaluate, bench, calibrate, doctor)
+# What `--help` says of each command, as its own parser does. A command's module, in this package, has
+# `add_parser(commands)`, which declares it and returns its parser, and `run(parsed)`, which returns what `--json`
+# writes, with an `"exit_code"` if that is not 0. `options.add_shared_options` adds what all of them take; the parser's
+# default `shorten` ends the error of a prompt that is too long, with the options that help.
+COMMANDS = {
+    "demo": "ask the bundled model in every mode",
+    "ask": "answer a question from text files",
+    "precompute": "compute the KV of text files and keep it in a directory",
+    "store": "look after a directory of stored chunks",
+    "evaluate": "measure quality on a data set, by mode, selector and ratio",
+    "bench": "time the modes against each other",
+    "calibrate": "measure what --ratio auto decides by: layer steps and tiers",
+    "doctor": "show devices, versions, and which kernels are used and why",
+}
 INTERRUPTED = 130
+UNBOUNDED = -1  # as JAX says it
+COMPILED_BYTES = 4 * 2**30  # of programs kept on disk: the least recently used go first
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         interrupt.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported: its advice concerns its models
-    parsed = _parser().parse_args(arguments)
+    parsed = parser_of(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
     try:
         check_writable("--json", parsed.json)
         if not parsed.no_compile_cache:
@@ -76,6 +89,8 @@ def _platform_problem() -> str | None:
     if not platforms:
         return None
     try:
+        import jax
+
         jax.devices()
     except Exception as error:
         reason = "no device was found" if isinstance(error, AssertionError) else one_line(error)
@@ -83,7 +98,8 @@ def _platform_problem() -> str | None:
     return None
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser_of(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Returns the parser of a command line: of its command alone, the module is imported and the options declared."""
     parser = OneLineParser(
         prog="cacheblend-jax",
         description="Answers questions from texts whose KV is computed once and blended (CacheBlend).",
@@ -91,13 +107,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(shorten="")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('cacheblend-jax')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(commands).set_defaults(run=command.run)
+    named = next((word for word in arguments if not word.startswith("-")), None)
+    for name, help_text in COMMANDS.items():
+        if name == named:
+            command = module_of(name)
+            command.add_parser(commands).set_defaults(run=command.run)
+        else:
+            commands.add_parser(name, help=help_text)
     return parser
+
+
+def module_of(command: str) -> ModuleType:
+    """Returns the module of a command."""
+    return import_module(f"cacheblend_jax.cli.{command}")
 
 
 def _keep_compiled_programs() -> None:
     """Turns on JAX's persistent compilation cache, in the user's cache directory unless the user chose another."""
+    import jax
+
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(user_cache_path("cacheblend-jax") / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+        if jax.config.jax_compilation_cache_max_size == UNBOUNDED:  # type: ignore[attr-defined]
+            jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)

@@ -9,15 +9,16 @@ import re
 import sys
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cacheblend_jax.cli.progress import line_erased, progress_bar
-from cacheblend_jax.engine.kernels import KERNELS
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
-from cacheblend_jax.model import Model, load_model
 from cacheblend_jax.model.smollm2 import SMOLLM2
-from cacheblend_jax.store import ChunkStore
-from cacheblend_jax.store.chunk_store import DEFAULT_HOST_BYTES
+
+# What needs JAX is imported where it is used: commands that run no model start without it.
+if TYPE_CHECKING:
+    from cacheblend_jax.model import Model
+    from cacheblend_jax.store import ChunkStore
 
 BUNDLED = "demo"
 STANDARD_STREAM = Path("-")  # in place of a file
@@ -34,6 +35,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
     """Adds what every command takes that runs a model."""
+    from cacheblend_jax.engine.kernels import KERNELS
+
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="cast the weights to it (default: as stored)"
     )
@@ -56,6 +59,8 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 def add_store_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Adds `--store` and the sizes of its tiers."""
+    from cacheblend_jax.store.chunk_store import DEFAULT_HOST_BYTES
+
     parser.add_argument(
         "--store", metavar="DIR", required=required, help="keep the chunks' KV in a directory, for the next time"
     )
@@ -80,6 +85,8 @@ def open_store(parsed: argparse.Namespace) -> ChunkStore:
     Raises:
         CacheBlendError: there is a size for a directory, but no directory; or as `ChunkStore`.
     """
+    from cacheblend_jax.store import ChunkStore
+
     if parsed.store is None and parsed.disk_bytes is not None:
         raise CacheBlendError("--disk-bytes bounds the directory of --store, which is missing; add --store DIR")
     return ChunkStore(parsed.store, host_bytes=parsed.host_bytes, disk_bytes=parsed.disk_bytes)
@@ -181,6 +188,8 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 def load_with_bar(name: str | None, dtype: str | None) -> Model:
     """Loads a model, the bundled one for `None`, and shows how far it has come."""
+    from cacheblend_jax.model import load_model
+
     with progress_bar("load", unit="B", unit_scale=True) as advance:
         return load_model(BUNDLED if name is None else name, dtype=dtype, progress=advance)
 

@@ -24,8 +24,8 @@ class Chunk:
     """A verbatim excerpt of a document: `source` is the document's path, `index` its number within that document."""
 
     text: str
-    source: str
-    index: int
+    source: str = ""
+    index: int = 0
 
 
 def check_at_least_one(name: str, value: object) -> None:

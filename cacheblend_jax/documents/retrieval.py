@@ -1,95 +1,116 @@
-"""Picks the chunks that share the most telling words with a question (BM25)."""
+"""Picks the chunks that share the most telling words with a question (BM25), and says what any retriever is."""
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Collection, Sequence
-from functools import cache
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol
 
 from cacheblend_jax.documents.records import Chunk, DocumentError, check_at_least_one
+from cacheblend_jax.documents.search_words import search_words
 
-# Thai, Lao, Myanmar, Khmer, kana, Han: written without spaces between words.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-# Joiners, soft hyphens and the selectors of a character's looks: a word is the same with and without them.
-INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]")
-MARKS_AND_SYMBOLS = range(0x300, 0x1FFFF)  # where they are, except for those above
-A_NAME = re.compile(r"(?<=\w )A(?!\w)")  # as in "plan A"; elsewhere it is an article
+SHINGLE_WORDS = 3
+NEARLY_ALL = 0.8  # of the runs of so many words that two texts have in all: both have them
 
 
-def select_top_k(chunks: Sequence[Chunk], question: str, top_k: int) -> list[Chunk]:
-    """Picks the `top_k` chunks most relevant to the question by BM25, and returns them in their original order.
+class Retriever(Protocol):
+    """What finds the chunks to answer a question from: `BM25Retriever`, or an adapter of another library's."""
 
-    The order of relevance is dropped after the choice: in the order of the documents a definition stays before its use,
-    and the chunks read as an abridged text. Of chunks with the same text only the first counts.
+    def retrieve(self, question: str) -> Sequence[Chunk]:
+        """Returns chunks in the order in which a prompt is to have them."""
+        ...
+
+
+class BM25Retriever:
+    """Finds the chunks that share the most telling words with a question: BM25 rewards rare words the most.
+
+    The same text counts once. Of chunks with nearly the same text (versions of a page, say) the most relevant counts;
+    the others come after everything else that has a word of the question.
+
+    Words are runs of letters and digits, whatever their case; in scripts written without spaces, short runs of
+    characters.
+
+    Args:
+        chunks: all that may be found, indexed here once.
+        top_k: how many to return.
 
     Raises:
         DocumentError: `top_k` is not a whole number of at least 1, or the package bm25s is missing.
     """
-    check_at_least_one("top_k", top_k)
-    return [chunks[number] for number in sorted(by_relevance(chunks, question)[:top_k])]
+
+    def __init__(self, chunks: Sequence[Chunk], top_k: int = 5) -> None:
+        check_at_least_one("top_k", top_k)
+        bm25s = _import_bm25s()
+        first: dict[str, Chunk] = {}
+        for chunk in chunks:
+            first.setdefault(" ".join(chunk.text.split()), chunk)
+        self._chunks = list(first.values())
+        self._top_k = top_k
+        self._stop_words = frozenset(bm25s.stopwords.STOPWORDS_EN)
+        self._words = [search_words(chunk.text, self._stop_words) for chunk in self._chunks]
+        self._vocabulary = {word for words in self._words for word in words}
+        self._index = bm25s.BM25()
+        if self._vocabulary:
+            self._index.index(self._words, show_progress=False)
+
+    def retrieve(self, question: str) -> list[Chunk]:
+        """Returns the `top_k` chunks most relevant to the question, in the order in which they were given.
+
+        In the order of the documents a definition stays before its use, and the chunks read as an abridged text.
+        """
+        return self.in_order(self.ranked(question))
+
+    def ranked(self, question: str) -> list[Chunk]:
+        """Returns the `top_k` chunks, the most relevant to the question first, earlier ones before their equals."""
+        scores = self._scores(question)
+        order = sorted(range(len(scores)), key=lambda number: -scores[number])  # stable: ties keep their order
+        return [self._chunks[number] for number in islice(self._distinct_first(order, scores), self._top_k)]
+
+    def in_order(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Returns chunks of this retriever in the order in which they were given to it."""
+        wanted = set(map(id, chunks))
+        return [chunk for chunk in self._chunks if id(chunk) in wanted]
+
+    def _scores(self, question: str) -> list[float]:
+        """Scores each chunk; all zero where BM25 is undefined, because no word of the question is in any text."""
+        known = [word for word in search_words(question, self._stop_words) if word in self._vocabulary]
+        return self._index.get_scores(known).tolist() if known else [0.0] * len(self._chunks)
+
+    def _distinct_first(self, order: Sequence[int], scores: Sequence[float]) -> Iterator[int]:
+        """Yields numbers of chunks in order; nearly the same ones as one before wait for the last that is relevant."""
+        taken, waiting = TakenTexts(), list[int]()
+        for number in order:
+            if scores[number] <= 0:
+                yield from waiting
+                waiting = []
+            elif taken.has_nearly(self._words[number]):
+                waiting.append(number)
+                continue
+            yield number
+        yield from waiting
 
 
-def by_relevance(chunks: Sequence[Chunk], question: str) -> list[int]:
-    """Returns the numbers of chunks, the most relevant to the question first; of the same text, only the first chunk's.
+class TakenTexts:
+    """Texts by their words; recognises one that has nearly all its runs of words in common with another."""
 
-    BM25 rewards the question's words, rare words the most. Of equally relevant chunks the earlier come first.
+    def __init__(self) -> None:
+        self._holders: dict[tuple[str, ...], list[int]] = {}  # of a run of words: the numbers of texts that have it
+        self._sizes: list[int] = []
 
-    Raises:
-        DocumentError: the package bm25s is missing.
-    """
-    bm25s = _import_bm25s()
-    first = {" ".join(chunk.text.split()): number for number, chunk in reversed(list(enumerate(chunks)))}
-    numbers = sorted(first.values())
-    scores = _bm25_scores(bm25s, [chunks[number].text for number in numbers], question)
-    ranked = sorted(range(len(numbers)), key=lambda place: -scores[place])  # stable: ties keep their order
-    return [numbers[place] for place in ranked]
-
-
-def search_words(text: str, stop_words: Collection[str] = ()) -> list[str]:
-    """Returns the words by which a text is searched, without stop words.
-
-    Words are runs of letters, digits and their marks. Forms of one character count as the same (NFKC and case): full
-    width, ligatures, letters composed or not. Signs at the end belong to a name (`C++`, `F#`); a symbol, such as an
-    emoji, is a word; in scripts that are written without spaces, so is every character.
-    """
-    visible = unicodedata.normalize("NFKC", INVISIBLE.sub("", text))
-    names = {match.start() for match in A_NAME.finditer(visible)}
-    words = []
-    for match in _word_pattern().finditer(visible):
-        word = unicodedata.normalize("NFKC", match[0].casefold())
-        if word not in stop_words or match.start() in names:
-            words.append(word)
-    return words
-
-
-@cache
-def _word_pattern() -> re.Pattern[str]:
-    marks, symbols = [], []
-    for character in map(chr, MARKS_AND_SYMBOLS):
-        category = unicodedata.category(character)
-        if category.startswith("M"):
-            marks.append(character)
-        elif category == "So":
-            symbols.append(character)
-    mark = _character_class(marks)
-    letter = rf"(?![{UNSPACED}_])[\w{mark}]"
-    signs = r"(?:(?<=[A-Za-z])(?:\+\+|#)(?!\w))?"
-    # Letters that an apostrophe cuts off, as in "Ana's" and "l'eau", are no words.
-    long, single = rf"(?:{letter}){{2,}}{signs}", rf"(?<!['’]){letter}{signs}(?!['’])"
-    return re.compile(rf"(?=\w)[{UNSPACED}][{mark}]*|{long}|{single}|[{_character_class(symbols)}]")
-
-
-def _character_class(characters: Sequence[str]) -> str:
-    """Returns characters as the inside of a regular expression's class, in ranges."""
-    ranges: list[list[str]] = []
-    for character in characters:
-        if ranges and ord(character) == ord(ranges[-1][1]) + 1:
-            ranges[-1][1] = character
-        else:
-            ranges.append([character, character])
-    return "".join(f"{first}-{last}" for first, last in ranges)
+    def has_nearly(self, words: Sequence[str]) -> bool:
+        """Returns whether nearly the same text is there already; takes it otherwise."""
+        starts = range(max(len(words) - SHINGLE_WORDS, 0) + 1)
+        shingles = {tuple(words[start : start + SHINGLE_WORDS]) for start in starts}
+        common = Counter(holder for shingle in shingles for holder in self._holders.get(shingle, ()))
+        if any(
+            shared >= NEARLY_ALL * (len(shingles) + self._sizes[holder] - shared) for holder, shared in common.items()
+        ):
+            return True
+        for shingle in shingles:
+            self._holders.setdefault(shingle, []).append(len(self._sizes))
+        self._sizes.append(len(shingles))
+        return False
 
 
 def _import_bm25s() -> Any:
@@ -101,16 +122,3 @@ def _import_bm25s() -> Any:
             "install it with pip install 'cacheblend-jax[retrieval]', or use every chunk with --all"
         ) from error
     return bm25s
-
-
-def _bm25_scores(bm25s: Any, texts: list[str], question: str) -> list[float]:
-    """Scores each text; all zero where BM25 is undefined, because no word of the question is in any text."""
-    stop_words = frozenset(bm25s.stopwords.STOPWORDS_EN)
-    corpus = [search_words(text, stop_words) for text in texts]
-    in_corpus = {word for words in corpus for word in words}
-    known = [word for word in search_words(question, stop_words) if word in in_corpus]
-    if not known:
-        return [0.0] * len(texts)
-    index = bm25s.BM25()
-    index.index(corpus, show_progress=False)
-    return index.get_scores(known).tolist()

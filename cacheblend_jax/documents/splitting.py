@@ -1,14 +1,15 @@
-"""Splits documents at paragraph borders into chunks that count at most so many tokens."""
+"""Where a text is cut into chunks that count at most so many tokens: at paragraph borders where that is possible."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
-from cacheblend_jax.documents.records import Chunk, Document, DocumentError, check_at_least_one
+from cacheblend_jax.documents.records import DocumentError, check_at_least_one
 
 # A blank line, or the line break before a Markdown heading, which opens a paragraph even without a blank line.
 PARAGRAPH_BORDER = re.compile(r"\n\s*\n|\n(?=#{1,6}[ \t])")
@@ -20,6 +21,10 @@ SENTENCE_END = re.compile(
     r"|(?<=[。！？])(?![。！？”’」』）])|(?<=[。！？][”’」』）])"
 )
 WORD = re.compile(r"\S+")
+BORDER_TOKENS = 4  # two texts joined hardly ever count fewer tokens than the two apart less these
+
+Span = tuple[int, int]  # (start, end): the stretch text[start:end]
+CountAll = Callable[[Sequence[str]], Sequence[int]]  # texts -> how many tokens each has
 
 
 class Piece(NamedTuple):
@@ -30,15 +35,33 @@ class Piece(NamedTuple):
     tokens: int
 
 
-Measure = Callable[[int, int], int]  # (start, end) -> the tokens of text[start:end]
+class Measure(NamedTuple):
+    """Counts the tokens of stretches of one text."""
+
+    text: str
+    count_all: CountAll
+
+    def all(self, spans: Sequence[Span]) -> Sequence[int]:
+        """Counts each stretch by itself."""
+        return self.count_all([self.text[start:end] for start, end in spans])
+
+    def __call__(self, start: int, end: int) -> int:
+        """Counts one stretch."""
+        return self.count_all([self.text[start:end]])[0]
 
 
 def split_into_chunks(text: str, chunk_tokens: int, count_tokens: Callable[[str], int]) -> list[str]:
-    """Split a text at paragraph borders into chunks that each count at most `chunk_tokens` tokens.
+    """Splits a text as `split_text` does, by any function that counts tokens.
 
-    Whole paragraphs are packed until the next does not fit; a chunk is a verbatim excerpt of `text`, so code keeps
-    its indentation. A Markdown heading belongs to the paragraph after it. Only a paragraph too long alone (with its
-    heading) is split: at sentence ends, else between words, else, for a giant word, between characters.
+    Raises:
+        DocumentError: as `split_text`.
+    """
+    spans = cut(text, chunk_tokens, lambda texts: [count_tokens(each) for each in texts])
+    return [text[start:end] for start, end in spans]
+
+
+def cut(text: str, chunk_tokens: int, count_all: CountAll) -> list[Span]:
+    """Returns where the chunks of a text begin and end.
 
     Tokens do not add up: two texts joined may count more or fewer tokens than the two apart. So the sum of the
     paragraphs' counts only suggests how many fit, and each chunk is counted again as a whole.
@@ -47,31 +70,27 @@ def split_into_chunks(text: str, chunk_tokens: int, count_tokens: Callable[[str]
         DocumentError: `chunk_tokens` is not a whole number of at least 1, or too small for one of the characters.
     """
     check_at_least_one("chunk_tokens", chunk_tokens)
-
-    def measure(start: int, end: int) -> int:
-        return count_tokens(text[start:end])
-
-    pieces = list(_fitting_pieces(text, chunk_tokens, measure))
-    return [text[start:end] for start, end in _pack(pieces, chunk_tokens, measure)]
+    measure = Measure(text, count_all)
+    return list(_pack(list(_fitting_pieces(measure, chunk_tokens)), chunk_tokens, measure))
 
 
-def _fitting_pieces(text: str, chunk_tokens: int, measure: Measure) -> Iterator[Piece]:
-    """Yield paragraphs; of a paragraph that does not fit, its sentences; of such a sentence, runs of words."""
-    for start, end, body in _headed_paragraphs(text):
-        tokens = measure(start, end)
+def _fitting_pieces(measure: Measure, chunk_tokens: int) -> Iterator[Piece]:
+    """Yields paragraphs; of a paragraph that does not fit, its sentences; of such a sentence, runs of words."""
+    paragraphs = list(_headed_paragraphs(measure.text))
+    for (start, end, body), tokens in zip(paragraphs, measure.all([each[:2] for each in paragraphs]), strict=True):
         if tokens <= chunk_tokens:
             yield Piece(start, end, tokens)
             continue
-        for sentence_start, sentence_end in _between(SENTENCE_END, text, start, end, after=body):
-            tokens = measure(sentence_start, sentence_end)
-            if tokens <= chunk_tokens:
-                yield Piece(sentence_start, sentence_end, tokens)
+        sentences = list(_between(SENTENCE_END, measure.text, start, end, after=body))
+        for sentence, sentence_tokens in zip(sentences, measure.all(sentences), strict=True):
+            if sentence_tokens <= chunk_tokens:
+                yield Piece(*sentence, sentence_tokens)
             else:
-                yield from _word_runs(text, sentence_start, sentence_end, tokens, chunk_tokens, measure)
+                yield from _word_runs(*sentence, sentence_tokens, chunk_tokens, measure)
 
 
 def _headed_paragraphs(text: str) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, end, body) of each paragraph together with the headings before it; its own text is at `body`."""
+    """Yields (start, end, body) of each paragraph together with the headings before it; its own text is at `body`."""
     headings_start: int | None = None
     end = 0
     for start, end in _between(PARAGRAPH_BORDER, text, 0, len(text)):
@@ -85,8 +104,8 @@ def _headed_paragraphs(text: str) -> Iterator[tuple[int, int, int]]:
         yield headings_start, end, headings_start
 
 
-def _between(border: re.Pattern[str], text: str, start: int, end: int, after: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield the non-blank stretches of text[start:end] between borders, trimmed; borders up to `after` don't count."""
+def _between(border: re.Pattern[str], text: str, start: int, end: int, after: int = 0) -> Iterator[Span]:
+    """Yields the non-blank stretches of text[start:end] between borders, trimmed; borders up to `after` don't count."""
     for match in border.finditer(text, start, end):
         if match.end() > after:
             yield from _trimmed(text, start, match.start())
@@ -94,22 +113,23 @@ def _between(border: re.Pattern[str], text: str, start: int, end: int, after: in
     yield from _trimmed(text, start, end)
 
 
-def _trimmed(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the stretch without white space at its ends, or nothing if it is blank."""
+def _trimmed(text: str, start: int, end: int) -> Iterator[Span]:
+    """Yields the stretch without white space at its ends, or nothing if it is blank."""
     stretch = text[start:end]
     if stripped := stretch.strip():
         start += len(stretch) - len(stretch.lstrip())
         yield start, start + len(stripped)
 
 
-def _word_runs(text: str, start: int, end: int, tokens: int, chunk_tokens: int, measure: Measure) -> Iterator[Piece]:
-    """Cut a sentence of `tokens` tokens into the longest fitting runs of words, and a giant word into characters."""
-    words = [match.span() for match in WORD.finditer(text, start, end)]
+def _word_runs(start: int, end: int, tokens: int, chunk_tokens: int, measure: Measure) -> Iterator[Piece]:
+    """Cuts a sentence of `tokens` tokens into the longest fitting runs of words, and a giant word into characters."""
+    words = [match.span() for match in WORD.finditer(measure.text, start, end)]
     guess = len(words) * chunk_tokens // tokens
     first = 0
     while first < len(words):
         run_start = words[first][0]
 
+        @cache
         def run_tokens(count: int, first: int = first) -> int:
             return measure(words[first][0], words[first + count - 1][1])
 
@@ -117,47 +137,52 @@ def _word_runs(text: str, start: int, end: int, tokens: int, chunk_tokens: int, 
         if count:
             yield Piece(run_start, words[first + count - 1][1], run_tokens(count))
         else:
-            yield from _character_runs(text, *words[first], chunk_tokens, measure)
+            yield from _character_runs(*words[first], chunk_tokens, measure)
         guess = count
         first += max(count, 1)
 
 
-def _character_runs(text: str, start: int, end: int, chunk_tokens: int, measure: Measure) -> Iterator[Piece]:
-    """Cut a word that fits nowhere into the longest fitting runs of characters."""
+def _character_runs(start: int, end: int, chunk_tokens: int, measure: Measure) -> Iterator[Piece]:
+    """Cuts a word that fits nowhere into the longest fitting runs of characters."""
     guess = chunk_tokens
     while start < end:
 
+        @cache
         def run_tokens(count: int, start: int = start) -> int:
             return measure(start, start + count)
 
         guess = _longest_fit(run_tokens, chunk_tokens, guess, end - start)
         if not guess:
             raise DocumentError(
-                f"chunk_tokens is {chunk_tokens}, but the character {text[start]!r} alone counts {run_tokens(1)} "
-                f"tokens: expected room for every character; raise chunk_tokens"
+                f"chunk_tokens is {chunk_tokens}, but the character {measure.text[start]!r} alone counts "
+                f"{run_tokens(1)} tokens: expected room for every character; raise chunk_tokens"
             )
         yield Piece(start, start + guess, run_tokens(guess))
         start += guess
 
 
-def _pack(pieces: Sequence[Piece], chunk_tokens: int, measure: Measure) -> Iterator[tuple[int, int]]:
-    """Join neighbouring pieces, as many as fit, into the (start, end) of each chunk."""
+def _pack(pieces: Sequence[Piece], chunk_tokens: int, measure: Measure) -> Iterator[Span]:
+    """Joins neighbouring pieces, as many as fit, into the (start, end) of each chunk."""
     totals = [0, *accumulate(piece.tokens for piece in pieces)]
     first = 0
     while first < len(pieces):
+        counted = {1: pieces[first].tokens}  # each piece is known to fit alone
 
-        def joined_tokens(count: int, first: int = first) -> int:
-            return measure(pieces[first].start, pieces[first + count - 1].end)
+        def joined_tokens(count: int, first: int = first, counted: dict[int, int] = counted) -> int:
+            last = pieces[first + count - 1]
+            if count not in counted:
+                least = counted.get(count - 1, 0) + last.tokens - BORDER_TOKENS
+                counted[count] = least if least > chunk_tokens else measure(pieces[first].start, last.end)
+            return counted[count]
 
         guess = bisect_right(totals, totals[first] + chunk_tokens) - 1 - first
-        count = _longest_fit(joined_tokens, chunk_tokens, guess, len(pieces) - first)
-        count = max(count, 1)  # each piece is known to fit alone
+        count = max(_longest_fit(joined_tokens, chunk_tokens, guess, len(pieces) - first), 1)
         yield pieces[first].start, pieces[first + count - 1].end
         first += count
 
 
 def _longest_fit(tokens_of: Callable[[int], int], limit: int, guess: int, most: int) -> int:
-    """Find the largest count in 1..most with tokens_of(count) <= limit, starting near `guess`; 0 if none fits.
+    """Finds the largest count in 1..most with tokens_of(count) <= limit, starting near `guess`; 0 if none fits.
 
     Strides away from the guess double until one count fits and a larger one does not; bisection then closes in. A
     good guess calls `tokens_of` twice, a bad one logarithmically often. What is returned has been seen to fit, even
@@ -176,22 +201,3 @@ def _longest_fit(tokens_of: Callable[[int], int], limit: int, guess: int, most: 
         if not fitting < probe < failing:
             probe = (fitting + failing) // 2
     return fitting
-
-
-def chunk_documents(
-    documents: Sequence[Document],
-    chunk_tokens: int,
-    count_tokens: Callable[[str], int],
-    progress: Callable[[Iterable[Document]], Iterable[Document]] | None = None,
-) -> list[Chunk]:
-    """Split every document on its own, so that no chunk mixes two sources; see `split_into_chunks`.
-
-    Args:
-        count_tokens: returns the number of tokens of a text.
-        progress: wraps the loop over the documents, as tqdm does.
-    """
-    return [
-        Chunk(text, document.path, index)
-        for document in (progress(documents) if progress else documents)
-        for index, text in enumerate(split_into_chunks(document.text, chunk_tokens, count_tokens))
-    ]

@@ -7,8 +7,8 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
-from cacheblend_jax.engine.encoding import check_text, encode
 from cacheblend_jax.errors import PromptError, one_line
+from cacheblend_jax.model.encoding import check_text, encode
 
 MESSAGE, SYSTEM = "[[cacheblend:user message]]", "[[cacheblend:system message]]"
 # What `apply_chat_template` takes and we set, or what changes the kind of its result.

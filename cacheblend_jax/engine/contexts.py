@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.layout import ChunkContext
 from cacheblend_jax.engine.prompt import TextOrIds, check_length, ids_of
 from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model.encoding import encode
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.store import Store
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from cacheblend_jax.engine.chat_template import encode_around_message
-from cacheblend_jax.engine.encoding import check_text, encode, encode_opened
 from cacheblend_jax.errors import PromptError, PromptTooLongError
+from cacheblend_jax.model.encoding import check_text, encode, encode_opened
 
 TextOrIds = str | Sequence[int] | np.ndarray
 Encoder = Callable[..., list[int]]

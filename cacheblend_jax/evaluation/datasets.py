@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cacheblend_jax.documents import Document, chunk_documents
+from cacheblend_jax.documents import split_into_chunks
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.corpus import KINDS, examples
 
@@ -126,10 +126,10 @@ def _longbench_row(
     raw: dict[str, Any], name: str, where: str, chunk_tokens: int, count_tokens: Callable[[str], int]
 ) -> Row:
     context = _field(raw, "context", str, where)
-    chunks = chunk_documents([Document(name, context)], chunk_tokens, count_tokens)
+    chunks = tuple(split_into_chunks(context, chunk_tokens, count_tokens))
     question, answers = _field(raw, "input", str, where), _answers(raw, where)
     # Summaries have no question of their own.
-    return Row(name, str(raw.get("dataset", "")), tuple(c.text for c in chunks), question or "Summarize.", answers)
+    return Row(name, str(raw.get("dataset", "")), chunks, question or "Summarize.", answers)
 
 
 def _answers(raw: dict[str, Any], where: str) -> tuple[str, ...]:

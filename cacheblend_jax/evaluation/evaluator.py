@@ -14,7 +14,6 @@ import numpy as np
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.engine.contexts import named_context
-from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.prompt import Prompt, tokenize_prompt
 from cacheblend_jax.engine.results import PrefillResult
@@ -32,6 +31,7 @@ from cacheblend_jax.evaluation.metrics import (
 from cacheblend_jax.evaluation.progress import Progress, no_progress
 from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, CONTINUATIONS, Setting
 from cacheblend_jax.model import Model
+from cacheblend_jax.model.encoding import encode
 from cacheblend_jax.runtime.exit_hook import several_at_a_time
 from cacheblend_jax.store import ChunkStore
 

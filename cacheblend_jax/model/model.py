@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.encoding import tokenizer_bytes
 from cacheblend_jax.model.params import Params, suits_by_layer
 from cacheblend_jax.model.transformer import random_params
 from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, content_digest, params_digest
@@ -91,7 +92,7 @@ class Model:
 
     @cached_property
     def _tokenizer_bytes(self) -> bytes:
-        return _tokenizer_bytes(self.tokenizer)
+        return tokenizer_bytes(self.tokenizer)
 
     @cached_property
     def runner(self) -> Runner:
@@ -156,17 +157,3 @@ def _config_bytes(config: ModelConfig) -> bytes:
     changed = {field.name for field in wanted if getattr(config, field.name) != field.default}
     options = {name: value for name, value in asdict(config).items() if name in changed}
     return json.dumps(options, sort_keys=True).encode()
-
-
-def _tokenizer_bytes(tokenizer: Any) -> bytes:
-    if tokenizer is None:
-        return b""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return json.dumps(vocabulary).encode()
-    if backend.truncation or backend.padding:  # left behind by an earlier call: a text's ids don't depend on them
-        backend = type(backend).from_str(backend.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-    return json.dumps(vocabulary).encode() + backend.to_str().encode()

@@ -44,3 +44,11 @@ def write_record(kind: str, name: str, record: dict[str, Any]) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def remove_all_but_newest(kind: str, count: int) -> None:
+    """Removes the records of a kind that were written longest ago, and what interrupted writers have left of them."""
+    files = record_path(kind, "").parent.iterdir()
+    ages = sorted(((file.stat().st_mtime_ns, file) for file in files), reverse=True)
+    for _, file in ages[count:]:
+        file.unlink(missing_ok=True)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from cacheblend_jax.store.label import UNKNOWN, Label
+
+if TYPE_CHECKING:
+    from jax import Array
+else:  # who makes entries on a device has JAX; who looks at a directory need not wait until it is imported
+    Array = Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +90,8 @@ class DeviceEntry:
     Compiled programs are specific to a shape; padding lets chunks of many lengths share a few of them.
     """
 
-    k: Float[jax.Array, "layers rows kv_heads head_dim"]
-    v: Float[jax.Array, "layers rows kv_heads head_dim"]
+    k: Float[Array, "layers rows kv_heads head_dim"]
+    v: Float[Array, "layers rows kv_heads head_dim"]
     num_tokens: int
     fingerprint: str = ""
     context_ids: tuple[int, ...] = ()

@@ -4,20 +4,82 @@ from __future__ import annotations
 
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import jax
 import pytest
 
 import cacheblend_jax
-from cacheblend_jax.cli.main import COMMANDS
+import cacheblend_jax as cb
+from cacheblend_jax.cli import main as main_module
+from cacheblend_jax.cli.main import COMMANDS, main, module_of, parser_of
 
 PACKAGE = Path(cacheblend_jax.__file__).parent
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_declared_and_run_alike(command):
-    assert list(inspect.signature(command.add_parser).parameters) == ["commands"]
-    assert list(inspect.signature(command.run).parameters) == ["parsed"]
+    module = module_of(command)
+    assert list(inspect.signature(module.add_parser).parameters) == ["commands"]
+    assert list(inspect.signature(module.run).parameters) == ["parsed"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_list_of_commands_says_of_each_what_its_module_says(command):
+    assert parser_of([]).format_help() == parser_of([command]).format_help()
+
+
+NEEDLESS = ("jax", "flax", "orbax", "transformers", "scipy", "matplotlib", "bm25s")
+
+
+@pytest.mark.parametrize(
+    "words", ["--help", "--version", "store --help", "store ls DIRECTORY", "store ls nowhere", "nonsense"]
+)
+def test_what_needs_no_model_imports_no_jax(words, tmp_path):
+    """Imports are what these commands would take their time for."""
+    with cb.ChunkStore(tmp_path / "kv") as store:
+        store.check_writable()
+    arguments = words.replace("DIRECTORY", str(tmp_path / "kv")).split()
+    code = f"""if True:
+        import sys
+        from cacheblend_jax.cli.main import main
+        try:
+            main({arguments!r})
+        finally:
+            print("imported:", *(set({NEEDLESS!r}) & sys.modules.keys()))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "imported:", done.stdout + done.stderr
+
+
+@pytest.fixture
+def no_command(monkeypatch) -> None:
+    """A command, `nothing`, that does nothing."""
+
+    def add_parser(commands):
+        parser = commands.add_parser("nothing")
+        parser.set_defaults(json=None, no_compile_cache=False)
+        return parser
+
+    module = ModuleType("nothing")
+    module.add_parser, module.run = add_parser, lambda parsed: {}
+    monkeypatch.setattr(main_module, "import_module", lambda name: module)
+    monkeypatch.setitem(COMMANDS, "nothing", "does nothing")
+
+
+@pytest.mark.usefixtures("no_command")
+def test_compiled_programs_on_disk_have_a_bound(monkeypatch, own_user_cache):
+    changed = {}
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+    for directory, size in ((None, -1), (None, 1000), ("/their/own", -1)):
+        changed.clear()
+        monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", directory, raising=False)
+        monkeypatch.setattr(type(jax.config), "jax_compilation_cache_max_size", size, raising=False)
+        assert main(["nothing"]) == 0
+        assert changed.get("jax_compilation_cache_dir") == (None if directory else str(own_user_cache / "compiled"))
+        assert changed.get("jax_compilation_cache_max_size") == (4 * 2**30 if not directory and size == -1 else None)
 
 
 def test_nothing_below_the_command_line_knows_of_it():

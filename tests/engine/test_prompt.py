@@ -12,10 +12,10 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import cacheblend_jax as cb
-from cacheblend_jax.engine import encoding
-from cacheblend_jax.engine.encoding import encode
 from cacheblend_jax.engine.prompt import tokenize_prompt
+from cacheblend_jax.model import encoding
 from cacheblend_jax.model.checkpoint import load_tokenizer
+from cacheblend_jax.model.encoding import encode
 
 BOS, START = 1, 3
 

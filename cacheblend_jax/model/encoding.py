@@ -6,9 +6,11 @@ A control token is one that steers a model: a special token (`</s>`), or an adde
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +22,7 @@ _encoding_lock = threading.Lock()
 _control_ids: WeakKeyDictionary[Any, tuple[int, frozenset[int]]] = WeakKeyDictionary()
 MARKUP = re.compile(r"[<>\[\]{}|｜]")
 PROBE = "a"
+BATCH = 256  # texts whose ids are in memory at a time while they are counted
 
 
 def encode(tokenizer: Any, text: str, *, control_tokens: bool = False) -> list[int]:
@@ -37,8 +40,60 @@ def encode(tokenizer: Any, text: str, *, control_tokens: bool = False) -> list[i
             return list(tokenizer.encode(text, add_special_tokens=False))
         # transformers leaves special tokens in pieces, but no added ones.
         ids = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-        controls = _controls_of(tokenizer)
-        return ids if controls.isdisjoint(ids) else _in_pieces(tokenizer, text, controls) or ids
+        return _without_controls(tokenizer, text, ids, _controls_of(tokenizer))
+
+
+def count_all(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Returns how many ids `encode` gives each text, encoding many at a time where the tokenizer does so faster.
+
+    Raises:
+        PromptError: as `encode`.
+    """
+    for text in texts:
+        check_text(text)
+    counts: list[int] = []
+    for first in range(0, len(texts), BATCH):
+        batch = list(texts[first : first + BATCH])
+        with _encoding_lock:
+            encoded = zip(batch, _encoded(tokenizer, batch), strict=True)
+            controls = _controls_of(tokenizer)
+            counts += [len(_without_controls(tokenizer, text, ids, controls)) for text, ids in encoded]
+    return counts
+
+
+def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not getattr(tokenizer, "is_fast", False):
+        return [list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)) for text in texts]
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, **options)["input_ids"]
+
+
+def tokenizer_bytes(tokenizer: Any) -> bytes:
+    """Returns what a text's ids depend on, and the vocabulary by itself, as bytes: none without a tokenizer."""
+    if tokenizer is None:
+        return b""
+    return _vocabulary(tokenizer) + _steps(tokenizer)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Returns the SHA-256 (hex) over what a text's ids depend on."""
+    return hashlib.sha256(_steps(tokenizer) or _vocabulary(tokenizer)).hexdigest()
+
+
+def _vocabulary(tokenizer: Any) -> bytes:
+    return json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+
+
+def _steps(tokenizer: Any) -> bytes:
+    """Returns a fast tokenizer's steps, its vocabulary among them; nothing for another one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return b""
+    if backend.truncation or backend.padding:  # left behind by an earlier call: a text's ids don't depend on them
+        backend = type(backend).from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+    return backend.to_str().encode()
 
 
 def opening(tokenizer: Any) -> list[int]:
@@ -71,8 +126,12 @@ def check_text(text: object, name: str = "text") -> None:
         ) from None
 
 
+def _without_controls(tokenizer: Any, text: str, ids: list[int], controls: frozenset[int]) -> list[int]:
+    return ids if controls.isdisjoint(ids) else _in_pieces(tokenizer, text, controls) or ids
+
+
 def _controls_of(tokenizer: Any) -> frozenset[int]:
-    if not hasattr(tokenizer, "added_tokens_decoder"):
+    if not hasattr(type(tokenizer), "added_tokens_decoder"):  # of the tokenizer itself, it would be built each time
         return frozenset()
     size = len(tokenizer)
     known = _control_ids.get(tokenizer)
