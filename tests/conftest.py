@@ -157,9 +157,10 @@ def as_users_run_it(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_user_cache(monkeypatch, tmp_path_factory) -> Path:
-    """Gives each test a user cache of its own: none reads or writes the cache of whoever runs the tests."""
+    """Gives each test a user cache and a configuration of its own, not those of whoever runs the tests."""
     directory = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(directory))
     return directory / "cacheblend-jax"
 
 

@@ -7,6 +7,7 @@ The guide's pages run in `tests/test_docs.py`, each by itself; here their comman
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from contextlib import ExitStack
@@ -42,14 +43,15 @@ def blocks(language: str, documents: list[Path]) -> list[Block]:
 
 
 def commands() -> list[list[str]]:
-    """Returns the commands of all shell blocks, as words; `&&` separates commands."""
+    """Returns the commands of all shell blocks, as words; `&&` separates commands, and `>` ends one."""
     shell = blocks("sh", DOCUMENTS + GUIDE)
     words = [shlex.split(line, comments=True) for block in shell for line in block.text.splitlines()]
     split = []
     for line in filter(None, words):
         starts = [0, *(place + 1 for place, word in enumerate(line) if word == "&&")]
         stops = [*(start - 1 for start in starts[1:]), len(line)]
-        split += [line[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        each = [line[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        split += [list(itertools.takewhile(lambda word: word != ">", command)) for command in each]
     return split
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from cacheblend_jax.cli.options import add_json_option, print_status
+from cacheblend_jax.cli.options import add_output_options, print_status
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -14,7 +14,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--prove", action="store_true", help="check and time the kernels of this GPU or TPU again; takes minutes"
     )
-    add_json_option(parser)
+    add_output_options(parser)
     parser.set_defaults(no_compile_cache=True)
     return parser
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from cacheblend_jax.cli.defaults import Extend
 from cacheblend_jax.cli.options import BUNDLED, add_model_option, at_least_one, json_object, print_status
 from cacheblend_jax.cli.progress import Advance, progress
 from cacheblend_jax.documents import Chunk, Document, chunk_documents, sample_documents
@@ -30,7 +31,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--docs",
         nargs="+",
-        action="extend",
+        action=Extend,
         required=True,
         metavar="PATH",
         help="text, Markdown, HTML, PDF or .docx files, or directories",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from importlib.metadata import version
@@ -13,7 +13,9 @@ from types import ModuleType
 
 from platformdirs import user_cache_path
 
+from cacheblend_jax.cli.defaults import configuration_path, set_defaults_of_user
 from cacheblend_jax.cli.options import STANDARD_STREAM, OneLineParser, check_writable, write_json
+from cacheblend_jax.cli.stderr import messages
 from cacheblend_jax.errors import FULL, CacheBlendError, PromptTooLongError, one_line
 
 # What `--help` says of each command, as its own parser does. A command's module, in this package, has
@@ -28,6 +30,7 @@ COMMANDS = {
     "evaluate": "measure quality on a data set, by mode, selector and ratio",
     "bench": "time the modes against each other",
     "calibrate": "measure what --ratio auto decides by: layer steps and tiers",
+    "completion": "print a script that completes commands and options in a shell",
     "doctor": "show devices, versions, and which kernels are used and why",
 }
 INTERRUPTED = 130
@@ -45,14 +48,19 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0; 1 for a store that is damaged or could not be written; 2 for bad usage or input; 130 after an
         interrupt.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported: its advice concerns its models
-    parsed = parser_of(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    shorten = ""
     try:
+        parsed = parser_of(words).parse_args(words)
+        shorten = parsed.shorten
         check_writable("--json", parsed.json)
         if not parsed.no_compile_cache:
             _keep_compiled_programs()
         to_stdout = parsed.json == STANDARD_STREAM
-        with redirect_stdout(sys.stderr) if to_stdout else nullcontext():
+        with (
+            messages(quiet=parsed.quiet, verbose=parsed.verbose),
+            redirect_stdout(sys.stderr) if to_stdout else nullcontext(),
+        ):
             report = parsed.run(parsed)
         if parsed.json is not None:
             write_json(parsed.json, report)
@@ -62,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush does not fail
         return 0
     except PromptTooLongError as error:
-        print(f"cacheblend-jax: error: {error}{parsed.shorten}", file=sys.stderr)
+        print(f"cacheblend-jax: error: {error}{shorten}", file=sys.stderr)
         return 2
     except (CacheBlendError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in FULL
@@ -99,22 +107,37 @@ def _platform_problem() -> str | None:
 
 
 def parser_of(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """Returns the parser of a command line: of its command alone, the module is imported and the options declared."""
+    """Returns the parser of a command line: of its command alone, the module is imported and the options declared.
+
+    Raises:
+        CacheBlendError: what the user's configuration file says of the options cannot be used.
+    """
+    named = next((word for word in arguments if not word.startswith("-")), None)
+    parser, parsers = declared([named] if named in COMMANDS else [])
+    for name, own in parsers.items():
+        set_defaults_of_user(own, name, COMMANDS)
+    return parser
+
+
+def declared(names: Collection[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Returns the parser, and those of the named commands; others are declared without options."""
     parser = OneLineParser(
         prog="cacheblend-jax",
         description="Answers questions from texts whose KV is computed once and blended (CacheBlend).",
+        epilog=f"Defaults of options may stand in {configuration_path()}.",
     )
-    parser.set_defaults(shorten="")
+    parser.set_defaults(shorten="", json=None, no_compile_cache=True, quiet=False, verbose=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('cacheblend-jax')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    named = next((word for word in arguments if not word.startswith("-")), None)
+    parsers = {}
     for name, help_text in COMMANDS.items():
-        if name == named:
-            command = module_of(name)
-            command.add_parser(commands).set_defaults(run=command.run)
-        else:
+        if name not in names:
             commands.add_parser(name, help=help_text)
-    return parser
+            continue
+        command = module_of(name)
+        parsers[name] = command.add_parser(commands)
+        parsers[name].set_defaults(run=command.run)
+    return parser, parsers
 
 
 def module_of(command: str) -> ModuleType:

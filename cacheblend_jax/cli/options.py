@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cacheblend_jax.cli.progress import line_erased, progress_bar
+from cacheblend_jax.cli.progress import is_quiet, line_erased, progress_bar
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.model.smollm2 import SMOLLM2
 
@@ -46,15 +46,18 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="how attention and blending are computed (default: auto, what was found right and fastest on the device)",
     )
-    add_json_option(parser)
+    add_output_options(parser)
     parser.add_argument("--no-compile-cache", action="store_true", help="do not keep compiled programs on disk")
 
 
-def add_json_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--json`, which `main` serves."""
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says where results go, and what is said beside them; `main` serves these options."""
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the results as JSON; - writes them to stdout, and nothing else"
     )
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("-q", "--quiet", action="store_true", help="print results, warnings and errors alone")
+    amount.add_argument("-v", "--verbose", action="store_true", help="also print what is done in detail")
 
 
 def add_store_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -195,11 +198,16 @@ def load_with_bar(name: str | None, dtype: str | None) -> Model:
 
 
 def print_status(line: str) -> None:
-    """Prints a line that is not a result: to stderr."""
-    with line_erased():
-        print(line, file=sys.stderr, flush=True)
+    """Prints a line that is not a result: to stderr, unless that is to be quiet."""
+    if not is_quiet():
+        _print_to_stderr(line)
 
 
 def print_warning(line: str) -> None:
     """Prints what users should know about a result, or about what they asked for: a line on stderr."""
-    print_status(f"cacheblend-jax: warning: {line}")
+    _print_to_stderr(f"cacheblend-jax: warning: {line}")
+
+
+def _print_to_stderr(line: str) -> None:
+    with line_erased():
+        print(line, file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import threading
@@ -35,11 +36,11 @@ def progress_bar(what: str, **options: Any) -> Iterator[Advance]:
     Args:
         options: of tqdm: `unit`, and `unit_scale` where amounts are large.
     """
-    if not sys.stderr.isatty():
+    if not is_terminal():
         with progress_lines(what, **options) as advance:
             yield advance
         return
-    with tqdm(total=None, desc=what, leave=False, **options) as bar:
+    with tqdm(total=None, desc=what, leave=False, disable=is_quiet(), **options) as bar:
 
         def move(done: int, total: int | None) -> None:
             bar.total = total
@@ -103,8 +104,29 @@ class Parts:
 def progress_of_parts() -> Iterator[Parts]:
     """Shows on one line how far pieces of work have come: on a terminal from the beginning, rewritten as they move."""
     parts = Parts()
-    with _shown(parts.text, on_terminal=sys.stderr.isatty()):
+    with _shown(parts.text, on_terminal=is_terminal()):
         yield parts
+
+
+def is_terminal() -> bool:
+    """Returns whether stderr is a terminal on which a line can be written anew."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def is_quiet() -> bool:
+    """Returns whether progress is not to be shown, nor any line that says what is being done."""
+    return _quiet.is_set()
+
+
+@contextmanager
+def without_progress(wanted: bool) -> Iterator[None]:
+    """Shows no progress in its body where that is wanted."""
+    if wanted:
+        _quiet.set()
+    try:
+        yield
+    finally:
+        _quiet.clear()
 
 
 @contextmanager
@@ -117,12 +139,15 @@ def line_erased() -> Iterator[None]:
         yield
 
 
-_drawing, _is_drawn = threading.RLock(), threading.Event()
+_drawing, _is_drawn, _quiet = threading.RLock(), threading.Event(), threading.Event()
 
 
 @contextmanager
 def _shown(text: Callable[[], str], *, on_terminal: bool) -> Iterator[None]:
     """Has a thread show a text and the time that has passed: at once on a terminal, every `LINE_SECONDS` elsewhere."""
+    if is_quiet():
+        yield
+        return
     began, ended = time.monotonic(), threading.Event()
 
     def show() -> None:

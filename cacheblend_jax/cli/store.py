@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cacheblend_jax.cli.options import add_json_option, size_of_at_least_zero
+from cacheblend_jax.cli.options import add_output_options, size_of_at_least_zero
 from cacheblend_jax.errors import CacheBlendError
 
 MODEL_COLUMNS, TEXT_COLUMNS = 24, 60
@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def _add_action(actions: Any, action: Callable[[argparse.Namespace], dict[str, Any]], name: str, text: str) -> Any:
     parser = actions.add_parser(name, help=text)
     parser.add_argument("directory", metavar="DIR", help="the store's directory")
-    add_json_option(parser)
+    add_output_options(parser)
     parser.set_defaults(action=action, no_compile_cache=True)
     return parser
 

@@ -67,7 +67,7 @@ def read_documents(paths: str | Path | Sequence[str | Path]) -> list[Document]:
     named = [paths] if isinstance(paths, str | Path) else paths
     documents: dict[Path, Document] = {}
     passed_over = PassedOver()
-    for path in map(Path, named):
+    for path in (Path(each).expanduser() for each in named):
         for file in _document_files(path, passed_over):
             identity = file.resolve()
             if identity in documents and file != path:
