@@ -24,6 +24,10 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     from cacheblend_jax.evaluation.demo import demo, ratio_curves, worked_example
     from cacheblend_jax.evaluation.tables import demo_table, worked_example_text
 
+    if parsed.plot is not None:
+        from cacheblend_jax.evaluation.figures import make_picture_directory
+
+        make_picture_directory(parsed.plot)
     model = with_kernels(load_with_bar("demo", parsed.dtype), parsed.kernels)
     answers = demo(model, progress=progress)
     print(f"{demo_table(answers)}\n\n{worked_example_text(worked_example(answers))}")

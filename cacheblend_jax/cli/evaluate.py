@@ -128,6 +128,10 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         check_layer=parsed.check_layer,
         contexts=parsed.contexts,
     )
+    if parsed.plot is not None:
+        from cacheblend_jax.evaluation.figures import make_picture_directory
+
+        make_picture_directory(parsed.plot)
     model = with_kernels(load_with_bar(parsed.model, parsed.dtype), parsed.kernels)
     warn_of_unknown(model, _texts(parsed, model))
     if parsed.check_layers:

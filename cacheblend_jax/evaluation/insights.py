@@ -9,9 +9,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.prompt import Prompt
+from cacheblend_jax.engine.results import PrefillResult
 from cacheblend_jax.evaluation.metrics import kv_deviation_by_layer, rank_correlation
 
 TOP_SHARE = 0.15  # of the tokens: as many as a blend recomputes by default
@@ -21,10 +23,20 @@ def standalone_deviation(engine: Engine, prompt: Prompt) -> np.ndarray:
     """Returns float32 `[layers, candidates]`: how far each candidate's stand-alone KV is from full prefill's."""
     engine.precompute(prompt)
     full, reused = engine.prefill(prompt, "full"), engine.prefill(prompt, "reuse")
-    deviation = np.asarray(kv_deviation_by_layer(reused.padded_cache, full.padded_cache, full.token_ids.size))
+    return token_deviation(reused, full)[:, candidates(reused)]
+
+
+def token_deviation(out: PrefillResult, full: PrefillResult) -> Float[np.ndarray, "layers tokens"]:
+    """Returns how far each token's KV is, at each layer, from full prefill's of the same prompt."""
+    length = full.token_ids.size
+    return np.asarray(kv_deviation_by_layer(out.padded_cache, full.padded_cache, length))[:, :length]
+
+
+def candidates(reused: PrefillResult) -> Bool[np.ndarray, " tokens"]:
+    """Returns which tokens' KV came from the store and is not exact at its place, from a prefill in mode `reuse`."""
     candidate = ~reused.recomputed[-1]
     candidate[: reused.stats.exact] = False  # exact tokens lead the prompt
-    return deviation[:, : candidate.size][:, candidate]
+    return candidate
 
 
 def concentration(deviation: np.ndarray, share: float = TOP_SHARE) -> np.ndarray:

@@ -79,15 +79,14 @@ def test_live_transformers_loads_the_bundled_model_and_answers_the_same(demo):
         assert answer.tolist() == ours.token_ids
 
 
-def test_curves_are_of_one_setting_each(tmp_path, monkeypatch):
+def test_curves_are_of_one_setting_each():
+    pytest.importorskip("matplotlib")
     settings = [Setting("blend", "hkvd", ratio, "kv", stages) for ratio in (0.3, 0.1) for stages in (1, 4)]
-    lines = {
-        each.label: dict.fromkeys(plots.CURVES, each.ratio) | {"exact_match_interval": (0, 1)} for each in settings
-    }
-    figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or path)
-    plots._quality_curves(tmp_path / "quality.png", settings, lines)
-    drawn = figures[0].axes[0].get_lines()
+    measures = [dict.fromkeys(plots.CURVES, each.ratio) | {"exact_match_interval": (0, 1)} for each in settings]
+    summary = [
+        {"setting": each.label, "kind": "all"} | measured for each, measured in zip(settings, measures, strict=True)
+    ]
+    drawn = plots.quality_by_ratio(settings, summary).axes[0].get_lines()
     assert sorted(line.get_label() for line in drawn) == ["hkvd", "hkvd 1 stages"]
     assert all(line.get_xdata().tolist() == [0.1, 0.3] for line in drawn)
 
