@@ -18,10 +18,10 @@ from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.prompt import Prompt, tokenize_prompt
 from cacheblend_jax.engine.results import PrefillResult
 from cacheblend_jax.errors import CacheBlendError, PromptError
+from cacheblend_jax.evaluation.attention import attention_deviation_by_layer
 from cacheblend_jax.evaluation.datasets import Row, load_rows
 from cacheblend_jax.evaluation.insights import standalone_deviation
 from cacheblend_jax.evaluation.metrics import (
-    attention_deviation_by_layer,
     continuation_distance,
     exact_match,
     kv_deviation_by_layer,

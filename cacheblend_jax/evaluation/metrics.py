@@ -7,7 +7,6 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,13 +18,7 @@ from scipy.stats import bootstrap, spearmanr
 
 from cacheblend_jax.blend.deviation import relative_squared_distance
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.model import Model, ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache
-from cacheblend_jax.model.params import Params
-from cacheblend_jax.model.rope import Angles, rope_tables
-from cacheblend_jax.model.transformer import Rows, attend, embedder, layer_at, layer_starts, rows_at, scan_layers
-
-QUERY_PADDING = 32  # questions are padded to a multiple of it: few shapes to compile
 
 
 def normalize_answer(text: str) -> str:
@@ -114,76 +107,6 @@ def kv_deviation_by_layer(
         return jnp.where(valid, deviation, 0.0)
 
     return jax.vmap(of_layer)(cache.k, cache.v, reference.k, reference.v)
-
-
-def attention_deviation_by_layer(
-    model: Model, token_ids: np.ndarray, first_query: int, cache: KVCache, reference: KVCache
-) -> np.ndarray:
-    """Returns the attention deviation of each layer, float32 `[layers]`.
-
-    How far the attention of the question, the tokens from `first_query` on, is from full prefill's: the L2 distance of
-    the two attention matrices (all heads) over the L2 norm of the true one. Both caches may be padded. Source:
-    CacheBlend (arXiv 2405.16444) §4.2, definition 2.
-    """
-    keys, length = cache.k.shape[1], token_ids.size
-    queries = -(-(length - first_query) // QUERY_PADDING) * QUERY_PADDING
-    positions = np.full(queries, keys, np.int32)
-    positions[: length - first_query] = np.arange(first_query, length)
-    question = np.zeros(queries, np.int32)
-    question[: length - first_query] = token_ids[first_query:]
-    angles = rope_tables(model.config, keys)
-    return np.asarray(
-        _attention_deviation(model.params, model.config, question, positions, length, cache, reference, angles)
-    )
-
-
-@partial(jax.jit, static_argnames="config")
-def _attention_deviation(
-    params: Params,
-    config: ModelConfig,
-    question_ids: Int[Array, " queries"],
-    positions: Int[Array, " queries"],
-    length: Int[Array, ""] | int,
-    cache: KVCache,
-    reference: KVCache,
-    angles: Angles,
-) -> Float[Array, " layers"]:
-    embedded = rows_at(embedder(params, config).embed(question_ids), positions, angles)
-    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-
-    def step(index: Int[Array, ""] | int, rows: Rows, kv: KVCache) -> tuple[Rows, jax.Array]:
-        layer = layer_at(params, config, index)
-        layer_kv = kv.layer(index)
-        turned, starts = rows.angles.of_layer(config, index), layer_starts(config, index, rows.positions)
-        q = layer.queries(rows.hidden)
-        attended = attend(layer, rows, q, layer_kv, angles=turned, starts=starts, kv_length=length)
-        q = attended.q * scale
-        return attended.rows, _probabilities(q, layer_kv.k, attended.lse, rows.positions, starts, length)
-
-    def both(carry: tuple[Rows, Rows], index: Int[Array, ""] | int) -> tuple[tuple[Rows, Rows], jax.Array]:
-        rows, seen = step(index, carry[0], cache)
-        true_rows, wanted = step(index, carry[1], reference)
-        return (rows, true_rows), jnp.linalg.norm((seen - wanted).ravel()) / jnp.linalg.norm(wanted.ravel())
-
-    return scan_layers(params, both, (embedded, embedded), range(config.num_layers))[1]
-
-
-def _probabilities(
-    q: Float[Array, "queries heads head_dim"],
-    k: Float[Array, "keys kv_heads head_dim"],
-    lse: Float[Array, "queries heads"],
-    positions: Int[Array, " queries"],
-    starts: Int[Array, " queries"] | None,
-    length: Int[Array, ""] | int,
-) -> Float[Array, "queries heads keys"]:
-    """The attention matrix itself, of scaled queries: only for measuring, with few of them."""
-    grouped = q.astype(jnp.float32).reshape(q.shape[0], k.shape[1], -1, q.shape[2])
-    scores = jnp.einsum("qhgd,khd->qhgk", grouped, k.astype(jnp.float32)).reshape(*q.shape[:2], k.shape[0])
-    keys = jnp.arange(k.shape[0])[None, :]
-    visible = (keys <= positions[:, None]) & (positions[:, None] < length)
-    if starts is not None:
-        visible &= keys >= starts[:, None]
-    return jnp.where(visible[:, None], jnp.exp(scores - lse[..., None]), 0.0)
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:

@@ -10,7 +10,7 @@ import pytest
 from conftest import FAMILIES, HF, random_prompt, relative_error
 
 import cacheblend_jax as cb
-from cacheblend_jax.evaluation.metrics import attention_deviation_by_layer
+from cacheblend_jax.evaluation.attention import attention_deviation_by_layer
 from cacheblend_jax.model import transformer
 from cacheblend_jax.model.kv_cache import cache_shape
 from cacheblend_jax.model.params import Params, is_by_layer

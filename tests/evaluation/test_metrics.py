@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import jax
 import numpy as np
 import pytest
-from conftest import fresh_engine, random_prompt
 
-import cacheblend_jax as cb
 from cacheblend_jax.evaluation import check_layer, insights, metrics
-from cacheblend_jax.evaluation.corpus import Difficulty, examples
 from cacheblend_jax.model import KVCache
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return cb.load_model("demo", dtype="float32")
 
 
 def test_answers_are_normalised_as_squad_does():
@@ -64,40 +53,6 @@ def test_kv_deviation_counts_only_the_prompts_tokens():
     expected = np.square(other - k)[:, :4].sum((2, 3)) / np.square(k)[:, :4].sum((2, 3)).mean(1, keepdims=True)
     np.testing.assert_allclose(deviation[:, :4], expected, rtol=1e-5)
     assert not deviation[:, 4:].any()
-
-
-def test_attention_deviation_is_the_distance_of_the_attention_matrices(demo):
-    """Against the matrices computed outright, for reuse; and none for the true cache."""
-    engine = cb.Engine(demo)
-    example = examples("reference", 1, 4, Difficulty((6, 6), (32, 34)))[0]
-    prompt = cb.Prompt.to_answer(demo.tokenizer, example.chunks, example.question.text)
-    engine.precompute(prompt)
-    full, reuse = engine.prefill(prompt, "full"), engine.prefill(prompt, "reuse")
-    first = full.token_ids.size - len(prompt.suffix)
-
-    def deviation(out):
-        return metrics.attention_deviation_by_layer(demo, full.token_ids, first, out.padded_cache, full.padded_cache)
-
-    np.testing.assert_array_equal(deviation(full), 0.0)
-    measured = deviation(reuse)
-    assert measured[0] == pytest.approx(0, abs=1e-5)  # keys of layer 0 depend on the token alone
-    assert (measured[2:] > 1e-3).all()
-
-
-def test_attention_deviation_has_the_models_scale():
-    """A scale of scores twice as large is the same as queries twice as large."""
-    engine, prompt = fresh_engine("llama2"), random_prompt(1)
-    engine.precompute(prompt)
-    full, reuse = engine.prefill(prompt, "full"), engine.prefill(prompt, "reuse")
-    model, params = engine.model, engine.model.params
-    doubled = params.layers | {"q_proj": jax.tree.map(lambda kernel: 2 * kernel, params.layers["q_proj"])}
-    scaled = replace(model, config=replace(model.config, attention_scale=2 * model.config.head_dim**-0.5))
-    one, other, plain = (
-        metrics.attention_deviation_by_layer(each, full.token_ids, 105, reuse.padded_cache, full.padded_cache)
-        for each in (scaled, replace(model, params=replace(params, layers=doubled)), model)
-    )
-    np.testing.assert_allclose(one, other, atol=1e-5)
-    assert np.abs(one - plain).max() > 1e-3
 
 
 def test_insights_on_deviations_made_by_hand():
