@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -19,14 +17,16 @@ from cacheblend_jax.cli.bundled_model import loading_reader
 from cacheblend_jax.cli.compiling import compiled_meanwhile
 from cacheblend_jax.cli.documents_prompt import (
     DOCUMENTS,
+    add_choice_options,
+    add_question,
     add_source_options,
+    asked,
     chosen_context,
-    prompt_of,
+    question_and_paths,
     remembered_sample,
     split,
 )
 from cacheblend_jax.cli.options import (
-    STANDARD_STREAM,
     add_shared_options,
     add_store_options,
     at_least_one,
@@ -37,37 +37,29 @@ from cacheblend_jax.cli.options import (
 )
 from cacheblend_jax.cli.progress import Advance, Parts, progress_of_parts
 from cacheblend_jax.cli.store_report import StoreReport, stored_otherwise
-from cacheblend_jax.documents import BM25Retriever, Chunk, Document, read_documents
+from cacheblend_jax.documents import Document, read_documents
 from cacheblend_jax.engine.chunk_lookup import ChunkLookup
 from cacheblend_jax.engine.controller import explain
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.engine.planner import EXECUTORS
-from cacheblend_jax.engine.prompt import Prompt, tokenize_parts
+from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.engine.results import Generation, PrefillResult, PrefillStats
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.model import Model
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.loading import LoadingModel
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore
 
 AUTO = "auto"
-TOP_K = 5
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `ask` to the command line's commands."""
     parser = commands.add_parser("ask", help="answer a question from text files")
-    parser.add_argument("question", nargs="?", help="what to ask; write it last, or - to read it from stdin")
+    add_question(parser)
     add_source_options(parser)
-    parser.add_argument(
-        "--top-k",
-        type=at_least_one,
-        metavar="K",
-        help=f"how many chunks to use, picked by BM25 (default: {TOP_K}, or as many as the model takes)",
-    )
-    parser.add_argument("--all", action="store_true", help="use all chunks")
+    add_choice_options(parser)
     parser.add_argument("--mode", choices=MODES, default="blend", help="how to prefill (default: blend)")
     parser.add_argument("--compare", action="store_true", help="answer in all four modes and print a table")
     parser.add_argument(
@@ -116,7 +108,7 @@ def _ratio_or_auto(text: str) -> float | str:
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Answers one question; returns what `--json` writes."""
-    question, paths = _question_and_paths(parsed.question, parsed.docs)
+    question, paths = question_and_paths(parsed.question, parsed.docs)
     blend = _blend(parsed)
     sampling = Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
     context = chosen_context(parsed.context)
@@ -126,7 +118,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         shown = opened.enter_context(progress_of_parts())
         loading = opened.enter_context(_loading(parsed, question, documents, shown))
         model = loading.outline
-        chunks, prompt = _asked(split(documents, model, parsed.chunk_tokens, shown.items), question, model, parsed)
+        chunks, prompt = asked(split(documents, model, parsed.chunk_tokens, shown.items), question, model, parsed)
         store = opened.enter_context(open_store(parsed))
         if parsed.context == DOCUMENTS:
             context = remembered_sample(store, documents, model)
@@ -157,57 +149,6 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         "store": {"found": report.found, "computed": report.computed, "seconds": report.seconds},
         "answers": {mode: _answer_report(each) for mode, each in answers.items()},
     }
-
-
-def _question_and_paths(question: str | None, paths: list[str]) -> tuple[str, list[str]]:
-    """In `--docs PATH… "question"` argparse takes the question for the last value of `--docs`: this takes it back."""
-    if question is None:
-        # `os.path.exists` is false for a text too long to be a path, where `Path.exists` would raise.
-        if len(paths) < 2 or os.path.exists(paths[-1]):
-            raise CacheBlendError('a question is missing; write it last: ask --docs PATH… "question"')
-        *paths, question = paths
-    if question == str(STANDARD_STREAM):
-        question = _read_stdin()
-    if not question.strip():
-        raise CacheBlendError("the question is empty; write it last")
-    return question, paths
-
-
-def _read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise CacheBlendError(
-            f"the question on stdin is not UTF-8: byte 0x{error.object[error.start]:02x} at byte offset {error.start}"
-        ) from error
-
-
-def _asked(chunks: list[Chunk], question: str, model: Model, parsed: argparse.Namespace) -> tuple[list[Chunk], Prompt]:
-    """Returns the chunks to use, in order, and their prompt.
-
-    Where the user has not said how many, they are those that leave room to answer.
-    """
-
-    def prompt_with(chosen: list[Chunk]) -> Prompt:
-        return prompt_of(chosen, question, model, parsed.system, parsed.template_arguments)
-
-    if parsed.all or parsed.top_k is not None:
-        chosen = chunks if parsed.all else BM25Retriever(chunks, parsed.top_k).retrieve(question)
-        return chosen, prompt_with(chosen)
-    room = model.config.max_positions - parsed.max_new_tokens + 1
-    retriever = BM25Retriever(chunks, TOP_K)
-    ranked = retriever.ranked(question)
-    for count in range(len(ranked), 0, -1):
-        chosen = retriever.in_order(ranked[:count])
-        prompt = prompt_with(chosen)
-        if count == 1 or tokenize_parts(prompt, model.tokenizer, model.config.vocab_size).token_ids.size <= room:
-            break
-    if count < len(ranked):
-        print_status(
-            f"the model takes {model.config.max_positions} tokens: {count} instead of {len(ranked)} chunks are used "
-            "(--chunk-tokens N makes them shorter)"
-        )
-    return chosen, prompt
 
 
 def _blend(parsed: argparse.Namespace) -> BlendConfig:

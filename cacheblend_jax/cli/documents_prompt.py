@@ -1,19 +1,28 @@
-"""From text files to a prompt: what `ask` and `precompute` share, so that the one finds what the other has stored."""
+"""From text files to a prompt: what several commands share, so that one finds what another has stored."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from cacheblend_jax.cli.defaults import Extend
-from cacheblend_jax.cli.options import BUNDLED, add_model_option, at_least_one, json_object, print_status
+from cacheblend_jax.cli.options import (
+    BUNDLED,
+    STANDARD_STREAM,
+    add_model_option,
+    at_least_one,
+    json_object,
+    print_status,
+)
 from cacheblend_jax.cli.progress import Advance, progress
-from cacheblend_jax.documents import Chunk, Document, chunk_documents, sample_documents
+from cacheblend_jax.documents import BM25Retriever, Chunk, Document, chunk_documents, sample_documents
 from cacheblend_jax.engine.contexts import FITTED_SUFFIX, NEUTRAL, PLAIN, named_context
 from cacheblend_jax.engine.fitted_context import FittedContext
-from cacheblend_jax.engine.prompt import Prompt
+from cacheblend_jax.engine.prompt import Prompt, tokenize_parts
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.progress import Progress
 from cacheblend_jax.model import Model
@@ -23,16 +32,22 @@ from cacheblend_jax.store import Store
 
 SEPARATOR = "\n\n"  # after each chunk
 DOCUMENTS = "documents"  # the context that is a sample of them
+TOP_K = 5
 
 
-def add_source_options(parser: argparse.ArgumentParser) -> None:
+def add_question(parser: argparse.ArgumentParser) -> None:
+    """Adds the question, which `question_and_paths` finds also where argparse takes it for a path."""
+    parser.add_argument("question", nargs="?", help="what to ask; write it last, or - to read it from stdin")
+
+
+def add_source_options(parser: argparse.ArgumentParser, *, docs_required: bool = True) -> None:
     """Adds the options that say what prompts are made of."""
     add_model_option(parser)
     parser.add_argument(
         "--docs",
         nargs="+",
         action=Extend,
-        required=True,
+        required=docs_required,
         metavar="PATH",
         help="text, Markdown, HTML, PDF or .docx files, or directories",
     )
@@ -55,6 +70,44 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="arguments of the model's chat template, for example '{\"enable_thinking\": false}'",
     )
+
+
+def add_choice_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which chunks a prompt has; `asked` serves them."""
+    parser.add_argument(
+        "--top-k",
+        type=at_least_one,
+        metavar="K",
+        help=f"how many chunks to use, picked by BM25 (default: {TOP_K}, or as many as the model takes)",
+    )
+    parser.add_argument("--all", action="store_true", help="use all chunks")
+
+
+def question_and_paths(question: str | None, paths: list[str]) -> tuple[str, list[str]]:
+    """In `--docs PATH… "question"` argparse takes the question for the last value of `--docs`: this takes it back.
+
+    Raises:
+        CacheBlendError: there is no question, or the one on stdin cannot be read.
+    """
+    if question is None:
+        # `os.path.exists` is false for a text too long to be a path, where `Path.exists` would raise.
+        if len(paths) < 2 or os.path.exists(paths[-1]):
+            raise CacheBlendError('a question is missing; write it last: --docs PATH… "question"')
+        *paths, question = paths
+    if question == str(STANDARD_STREAM):
+        question = _read_stdin()
+    if not question.strip():
+        raise CacheBlendError("the question is empty; write it last")
+    return question, paths
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise CacheBlendError(
+            f"the question on stdin is not UTF-8: byte 0x{error.object[error.start]:02x} at byte offset {error.start}"
+        ) from error
 
 
 @contextmanager
@@ -115,3 +168,31 @@ def prompt_of(
         separator=SEPARATOR,
         template_arguments=template_arguments,
     )
+
+
+def asked(chunks: list[Chunk], question: str, model: Model, parsed: argparse.Namespace) -> tuple[list[Chunk], Prompt]:
+    """Returns the chunks to use, in order, and their prompt.
+
+    Where the user has not said how many, they are those that leave room to answer.
+    """
+
+    def prompt_with(chosen: list[Chunk]) -> Prompt:
+        return prompt_of(chosen, question, model, parsed.system, parsed.template_arguments)
+
+    if parsed.all or parsed.top_k is not None:
+        chosen = chunks if parsed.all else BM25Retriever(chunks, parsed.top_k).retrieve(question)
+        return chosen, prompt_with(chosen)
+    room = model.config.max_positions - parsed.max_new_tokens + 1
+    retriever = BM25Retriever(chunks, TOP_K)
+    ranked = retriever.ranked(question)
+    for count in range(len(ranked), 0, -1):
+        chosen = retriever.in_order(ranked[:count])
+        prompt = prompt_with(chosen)
+        if count == 1 or tokenize_parts(prompt, model.tokenizer, model.config.vocab_size).token_ids.size <= room:
+            break
+    if count < len(ranked):
+        print_status(
+            f"the model takes {model.config.max_positions} tokens: {count} instead of {len(ranked)} chunks are used "
+            "(--chunk-tokens N makes them shorter)"
+        )
+    return chosen, prompt

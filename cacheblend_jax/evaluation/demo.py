@@ -26,6 +26,14 @@ CURVE_SELECTORS = ("hkvd", "random")
 CURVE_RATIOS = (0.05, 0.1, 0.15, 0.3, 0.5)
 
 
+# A prompt to look at closely: the second chunk says where Cobalt moved, and only the first one who Cobalt is.
+EXAMPLE_CHUNKS = (
+    "On Monday the lobby opens at noon. Reyes took the nickname Cobalt. Novak is better known as Ridge.",
+    "Oslo is now home to Cobalt. The printer near the hall is broken again. Lima is now home to Ridge.",
+)
+EXAMPLE_QUESTION = "In which city is the office of Reyes?"
+
+
 @dataclass(frozen=True)
 class DemoAnswers:
     """The demo's questions and how each mode answered them.

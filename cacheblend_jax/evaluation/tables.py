@@ -12,6 +12,7 @@ from cacheblend_jax.engine.profile import ASSUMED_DISK, Profile
 from cacheblend_jax.evaluation.bench import BenchReport
 from cacheblend_jax.evaluation.check_layer import CheckLayer
 from cacheblend_jax.evaluation.demo import DemoAnswers, WorkedExample
+from cacheblend_jax.evaluation.inspection import Inspection
 from cacheblend_jax.evaluation.summary import of_all_kinds
 
 
@@ -28,6 +29,23 @@ def summary_table(summary: Sequence[dict[str, Any]]) -> str:
         text.append(f"  {'setting':22}" + "".join(f"{column.title:>{column.width}}" for column in columns))
         text += [f"  {line['setting']:22}" + "".join(column.cell(line) for column in columns) for line in lines]
     return "\n".join(text)
+
+
+def inspection_table(found: Inspection) -> str:
+    """Returns an inspection: a line for each mode, and what reuse and blend are from full recompute."""
+    lines = [f"{'mode':8}{'reused':>8}{'recomputed':>12}  answer"]
+    for mode, answer in found.answers.items():
+        stats = answer.stats.prefill
+        recomputed = stats.forced + round(stats.recompute_ratio * stats.candidates)
+        lines.append(f"{mode:8}{stats.reused:8}{recomputed:12}  {' '.join(answer.text.split())[:80]}")
+    deviation, paid = found.mean_deviation(), {mode: found.cross_attention_share(mode) for mode in ("reuse", "blend")}
+    lines.append(f"KV deviation of the reused tokens: reuse {deviation['reuse']:.3g}, blend {deviation['blend']:.3g}")
+    if np.isfinite(paid["reuse"]):
+        lines.append(
+            f"attention between chunks, of full recompute's: reuse {paid['reuse']:.0%}, blend {paid['blend']:.0%}"
+        )
+    lines.append(f"rank correlation of neighbouring layers' deviations: {found.mean_neighbour_correlation():.2f}")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from conftest import HF
 
 import cacheblend_jax as cb
 from cacheblend_jax.cli import ask as ask_module
+from cacheblend_jax.cli import documents_prompt
 from cacheblend_jax.cli.main import main
 from cacheblend_jax.cli.progress import Parts
 from cacheblend_jax.engine.engine import Engine
@@ -124,8 +125,8 @@ def test_ask_passes_arguments_to_the_chat_template(docs, tmp_path, monkeypatch):
     config["chat_template"] += "{% if enable_thinking is false %}<|end|>{% endif %}"
     path.write_text(json.dumps(config))
     prompts = []
-    real = ask_module.prompt_of
-    monkeypatch.setattr(ask_module, "prompt_of", lambda *args: prompts.append(real(*args)) or prompts[-1])
+    real = documents_prompt.prompt_of
+    monkeypatch.setattr(documents_prompt, "prompt_of", lambda *args: prompts.append(real(*args)) or prompts[-1])
     common = ["ask", "--model", str(model), "--no-compile-cache", "--docs", docs, "--max-new-tokens", "1"]
     assert main([*common, "Why?"]) == 0
     without = prompts[-1]
@@ -247,8 +248,10 @@ def test_without_top_k_as_many_chunks_are_used_as_fit(tmp_path, capsys, monkeypa
     def stop(_):
         raise cb.CacheBlendError("far enough")
 
-    prompt_of = ask_module.prompt_of
-    monkeypatch.setattr(ask_module, "prompt_of", lambda *arguments: asked.append(arguments) or prompt_of(*arguments))
+    prompt_of = documents_prompt.prompt_of
+    monkeypatch.setattr(
+        documents_prompt, "prompt_of", lambda *arguments: asked.append(arguments) or prompt_of(*arguments)
+    )
     monkeypatch.setattr(ask_module, "open_store", stop)
     for number in range(3):
         text = f"Reyes took the nickname Cobalt {number}. " + "The office is quiet. " * 160
