@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from cacheblend_jax.evaluation.figures import Figure, new_figure, set_texts, whole_numbers
+from cacheblend_jax.evaluation.figures import VERMILION, Figure, new_figure, set_texts, whole_numbers
 from cacheblend_jax.evaluation.insights import TOP_SHARE, concentration, neighbour_correlation
 from cacheblend_jax.evaluation.parts import Part, shortened
 
@@ -42,35 +42,27 @@ def deviation_map(
         CacheBlendError: matplotlib is missing.
     """
     num_layers, num_tokens = deviation.shape
-    has_words = words is not None and num_tokens <= MOST_WORDS
-    width = min(max(TOKEN_INCHES * num_tokens + 2.2, 7.5), 24.5) if has_words else 13.0
-    height = min(max(0.16 * num_layers, 1.6), 5.0)
-    has_map_of_recomputed = recomputed is not None and num_tokens > MOST_WORDS
-    rows = 2 if has_map_of_recomputed else 1
-    figure, axes = new_figure((width, height * rows + 1.5 + 0.8 * has_words), rows, sharex=True)
-    axis = axes[0, 0]
+    labels = words if num_tokens <= MOST_WORDS else None
+    shares = recomputed if num_tokens > MOST_WORDS else None
+    width = 13.0 if labels is None else min(max(TOKEN_INCHES * num_tokens + 2.2, 7.5), 24.5)
+    rows, room = (1 if shares is None else 2), (1.5 if labels is None else 2.3)
+    height = rows * min(max(0.16 * num_layers, 1.6), 5.0) + room
+    figure, axes = new_figure((width, height), rows, sharex=True)
     per_column = -(-num_tokens // MOST_COLUMNS)
-    image = _show(axis, _largest(np.sqrt(deviation), per_column), per_column, num_tokens, cmap="magma")
-    figure.colorbar(image, ax=axis, label="√ deviation", pad=0.01)
-    _mark_chunks(axis, chunks, (width - 1.8) / max(num_tokens, 1))
-    axis.set_title("How far stand-alone KV is from full recompute")
-    if recomputed is not None and not has_map_of_recomputed:
-        _mark_recomputed(axis, recomputed, check_layer)
-    if has_map_of_recomputed:
-        shown = _show(axes[1, 0], _means(recomputed, per_column), per_column, num_tokens, cmap="Greys", vmin=0, vmax=1)
+    scale = {"per_column": per_column, "num_tokens": num_tokens}
+    shown = _show(axes[0, 0], _largest(np.sqrt(deviation), per_column), **scale, cmap="magma")
+    figure.colorbar(shown, ax=axes[0, 0], label="√ deviation", pad=0.01)
+    axes[0, 0].set_title("How far stand-alone KV is from full recompute")
+    _mark_borders(axes[0, 0], chunks, ("black", 2.0), ("white", 0.9))  # seen on dark and on bright columns
+    _name_chunks(axes[0, 0], chunks, (width - 1.8) / max(num_tokens, 1))
+    if shares is not None:
+        shown = _show(axes[1, 0], _means(shares, per_column), **scale, cmap="Greys", vmin=0, vmax=1)
         figure.colorbar(shown, ax=axes[1, 0], label="share recomputed", pad=0.01)
-        _mark_chunks(axes[1, 0], chunks, None)
         axes[1, 0].set_title("What the blend recomputed")
-    lowest = axes[-1, 0]
-    if has_words:
-        labels = [shortened(each, LONGEST_WORD) for each in words]
-        set_texts(lowest.xaxis, range(num_tokens), labels, rotation=90, fontsize="x-small")
-        lowest.set_xlabel("token of the chunks")
-    else:
-        whole_numbers(lowest.xaxis)
-        lowest.set_xlabel(
-            "token of the chunks" + (f" (a column: {per_column} tokens, above the largest)" if per_column > 1 else "")
-        )
+        _mark_borders(axes[1, 0], chunks, (VERMILION, 0.7))
+    elif recomputed is not None:
+        _mark_recomputed(axes[0, 0], recomputed, check_layer)
+    _label_tokens(axes[-1, 0], labels, per_column)
     return figure
 
 
@@ -89,7 +81,7 @@ def deviation_insights(deviation: Float[np.ndarray, "layers tokens"]) -> Figure:
     return figure
 
 
-def _show(axis: Any, columns: np.ndarray, per_column: int, num_tokens: int, **options: Any) -> Any:
+def _show(axis: Any, columns: np.ndarray, *, per_column: int, num_tokens: int, **options: Any) -> Any:
     """Draws a map of layers and columns in the scale of tokens."""
     extent = (-0.5, columns.shape[1] * per_column - 0.5, columns.shape[0] - 0.5, -0.5)
     image = axis.imshow(columns, aspect="auto", interpolation="nearest", extent=extent, **options)
@@ -108,28 +100,40 @@ def _means(values: np.ndarray, per_column: int) -> np.ndarray:
     return np.add.reduceat(values.astype(np.float32), starts, axis=1) / counts
 
 
-def _mark_chunks(axis: Any, chunks: Sequence[Part], inches_per_token: float | None) -> None:
-    """Draws the borders between chunks and, where a token's width is given, their names above the axis."""
+def _label_tokens(axis: Any, words: Sequence[str] | None, per_column: int) -> None:
+    shared = f" (a column: {per_column} tokens; above, the largest of them)" if per_column > 1 else ""
+    axis.set_xlabel(f"token of the chunks{shared}")
+    if words is None:
+        whole_numbers(axis.xaxis)
+    else:
+        labels = [shortened(each, LONGEST_WORD) for each in words]
+        set_texts(axis.xaxis, range(len(labels)), labels, rotation=90, fontsize="x-small")
+
+
+def _mark_borders(axis: Any, chunks: Sequence[Part], *lines: tuple[str, float]) -> None:
+    """Draws a line of each of these colours and widths between chunks, one over the other."""
     for chunk in chunks:
         if chunk.start > 0:
-            for colour, line_width in (("black", 2.4), ("white", 1.0)):  # seen on dark and on bright columns
+            for colour, line_width in lines:
                 axis.axvline(chunk.start - 0.5, color=colour, linewidth=line_width)
-    if inches_per_token is None:
-        return
+
+
+def _name_chunks(axis: Any, chunks: Sequence[Part], inches_per_token: float) -> None:
+    """Writes the chunks' names above the axis: slanted where they are wider than chunks, and as many as have room."""
     names = [shortened(chunk.name, LONGEST_NAME) for chunk in chunks]
     fits = all(
         CHARACTER_INCHES * len(name) < chunk.num_tokens * inches_per_token - 0.05
         for name, chunk in zip(names, chunks, strict=True)
     )
-    named, last = [], -np.inf
+    places, labels = list[float](), list[str]()
     for chunk, name in zip(chunks, names, strict=True):
-        if (chunk.middle - last) * inches_per_token >= LABEL_INCHES or fits:
-            named.append((chunk.middle, name))
-            last = chunk.middle
+        if fits or not places or (chunk.middle - places[-1]) * inches_per_token >= LABEL_INCHES:
+            places.append(chunk.middle)
+            labels.append(name)
     slanted = {} if fits else {"rotation": 40, "ha": "left", "rotation_mode": "anchor"}
     above = axis.secondary_xaxis("top")
     above.tick_params(length=0 if fits else 3)
-    set_texts(above.xaxis, [place for place, _ in named], [name for _, name in named], fontsize="small", **slanted)
+    set_texts(above.xaxis, places, labels, fontsize="small", **slanted)
 
 
 def _mark_recomputed(axis: Any, recomputed: np.ndarray, check_layer: int | None) -> None:

@@ -189,7 +189,7 @@ def measure_ratios(
         out = engine.prefill(prompt, setting.mode, blend=blend)
         distance = continuation_distance(engine.continuation_logits(out, ids), wanted, ids)
         attention = _attention_deviation(engine.model, out, full, question)
-        measures = {"kl": float(distance.kl.mean()), "attention_deviation": float(attention.mean())}
+        measures: dict[str, object] = {"kl": float(distance.kl.mean()), "attention_deviation": float(attention.mean())}
         lines.append({"setting": setting.label, "kind": "all"} | measures)
     return settings, lines
 

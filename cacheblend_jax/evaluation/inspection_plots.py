@@ -113,21 +113,20 @@ def _draw_cross_attention(axis: Any, inspection: Inspection) -> None:
         ylabel="share of its attention",
         title="What a chunk's token pays to other chunks",
     )
-    axis.set_ylim(0, 1.25 * max(axis.get_ylim()[1], 1e-6))  # room for the legend
-    axis.legend(fontsize="small", loc="upper right", ncols=len(ATTENTION_OF))
     _finish(axis)
 
 
 def _draw_question(axis: Any, inspection: Inspection) -> None:
     for mode, by_layer in inspection.attention_deviation.items():
         style = {"color": MODE_COLOURS[mode], "linestyle": MODE_LINES[mode]}
-        axis.plot(by_layer, "o", markersize=3, label=f"{mode}: {by_layer.mean():.2f}", **style)
+        axis.plot(by_layer, "o", markersize=3, label=f"{mode}, mean {by_layer.mean():.2f}", **style)
     axis.set(xlabel="layer", ylabel="distance, relative", title="The question's attention\nfrom full recompute")
-    axis.set_ylim(bottom=0)
-    axis.legend(fontsize="small", title="mean", title_fontsize="small")
     _finish(axis)
 
 
 def _finish(axis: Any) -> None:
+    lines = axis.get_lines()
+    axis.set_ylim(0, 1.25 * max(axis.get_ylim()[1], 1e-6))  # room for the legend
+    axis.legend(fontsize="small", loc="upper right", ncols=len(lines))
     whole_numbers(axis.xaxis)
     axis.grid(alpha=0.3)

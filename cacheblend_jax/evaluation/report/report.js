@@ -17,6 +17,7 @@
     for (let layer = 1; layer < layers; layer++) if (value(layer, token) > value(best, token)) best = layer;
     return best;
   };
+  let shown = null;
   const level = (deviation) => (top > 0 ? Math.round((levels - 1) * Math.min(1, Math.sqrt(deviation / top))) : 0);
 
   function shade() {
@@ -29,6 +30,7 @@
   }
 
   function show(span) {
+    shown = span;
     const token = number.get(span), last = Number(span.dataset.last ?? layers - 1);
     const peak = highest(token), bars = document.createElement("div"), name = document.createElement("h2");
     const part = span.closest("article").querySelector("h2").firstChild.textContent.trim();
@@ -55,7 +57,10 @@
     detail.replaceChildren(name, said, ...(bars.childElementCount ? [bars, legend] : []));
   }
 
-  choice.addEventListener("change", shade);
+  choice.addEventListener("change", () => {
+    shade();
+    if (shown !== null) show(shown);
+  });
   for (const event of ["mouseover", "click"])
     document.querySelector("section").addEventListener(event, ({ target }) => number.has(target) && show(target));
   document.getElementById("control").hidden = detail.hidden = false;
