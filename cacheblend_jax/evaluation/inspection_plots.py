@@ -105,28 +105,26 @@ def _write_numbers(axis: Any, values: np.ndarray, norm: Any) -> None:
 
 
 def _draw_cross_attention(axis: Any, inspection: Inspection) -> None:
-    for mode, by_layer in inspection.cross_attention.items():
-        style = {"color": MODE_COLOURS[mode], "linestyle": MODE_LINES[mode]}
-        axis.plot(by_layer, "o", markersize=3, label=mode, **style)
-    axis.set(
-        xlabel="layer",
-        ylabel="share of its attention",
-        title="What a chunk's token pays to other chunks",
-    )
-    _finish(axis)
+    _draw_by_layer(axis, {mode: (mode, values) for mode, values in inspection.cross_attention.items()})
+    axis.set(ylabel="share of its attention", title="What a chunk's token pays to other chunks")
 
 
 def _draw_question(axis: Any, inspection: Inspection) -> None:
-    for mode, by_layer in inspection.attention_deviation.items():
+    deviation = inspection.attention_deviation
+    _draw_by_layer(
+        axis, {mode: (f"{mode}, mean {each.mean():.2f}", each) for mode, each in deviation.items()}, columns=1
+    )
+    axis.set(ylabel="distance, relative", title="The question's attention\nfrom full recompute")
+
+
+def _draw_by_layer(axis: Any, lines: dict[str, tuple[str, np.ndarray]], columns: int = 3) -> None:
+    """Draws a line for each mode, with its name, below a legend of so many columns."""
+    for mode, (name, by_layer) in lines.items():
         style = {"color": MODE_COLOURS[mode], "linestyle": MODE_LINES[mode]}
-        axis.plot(by_layer, "o", markersize=3, label=f"{mode}, mean {by_layer.mean():.2f}", **style)
-    axis.set(xlabel="layer", ylabel="distance, relative", title="The question's attention\nfrom full recompute")
-    _finish(axis)
-
-
-def _finish(axis: Any) -> None:
-    lines = axis.get_lines()
-    axis.set_ylim(0, 1.25 * max(axis.get_ylim()[1], 1e-6))  # room for the legend
-    axis.legend(fontsize="small", loc="upper right", ncols=len(lines))
+        axis.plot(by_layer, "o", markersize=3, label=name, **style)
+    legend_rows = -(-len(lines) // columns)
+    axis.set_ylim(0, (1.1 + 0.15 * legend_rows) * max(axis.get_ylim()[1], 1e-6))
+    axis.legend(fontsize="small", loc="upper right", ncols=columns)
+    axis.set_xlabel("layer")
     whole_numbers(axis.xaxis)
     axis.grid(alpha=0.3)

@@ -61,6 +61,14 @@ def test_nothing_leaves_the_picture(figures):
         assert box.y1 < figure.get_figheight() + 0.05
 
 
+def test_legends_lie_within_their_axes_above_the_lines(figures):
+    for axis in figures["attention"].axes[-2:]:
+        box, within = axis.get_legend().get_window_extent(), axis.get_window_extent()
+        assert within.x0 < box.x0 < box.x1 < within.x1
+        highest = max(line.get_ydata().max() for line in axis.get_lines())
+        assert axis.transData.transform((0, highest))[1] < box.y0
+
+
 def test_every_token_of_a_short_prompt_has_its_word_and_a_dot_where_it_was_recomputed():
     inspection = made_inspection()
     figure = inspection_figures(inspection)["deviation"]
