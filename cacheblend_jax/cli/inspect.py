@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,13 +86,14 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         prompt = prompt_of(chunks, question, model, parsed.system, parsed.template_arguments)
     else:
         chunks, prompt = asked(split(documents, model, parsed.chunk_tokens), question, model, parsed)
-    names = [f"{Path(chunk.source).name} {chunk.index}" for chunk in chunks]
     with ExitStack() as opened:
         store = opened.enter_context(open_store(parsed))
         if parsed.context == DOCUMENTS:
             context = remembered_sample(store, documents, model)
         engine = opened.enter_context(Engine(model, store, blend, context=context, kernels=parsed.kernels))
-        found = inspect(engine, prompt, chunk_names=names, max_new_tokens=parsed.max_new_tokens, progress=progress)
+        found = inspect(
+            engine, prompt, chunk_names=_names(chunks), max_new_tokens=parsed.max_new_tokens, progress=progress
+        )
         measured = measure_ratios(engine, prompt, parsed.selectors, parsed.ratios, progress=progress)
     print(inspection_table(found))
     _write(parsed, found, measured)
@@ -123,6 +126,13 @@ def _source(parsed: argparse.Namespace) -> tuple[str, list[Document], list[Chunk
 
     chunks = [Chunk(text, "chunk", number) for number, text in enumerate(EXAMPLE_CHUNKS)]
     return EXAMPLE_QUESTION, [Document("example", SEPARATOR.join(EXAMPLE_CHUNKS))], chunks
+
+
+def _names(chunks: Sequence[Chunk]) -> list[str]:
+    """Returns each chunk's file and number; of files that are called alike, with their directories."""
+    called = Counter(Path(source).name for source in {chunk.source for chunk in chunks})
+    files = [name if called[name := Path(chunk.source).name] == 1 else chunk.source for chunk in chunks]
+    return [f"{file} {chunk.index}" for file, chunk in zip(files, chunks, strict=True)]
 
 
 def _write(parsed: argparse.Namespace, found: Inspection, measured: Measured) -> None:

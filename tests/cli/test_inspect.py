@@ -11,6 +11,7 @@ from inspections import made_inspection
 
 from cacheblend_jax.cli import inspect as inspect_module
 from cacheblend_jax.cli.main import main
+from cacheblend_jax.documents import Chunk
 from cacheblend_jax.evaluation import inspection
 from cacheblend_jax.evaluation.demo import EXAMPLE_CHUNKS, EXAMPLE_QUESTION
 
@@ -78,6 +79,12 @@ def test_documents_are_those_that_ask_would_use(docs, inspected):
     assert len(prompt.chunks) == 2
     assert options["max_new_tokens"] == 5
     assert same_prompt == prompt
+
+
+def test_files_that_are_called_alike_are_told_apart():
+    sources = ["a/notes.md", "a/notes.md", "b/notes.md", "b/plan.md"]
+    chunks = [Chunk("text", source, number) for number, source in enumerate(sources)]
+    assert inspect_module._names(chunks) == ["a/notes.md 0", "a/notes.md 1", "b/notes.md 2", "plan.md 3"]
 
 
 def test_another_model_reads_the_example(inspected):
