@@ -22,10 +22,10 @@ def made_inspection(
     tokens = parts[-1].stop
     candidate = np.zeros(tokens, bool)
     candidate[3:-2] = True
-    recomputed = np.zeros((layers, tokens), bool)
-    recomputed[:, -2:] = True
-    recomputed[: CHECK_LAYER + 1, 3:] = True
-    recomputed[CHECK_LAYER + 1 :, 3:-2] = rng.random(tokens - 5) < 0.15
+    chosen = rng.random(tokens) < 0.15
+    last_layer = np.where(chosen, rng.integers(CHECK_LAYER + 1, layers, tokens), CHECK_LAYER)
+    last_layer[:3], last_layer[-2:] = -1, layers - 1  # the prefix is exact, the question forced
+    recomputed = np.arange(layers)[:, None] <= last_layer
     deviation = (rng.random((layers, tokens)) ** 4 * candidate).astype(np.float32)
     deviation[0] = 0
     between = np.tril(rng.random((layers - 1, len(parts), len(parts)))) / len(parts)
