@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="R",
-        help="with --plot, also draw quality against these ratios",
+        help="with --plot, also draw quality against these ratios; another option goes between them and the question",
     )
     parser.add_argument(
         "--selectors", nargs="+", default=["query", "hkvd", "random"], help="for --ratios (default: query hkvd random)"
