@@ -122,6 +122,7 @@ class Estimator:
         transfer: from host memory to the device.
         host_layers, device_layers: how many layers the streamed executor reads and transfers ahead.
         executor: the engine's setting.
+        host_streams: whether layers go from host memory to the device beside computation.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Estimator:
     host_layers: int
     device_layers: int
     executor: str = "auto"
+    host_streams: bool = False
 
     def load_s(self, chunks: Sequence[PlacedChunk], num_layers: int) -> float:
         """T_load of one layer of stored chunks."""
@@ -146,7 +148,7 @@ class Estimator:
 
     def executor_of(self, chunks: Sequence[PlacedChunk]) -> str:
         """Returns the executor of a prefill with these chunks; only a streamed one hides loading."""
-        return choose_executor(self.executor, [chunk.tier for chunk in chunks])
+        return choose_executor(self.executor, [chunk.tier for chunk in chunks], host_streams=self.host_streams)
 
     def ttft_s(self, plan: Plan, chunks: Sequence[PlacedChunk], layer_bytes: int) -> float:
         """Predicts the TTFT of a plan whose padded layers take `layer_bytes` (K and V)."""

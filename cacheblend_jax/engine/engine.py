@@ -37,6 +37,7 @@ from cacheblend_jax.engine.warmup import Sizes, compile_tasks, prompt_tasks, run
 from cacheblend_jax.errors import CacheBlendError, PromptError, is_whole_number
 from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
+from cacheblend_jax.runtime.link import Link
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore, Store
 
@@ -60,7 +61,8 @@ class Engine:
         length_buckets: sizes to pad lengths to, ascending. Few sizes mean few programs to compile, but more padding.
             `None`: many sizes, with at most 3.1 % padding above 1024 tokens.
         executor: `"resident"` (all cached KV on the device, one program), `"streamed"` (each layer's KV arrives
-            while others compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory.
+            while others compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory, or,
+            on a GPU or TPU, from host memory.
         prefetch_layers: while streaming, how many layers of cached KV may be on the device at a time.
         profile: what the controller estimates delays from: a `Profile` or its path; `None`: the profile that
             `calibrate` saved for this model, device and store, or else a quick estimate.
@@ -69,6 +71,8 @@ class Engine:
             GPU finds out, which takes up to a minute; the user's cache remembers it. `"xla"`: by XLA. `"pallas"`, or a
             kernel's name: by it wherever it can, unproven. The environment variable `PALLAS_KERNELS_IMPLEMENTATION`
             says what `"auto"` means.
+        link: the way from host memory to the model's devices: a `SimulatedLink` for planning with a machine that is not
+            at hand; `None`: the devices' own.
 
     Raises:
         CacheBlendError: unknown kernels, a check layer the model does not have, or another invalid argument.
@@ -87,6 +91,7 @@ class Engine:
         prefetch_layers: int = 2,
         profile: Profile | Path | str | None = None,
         kernels: str = "auto",
+        link: Link | None = None,
     ) -> None:
         if context_tokens is not None and not is_whole_number(context_tokens, least=0):
             raise CacheBlendError(
@@ -108,6 +113,7 @@ class Engine:
             buckets=self._buckets,
             tiers=self.store.tiers,
             context_embeddings=self._context.embeddings,
+            link=link,
         )
         to_device = self._executors.to_device if self._executors.uses_device_tier else None
         self._background = Background(self.store, self._executors.standalone, to_device)

@@ -22,13 +22,14 @@ from cacheblend_jax.blend.streamed import LayerSource, ShapeSource, layers_wante
 from cacheblend_jax.engine.chunk_lookup import label_for
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import READERS, load_all, place_chunk
+from cacheblend_jax.engine.loading import READERS, copiers, load_all, place_chunk
 from cacheblend_jax.engine.planner import EXECUTORS, choose_executor, empty_request
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.kv_cache import KVCache, abstract_cache, cache_shape
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.runtime.host_buffers import HostBuffers
+from cacheblend_jax.runtime.link import DeviceLink, Link
 from cacheblend_jax.runtime.programs import Prepared, shapes_of
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkEntry, DeviceEntry
@@ -63,10 +64,11 @@ class Executors:
 
     Args:
         setting: `"resident"` (all cached KV on the device, one program), `"streamed"` (each layer's KV arrives
-            while others compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory.
+            while others compute), or `"auto"`: see `choose_executor`.
         prefetch_layers: while streaming, how many layers of cached KV may be on the device at a time.
         tiers: those that the store may serve entries from.
         context_embeddings: of a fitted context, see `ChunkContext`.
+        link: the way from host memory to the devices; `None`: their own.
 
     Raises:
         CacheBlendError: an unknown executor, or a `prefetch_layers` that is not a positive whole number.
@@ -81,6 +83,7 @@ class Executors:
         buckets: Buckets = FINE_BUCKETS,
         tiers: Sequence[str] = ("host",),
         context_embeddings: np.ndarray | None = None,
+        link: Link | None = None,
     ) -> None:
         if setting not in EXECUTORS:
             raise CacheBlendError(f"unknown executor {setting!r}; expected one of {', '.join(EXECUTORS)}")
@@ -92,7 +95,9 @@ class Executors:
         self._model, self._buckets, self._tiers = model, buckets, tiers
         self._context_embeddings = context_embeddings
         self._shared_context: tuple[Hashable, KVCache] | None = None
-        self._buffers = HostBuffers(jnp.dtype(model.config.dtype))
+        self._link: Link = DeviceLink(model.placement) if link is None else link
+        self._buffers = HostBuffers(jnp.dtype(model.config.dtype), self._link.page_lock)
+        self._copiers = copiers() if self._link.is_hidden else 1  # a CPU device computes on the same cores
         self._readers = _reader_pool()
 
     # --- compiling: the loops below, run over shapes -----------------------------------------------------------------
@@ -119,7 +124,7 @@ class Executors:
         """Compiles a plan for the executor that runs it where its chunks come from these tiers; for any, where none."""
         loads = not plan.nothing_cached
         sources = [tiers] if tiers else [[tier] for tier in self._tiers]
-        for executor in {choose_executor(self.setting, source if loads else []) for source in sources}:
+        for executor in {self._choose(source if loads else []) for source in sources}:
             self._prepare_plan(plan, executor)
         if self.uses_device_tier and loads:
             self._prepare_placing(plan, buckets_up_to(small_bucket, plan.cache_length))
@@ -157,7 +162,10 @@ class Executors:
         self._model.runner.prepare(name, lambda run: self._standalone(run, no_tokens, 0, context, shared_tokens))
 
     def _executor(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> str:
-        return choose_executor(self.setting, [] if plan.nothing_cached else [chunk.tier for chunk in chunks])
+        return self._choose([] if plan.nothing_cached else [chunk.tier for chunk in chunks])
+
+    def _choose(self, tiers: Collection[str]) -> str:
+        return choose_executor(self.setting, tiers, host_streams=self.host_streams)
 
     def _prepare_plan(self, plan: Plan, executor: str) -> Prepared:
         return self._model.runner.prepare((plan, executor), partial(self._run_over_shapes, plan, executor))
@@ -258,7 +266,8 @@ class Executors:
         buffers = self._buffers.arrays((host_layers, *cache_shape(config, plan.cache_length)[1:]))
         began = time.perf_counter()
         layers = layers_wanted(plan, config.num_layers)
-        stream = LayerStream(chunks, layers, buffers, self.prefetch_layers, self._put, self._readers, trace)
+        put, threads = self._send, self._copiers
+        stream = LayerStream(chunks, layers, buffers, self.prefetch_layers, put, self._readers, trace, threads=threads)
         with stream:
             out = self._prefill_streamed(self._model.runner, plan, request, stream)
             next_token = int(out.next_token)
@@ -271,6 +280,11 @@ class Executors:
         """Ends the threads; a prefill that comes later starts new ones. Not while one is running."""
         self._readers.shutdown()
         self._readers = _reader_pool()
+
+    @property
+    def host_streams(self) -> bool:
+        """Whether layers go from host memory to the device beside computation."""
+        return self._link.is_hidden
 
     @property
     def host_layers(self) -> int:
@@ -291,9 +305,9 @@ class Executors:
         cached, began = None, time.perf_counter()
         if elsewhere or not chunks:
             k, v = self._buffers.arrays(cache_shape(self._model.config, plan.cache_length))
-            load_all(elsewhere, k, v, self._readers, trace)
+            load_all(elsewhere, k, v, self._readers, trace, threads=self._copiers)
             began = time.perf_counter()
-            cached = KVCache(*self._put((k, v)))
+            cached = KVCache(*self._send((k, v)))
         for chunk in chunks:
             if chunk.handle.device_entry is not None:
                 entry = chunk.handle.device_entry
@@ -350,13 +364,19 @@ class Executors:
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, self._model.placement)
 
+    def _send(self, tree: Any) -> Any:
+        """Puts stored KV on the device, over the link."""
+        return self._link.put(tree, self._model.placement)
+
 
 def _is_shared(context_tokens: int) -> bool:
     return context_tokens >= SHARED_CONTEXT
 
 
 def _reader_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(READERS, thread_name_prefix="cacheblend-read")  # each starts when it is needed
+    return ThreadPoolExecutor(
+        max(READERS, copiers()), thread_name_prefix="cacheblend-read"
+    )  # each starts when it is needed
 
 
 def _device_rows(chunks: Sequence[PlacedChunk]) -> set[int]:

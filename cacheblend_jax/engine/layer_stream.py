@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import abandon, read_into, submit_or_run
+from cacheblend_jax.engine.loading import abandon, read_share, shares, submit_or_run
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.kv_cache import LayerKV
 from cacheblend_jax.runtime.trace import Trace
@@ -22,10 +22,10 @@ from cacheblend_jax.runtime.trace import Trace
 class LayerStream:
     """Layers of cached KV on their way to the device, in the order in which they are wanted.
 
-    Reader threads fill the host buffers, as many layers ahead as there are buffers. A transfer thread copies layers to
-    the device, at most `device_layers` at a time. A third thread waits until the step that reads a layer is done, then
-    drops the layer from the device and has its host buffer filled again. The loop itself only waits for layers to
-    arrive.
+    Reader threads fill the host buffers, as many layers ahead as there are buffers. A transfer thread sends layers to
+    the device, at most `device_layers` at a time, and hands each to the loop as soon as it is on its way: the step that
+    reads it waits for it on the device. A third thread waits until that step is done, then drops the layer from the
+    device and has its host buffer filled again. The loop itself only waits for layers to be sent.
 
     Args:
         chunks: what to load, and where.
@@ -33,8 +33,9 @@ class LayerStream:
             still holds it.
         buffers: K and V on the host, each `[host_layers, keys, kv_heads, head_dim]`.
         device_layers: how many layers of cached KV may be on the device.
-        put: puts arrays on the device.
+        put: puts arrays on the device; they may still be on their way when it returns.
         readers: the pool of reader threads.
+        threads: how many of them copy within host memory at a time.
 
     Raises:
         CacheBlendError: a thread cannot be started; nothing is left running.
@@ -49,9 +50,12 @@ class LayerStream:
         put: Callable[[Any], Any],
         readers: Executor,
         trace: Trace | None = None,
+        *,
+        threads: int = 1,
     ) -> None:
         self.waited_s = 0.0
-        self._chunks, self._layers, self._buffers = chunks, layers, buffers
+        self._layers, self._buffers = layers, buffers
+        self._shares = shares(chunks, threads)
         self._put, self._trace, self._readers = put, trace, readers
         self._room = threading.Semaphore(device_layers)
         self._reads: dict[int, list[Future]] = {}
@@ -112,6 +116,7 @@ class LayerStream:
             if isinstance(arrived, LayerKV):
                 unused.append(arrived)
         for kv in unused:
+            jax.block_until_ready(kv)  # until then, its host buffer is being read
             _delete(kv)
 
     def __enter__(self) -> LayerStream:
@@ -127,8 +132,8 @@ class LayerStream:
     def _read(self, turn: int) -> None:
         (k, v), layer = self._slot(turn), self._layers[turn]
         reads = self._reads[turn] = list[Future]()
-        for chunk in self._chunks:
-            reads.append(submit_or_run(self._readers, read_into, chunk, layer, k, v, self._trace))
+        for share in self._shares:
+            reads.append(submit_or_run(self._readers, read_share, share, layer, k, v, self._trace))
 
     def _transfer(self) -> None:
         try:
@@ -140,8 +145,8 @@ class LayerStream:
                     future.result()
                 began = time.perf_counter()
                 on_device = LayerKV(*self._put(self._slot(turn)))
-                jax.block_until_ready(on_device)
-                if self._trace is not None:
+                if self._trace is not None:  # else the link need not rest until this thread has noticed its end
+                    jax.block_until_ready(on_device)
                     self._trace.add("transfer", f"layer {layer}", layer, began, time.perf_counter())
                 self._arrived.put(on_device)
         except BaseException as error:

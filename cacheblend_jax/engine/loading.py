@@ -6,11 +6,12 @@ the second, waiting for it, is `engine.layer_stream`; the third, a layer's prefi
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import is_slow
 
 READERS = 4  # reads at a time; a reader mostly waits for its tier
+MOST_COPIERS = 8  # threads that copy within memory: a few reach its bandwidth
+SHARE_BYTES = 2**20  # of a layer, at least, for each thread: handing over less costs more than it saves
 
 
 class LostChunkError(Exception):
@@ -34,15 +37,70 @@ class LostChunkError(Exception):
         self.key, self.tier = chunk.key, chunk.tier
 
 
-def read_into(chunk: PlacedChunk, layer: int, k: np.ndarray, v: np.ndarray, trace: Trace | None) -> None:
-    """Reads one layer of one chunk into its rows of `k` and `v`, each `[keys, kv_heads, head_dim]`.
+def copiers() -> int:
+    """Returns how many threads copy KV within host memory at a time: half of the processors, up to eight."""
+    return max(1, min(MOST_COPIERS, (os.cpu_count() or 1) // 2))
+
+
+class Piece(NamedTuple):
+    """Some of a chunk's rows: `first` to `stop`, counted from the chunk's first."""
+
+    chunk: PlacedChunk
+    first: int
+    stop: int
+
+
+def shares(chunks: Sequence[PlacedChunk], threads: int) -> list[list[Piece]]:
+    """Divides the reading of a layer into tasks.
+
+    A chunk of a slow tier is a task of its own. Those in memory are cut into as many equal shares as there are threads
+    to copy them, or fewer where a share would be small.
+    """
+    tasks, in_memory = [], []
+    for chunk in chunks:
+        whole = Piece(chunk, 0, chunk.num_tokens)
+        if is_slow(chunk.tier) or threads == 1:
+            tasks.append([whole])
+        else:
+            in_memory.append(whole)
+    if not in_memory:
+        return tasks
+    rows = sum(piece.stop for piece in in_memory)
+    layer_bytes = sum(piece.chunk.handle.num_bytes // piece.chunk.handle.num_layers for piece in in_memory)
+    count = max(1, min(threads, layer_bytes // SHARE_BYTES))
+    return tasks + _cut(in_memory, -(-rows // count))
+
+
+def _cut(pieces: Sequence[Piece], rows: int) -> list[list[Piece]]:
+    """Cuts pieces, in order, into lists of so many rows each; the last may have fewer."""
+    lists: list[list[Piece]] = [[]]
+    room = rows
+    for chunk, first, stop in pieces:
+        while first < stop:
+            if not room:
+                lists.append([])
+                room = rows
+            taken = min(room, stop - first)
+            lists[-1].append(Piece(chunk, first, first + taken))
+            first, room = first + taken, room - taken
+    return lists
+
+
+def read_share(share: Sequence[Piece], layer: int, k: np.ndarray, v: np.ndarray, trace: Trace | None) -> None:
+    """Reads one layer of some pieces into their rows of `k` and `v`, each `[keys, kv_heads, head_dim]`.
 
     Raises:
-        LostChunkError: it is damaged, its tier failed, or it is not this chunk's KV for this model.
+        LostChunkError: a chunk is damaged, its tier failed, or what is stored is not its KV for this model.
     """
+    for piece in share:
+        _read_piece(piece, layer, k, v, trace)
+
+
+def _read_piece(piece: Piece, layer: int, k: np.ndarray, v: np.ndarray, trace: Trace | None) -> None:
+    chunk, first, stop = piece
 
     def span(lane: str) -> AbstractContextManager[None]:
-        return nullcontext() if trace is None else trace.span(lane, f"layer {layer} at {chunk.start}", layer)
+        return nullcontext() if trace is None else trace.span(lane, f"layer {layer} at {chunk.start + first}", layer)
 
     try:
         with span(chunk.tier) if is_slow(chunk.tier) else nullcontext():
@@ -54,27 +112,36 @@ def read_into(chunk: PlacedChunk, layer: int, k: np.ndarray, v: np.ndarray, trac
             if (stored.shape, stored.dtype) != (rows.shape, rows.dtype):  # numpy would broadcast or cast it
                 wrong = f"stored as {stored.dtype}{list(stored.shape)}, expected {rows.dtype}{list(rows.shape)}"
                 raise LostChunkError(chunk, ValueError(wrong))
-            rows[:] = stored
+            rows[first:stop] = stored[first:stop]
 
 
 def load_all(
-    chunks: Sequence[PlacedChunk], k: np.ndarray, v: np.ndarray, readers: Executor, trace: Trace | None = None
+    chunks: Sequence[PlacedChunk],
+    k: np.ndarray,
+    v: np.ndarray,
+    readers: Executor,
+    trace: Trace | None = None,
+    *,
+    threads: int = 1,
 ) -> None:
     """Reads every layer of the chunks into `k` and `v`, each `[layers, keys, kv_heads, head_dim]`.
+
+    Args:
+        threads: how many of the readers copy within memory at a time.
 
     Raises:
         LostChunkError: a chunk is damaged or its tier failed.
     """
-    slow = any(is_slow(chunk.tier) for chunk in chunks)
-    reads = [(chunk, layer, k[layer], v[layer], trace) for layer in range(len(k)) for chunk in chunks]
-    if not slow:  # copies within memory: threads would cost more than they save
+    tasks = shares(chunks, threads)
+    reads = [(share, layer, k[layer], v[layer], trace) for layer in range(len(k)) for share in tasks]
+    if threads == 1 and not any(is_slow(chunk.tier) for chunk in chunks):
         for read in reads:
-            read_into(*read)
+            read_share(*read)
         return
     futures: list[Future] = []
     try:
         for read in reads:
-            futures.append(submit_or_run(readers, read_into, *read))
+            futures.append(submit_or_run(readers, read_share, *read))
         for future in futures:
             future.result()
     finally:

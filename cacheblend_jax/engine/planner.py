@@ -27,14 +27,19 @@ from cacheblend_jax.store import is_slow
 EXECUTORS = ("auto", "resident", "streamed")
 
 
-def choose_executor(setting: str, tiers: Collection[str]) -> str:
+def choose_executor(setting: str, tiers: Collection[str], *, host_streams: bool) -> str:
     """Returns the executor of a prefill that loads from these tiers; only this function decides it.
 
-    Where nothing is loaded there is nothing to stream. `"auto"` streams where a tier is slower than host memory.
+    Where nothing is loaded there is nothing to stream. `"auto"` streams where a tier is slower than host memory, and
+    from there, too, where the link to the device runs beside computation.
+
+    Args:
+        host_streams: whether it does (`runtime.link.Link.is_hidden`).
     """
     if not tiers or setting == "resident":
         return "resident"
-    return "streamed" if setting == "streamed" or any(map(is_slow, tiers)) else "resident"
+    streams = any(is_slow(tier) or (tier == "host" and host_streams) for tier in tiers)
+    return "streamed" if setting == "streamed" or streams else "resident"
 
 
 @dataclass(frozen=True)

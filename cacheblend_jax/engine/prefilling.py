@@ -170,7 +170,13 @@ class Prefiller:
             profile, name = profile_for(self._model, self._store.directory, self._profile)
             ahead = (self._executors.host_layers, self._executors.prefetch_layers)
             self._estimator = Estimator(
-                name, profile.compute, profile.tiers, profile.transfer, *ahead, executor=self._executors.setting
+                name,
+                profile.compute,
+                profile.tiers,
+                profile.transfer,
+                *ahead,
+                executor=self._executors.setting,
+                host_streams=self._executors.host_streams,
             )
         return self._estimator
 

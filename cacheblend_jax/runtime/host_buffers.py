@@ -1,16 +1,23 @@
-"""Host buffers that a CPU device can take over without a copy, and that are reused from request to request."""
+"""Host buffers that devices read without a copy in between, and that are reused from request to request.
+
+A CPU device takes them over as they are; others read them by themselves where they are page-locked.
+"""
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 
 import numpy as np
 
-ALIGNMENT = 64  # bytes; XLA's CPU client requires it of a buffer that it uses in place
+from cacheblend_jax.runtime.link import PageLock
+
+ALIGNMENT = 4096  # bytes: page-locking is by pages; XLA's CPU client wants 64 of a buffer that it uses in place
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns an uninitialised array whose first byte is aligned to 64 bytes."""
+    """Returns an uninitialised array whose first byte is aligned to a page."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT
@@ -22,15 +29,35 @@ class HostBuffers:
 
     Rows that a request does not write hold what an earlier one left there (at first zeros): finite values that never
     reach a result.
+
+    Args:
+        page_lock: page-locks a buffer; returns `None` where it cannot.
     """
 
-    def __init__(self, dtype: np.dtype) -> None:
+    def __init__(self, dtype: np.dtype, page_lock: Callable[[np.ndarray], PageLock | None] = lambda _: None) -> None:
         self._k, self._v = (aligned_empty((0,), dtype) for _ in range(2))
+        self._page_lock = page_lock
+        self._locks: list[PageLock | None] = []
+        self._growing = threading.Lock()
+
+    @property
+    def is_page_locked(self) -> bool:
+        """Whether devices read both buffers by themselves."""
+        return bool(self._locks) and None not in self._locks
 
     def arrays(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the buffers of K and V, aligned so that a CPU device takes them over without a copy."""
+        """Returns the buffers of K and V, of that shape. Nothing may be on its way from those returned before."""
         size = math.prod(shape)
-        if self._k.size < size:
-            self._k, self._v = (aligned_empty((size,), self._k.dtype) for _ in range(2))
-            self._k[:] = self._v[:] = 0
-        return self._k[:size].reshape(shape), self._v[:size].reshape(shape)
+        with self._growing:
+            if self._k.size < size:
+                self._release()
+                self._k, self._v = (aligned_empty((size,), self._k.dtype) for _ in range(2))
+                self._k[:] = self._v[:] = 0
+                self._locks = [self._page_lock(buffer) for buffer in (self._k, self._v)]
+            return self._k[:size].reshape(shape), self._v[:size].reshape(shape)
+
+    def _release(self) -> None:
+        for lock in self._locks:
+            if lock is not None:
+                lock.release()
+        self._locks = []

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 
 from etils import epath
 
-from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.runtime.throttle import Throttle
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
 from cacheblend_jax.store.protocol import Store
 from cacheblend_jax.store.stats import StoreStats
@@ -42,17 +41,11 @@ class ThrottledStore:
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        if not 0 < bytes_per_s < float("inf"):
-            raise CacheBlendError(f"bytes_per_s must be positive and finite, got {bytes_per_s!r}")
-        if not 0 <= latency_s < float("inf"):
-            raise CacheBlendError(f"latency_s must be at least 0 and finite, got {latency_s!r}")
+        self._throttle = Throttle(bytes_per_s, latency_s, clock=clock, sleep=sleep)
         self.wrapped = store
         self.bytes_per_s = bytes_per_s
         self.latency_s = latency_s
         self.tier = tier
-        self._clock, self._sleep = clock, sleep
-        self._free_at = float("-inf")
-        self._lock = threading.Lock()
 
     @property
     def salt(self) -> str:
@@ -133,11 +126,7 @@ class ThrottledStore:
 
     def wait_for(self, num_bytes: int) -> None:
         """Waits as long as a read of `num_bytes` takes, behind the reads that came before."""
-        with self._lock:
-            began = max(self._clock() + self.latency_s, self._free_at)
-            self._free_at = ends = began + num_bytes / self.bytes_per_s
-        if (seconds := ends - self._clock()) > 0:
-            self._sleep(seconds)
+        self._throttle.wait_for(num_bytes)
 
     def __contains__(self, key: object) -> bool:
         return key in self.wrapped

@@ -15,9 +15,10 @@ from conftest import FAMILIES, HF, TWO_STAGES, family_model, random_prompt, rela
 import cacheblend_jax as cb
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import LostChunkError, load_all
+from cacheblend_jax.engine.loading import LostChunkError, load_all, shares
 from cacheblend_jax.model import LayerKV
 from cacheblend_jax.runtime.host_buffers import HostBuffers
+from cacheblend_jax.runtime.link import SimulatedLink
 
 SELECTORS = sorted(set(cb.SELECTORS) - {"oracle"})
 CASES = [(family, "hkvd", 0.1) for family in FAMILIES]
@@ -95,6 +96,31 @@ def test_auto_streams_what_comes_from_a_slow_tier():
         assert engine.prefill(prompt, "full").stats.executor == "resident"
     with cb.Engine(model, cb.store.ThrottledStore(store, 1e12), TWO_STAGES, executor="resident") as engine:
         assert engine.prefill(prompt).stats.executor == "resident"
+
+
+def test_auto_streams_from_host_memory_where_the_link_is_hidden():
+    store, model, prompt = cb.ChunkStore(), family_model("llama3"), random_prompt(5)
+    link = SimulatedLink(1e12)
+    with cb.Engine(model, store, TWO_STAGES) as at_hand, cb.Engine(model, store, TWO_STAGES, link=link) as engine:
+        engine.precompute(prompt)
+        assert_same(engine.prefill(prompt), at_hand.prefill(prompt))
+        assert engine.prefill(prompt, "full").stats.executor == "resident"
+        assert engine.estimator().host_streams
+        assert not at_hand.estimator().host_streams
+        engine.warmup(128, prefix_tokens=9, suffix_tokens=7)
+        assert engine.prefill(prompt).stats.compile_s == 0
+
+
+def test_stored_kv_alone_goes_over_the_link(monkeypatch):
+    model, prompt, sent = family_model("llama3"), random_prompt(5), []
+    for executor in ("streamed", "resident"):
+        link = SimulatedLink(1e12)
+        monkeypatch.setattr(link._throttle, "wait_for", sent.append)
+        with cb.Engine(model, cb.ChunkStore(), TWO_STAGES, executor=executor, link=link) as engine:
+            engine.precompute(prompt)
+            cache = engine.prefill(prompt).padded_cache
+            assert sum(sent) == cache.k.nbytes + cache.v.nbytes
+            sent.clear()
 
 
 def test_nothing_compiles_for_another_prompt_of_the_bucket_and_ratios_share_programs():
@@ -316,6 +342,39 @@ class Rows:
 def placed(chunk, start):
     ids = np.zeros(chunk.num_tokens, np.int32)
     return PlacedChunk("key", "", ids[:0], ids, start, stored=chunk)
+
+
+def in_memory(tokens, megabytes, tier="host"):
+    chunk = Rows(tokens)
+    chunk.tier, chunk.num_bytes = tier, chunk.num_layers * megabytes * 2**20
+    return chunk
+
+
+def test_what_is_in_memory_is_cut_into_equal_shares_and_every_row_is_in_one():
+    chunks = [placed(in_memory(tokens, tokens), start) for tokens, start in ((3, 0), (10, 3), (4, 13))]
+    parts = shares(chunks, 4)
+    assert [sum(piece.stop - piece.first for piece in part) for part in parts] == [5, 5, 5, 2]
+    rows = [piece.chunk.start + row for part in parts for piece in part for row in range(piece.first, piece.stop)]
+    assert rows == list(range(17))
+
+
+def test_little_is_not_cut_and_a_slow_tiers_chunk_is_read_at_once():
+    small, slow = placed(in_memory(9, 1), 0), placed(in_memory(9, 50, "disk"), 9)
+    parts = shares([slow, small, small], 8)
+    assert [[(piece.first, piece.stop) for piece in part] for part in parts] == [[(0, 9)], [(0, 9)], [(0, 9)]]
+    assert parts[0][0].chunk is slow
+    few = shares([placed(in_memory(9, 1), 0), placed(in_memory(2, 0), 9)], 8)
+    assert [[(piece.first, piece.stop) for piece in part] for part in few] == [[(0, 9), (0, 2)]]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_shares_copy_what_one_thread_would(readers, threads):
+    k = np.zeros((7, 16, 1, 2), np.float32)
+    v = k.copy()
+    load_all([placed(in_memory(4, 40), 2), placed(in_memory(7, 40), 8)], k, v, readers, threads=threads)
+    np.testing.assert_array_equal(k[:, 2:6], np.broadcast_to(np.arange(7)[:, None, None, None], (7, 4, 1, 2)))
+    np.testing.assert_array_equal(v[:, 8:15], -np.broadcast_to(np.arange(7)[:, None, None, None], (7, 7, 1, 2)))
+    assert not k[:, [0, 1, 6, 7, 15]].any()
 
 
 @pytest.fixture
