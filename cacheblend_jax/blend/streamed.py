@@ -7,15 +7,14 @@ index is traced, and one for each border between stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float
 
-from cacheblend_jax.blend.layer_step import PromptSequence
+from cacheblend_jax.blend.layer_step import HostOrDevice, PromptSequence
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import (
     ActiveRows,
@@ -73,9 +72,10 @@ def prefill_streamed(
     run: Callable[..., Any],
     params: Params,
     request: Request,
-    keep: np.ndarray,
+    keep: Sequence[HostOrDevice],
     sequence: PromptSequence,
     stream: LayerSource,
+    indices: Sequence[HostOrDevice],
     *,
     config: ModelConfig,
     plan: Plan,
@@ -84,8 +84,10 @@ def prefill_streamed(
 
     Args:
         run: `run(function, *arrays, **static)` runs a step as a program (`runtime.programs.Runner`).
-        request: on the device, as `sequence` is.
-        keep: the request's `keep`, int32 `[borders]`, on the host.
+        request: on the device, as `sequence` is. No step may bring the device a number from the host: it would go there
+            behind the layers on their way, and the step would wait for all of them.
+        keep: the request's `keep`, int32, each by itself.
+        indices: the layers' numbers, int32, each by itself.
 
     Returns what the resident executor does, to float tolerance.
 
@@ -97,19 +99,20 @@ def prefill_streamed(
     active, blended = step(begin, params, request, sequence)
     mass = None
     if plan.needs("question_mass"):
-        mass = _question_mass(run, params, request, active, sequence, stream, config)
+        mass = _question_mass(run, params, request, active, sequence, stream, indices, config)
     signals = run(token_signals, request, mass)
     stage_positions = []
     for number, stage in enumerate(plan.stages):
         stage_positions.append(active.rows.positions)
         for layer in range(stage.first, stage.border):
-            at_layer = (params.only_layer(layer), active, stream.next(), blended, sequence, np.int32(layer))
+            at_layer = (params.only_layer(layer), active, stream.next(), blended, sequence, indices[layer])
             if number == 0 and layer == stage.border - 1 and plan.needs("cross_mass"):
                 active, blended, signals = in_place(cross_mass_layer, *at_layer, signals, request.context_length)
             else:
                 active, blended = in_place(plain_layer, *at_layer)
             stream.used_until(active.rows.hidden)
-        at_border = (params.only_layer(stage.border), active, stream.next(), blended, sequence, np.int32(stage.border))
+        index = indices[stage.border]
+        at_border = (params.only_layer(stage.border), active, stream.next(), blended, sequence, index)
         if stage is plan.stages[-1]:
             logits, next_token, blended = in_place(last_layer, *at_border)
             stream.used_until(next_token)
@@ -127,6 +130,7 @@ def _question_mass(
     active: ActiveRows,
     sequence: PromptSequence,
     stream: LayerSource,
+    indices: Sequence[HostOrDevice],
     config: ModelConfig,
 ) -> Float[Array, " keys"] | jax.ShapeDtypeStruct:
     rows, mass = run(begin_question_pass, request, active, sequence)
@@ -140,7 +144,7 @@ def _question_mass(
             cached,
             request.is_question,
             sequence,
-            np.int32(layer),
+            indices[layer],
             config=config,
         )
         stream.used_until(mass)

@@ -88,7 +88,7 @@ class Engine:
         context: TextOrIds | FittedContext | None = None,
         length_buckets: Sequence[int] | None = None,
         executor: str = "auto",
-        prefetch_layers: int = 2,
+        prefetch_layers: int = 4,
         profile: Profile | Path | str | None = None,
         kernels: str = "auto",
         link: Link | None = None,

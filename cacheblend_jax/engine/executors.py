@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -178,7 +178,7 @@ class Executors:
             self._prefill_resident(run, plan, request, None if plan.nothing_cached else stack)
         else:
             layer = shapes_of(jax.eval_shape(lambda kv: kv.layer(0), stack), model.placement)
-            self._prefill_streamed(run, plan, request, ShapeSource(layer))
+            self._prefill_streamed(run, plan, self._streamed_inputs(plan, request), ShapeSource(layer))
 
     def _prepare_placing(self, plan: Plan, sizes: Iterable[int]) -> list[Prepared]:
         """Compiles the programs that place chunks already on the device, for each number of rows in `sizes`."""
@@ -202,11 +202,24 @@ class Executors:
         return run(prefill, model.params, request, cached, sequence, donate=donate, config=model.config, plan=plan)
 
     def _prefill_streamed(
-        self, run: Callable[..., Any], plan: Plan, request: Request, layers: LayerSource
+        self,
+        run: Callable[..., Any],
+        plan: Plan,
+        inputs: tuple[Request, list[jax.Array], PromptSequence],
+        layers: LayerSource,
     ) -> Prefilled:
-        model, on_device, keep = self._model, self._put(request), np.asarray(request.keep)
-        sequence = self._sequence(on_device.length, plan.cache_length)
-        return prefill_streamed(run, model.params, on_device, keep, sequence, layers, config=model.config, plan=plan)
+        model, (request, keep, sequence) = self._model, inputs
+        loop = run, model.params, request, keep, sequence, layers, self._layer_indices
+        return prefill_streamed(*loop, config=model.config, plan=plan)
+
+    def _streamed_inputs(self, plan: Plan, request: Request) -> tuple[Request, list[jax.Array], PromptSequence]:
+        """Returns the request, its `keep`, and the prompt's sequence, on the device."""
+        on_device, keep = self._put((request, list(np.asarray(request.keep))))
+        return on_device, keep, self._sequence(on_device.length, plan.cache_length)
+
+    @cached_property
+    def _layer_indices(self) -> list[jax.Array]:
+        return self._put([np.int32(layer) for layer in range(self._model.config.num_layers)])
 
     def _standalone(
         self,
@@ -265,11 +278,23 @@ class Executors:
         host_layers = config.num_layers if plan.needs("question_mass") else self.host_layers  # no layer is read twice
         buffers = self._buffers.arrays((host_layers, *cache_shape(config, plan.cache_length)[1:]))
         began = time.perf_counter()
+        inputs = self._streamed_inputs(plan, request)  # they would wait behind the layers
         layers = layers_wanted(plan, config.num_layers)
-        put, threads = self._send, self._copiers
-        stream = LayerStream(chunks, layers, buffers, self.prefetch_layers, put, self._readers, trace, threads=threads)
+        # One layer is being read, and one waits for its step: the others may be sent before the next step.
+        ahead = max(self.prefetch_layers - 2, min(1, self.prefetch_layers - 1)) if self._link.is_ordered else 0
+        stream = LayerStream(
+            chunks,
+            layers,
+            buffers,
+            self.prefetch_layers,
+            self._send,
+            self._readers,
+            trace,
+            threads=self._copiers,
+            sent_ahead=ahead,
+        )
         with stream:
-            out = self._prefill_streamed(self._model.runner, plan, request, stream)
+            out = self._prefill_streamed(self._model.runner, plan, inputs, stream)
             next_token = int(out.next_token)
             ended = time.perf_counter()
         layer_bytes = sum(buffer[0].nbytes for buffer in buffers)

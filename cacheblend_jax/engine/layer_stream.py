@@ -5,8 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -17,15 +19,20 @@ from cacheblend_jax.engine.loading import abandon, read_share, shares, submit_or
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.kv_cache import LayerKV
 from cacheblend_jax.runtime.trace import Trace
+from cacheblend_jax.store import is_slow
 
 
 class LayerStream:
     """Layers of cached KV on their way to the device, in the order in which they are wanted.
 
     Reader threads fill the host buffers, as many layers ahead as there are buffers. A transfer thread sends layers to
-    the device, at most `device_layers` at a time, and hands each to the loop as soon as it is on its way: the step that
-    reads it waits for it on the device. A third thread waits until that step is done, then drops the layer from the
-    device and has its host buffer filled again. The loop itself only waits for layers to be sent.
+    the device, at most `device_layers` at a time, and hands each to the loop while it may still be on its way: the step
+    that reads it waits for it on the device. A third thread waits until that step is done, then drops the layer from
+    the device and has its host buffer filled again. The loop itself only waits for layers to be sent.
+
+    On a GPU, a transfer waits for all programs that were dispatched before it (its memory may be theirs until then). So
+    `sent_ahead` further layers are sent before one is handed over: their transfers run beside its step. A layer that
+    comes from a slow tier is not waited for.
 
     Args:
         chunks: what to load, and where.
@@ -36,6 +43,7 @@ class LayerStream:
         put: puts arrays on the device; they may still be on their way when it returns.
         readers: the pool of reader threads.
         threads: how many of them copy within host memory at a time.
+        sent_ahead: how many layers more are sent before one is handed over; less than `device_layers`.
 
     Raises:
         CacheBlendError: a thread cannot be started; nothing is left running.
@@ -52,8 +60,10 @@ class LayerStream:
         trace: Trace | None = None,
         *,
         threads: int = 1,
+        sent_ahead: int = 0,
     ) -> None:
         self.waited_s = 0.0
+        self._sent_ahead, self._is_slow = sent_ahead, any(is_slow(chunk.tier) for chunk in chunks)
         self._layers, self._buffers = layers, buffers
         self._shares = shares(chunks, threads)
         self._put, self._trace, self._readers = put, trace, readers
@@ -61,6 +71,7 @@ class LayerStream:
         self._reads: dict[int, list[Future]] = {}
         self._arrived: queue.SimpleQueue[LayerKV | BaseException] = queue.SimpleQueue()
         self._in_use: queue.SimpleQueue[tuple[int, LayerKV, jax.Array, float] | None] = queue.SimpleQueue()
+        self._on_the_way: queue.SimpleQueue[tuple[int, LayerKV, float] | None] = queue.SimpleQueue()
         self._closed = False
         self._current: LayerKV | None = None
         self._turn = -1
@@ -68,7 +79,7 @@ class LayerStream:
         try:
             for turn in range(min(len(buffers[0]), len(layers))):
                 self._read(turn)
-            for lane in (self._transfer, self._release):
+            for lane in (self._transfer, self._release, *(() if trace is None else (self._watch,))):
                 thread = threading.Thread(target=lane, name="cacheblend-lane")
                 thread.start()
                 self._lanes.append(thread)
@@ -107,6 +118,7 @@ class LayerStream:
         self._closed = True
         self._in_use.put(None)
         self._room.release()
+        self._on_the_way.put(None)
         for lane in self._lanes:
             lane.join()
         abandon([future for reads in self._reads.values() for future in reads])
@@ -136,21 +148,54 @@ class LayerStream:
             reads.append(submit_or_run(self._readers, read_share, share, layer, k, v, self._trace))
 
     def _transfer(self) -> None:
+        sent: deque[LayerKV] = deque()  # and not handed over yet
         try:
             for turn, layer in enumerate(self._layers):
+                if self._is_slow and not self._is_read(turn):
+                    self._hand_over(sent, keep=0)
                 self._room.acquire()
                 if self._closed:
-                    return
-                for future in self._reads.get(turn, ()):  # none: the buffer holds the layer from an earlier turn
+                    break
+                for future in self._reads.get(turn, ()):  # begun before there was room, if they had to begin
                     future.result()
-                began = time.perf_counter()
-                on_device = LayerKV(*self._put(self._slot(turn)))
-                if self._trace is not None:  # else the link need not rest until this thread has noticed its end
-                    jax.block_until_ready(on_device)
-                    self._trace.add("transfer", f"layer {layer}", layer, began, time.perf_counter())
-                self._arrived.put(on_device)
+                sent.append(self._send(turn, layer))
+                self._hand_over(sent, keep=self._sent_ahead)
+            self._hand_over(sent, keep=0)
         except BaseException as error:
+            self._hand_over(sent, keep=0)
             self._arrived.put(error)
+
+    def _is_held(self, turn: int) -> bool:
+        """Whether a turn's buffer holds its layer from an earlier turn."""
+        before = turn - len(self._buffers[0])
+        return before >= 0 and self._layers[before] == self._layers[turn]
+
+    def _is_read(self, turn: int) -> bool:
+        reads = self._reads.get(turn)
+        return self._is_held(turn) if reads is None else all(future.done() for future in reads)
+
+    def _hand_over(self, sent: deque[LayerKV], keep: int) -> None:
+        """Hands sent layers to the loop, all but the latest `keep`."""
+        while len(sent) > keep:
+            self._arrived.put(sent.popleft())
+
+    def _send(self, turn: int, layer: int) -> LayerKV:
+        began = time.perf_counter()
+        on_device = LayerKV(*self._put(self._slot(turn)))
+        if self._trace is not None:
+            self._on_the_way.put((layer, on_device, began))
+        return on_device
+
+    def _watch(self) -> None:
+        """Traces transfers, on a thread of its own: the link does not rest until their ends have been noticed."""
+        free_at = 0.0
+        while (sent := self._on_the_way.get()) is not None:
+            layer, kv, began = sent
+            with suppress(RuntimeError, ValueError):  # its step is done already, and it has been dropped
+                jax.block_until_ready(kv)
+            began, free_at = max(began, free_at), time.perf_counter()
+            if self._trace is not None:
+                self._trace.add("transfer", f"layer {layer}", layer, began, free_at)
 
     def _release(self) -> None:
         free_at = 0.0
@@ -164,7 +209,7 @@ class LayerStream:
                     self._trace.add("compute", f"layer {layer}", layer, began, free_at)
                 _delete(kv)
                 again = turn + len(self._buffers[0])
-                if again < len(self._layers) and self._layers[again] != self._layers[turn] and not self._closed:
+                if again < len(self._layers) and not self._is_held(again) and not self._closed:
                     self._read(again)
                 self._room.release()
         except BaseException as error:

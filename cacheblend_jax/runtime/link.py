@@ -23,9 +23,11 @@ class Link(Protocol):
 
     Attributes:
         is_hidden: whether transfers run beside computation, so that layers are worth sending one by one.
+        is_ordered: whether a transfer waits for the programs that were dispatched before it.
     """
 
     is_hidden: bool
+    is_ordered: bool
 
     def put(self, tree: Any, placement: jax.sharding.Sharding) -> Any:
         """Puts arrays on the devices; they may still be on their way when this returns."""
@@ -39,7 +41,7 @@ class DeviceLink:
 
     def __init__(self, placement: jax.sharding.Sharding) -> None:
         device: Any = next(iter(placement.device_set))
-        self.is_hidden = device.platform != "cpu"
+        self.is_hidden = self.is_ordered = device.platform != "cpu"
         self._client = device.client
 
     def put(self, tree: Any, placement: jax.sharding.Sharding) -> Any:
@@ -71,6 +73,7 @@ class SimulatedLink:
     """
 
     is_hidden = True
+    is_ordered = False  # `put` returns when the bytes have arrived
 
     def __init__(
         self,

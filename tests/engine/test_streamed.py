@@ -443,6 +443,81 @@ def test_no_layer_arrives_beyond_the_bound_until_one_is_released(readers):
         assert arrived.wait(60)
 
 
+class Order:
+    """Notes when layers are sent and handed over; steps end when they are told to."""
+
+    def __init__(self, chunk, readers, device_layers, sent_ahead) -> None:
+        self.sent: list[int] = []
+        self.all_sent = threading.Semaphore(0)
+        buffers = HostBuffers(np.dtype(np.float32)).arrays((8, 16, 1, 2))
+        how = {"sent_ahead": sent_ahead}
+        self.stream = LayerStream([placed(chunk, 2)], range(7), buffers, device_layers, self.put, readers, **how)
+
+    def put(self, kv):
+        self.sent.append(int(kv[0][2, 0, 0]))
+        self.all_sent.release()
+        return jax.device_put([x.copy() for x in kv])
+
+    def wait_for(self, count) -> list[int]:
+        for _ in range(count):
+            assert self.all_sent.acquire(timeout=60)
+        return self.sent
+
+
+def test_later_layers_are_sent_before_a_step_is_dispatched(readers):
+    order = Order(Rows(4), readers, device_layers=4, sent_ahead=2)
+    with order.stream as stream:
+        stream.next()
+        assert order.wait_for(3)[:3] == [0, 1, 2]
+        stream.next()  # needs layer 3, for which there is room
+        assert order.wait_for(1) == [0, 1, 2, 3]
+        for layer in range(2, 7):
+            stream.used_until(jax.numpy.zeros(()))  # of the layer before: makes room for the next
+            assert int(stream.next().k[2, 0, 0]) == layer
+            assert order.sent[-1] == min(layer + 2, 6)
+        stream.used_until(jax.numpy.zeros(()))
+
+
+def test_a_slow_tiers_next_layer_is_not_waited_for(readers):
+    chunk, arrived = Rows(4), threading.Event()
+    chunk.tier, read = "disk", chunk.read_layer
+
+    def read_layer(layer):
+        if layer == 1:
+            assert arrived.wait(60)
+        return read(layer)
+
+    chunk.read_layer = read_layer
+    order = Order(chunk, readers, device_layers=4, sent_ahead=2)
+    with order.stream as stream:
+        assert int(stream.next().k[2, 0, 0]) == 0
+        assert order.sent == [0]
+        arrived.set()
+        stream.used_until(jax.numpy.zeros(()))
+        for _ in range(6):
+            stream.next()
+            stream.used_until(jax.numpy.zeros(()))
+
+
+def test_steps_take_no_number_from_the_host(monkeypatch):
+    """It would reach the device behind the layers on their way."""
+    _, streamed = engines(family_model("qwen2"), cb.BlendConfig(0.3, "query", num_stages=2))
+    prompt = random_prompt(3)
+    streamed.precompute(prompt)
+    streamed.prefill(prompt)
+    model, arrays = streamed.model, []
+    run = type(model.runner).__call__
+
+    def spy(runner, function, *given, **options):
+        arrays.extend(jax.tree.leaves(given))
+        return run(runner, function, *given, **options)
+
+    monkeypatch.setattr(type(model.runner), "__call__", spy)
+    streamed.prefill(prompt)
+    assert arrays
+    assert all(isinstance(leaf, jax.Array) for leaf in arrays)
+
+
 def test_a_loss_reaches_the_loop_after_the_layers_before_it_and_nothing_is_left_running(readers):
     with stream_of(Rows(4, fail_at=3), range(6), readers) as stream:
         for layer in range(3):
