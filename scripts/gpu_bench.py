@@ -29,6 +29,7 @@ from cacheblend_jax.evaluation.shapes import SHAPES
 from pallas_kernels.dispatch import current_target
 from pallas_kernels.proving.processes import ended
 from pallas_kernels.proving.trial import first_line
+from scripts.bench_parts import link as delivery
 from scripts.bench_parts import models, operations
 from scripts.bench_parts.timing import Row
 
@@ -48,6 +49,7 @@ PARTS = {
     "blend_kv": Part(operations.blending),
     "model": Part(models.model, ("shapes", "lengths", "kernels")),
     "stages": Part(models.stages, ("shapes", "lengths", "kernels")),
+    "link": Part(delivery.link, ("shapes", "lengths", "kernels")),
     "torch": Part(models.torch, ("shapes",)),
     "sweep": Part(operations.sweep),
 }

@@ -73,6 +73,9 @@ class Engine:
             says what `"auto"` means.
         link: the way from host memory to the model's devices: a `SimulatedLink` for planning with a machine that is not
             at hand; `None`: the devices' own.
+        kept_bytes: device memory for stored KV that stays there after a streamed prefill, for prompts with the same
+            chunks at the same places; `None`: on a GPU or TPU, a quarter of what is free. It gives way where a prefill
+            lacks memory.
 
     Raises:
         CacheBlendError: unknown kernels, a check layer the model does not have, or another invalid argument.
@@ -92,6 +95,7 @@ class Engine:
         profile: Profile | Path | str | None = None,
         kernels: str = "auto",
         link: Link | None = None,
+        kept_bytes: int | None = None,
     ) -> None:
         if context_tokens is not None and not is_whole_number(context_tokens, least=0):
             raise CacheBlendError(
@@ -114,6 +118,7 @@ class Engine:
             tiers=self.store.tiers,
             context_embeddings=self._context.embeddings,
             link=link,
+            kept_bytes=kept_bytes,
         )
         to_device = self._executors.to_device if self._executors.uses_device_tier else None
         self._background = Background(self.store, self._executors.standalone, to_device)

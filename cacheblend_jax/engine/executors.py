@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, small_bucket
@@ -18,22 +17,24 @@ from cacheblend_jax.blend.layer_step import PromptSequence, blends_in_place
 from cacheblend_jax.blend.resident import prefill, standalone
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import Prefilled, Request
-from cacheblend_jax.blend.streamed import LayerSource, ShapeSource, layers_wanted, prefill_streamed
+from cacheblend_jax.blend.streamed import LayerSource, ShapeSource, prefill_streamed
 from cacheblend_jax.engine.chunk_lookup import label_for
-from cacheblend_jax.engine.layer_stream import LayerStream
+from cacheblend_jax.engine.delivery import Delivery
+from cacheblend_jax.engine.device_layers import is_exhausted
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import READERS, copiers, load_all, place_chunk
+from cacheblend_jax.engine.loading import place_chunk
 from cacheblend_jax.engine.planner import EXECUTORS, choose_executor, empty_request
-from cacheblend_jax.errors import CacheBlendError, is_whole_number
-from cacheblend_jax.model.kv_cache import KVCache, abstract_cache, cache_shape
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model.kv_cache import KVCache, abstract_cache
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
-from cacheblend_jax.runtime.host_buffers import HostBuffers
-from cacheblend_jax.runtime.link import DeviceLink, Link
+from cacheblend_jax.runtime.link import Link
 from cacheblend_jax.runtime.programs import Prepared, shapes_of
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkEntry, DeviceEntry
 
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 # Tokens. A shorter context is computed anew with each chunk: that is faster than blending its KV in.
 SHARED_CONTEXT = 64
 
@@ -65,10 +66,9 @@ class Executors:
     Args:
         setting: `"resident"` (all cached KV on the device, one program), `"streamed"` (each layer's KV arrives
             while others compute), or `"auto"`: see `choose_executor`.
-        prefetch_layers: while streaming, how many layers of cached KV may be on the device at a time.
+        prefetch_layers, link, kept_bytes: see `Delivery`.
         tiers: those that the store may serve entries from.
         context_embeddings: of a fitted context, see `ChunkContext`.
-        link: the way from host memory to the devices; `None`: their own.
 
     Raises:
         CacheBlendError: an unknown executor, or a `prefetch_layers` that is not a positive whole number.
@@ -84,21 +84,16 @@ class Executors:
         tiers: Sequence[str] = ("host",),
         context_embeddings: np.ndarray | None = None,
         link: Link | None = None,
+        kept_bytes: int | None = None,
     ) -> None:
         if setting not in EXECUTORS:
             raise CacheBlendError(f"unknown executor {setting!r}; expected one of {', '.join(EXECUTORS)}")
-        if not is_whole_number(prefetch_layers, least=1):
-            raise CacheBlendError(f"prefetch_layers must be a whole number of at least 1, got {prefetch_layers!r}")
         self.setting = setting
-        self.prefetch_layers = prefetch_layers
+        self.delivery = Delivery(model, prefetch_layers, link, kept_bytes)
         self.uses_device_tier = "device" in tiers and setting != "streamed"
         self._model, self._buckets, self._tiers = model, buckets, tiers
         self._context_embeddings = context_embeddings
         self._shared_context: tuple[Hashable, KVCache] | None = None
-        self._link: Link = DeviceLink(model.placement) if link is None else link
-        self._buffers = HostBuffers(jnp.dtype(model.config.dtype), self._link.page_lock)
-        self._copiers = copiers() if self._link.is_hidden else 1  # a CPU device computes on the same cores
-        self._readers = _reader_pool()
 
     # --- compiling: the loops below, run over shapes -----------------------------------------------------------------
 
@@ -165,7 +160,7 @@ class Executors:
         return self._choose([] if plan.nothing_cached else [chunk.tier for chunk in chunks])
 
     def _choose(self, tiers: Collection[str]) -> str:
-        return choose_executor(self.setting, tiers, host_streams=self.host_streams)
+        return choose_executor(self.setting, tiers, host_streams=self.delivery.host_streams)
 
     def _prepare_plan(self, plan: Plan, executor: str) -> Prepared:
         return self._model.runner.prepare((plan, executor), partial(self._run_over_shapes, plan, executor))
@@ -256,7 +251,19 @@ class Executors:
             LostChunkError: a chunk could not be read; nothing is left running.
         """
         run = self._run_streamed if self._executor(plan, chunks) == "streamed" else self._run_resident
-        return run(plan, request, chunks, prepared, trace)
+        return self._giving_way(lambda: run(plan, request, chunks, prepared, trace))
+
+    def _giving_way(self, work: Callable[[], Result]) -> Result:
+        """Does some work, and once more if it lacked memory on the device and layers of earlier prompts had some."""
+        try:
+            return work()
+        except jax.errors.JaxRuntimeError as error:
+            if not is_exhausted(error) or not self.delivery.give_way():
+                raise
+            logger.warning(
+                "the device ran out of memory: the KV of earlier prompts gives way, and the work begins anew"
+            )
+        return work()
 
     def _run_resident(
         self, plan: Plan, request: Request, chunks: Sequence[PlacedChunk], prepared: Prepared, trace: Trace | None
@@ -274,52 +281,20 @@ class Executors:
     def _run_streamed(
         self, plan: Plan, request: Request, chunks: Sequence[PlacedChunk], prepared: Prepared, trace: Trace | None
     ) -> PrefillRun:
-        config = self._model.config
-        host_layers = config.num_layers if plan.needs("question_mass") else self.host_layers  # no layer is read twice
-        buffers = self._buffers.arrays((host_layers, *cache_shape(config, plan.cache_length)[1:]))
         began = time.perf_counter()
         inputs = self._streamed_inputs(plan, request)  # they would wait behind the layers
-        layers = layers_wanted(plan, config.num_layers)
-        # One layer is being read, and one waits for its step: the others may be sent before the next step.
-        ahead = max(self.prefetch_layers - 2, min(1, self.prefetch_layers - 1)) if self._link.is_ordered else 0
-        stream = LayerStream(
-            chunks,
-            layers,
-            buffers,
-            self.prefetch_layers,
-            self._send,
-            self._readers,
-            trace,
-            threads=self._copiers,
-            sent_ahead=ahead,
-        )
+        stream = self.delivery.stream(plan, chunks, prepared.peak_memory_bytes, trace)
         with stream:
             out = self._prefill_streamed(self._model.runner, plan, inputs, stream)
             next_token = int(out.next_token)
             ended = time.perf_counter()
-        layer_bytes = sum(buffer[0].nbytes for buffer in buffers)
-        peak = prepared.peak_memory_bytes + (self.prefetch_layers - 1) * layer_bytes
+        layers_more = self.delivery.prefetch_layers - 1
+        peak = prepared.peak_memory_bytes + layers_more * self.delivery.layer_bytes(plan.cache_length)
         return PrefillRun(out, next_token, "streamed", stream.waited_s, ended - began, peak)
 
     def close(self) -> None:
         """Ends the threads; a prefill that comes later starts new ones. Not while one is running."""
-        self._readers.shutdown()
-        self._readers = _reader_pool()
-
-    @property
-    def host_streams(self) -> bool:
-        """Whether layers go from host memory to the device beside computation."""
-        return self._link.is_hidden
-
-    @property
-    def host_layers(self) -> int:
-        """Layers that are read ahead into host memory: half of the model's, or `prefetch_layers` if that is more.
-
-        While the layers up to the check layer compute all tokens, a tier about as fast as the whole recompute delivers
-        several more layers; without room for them it would stand idle. (All layers are, where a pass of the question
-        takes them all first.)
-        """
-        return max(self.prefetch_layers, -(-self._model.config.num_layers // 2))
+        self.delivery.close()
 
     def load(self, plan: Plan, chunks: Sequence[PlacedChunk], trace: Trace | None = None) -> KVCache:
         """Assembles all stored KV in place, on the device; the prefill overwrites the rows of forced tokens.
@@ -327,12 +302,8 @@ class Executors:
         Chunks that are on the device already stay there; if all are, nothing is transferred.
         """
         elsewhere = [chunk for chunk in chunks if chunk.handle.device_entry is None]
-        cached, began = None, time.perf_counter()
-        if elsewhere or not chunks:
-            k, v = self._buffers.arrays(cache_shape(self._model.config, plan.cache_length))
-            load_all(elsewhere, k, v, self._readers, trace, threads=self._copiers)
-            began = time.perf_counter()
-            cached = KVCache(*self._send((k, v)))
+        cached = self.delivery.whole(plan.cache_length, elsewhere, trace) if elsewhere or not chunks else None
+        began = time.perf_counter()
         for chunk in chunks:
             if chunk.handle.device_entry is not None:
                 entry = chunk.handle.device_entry
@@ -340,8 +311,8 @@ class Executors:
                 run = self._model.runner
                 cached = place_chunk(run, cached, kv, chunk.start, entry.num_tokens, plan.cache_length)
         jax.block_until_ready(cached)
-        if trace is not None:
-            trace.add("transfer", "all layers", -1, began, time.perf_counter())
+        if trace is not None and len(elsewhere) < len(chunks):
+            trace.add("transfer", "chunks on the device", -1, began, time.perf_counter())
         assert cached is not None  # a chunk was placed, or the host buffers were transferred
         return cached
 
@@ -359,6 +330,9 @@ class Executors:
         Raises:
             CacheBlendError: the weights are no longer those that the chunk's key was made with.
         """
+        return self._giving_way(lambda: self._standalone_entry(chunk))
+
+    def _standalone_entry(self, chunk: PlacedChunk) -> ChunkEntry:
         model, context_ids = self._model, chunk.context_ids
         if _is_shared(context_ids.size):
             begin = 0
@@ -389,19 +363,9 @@ class Executors:
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, self._model.placement)
 
-    def _send(self, tree: Any) -> Any:
-        """Puts stored KV on the device, over the link."""
-        return self._link.put(tree, self._model.placement)
-
 
 def _is_shared(context_tokens: int) -> bool:
     return context_tokens >= SHARED_CONTEXT
-
-
-def _reader_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(
-        max(READERS, copiers()), thread_name_prefix="cacheblend-read"
-    )  # each starts when it is needed
 
 
 def _device_rows(chunks: Sequence[PlacedChunk]) -> set[int]:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cacheblend_jax.engine.device_layers import PlacedLayers
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import abandon, read_share, shares, submit_or_run
 from cacheblend_jax.errors import CacheBlendError
@@ -44,6 +45,7 @@ class LayerStream:
         readers: the pool of reader threads.
         threads: how many of them copy within host memory at a time.
         sent_ahead: how many layers more are sent before one is handed over; less than `device_layers`.
+        kept: the layers that are on the device already, which are not loaded; those that it has room for stay there.
 
     Raises:
         CacheBlendError: a thread cannot be started; nothing is left running.
@@ -61,10 +63,15 @@ class LayerStream:
         *,
         threads: int = 1,
         sent_ahead: int = 0,
+        kept: PlacedLayers | None = None,
     ) -> None:
         self.waited_s = 0.0
+        self._kept = PlacedLayers() if kept is None else kept
         self._sent_ahead, self._is_slow = sent_ahead, any(is_slow(chunk.tier) for chunk in chunks)
         self._layers, self._buffers = layers, buffers
+        # Turns whose layers are loaded, in order; a turn's place among them says which buffer is its.
+        self._loaded = [turn for turn, layer in enumerate(layers) if layer not in self._kept.layers]
+        self._places = {turn: place for place, turn in enumerate(self._loaded)}
         self._shares = shares(chunks, threads)
         self._put, self._trace, self._readers = put, trace, readers
         self._room = threading.Semaphore(device_layers)
@@ -77,8 +84,8 @@ class LayerStream:
         self._turn = -1
         self._lanes: list[threading.Thread] = []
         try:
-            for turn in range(min(len(buffers[0]), len(layers))):
-                self._read(turn)
+            for place in range(min(len(buffers[0]), len(self._loaded))):
+                self._read(place)
             for lane in (self._transfer, self._release, *(() if trace is None else (self._watch,))):
                 thread = threading.Thread(target=lane, name="cacheblend-lane")
                 thread.start()
@@ -129,7 +136,8 @@ class LayerStream:
                 unused.append(arrived)
         for kv in unused:
             jax.block_until_ready(kv)  # until then, its host buffer is being read
-            _delete(kv)
+            if not any(kv is kept for kept in self._kept.layers.values()):
+                _delete(kv)
 
     def __enter__(self) -> LayerStream:
         return self
@@ -138,10 +146,11 @@ class LayerStream:
         self.close()
 
     def _slot(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
-        slot = turn % len(self._buffers[0])
+        slot = self._places[turn] % len(self._buffers[0])
         return self._buffers[0][slot], self._buffers[1][slot]
 
-    def _read(self, turn: int) -> None:
+    def _read(self, place: int) -> None:
+        turn = self._loaded[place]
         (k, v), layer = self._slot(turn), self._layers[turn]
         reads = self._reads[turn] = list[Future]()
         for share in self._shares:
@@ -151,6 +160,10 @@ class LayerStream:
         sent: deque[LayerKV] = deque()  # and not handed over yet
         try:
             for turn, layer in enumerate(self._layers):
+                if (there := self._kept.layers.get(layer)) is not None:
+                    sent.append(there)
+                    self._hand_over(sent, keep=self._sent_ahead)
+                    continue
                 if self._is_slow and not self._is_read(turn):
                     self._hand_over(sent, keep=0)
                 self._room.acquire()
@@ -165,14 +178,14 @@ class LayerStream:
             self._hand_over(sent, keep=0)
             self._arrived.put(error)
 
-    def _is_held(self, turn: int) -> bool:
-        """Whether a turn's buffer holds its layer from an earlier turn."""
-        before = turn - len(self._buffers[0])
-        return before >= 0 and self._layers[before] == self._layers[turn]
+    def _is_held(self, place: int) -> bool:
+        """Whether the buffer of a loaded turn holds its layer from an earlier one."""
+        before = place - len(self._buffers[0])
+        return before >= 0 and self._layers[self._loaded[before]] == self._layers[self._loaded[place]]
 
     def _is_read(self, turn: int) -> bool:
         reads = self._reads.get(turn)
-        return self._is_held(turn) if reads is None else all(future.done() for future in reads)
+        return self._is_held(self._places[turn]) if reads is None else all(future.done() for future in reads)
 
     def _hand_over(self, sent: deque[LayerKV], keep: int) -> None:
         """Hands sent layers to the loop, all but the latest `keep`."""
@@ -207,13 +220,21 @@ class LayerStream:
                 if self._trace is not None:
                     layer = self._layers[turn]
                     self._trace.add("compute", f"layer {layer}", layer, began, free_at)
-                _delete(kv)
-                again = turn + len(self._buffers[0])
-                if again < len(self._layers) and not self._is_held(again) and not self._closed:
-                    self._read(again)
-                self._room.release()
+                self._let_go(turn, kv)
         except BaseException as error:
             self._arrived.put(error)
+
+    def _let_go(self, turn: int, kv: LayerKV) -> None:
+        """Drops a layer whose step is done, unless it stays on the device, and has its buffer filled again."""
+        layer = self._layers[turn]
+        was_kept = self._kept.layers.get(layer) is kv
+        if not was_kept and not self._kept.keep(layer, kv):
+            _delete(kv)
+        again = self._places.get(turn, len(self._loaded)) + len(self._buffers[0])
+        if again < len(self._loaded) and not self._is_held(again) and not self._closed:
+            self._read(again)
+        if not was_kept:
+            self._room.release()
 
 
 def _delete(kv: LayerKV) -> None:

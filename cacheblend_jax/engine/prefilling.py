@@ -168,7 +168,8 @@ class Prefiller:
         """Returns what the controller estimates delays from; made once, from the profile or a quick estimate."""
         if self._estimator is None:
             profile, name = profile_for(self._model, self._store.directory, self._profile)
-            ahead = (self._executors.host_layers, self._executors.prefetch_layers)
+            delivery = self._executors.delivery
+            ahead = (delivery.host_layers, delivery.prefetch_layers)
             self._estimator = Estimator(
                 name,
                 profile.compute,
@@ -176,7 +177,7 @@ class Prefiller:
                 profile.transfer,
                 *ahead,
                 executor=self._executors.setting,
-                host_streams=self._executors.host_streams,
+                host_streams=delivery.host_streams,
             )
         return self._estimator
 

@@ -40,11 +40,6 @@ class HostBuffers:
         self._locks: list[PageLock | None] = []
         self._growing = threading.Lock()
 
-    @property
-    def is_page_locked(self) -> bool:
-        """Whether devices read both buffers by themselves."""
-        return bool(self._locks) and None not in self._locks
-
     def arrays(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the buffers of K and V, of that shape. Nothing may be on its way from those returned before."""
         size = math.prod(shape)

@@ -86,9 +86,9 @@ class SimulatedLink:
         self._throttle = Throttle(bytes_per_s, latency_s, clock=clock, sleep=sleep)
 
     def put(self, tree: Any, placement: jax.sharding.Sharding) -> Any:
-        """See `Link`; returns after the time that the bytes take."""
+        """See `Link`; returns after the time that the bytes take. What arrives is a copy, as on a device."""
         self._throttle.wait_for(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
-        return jax.device_put(tree, placement)
+        return jax.device_put(jax.tree.map(np.copy, tree), placement)
 
     def page_lock(self, buffer: np.ndarray) -> PageLock | None:
         """See `Link`: nothing would read it."""

@@ -42,6 +42,9 @@ OF_BANDWIDTH = {
     "xla one": 0.017,
     "xla few": 0.017,
 }
+# Bytes/s from page-locked memory, as measured on an H100 (PCIe 5), and of a layer's copy into it by eight threads.
+LINK = {"H200": 53e9, "H100": 53e9}
+OF_LINK = {"copied": 0.8, "first layer": 1 / 16}  # of the link; of the time that all layers take, before the first step
 OTHER_SHARE = 0.14  # of a blend's time on the device is neither matmul nor attention
 
 
@@ -53,6 +56,11 @@ def seconds_for_flops(flops: float, chip: str, name: str) -> float | None:
 def seconds_for_bytes(moved: float, chip: str, name: str) -> float | None:
     """What we expect of bytes read and written on a chip; `None` where there is no prediction."""
     return _predicted(moved, BANDWIDTH, OF_BANDWIDTH, chip, name)
+
+
+def seconds_for_link(moved: float, chip: str) -> float | None:
+    """What we expect of bytes from host memory, copied and transferred; `None` where there is no prediction."""
+    return _predicted(moved, LINK, OF_LINK, chip, "copied")
 
 
 def _predicted(amount: float, peaks: dict[str, float], shares: dict[str, float], chip: str, name: str) -> float | None:

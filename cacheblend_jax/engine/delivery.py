@@ -1,0 +1,148 @@
+"""Delivery: brings stored KV from the host to the device, whole or layer by layer, and keeps what it needs for that.
+
+That is the link, page-locked buffers, the threads that read, and the layers that stay on the device.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacheblend_jax.blend.schedule import Plan
+from cacheblend_jax.blend.streamed import layers_wanted
+from cacheblend_jax.engine.device_layers import DeviceLayers, PlacedLayers, free_share, placement_name
+from cacheblend_jax.engine.layer_stream import LayerStream
+from cacheblend_jax.engine.layout import PlacedChunk
+from cacheblend_jax.engine.loading import READERS, copiers, load_all
+from cacheblend_jax.errors import CacheBlendError, is_whole_number
+from cacheblend_jax.model.kv_cache import KVCache, cache_shape
+from cacheblend_jax.model.model import Model
+from cacheblend_jax.runtime.host_buffers import HostBuffers, aligned_empty
+from cacheblend_jax.runtime.link import DeviceLink, Link
+from cacheblend_jax.runtime.trace import Trace
+
+
+class Delivery:
+    """The way of a model's stored KV to its device, for one prefill at a time.
+
+    Args:
+        prefetch_layers: while streaming, how many layers of cached KV may be on the device at a time.
+        link: from host memory to the device; `None`: the device's own.
+        kept_bytes: of device memory for layers that stay there; `None`: a share of what is free at the first streamed
+            prefill. On a CPU device, whose memory is the host's, none stay.
+
+    Raises:
+        CacheBlendError: a number that is not whole, or too small.
+    """
+
+    def __init__(
+        self, model: Model, prefetch_layers: int, link: Link | None = None, kept_bytes: int | None = None
+    ) -> None:
+        if not is_whole_number(prefetch_layers, least=1):
+            raise CacheBlendError(f"prefetch_layers must be a whole number of at least 1, got {prefetch_layers!r}")
+        if kept_bytes is not None and not is_whole_number(kept_bytes, least=0):
+            raise CacheBlendError(f"kept_bytes must be None or a whole number of at least 0, got {kept_bytes!r}")
+        self.prefetch_layers = prefetch_layers
+        self._model = model
+        self._link: Link = DeviceLink(model.placement) if link is None else link
+        self._kept_bytes = kept_bytes if self._link.is_hidden else 0
+        self._kept: DeviceLayers | None = None  # from the first streamed prefill on
+        self._buffers = HostBuffers(jnp.dtype(model.config.dtype), self._link.page_lock)
+        self._copiers = copiers() if self._link.is_hidden else 1  # a CPU device computes on the same cores
+        self._readers = _reader_pool()
+
+    @property
+    def host_streams(self) -> bool:
+        """Whether layers go from host memory to the device beside computation."""
+        return self._link.is_hidden
+
+    @cached_property
+    def locks_pages(self) -> bool:
+        """Whether host buffers are page-locked."""
+        return self._link.page_lock(aligned_empty((1,), np.dtype(np.uint8))) is not None
+
+    @property
+    def host_layers(self) -> int:
+        """Layers that are read ahead into host memory: half of the model's, or `prefetch_layers` if that is more.
+
+        While the layers up to the check layer compute all tokens, a tier about as fast as the whole recompute delivers
+        several more layers; without room for them it would stand idle. (All layers are, where a pass of the question
+        takes them all first.)
+        """
+        return max(self.prefetch_layers, -(-self._model.config.num_layers // 2))
+
+    def whole(self, num_keys: int, chunks: Sequence[PlacedChunk], trace: Trace | None = None) -> KVCache:
+        """Reads all layers of the chunks to their places among `num_keys` keys, and puts them on the device.
+
+        Raises:
+            LostChunkError: a chunk could not be read.
+        """
+        k, v = self._buffers.arrays(cache_shape(self._model.config, num_keys))
+        load_all(chunks, k, v, self._readers, trace, threads=self._copiers)
+        began = time.perf_counter()
+        cached = jax.block_until_ready(KVCache(*self._link.put((k, v), self._model.placement)))
+        if trace is not None:
+            trace.add("transfer", "all layers", -1, began, time.perf_counter())
+        return cached
+
+    def stream(self, plan: Plan, chunks: Sequence[PlacedChunk], needed: int, trace: Trace | None) -> LayerStream:
+        """Begins to load the layers of the chunks, in the order in which a streamed prefill takes them.
+
+        Args:
+            needed: bytes of device memory that the prefill's programs take.
+
+        Raises:
+            CacheBlendError: a thread cannot be started; nothing is left running.
+        """
+        config, on_device = self._model.config, self.prefetch_layers
+        host_layers = config.num_layers if plan.needs("question_mass") else self.host_layers  # no layer is read twice
+        return LayerStream(
+            chunks,
+            layers_wanted(plan, config.num_layers),
+            self._buffers.arrays((host_layers, *cache_shape(config, plan.cache_length)[1:])),
+            on_device,
+            lambda pair: self._link.put(pair, self._model.placement),
+            self._readers,
+            trace,
+            threads=self._copiers,
+            # One layer's step is running, and one waits for its own: the others may be sent before the next is.
+            sent_ahead=max(on_device - 2, min(1, on_device - 1)) if self._link.is_ordered else 0,
+            kept=self._layers_kept(plan, chunks, needed),
+        )
+
+    def layer_bytes(self, num_keys: int) -> int:
+        """Returns the bytes of one layer's K and V of so many keys."""
+        config = self._model.config
+        return 2 * math.prod(cache_shape(config, num_keys)[1:]) * jnp.dtype(config.dtype).itemsize
+
+    def num_kept(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> int:
+        """Returns how many layers of the chunks' KV a streamed prefill finds on the device."""
+        return 0 if self._kept is None else self._kept.num_kept(placement_name(chunks, plan.cache_length))
+
+    def give_way(self) -> bool:
+        """Drops the layers that stayed on the device; returns whether there were any."""
+        return self._kept is not None and self._kept.drop()
+
+    def close(self) -> None:
+        """Ends the threads; a prefill that comes later starts new ones. Not while one is running."""
+        self._readers.shutdown()
+        self._readers = _reader_pool()
+
+    def _layers_kept(self, plan: Plan, chunks: Sequence[PlacedChunk], needed: int) -> PlacedLayers:
+        if self._kept is None:
+            devices = list(self._model.placement.device_set)
+            self._kept = DeviceLayers(free_share(devices, needed) if self._kept_bytes is None else self._kept_bytes)
+        name, num_layers = placement_name(chunks, plan.cache_length), self._model.config.num_layers
+        return self._kept.of(name, self.layer_bytes(plan.cache_length), num_layers)
+
+
+def _reader_pool() -> ThreadPoolExecutor:
+    most = max(READERS, copiers())  # each starts when it is needed
+    return ThreadPoolExecutor(most, thread_name_prefix="cacheblend-read")

@@ -1,0 +1,105 @@
+"""Layers of stored KV that stay on the device after a prefill, as the blend reads them, for prompts placed alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from cacheblend_jax.engine.layout import PlacedChunk
+from cacheblend_jax.model.kv_cache import LayerKV
+from cacheblend_jax.store.memory import MemoryTier
+
+FREE_SHARE = 0.25  # of the device's memory that neither weights nor the first prefill take
+
+
+@dataclass(eq=False)
+class PlacedLayers:
+    """The layers of one placement of chunks that are on the device, by number: the first ones, at most `room`.
+
+    The loading of later layers has the most to hide behind, so that these need the memory least.
+    """
+
+    room: int = 0
+    num_bytes: int = 0
+    layers: dict[int, LayerKV] = field(default_factory=dict)
+
+    def keep(self, layer: int, kv: LayerKV) -> bool:
+        """Takes over a layer if it has room; returns whether it has."""
+        takes = layer < self.room and layer not in self.layers
+        if takes:
+            self.layers[layer] = kv
+        return takes
+
+
+class DeviceLayers:
+    """The placements whose layers stay on the device, bounded in bytes; those of one prompt go before those of two.
+
+    A placement is its chunks and where each stands. Layers are read where they are: a hit copies nothing.
+
+    Args:
+        capacity: bytes.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._tier: MemoryTier[PlacedLayers] = MemoryTier(capacity)
+        self._is_paused = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that layers take, or will."""
+        return self._tier.bytes
+
+    def num_kept(self, name: str) -> int:
+        """Returns how many layers of a placement are on the device."""
+        placed = self._tier.peek(name)
+        return 0 if placed is None else len(placed.layers)
+
+    def of(self, name: str, layer_bytes: int, num_layers: int) -> PlacedLayers:
+        """Returns a placement's layers, with room for those that are not there yet, as far as the capacity goes."""
+        if (placed := self._tier.get(name)) is not None:
+            return placed
+        room = 0 if self._is_paused else min(num_layers, self._tier.capacity // layer_bytes)
+        self._is_paused = False
+        placed = PlacedLayers(room, room * layer_bytes)
+        if room:
+            self._tier.put(name, placed, uses=1)
+        return placed
+
+    def drop(self) -> bool:
+        """Gives all memory back; returns whether there was any.
+
+        The next prefill keeps nothing, and later ones half as much as until now.
+        """
+        had_any = self._tier.bytes > 0
+        names = self._tier.keys()
+        for name in names:
+            self._tier.remove(name)
+        self._tier.capacity //= 2
+        self._is_paused = True
+        return had_any
+
+
+def placement_name(chunks: Sequence[PlacedChunk], num_keys: int) -> str:
+    """Returns what stands for the chunks, their places and the number of keys that a layer is padded to."""
+    return " ".join([str(num_keys), *(f"{chunk.key}@{chunk.start}" for chunk in chunks)])
+
+
+def free_share(devices: Sequence[Any], needed: int) -> int:
+    """Returns `FREE_SHARE` of the memory that programs which take `needed` bytes leave over on each device.
+
+    0 where a device does not tell how much memory it has, as a CPU.
+
+    Args:
+        devices: as JAX lists them.
+    """
+    stats = [device.memory_stats() or {} for device in devices]
+    free = min(each.get("bytes_limit", 0) - max(each.get("bytes_in_use", 0), needed) for each in stats)
+    return max(0, int(FREE_SHARE * free))
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an error says that the device has no memory left."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

@@ -1,0 +1,112 @@
+"""Stored KV on its way to the device: a blend from host memory beside its two bounds, loading and recomputing."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+import numpy as np
+
+from cacheblend_jax.evaluation.whole_prefills import CHUNK, RATIO, SUFFIX, config_of
+from cacheblend_jax.model import random_model
+from pallas_kernels.dispatch import current_target
+from scripts.bench_parts.predictions import OF_LINK, seconds_for_flops, seconds_for_link
+from scripts.bench_parts.timing import Row, row
+
+
+def link(options: argparse.Namespace) -> Iterator[Row]:
+    """TTFT from host memory (streamed, and loaded first), with all KV kept on the device, and loading alone.
+
+    The stored KV is random: what it takes does not depend on it. A device that keeps all layers has nothing to load, so
+    that its TTFT is the recomputing. `of_bound`: of the longer of the two.
+    """
+    # Images for GPUs lack what these import; the other parts run without.
+    import cacheblend_jax as cb
+    from cacheblend_jax.evaluation.prompts import random_prompt
+
+    shape, length, kernel, chip = options.shapes[0], options.lengths[0], options.kernels[0], current_target().chip
+    model = random_model(config_of(shape, options.dtype))
+    chunks = max((length - SUFFIX) // CHUNK, 1)
+    prompt = random_prompt(model.config.vocab_size, length - SUFFIX, chunks=chunks, question_tokens=SUFFIX)
+    store, blend = cb.ChunkStore(host_bytes=2**40), cb.BlendConfig(RATIO, "hkvd")
+    how: dict[str, Any] = {"context": "", "kernels": kernel}
+    host = cb.Engine(model, store, blend, kept_bytes=0, **how)
+    device = cb.Engine(model, store, blend, kept_bytes=2**40, **how)
+    stored = fill(host, prompt)
+    flops = host.prefill(prompt).stats.flops
+    recompute_s, load_s = seconds_for_flops(flops, chip, "prefill blend"), seconds_for_link(stored, chip)
+    runs: dict[str, Callable[[], float]] = {
+        "device": lambda: device.prefill(prompt).stats.ttft_s,
+        "load": lambda: load_seconds(host, prompt),
+        "host": lambda: host.prefill(prompt).stats.ttft_s,
+    }
+    predicted = {"device": recompute_s, "load": load_s, "host": None}
+    if recompute_s is not None and load_s is not None:
+        predicted["host"] = OF_LINK["first layer"] * load_s + max(recompute_s, load_s)
+    found = in_turn(runs, options.repeats)
+    bound = max(found["load"]["ms"], found["device"]["ms"])
+    for name, times in found.items():
+        rates = {"gb_s": stored / 1e6} if name == "load" else {}
+        yield (
+            {"case": f"{shape} {length}"}
+            | row(name, times, predicted[name], **rates)
+            | {"of_bound": times["ms"] / bound}
+        )
+    yield (
+        {"case": f"{shape} {length}", "name": "executors"}
+        | {name: engine.prefill(prompt).stats.executor for name, engine in (("host", host), ("device", device))}
+        | {"page_locked": host._executors.delivery.locks_pages}
+    )
+
+
+def fill(engine: Any, prompt: Any) -> int:
+    """Stores random KV for a prompt's chunks; returns its bytes."""
+    from cacheblend_jax.store import ChunkEntry
+
+    config, rng = engine.model.config, np.random.default_rng(0)
+    tokens = max(len(ids) for ids in prompt.chunks)
+    shape = (config.num_layers, tokens, config.num_kv_heads, config.head_dim)
+    drawn = (0.1 * rng.standard_normal(shape, np.float32)).astype(config.dtype)
+    stored = 0
+    for ids, found in zip(prompt.chunks, engine.look_up(prompt), strict=True):
+        entry = ChunkEntry(*(drawn[:, : len(ids)].copy() for _ in "kv")).hand_over()
+        engine.store.put(found.key, entry)
+        stored += entry.num_bytes
+    return stored
+
+
+def load_seconds(engine: Any, prompt: Any) -> float:
+    """Seconds until all layers of a prompt's stored KV have come to the device, layer by layer, with nothing to do."""
+    from cacheblend_jax.engine.layout import look_up
+
+    plan = engine.prefill(prompt).plan
+    delivery, placed = engine._executors.delivery, engine._place(prompt, "")
+    with ExitStack() as handles:
+        chunks, _ = look_up(placed, engine.store, handles, engine.model.config)
+        chunks = [chunk for chunk in chunks if chunk.stored is not None]
+        began = time.perf_counter()
+        with delivery.stream(plan, chunks, 0, None) as stream:
+            for _ in range(engine.model.config.num_layers):
+                layer = stream.next()
+                stream.used_until(layer.v)
+            jax.block_until_ready(layer)
+            return time.perf_counter() - began
+
+
+def in_turn(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, Row]:
+    """Median, fastest and slowest of the seconds that each run returns, in milliseconds; the first ones warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            took = run()
+            if turn:
+                seconds[name].append(1e3 * took)
+    return {
+        name: {"ms": statistics.median(of), "ms_fastest": min(of), "ms_slowest": max(of)}
+        for name, of in seconds.items()
+    }
