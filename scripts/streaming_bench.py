@@ -2,7 +2,7 @@
 
     python scripts/streaming_bench.py --json streaming.json
 
-Takes about five minutes on two cores; `--only overlap`, `figure` or `prediction` measures one part.
+Takes about five minutes on two cores; `--only overlap`, `figure`, `prediction` or `link` measures one part.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from cacheblend_jax.evaluation.layer_times import fit_compute
 from cacheblend_jax.evaluation.prompts import random_prompt
 from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.evaluation.tier_speeds import measure_tiers
+from cacheblend_jax.runtime.link import SimulatedLink
 
 PAUSE_S = 0.2
 TOKENS = 4096
-PARTS = ("overlap", "figure", "prediction")
+PARTS = ("overlap", "figure", "prediction", "link")
 FACTORS = (4.0, 2.0, 1.0, 0.5, 0.25)  # of the throughput at which loading takes as long as recomputing
+LINKS = (2.0, 1.0, 0.5)  # of that throughput, between host memory and a device that has its own
 LENGTHS = (1024, 2048, 4096, 8160)
 RATIOS = (0.15, 0.3, 0.5)
 HKVD = cb.BlendConfig(selector="hkvd")  # its blend runs while KV loads
@@ -56,6 +58,8 @@ def main() -> None:
             report["figure"] = bench.figure(parsed.docs)
         if "prediction" in parsed.only:
             report["prediction"] = bench.prediction()
+        if "link" in parsed.only:
+            report["link"] = bench.link(parsed.docs)
     if parsed.json:
         parsed.json.write_text(json.dumps(report, indent=2) + "\n")
 
@@ -68,7 +72,7 @@ class Bench:
         self.store = cb.ChunkStore(host_bytes=2**40)
         self.prompt = random_prompt(model.config.vocab_size, tokens)
         self.resident = cb.Engine(model, self.store, executor="resident")
-        self.streamed = cb.Engine(model, self.store, executor="streamed")
+        self.streamed = cb.Engine(model, self.store, executor="streamed", kept_bytes=0)
         self.resident.precompute(self.prompt)
         self.num_bytes = self.store.stats.host.bytes
         self.recompute_s = 0.0
@@ -90,7 +94,7 @@ class Bench:
     def over(self, executor: str, factor: float) -> cb.Engine:
         """An engine over a tier `factor` times as fast as balance; the model's engines share their programs."""
         store = cb.store.ThrottledStore(self.store, self.bytes_per_s * factor)
-        return cb.Engine(self.model, store, HKVD, executor=executor)
+        return cb.Engine(self.model, store, HKVD, executor=executor, kept_bytes=0)
 
     def overlap(self, docs: Path) -> dict[str, float]:
         """Fast tier: streamed against resident. Balanced tier: pipelined against sequential. All interleaved."""
@@ -149,7 +153,7 @@ class Bench:
         measured = sorted({self.lengths[0], *self.lengths[-2:]})
         compute, fit = fit_compute(self.model, measured, (0.15, 0.5), repeats=2)
         print(f"fit: error {fit['median_error']:.1%} in the median, {fit['worst_error']:.1%} at worst", flush=True)
-        tiers, transfer, _ = measure_tiers(self.model, lambda: cb.ChunkStore(), repeats=2)
+        speeds = measure_tiers(self.model, lambda: cb.ChunkStore(), repeats=2)
         rows = []
         for tokens in self.lengths:
             self.prompt = random_prompt(self.model.config.vocab_size, tokens)
@@ -159,10 +163,15 @@ class Bench:
                 throttled = cb.store.ThrottledStore(self.store, self.bytes_per_s * factor)
                 tier = cb.engine.Tier("disk", throttled.bytes_per_s)
                 own = {"model": self.model.fingerprint, "device": device_kind(self.model)}
-                own |= {"store": store_name(throttled.directory), "compute": compute, "transfer": transfer, "fit": {}}
-                profile = cb.engine.Profile(tiers=tiers | {"disk": tier}, **own)
+                own |= {
+                    "store": store_name(throttled.directory),
+                    "compute": compute,
+                    "transfer": speeds.transfer,
+                    "fit": {},
+                }
+                profile = cb.engine.Profile(tiers=speeds.tiers | {"disk": tier}, transfer=speeds.transfer, **own)
                 auto = cb.BlendConfig("auto", auto_ratios=RATIOS)
-                engine = cb.Engine(self.model, throttled, auto, executor="streamed", profile=profile)
+                engine = cb.Engine(self.model, throttled, auto, executor="streamed", profile=profile, kept_bytes=0)
                 self.stats(engine)
                 runs = [self.stats(engine) for _ in range(2)]
                 decision = runs[0].decision
@@ -177,6 +186,38 @@ class Bench:
                     flush=True,
                 )
         print(f"worst error {max(abs(row['error']) for row in rows):.1%}", flush=True)
+        return rows
+
+    def link(self, docs: Path) -> list[dict[str, Any]]:
+        """TTFT from host memory over a simulated link, against the longer of loading and recomputing."""
+        self.ttft(self.resident)
+        layers = {factor: SimulatedLink(self.bytes_per_s * factor) for factor in LINKS}
+        engines = {
+            (factor, kept): cb.Engine(self.model, self.store, HKVD, link=link, kept_bytes=kept)
+            for factor, link in layers.items()
+            for kept in (0, 2 * self.num_bytes)
+        }
+        runs: dict[Any, list[float]] = {key: [] for key in ("recompute", *engines)}
+        for engine in engines.values():
+            self.ttft(engine)
+        for _ in range(self.repeats):
+            runs["recompute"].append(self.ttft(self.resident))
+            for key, engine in engines.items():
+                runs[key].append(self.ttft(engine))
+        recompute = statistics.median(runs["recompute"])
+        rows = []
+        for factor in LINKS:
+            streamed, kept = (statistics.median(runs[factor, bytes_]) for bytes_ in (0, 2 * self.num_bytes))
+            load = self.num_bytes / (self.bytes_per_s * factor)
+            row = {"bytes_per_s": self.bytes_per_s * factor, "load": load, "recompute": recompute}
+            row |= {"streamed": streamed, "kept": kept, "of_bound": streamed / max(load, recompute)}
+            rows.append(row)
+            print(line(row), flush=True)
+        trace = cb.Trace()
+        engines[1.0, 0].prefill(self.prompt, trace=trace)
+        trace.save_picture(
+            docs / "streaming-link.png", f"{self.tokens} tokens from host memory, r = 0.15, balanced link"
+        )
         return rows
 
 

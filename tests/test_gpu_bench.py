@@ -42,6 +42,7 @@ def test_a_tiny_run_of_all_parts_checks_measures_and_writes_json(tmp_path, capsy
     assert all(row["compile_s"] > 0 and row["ms"] > 0 for row in modes.values())
     assert modes["reuse"]["tflops"] * modes["reuse"]["ms"] < modes["blend"]["tflops"] * modes["blend"]["ms"]
     assert {name.removesuffix(".hlo.txt") for name in os.listdir(tmp_path / "profile")} == {
+        *(f"tiny-256-xla-link-{name}.json" for name in ("host", "device")),
         "tiny-256-xla",
         *(f"tiny-256-xla-{name}" for name in modes),
     }
@@ -53,6 +54,7 @@ def test_a_tiny_run_of_all_parts_checks_measures_and_writes_json(tmp_path, capsy
     if find_spec("torch"):
         assert [row["name"] for row in report["torch"]] == ["torch sdpa", "torch full"]
         assert report["torch"][1]["ms"] > 0
+    assert {row["name"] for row in report["link"]} == {"device", "load", "host", "how", "full"}
     assert report["sweep"] == []
     assert "efficiency" in capsys.readouterr().out
 

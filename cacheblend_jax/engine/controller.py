@@ -27,7 +27,7 @@ class Decision:
         ratio: the recompute ratio, one of the blend's `auto_ratios`.
         bound: what limits it: `"floor"` (the least that quality requires, as loading hides no more), `"load"`
             (as much as loading hides), or `"cap"` (the highest ratio allowed; loading still takes longer).
-        load_s, recompute_s: T_load and T_recompute at that ratio.
+        load_s, recompute_s: T_load, the way to the device included, and T_recompute at that ratio.
         predicted_ttft_s: the request's TTFT as predicted.
         computed_chunks: number of stored chunks (prefix included) recomputed because loading them would cost more.
         loaded_chunks: number of the others.
@@ -52,6 +52,7 @@ def decide(
     length: int,
     chunks: Sequence[PlacedChunk],
     is_prepared: Callable[[Plan, str], bool] | None = None,
+    num_kept: Callable[[Plan, Sequence[PlacedChunk]], int] = lambda *_: 0,
 ) -> Decision:
     """Chooses the ratio of a request of `length` tokens, and which of its stored chunks to recompute.
 
@@ -64,13 +65,14 @@ def decide(
         chunks: the stored ones, with open handles.
         is_prepared: whether an executor can run a plan without compiling; other plans would cost more than they save.
             `None`: all are considered. The plan that loads all chunks always is.
+        num_kept: how many layers of some chunks' KV are on the device, so that a streamed prefill loads the others.
     """
     num_layers = planner.config.num_layers
     slowest = sorted(chunks, key=lambda chunk: -estimator.load_s([chunk], num_layers) / chunk.num_tokens)
     options = []
     for dropped in range(len(chunks) + 1):
         kept = slowest[dropped:]
-        option, plan = _best_ratio(estimator, planner, length, kept)
+        option, plan = _best_ratio(estimator, planner, length, kept, num_kept)
         computed = tuple(sorted(chunk.start for chunk in slowest[:dropped]))
         if not dropped or is_prepared is None or is_prepared(plan, estimator.executor_of(kept)):
             options.append(replace(option, computed_chunks=dropped, computed_starts=computed))
@@ -79,20 +81,28 @@ def decide(
 
 
 def _best_ratio(
-    estimator: Estimator, planner: Planner, length: int, chunks: Sequence[PlacedChunk]
+    estimator: Estimator,
+    planner: Planner,
+    length: int,
+    chunks: Sequence[PlacedChunk],
+    num_kept: Callable[[Plan, Sequence[PlacedChunk]], int],
 ) -> tuple[Decision, Plan]:
     config = planner.config
     exact = sum(chunk.num_tokens for chunk in chunks if chunk.exact)
     candidates = sum(chunk.num_tokens for chunk in chunks) - exact
-    load_s = estimator.load_s(chunks, config.num_layers) * config.num_layers
 
     def plan_at(ratio: float) -> Plan:
         return planner.at(ratio).plan("blend", length, exact, min(candidates, length - exact - 1))
 
     floor, *higher_ratios = planner.blend.auto_ratios
-    ratio, recompute_s = floor, sum(estimator.compute.layer_seconds(plan_at(floor)))
+    at_floor, is_streamed = plan_at(floor), estimator.executor_of(chunks) == "streamed"
+    token_bytes = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize  # of one layer
+    layer_bytes = token_bytes * at_floor.cache_length
+    kept = num_kept(at_floor, chunks) if is_streamed else 0
+    load_s = estimator.delivery_s(chunks, config.num_layers, layer_bytes) * (config.num_layers - kept)
+    ratio, recompute_s = floor, sum(estimator.compute.layer_seconds(at_floor))
     bound = "floor"
-    hides = estimator.executor_of(chunks) == "streamed" and not plan_at(floor).needs("question_mass")
+    hides = is_streamed and not at_floor.needs("question_mass")
     if candidates and hides:
         for higher in higher_ratios:
             seconds = sum(estimator.compute.layer_seconds(plan_at(higher)))
@@ -101,8 +111,7 @@ def _best_ratio(
                 break
             ratio, recompute_s, bound = higher, seconds, "cap"
     plan = plan_at(ratio)
-    token_bytes = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize  # of one layer
-    ttft_s = estimator.ttft_s(plan, chunks, token_bytes * plan.cache_length)
+    ttft_s = estimator.ttft_s(plan, chunks, layer_bytes, kept)
     return Decision(ratio, bound, load_s, recompute_s, ttft_s, 0, len(chunks), (), estimator.name), plan
 
 

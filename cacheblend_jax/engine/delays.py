@@ -96,19 +96,25 @@ class Tier:
         return num_bytes / self.bytes_per_s + self.latency_s * -(-reads // READERS)
 
 
-def pipeline_s(load: float, transfer: float, compute: Sequence[float], host_layers: int, device_layers: int) -> float:
+def pipeline_s(
+    load: float, transfer: float, compute: Sequence[float], host_layers: int, device_layers: int, kept: int = 0
+) -> float:
     """Returns the seconds until the last layer is computed, where each takes `load` to read, then `transfer`.
 
     Reading a layer begins once the one `host_layers` before it is done, its transfer once the one `device_layers`
-    before it is: the order of the streamed executor.
+    before it is: the order of the streamed executor. The first `kept` layers are on the device already.
     """
-    read_at = transferred_at = 0.0
     done: list[float] = []
-    for layer, seconds in enumerate(compute):
-        read_at = max(read_at, done[layer - host_layers] if layer >= host_layers else 0.0) + load
-        room_at = done[layer - device_layers] if layer >= device_layers else 0.0
+    for seconds in compute[:kept]:
+        done.append((done[-1] if done else 0.0) + seconds)
+    read_at = transferred_at = 0.0
+    loaded: list[float] = []
+    for place, seconds in enumerate(compute[kept:]):
+        read_at = max(read_at, loaded[place - host_layers] if place >= host_layers else 0.0) + load
+        room_at = loaded[place - device_layers] if place >= device_layers else 0.0
         transferred_at = max(transferred_at, read_at, room_at) + transfer
         done.append(max(transferred_at, done[-1] if done else 0.0) + seconds)
+        loaded.append(done[-1])
     return done[-1]
 
 
@@ -150,8 +156,18 @@ class Estimator:
         """Returns the executor of a prefill with these chunks; only a streamed one hides loading."""
         return choose_executor(self.executor, [chunk.tier for chunk in chunks], host_streams=self.host_streams)
 
-    def ttft_s(self, plan: Plan, chunks: Sequence[PlacedChunk], layer_bytes: int) -> float:
-        """Predicts the TTFT of a plan whose padded layers take `layer_bytes` (K and V)."""
+    def delivery_s(self, chunks: Sequence[PlacedChunk], num_layers: int, layer_bytes: float) -> float:
+        """T_load of one layer that takes `layer_bytes` (K and V, padded) on the device: the way there is part of it.
+
+        While layers are streamed, one is read as another is transferred; else one follows the other.
+        """
+        if not chunks or all(chunk.tier == "device" for chunk in chunks):
+            return 0.0
+        load, transfer = self.load_s(chunks, num_layers), self.transfer.load_s(layer_bytes)
+        return max(load, transfer) if self.executor_of(chunks) == "streamed" else load + transfer
+
+    def ttft_s(self, plan: Plan, chunks: Sequence[PlacedChunk], layer_bytes: int, kept: int = 0) -> float:
+        """Predicts the TTFT of a plan whose padded layers take `layer_bytes`, and `kept` of which the device has."""
         compute, question = self.compute.layer_seconds(plan), self.compute.question_seconds(plan)
         request = self.compute.request_s
         if all(chunk.tier == "device" for chunk in chunks):
@@ -161,10 +177,10 @@ class Estimator:
         if self.executor_of(chunks) != "streamed":
             return request + (load + transfer) * len(compute) + sum(question) + sum(compute)
         if not question:
-            return request + pipeline_s(load, transfer, compute, self.host_layers, self.device_layers)
+            return request + pipeline_s(load, transfer, compute, self.host_layers, self.device_layers, kept)
         # All layers are read into host memory for the question, and transferred a second time for the blend.
-        asked = pipeline_s(load, transfer, question, len(question), self.device_layers)
-        return request + asked + pipeline_s(0.0, transfer, compute, len(compute), self.device_layers)
+        asked = pipeline_s(load, transfer, question, len(question), self.device_layers, kept)
+        return request + asked + pipeline_s(0.0, transfer, compute, len(compute), self.device_layers, kept)
 
 
 def cheapest_tier(

@@ -17,10 +17,12 @@ import numpy as np
 
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.streamed import layers_wanted
+from cacheblend_jax.engine.delays import Tier
 from cacheblend_jax.engine.device_layers import DeviceLayers, PlacedLayers, free_share, placement_name
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import READERS, copiers, load_all
+from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.kv_cache import KVCache, cache_shape
 from cacheblend_jax.model.model import Model
@@ -62,6 +64,12 @@ class Delivery:
     def host_streams(self) -> bool:
         """Whether layers go from host memory to the device beside computation."""
         return self._link.is_hidden
+
+    def transfer(self, profile: Profile) -> Tier:
+        """Returns the speed of the link: its own where it has one, else as measured for how host buffers are."""
+        if self._link.bytes_per_s is not None:
+            return Tier("transfer", self._link.bytes_per_s)
+        return profile.transfer_from(page_locked=self.locks_pages)
 
     @cached_property
     def locks_pages(self) -> bool:

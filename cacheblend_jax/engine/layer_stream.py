@@ -78,7 +78,8 @@ class LayerStream:
         self._reads: dict[int, list[Future]] = {}
         self._arrived: queue.SimpleQueue[LayerKV | BaseException] = queue.SimpleQueue()
         self._in_use: queue.SimpleQueue[tuple[int, LayerKV, jax.Array, float] | None] = queue.SimpleQueue()
-        self._on_the_way: queue.SimpleQueue[tuple[int, LayerKV, float] | None] = queue.SimpleQueue()
+        self._on_the_way: queue.SimpleQueue[tuple[int, LayerKV, float, threading.Event] | None] = queue.SimpleQueue()
+        self._watched: dict[int, threading.Event] = {}
         self._closed = False
         self._current: LayerKV | None = None
         self._turn = -1
@@ -196,19 +197,21 @@ class LayerStream:
         began = time.perf_counter()
         on_device = LayerKV(*self._put(self._slot(turn)))
         if self._trace is not None:
-            self._on_the_way.put((layer, on_device, began))
+            watched = self._watched[turn] = threading.Event()
+            self._on_the_way.put((layer, on_device, began, watched))
         return on_device
 
     def _watch(self) -> None:
         """Traces transfers, on a thread of its own: the link does not rest until their ends have been noticed."""
         free_at = 0.0
         while (sent := self._on_the_way.get()) is not None:
-            layer, kv, began = sent
-            with suppress(RuntimeError, ValueError):  # its step is done already, and it has been dropped
+            layer, kv, began, watched = sent
+            with suppress(jax.errors.JaxRuntimeError):  # the step that reads it fails, too, and says so
                 jax.block_until_ready(kv)
             began, free_at = max(began, free_at), time.perf_counter()
             if self._trace is not None:
                 self._trace.add("transfer", f"layer {layer}", layer, began, free_at)
+            watched.set()
 
     def _release(self) -> None:
         free_at = 0.0
@@ -227,6 +230,8 @@ class LayerStream:
     def _let_go(self, turn: int, kv: LayerKV) -> None:
         """Drops a layer whose step is done, unless it stays on the device, and has its buffer filled again."""
         layer = self._layers[turn]
+        if (watched := self._watched.pop(turn, None)) is not None:
+            watched.wait()  # waiting for an array while another thread deletes it ends the process
         was_kept = self._kept.layers.get(layer) is kv
         if not was_kept and not self._kept.keep(layer, kv):
             _delete(kv)

@@ -31,14 +31,15 @@ def choose_executor(setting: str, tiers: Collection[str], *, host_streams: bool)
     """Returns the executor of a prefill that loads from these tiers; only this function decides it.
 
     Where nothing is loaded there is nothing to stream. `"auto"` streams where a tier is slower than host memory, and
-    from there, too, where the link to the device runs beside computation.
+    from there, too, where the link to the device runs beside computation; but not chunks that are on the device, which
+    would have to come to the host first.
 
     Args:
         host_streams: whether it does (`runtime.link.Link.is_hidden`).
     """
     if not tiers or setting == "resident":
         return "resident"
-    streams = any(is_slow(tier) or (tier == "host" and host_streams) for tier in tiers)
+    streams = any(map(is_slow, tiers)) or (host_streams and "device" not in tiers)
     return "streamed" if setting == "streamed" or streams else "resident"
 
 

@@ -162,7 +162,8 @@ class Prefiller:
         """Asks the controller for a request's ratio, and for which of the stored chunks to load."""
         with timer.stopped():  # a quick estimate is not part of the request's time
             estimator = self.estimator()
-        return decide(estimator, planner, length, stored, self._executors.is_prepared if self.is_warm else None)
+        is_prepared = self._executors.is_prepared if self.is_warm else None
+        return decide(estimator, planner, length, stored, is_prepared, self._executors.delivery.num_kept)
 
     def estimator(self) -> Estimator:
         """Returns what the controller estimates delays from; made once, from the profile or a quick estimate."""
@@ -174,7 +175,7 @@ class Prefiller:
                 name,
                 profile.compute,
                 profile.tiers,
-                profile.transfer,
+                delivery.transfer(profile),
                 *ahead,
                 executor=self._executors.setting,
                 host_streams=delivery.host_streams,

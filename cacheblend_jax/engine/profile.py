@@ -19,6 +19,8 @@ from platformdirs import user_cache_path
 from cacheblend_jax.engine.delays import ComputeModel, Tier
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.model.model import Model
+from cacheblend_jax.runtime.host_buffers import aligned_empty
+from cacheblend_jax.runtime.link import DeviceLink
 from cacheblend_jax.store import located
 
 logger = logging.getLogger(__name__)
@@ -35,8 +37,9 @@ class Profile:
         device: its kind, as JAX names it.
         store: the store's directory; empty for a store in memory.
         tiers: by name.
-        transfer: from host memory to the device.
+        transfer: from host memory to the device; page-locked memory, where the device has it.
         fit: how well the fitted estimates match the measurements.
+        pageable: from other host memory to the device; `None` where all memory is alike.
     """
 
     model: str
@@ -46,6 +49,11 @@ class Profile:
     tiers: dict[str, Tier]
     transfer: Tier
     fit: dict[str, Any]
+    pageable: Tier | None = None
+
+    def transfer_from(self, *, page_locked: bool) -> Tier:
+        """Returns the way from page-locked or from pageable host memory to the device."""
+        return self.transfer if page_locked or self.pageable is None else self.pageable
 
     def save(self, path: str | Path) -> None:
         """Writes the profile.
@@ -76,6 +84,7 @@ class Profile:
             content["compute"] = ComputeModel(**content["compute"])
             content["tiers"] = {name: Tier(**tier) for name, tier in content["tiers"].items()}
             content["transfer"] = Tier(**content["transfer"])
+            content["pageable"] = Tier(**content["pageable"]) if content.get("pageable") else None
             if "host" not in content["tiers"]:
                 raise KeyError("tiers: host")
             return cls(**content)
@@ -138,10 +147,13 @@ def quick_profile(model: Model, directory: Any) -> Profile:
     matrix = jax.device_put(jnp.ones((size, size), jnp.dtype(config.dtype)), model.placement)
     product = jax.jit(jnp.matmul)
     flops = 2 * size**3 / _seconds_of(lambda: product(matrix, matrix).block_until_ready())
-    host = np.ones(2**24, np.uint8)
-    target = np.empty_like(host)
+    host, link = np.ones(2**24, np.uint8), DeviceLink(model.placement)
+    target = aligned_empty(host.shape, host.dtype)
     copied = host.nbytes / _seconds_of(lambda: np.copyto(target, host))
-    moved = host.nbytes / _seconds_of(lambda: jax.device_put(host, model.placement).block_until_ready())
+    pageable = moved = _bytes_per_s(link, target, model)
+    if (lock := link.page_lock(target)) is not None:
+        moved = _bytes_per_s(link, target, model)
+        lock.release()
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     key_bytes = 2 * kv_size * jnp.dtype(config.dtype).itemsize
     compute = ComputeModel(
@@ -153,9 +165,15 @@ def quick_profile(model: Model, directory: Any) -> Profile:
         request_s=1e-3,
     )
     tiers = {"host": Tier("host", copied), "disk": ASSUMED_DISK}
-    return Profile(
-        model.fingerprint, device_kind(model), store_name(directory), compute, tiers, Tier("transfer", moved), {}
-    )
+    other = None if lock is None else Tier("pageable", pageable)
+    own = model.fingerprint, device_kind(model), store_name(directory)
+    return Profile(*own, compute, tiers, Tier("transfer", moved), {}, other)
+
+
+def _bytes_per_s(link: DeviceLink, host: np.ndarray, model: Model) -> float:
+    """Returns how fast a buffer goes to the device, some of it at a time as layers do."""
+    parts = np.array_split(host, 4)
+    return host.nbytes / _seconds_of(lambda: jax.block_until_ready(link.put(parts, model.placement)))
 
 
 def _seconds_of(work: Callable[[], object], repeats: int = 3) -> float:

@@ -53,9 +53,9 @@ def calibrate(
     lengths = _lengths_that_fit(model, lengths)
     with _place_for_probes(directory) as probes:
         compute, fit = fit_compute(model, lengths, ratios, repeats=repeats, progress=progress)
-        tiers, transfer, page_cache = measure_tiers(model, lambda: ChunkStore(probes), repeats=repeats)
-    fit = fit | {"page_cache": page_cache}
-    return Profile(model.fingerprint, device_kind(model), store_name(directory), compute, tiers, transfer, fit)
+        speeds = measure_tiers(model, lambda: ChunkStore(probes), repeats=repeats)
+    measured = compute, speeds.tiers, speeds.transfer, fit | {"page_cache": speeds.page_cache}, speeds.pageable
+    return Profile(model.fingerprint, device_kind(model), store_name(directory), *measured)
 
 
 def _lengths_that_fit(model: Model, lengths: Sequence[int]) -> list[int]:

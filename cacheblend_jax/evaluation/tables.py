@@ -165,7 +165,8 @@ def profile_text(profile: Profile) -> str:
         f"fit over {fit['layer_steps']} layer steps: error {fit['median_error']:.1%} in the median, "
         f"{fit['worst_error']:.1%} at worst",
     ]
-    for tier in (*profile.tiers.values(), profile.transfer):
+    ways = [profile.transfer] if profile.pageable is None else [profile.transfer, profile.pageable]
+    for tier in (*profile.tiers.values(), *ways):
         assumed = " (assumed, not measured)" if tier is ASSUMED_DISK else ""
         text.append(f"{tier.name}: {tier.bytes_per_s / 1e9:.2f} GB/s, {tier.latency_s * 1e6:.0f} us a read{assumed}")
     text.append(f"page cache: {fit['page_cache']}")

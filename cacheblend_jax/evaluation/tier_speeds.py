@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +18,19 @@ import numpy as np
 from cacheblend_jax.engine.delays import Tier
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.layout import NO_CONTEXT, PlacedChunk
-from cacheblend_jax.engine.loading import READERS, load_all
+from cacheblend_jax.engine.loading import READERS, copiers, load_all
 from cacheblend_jax.engine.profile import ASSUMED_DISK
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.prompts import random_prompt
 from cacheblend_jax.model import Model
-from cacheblend_jax.runtime.host_buffers import HostBuffers
+from cacheblend_jax.runtime.host_buffers import HostBuffers, aligned_empty
+from cacheblend_jax.runtime.link import DeviceLink, Link
 from cacheblend_jax.store import ChunkStore, is_local
 
 PROBE_CHUNKS = 4
 PROBE_TOKENS = 512  # of each chunk that gives the throughput; chunks of one token give the latency
-TRANSFER_KEYS = 4096  # of the layer that is handed to the device
+TRANSFER_KEYS = 4096  # of a layer that is handed to the device
+TRANSFER_LAYERS = 4  # on their way at a time, as while layers are streamed
 NO_DISK = "not used: nothing is on a disk"
 
 
@@ -36,12 +39,14 @@ class TierSpeeds(NamedTuple):
 
     Attributes:
         tiers: `host`, and `disk` (or what the store's slower tier is called); by name.
-        transfer: from host memory to the device.
+        transfer: from host memory to the device: from page-locked memory, where the device has it.
+        pageable: from other host memory; `None` where all memory is alike.
         page_cache: whether files were read cold.
     """
 
     tiers: dict[str, Tier]
     transfer: Tier
+    pageable: Tier | None
     page_cache: str
 
 
@@ -66,7 +71,7 @@ def measure_tiers(model: Model, open_store: Callable[[], Any], *, repeats: int =
     if on_disk:
         disk, page_cache = _measured_tier(model, open_store, repeats)
         tiers[disk.name] = disk
-    return TierSpeeds(tiers, _measured_transfer(model, repeats), page_cache)
+    return TierSpeeds(tiers, *_measured_transfers(model, DeviceLink(model.placement), repeats), page_cache)
 
 
 def _measured_tier(model: Model, open_store: Callable[[], Any], repeats: int) -> tuple[Tier, str]:
@@ -82,9 +87,10 @@ def _measured_tier(model: Model, open_store: Callable[[], Any], repeats: int) ->
     buffers = HostBuffers(np.dtype(config.dtype)).arrays(shape)
     large_runs = []
     small_runs = []
+    threads = copiers() if DeviceLink(model.placement).is_hidden else 1  # as a prefill copies
     for _ in range(repeats):
-        large_runs.append(_read_probes(open_store, keys[0], tokens, buffers))
-        small_runs.append(_read_probes(open_store, keys[1], 1, buffers))
+        large_runs.append(_read_probes(open_store, keys[0], tokens, buffers, threads))
+        small_runs.append(_read_probes(open_store, keys[1], 1, buffers, threads))
     large_s, small_s = (statistics.median(run.seconds for run in runs) for runs in (large_runs, small_runs))
     rounds = -(-PROBE_CHUNKS * config.num_layers // READERS)  # of reads at the same time
     last = large_runs[-1]
@@ -100,7 +106,11 @@ class _Reading(NamedTuple):
 
 
 def _read_probes(
-    open_store: Callable[[], Any], keys: Sequence[str], tokens: int, buffers: tuple[np.ndarray, np.ndarray]
+    open_store: Callable[[], Any],
+    keys: Sequence[str],
+    tokens: int,
+    buffers: tuple[np.ndarray, np.ndarray],
+    threads: int,
 ) -> _Reading:
     """Reads stored probes, of so many tokens each, into K's and V's buffer; opening them is not timed."""
     with ExitStack() as handles:
@@ -116,23 +126,35 @@ def _read_probes(
         ids = np.zeros(tokens, np.int32)
         placed = [PlacedChunk("", "", NO_CONTEXT, ids, i * tokens, stored=chunk) for i, chunk in enumerate(chunks)]
         num_bytes = sum(chunk.num_bytes for chunk in chunks)
-        with ThreadPoolExecutor(READERS) as readers:
+        with ThreadPoolExecutor(max(READERS, threads)) as readers:
             began = time.perf_counter()
-            load_all(placed, *buffers, readers)
+            load_all(placed, *buffers, readers, threads=threads)
             seconds = time.perf_counter() - began
         return _Reading(seconds, num_bytes, chunks[0].tier, page_cache)
 
 
-def _measured_transfer(model: Model, repeats: int) -> Tier:
+def _measured_transfers(model: Model, link: Link, repeats: int) -> tuple[Tier, Tier | None]:
+    """Measures page-locked memory, and pageable memory; where none can be page-locked, this alone."""
     config = model.config
-    shape = (min(config.max_positions, TRANSFER_KEYS), config.num_kv_heads, config.head_dim)
-    pair = HostBuffers(np.dtype(config.dtype)).arrays(shape)
-    seconds = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        jax.block_until_ready(jax.device_put(pair, model.placement))
-        seconds.append(time.perf_counter() - began)
-    return Tier("transfer", 2 * pair[0].nbytes / statistics.median(seconds[1:]))  # the first one warms up
+    keys = min(config.max_positions, TRANSFER_KEYS)
+    buffer = aligned_empty((TRANSFER_LAYERS, 2, keys, config.num_kv_heads, config.head_dim), np.dtype(config.dtype))
+    buffer[:] = 0
+
+    def measured(name: str) -> Tier:
+        seconds = []
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            jax.block_until_ready([link.put((layer[0], layer[1]), model.placement) for layer in buffer])
+            seconds.append(time.perf_counter() - began)
+        return Tier(name, buffer.nbytes / statistics.median(seconds[1:]))  # the first one warms up
+
+    pageable = measured("pageable")
+    if (lock := link.page_lock(buffer)) is None:
+        return replace(pageable, name="transfer"), None
+    try:
+        return measured("transfer"), pageable
+    finally:
+        lock.release()
 
 
 def drop_page_cache(directory: Any) -> str:

@@ -24,10 +24,12 @@ class Link(Protocol):
     Attributes:
         is_hidden: whether transfers run beside computation, so that layers are worth sending one by one.
         is_ordered: whether a transfer waits for the programs that were dispatched before it.
+        bytes_per_s: its speed; `None` where that has to be measured.
     """
 
     is_hidden: bool
     is_ordered: bool
+    bytes_per_s: float | None
 
     def put(self, tree: Any, placement: jax.sharding.Sharding) -> Any:
         """Puts arrays on the devices; they may still be on their way when this returns."""
@@ -38,6 +40,8 @@ class Link(Protocol):
 
 class DeviceLink:
     """The link that the devices have."""
+
+    bytes_per_s: float | None = None
 
     def __init__(self, placement: jax.sharding.Sharding) -> None:
         device: Any = next(iter(placement.device_set))
@@ -84,6 +88,7 @@ class SimulatedLink:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._throttle = Throttle(bytes_per_s, latency_s, clock=clock, sleep=sleep)
+        self.bytes_per_s: float | None = bytes_per_s
 
     def put(self, tree: Any, placement: jax.sharding.Sharding) -> Any:
         """See `Link`; returns after the time that the bytes take. What arrives is a copy, as on a device."""

@@ -16,8 +16,9 @@ from cacheblend_jax.blend.config import AUTO_RATIOS
 from cacheblend_jax.engine.controller import decide, explain
 from cacheblend_jax.engine.delays import ComputeModel, Estimator, layer_sizes, pipeline_s
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.planner import Planner
+from cacheblend_jax.engine.planner import Planner, choose_executor
 from cacheblend_jax.engine.profile import default_path, device_kind, profile_for, store_name
+from cacheblend_jax.runtime.link import SimulatedLink
 
 CONFIG = FAMILIES["llama3"]
 ROW_S = 1e-4  # per row that goes on: the only cost of computing in these tests
@@ -173,6 +174,67 @@ def test_what_is_on_the_device_needs_no_loading():
     assert (decision.loaded_chunks, decision.load_s, decision.bound) == (len(chunks), 0.0, "floor")
 
 
+IN_MEMORY = [at_tier(chunk, "host") for chunk in CHUNKS]
+
+
+def linked(seconds):
+    """An estimator of a device whose link takes `seconds` for all layers; host memory itself takes no time."""
+    plan = planner().at(0.15).plan("blend", LENGTH, 0, 1024)
+    padded = CONFIG.num_layers * plan.cache_length * 2 * CONFIG.num_kv_heads * CONFIG.head_dim * 4
+    tiers = {"host": cb.engine.Tier("host", 1e15)}
+    transfer = cb.engine.Tier("transfer", padded / seconds)
+    return dataclasses.replace(estimator(), tiers=tiers, transfer=transfer, host_streams=True)
+
+
+def test_a_link_that_is_hidden_is_loading_too():
+    seconds = recompute_s(0.5) * 1.001
+    decision = decide(linked(seconds), planner(), LENGTH, IN_MEMORY)
+    assert (decision.ratio, decision.bound) == (0.5, "load")
+    assert decision.load_s == pytest.approx(seconds)
+    waits = dataclasses.replace(linked(seconds), host_streams=False)
+    decision = decide(waits, planner(), LENGTH, IN_MEMORY)
+    assert (decision.ratio, decision.bound) == (0.15, "floor")
+    assert decision.load_s == pytest.approx(seconds)  # before the computing, which hides nothing
+
+
+@pytest.mark.parametrize(
+    ("setting", "tiers", "host_streams", "wanted"),
+    [
+        ("auto", ["host"], False, "resident"),
+        ("auto", ["host"], True, "streamed"),
+        ("auto", ["host", "device"], True, "resident"),  # layers on the device would have to come to the host first
+        ("auto", ["device"], True, "resident"),
+        ("auto", ["host", "disk"], False, "streamed"),
+        ("auto", [], True, "resident"),
+        ("streamed", ["host"], False, "streamed"),
+        ("resident", ["host"], True, "resident"),
+    ],
+)
+def test_the_executor_follows_from_the_tiers_and_the_link(setting, tiers, host_streams, wanted):
+    assert choose_executor(setting, tiers, host_streams=host_streams) == wanted
+
+
+def test_layers_that_the_device_has_need_no_loading():
+    seconds, asked = recompute_s(0.5) * 1.001, []
+
+    def num_kept(plan, chunks):
+        asked.append((plan.cache_length, len(chunks)))
+        return CONFIG.num_layers if len(chunks) == 2 else 0
+
+    decision = decide(linked(seconds), planner(), LENGTH, IN_MEMORY, num_kept=num_kept)
+    assert (decision.ratio, decision.load_s, decision.computed_chunks) == (0.15, 0.0, 0)
+    assert decision.predicted_ttft_s == pytest.approx(decision.recompute_s)
+    assert {count for _, count in asked} == {1, 2}  # of no chunks there are no layers
+    half = decide(linked(seconds), planner(), LENGTH, IN_MEMORY, num_kept=lambda *_: CONFIG.num_layers // 2)
+    assert half.load_s == pytest.approx(seconds / 2)
+
+
+def test_a_pipeline_begins_with_the_layers_that_are_there():
+    assert pipeline_s(1.0, 0.0, [1.0] * 10, 4, 2, kept=10) == pytest.approx(10.0)
+    assert pipeline_s(2.0, 0.5, [1.0] * 10, 8, 4, kept=4) == pytest.approx(6 * 2.0 + 0.5 + 1.0)  # read from the start
+    assert pipeline_s(1.0, 0.0, [1.0] * 10, 4, 2, kept=4) == pytest.approx(10.0)
+
+
 def test_the_cap_is_recomputing_everything_that_is_loaded():
     # Many layers: waiting for the first one's KV costs little, so that loading is still worth it.
     deep = Planner(dataclasses.replace(CONFIG, num_layers=64, windows=()), cb.BlendConfig("auto"))
@@ -308,6 +370,25 @@ def test_warm_up_compiles_every_ratio():
             assert (decision.ratio, decision.computed_chunks) == (ratio, computed)
             counts.add(engine.model.runner.count)
     assert len(counts) == 1  # the first warm-up compiled what all of them need
+
+
+def test_a_link_has_a_speed_for_each_kind_of_memory(tmp_path):
+    model, path = family_model("llama3"), tmp_path / "profile.json"
+    slow = cb.engine.Tier("pageable", 1e9)
+    both = profile(model, changes={"pageable": slow})
+    both.save(path)
+    assert cb.engine.Profile.read(path) == both
+    assert both.transfer_from(page_locked=True) is both.transfer
+    assert both.transfer_from(page_locked=False) is slow
+    assert profile(model).transfer_from(page_locked=False).name == "transfer"
+    content = json.loads(path.read_text())
+    del content["pageable"]  # as files had it before
+    path.write_text(json.dumps(content))
+    assert cb.engine.Profile.read(path) == profile(model)
+    with cb.Engine(model, profile=both) as engine:  # a CPU locks no pages
+        assert engine.estimator().transfer == slow
+    with cb.Engine(model, profile=both, link=SimulatedLink(123.0)) as engine:
+        assert engine.estimator().transfer.bytes_per_s == 123.0
 
 
 def test_a_profile_is_kept_as_it_was(tmp_path):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import HF, family_model, random_prompt
+from conftest import HF, family_model, random_prompt, unchecked
 
 import cacheblend_jax as cb
 from cacheblend_jax.cli.main import main
@@ -17,6 +17,7 @@ from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.evaluation import layer_times, tier_speeds
 from cacheblend_jax.evaluation.calibrate import calibrate
 from cacheblend_jax.evaluation.tables import profile_text
+from cacheblend_jax.runtime.link import DeviceLink
 
 
 def test_calibration_finds_the_numbers_that_steps_were_made_with(monkeypatch):
@@ -67,6 +68,33 @@ def test_a_throttled_tier_is_measured_as_it_is(monkeypatch):
     assert (tier.name, page_cache) == ("disk", tier_speeds.NO_DISK)
     assert tier.bytes_per_s == pytest.approx(1e6, rel=0.01)
     assert tier.latency_s == pytest.approx(1e-3, rel=0.2)  # a read of one token's bytes is in it
+
+
+def test_page_locked_and_pageable_memory_are_measured(monkeypatch):
+    now, locked = {"s": 0.0}, []
+
+    class TwoSpeeds(DeviceLink):
+        """Takes four times as long from memory that is not page-locked."""
+
+        def put(self, tree, placement):
+            now["s"] += sum(leaf.nbytes for leaf in tree) / (4e6 if locked else 1e6)
+            return super().put(tree, placement)
+
+        def page_lock(self, buffer):
+            locked.append(buffer)
+            return SimpleNamespace(release=locked.clear)
+
+    model = family_model("llama3")
+    monkeypatch.setattr(tier_speeds.time, "perf_counter", lambda: now["s"])
+    with unchecked():
+        transfer, pageable = tier_speeds._measured_transfers(model, TwoSpeeds(model.placement), 2)
+    assert (transfer.name, pageable.name) == ("transfer", "pageable")
+    assert transfer.bytes_per_s == pytest.approx(4e6)
+    assert pageable.bytes_per_s == pytest.approx(1e6)
+    assert not locked
+    monkeypatch.setattr(TwoSpeeds, "page_lock", lambda *_: None)
+    only, other = tier_speeds._measured_transfers(model, TwoSpeeds(model.placement), 1)
+    assert (only.name, only.bytes_per_s, other) == ("transfer", pytest.approx(1e6), None)
 
 
 def test_probes_leave_the_store_alone_and_nothing_open(tmp_path, monkeypatch, capsys):
