@@ -26,7 +26,7 @@ from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.kv_cache import KVCache, cache_shape
 from cacheblend_jax.model.model import Model
-from cacheblend_jax.runtime.host_buffers import HostBuffers, aligned_empty
+from cacheblend_jax.runtime.host_buffers import ALIGNMENT, HostBuffers, aligned_empty
 from cacheblend_jax.runtime.link import DeviceLink, Link
 from cacheblend_jax.runtime.trace import Trace
 
@@ -74,7 +74,7 @@ class Delivery:
     @cached_property
     def locks_pages(self) -> bool:
         """Whether host buffers are page-locked."""
-        return self._link.page_lock(aligned_empty((1,), np.dtype(np.uint8))) is not None
+        return self._link.page_lock(aligned_empty((ALIGNMENT,), np.dtype(np.uint8))) is not None
 
     @property
     def host_layers(self) -> int:

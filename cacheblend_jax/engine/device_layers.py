@@ -73,10 +73,7 @@ class DeviceLayers:
 
         The next prefill keeps nothing, and later ones half as much as until now.
         """
-        had_any = self._tier.bytes > 0
-        names = self._tier.keys()
-        for name in names:
-            self._tier.remove(name)
+        had_any = self._tier.drop()
         self._tier.capacity //= 2
         self._is_paused = True
         return had_any

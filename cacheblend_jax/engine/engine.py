@@ -117,6 +117,7 @@ class Engine:
             buckets=self._buckets,
             tiers=self.store.tiers,
             context_embeddings=self._context.embeddings,
+            drop_device=self.store.drop_device,
             link=link,
             kept_bytes=kept_bytes,
         )

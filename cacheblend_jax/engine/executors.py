@@ -69,6 +69,7 @@ class Executors:
         prefetch_layers, link, kept_bytes: see `Delivery`.
         tiers: those that the store may serve entries from.
         context_embeddings: of a fitted context, see `ChunkContext`.
+        drop_device: has the store give the device memory back; returns whether it had any.
 
     Raises:
         CacheBlendError: an unknown executor, or a `prefetch_layers` that is not a positive whole number.
@@ -83,6 +84,7 @@ class Executors:
         buckets: Buckets = FINE_BUCKETS,
         tiers: Sequence[str] = ("host",),
         context_embeddings: np.ndarray | None = None,
+        drop_device: Callable[[], bool] = lambda: False,
         link: Link | None = None,
         kept_bytes: int | None = None,
     ) -> None:
@@ -92,7 +94,7 @@ class Executors:
         self.delivery = Delivery(model, prefetch_layers, link, kept_bytes)
         self.uses_device_tier = "device" in tiers and setting != "streamed"
         self._model, self._buckets, self._tiers = model, buckets, tiers
-        self._context_embeddings = context_embeddings
+        self._context_embeddings, self._drop_device = context_embeddings, drop_device
         self._shared_context: tuple[Hashable, KVCache] | None = None
 
     # --- compiling: the loops below, run over shapes -----------------------------------------------------------------
@@ -254,11 +256,11 @@ class Executors:
         return self._giving_way(lambda: run(plan, request, chunks, prepared, trace))
 
     def _giving_way(self, work: Callable[[], Result]) -> Result:
-        """Does some work, and once more if it lacked memory on the device and layers of earlier prompts had some."""
+        """Does some work, and once more if it lacked memory on the device that stored KV had."""
         try:
             return work()
         except jax.errors.JaxRuntimeError as error:
-            if not is_exhausted(error) or not self.delivery.give_way():
+            if not is_exhausted(error) or not any([self.delivery.give_way(), self._drop_device()]):
                 raise
             logger.warning(
                 "the device ran out of memory: the KV of earlier prompts gives way, and the work begins anew"

@@ -72,6 +72,8 @@ class LayerStream:
         # Turns whose layers are loaded, in order; a turn's place among them says which buffer is its.
         self._loaded = [turn for turn, layer in enumerate(layers) if layer not in self._kept.layers]
         self._places = {turn: place for place, turn in enumerate(self._loaded)}
+        # No more than there are layers to load: one that comes twice finds itself in the buffer then.
+        self._slots = min(len(buffers[0]), len({layers[turn] for turn in self._loaded}))
         self._shares = shares(chunks, threads)
         self._put, self._trace, self._readers = put, trace, readers
         self._room = threading.Semaphore(device_layers)
@@ -85,7 +87,7 @@ class LayerStream:
         self._turn = -1
         self._lanes: list[threading.Thread] = []
         try:
-            for place in range(min(len(buffers[0]), len(self._loaded))):
+            for place in range(self._slots):
                 self._read(place)
             for lane in (self._transfer, self._release, *(() if trace is None else (self._watch,))):
                 thread = threading.Thread(target=lane, name="cacheblend-lane")
@@ -147,7 +149,7 @@ class LayerStream:
         self.close()
 
     def _slot(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
-        slot = self._places[turn] % len(self._buffers[0])
+        slot = self._places[turn] % self._slots
         return self._buffers[0][slot], self._buffers[1][slot]
 
     def _read(self, place: int) -> None:
@@ -161,18 +163,16 @@ class LayerStream:
         sent: deque[LayerKV] = deque()  # and not handed over yet
         try:
             for turn, layer in enumerate(self._layers):
-                if (there := self._kept.layers.get(layer)) is not None:
-                    sent.append(there)
-                    self._hand_over(sent, keep=self._sent_ahead)
-                    continue
-                if self._is_slow and not self._is_read(turn):
-                    self._hand_over(sent, keep=0)
-                self._room.acquire()
-                if self._closed:
-                    break
-                for future in self._reads.get(turn, ()):  # begun before there was room, if they had to begin
-                    future.result()
-                sent.append(self._send(turn, layer))
+                there = self._kept.layers.get(layer)
+                if there is None:
+                    if self._is_slow and not self._is_read(turn):
+                        self._hand_over(sent, keep=0)
+                    self._room.acquire()
+                    if self._closed:
+                        break
+                    if (there := self._kept.layers.get(layer)) is not None:  # since the step that made room
+                        self._room.release()
+                sent.append(self._send(turn, layer) if there is None else there)
                 self._hand_over(sent, keep=self._sent_ahead)
             self._hand_over(sent, keep=0)
         except BaseException as error:
@@ -181,7 +181,7 @@ class LayerStream:
 
     def _is_held(self, place: int) -> bool:
         """Whether the buffer of a loaded turn holds its layer from an earlier one."""
-        before = place - len(self._buffers[0])
+        before = place - self._slots
         return before >= 0 and self._layers[self._loaded[before]] == self._layers[self._loaded[place]]
 
     def _is_read(self, turn: int) -> bool:
@@ -194,6 +194,8 @@ class LayerStream:
             self._arrived.put(sent.popleft())
 
     def _send(self, turn: int, layer: int) -> LayerKV:
+        for future in self._reads.get(turn, ()):  # begun before there was room, if they had to begin
+            future.result()
         began = time.perf_counter()
         on_device = LayerKV(*self._put(self._slot(turn)))
         if self._trace is not None:
@@ -235,7 +237,7 @@ class LayerStream:
         was_kept = self._kept.layers.get(layer) is kv
         if not was_kept and not self._kept.keep(layer, kv):
             _delete(kv)
-        again = self._places.get(turn, len(self._loaded)) + len(self._buffers[0])
+        again = self._places.get(turn, len(self._loaded)) + self._slots
         if again < len(self._loaded) and not self._is_held(again) and not self._closed:
             self._read(again)
         if not was_kept:

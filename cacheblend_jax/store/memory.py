@@ -113,6 +113,13 @@ class MemoryTier(Generic[Entry]):
             self._take(key)
             del self._uses[key]
 
+    def drop(self) -> bool:
+        """Drops all entries that are not pinned; returns whether there were any."""
+        unpinned = [name for name in self.keys() if not self._pins[name]]
+        for name in unpinned:
+            self.remove(name)
+        return bool(unpinned)
+
     def keys(self) -> list[str]:
         """Returns the keys in the order in which their entries would be evicted."""
         return [*self._once, *self._twice]

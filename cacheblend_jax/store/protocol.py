@@ -70,6 +70,9 @@ class Store(Protocol):
             to_device: copies an entry to the device; `None` leaves the device tier out.
         """
 
+    def drop_device(self) -> bool:
+        """Gives the device the memory back of the entries there that nobody uses; returns whether there were any."""
+
     def remove(self, key: str) -> bool:
         """Drops an entry from every tier; returns whether there was one.
 

@@ -96,6 +96,10 @@ class ThrottledStore:
     def promote(self, key: str, to_device: Callable[[ChunkEntry], DeviceEntry] | None = None) -> None:
         """Does nothing: throttled entries stay where they are."""
 
+    def drop_device(self) -> bool:
+        """As the wrapped store does, whose entries may be there."""
+        return self.wrapped.drop_device()
+
     def remove(self, key: str) -> bool:
         """As the wrapped store does."""
         return self.wrapped.remove(key)

@@ -13,6 +13,7 @@ import pytest
 from conftest import FAMILIES, HF, TWO_STAGES, family_model, random_prompt, relative_error
 
 import cacheblend_jax as cb
+from cacheblend_jax.engine.device_layers import PlacedLayers
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import LostChunkError, load_all, shares
@@ -411,6 +412,30 @@ def test_a_layer_that_its_buffer_still_holds_is_not_read_again(readers):
             stream.used_until(result.v)
             np.testing.assert_array_equal(np.asarray(result.k)[2:6], np.full((4, 1, 2), layer))
     assert sorted(read) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("room", [2, 4])
+def test_layers_that_stay_are_neither_read_nor_sent_and_the_others_once(readers, room):
+    rows, read, sent = Rows(4), [], []
+    read_layer = rows.read_layer
+    rows.read_layer = lambda layer: read.append(layer) or read_layer(layer)
+
+    def put(pair):
+        sent.append(int(pair[0][2, 0, 0]))
+        return jax.device_put([x.copy() for x in pair])
+
+    there = {layer: LayerKV(*(jax.numpy.full((16, 1, 2), s * layer, np.float32) for s in (1, -1))) for layer in (0, 1)}
+    kept, layers = PlacedLayers(room, 0, there), [*range(5), *range(5)]
+    buffers = HostBuffers(np.dtype(np.float32)).arrays((5, 16, 1, 2))
+    with LayerStream([placed(rows, 2)], layers, buffers, 2, put, readers, kept=kept) as stream:
+        for layer in layers:
+            kv = stream.next()
+            assert (float(kv.k[2, 0, 0]), float(kv.v[5, 0, 1])) == (layer, -layer)
+            stream.used_until(kv.v * 1)
+    assert sorted(read) == [2, 3, 4]
+    assert sorted(sent) == ([2, 2, 3, 3, 4, 4] if room == 2 else [2, 3, 4, 4])
+    assert sorted(kept.layers) == list(range(room))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept.layers))
 
 
 def test_a_pass_of_the_question_reads_no_layer_twice():

@@ -136,6 +136,46 @@ def test_what_is_replaced_or_removed_is_not_on_the_device_any_more(how):
             assert same(store.get("a"), make_entry(2))
 
 
+def test_what_nobody_uses_gives_the_device_its_memory_back():
+    store = cb.ChunkStore(device_bytes=4 * SIZE)
+    for name in "ab":
+        store.put(name, make_entry(1))
+        store.promote(name, to_device)
+    throttled = cb.store.ThrottledStore(store, 1e12)
+    with store.open("a"):
+        assert throttled.drop_device()
+        assert [on_device(store, name) for name in "ab"] == [True, False]
+        assert not store.drop_device()
+    assert store.drop_device()
+    assert store.stats.device.bytes == 0
+    assert same(store.get("a"), make_entry(1))  # from host memory
+
+
+def test_a_prefill_without_memory_begins_anew_without_the_tier(monkeypatch, caplog):
+    model, prompt, other = family_model("llama3"), random_prompt(13), random_prompt(14)
+    with cb.Engine(model, cb.ChunkStore(device_bytes=2**30), TWO_STAGES) as engine:
+        for each in (prompt, other):
+            engine.precompute(each)
+            engine.prefill(each)
+            engine.flush()
+        wanted, entries = engine.prefill(prompt), engine.store.stats.device.entries
+        run, failures = engine._executors._run_resident, [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")]
+
+        def fail_once(*args):
+            if failures:
+                raise failures.pop()
+            return run(*args)
+
+        monkeypatch.setattr(engine._executors, "_run_resident", fail_once)
+        out = engine.prefill(prompt)
+        assert out.logits.tobytes() == wanted.logits.tobytes()
+        assert 0 < engine.store.stats.device.entries < entries  # but those that it uses
+        assert caplog.text.count("ran out of memory") == 1
+        failures.append(jax.errors.JaxRuntimeError("INTERNAL: something else"))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+            engine.prefill(prompt)
+
+
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 @pytest.mark.parametrize("mode", ["blend", "reuse", "prefix"])
 def test_answers_are_the_same_bits_with_and_without(family, mode):
