@@ -139,7 +139,8 @@ class Delivery:
         return self._kept is not None and self._kept.drop()
 
     def close(self) -> None:
-        """Ends the threads; a prefill that comes later starts new ones. Not while one is running."""
+        """Ends the threads and drops layers that stayed; a later prefill begins anew. Not while one is running."""
+        self._kept = None
         self._readers.shutdown()
         self._readers = _reader_pool()
 

@@ -349,9 +349,9 @@ class Engine:
         self._background.flush()
 
     def close(self) -> None:
-        """Finishes storing and ends the engine's threads; chunks missed later are computed, but not stored.
+        """Finishes storing, ends the engine's threads and gives the device's memory back that layers stayed in.
 
-        A later prompt whose stored chunks come from a slow tier starts threads again.
+        Chunks missed later are computed, but not stored. A later prompt whose chunks are streamed starts threads again.
         """
         self._background.close()
         self._prefiller.close()

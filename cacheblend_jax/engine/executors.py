@@ -295,7 +295,7 @@ class Executors:
         return PrefillRun(out, next_token, "streamed", stream.waited_s, ended - began, peak)
 
     def close(self) -> None:
-        """Ends the threads; a prefill that comes later starts new ones. Not while one is running."""
+        """See `Delivery.close`."""
         self.delivery.close()
 
     def load(self, plan: Plan, chunks: Sequence[PlacedChunk], trace: Trace | None = None) -> KVCache:

@@ -145,6 +145,18 @@ def test_what_stays_gives_way_to_storing_a_chunk(monkeypatch):
         assert not executors.delivery._kept.num_bytes
 
 
+def test_a_closed_engine_keeps_nothing():
+    engine, link = engine_with(100)
+    prompt = random_prompt(5)
+    with engine:
+        engine.precompute(prompt)
+        engine.prefill(prompt)
+    link.sent()
+    engine.prefill(prompt)
+    assert link.sent() == LAYERS
+    engine.close()
+
+
 def test_only_a_share_of_free_memory_is_taken():
     def device(in_use):
         return SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000, "bytes_in_use": in_use})
