@@ -46,8 +46,8 @@ from cacheblend_jax.engine.planner import EXECUTORS
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.engine.results import Generation, PrefillResult, PrefillStats
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.loading import LoadingModel
+from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore
 

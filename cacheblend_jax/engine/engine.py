@@ -17,7 +17,7 @@ from cacheblend_jax.engine.contexts import chunk_context, default_context
 from cacheblend_jax.engine.delays import Estimator
 from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.fitted_context import FittedContext
-from cacheblend_jax.engine.generation import TokenStream, continuation_logits
+from cacheblend_jax.engine.generation import Decoding, TokenStream, continuation_logits
 from cacheblend_jax.engine.kernels import prove_kernels, with_kernels
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.planner import Planner
@@ -35,9 +35,9 @@ from cacheblend_jax.engine.prompt import (
 from cacheblend_jax.engine.results import BackgroundStats, Generation, PrefillResult, StoredKeys
 from cacheblend_jax.engine.warmup import Sizes, compile_tasks, prompt_tasks, run_tasks
 from cacheblend_jax.errors import CacheBlendError, PromptError, is_whole_number
-from cacheblend_jax.model.decode import Sampling
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.runtime.link import Link
+from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore, Store
 
@@ -203,6 +203,7 @@ class Engine:
         sampling: Sampling | None = None,
         stop_token_ids: Sequence[int] | None = None,
         on_token: Callable[[int, str], None] | None = None,
+        tokens_at_once: int | None = None,
     ) -> Generation:
         """Prefills and decodes, greedily unless `sampling` says otherwise.
 
@@ -210,19 +211,16 @@ class Engine:
             blend: for this request, in place of the engine's.
             max_new_tokens: at most this many, the first one included; the model's maximum length is a limit, too.
             stop_token_ids: decoding ends before any of these; the model's own by default.
-            on_token: called with each token's id and the text it adds, as soon as it is known.
+            on_token: called with each token's id and the text it adds.
+            tokens_at_once: how many tokens the device decodes, at most 64, before `on_token` is called with them.
+                `None`: what takes about 50 ms.
 
         Raises:
-            PromptError: as for `prefill`, or `max_new_tokens` is not a positive whole number.
+            PromptError: as for `prefill`, or `max_new_tokens` or `tokens_at_once` is no such whole number.
         """
-        _check_max_new_tokens(max_new_tokens)
-        return self.complete(
-            self.prefill(prompt, mode, blend=blend),
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop_token_ids=stop_token_ids,
-            on_token=on_token,
-        )
+        how = Decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
+        out = self.prefill(prompt, mode, blend=blend)
+        return TokenStream(self.model, self._buckets, out, how).to_its_end(on_token)
 
     def stream(
         self,
@@ -233,14 +231,14 @@ class Engine:
         max_new_tokens: int = 32,
         sampling: Sampling | None = None,
         stop_token_ids: Sequence[int] | None = None,
+        tokens_at_once: int | None = None,
     ) -> TokenStream:
-        """As `generate`, but returns an iterator over `(token id, text it adds)`, each as soon as it is known.
+        """As `generate`, but returns an iterator over `(token id, text it adds)`.
 
         The prefill has run when this returns. The iterator's `generation` is the answer so far.
         """
-        _check_max_new_tokens(max_new_tokens)
-        out = self.prefill(prompt, mode, blend=blend)
-        return self._token_stream(out, max_new_tokens, sampling, stop_token_ids)
+        how = Decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
+        return TokenStream(self.model, self._buckets, self.prefill(prompt, mode, blend=blend), how)
 
     def complete(
         self,
@@ -250,14 +248,11 @@ class Engine:
         sampling: Sampling | None = None,
         stop_token_ids: Sequence[int] | None = None,
         on_token: Callable[[int, str], None] | None = None,
+        tokens_at_once: int | None = None,
     ) -> Generation:
         """Decodes from a prefill, as `generate` does after its own, with the same arguments; `out` is not changed."""
-        _check_max_new_tokens(max_new_tokens)
-        tokens = self._token_stream(out, max_new_tokens, sampling, stop_token_ids)
-        for token, text in tokens:
-            if on_token is not None:
-                on_token(token, text)
-        return tokens.generation
+        how = Decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
+        return TokenStream(self.model, self._buckets, out, how).to_its_end(on_token)
 
     def continuation_logits(self, out: PrefillResult, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns float32 logits `[tokens, vocab]`: what each token of a given continuation would be drawn from.
@@ -290,7 +285,7 @@ class Engine:
 
         This covers prompts whose chunks are all stored, and those none of whose chunks is, or can be read. With an
         automatic ratio, the controller then considers only what is compiled. A blend that a request brings (`blend=`)
-        has programs of its own, and sampling a small one. Several programs are compiled at a time; returns how many
+        has programs of its own. Several programs are compiled at a time; returns how many
         there were. With JAX's persistent compilation cache on, the next process only reads them.
 
         Args:
@@ -383,17 +378,6 @@ class Engine:
             prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
         )
 
-    def _token_stream(
-        self,
-        out: PrefillResult,
-        max_new_tokens: int,
-        sampling: Sampling | None,
-        stop_token_ids: Sequence[int] | None,
-    ) -> TokenStream:
-        room = min(max_new_tokens, self.model.config.max_positions - out.token_ids.size + 1)
-        stops = self.model.stop_token_ids if stop_token_ids is None else stop_token_ids
-        return TokenStream(self.model, self._buckets, out, room=room, sampling=sampling or Sampling(), stops=stops)
-
 
 def _blend_config(blend: BlendConfig | str | None) -> BlendConfig:
     if blend is None:
@@ -403,8 +387,3 @@ def _blend_config(blend: BlendConfig | str | None) -> BlendConfig:
     if not isinstance(blend, BlendConfig):
         raise CacheBlendError(f"blend must be a BlendConfig or 'auto', got {blend!r}")
     return blend
-
-
-def _check_max_new_tokens(max_new_tokens: int) -> None:
-    if not is_whole_number(max_new_tokens, least=1):
-        raise PromptError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")

@@ -3,48 +3,59 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Collection, Generator, Iterator
+from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets
+from cacheblend_jax.engine.growing_text import GrowingText
 from cacheblend_jax.engine.results import GenerateStats, Generation, PrefillResult
-from cacheblend_jax.model.decode import Sampling, decode_step, extend, sample
-from cacheblend_jax.model.kv_cache import KVCache, abstract_cache
+from cacheblend_jax.errors import PromptError, is_whole_number
+from cacheblend_jax.model.decode import MOST_AT_ONCE, Decoded, decode_tokens, extend
+from cacheblend_jax.model.kv_cache import GrowingCache, KVCache, abstract_cache, with_room
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import Angles, rope_tables
+from cacheblend_jax.model.sampling import Draw, Sampling, next_token
 
-_draw = jax.jit(sample)
+BLOCK_SECONDS = 0.05  # tokens that come together come this often: fluent to a reader, and the host's share is small
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is decoded: `Engine.generate`'s arguments of the same names.
+
+    Raises:
+        PromptError: `max_new_tokens` or `tokens_at_once` is no such whole number.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling | None
+    stop_token_ids: Collection[int] | None
+    tokens_at_once: int | None
+
+    def __post_init__(self) -> None:
+        most, at_once = self.max_new_tokens, self.tokens_at_once
+        if not is_whole_number(most, least=1):
+            raise PromptError(f"max_new_tokens must be a whole number of at least 1, got {most!r}")
+        if at_once is not None and not is_whole_number(at_once, least=1, below=MOST_AT_ONCE + 1):
+            raise PromptError(f"tokens_at_once must be None or a whole number in [1, {MOST_AT_ONCE}], got {at_once!r}")
 
 
 class TokenStream:
-    """An answer as it is decoded: an iterator over `(token id, text that it adds)`, each as soon as it is known.
+    """An answer as it is decoded: an iterator over `(token id, text that it adds)`.
 
     A character may span tokens: its text comes with the token that completes it.
-
-    Args:
-        room: how many tokens at most, the first one included.
-        stops: decoding ends before any of these.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        buckets: Buckets,
-        prefill: PrefillResult,
-        *,
-        room: int,
-        sampling: Sampling,
-        stops: Collection[int],
-    ) -> None:
-        self._model, self._prefill, self._stops = model, prefill, set(stops)
-        self._tokens = decode(model, buckets, prefill, room, sampling)
+    def __init__(self, model: Model, buckets: Buckets, prefill: PrefillResult, how: Decoding) -> None:
+        self._prefill = prefill
+        self._stops = frozenset(model.stop_token_ids if how.stop_token_ids is None else how.stop_token_ids)
+        self._tokens = _decode(model, buckets, prefill, how, self._stops)
         self._token_ids: list[int] = []
-        self._text, self._finish_reason, self._decode_s = "", "length", 0.0
+        self._text = GrowingText(model.tokenizer)
+        self._finish_reason, self._decode_s = "length", 0.0
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return self
@@ -57,9 +68,14 @@ class TokenStream:
             raise StopIteration
         self._token_ids.append(token)
         self._decode_s += seconds
-        grown = self._decoded_text()
-        added, self._text = grown[len(self._text) :], grown
-        return token, added
+        return token, self._text.add(token)
+
+    def to_its_end(self, on_token: Callable[[int, str], None] | None) -> Generation:
+        """Decodes the rest; calls `on_token` with each token's id and the text that it adds."""
+        for token, text in self:
+            if on_token is not None:
+                on_token(token, text)
+        return self.generation
 
     @property
     def generation(self) -> Generation:
@@ -67,40 +83,38 @@ class TokenStream:
         decoded = max(len(self._token_ids) - 1, 0)
         per_token = self._decode_s / decoded if decoded else 0.0
         stats = GenerateStats(self._prefill.stats, decoded, per_token, self._finish_reason)
-        return Generation(self._text, list(self._token_ids), stats)
-
-    def _decoded_text(self) -> str:
-        if self._model.tokenizer is None:
-            return ""
-        text = self._model.tokenizer.decode(self._token_ids, skip_special_tokens=True)
-        return text.rstrip("\ufffd")  # a character that is not complete yet
+        return Generation(self._text.text, list(self._token_ids), stats)
 
 
-def decode(
-    model: Model, buckets: Buckets, out: PrefillResult, room: int, sampling: Sampling
+def _decode(
+    model: Model, buckets: Buckets, out: PrefillResult, how: Decoding, stops: Collection[int]
 ) -> Generator[tuple[int, float], None, None]:
-    """Yields up to `room` token ids, each with the seconds of its decoding step; the first needs no step."""
-    length = out.token_ids.size
-    key = None if sampling.temperature == 0 else jax.random.key(sampling.seed)
+    """Yields token ids, ending after a stop token, each with its share of its block's seconds.
 
-    def choose(logits: jax.Array | np.ndarray, likeliest: jax.Array | int, step: int) -> int:
-        if key is None:
-            return int(likeliest)
-        step_key = jax.random.fold_in(key, step)
-        return int(_draw(jnp.asarray(logits), step_key, sampling.temperature, sampling.top_k, sampling.top_p))
-
-    token = choose(out.logits, out.next_token, 0)
+    The first comes from the prefill.
+    """
+    config, length, number = model.config, out.token_ids.size, 1
+    room = min(how.max_new_tokens, config.max_positions - length + 1)
+    sampling = how.sampling or Sampling()
+    draw = Draw.by(sampling)
+    is_greedy = sampling.temperature == 0
+    token = out.next_token if is_greedy else int(model.runner(next_token, out.logits, draw, np.int32(0)))
     yield token, 0.0
     if room == 1:
         return
+    is_stop = np.isin(np.arange(config.vocab_size), list(stops))
     size = buckets.length(length + room - 1)
-    cache = jax.device_put(_resized(out.padded_cache, size), model.placement)
-    angles = _angles(model, size)
-    for step in range(1, room):
+    cache, angles, limit = _grown(model, out.padded_cache, size), _angles(model, size), how.tokens_at_once or 1
+    while number < room:
         began = time.perf_counter()
-        logits, likeliest, cache = _decode_one(model, cache, token, length + step - 1, angles)
-        token = choose(logits, likeliest, step)
-        yield token, time.perf_counter() - began
+        limit = min(limit, room - number)
+        block = _decode_block(model, cache, token, length + number - 1, number, limit, is_stop, draw, angles)
+        token_ids, cache = np.asarray(block.token_ids)[: int(block.num_tokens)].tolist(), block.cache
+        seconds = (time.perf_counter() - began) / len(token_ids)
+        for token in token_ids:
+            yield token, seconds
+        number += len(token_ids)
+        limit = how.tokens_at_once or max(int(BLOCK_SECONDS / seconds), 1)
 
 
 def continuation_logits(model: Model, buckets: Buckets, out: PrefillResult, token_ids: np.ndarray) -> np.ndarray:
@@ -108,32 +122,40 @@ def continuation_logits(model: Model, buckets: Buckets, out: PrefillResult, toke
     if token_ids.size == 1:
         return out.logits[None]
     size = buckets.length(out.token_ids.size + token_ids.size - 1)
-    cache = jax.device_put(_resized(out.padded_cache, size), model.placement)
+    cache = _grown(model, out.padded_cache, size)
     arrays = model.params, cache, token_ids[:-1], np.int32(out.token_ids.size), _angles(model, size)
     after, _ = model.runner(extend, *arrays, donate=("cache",), config=model.config)
     return np.concatenate([out.logits[None], np.asarray(after)])
 
 
-def warm_up_decoding(model: Model, size: int) -> None:
-    """Compiles the program that decodes one token over a cache of `size` tokens."""
-    _decode_one(model, abstract_cache(model.config, size, model.placement), 0, 0, _angles(model, size))
+def warm_up_decoding(model: Model, prefilled_size: int, size: int) -> None:
+    """Compiles what decodes over a cache of `size` tokens, after a prefill whose cache is of `prefilled_size`."""
+    config, draw = model.config, Draw.by(Sampling())
+    model.runner(next_token, jax.ShapeDtypeStruct((config.vocab_size,), np.float32), draw, np.int32(0))
+    cache = _grown(model, abstract_cache(config, prefilled_size, model.placement), size)
+    _decode_block(model, cache, 0, 0, 0, 0, np.zeros(config.vocab_size, bool), draw, _angles(model, size))
 
 
-def _decode_one(model: Model, cache: KVCache, token: int, position: int, angles: Angles) -> tuple[Any, Any, KVCache]:
-    arrays = model.params, cache, np.int32(token), np.int32(position), angles
-    return model.runner(decode_step, *arrays, donate=("cache",), config=model.config)
+def _grown(model: Model, cache: KVCache, size: int) -> GrowingCache:
+    """Copies a cache into one with room for `size` tokens: decoding donates the copy, not the result's own."""
+    return model.runner(with_room, cache, num_keys=size)
+
+
+def _decode_block(
+    model: Model,
+    cache: GrowingCache,
+    token: int,
+    position: int,
+    number: int,
+    limit: int,
+    is_stop: np.ndarray,
+    draw: Draw,
+    angles: Angles,
+) -> Decoded:
+    scalars = (np.int32(each) for each in (token, position, number, limit))
+    arrays = model.params, cache, *scalars, is_stop, draw, angles
+    return model.runner(decode_tokens, *arrays, donate=("cache",), config=model.config)
 
 
 def _angles(model: Model, size: int) -> Angles:
     return jax.device_put(rope_tables(model.config, size), model.placement)
-
-
-@partial(jax.jit, static_argnames="size")  # else it is several programs
-def _resized(cache: KVCache, size: int) -> KVCache:
-    """Copies a cache into one with room for `size` tokens: decoding donates the copy, not the result's own."""
-    length = min(cache.k.shape[1], size)
-
-    def resize(x: jax.Array) -> jax.Array:
-        return jnp.zeros((x.shape[0], size, *x.shape[2:]), x.dtype).at[:, :length].set(x[:, :length])
-
-    return KVCache(resize(cache.k), resize(cache.v))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import jax
 import numpy as np
 
 from cacheblend_jax.blend.schedule import Plan
@@ -84,10 +85,16 @@ class PrefillResult:
     computed_positions: list[np.ndarray] = field(repr=False)
     plan: Plan = field(repr=False)
 
-    @property
+    @cached_property
     def cache(self) -> KVCache:
-        """The blended KV of exactly the prompt's tokens."""
-        return self.padded_cache.first(self.token_ids.size)
+        """The blended KV of exactly the prompt's tokens; `padded_cache` is not copied.
+
+        It is cut on the host, once: a device would need a program for every length.
+        """
+        length = self.token_ids.size
+        if self.padded_cache.k.shape[1] == length:
+            return self.padded_cache
+        return jax.tree.map(lambda x: jax.device_put(np.asarray(x)[:, :length], x.sharding), self.padded_cache)
 
     @cached_property
     def recomputed(self) -> np.ndarray:

@@ -74,9 +74,20 @@ def compile_tasks(
         alone |= executors.standalone_sizes(after, sizes.chunk_tokens)
         tasks += [partial(executors.warm_up_standalone, *each) for each in sorted(alone)]
     if sizes.max_new_tokens > 1:
-        decoded = buckets_up_to(buckets.length, min(sizes.max_tokens + sizes.max_new_tokens - 1, most))
-        tasks += [partial(warm_up_decoding, model, size) for size in decoded]
+        pairs = _cache_sizes(buckets, sizes.max_tokens, sizes.max_new_tokens, most)
+        tasks += [partial(warm_up_decoding, model, *pair) for pair in pairs]
     return tasks
+
+
+def _cache_sizes(buckets: Buckets, max_tokens: int, max_new_tokens: int, most: int) -> list[tuple[int, int]]:
+    """Returns the sizes of caches after prefills, each with those of the caches that decoding then needs."""
+    prefilled = buckets_up_to(buckets.length, max_tokens)
+    pairs = []
+    for before, size in zip([0, *prefilled], prefilled, strict=False):
+        longest = min(min(size, max_tokens) + max_new_tokens - 1, most)
+        grown = buckets_up_to(buckets.length, longest)
+        pairs += [(size, each) for each in grown if each >= buckets.length(min(before + 2, longest))]
+    return pairs
 
 
 def prompt_tasks(
@@ -112,7 +123,7 @@ def prompt_tasks(
         tasks.append(partial(executors.warm_up, plan, tiers))
     if max_new_tokens > 1:
         size = planner.buckets.length(min(length + max_new_tokens - 1, model.config.max_positions))
-        tasks.append(partial(warm_up_decoding, model, size))
+        tasks.append(partial(warm_up_decoding, model, planner.buckets.length(length), size))
     return tasks
 
 

@@ -22,15 +22,17 @@ from cacheblend_jax.blend.schedule import Plan, full_plan, make_plan, survivor_c
 from cacheblend_jax.blend.steps import Prefilled, Request
 from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.decode import decode_step
-from cacheblend_jax.model.kv_cache import KVCache, cache_shape
+from cacheblend_jax.model.decode import decode_tokens
+from cacheblend_jax.model.kv_cache import KVCache, cache_shape, with_room
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.model.sampling import Draw, Sampling
 from cacheblend_jax.model.transformer import random_params
 from cacheblend_jax.runtime.programs import compiler_options
 from pallas_kernels.dispatch import OVERRIDE, current_target
 
 SUFFIX, CHUNK, RATIO = 64, 512, 0.15
+DECODED = 16  # tokens in a call of `Decoding.run`
 MODES = ("full", "blend", "reuse")
 
 
@@ -67,7 +69,7 @@ class Mode(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """The compiled program of a decoding step, a call of it, and the seconds that compiling took."""
+    """The compiled program that decodes `DECODED` tokens, a call of it, and the seconds that compiling took."""
 
     program: Any
     run: Callable
@@ -117,18 +119,21 @@ def prefills(
 
 
 def decoding(config: ModelConfig, length: int, params: Params) -> Decoding:
-    """Compiles a step of decoding after a prompt of `length` tokens, in place: every call overwrites the last row."""
-    cache = KVCache(*(0.1 * jnp.ones(cache_shape(config, length), config.dtype) for _ in "kv"))
-    arguments = jnp.int32(1), jnp.int32(length - 1), rope_tables(config, length)
+    """Compiles the decoding of `DECODED` tokens, the last of `length`, in place: every call overwrites their rows."""
+    platform, draw = current_target().platform, Draw.by(Sampling())
+    stored = KVCache(*(0.1 * jnp.ones(cache_shape(config, length), config.dtype) for _ in "kv"))
+    cache = jax.jit(with_room, static_argnames="num_keys")(stored, num_keys=length)
+    scalars = (jnp.int32(each) for each in (1, length - DECODED, 1, DECODED))
+    arguments = (*scalars, jnp.zeros(config.vocab_size, bool), draw, rope_tables(config, length))
     begin = time.perf_counter()
-    lowered = jax.jit(partial(decode_step, config=config), donate_argnums=1).lower(params, cache, *arguments)
-    program = lowered.compile(compiler_options=compiler_options(current_target().platform))
+    lowered = jax.jit(partial(decode_tokens, config=config), donate_argnums=1).lower(params, cache, *arguments)
+    program = lowered.compile(compiler_options=compiler_options(platform))
     compile_s = time.perf_counter() - begin
 
     def run() -> jax.Array:
         nonlocal cache
-        logits, _, cache = program(params, cache, *arguments)
-        return logits
+        token_ids, _, cache = program(params, cache, *arguments)
+        return token_ids
 
     return Decoding(program, run, compile_s)
 

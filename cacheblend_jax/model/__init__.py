@@ -6,9 +6,9 @@ from cacheblend_jax.runtime.lazy_names import imported
 
 if TYPE_CHECKING:
     from cacheblend_jax.model.config import ModelConfig, RopeConfig
-    from cacheblend_jax.model.decode import Sampling
     from cacheblend_jax.model.kv_cache import KVCache, LayerKV
     from cacheblend_jax.model.model import Model, random_model
+    from cacheblend_jax.model.sampling import Sampling
     from cacheblend_jax.model.weights import load_model, save_check_layer
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "random_model",
     "save_check_layer",
 ]
-_HOMES = ("config", "kv_cache", "decode", "model", "weights")  # as in the package above
+_HOMES = ("config", "kv_cache", "sampling", "model", "weights")  # as in the package above
 
 
 def __getattr__(name: str) -> object:

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from cacheblend_jax.model.config import ModelConfig
+from pallas_kernels.dispatch import current_target
 
 
 @struct.dataclass
@@ -83,6 +84,68 @@ class KVCache:
     def with_room(self, num_keys: int) -> KVCache:
         """Returns a copy of `num_keys` keys and values, those of this cache first; the others are zeros."""
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, num_keys - x.shape[1]), (0, 0), (0, 0))), self)
+
+
+@struct.dataclass
+class GrowingCache:
+    """A cache that rows are written into one layer after another, in place: decoding's. Keys are rotated.
+
+    On a CPU, XLA writes a row into an array of 16-bit floats by converting the whole array to float32, and all of it
+    back. There, such floats are kept as integers of the same bits.
+
+    Attributes:
+        dtype: of the floats.
+    """
+
+    k: Shaped[Array, "layers keys kv_heads head_dim"]
+    v: Shaped[Array, "layers keys kv_heads head_dim"]
+    dtype: str = struct.field(pytree_node=False)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    @classmethod
+    def from_cache(cls, cache: KVCache) -> GrowingCache:
+        """Returns the cache as one that grows (traceable)."""
+        k, v = (_as_bits(x) if _keeps_bits(x.dtype) else x for x in (cache.k, cache.v))
+        return cls(k, v, str(cache.k.dtype))
+
+    def cache(self) -> KVCache:
+        """Returns it as an ordinary cache (traceable)."""
+        return KVCache(*(self._floats(x) for x in (self.k, self.v)))
+
+    def layer(self, index: Int[Array, ""] | int) -> LayerKV | LayerInCache:
+        """Returns one layer's KV, where it lies if the floats are kept as such; `index` may be traced."""
+        if not _keeps_bits(self.dtype):
+            return LayerInCache(self.k, self.v, index)
+        cut = (lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.k, self.v))
+        return LayerKV(*(self._floats(x) for x in cut))
+
+    def with_rows(self, index: Int[Array, ""] | int, position: Int[Array, ""], rows: LayerKV) -> GrowingCache:
+        """Returns it with a layer's rows from `position` on replaced; there must be room for them."""
+        place = [jnp.asarray(i, jnp.int32) for i in (index, position, 0, 0)]  # one dtype, whatever jax_enable_x64 is
+
+        def written(stack: jax.Array, fresh: jax.Array) -> jax.Array:
+            fresh = _as_bits(fresh) if _keeps_bits(self.dtype) else fresh
+            return lax.dynamic_update_slice(stack, fresh[None], place)
+
+        return GrowingCache(written(self.k, rows.k), written(self.v, rows.v), self.dtype)
+
+    def _floats(self, x: Shaped[Array, "..."]) -> Float[Array, "..."]:
+        return lax.bitcast_convert_type(x, jnp.dtype(self.dtype)) if _keeps_bits(self.dtype) else x
+
+
+def with_room(cache: KVCache, *, num_keys: int) -> GrowingCache:
+    """Copies a cache into one of `num_keys` keys that grows; keys of it beyond that many, its padding, are left out."""
+    kept = cache.first(min(cache.k.shape[1], num_keys))
+    return GrowingCache.from_cache(kept.with_room(num_keys))
+
+
+def _keeps_bits(dtype: Any) -> bool:
+    return jnp.dtype(dtype).itemsize == 2 and current_target().platform == "cpu"
+
+
+def _as_bits(x: Float[Array, "..."]) -> Shaped[Array, "..."]:
+    return lax.bitcast_convert_type(x, jnp.uint16)
 
 
 def _shape_text(leaf: Any) -> str:

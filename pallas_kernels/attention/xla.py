@@ -31,6 +31,8 @@ def attend_xla(
     """
     num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
+    if num_queries == 1:
+        return _attend_one(q, k, v, q_positions, starts, kv_length, scale)
     tile_size, blocks = block_sizes(num_queries, num_keys)
 
     with jax.named_scope("selective_attention"):
@@ -57,6 +59,39 @@ def attend_xla(
         _, (out, lse) = lax.scan(attend_tile, None, tiles)
         out = out.reshape(-1, num_heads, head_dim)[:num_queries]
         return out, lse.reshape(-1, num_heads)[:num_queries]
+
+
+def _attend_one(
+    q: Float[Array, "1 heads head_dim"],
+    k: Float[Array, "keys kv_heads head_dim"],
+    v: Float[Array, "keys kv_heads head_dim"],
+    q_positions: Int[Array, " 1"],
+    starts: Int[Array, " 1"] | None,
+    kv_length: Int[Array, ""],
+    scale: float,
+) -> tuple[Float[Array, "1 heads head_dim"], Float[Array, "1 heads"]]:
+    """Returns what `attend_xla` does for one query: decoding's.
+
+    All its scores fit in a few rows, so that there is no loop over blocks, whose steps cost more than their products.
+    """
+    num_keys, num_kv_heads, head_dim = k.shape
+    with jax.named_scope("selective_attention"):
+        column = jnp.arange(num_keys, dtype=jnp.int32)
+        visible = (column <= q_positions) & (column < kv_length) & (q_positions < kv_length)
+        if starts is not None:
+            visible &= column >= starts
+        rows = q.reshape(num_kv_heads, -1, head_dim)
+        scores = jnp.einsum("hgd,hkd->hgk", rows, k.transpose(1, 0, 2), preferred_element_type=jnp.float32) * scale
+        scores = jnp.where(visible[None, None], scores, MASKED)
+        maximum = scores.max(axis=-1)
+        weights = jnp.where(visible[None, None], jnp.exp(scores - maximum[..., None]), 0)
+        total = weights.sum(axis=-1)
+        values = jnp.where(visible[:, None, None], v, 0).transpose(1, 0, 2)
+        gathered = jnp.einsum("hgk,hkd->hgd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
+        sees_any = total > 0
+        out = jnp.where(sees_any[..., None], gathered / jnp.where(sees_any, total, 1)[..., None], 0)
+        lse = jnp.where(sees_any, maximum + jnp.log(jnp.where(sees_any, total, 1)), -jnp.inf)
+        return out.astype(q.dtype).reshape(q.shape), lse.reshape(1, -1)
 
 
 def _attend_forward(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:

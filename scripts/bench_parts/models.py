@@ -16,6 +16,7 @@ from cacheblend_jax.blend.flops import prefill_flops
 from cacheblend_jax.blend.schedule import computed_positions
 from cacheblend_jax.evaluation.device_profile import time_by_stage
 from cacheblend_jax.evaluation.whole_prefills import (
+    DECODED,
     MODES,
     Mode,
     config_of,
@@ -45,7 +46,7 @@ def check(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def model(options: argparse.Namespace) -> Iterator[Row]:
-    """`full`, `blend`, `reuse` and a step of decoding, and how long the programs take to compile beside each other."""
+    """`full`, `blend`, `reuse` and a token of decoding, and how long the programs take to compile beside each other."""
     shape, length, kernel, chip = options.shapes[0], options.lengths[0], options.kernels[0], current_target().chip
     case = f"{shape} {length} {kernel}"
     config = config_of(shape, options.dtype)
@@ -72,7 +73,7 @@ def model(options: argparse.Namespace) -> Iterator[Row]:
                 "efficiency": times["full"]["ms"] / found["ms"] / (flops["full"] / flops[name]),
             }
         )
-    found = timed({"decode": step.run}, options.repeats)["decode"]
+    found = timed({"decode": step.run}, options.repeats, calls=DECODED)["decode"]
     predicted = seconds_for_bytes(read + stored, chip, "decode")
     yield {"case": case} | row("decode", found, predicted, gb_s=(read + stored) / 1e6) | {"compile_s": step.compile_s}
 

@@ -12,7 +12,7 @@ from conftest import FAMILIES, HF, TWO_STAGES, family_model, fresh_engine, rando
 
 import cacheblend_jax as cb
 from cacheblend_jax.blend.flops import prefill_flops
-from cacheblend_jax.model.decode import Sampling
+from cacheblend_jax.model.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_sampling_follows_its_seed_and_its_cuts(text_engine):
 
 def test_sampling_draws_from_the_cut_softmax():
 
-    from cacheblend_jax.model.decode import sample
+    from cacheblend_jax.model.sampling import sample
 
     logits = jax.numpy.log(jax.numpy.asarray([0.5, 0.3, 0.15, 0.05]))
     keys = jax.random.split(jax.random.key(0), 4000)

@@ -16,9 +16,11 @@ from cacheblend_jax.blend.schedule import BlendConfig, make_plan
 from cacheblend_jax.blend.steps import ActiveRows, plain_layer
 from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.model import KVCache, LayerKV, ModelConfig
-from cacheblend_jax.model.decode import decode_step
+from cacheblend_jax.model.decode import decode_tokens
+from cacheblend_jax.model.kv_cache import GrowingCache
 from cacheblend_jax.model.params import is_by_layer
 from cacheblend_jax.model.rope import Angles
+from cacheblend_jax.model.sampling import Draw
 from cacheblend_jax.model.transformer import Rows, abstract_params
 from cacheblend_jax.runtime.programs import COMPILER_OPTIONS
 from pallas_kernels import selective_attention, tuning
@@ -242,18 +244,25 @@ def _decode_arguments(config, *, by_layer: bool):
     layers = config.num_layers
     cached, table = _shape(layers, 8192, 8, 128, of=jnp.bfloat16), _shape(1, 8192, 64, of=jnp.float32)
 
-    def decode(params, cache, token_id, position, angles):
-        return decode_step(params, cache, token_id, position, angles, config=config)
+    def decode(params, cache, token_id, position, number, limit, is_stop, draw, angles):
+        arguments = token_id, position, number, limit, is_stop, draw, angles
+        return decode_tokens(params, cache, *arguments, config=config)
 
     params = abstract_params(config, by_layer=by_layer)
-    return decode, params, KVCache(cached, cached), _shape(), _shape(), Angles(table, table)
+    draw = Draw(_shape(of=jnp.float32), _shape(), _shape(of=jnp.float32), _shape(of=jnp.uint32))
+    is_stop, cache = _shape(config.vocab_size, of=bool), GrowingCache(cached, cached, "bfloat16")
+    return decode, params, cache, *(_shape() for _ in range(4)), is_stop, draw, Angles(table, table)
 
 
 @pytest.mark.parametrize("options", [COMPILER_OPTIONS["gpu"], BY_CUBLAS], ids=["triton", "cublas"])
-def test_decoding_for_an_h200_copies_no_weights(options):
+def test_decoding_for_an_h200_copies_no_weights_and_no_cache(options, monkeypatch):
+    monkeypatch.setenv(OVERRIDE, "triton")
     arguments = _decode_arguments(_with_layers(4), by_layer=True)
     compiled = compiler("gpu")(*arguments, donate=(1,), options=options)
     assert _copied_weights(compiled.as_text()) == []
+    cache = 2 * 4 * 8192 * 8 * 128 * 2
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache
+    assert compiled.memory_analysis().temp_size_in_bytes < cache / 8
 
 
 def test_a_whole_blend_compiles_for_a_tpu(monkeypatch):

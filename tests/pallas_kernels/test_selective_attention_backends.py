@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_cases import as_float64, attend, attend_by_reference, cases
+from kernel_cases import Case, as_float64, attend, attend_by_reference, cases
 
 from pallas_kernels import selective_attention, tuning
 from pallas_kernels.attention import mosaic_gpu, tiles, triton
@@ -138,6 +138,25 @@ def test_the_cases_of_xla_cross_its_blocks():
     assert block_sizes(40, 40) == (40, BlockSizes(inner=40, edge=40))
     assert block_sizes(720, 720) == (360, BlockSizes(inner=720, edge=360))
     assert block_sizes(24, 720) == (24, BlockSizes(inner=512, edge=512))
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_query_is_no_loop_over_keys_and_equals_the_reference(dtype, group):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((n, heads, 32)).astype(dtype) for n, heads in ((1, 2 * group), (90, 2), (90, 2)))
+    for position, start, length, window in (
+        (70, None, 75, None),
+        (0, None, 90, None),
+        (89, 60, 90, 20),
+        (75, None, 75, None),  # padding
+        (50, 51, 90, None),  # sees no key
+    ):
+        starts = None if start is None else np.asarray([start], np.int32)
+        case = Case(q, k, v, np.asarray([position], np.int32), starts, length, window)
+        case.check("xla", poisoned=length < 90)
+    text = jax.jit(partial(selective_attention, implementation="xla")).lower(q, k, v, np.asarray([5])).as_text()
+    assert "while" not in text
 
 
 def _races_found() -> bool:
