@@ -11,6 +11,7 @@ from cacheblend_jax.errors import PromptError, one_line
 from cacheblend_jax.model.encoding import check_text, encode
 
 MESSAGE, SYSTEM = "[[cacheblend:user message]]", "[[cacheblend:system message]]"
+ANSWER = "[[cacheblend:answer]]"
 # What `apply_chat_template` takes and we set, or what changes the kind of its result.
 RESERVED = (
     *("conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"),
@@ -43,6 +44,21 @@ def encode_around_message(
         ids = encode(tokenizer, head, control_tokens=True) + encode(tokenizer, text)
         ids += encode(tokenizer, tail, control_tokens=True)
     return ids, encode(tokenizer, after, control_tokens=True)
+
+
+def encode_around_next_message(tokenizer: Any, arguments: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Returns the ids that the template puts between an answer and the user's next message, and after that.
+
+    Raises:
+        PromptError: as for `encode_around_message`, or the template doesn't print an answer and a next message once.
+    """
+    _check_template(tokenizer, arguments)
+    roles = ("user", "first"), ("assistant", ANSWER), ("user", MESSAGE)
+    rendered = _render(tokenizer, [{"role": role, "content": content} for role, content in roles], arguments)
+    between, _, after = rendered.partition(ANSWER)[2].partition(MESSAGE)
+    if (rendered.count(ANSWER), rendered.count(MESSAGE)) != (1, 1) or not after:
+        raise PromptError("the tokenizer's chat template does not print an answer and the next message exactly once")
+    return encode(tokenizer, between, control_tokens=True), encode(tokenizer, after, control_tokens=True)
 
 
 def _check_template(tokenizer: Any, arguments: Mapping[str, Any]) -> None:

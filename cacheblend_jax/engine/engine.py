@@ -16,6 +16,7 @@ from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
 from cacheblend_jax.engine.contexts import chunk_context, default_context
 from cacheblend_jax.engine.delays import Estimator
 from cacheblend_jax.engine.executors import Executors
+from cacheblend_jax.engine.extending import extend_context
 from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.generation import Decoding, TokenStream, continuation_logits
 from cacheblend_jax.engine.kernels import prove_kernels, with_kernels
@@ -29,6 +30,7 @@ from cacheblend_jax.engine.prompt import (
     TokenizedPrompt,
     check_length,
     checked_ids,
+    ids_of,
     tokenize_parts,
     tokenize_prompt,
 )
@@ -224,7 +226,7 @@ class Engine:
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt | PrefillResult,
         mode: str = "blend",
         *,
         blend: BlendConfig | str | None = None,
@@ -235,10 +237,12 @@ class Engine:
     ) -> TokenStream:
         """As `generate`, but returns an iterator over `(token id, text it adds)`.
 
-        The prefill has run when this returns. The iterator's `generation` is the answer so far.
+        The prefill has run when this returns; a result in the prompt's place needs none. The iterator's `generation` is
+        the answer so far.
         """
         how = Decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
-        return TokenStream(self.model, self._buckets, self.prefill(prompt, mode, blend=blend), how)
+        out = prompt if isinstance(prompt, PrefillResult) else self.prefill(prompt, mode, blend=blend)
+        return TokenStream(self.model, self._buckets, out, how)
 
     def complete(
         self,
@@ -253,6 +257,24 @@ class Engine:
         """Decodes from a prefill, as `generate` does after its own, with the same arguments; `out` is not changed."""
         how = Decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
         return TokenStream(self.model, self._buckets, out, how).to_its_end(on_token)
+
+    def extend(self, before: PrefillResult | TokenStream, more: TextOrIds) -> PrefillResult:
+        """Goes on after a prefill, or after an answer as far as its stream was read: a conversation's next turn.
+
+        The KV of what was said stays as it is; `more` is prefilled over all of it, exactly: after a full prefill, the
+        result is that of another. `before` is not changed, and may be continued in other ways.
+
+        Args:
+            more: text, whose control tokens stay text, or token ids (`Prompt.follow_up`).
+
+        Raises:
+            PromptError: `more` is empty or invalid, or the whole is longer than the model takes.
+        """
+        config = self.model.config
+        ids = ids_of(more, "what follows", self.model.tokenizer, config.vocab_size)
+        if ids.size == 0:
+            raise PromptError("what follows has no tokens")
+        return extend_context(self.model, self._buckets, before.context, ids)
 
     def continuation_logits(self, out: PrefillResult, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns float32 logits `[tokens, vocab]`: what each token of a given continuation would be drawn from.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.engine.growing_text import GrowingText
-from cacheblend_jax.engine.results import GenerateStats, Generation, PrefillResult
+from cacheblend_jax.engine.results import Context, GenerateStats, Generation, PrefillResult
 from cacheblend_jax.errors import PromptError, is_whole_number
 from cacheblend_jax.model.decode import MOST_AT_ONCE, Decoded, decode_tokens, extend
 from cacheblend_jax.model.kv_cache import GrowingCache, KVCache, abstract_cache, with_room
@@ -50,12 +50,14 @@ class TokenStream:
     """
 
     def __init__(self, model: Model, buckets: Buckets, prefill: PrefillResult, how: Decoding) -> None:
-        self._prefill = prefill
+        self._model, self._buckets, self._prefill, self._how = model, buckets, prefill, how
         self._stops = frozenset(model.stop_token_ids if how.stop_token_ids is None else how.stop_token_ids)
-        self._tokens = _decode(model, buckets, prefill, how, self._stops)
+        self._tokens = self._decode()
         self._token_ids: list[int] = []
         self._text = GrowingText(model.tokenizer)
         self._finish_reason, self._decode_s = "length", 0.0
+        self._cache: GrowingCache | None = None
+        self._num_cached = prefill.token_ids.size
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return self
@@ -85,36 +87,45 @@ class TokenStream:
         stats = GenerateStats(self._prefill.stats, decoded, per_token, self._finish_reason)
         return Generation(self._text.text, list(self._token_ids), stats)
 
+    @property
+    def context(self) -> Context:
+        """The prompt and the answer so far, to be continued."""
+        token_ids = np.concatenate([self._prefill.token_ids, np.asarray(self._token_ids, np.int32)])
+        if self._cache is None or self._cache.is_lost:
+            return replace(self._prefill.context, token_ids=token_ids)
+        return Context(token_ids, self._cache, min(self._num_cached, token_ids.size))
 
-def _decode(
-    model: Model, buckets: Buckets, out: PrefillResult, how: Decoding, stops: Collection[int]
-) -> Generator[tuple[int, float], None, None]:
-    """Yields token ids, ending after a stop token, each with its share of its block's seconds.
+    def _decode(self) -> Generator[tuple[int, float], None, None]:
+        """Yields token ids, ending after a stop token, each with its share of its block's seconds.
 
-    The first comes from the prefill.
-    """
-    config, length, number = model.config, out.token_ids.size, 1
-    room = min(how.max_new_tokens, config.max_positions - length + 1)
-    sampling = how.sampling or Sampling()
-    draw = Draw.by(sampling)
-    is_greedy = sampling.temperature == 0
-    token = out.next_token if is_greedy else int(model.runner(next_token, out.logits, draw, np.int32(0)))
-    yield token, 0.0
-    if room == 1:
-        return
-    is_stop = np.isin(np.arange(config.vocab_size), list(stops))
-    size = buckets.length(length + room - 1)
-    cache, angles, limit = _grown(model, out.padded_cache, size), _angles(model, size), how.tokens_at_once or 1
-    while number < room:
-        began = time.perf_counter()
-        limit = min(limit, room - number)
-        block = _decode_block(model, cache, token, length + number - 1, number, limit, is_stop, draw, angles)
-        token_ids, cache = np.asarray(block.token_ids)[: int(block.num_tokens)].tolist(), block.cache
-        seconds = (time.perf_counter() - began) / len(token_ids)
-        for token in token_ids:
-            yield token, seconds
-        number += len(token_ids)
-        limit = how.tokens_at_once or max(int(BLOCK_SECONDS / seconds), 1)
+        The first comes from the prefill.
+        """
+        model, out, how, config = self._model, self._prefill, self._how, self._model.config
+        length, number = out.token_ids.size, 1
+        room = min(how.max_new_tokens, config.max_positions - length + 1)
+        sampling = how.sampling or Sampling()
+        draw = Draw.by(sampling)
+        is_greedy = sampling.temperature == 0
+        token = out.next_token if is_greedy else int(model.runner(next_token, out.logits, draw, np.int32(0)))
+        yield token, 0.0
+        if room == 1:
+            return
+        is_stop = np.isin(np.arange(config.vocab_size), list(self._stops))
+        size = self._buckets.length(length + room - 1)
+        self._cache = grown(model, out.padded_cache, size)
+        angles, limit = angles_of(model, size), how.tokens_at_once or 1
+        while number < room:
+            began = time.perf_counter()
+            place, limit = length + number - 1, min(limit, room - number)
+            block = _decode_block(model, self._cache, token, place, number, limit, is_stop, draw, angles)
+            self._cache = block.cache
+            token_ids = np.asarray(block.token_ids)[: int(block.num_tokens)].tolist()
+            number += len(token_ids)
+            self._num_cached = length + number - 1  # the last token has not run yet
+            seconds = (time.perf_counter() - began) / len(token_ids)
+            for token in token_ids:
+                yield token, seconds
+            limit = how.tokens_at_once or max(int(BLOCK_SECONDS / seconds), 1)
 
 
 def continuation_logits(model: Model, buckets: Buckets, out: PrefillResult, token_ids: np.ndarray) -> np.ndarray:
@@ -122,8 +133,8 @@ def continuation_logits(model: Model, buckets: Buckets, out: PrefillResult, toke
     if token_ids.size == 1:
         return out.logits[None]
     size = buckets.length(out.token_ids.size + token_ids.size - 1)
-    cache = _grown(model, out.padded_cache, size)
-    arrays = model.params, cache, token_ids[:-1], np.int32(out.token_ids.size), _angles(model, size)
+    cache = grown(model, out.padded_cache, size)
+    arrays = model.params, cache, token_ids[:-1], np.int32(out.token_ids.size), angles_of(model, size)
     after, _ = model.runner(extend, *arrays, donate=("cache",), config=model.config)
     return np.concatenate([out.logits[None], np.asarray(after)])
 
@@ -132,11 +143,11 @@ def warm_up_decoding(model: Model, prefilled_size: int, size: int) -> None:
     """Compiles what decodes over a cache of `size` tokens, after a prefill whose cache is of `prefilled_size`."""
     config, draw = model.config, Draw.by(Sampling())
     model.runner(next_token, jax.ShapeDtypeStruct((config.vocab_size,), np.float32), draw, np.int32(0))
-    cache = _grown(model, abstract_cache(config, prefilled_size, model.placement), size)
-    _decode_block(model, cache, 0, 0, 0, 0, np.zeros(config.vocab_size, bool), draw, _angles(model, size))
+    cache = grown(model, abstract_cache(config, prefilled_size, model.placement), size)
+    _decode_block(model, cache, 0, 0, 0, 0, np.zeros(config.vocab_size, bool), draw, angles_of(model, size))
 
 
-def _grown(model: Model, cache: KVCache, size: int) -> GrowingCache:
+def grown(model: Model, cache: KVCache | GrowingCache, size: int) -> GrowingCache:
     """Copies a cache into one with room for `size` tokens: decoding donates the copy, not the result's own."""
     return model.runner(with_room, cache, num_keys=size)
 
@@ -157,5 +168,6 @@ def _decode_block(
     return model.runner(decode_tokens, *arrays, donate=("cache",), config=model.config)
 
 
-def _angles(model: Model, size: int) -> Angles:
+def angles_of(model: Model, size: int) -> Angles:
+    """Returns the angles of positions 0 … size - 1, on the model's device."""
     return jax.device_put(rope_tables(model.config, size), model.placement)

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from cacheblend_jax.engine.chat_template import encode_around_message
+from cacheblend_jax.engine.chat_template import encode_around_message, encode_around_next_message
 from cacheblend_jax.errors import PromptError, PromptTooLongError
 from cacheblend_jax.model.encoding import check_text, encode, encode_opened
 
 TextOrIds = str | Sequence[int] | np.ndarray
 Encoder = Callable[..., list[int]]
 SYSTEM = "Answer the question from the passages."
+PLAIN_QUESTION = "Question: {}\nAnswer:"  # without a chat template
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,22 @@ class Prompt:
                 "template_arguments need a chat template, which the tokenizer does not have; leave them out"
             )
         texts = _checked_texts(chunks, question, system, separator)
-        return cls(system + separator, [text + separator for text in texts], f"Question: {question}\nAnswer:")
+        return cls(system + separator, [text + separator for text in texts], PLAIN_QUESTION.format(question))
+
+    @staticmethod
+    def follow_up(tokenizer: Any, question: str, *, template_arguments: Mapping[str, Any] | None = None) -> list[int]:
+        """Returns the ids of a conversation's next turn, for `Engine.extend`, after a prompt of `to_answer`.
+
+        They begin with what ends the answer before it, and end with what opens the next.
+
+        Raises:
+            PromptError: the question isn't text, or the chat template has no room for another turn.
+        """
+        check_text(question, "the question")
+        if getattr(tokenizer, "chat_template", None):
+            before, after = encode_around_next_message(tokenizer, template_arguments or {})
+            return before + encode(tokenizer, question) + after
+        return encode(tokenizer, "\n\n" + PLAIN_QUESTION.format(question))
 
     @classmethod
     def from_chat_template(

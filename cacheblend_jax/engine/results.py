@@ -11,7 +11,7 @@ import numpy as np
 
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.engine.controller import Decision
-from cacheblend_jax.model.kv_cache import KVCache
+from cacheblend_jax.model.kv_cache import GrowingCache, KVCache
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class PrefillStats:
     """What a prefill did. Times are in wall-clock seconds.
 
     Attributes:
+        mode: as asked for; `"extend"` where a context was continued (`Engine.extend`).
         ttft_s: from token ids on the host to the first output token id on the host; loading and waiting included,
             compilation excluded.
         host_s: the part of `ttft_s` for lookup, layout and everything else on the host except `load_s` and `wait_s`.
@@ -64,6 +65,20 @@ class PrefillStats:
 
 
 @dataclass(frozen=True, eq=False)
+class Context:
+    """What has been prefilled and decoded, to be continued.
+
+    Attributes:
+        token_ids: int32 `[tokens]`.
+        cache: K, V of the first `num_cached` of them; what it holds beyond is padding.
+    """
+
+    token_ids: np.ndarray
+    cache: KVCache | GrowingCache
+    num_cached: int
+
+
+@dataclass(frozen=True, eq=False)
 class PrefillResult:
     """A prefilled prompt, ready to decode.
 
@@ -95,6 +110,11 @@ class PrefillResult:
         if self.padded_cache.k.shape[1] == length:
             return self.padded_cache
         return jax.tree.map(lambda x: jax.device_put(np.asarray(x)[:, :length], x.sharding), self.padded_cache)
+
+    @property
+    def context(self) -> Context:
+        """The prompt, to be continued."""
+        return Context(self.token_ids, self.padded_cache, self.token_ids.size)
 
     @cached_property
     def recomputed(self) -> np.ndarray:

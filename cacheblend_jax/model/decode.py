@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.kv_cache import GrowingCache, LayerKV
+from cacheblend_jax.model.kv_cache import GrowingCache, KVCache, LayerKV
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.sampling import Draw, next_token
@@ -87,6 +87,35 @@ def extend(
     """
     hidden, cache = run_rows(params, cache, token_ids, position, angles, config=config)
     return embedder(params, config).logits(hidden), cache
+
+
+class Extended(NamedTuple):
+    """What `extend_prompt` returns: logits after the last token, the greedy next token, and the cache."""
+
+    logits: Float[Array, " vocab"]
+    next_token: Int[Array, ""]
+    cache: KVCache
+
+
+def extend_prompt(
+    params: Params,
+    cache: GrowingCache,
+    token_ids: Int[Array, " padded"],
+    position: Int[Array, ""],
+    count: Int[Array, ""],
+    angles: Angles,
+    *,
+    config: ModelConfig,
+) -> Extended:
+    """Prefills `count` tokens over a cache of those before them: causal, position-exact (traceable).
+
+    Args:
+        cache: must have room for all of `token_ids`, padding included; callers donate it.
+        token_ids: those beyond `count` are padding, and what they write is overwritten by what comes later.
+    """
+    hidden, cache = run_rows(params, cache, token_ids, position, angles, config=config)
+    logits = embedder(params, config).logits(lax.dynamic_slice_in_dim(hidden, count - 1, 1))[0]
+    return Extended(logits, jnp.argmax(logits).astype(jnp.int32), cache.cache())
 
 
 def run_rows(

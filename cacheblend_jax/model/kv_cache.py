@@ -109,6 +109,11 @@ class GrowingCache:
         k, v = (_as_bits(x) if _keeps_bits(x.dtype) else x for x in (cache.k, cache.v))
         return cls(k, v, str(cache.k.dtype))
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether a program that was interrupted has taken its buffers."""
+        return self.k.is_deleted() or self.v.is_deleted()
+
     def cache(self) -> KVCache:
         """Returns it as an ordinary cache (traceable)."""
         return KVCache(*(self._floats(x) for x in (self.k, self.v)))
@@ -134,10 +139,12 @@ class GrowingCache:
         return lax.bitcast_convert_type(x, jnp.dtype(self.dtype)) if _keeps_bits(self.dtype) else x
 
 
-def with_room(cache: KVCache, *, num_keys: int) -> GrowingCache:
+def with_room(cache: KVCache | GrowingCache, *, num_keys: int) -> GrowingCache:
     """Copies a cache into one of `num_keys` keys that grows; keys of it beyond that many, its padding, are left out."""
-    kept = cache.first(min(cache.k.shape[1], num_keys))
-    return GrowingCache.from_cache(kept.with_room(num_keys))
+    growing = GrowingCache.from_cache(cache) if isinstance(cache, KVCache) else cache
+    more = max(num_keys - growing.k.shape[1], 0)
+    k, v = (jnp.pad(x[:, :num_keys], ((0, 0), (0, more), (0, 0), (0, 0))) for x in (growing.k, growing.v))
+    return GrowingCache(k, v, growing.dtype)
 
 
 def _keeps_bits(dtype: Any) -> bool:

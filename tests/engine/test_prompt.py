@@ -246,6 +246,29 @@ def test_a_template_that_does_not_print_the_message_is_an_error():
         cb.Prompt.from_chat_template(Template(lambda messages: "nothing"), chunks=["c"], question="q")
 
 
+def test_a_next_turn_is_what_the_template_prints_between_an_answer_and_the_next(tokenizer):
+    first = cb.Prompt.to_answer(tokenizer, ["The sky is blue."], "What is blue?", system="Be brief.")
+    said = [*first.prefix, *first.chunks[0], *first.suffix, *encode(tokenizer, "The sky.")]
+    turns = ("system", "Be brief."), ("user", "The sky is blue.\n\nWhat is blue?"), ("assistant", "The sky.")
+    messages = [{"role": role, "content": text} for role, text in (*turns, ("user", "And <|turn|>#?"))]
+    printed = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    follow_up = cb.Prompt.follow_up(tokenizer, "And <|turn|>#?")
+    assert tokenizer.decode([*said, *follow_up]) == printed
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert follow_up.count(turn) == printed.count("<|turn|>") - 1 - said.count(turn)  # the question's own is text
+
+
+def test_a_next_turn_without_a_template_asks_as_the_first_did(tokenizer):
+    plain = with_template(tokenizer, None)
+    first = cb.Prompt.to_answer(plain, ["c"], "What?")
+    assert tokenizer.decode(cb.Prompt.follow_up(plain, "Why?")) == "\n\n" + first.suffix.replace("What?", "Why?")
+
+
+def test_a_template_of_one_turn_has_no_next():
+    with pytest.raises(cb.PromptError, match="does not print an answer and the next message exactly once"):
+        cb.Prompt.follow_up(Template(lambda messages: f"<{messages[-1]['content']}>"), "q")
+
+
 def test_without_a_template_it_is_an_error(tokenizer):
     class Plain:
         chat_template = None
