@@ -7,6 +7,7 @@ notebook.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import re
 import shlex
@@ -46,6 +47,7 @@ def blocks_to_run(page: Path) -> Iterator[Block]:
 def test_code_of_the_guide_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cb, "load_model", bundled_model)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"In which city is the office of Reyes?\n")))
     namespace: dict = {}
     for block in blocks_to_run(page):
         if block.language == "python":  # blank lines in front, so that a traceback has the page's line numbers

@@ -25,6 +25,7 @@ from cacheblend_jax.errors import FULL, CacheBlendError, PromptTooLongError, one
 COMMANDS = {
     "demo": "ask the bundled model in every mode",
     "ask": "answer a question from text files",
+    "chat": "talk about text files",
     "inspect": "show token by token what reuse loses and a blend restores",
     "precompute": "compute the KV of text files and keep it in a directory",
     "store": "look after a directory of stored chunks",

@@ -208,6 +208,11 @@ def print_warning(line: str) -> None:
     _print_to_stderr(f"cacheblend-jax: warning: {line}")
 
 
+def print_error(line: str) -> None:
+    """Prints an error that ends no command: a line on stderr."""
+    _print_to_stderr(f"cacheblend-jax: error: {line}")
+
+
 def _print_to_stderr(line: str) -> None:
     with line_erased():
         print(line, file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from conftest import HF
 
 import cacheblend_jax as cb
 from cacheblend_jax.cli import ask as ask_module
-from cacheblend_jax.cli import documents_prompt
+from cacheblend_jax.cli import conversation, documents_prompt
 from cacheblend_jax.cli.main import main
 from cacheblend_jax.cli.progress import Parts
 from cacheblend_jax.engine.engine import Engine
@@ -81,8 +81,8 @@ def test_ask_compiles_beside_its_other_work_and_shows_what_it_does(docs, capsys,
     monkeypatch.setattr(Parts, "part", lambda parts, what, **unit: shown.append(what) or part(parts, what, **unit))
     options = ["--top-k", "2", "--store", str(tmp_path / "kv"), "--executor", "resident"]
     assert ask(docs, *options) == 0
-    working = ["loading weights", "split", "compiling"]
-    assert shown == [*working, "compiling", "precomputing", "prefilling (blend)", "decoding"]
+    working = ["reading documents", "loading weights", "split", "compiling"]
+    assert shown == [*working, "compiling", "precomputing", "prefilling (blend)"]
     # For chunks and prefix, all of one padded length; for the prefill; for decoding, its cache, and its first token.
     assert len(compiled_by) == 5
     assert ask(docs, *options) == 0  # what is stored leaves nothing to compile but the answer
@@ -215,7 +215,7 @@ def test_what_stops_a_command_is_one_line(docs, capsys, monkeypatch, error, code
     def stop(_):
         raise error
 
-    monkeypatch.setattr(ask_module, "read_documents", stop)
+    monkeypatch.setattr(conversation, "read_documents", stop)
     assert ask(docs) == code
     assert capsys.readouterr().err.strip().endswith(message)
 
