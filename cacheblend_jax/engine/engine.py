@@ -29,17 +29,15 @@ from cacheblend_jax.engine.prompt import (
     TextOrIds,
     TokenizedPrompt,
     check_length,
-    checked_ids,
-    ids_of,
     tokenize_parts,
     tokenize_prompt,
 )
 from cacheblend_jax.engine.results import BackgroundStats, Generation, PrefillResult, StoredKeys
 from cacheblend_jax.engine.warmup import Sizes, compile_tasks, prompt_tasks, run_tasks
-from cacheblend_jax.errors import CacheBlendError, PromptError, is_whole_number
+from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.model import Model
-from cacheblend_jax.runtime.link import Link
 from cacheblend_jax.model.sampling import Sampling
+from cacheblend_jax.runtime.link import Link
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore, Store
 
@@ -270,11 +268,7 @@ class Engine:
         Raises:
             PromptError: `more` is empty or invalid, or the whole is longer than the model takes.
         """
-        config = self.model.config
-        ids = ids_of(more, "what follows", self.model.tokenizer, config.vocab_size)
-        if ids.size == 0:
-            raise PromptError("what follows has no tokens")
-        return extend_context(self.model, self._buckets, before.context, ids)
+        return extend_context(self.model, self._buckets, before.context, more)
 
     def continuation_logits(self, out: PrefillResult, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns float32 logits `[tokens, vocab]`: what each token of a given continuation would be drawn from.
@@ -285,12 +279,7 @@ class Engine:
         Raises:
             PromptError: no tokens, ids out of range, or more than the model's maximum length has room for.
         """
-        config = self.model.config
-        ids = checked_ids(token_ids, "the continuation", config.vocab_size)
-        if ids.size == 0:
-            raise PromptError("the continuation has no tokens")
-        check_length(out.token_ids.size + ids.size - 1, config.max_positions, "the prompt with its continuation")
-        return continuation_logits(self.model, self._buckets, out, ids)
+        return continuation_logits(self.model, self._buckets, out, token_ids)
 
     def warmup(
         self,

@@ -12,17 +12,21 @@ from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.blend.flops import prefill_flops
 from cacheblend_jax.blend.schedule import Plan, Stage
 from cacheblend_jax.engine.generation import angles_of
-from cacheblend_jax.engine.prompt import check_length
+from cacheblend_jax.engine.prompt import TextOrIds, check_length, ids_of
 from cacheblend_jax.engine.results import Context, PrefillResult, PrefillStats
+from cacheblend_jax.errors import PromptError
 from cacheblend_jax.model.decode import extend_prompt
 from cacheblend_jax.model.kv_cache import with_room
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.runtime.programs import shapes_of
 
 
-def extend_context(model: Model, buckets: Buckets, context: Context, token_ids: np.ndarray) -> PrefillResult:
-    """Prefills tokens after a context, which is not changed; see `Engine.extend`."""
+def extend_context(model: Model, buckets: Buckets, context: Context, more: TextOrIds) -> PrefillResult:
+    """Prefills text or tokens after a context, which is not changed; see `Engine.extend`."""
     config, begin = model.config, context.num_cached
+    token_ids = ids_of(more, "what follows", model.tokenizer, config.vocab_size)
+    if token_ids.size == 0:
+        raise PromptError("what follows has no tokens")
     all_ids = np.concatenate([context.token_ids, token_ids])
     length = all_ids.size
     check_length(length, config.max_positions, "the conversation")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.engine.growing_text import GrowingText
+from cacheblend_jax.engine.prompt import check_length, checked_ids
 from cacheblend_jax.engine.results import Context, GenerateStats, Generation, PrefillResult
 from cacheblend_jax.errors import PromptError, is_whole_number
 from cacheblend_jax.model.decode import MOST_AT_ONCE, Decoded, decode_tokens, extend
@@ -128,13 +129,20 @@ class TokenStream:
             limit = how.tokens_at_once or max(int(BLOCK_SECONDS / seconds), 1)
 
 
-def continuation_logits(model: Model, buckets: Buckets, out: PrefillResult, token_ids: np.ndarray) -> np.ndarray:
+def continuation_logits(
+    model: Model, buckets: Buckets, out: PrefillResult, token_ids: Sequence[int] | np.ndarray
+) -> np.ndarray:
     """Returns the logits that each token of a given continuation is drawn from; see `Engine.continuation_logits`."""
-    if token_ids.size == 1:
+    ids = checked_ids(token_ids, "the continuation", model.config.vocab_size)
+    if ids.size == 0:
+        raise PromptError("the continuation has no tokens")
+    length = out.token_ids.size + ids.size - 1
+    check_length(length, model.config.max_positions, "the prompt with its continuation")
+    if ids.size == 1:
         return out.logits[None]
-    size = buckets.length(out.token_ids.size + token_ids.size - 1)
+    size = buckets.length(length)
     cache = grown(model, out.padded_cache, size)
-    arrays = model.params, cache, token_ids[:-1], np.int32(out.token_ids.size), angles_of(model, size)
+    arrays = model.params, cache, ids[:-1], np.int32(out.token_ids.size), angles_of(model, size)
     after, _ = model.runner(extend, *arrays, donate=("cache",), config=model.config)
     return np.concatenate([out.logits[None], np.asarray(after)])
 
