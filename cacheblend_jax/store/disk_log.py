@@ -35,8 +35,8 @@ class DiskLog:
             return dict(self._counts)
 
     def warn(self, message: str) -> None:
-        """Logs a warning that names the store."""
-        logger.warning("store %s: %s", self._root, message)
+        """Logs a warning that names the store, on one line: SQLite's errors quote a schema with its line breaks."""
+        logger.warning("store %s: %s", self._root, " ".join(message.split()))
 
     def warn_once(self, message: str, what: Counted) -> None:
         """Counts what happened, and logs the message unless one for the same count has been logged."""

@@ -88,8 +88,8 @@ def _attend_one(
         total = weights.sum(axis=-1)
         values = jnp.where(visible[:, None, None], v, 0).transpose(1, 0, 2)
         gathered = jnp.einsum("hgk,hkd->hgd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
-        sees_any = total > 0
-        out = jnp.where(sees_any[..., None], gathered / jnp.where(sees_any, total, 1)[..., None], 0)
+        sees_any = visible.any()
+        out = jnp.where(sees_any, gathered / jnp.where(sees_any, total, 1)[..., None], 0)
         lse = jnp.where(sees_any, maximum + jnp.log(jnp.where(sees_any, total, 1)), -jnp.inf)
         return out.astype(q.dtype).reshape(q.shape), lse.reshape(1, -1)
 

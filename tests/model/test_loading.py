@@ -44,7 +44,7 @@ def test_what_is_compiled_without_weights_is_all_that_a_prompt_needs(gate, conte
         compiled = outline.runner.count
         gate.set()
         model = loading.model()
-    assert compiled == len(done)
+    assert compiled == len(done) + 2  # a cache is copied to grow, and the first token is drawn
     assert (model.runner, model.fingerprint) == (outline.runner, outline.fingerprint)
     with cb.Engine(model, context=context) as engine:
         engine.precompute(prompt)

@@ -24,12 +24,19 @@ from pallas_kernels import apply_rope, attention_mass, selective_attention
 
 
 def test_keys_after_the_last_visible_one_are_not_computed():
-    # NaN in every key block past the last that the query needs: it is skipped, not masked.
-    keys, q = jnp.zeros((4096, 1, 8)), jnp.ones((1, 1, 8))
+    # NaN in every key block past the last that the queries need: it is skipped, not masked.
+    keys, q = jnp.zeros((4096, 1, 8)), jnp.ones((2, 1, 8))
     poisoned = keys.at[2048:].set(jnp.nan)
-    positions = jnp.asarray([300], jnp.int32)
+    positions = jnp.asarray([300, 301], jnp.int32)
     assert np.isfinite(np.asarray(selective_attention(q, poisoned, poisoned, positions))).all()
     assert np.isnan(np.asarray(selective_attention(q, poisoned, poisoned, positions + 2000))).any()
+
+
+def test_one_query_that_sees_nan_returns_nan_and_one_that_does_not_is_finite():
+    keys, q = jnp.zeros((64, 1, 8)), jnp.ones((1, 1, 8))
+    poisoned = keys.at[32:].set(jnp.nan)
+    assert np.isfinite(np.asarray(selective_attention(q, poisoned, poisoned, jnp.asarray([31], jnp.int32)))).all()
+    assert np.isnan(np.asarray(selective_attention(q, poisoned, poisoned, jnp.asarray([32], jnp.int32)))).all()
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
