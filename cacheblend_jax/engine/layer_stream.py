@@ -221,6 +221,10 @@ class LayerStream:
             while (used := self._in_use.get()) is not None:
                 turn, kv, result, dispatched = used
                 jax.block_until_ready(result)
+                if (watched := self._watched.pop(turn, None)) is not None:
+                    # A step ends after its layer's transfer in the trace, too; and waiting for an array while another
+                    # thread deletes it ends the process.
+                    watched.wait()
                 began, free_at = max(dispatched, free_at), time.perf_counter()
                 if self._trace is not None:
                     layer = self._layers[turn]
@@ -232,8 +236,6 @@ class LayerStream:
     def _let_go(self, turn: int, kv: LayerKV) -> None:
         """Drops a layer whose step is done, unless it stays on the device, and has its buffer filled again."""
         layer = self._layers[turn]
-        if (watched := self._watched.pop(turn, None)) is not None:
-            watched.wait()  # waiting for an array while another thread deletes it ends the process
         was_kept = self._kept.layers.get(layer) is kv
         if not was_kept and not self._kept.keep(layer, kv):
             _delete(kv)
