@@ -208,7 +208,7 @@ RUN_ONCE = (
     *("cli/test_cli.py", "cli/test_chat.py", "cli/test_inspect.py", "documents/", "evaluation/", "blend/"),
     *("model/test_gguf.py", "model/test_hostile_checkpoints.py", "model/test_weights.py"),
     *("store/test_broken_index.py", "store/test_faults.py", "store/test_full_disk.py"),
-    *("store/test_hostile_directory.py", "test_documents.py", "test_docs.py", "test_fault_harness.py"),
+    *("store/test_hostile_directory.py", "test_docs.py", "test_fault_harness.py"),
     *("test_gpu_bench.py", "test_selection_lab.py"),
 )
 

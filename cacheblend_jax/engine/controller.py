@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import jax.numpy as jnp
-
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.engine.delays import Estimator
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.planner import Planner
+from cacheblend_jax.model.kv_cache import layer_bytes
 
 WORTHWHILE_SHARE = 0.95  # of the TTFT that loading all chunks takes: a smaller saving may be an error of the estimates
 
@@ -96,10 +95,9 @@ def _best_ratio(
 
     floor, *higher_ratios = planner.blend.auto_ratios
     at_floor, is_streamed = plan_at(floor), estimator.executor_of(chunks) == "streamed"
-    token_bytes = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize  # of one layer
-    layer_bytes = token_bytes * at_floor.cache_length
+    bytes_of_layer = layer_bytes(config, at_floor.cache_length)
     kept = num_kept(at_floor, chunks) if is_streamed else 0
-    load_s = estimator.delivery_s(chunks, config.num_layers, layer_bytes) * (config.num_layers - kept)
+    load_s = estimator.delivery_s(chunks, config.num_layers, bytes_of_layer) * (config.num_layers - kept)
     ratio, recompute_s = floor, sum(estimator.compute.layer_seconds(at_floor))
     bound = "floor"
     hides = is_streamed and not at_floor.needs("question_mass")
@@ -111,7 +109,7 @@ def _best_ratio(
                 break
             ratio, recompute_s, bound = higher, seconds, "cap"
     plan = plan_at(ratio)
-    ttft_s = estimator.ttft_s(plan, chunks, layer_bytes, kept)
+    ttft_s = estimator.ttft_s(plan, chunks, bytes_of_layer, kept)
     return Decision(ratio, bound, load_s, recompute_s, ttft_s, 0, len(chunks), (), estimator.name), plan
 
 

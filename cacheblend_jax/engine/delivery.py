@@ -5,7 +5,6 @@ That is the link, page-locked buffers, the threads that read, and the layers tha
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import READERS, copiers, load_all
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
-from cacheblend_jax.model.kv_cache import KVCache, cache_shape
+from cacheblend_jax.model.kv_cache import KVCache, cache_shape, layer_bytes
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.runtime.host_buffers import ALIGNMENT, HostBuffers, aligned_empty
 from cacheblend_jax.runtime.link import DeviceLink, Link
@@ -125,11 +124,6 @@ class Delivery:
             kept=self._layers_kept(plan, chunks, needed),
         )
 
-    def layer_bytes(self, num_keys: int) -> int:
-        """Returns the bytes of one layer's K and V of so many keys."""
-        config = self._model.config
-        return 2 * math.prod(cache_shape(config, num_keys)[1:]) * jnp.dtype(config.dtype).itemsize
-
     def num_kept(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> int:
         """Returns how many layers of the chunks' KV a streamed prefill finds on the device."""
         return 0 if self._kept is None else self._kept.num_kept(placement_name(chunks, plan.cache_length))
@@ -148,8 +142,8 @@ class Delivery:
         if self._kept is None:
             devices = list(self._model.placement.device_set)
             self._kept = DeviceLayers(free_share(devices, needed) if self._kept_bytes is None else self._kept_bytes)
-        name, num_layers = placement_name(chunks, plan.cache_length), self._model.config.num_layers
-        return self._kept.of(name, self.layer_bytes(plan.cache_length), num_layers)
+        config, name = self._model.config, placement_name(chunks, plan.cache_length)
+        return self._kept.of(name, layer_bytes(config, plan.cache_length), config.num_layers)
 
 
 def _reader_pool() -> ThreadPoolExecutor:

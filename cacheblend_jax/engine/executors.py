@@ -25,7 +25,7 @@ from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import place_chunk
 from cacheblend_jax.engine.planner import EXECUTORS, choose_executor, empty_request
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.model.kv_cache import KVCache, abstract_cache
+from cacheblend_jax.model.kv_cache import KVCache, abstract_cache, layer_bytes
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.runtime.link import Link
@@ -291,7 +291,7 @@ class Executors:
             next_token = int(out.next_token)
             ended = time.perf_counter()
         layers_more = self.delivery.prefetch_layers - 1
-        peak = prepared.peak_memory_bytes + layers_more * self.delivery.layer_bytes(plan.cache_length)
+        peak = prepared.peak_memory_bytes + layers_more * layer_bytes(self._model.config, plan.cache_length)
         return PrefillRun(out, next_token, "streamed", stream.waited_s, ended - began, peak)
 
     def close(self) -> None:

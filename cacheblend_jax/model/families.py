@@ -78,13 +78,18 @@ def _same_windows(fields: Fields, num_layers: int) -> Windows:
 
 
 def _qwen_windows(fields: Fields, num_layers: int) -> Windows:
-    if not fields.flag("use_sliding_window") or "sliding_window" not in fields:
-        return (None,) * num_layers
-    return _windows_by_type(fields, num_layers, lambda layer: layer >= fields.integer("max_window_layers", 28))
+    return _windows_if_used(fields, num_layers, lambda layer: layer >= fields.integer("max_window_layers", 28))
 
 
 def _gemma_windows(fields: Fields, num_layers: int) -> Windows:
     return _windows_by_type(fields, num_layers, lambda layer: (layer + 1) % fields.integer("sliding_window_pattern", 6))
+
+
+def _windows_if_used(fields: Fields, num_layers: int, slides: Callable[[int], int]) -> Windows:
+    """As `_windows_by_type`, where the configuration says that windows are used."""
+    if not fields.flag("use_sliding_window") or "sliding_window" not in fields:
+        return (None,) * num_layers
+    return _windows_by_type(fields, num_layers, slides)
 
 
 def _windows_by_type(fields: Fields, num_layers: int, slides: Callable[[int], int]) -> Windows:
@@ -105,10 +110,8 @@ def _smollm3_rotated(fields: Fields, num_layers: int) -> tuple[bool, ...]:
 
 
 def _smollm3_windows(fields: Fields, num_layers: int) -> Windows:
-    if not fields.flag("use_sliding_window") or "sliding_window" not in fields:
-        return (None,) * num_layers
     rotated = _smollm3_rotated(fields, num_layers)
-    return _windows_by_type(fields, num_layers, lambda layer: not rotated[layer])
+    return _windows_if_used(fields, num_layers, lambda layer: not rotated[layer])
 
 
 QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}

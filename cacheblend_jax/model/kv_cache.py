@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -163,6 +164,11 @@ def _shape_text(leaf: Any) -> str:
 def cache_shape(config: ModelConfig, num_keys: int) -> tuple[int, int, int, int]:
     """Returns the shape of K, and of V: `[layers, keys, kv_heads, head_dim]`."""
     return config.num_layers, num_keys, config.num_kv_heads, config.head_dim
+
+
+def layer_bytes(config: ModelConfig, num_keys: int) -> int:
+    """Returns the bytes of one layer's K and V of so many keys."""
+    return 2 * math.prod(cache_shape(config, num_keys)[1:]) * jnp.dtype(config.dtype).itemsize
 
 
 def abstract_cache(config: ModelConfig, num_keys: int, placement: jax.sharding.Sharding) -> KVCache:
