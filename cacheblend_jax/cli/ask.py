@@ -27,14 +27,13 @@ from cacheblend_jax.cli.conversation import (
     summary,
 )
 from cacheblend_jax.cli.documents_prompt import (
-    DOCUMENTS,
     add_choice_options,
     add_question,
     add_source_options,
     asked,
     chosen_context,
+    context_for,
     question_and_paths,
-    remembered_sample,
     split,
 )
 from cacheblend_jax.cli.options import (
@@ -93,8 +92,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         model = loading.outline
         chunks, prompt = asked(split(documents, model, parsed.chunk_tokens, shown.items), question, model, parsed)
         store = opened.enter_context(open_store(parsed))
-        if parsed.context == DOCUMENTS:
-            context = remembered_sample(store, documents, model)
+        context = context_for(parsed.context, context, store, documents, model)
         new_engine = partial(Engine, store=store, blend=blend, context=context, **engine_options(parsed))
         looked_up = _prepare(new_engine(model=model), store, prompt, parsed, shown.part("compiling"))
         engine = opened.enter_context(new_engine(model=loading.model()))

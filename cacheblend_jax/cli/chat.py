@@ -32,12 +32,11 @@ from cacheblend_jax.cli.conversation import (
     summary,
 )
 from cacheblend_jax.cli.documents_prompt import (
-    DOCUMENTS,
     add_choice_options,
     add_source_options,
     asked,
     chosen_context,
-    remembered_sample,
+    context_for,
     split,
 )
 from cacheblend_jax.cli.options import add_shared_options, add_store_options, open_store, print_error, print_status
@@ -90,8 +89,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
             loading = opened.enter_context(loading_reader(parsed.model, parsed.dtype, texts, advance))
             chunks = split(documents, loading.outline, parsed.chunk_tokens, shown.items)
             store = opened.enter_context(open_store(parsed))
-            if parsed.context == DOCUMENTS:
-                context = remembered_sample(store, documents, loading.outline)
+            context = context_for(parsed.context, context, store, documents, loading.outline)
             model = loading.model()
         new_engine = partial(Engine, model, store, context=context, **engine_options(parsed))
         with Chat(parsed, chunks, new_engine, blend, sampling) as chat:

@@ -132,6 +132,17 @@ def chosen_context(name: str | None) -> str | FittedContext | None:
     return None if name in (None, DOCUMENTS) else named_context(name)
 
 
+def context_for(
+    name: str | None, chosen: str | FittedContext | None, store: Store, documents: Sequence[Document], model: Model
+) -> str | FittedContext | None:
+    """Returns the context of a command: what `chosen_context` gave for its name, or the remembered sample.
+
+    Raises:
+        CacheBlendError: see `remembered_sample`.
+    """
+    return remembered_sample(store, documents, model) if name == DOCUMENTS else chosen
+
+
 def remembered_sample(store: Store, documents: Sequence[Document], model: Model) -> str:
     """Has a store remember a sample of the documents, unless it remembers a text; returns the one that it remembers.
 

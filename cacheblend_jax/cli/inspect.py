@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 from cacheblend_jax.blend import SELECTORS, BlendConfig
 from cacheblend_jax.cli.bundled_model import load_reader
 from cacheblend_jax.cli.documents_prompt import (
-    DOCUMENTS,
     SEPARATOR,
     add_choice_options,
     add_question,
     add_source_options,
     asked,
     chosen_context,
+    context_for,
     prompt_of,
     question_and_paths,
-    remembered_sample,
     split,
 )
 from cacheblend_jax.cli.options import (
@@ -88,8 +87,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         chunks, prompt = asked(split(documents, model, parsed.chunk_tokens), question, model, parsed)
     with ExitStack() as opened:
         store = opened.enter_context(open_store(parsed))
-        if parsed.context == DOCUMENTS:
-            context = remembered_sample(store, documents, model)
+        context = context_for(parsed.context, context, store, documents, model)
         engine = opened.enter_context(Engine(model, store, blend, context=context, kernels=parsed.kernels))
         found = inspect(
             engine, prompt, chunk_names=_names(chunks), max_new_tokens=parsed.max_new_tokens, progress=progress

@@ -8,11 +8,10 @@ from typing import Any
 
 from cacheblend_jax.cli.bundled_model import load_reader
 from cacheblend_jax.cli.documents_prompt import (
-    DOCUMENTS,
     add_source_options,
     chosen_context,
+    context_for,
     prompt_of,
-    remembered_sample,
     split,
 )
 from cacheblend_jax.cli.options import add_shared_options, add_store_options, open_store, print_warning
@@ -43,8 +42,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as opened:
         store = opened.enter_context(open_store(parsed))
         store.check_writable()
-        if parsed.context == DOCUMENTS:
-            context = remembered_sample(store, documents, model)
+        context = context_for(parsed.context, context, store, documents, model)
         engine = opened.enter_context(Engine(model, store, context=context, kernels=parsed.kernels))
         advance = opened.enter_context(progress_bar("precompute"))
         if otherwise := stored_otherwise(store, model, engine.look_up(prompt.chunks, prefix=prompt.prefix)):
