@@ -203,7 +203,6 @@ def fit(
     rate = optax.warmup_cosine_decay_schedule(0.0, 0.02 * scale, min(15, steps // 2), steps, 0.0006 * scale)
     optimizer = optax.adam(rate, b2=0.98)
 
-    @jax.jit
     def update(embeddings: jax.Array, state: optax.OptState, params: Params, given: tuple) -> tuple:
         def loss(embeddings: jax.Array) -> jax.Array:
             def one(given: tuple[DensePrompt, Choice]) -> jax.Array:
@@ -222,7 +221,7 @@ def fit(
         ratio = RATIOS[step % len(RATIOS)]
         choices = [choice_at(ratio, prompt, config) for prompt in chosen]
         given = jax.tree.map(lambda *each: np.stack(each), *zip(chosen, choices, strict=True))
-        embeddings, state, loss = update(embeddings, state, params, given)
+        embeddings, state, loss = model.runner(update, embeddings, state, params, given)
         losses.append(float(loss))
         if step % 10 == 9 or step == steps - 1:
             recent = np.mean(losses[-10:])

@@ -9,6 +9,7 @@ from conftest import HF
 
 import cacheblend_jax as cb
 from cacheblend_jax.model.rope import rope_tables
+from pallas_kernels.dispatch import OVERRIDE
 from scripts.fit_context import SINK, Sizes, blend_kl, choice_at, fit, main, training_prompts
 
 pytestmark = pytest.mark.once  # arithmetic of the model, and optax
@@ -49,7 +50,8 @@ def test_every_second_answer_is_the_models_own(model, prompts):
     assert model.tokenizer.decode([following]) in {text[0] for text in TEXTS} | {"g", "b"}
 
 
-def test_the_loss_falls(model, prompts, capsys):
+def test_the_loss_falls_whatever_kernels_the_device_prefers(model, prompts, capsys, monkeypatch):
+    monkeypatch.setenv(OVERRIDE, "pallas")  # they have no gradients
     begin = 0.1 * np.random.default_rng(2).normal(size=(3, model.config.hidden_size)).astype(np.float32)
     context, losses = fit(model, prompts[:1], steps=16, batch=1, begin=begin)
     assert context.embeddings.shape == (3, model.config.hidden_size)
