@@ -21,11 +21,13 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -112,6 +114,26 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         },
     ),
     "smollm3": (SmolLM3Config, {"pad_token_id": 0}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "moe_intermediate_size": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+        },
+    ),
+    "mixtral": (
+        MixtralConfig,
+        {
+            "num_hidden_layers": 3,
+            "intermediate_size": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 12,
+        },
+    ),
 }
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}<|end|>{{ message['content'] | trim }}"

@@ -42,5 +42,5 @@ def _layer_flops(
     window = config.windows[layer]
     visible = attending + 1 if window is None else np.minimum(attending + 1, window)
     projections = 2 * num_projected * hidden * 2 * config.num_kv_heads * config.head_dim
-    rest = 2 * len(attending) * hidden * (2 * q_size + 3 * config.intermediate_size)
+    rest = 2 * len(attending) * (2 * hidden * q_size + config.weights_per_token)
     return projections + rest + 2 * products * q_size * int(visible.sum())

@@ -160,7 +160,7 @@ def quick_profile(model: Model, directory: Any) -> Profile:
         layer_s=2e-4,
         key_s=4 * key_bytes / copied,  # read, rotated and written; too much for an accelerator, but small there
         projected_s=4 * config.hidden_size * kv_size / flops,
-        attending_s=2 * config.hidden_size * (2 * q_size + 3 * config.intermediate_size) / flops,
+        attending_s=2 * (2 * config.hidden_size * q_size + config.weights_per_token) / flops,
         visible_s=4 * q_size / flops,
         request_s=1e-3,
     )

@@ -58,6 +58,10 @@ class ModelConfig:
         rotary_dim: how many of a head's dimensions RoPE turns; `None`: all.
         rope_divisors: by what LongRoPE divides each frequency, for sequences of up to `max_positions`.
         windows: each layer's sliding window, `None` for none.
+        num_experts: of how many MLPs each layer has its own; 0: of one, for all tokens.
+        experts_per_token: by how many of a layer's experts each token is computed.
+        expert_size: the intermediate size of an expert.
+        experts_sum_to_one: whether the weights of a token's experts are divided by their sum.
 
     Raises:
         CheckpointError: a value that no model can have; it is named.
@@ -95,6 +99,10 @@ class ModelConfig:
     logits_scale: float = 1.0
     rotary_dim: int | None = None
     rope_divisors: tuple[float, ...] = ()
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    experts_sum_to_one: bool = False
 
     def __post_init__(self) -> None:
         if not self.windows:
@@ -126,6 +134,18 @@ class ModelConfig:
             raise CheckpointError(f"{len(self.windows)} layer types for {self.num_layers} layers")
         if self.rotated and len(self.rotated) != self.num_layers:
             raise CheckpointError(f"no_rope_layers has {len(self.rotated)} entries for {self.num_layers} layers")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise CheckpointError(
+                f"num_experts_per_tok must be in [1, {self.num_experts}], the number of experts, "
+                f"got {self.experts_per_token}"
+            )
+
+    @property
+    def weights_per_token(self) -> int:
+        """By how many of an MLP's weights each token is multiplied: those of its experts, and the router's."""
+        if self.num_experts:
+            return self.hidden_size * (3 * self.experts_per_token * self.expert_size + self.num_experts)
+        return 3 * self.hidden_size * self.intermediate_size
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
@@ -198,6 +218,7 @@ class ModelConfig:
             residual_scale=family.residual_scale(fields),
             logits_scale=family.logits_scale(fields),
             rotated=family.rotated(fields, num_layers),
+            **family.experts(fields, num_layers),
             windows=family.windows(fields, num_layers),
             dtype=dtype or stated_dtype(raw) or "float32",
         )

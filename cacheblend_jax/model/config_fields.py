@@ -37,6 +37,11 @@ INTEGERS = {
     "sliding_window_pattern": Range(1, 2**12),
     "query_pre_attn_scalar": Range(1, 2**20),
     "no_rope_layer_interval": Range(1, 2**12),
+    "num_experts": Range(0, 2**12),
+    "num_local_experts": Range(0, 2**12),
+    "num_experts_per_tok": Range(1, 2**12),
+    "moe_intermediate_size": Range(1, 2**20),
+    "decoder_sparse_step": Range(1, 2**12),
 }
 NUMBERS = {
     "rms_norm_eps": Range(POSITIVE, 1),

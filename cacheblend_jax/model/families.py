@@ -41,6 +41,7 @@ class Family:
         rotated: whether each layer has RoPE, given the number of layers; an empty tuple: all have.
         attention_scale: the factor of attention's scores; `None` for `head_dim ** -0.5`.
         embedding_scale, residual_scale, logits_scale: as in `ModelConfig`.
+        experts: what `ModelConfig` is told of experts, given the number of layers.
         own_keys: what `ModelConfig.to_hugging_face` writes that other families' configurations do not have.
     """
 
@@ -65,6 +66,7 @@ class Family:
     embedding_scale: Callable[[Fields], float] = lambda fields: 1.0
     residual_scale: Callable[[Fields], float] = lambda fields: 1.0
     logits_scale: Callable[[Fields], float] = lambda fields: 1.0
+    experts: Callable[[Fields, int], dict[str, Any]] = lambda fields, num_layers: {}
     own_keys: Callable[[Any], dict[str, Any]] = lambda config: {}
 
 
@@ -114,6 +116,44 @@ def _smollm3_windows(fields: Fields, num_layers: int) -> Windows:
     return _windows_if_used(fields, num_layers, lambda layer: not rotated[layer])
 
 
+def _window_if_used(fields: Fields, num_layers: int) -> Windows:
+    return _windows_if_used(Fields({**fields.content, "layer_types": None}), num_layers, lambda layer: True)
+
+
+def _num_experts(fields: Fields, default: int) -> int:
+    """Reads one of the key's two names: transformers 5 writes the second, whatever the family."""
+    return fields.integer("num_experts" if "num_experts" in fields else "num_local_experts", default)
+
+
+def _qwen_experts(fields: Fields, num_layers: int) -> dict[str, Any]:
+    num_experts, step = _num_experts(fields, 128), fields.integer("decoder_sparse_step", 1)
+    dense = set(fields.content.get("mlp_only_layers") or ())
+    sparse = [layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0]
+    if not num_experts or not sparse:
+        return {}
+    if len(sparse) < num_layers:
+        key = "mlp_only_layers" if dense else "decoder_sparse_step"
+        raise fields.wrong(key, "such that all layers have experts, or none", fields.content[key])
+    return {
+        "num_experts": num_experts,
+        "experts_per_token": fields.integer("num_experts_per_tok", 8),
+        "expert_size": fields.integer("moe_intermediate_size", 768),
+        "experts_sum_to_one": fields.flag("norm_topk_prob"),
+    }
+
+
+def _mixtral_experts(fields: Fields, num_layers: int) -> dict[str, Any]:
+    return {
+        "num_experts": _num_experts(fields, 8),
+        "experts_per_token": fields.integer("num_experts_per_tok", 2),
+        "expert_size": fields.integer("intermediate_size"),
+        "experts_sum_to_one": True,
+    }
+
+
+# What other mixtures of experts have: groups of experts that are chosen first, experts for all tokens, other weights.
+OTHER_ROUTERS = ("n_group", "n_shared_experts", "shared_expert_intermediate_size", "routed_scaling_factor")
+OTHER_ROUTERS += ("scoring_func", "moe_layer_freq")
 QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(
@@ -134,6 +174,37 @@ FAMILIES: dict[str, Family] = {
         windows=_qwen_windows,
         biases=("attention_bias",),
         qk_norm=True,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096},
+        windows=_window_if_used,
+        biases=("attention_bias",),
+        unsupported=OTHER_ROUTERS,
+        qk_norm=True,
+        experts=_qwen_experts,
+        own_keys=lambda config: {
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token or None,
+            "moe_intermediate_size": config.expert_size or None,
+            "norm_topk_prob": config.experts_sum_to_one,
+        },
+    ),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+        },
+        windows=_same_windows,
+        unsupported=OTHER_ROUTERS,
+        experts=_mixtral_experts,
+        own_keys=lambda config: {
+            "num_local_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+        },
     ),
     "Phi3ForCausalLM": Family(
         "phi3",

@@ -26,6 +26,25 @@ from jaxtyping import Array, Int, Shaped
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
+EXPERTS = "experts"  # the module whose matrices are `[layers, experts, …]`
+
+
+@struct.dataclass
+class OfLayer:
+    """One layer's matrices in a stack, none of which is copied before it is asked for."""
+
+    stack: Shaped[Array, "layers experts in out"]
+    layer: Int[Array, ""] | int
+
+    def at(self, experts: Int[Array, "*chosen"]) -> Shaped[Array, "*chosen in out"]:
+        """Returns the matrices of some experts, or of one."""
+        return self.stack[self.layer, experts]
+
+    def whole(self) -> Shaped[Array, "experts in out"]:
+        """Returns the matrices of all experts."""
+        return lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
+
+
 @struct.dataclass
 class Params:
     """A model's parameters: plain nested dicts of arrays.
@@ -43,14 +62,23 @@ class Params:
         return isinstance(jax.tree.leaves(self.layers, is_leaf=is_by_layer)[0], tuple)
 
     def layer(self, index: Int[Array, ""] | int) -> dict[str, Any]:
-        """Returns the weights of layer `index`, which may be traced where they are stacked or there is but one."""
+        """Returns the weights of layer `index`, which may be traced where they are stacked or there is but one.
+
+        Those of experts, of which a few rows need but a few, are not taken out of their stack: each is an `OfLayer`.
+        """
 
         def of(leaf: Any) -> Any:
             if isinstance(leaf, tuple):
                 return leaf[0] if len(leaf) == 1 else leaf[index]
             return lax.dynamic_index_in_dim(leaf, index, keepdims=False)
 
-        return jax.tree.map(of, self.layers, is_leaf=is_by_layer)
+        def uncopied(leaf: Any) -> OfLayer:
+            return OfLayer(of(leaf)[None], 0) if isinstance(leaf, tuple) else OfLayer(leaf, index)
+
+        return {
+            name: jax.tree.map(uncopied if name == EXPERTS else of, module, is_leaf=is_by_layer)
+            for name, module in self.layers.items()
+        }
 
     def only_layer(self, index: int) -> Params:
         """Returns what a program of one layer takes: a stack whole, else that layer alone, so that it serves all."""
@@ -117,6 +145,8 @@ def join(layers: dict[str, Any], combine: Callable[[Sequence[Any]], Any]) -> dic
     """Returns what there is of each projection with that of projections of the same rows joined, by `combine`."""
     rest = dict(layers)
     for name, parts in JOINED.items():
+        if parts[0] not in rest:  # the MLP's, where there are experts
+            continue
         modules = [rest.pop(part) for part in parts]
         rest[name] = {kind: combine([module[kind] for module in modules]) for kind in modules[0]}
     return rest
@@ -160,7 +190,7 @@ def _take_apart(tree: dict[str, Any]) -> None:
 
 def _join_in_place(layers: dict[str, Any]) -> None:
     for name, parts in JOINED.items():
-        if name not in layers:
+        if name not in layers and parts[0] in layers:
             modules = [layers.pop(part) for part in parts]
             layers[name] = {
                 kind: _join_layers([list(module.pop(kind)) for module in modules]) for kind in [*modules[0]]

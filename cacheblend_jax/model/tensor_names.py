@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.fused_tensors import fuse
 from cacheblend_jax.model.params import Params, is_by_layer
 
-# The path of a leaf in `Params` and its name in a checkpoint; `{}` is the layer. Kernels are stored [in, out] here and
+# The path of a leaf in `Params` and its name in a checkpoint; `{}` is the layer, a second one the expert. Kernels are stored [in, out] here and
 # [out, in] there.
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EMBEDDER_NAMES = {"embedding": EMBEDDING, "final_norm.scale": "model.norm.weight", "lm_head.kernel": HEAD}
@@ -21,6 +21,8 @@ LAYER_MODULES = {
     "mlp_norm": "post_attention_layernorm",
     **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
     **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+    "router": "mlp.gate",
+    **{f"experts.{name}": f"mlp.experts.{{}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
 }
 # Where a family's names differ, by architecture.
 OTHER_MODULES = {
@@ -28,12 +30,19 @@ OTHER_MODULES = {
         "attention_out_norm": "post_attention_layernorm",
         "mlp_out_norm": "post_feedforward_layernorm",
     },
+    "MixtralForCausalLM": {
+        "router": "block_sparse_moe.gate",
+        "experts.gate_proj": "block_sparse_moe.experts.{}.w1",
+        "experts.up_proj": "block_sparse_moe.experts.{}.w3",
+        "experts.down_proj": "block_sparse_moe.experts.{}.w2",
+    },
     "Gemma3ForCausalLM": {
         "attention_out_norm": "post_attention_layernorm",
         "mlp_norm": "pre_feedforward_layernorm",
         "mlp_out_norm": "post_feedforward_layernorm",
     },
 }
+KERNEL_ENDINGS = ("_proj.weight", HEAD, ".gate.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 # What the text tower's names in multimodal checkpoints begin with in place of "model.", of transformers before 4.52
 # and since; and what those of the other towers do.
 TEXT_TOWERS = ("language_model.model.", "model.language_model.")
@@ -69,7 +78,17 @@ def stored_name(name: str, stored: Collection[str]) -> str:
 
 def is_kernel(name: str) -> bool:
     """Returns whether a tensor is a matrix that is stored [out, in]."""
-    return name.endswith(("_proj.weight", HEAD))
+    return name.endswith(KERNEL_ENDINGS)
+
+
+def numbered(name: str, shape: Sequence[int], first: int = 0) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields the tensors that a name with `{}` stands for, and where each is in a leaf of this shape.
+
+    Args:
+        first: the number of the leaf's first layer.
+    """
+    for at in np.ndindex(*shape[: name.count("{}")]):
+        yield name.format(*(number + first * (axis == 0) for axis, number in enumerate(at))), at
 
 
 def hugging_face_tensors(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
@@ -78,9 +97,12 @@ def hugging_face_tensors(params: Params, config: ModelConfig) -> dict[str, np.nd
     params = params.separated()
     names, leaves = jax.tree.leaves(tensor_names(params, config)), jax.tree.leaves(params, is_leaf=is_by_layer)
     for name, leaf in zip(names, leaves, strict=True):
-        places = {name.format(layer): leaf[layer] for layer in range(len(leaf))} if "{}" in name else {name: leaf}
-        arrays = {place: np.asarray(array) for place, array in places.items()}
-        tensors |= {place: array.T if is_kernel(name) else array for place, array in arrays.items()}
+        layers = enumerate(leaf) if "{}" in name else [(0, leaf)]
+        for layer, of_layer in layers:
+            array = np.asarray(of_layer)
+            whole = array[None] if "{}" in name else array
+            for place, at in numbered(name, whole.shape, first=layer):
+                tensors[place] = whole[at].T if is_kernel(name) else whole[at]
     return fuse(tensors, config)
 
 

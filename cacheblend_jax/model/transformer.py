@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.experts import Experts
 from cacheblend_jax.model.kv_cache import LayerInCache, LayerKV
 from cacheblend_jax.model.params import JOINED, Params, is_joined, join, side_by_side, suits_by_layer
 from cacheblend_jax.model.rope import Angles
@@ -35,17 +36,19 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def _linear(config: ModelConfig, inputs: int, outputs: int, *, bias: bool, split: str, rngs: nnx.Rngs) -> nnx.Linear:
-    """A projection that a mesh with the axis `model` splits by its `outputs` or its `inputs`."""
-    by_outputs = split == "outputs"
+def _linear(
+    config: ModelConfig, inputs: int, outputs: int, *, bias: bool, split: str | None, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A projection that a mesh with the axis `model` splits by its `outputs` or its `inputs`, or not at all."""
+    axes = "model" if split == "inputs" else None, "model" if split == "outputs" else None
     return nnx.Linear(
         inputs,
         outputs,
         use_bias=bias,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.dtype),
-        kernel_metadata={"out_sharding": (None, "model") if by_outputs else ("model", None), "eager_sharding": False},
-        bias_metadata={"out_sharding": ("model",) if by_outputs else (None,), "eager_sharding": False},
+        kernel_metadata={"out_sharding": axes, "eager_sharding": False},
+        bias_metadata={"out_sharding": axes[1:], "eager_sharding": False},
         rngs=rngs,
     )
 
@@ -114,12 +117,17 @@ class DecoderLayer(nnx.Module):
         self.k_norm = RMSNorm(config, k_norm) if config.qk_norm else None
         self.attention_out_norm = RMSNorm(config, hidden) if config.post_norms else None
         self.mlp_norm = RMSNorm(config, hidden) if config.pre_norms else None
-        if joined:
+        self.has_experts = config.num_experts > 0
+        if self.has_experts:
+            self.router = linear(hidden, config.num_experts, bias=False, split=None)
+            self.experts = Experts(config, rngs=rngs)
+        elif joined:
             self.gate_up_proj = linear(hidden, 2 * config.intermediate_size, bias=config.mlp_bias, split="outputs")
         else:
             self.gate_proj = linear(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
             self.up_proj = linear(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
-        self.down_proj = linear(config.intermediate_size, hidden, bias=config.mlp_bias, split="inputs")
+        if not self.has_experts:
+            self.down_proj = linear(config.intermediate_size, hidden, bias=config.mlp_bias, split="inputs")
         self.mlp_out_norm = RMSNorm(config, hidden) if config.post_norms else None
 
     def queries_keys_values(
@@ -149,15 +157,24 @@ class DecoderLayer(nnx.Module):
             return self._normed_heads(self.q_norm, q)
 
     def finish(
-        self, hidden: Float[Array, "tokens hidden"], attended: Float[Array, "tokens heads head_dim"]
+        self,
+        hidden: Float[Array, "tokens hidden"],
+        attended: Float[Array, "tokens heads head_dim"],
+        valid: Bool[Array, " tokens"],
     ) -> Float[Array, "tokens hidden"]:
-        """Adds the output projection of `attended`, then the MLP."""
+        """Adds the output projection of `attended`, then the MLP; what becomes of tokens not `valid` is arbitrary."""
         with jax.named_scope("finish"):
             added = _normed(self.attention_out_norm, self.o_proj(attended.reshape(attended.shape[0], -1)))
             hidden = hidden + self._scaled(added)
-            gate, up = self._projected(_normed(self.mlp_norm, hidden), "gate_proj", "up_proj")
-            added = self.down_proj(ACTIVATION_FUNCTIONS[self.activation](gate) * up)
+            added = self._mlp(_normed(self.mlp_norm, hidden), valid)
             return hidden + self._scaled(_normed(self.mlp_out_norm, added))
+
+    def _mlp(self, rows: Float[Array, "tokens hidden"], valid: Bool[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
+        activation = ACTIVATION_FUNCTIONS[self.activation]
+        if self.has_experts:
+            return self.experts(rows, _multiplied(self.router, rows), valid, activation)
+        gate, up = self._projected(rows, "gate_proj", "up_proj")
+        return self.down_proj(activation(gate) * up)
 
     def _scaled(self, added: jax.Array) -> jax.Array:
         return added if self.residual_scale == 1 else (added * jnp.float32(self.residual_scale)).astype(added.dtype)
@@ -375,6 +392,8 @@ def attend(
 ) -> Attended:
     """The second half of every layer step: attention over the rotated keys, output projection, MLP.
 
+    Rows at `kv_length` or beyond are padding.
+
     Args:
         q: the rows' queries, before RoPE.
         angles: the rows' own, of this layer.
@@ -391,4 +410,4 @@ def attend(
         scale=layer.attention_scale,
         return_lse=True,
     )
-    return Attended(replace(rows, hidden=layer.finish(rows.hidden, attended)), q, lse)
+    return Attended(replace(rows, hidden=layer.finish(rows.hidden, attended, rows.positions < kv_length)), q, lse)

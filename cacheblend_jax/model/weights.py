@@ -24,7 +24,15 @@ from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.params import Params, is_by_layer, join, suits_by_layer
 from cacheblend_jax.model.quantised import refuse_quantised_tensors
 from cacheblend_jax.model.smollm2 import SMOLLM2, smollm2_path
-from cacheblend_jax.model.tensor_names import EMBEDDING, HEAD, OTHER_TOWERS, is_kernel, stored_name, tensor_names
+from cacheblend_jax.model.tensor_names import (
+    EMBEDDING,
+    HEAD,
+    OTHER_TOWERS,
+    is_kernel,
+    numbered,
+    stored_name,
+    tensor_names,
+)
 from cacheblend_jax.model.transformer import abstract_params, partition_specs
 from cacheblend_jax.model.user_cache import read_record, record_path, write_record
 from cacheblend_jax.model.weights_digest import FileState, SameLeaves, WeightFiles, file_states, sampled_digest
@@ -262,7 +270,7 @@ def load_params(
 class _Part(NamedTuple):
     """What a tensor of the checkpoint, or each layer's, is in a leaf: so many columns, after those of the part before.
 
-    In `name`, `{}` is the layer.
+    In `name`, `{}` is the layer, and a second one the expert.
     """
 
     name: str
@@ -295,10 +303,9 @@ def _check_tensors(checkpoint: TensorSource, config: ModelConfig, names: Params,
     location, files = checkpoint.location, checkpoint.tensor_files()
     shapes: dict[str, tuple[int, ...]] = {}
     for name, leaf in zip(jax.tree.leaves(names), jax.tree.leaves(wanted), strict=True):
-        stacked = "{}" in name
-        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = leaf.shape[name.count("{}") :]
         shape = shape[::-1] if is_kernel(name) else shape
-        shapes |= {name.format(layer): shape for layer in range(config.num_layers if stacked else 1)}
+        shapes |= {each: shape for each, _ in numbered(name, leaf.shape)}
     if missing := sorted(shapes.keys() - files.keys()):
         refuse_quantised_tensors(location, sorted(files))
         raise CheckpointError(f"{location}: {len(missing)} tensors are missing, among them {missing[0]}")
@@ -346,8 +353,8 @@ def _read_leaf(
     begin = 0
     for part in parts:
         place = out[..., begin : begin + part.columns]
-        each = enumerate(place, start=first) if part.stacked else [(0, place)]
-        places |= {part.name.format(layer): at.T if is_kernel(part.name) else at for layer, at in each}
+        for name, at in numbered(part.name, leaf.shape, first):
+            places[name] = place[at].T if is_kernel(name) else place[at]
         begin += part.columns
     for file, in_file in _by_file(checkpoint.tensor_files(), places):
         # Opened anew for each leaf: the pages that a memory map has touched count as ours until it is closed.

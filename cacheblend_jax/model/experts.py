@@ -1,0 +1,165 @@
+"""Mixtures of experts: which of a layer's MLPs compute each token, and their products with no more than its rows.
+
+Rows are sorted by expert, so that those of one are consecutive: a group. Rows of padding belong to no group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.params import OfLayer
+from pallas_kernels.dispatch import current_target
+
+TILE = 16  # rows; larger ones are no faster on a CPU, and compute more than the last rows of each group
+FEW = 4  # with so many times more experts than products, accelerators multiply by copies of those experts alone
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+class Routing(NamedTuple):
+    """Which experts compute each token, and how much each counts."""
+
+    experts: Int[Array, "tokens chosen"]
+    weights: Float[Array, "tokens chosen"]  # float32
+
+
+class Groups(NamedTuple):
+    """Tokens, each once per expert that computes it, sorted by expert; those of padding come last."""
+
+    experts: Int[Array, " rows"]  # the number of experts, for padding
+    tokens: Int[Array, " rows"]
+    sizes: Int[Array, " experts"]
+    places: Int[Array, "tokens chosen"]  # of each token's rows
+
+
+class Kernels(NamedTuple):
+    """The three projections of all experts."""
+
+    gate: OfLayer
+    up: OfLayer
+    down: OfLayer
+
+
+class ExpertProjection(nnx.Module):
+    """One projection of all experts; a mesh with the axis `model` splits each by its outputs or its inputs."""
+
+    def __init__(self, config: ModelConfig, inputs: int, outputs: int, *, split: str, rngs: nnx.Rngs):
+        draw = nnx.initializers.lecun_normal(batch_axis=0)
+        self.kernel = nnx.Param(
+            draw(rngs.params(), (config.num_experts, inputs, outputs), jnp.dtype(config.dtype)),
+            out_sharding=(None, None, "model") if split == "outputs" else (None, "model", None),
+            eager_sharding=False,
+        )
+
+
+class Experts(nnx.Module):
+    """A layer's experts."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        projection = partial(ExpertProjection, config, rngs=rngs)
+        self.per_token, self.sum_to_one = config.experts_per_token, config.experts_sum_to_one
+        self.gate_proj = projection(config.hidden_size, config.expert_size, split="outputs")
+        self.up_proj = projection(config.hidden_size, config.expert_size, split="outputs")
+        self.down_proj = projection(config.expert_size, config.hidden_size, split="inputs")
+
+    def __call__(
+        self,
+        rows: Float[Array, "tokens hidden"],
+        router_logits: Float[Array, "tokens experts"],
+        valid: Bool[Array, " tokens"],
+        activation: Activation,
+    ) -> Float[Array, "tokens hidden"]:
+        """Returns the weighted sum of what each token's experts make of it; of tokens that are not `valid`, zero."""
+        with jax.named_scope("experts"):
+            routing = route(router_logits, self.per_token, self.sum_to_one)
+            groups = sorted_by_expert(routing.experts, valid, num_experts=router_logits.shape[1])
+            kernels = Kernels(*(each.kernel.get_value() for each in (self.gate_proj, self.up_proj, self.down_proj)))
+            computed = _product(groups)(rows[groups.tokens], groups, kernels, activation)[groups.places]
+            weighted = (computed * routing.weights[..., None]).sum(axis=1)
+            return jnp.where(valid[:, None], weighted, 0).astype(rows.dtype)
+
+
+def route(router_logits: Float[Array, "tokens experts"], per_token: int, sum_to_one: bool) -> Routing:
+    """Chooses each token's experts: the most probable by a softmax over all of them, in float32."""
+    weights, experts = lax.top_k(jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1), per_token)
+    return Routing(experts, weights / weights.sum(axis=-1, keepdims=True) if sum_to_one else weights)
+
+
+def sorted_by_expert(chosen: Int[Array, "tokens chosen"], valid: Bool[Array, " tokens"], *, num_experts: int) -> Groups:
+    """Sorts tokens by the experts chosen for them."""
+    per_token = chosen.shape[1]
+    experts = jnp.where(valid[:, None], chosen, num_experts).reshape(-1)
+    order = jnp.argsort(experts, stable=True).astype(jnp.int32)
+    places = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
+    sizes = jnp.bincount(experts, length=num_experts).astype(jnp.int32)
+    return Groups(experts[order], order // per_token, sizes, places.reshape(chosen.shape))
+
+
+def _product(groups: Groups) -> Callable[[jax.Array, Groups, Kernels, Activation], jax.Array]:
+    """Chooses how rows are multiplied by their experts' matrices.
+
+    For a CPU (and, in JAX 0.10, for GPUs) `lax.ragged_dot` becomes a product of all rows with all experts' matrices.
+    """
+    if current_target().platform == "cpu":
+        return tile_by_tile
+    return by_copies if FEW * groups.experts.size <= groups.sizes.size else by_ragged_dot
+
+
+def tile_by_tile(
+    rows: Float[Array, "rows hidden"], groups: Groups, kernels: Kernels, activation: Activation
+) -> Float[Array, "rows hidden"]:
+    """Multiplies expert by expert, `TILE` rows at a time: what is computed grows with the rows that have an expert."""
+    tile = min(TILE, groups.places.shape[0])  # no group has more rows than there are tokens
+    begins = jnp.cumsum(groups.sizes) - groups.sizes
+    busy = jnp.argsort(groups.sizes == 0, stable=True)
+    padded = jnp.pad(rows, ((0, tile), (0, 0)))
+
+    def of_expert(turn: Int[Array, ""], out: jax.Array) -> jax.Array:
+        expert = busy[turn]
+        matrices = Kernels(*(kernel.at(expert) for kernel in kernels))
+
+        def of_tile(number: Int[Array, ""], out: jax.Array) -> jax.Array:
+            # What the last tile of a group has of the next is computed again there.
+            at = (begins[expert] + number * tile, 0)
+            x = lax.dynamic_slice(padded, at, (tile, rows.shape[1]))
+            return lax.dynamic_update_slice(
+                out, (activation(x @ matrices.gate) * (x @ matrices.up)) @ matrices.down, at
+            )
+
+        return lax.fori_loop(0, num_tiles(groups.sizes[expert], tile), of_tile, out)
+
+    out = lax.fori_loop(0, jnp.count_nonzero(groups.sizes), of_expert, jnp.zeros_like(padded))
+    return out[: rows.shape[0]]
+
+
+def num_tiles(rows: Int[Array, "*of"], tile: int) -> Int[Array, "*of"]:
+    """Returns in how many tiles a group's rows are computed."""
+    return -(-rows // tile)
+
+
+def by_ragged_dot(
+    rows: Float[Array, "rows hidden"], groups: Groups, kernels: Kernels, activation: Activation
+) -> Float[Array, "rows hidden"]:
+    """Multiplies by `lax.ragged_dot`."""
+    gate, up, down = (kernel.whole() for kernel in kernels)
+    product = partial(lax.ragged_dot, group_sizes=groups.sizes)
+    return product(activation(product(rows, gate)) * product(rows, up), down)
+
+
+def by_copies(
+    rows: Float[Array, "rows hidden"], groups: Groups, kernels: Kernels, activation: Activation
+) -> Float[Array, "rows hidden"]:
+    """Multiplies each row by a copy of its expert's matrices: of few rows, a decoded token's say."""
+    experts = jnp.minimum(groups.experts, groups.sizes.size - 1)
+    gate, up, down = (kernel.at(experts) for kernel in kernels)
+    product = partial(jnp.einsum, "ri,rio->ro")
+    return product(activation(product(rows, gate)) * product(rows, up), down)
