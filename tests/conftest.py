@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import json
 import os
 import sys
 from dataclasses import replace
@@ -98,7 +99,7 @@ FAMILIES = {
         local_rope=RopeConfig(),
         windows=(20, 20, None) * 2,
     ),
-    # What OLMo 2, Granite, SmolLM3 and Phi 3 each add to Llama, all in one.
+    # What OLMo 2, Granite, SmolLM3, Phi 3 and mixtures of experts each add to Llama, all in one.
     "every_option": ModelConfig(
         architecture="Olmo2ForCausalLM",
         **SHAPE,
@@ -114,6 +115,10 @@ FAMILIES = {
         rotary_dim=6,
         rope=RopeConfig("longrope", factor=8.0, original_max_positions=256),
         rope_divisors=(1.0, 2.0, 4.0),
+        num_experts=4,
+        experts_per_token=3,  # of as many, in bfloat16 the last is another one, where rounding decides, at little cost
+        expert_size=24,
+        experts_sum_to_one=True,
     ),
 }
 
@@ -240,6 +245,11 @@ def random_prompt(seed: int, chunk_lengths=(30, 40, 1, 25), prefix=9, suffix=7) 
 def relative_error(actual, wanted) -> float:
     actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
     return float(np.abs(actual - wanted).max() / np.abs(wanted).max())
+
+
+def edit_json(path: Path, **changes) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | changes))
 
 
 def refusal(path: Path, shorter_than: int = 500) -> str:

@@ -119,6 +119,13 @@ class Fields:
             raise self.wrong(key, "a list of 0 and 1", values)
         return [bool(value) for value in values]
 
+    def layers(self, key: str) -> list[int]:
+        """Returns a list of layers' numbers, an empty one where the key is absent."""
+        values = self._typed(key, list, "a list of layers", [])
+        if not all(is_whole_number(value, least=0, below=2**12) for value in values):
+            raise self.wrong(key, "a list of layers", values)
+        return values
+
     def numbers(self, key: str) -> list[float]:
         """Returns what RoPE's frequencies are divided by: a list of numbers, an empty one where the key is absent."""
         values = self._typed(key, list, "a list of numbers", [])

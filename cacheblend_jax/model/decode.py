@@ -113,7 +113,7 @@ def extend_prompt(
         cache: must have room for all of `token_ids`, padding included; callers donate it.
         token_ids: those beyond `count` are padding, and what they write is overwritten by what comes later.
     """
-    hidden, cache = run_rows(params, cache, token_ids, position, angles, config=config)
+    hidden, cache = run_rows(params, cache, token_ids, position, angles, config=config, count=count)
     logits = embedder(params, config).logits(lax.dynamic_slice_in_dim(hidden, count - 1, 1))[0]
     return Extended(logits, jnp.argmax(logits).astype(jnp.int32), cache.cache())
 
@@ -126,10 +126,12 @@ def run_rows(
     angles: Angles,
     *,
     config: ModelConfig,
+    count: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "new hidden"], GrowingCache]:
-    """As `extend`, but returns the hidden states after the last layer."""
+    """As `extend`, but returns the hidden states after the last layer; tokens beyond `count` are padding."""
     num_new = token_ids.shape[0]
     at = position + jnp.arange(num_new, dtype=jnp.int32)
+    end = position + (num_new if count is None else count)
     rows = rows_at(embedder(params, config).embed(token_ids), at, angles)
 
     def body(carry: tuple[Rows, GrowingCache], index: Int[Array, ""] | int) -> tuple[tuple[Rows, GrowingCache], None]:
@@ -139,9 +141,7 @@ def run_rows(
         turned = rows.angles.of_layer(config, index)
         cache = cache.with_rows(index, position, LayerKV(apply_rope(k_fresh, *turned), v_fresh))
         starts = layer_starts(config, index, at)
-        attended = attend(
-            layer, rows, q, cache.layer(index), angles=turned, starts=starts, kv_length=position + num_new
-        )
+        attended = attend(layer, rows, q, cache.layer(index), angles=turned, starts=starts, kv_length=end)
         return (attended.rows, cache), None
 
     (rows, cache), _ = scan_layers(params, body, (rows, cache), range(config.num_layers))

@@ -123,11 +123,11 @@ def tile_by_tile(
     busy = jnp.argsort(groups.sizes == 0, stable=True)
     padded = jnp.pad(rows, ((0, tile), (0, 0)))
 
-    def of_expert(turn: Int[Array, ""], out: jax.Array) -> jax.Array:
+    def of_expert(turn: Int[Array, ""] | int, out: jax.Array) -> jax.Array:
         expert = busy[turn]
         matrices = Kernels(*(kernel.at(expert) for kernel in kernels))
 
-        def of_tile(number: Int[Array, ""], out: jax.Array) -> jax.Array:
+        def of_tile(number: Int[Array, ""] | int, out: jax.Array) -> jax.Array:
             # What the last tile of a group has of the next is computed again there.
             at = (begins[expert] + number * tile, 0)
             x = lax.dynamic_slice(padded, at, (tile, rows.shape[1]))

@@ -127,7 +127,7 @@ def _num_experts(fields: Fields, default: int) -> int:
 
 def _qwen_experts(fields: Fields, num_layers: int) -> dict[str, Any]:
     num_experts, step = _num_experts(fields, 128), fields.integer("decoder_sparse_step", 1)
-    dense = set(fields.content.get("mlp_only_layers") or ())
+    dense = set(fields.layers("mlp_only_layers"))
     sparse = [layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0]
     if not num_experts or not sparse:
         return {}

@@ -38,10 +38,13 @@ class TensorSource(Protocol):
 
 
 class Part(NamedTuple):
-    """Where a projection is: `rows` of a `tensor` that should have `height`."""
+    """Where a projection is: `rows` of a `tensor` that should have `height`.
+
+    Of a tensor of three dimensions, the first two count as one: its rows are those of all experts.
+    """
 
     tensor: str
-    rows: Int[np.ndarray, " rows"]
+    rows: Int[np.ndarray, " rows"] | range
     height: int
 
 
@@ -134,9 +137,12 @@ class _Opened:
         if part is None:
             return self._opened.get_slice(name)
         view = self._opened.get_slice(part.tensor)
+        if len(view.get_shape()) > 2:
+            view = RowsOfExperts(view)
         if (height := view.get_shape()[0]) != part.height:
+            of_experts = " of experts" if isinstance(view, RowsOfExperts) else ""
             raise CheckpointError(
-                f"{self._path}: {part.tensor} has {height} rows, the configuration asks for {part.height}"
+                f"{self._path}: {part.tensor} has {height} rows{of_experts}, the configuration asks for {part.height}"
             )
         return _Rows(view, part.rows)
 
@@ -144,7 +150,7 @@ class _Opened:
 class _Rows:
     """Some rows of a tensor, in another order."""
 
-    def __init__(self, view: Any, rows: Int[np.ndarray, " rows"]) -> None:
+    def __init__(self, view: Any, rows: Int[np.ndarray, " rows"] | range) -> None:
         self._view, self._rows = view, rows
 
     def get_dtype(self) -> str:
@@ -154,6 +160,24 @@ class _Rows:
         return [len(self._rows), *self._view.get_shape()[1:]]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        wanted = self._rows[rows]
+        wanted = np.asarray(self._rows[rows])
         first = int(wanted.min())
         return self._view[first : int(wanted.max()) + 1][wanted - first]
+
+
+class RowsOfExperts:
+    """A tensor `[experts, rows, columns]` as `[experts * rows, columns]`, of which no slice crosses experts."""
+
+    def __init__(self, view: Any) -> None:
+        self._view = view
+
+    def get_dtype(self) -> str:
+        return self._view.get_dtype()
+
+    def get_shape(self) -> list[int]:
+        experts, rows, columns = self._view.get_shape()
+        return [experts * rows, columns]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        expert, first = divmod(rows.start, self._view.get_shape()[1])
+        return self._view[expert : expert + 1, first : first + rows.stop - rows.start][0]

@@ -33,14 +33,14 @@ EXPERTS = "experts"  # the module whose matrices are `[layers, experts, …]`
 class OfLayer:
     """One layer's matrices in a stack, none of which is copied before it is asked for."""
 
-    stack: Shaped[Array, "layers experts in out"]
+    stack: Shaped[Array, "layers experts inputs outputs"]
     layer: Int[Array, ""] | int
 
-    def at(self, experts: Int[Array, "*chosen"]) -> Shaped[Array, "*chosen in out"]:
+    def at(self, experts: Int[Array, "*chosen"]) -> Shaped[Array, "*chosen inputs outputs"]:
         """Returns the matrices of some experts, or of one."""
         return self.stack[self.layer, experts]
 
-    def whole(self) -> Shaped[Array, "experts in out"]:
+    def whole(self) -> Shaped[Array, "experts inputs outputs"]:
         """Returns the matrices of all experts."""
         return lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
 

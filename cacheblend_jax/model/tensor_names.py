@@ -12,8 +12,8 @@ from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.fused_tensors import fuse
 from cacheblend_jax.model.params import Params, is_by_layer
 
-# The path of a leaf in `Params` and its name in a checkpoint; `{}` is the layer, a second one the expert. Kernels are stored [in, out] here and
-# [out, in] there.
+# The path of a leaf in `Params` and its name in a checkpoint; `{}` is the layer, and a second one the expert. Kernels
+# are stored [in, out] here and [out, in] there.
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EMBEDDER_NAMES = {"embedding": EMBEDDING, "final_norm.scale": "model.norm.weight", "lm_head.kernel": HEAD}
 LAYER_MODULES = {

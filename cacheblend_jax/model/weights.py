@@ -17,6 +17,7 @@ from cacheblend_jax.errors import CheckpointError, is_whole_number
 from cacheblend_jax.model.checkpoint import DirectoryCheckpoint, checkpoint_directory, read_json
 from cacheblend_jax.model.config import ModelConfig, stated_dtype
 from cacheblend_jax.model.config_fields import MAX_POSITIONS
+from cacheblend_jax.model.expert_tensors import separate_experts
 from cacheblend_jax.model.fused_tensors import TensorSource, separate
 from cacheblend_jax.model.gguf_checkpoint import GgufCheckpoint
 from cacheblend_jax.model.gguf_file import is_gguf
@@ -238,7 +239,7 @@ def load_params(
     """
     if by_layer is None:
         by_layer = suits_by_layer(current_target().platform if mesh is None else mesh.devices.flat[0].platform)
-    checkpoint = separate(checkpoint, config)
+    checkpoint = separate_experts(separate(checkpoint, config), config)
     wanted = abstract_params(config)
     names = jax.tree.map(lambda name: stored_name(name, checkpoint.tensor_files()), tensor_names(wanted, config))
     _check_tensors(checkpoint, config, names, wanted)

@@ -94,9 +94,25 @@ class Reference:
         scale, out = self.config.residual_scale, self._linear(layer["o_proj"], attended)
         hidden = hidden + scale * self._norm(layer.get("attention_out_norm"), out)
         normed = self._norm(layer.get("mlp_norm"), hidden)
-        gate = ACTIVATIONS[self.config.activation](self._linear(layer["gate_proj"], normed))
-        out = self._linear(layer["down_proj"], gate * self._linear(layer["up_proj"], normed))
+        out = self._mixed(layer, normed) if self.config.num_experts else self._mlp(layer, normed)
         return hidden + scale * self._norm(layer.get("mlp_out_norm"), out)
+
+    def _mlp(self, layer: dict, x: np.ndarray) -> np.ndarray:
+        gate = ACTIVATIONS[self.config.activation](self._linear(layer["gate_proj"], x))
+        return self._linear(layer["down_proj"], gate * self._linear(layer["up_proj"], x))
+
+    def _mixed(self, layer: dict, x: np.ndarray) -> np.ndarray:
+        logits, out = self._linear(layer["router"], x), np.zeros_like(x)
+        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        chosen = np.argsort(-weights, axis=-1)[:, : self.config.experts_per_token]
+        weights = np.take_along_axis(weights, chosen, axis=-1)
+        if self.config.experts_sum_to_one:
+            weights /= weights.sum(axis=-1, keepdims=True)
+        for token, place in np.ndindex(chosen.shape):
+            expert = jax.tree.map(lambda leaf, number=chosen[token, place]: leaf[number], layer["experts"])
+            out[token] += weights[token, place] * self._mlp(expert, x[token])
+        return out
 
     def _linear(self, params: dict, x: np.ndarray) -> np.ndarray:
         return x @ params["kernel"] + params.get("bias", 0.0)

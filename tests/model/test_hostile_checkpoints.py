@@ -15,7 +15,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-from conftest import HF, refusal
+from conftest import HF, edit_json, refusal
 from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
@@ -35,16 +35,14 @@ def checkpoint(tmp_path, monkeypatch):
     return shutil.copytree(HF / "llama3", tmp_path / "model")
 
 
-def edit_json(path: Path, **changes) -> None:
-    content = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(content | changes))
-
-
 ROPE_KEYS = {"low_freq_factor", "high_freq_factor", "factor", "attention_factor", "mscale", "mscale_all_dim"}
 ROPE_KEYS |= {"beta_fast", "beta_slow"}
 # Keys that one family's configurations alone have, with what makes a configuration one of that family.
 GEMMA = {"architectures": ["Gemma3ForCausalLM"], "rope_parameters": None, "layer_types": None}
 OWNERS = dict.fromkeys(("query_pre_attn_scalar", "sliding_window_pattern", "rope_local_base_freq"), GEMMA)
+MIXTURE = {"architectures": ["Qwen3MoeForCausalLM"]}
+OWNERS |= dict.fromkeys(("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"), MIXTURE)
+OWNERS["num_local_experts"] = {"architectures": ["MixtralForCausalLM"]}
 OWNERS["no_rope_layer_interval"] = {"architectures": ["SmolLM3ForCausalLM"]}
 GRANITES = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 OWNERS |= {key: {"architectures": ["GraniteForCausalLM"]} for key in GRANITES}

@@ -334,6 +334,7 @@ def test_windows_as_transformers_reads_them(architecture):
 
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "granite", "smollm3", "phi3"]
+FAMILIES += ["qwen3_moe", "mixtral"]
 SIZES = {"vocab_size": 9, "hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 40}
 SIZES |= {"num_attention_heads": 64}  # a multiple of every family's default of num_key_value_heads
 
@@ -378,9 +379,14 @@ def assert_read_alike(raw: dict) -> None:
     assert ours.residual_scale == full.get("residual_multiplier", 1.0)
     assert ours.logits_scale == 1 / full.get("logits_scaling", 1.0)
     assert gemma or ours.embedding_scale == full.get("embedding_multiplier", 1.0)
+    assert ours.num_experts == full.get("num_local_experts", 0)
+    assert ours.experts_per_token == full.get("num_experts_per_tok", 0)
+    if ours.num_experts:
+        assert ours.expert_size == full.get("moe_intermediate_size", full["intermediate_size"])
+        assert ours.experts_sum_to_one == full.get("norm_topk_prob", True)
     turned = [bool(switch) for switch in full.get("no_rope_layers", [1])]
     assert ours.rotated == (() if all(turned) else tuple(turned))
-    without = ("mistral", "qwen2", "phi3")  # their layers read no such key
+    without = ("mistral", "qwen2", "phi3", "mixtral")  # their layers read no such key
     bias = raw["model_type"] not in without and full["attention_bias"]
     assert (ours.output_bias, ours.qkv_bias) == (bias, bias or raw["model_type"] == "qwen2")
     assert ours.mlp_bias == (raw["model_type"] in ("llama", "granite", "smollm3") and full["mlp_bias"])
@@ -408,7 +414,7 @@ def test_every_absent_key_has_the_default_of_transformers(family):
     ids=lambda given: ",".join(given),
 )
 def test_given_keys_are_read_as_by_transformers(family, given):
-    if family in ("mistral", "gemma3_text") and "num_key_value_heads" in given:
+    if family in ("mistral", "gemma3_text", "qwen3_moe", "mixtral") and "num_key_value_heads" in given:
         pytest.skip("transformers 5 refuses it")
     if family == "phi3" and any(key.startswith("rope_") for key in given):
         pytest.skip("of a type that Phi's configurations do not have")
