@@ -1,4 +1,4 @@
-"""Tensors that hold a projection of all experts of a layer, as transformers 5 has them, shown as one for each expert."""
+"""Tensors that hold a projection of all of a layer's experts, as transformers 5 has them, shown as one for each."""
 
 from __future__ import annotations
 

@@ -172,9 +172,11 @@ class RowsOfExperts:
         self._view = view
 
     def get_dtype(self) -> str:
+        """Returns the tensor's dtype."""
         return self._view.get_dtype()
 
     def get_shape(self) -> list[int]:
+        """Returns how many rows all experts have, and columns."""
         experts, rows, columns = self._view.get_shape()
         return [experts * rows, columns]
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.experts import Kernels, by_copies, by_ragged_dot, num_tiles, sorted_by_expert, tile_by_tile
+from cacheblend_jax.model.experts import Kernels, by_copies, by_ragged_dot, sorted_by_expert, tile_by_tile
 from cacheblend_jax.model.params import OfLayer
 from cacheblend_jax.model.transformer import layer_at
 
