@@ -131,7 +131,6 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "intermediate_size": 24,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
-            "sliding_window": 12,
         },
     ),
 }

@@ -10,8 +10,8 @@ import numpy as np
 
 from cacheblend_jax.errors import CheckpointError
 from cacheblend_jax.model.config_fields import Fields
-from cacheblend_jax.model.gguf_config import EMBEDDING, ROPE_FACTORS, hugging_face_config
-from cacheblend_jax.model.gguf_file import GgufFile, read_gguf
+from cacheblend_jax.model.gguf_config import EMBEDDING, LONGROPE_FACTORS, ROPE_FACTORS, hugging_face_config
+from cacheblend_jax.model.gguf_file import GgufFile, StoredTensor, read_gguf
 from cacheblend_jax.model.gguf_tensors import GgufTensors, NamedTensor, named_tensors
 from cacheblend_jax.model.gguf_tokenizer import gguf_tokenizer
 
@@ -64,11 +64,12 @@ class GgufCheckpoint:
     def _tensors(self) -> dict[str, NamedTensor]:
         return named_tensors(self._file, self._config)
 
-    def _rope_factors(self) -> np.ndarray | None:
-        stored = self._file.tensors.get(ROPE_FACTORS)
-        if stored is None:
-            return None
+    def _rope_factors(self) -> dict[str, np.ndarray]:
+        names = (ROPE_FACTORS, *LONGROPE_FACTORS.values())
+        return {name: self._factors(name, self._file.tensors[name]) for name in names if name in self._file.tensors}
+
+    def _factors(self, name: str, stored: StoredTensor) -> np.ndarray:
         if len(stored.shape) != 1 or stored.shape[0] > MAX_ROPE_FACTORS:
-            raise CheckpointError(f"{self.location}: {ROPE_FACTORS} has the shape {list(stored.shape)}")
-        with GgufTensors(stored.path, {ROPE_FACTORS: NamedTensor(stored)}) as tensors:
-            return tensors.get_slice(ROPE_FACTORS)[:].astype(np.float64)
+            raise CheckpointError(f"{self.location}: {name} has the shape {list(stored.shape)}")
+        with GgufTensors(stored.path, {name: NamedTensor(stored)}) as tensors:
+            return tensors.get_slice(name)[:].astype(np.float64)

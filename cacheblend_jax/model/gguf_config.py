@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,14 @@ ARCHITECTURES = {  # Mistral's files call themselves llama, and are computed ali
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "granite": "GraniteForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",  # whose every fourth layer has no RoPE, there as here by default
 }
+MIXTURES = {"llama": "MixtralForCausalLM", "qwen3moe": "Qwen3MoeForCausalLM"}  # where there are experts
 REQUIRED = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -41,6 +46,18 @@ OPTIONAL = {
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
+EXPERTS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+# What is said of routers that choose by a softmax over all experts, and have no experts for all tokens.
+USUAL_ROUTER = {
+    "expert_gating_func": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (0.0, 1.0),
+}
 YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 # By what llama.cpp multiplies YaRN's own factor of attention, and what it does where these are absent.
 YARN_MULTIPLIERS = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0}
@@ -48,16 +65,17 @@ TOKENIZER = "tokenizer.ggml."
 # Tokens that end a turn, whatever the metadata says: as llama.cpp has it.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<end_of_turn>")
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+LONGROPE_FACTORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
 GEMMA_27B_LAYERS = 62  # its scale of attention differs, which only its size tells
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_LENGTH = 1.0, 4.0, 8192  # of every published Llama 3.1, 3.2 and 3.3
 LOCAL_THETA = 10000.0  # of Gemma 3's layers with a window
 
 
-def hugging_face_config(file: GgufFile, rope_factors: np.ndarray | None) -> dict[str, Any]:
+def hugging_face_config(file: GgufFile, rope_factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Returns the configuration of a file's model.
 
     Args:
-        rope_factors: the tensor `rope_freqs.weight`, where there is one.
+        rope_factors: those of the tensors `ROPE_FACTORS` and `LONGROPE_FACTORS` that there are.
 
     Raises:
         CheckpointError: the architecture is unknown, or what is needed is missing or unsupported.
@@ -76,21 +94,42 @@ def hugging_face_config(file: GgufFile, rope_factors: np.ndarray | None) -> dict
             raise CheckpointError(f"{file.path}: {name}.{key} is missing")
     if said.get("attention.causal", True) is not True:
         raise CheckpointError(f"{file.path}: {name}.attention.causal must be true: only decoders are supported")
-    if said.get("expert_count", 0) != 0:
-        raise CheckpointError(f"{file.path}: {shown(said['expert_count'])} experts are not supported; dense models are")
+    has_experts = said.get("expert_count", 0) != 0
     has_biases = "blk.0.attn_output.bias" in file.tensors
     return {
-        "architectures": [ARCHITECTURES[name]],
+        "architectures": [(MIXTURES if has_experts and name in MIXTURES else ARCHITECTURES)[name]],
         **{ours: said[key] for key, ours in REQUIRED.items()},
         **{ours: said[key] for key, ours in OPTIONAL.items() if key in said},
-        **_heads(file, said),
+        **_heads(file, said, may_turn_a_part=name == "phi3"),
+        **(_experts(file, name, said) if has_experts else {}),
         "vocab_size": file.tensors[EMBEDDING].shape[0],
         "tie_word_embeddings": HEAD not in file.tensors,
         "attention_bias": has_biases,
         "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
         "eos_token_id": stop_ids(file),
-        **(_gemma_keys(said) if name == "gemma3" else {"rope_scaling": _rope_scaling(file, said, rope_factors)}),
+        **_rope_keys(file, name, said, rope_factors),
     }
+
+
+def _rope_keys(file: GgufFile, name: str, said: dict[str, Any], factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    if name == "gemma3":
+        return _gemma_keys(said)
+    if name == "phi3":
+        return _phi_keys(file, said, factors)
+    return {"rope_scaling": _rope_scaling(file, said, factors.get(ROPE_FACTORS))}
+
+
+def _experts(file: GgufFile, name: str, said: dict[str, Any]) -> dict[str, Any]:
+    if name not in MIXTURES:
+        raise CheckpointError(
+            f"{file.path}: {shown(said['expert_count'])} experts are not supported in {name}; "
+            f"supported: {', '.join(MIXTURES)}"
+        )
+    for key, usual in USUAL_ROUTER.items():
+        if said.get(key, usual[0]) not in usual:
+            raise CheckpointError(f"{file.path}: {name}.{key} {shown(said[key])} is not supported, only {usual[-1]}")
+    keys = {ours: said[key] for key, ours in EXPERTS.items() if key in said}
+    return keys | {"norm_topk_prob": said.get("expert_weights_norm", True)}  # llama.cpp takes it for granted
 
 
 def stop_ids(file: GgufFile) -> list[int]:
@@ -108,7 +147,7 @@ def _for_all_layers(value: Any) -> Any:
     return value[0].item() if value.size and (value == value[0]).all() else value.tolist()
 
 
-def _heads(file: GgufFile, said: dict[str, Any]) -> dict[str, Any]:
+def _heads(file: GgufFile, said: dict[str, Any], *, may_turn_a_part: bool) -> dict[str, Any]:
     """Returns the heads' dimension, and the share of it that RoPE turns."""
     hidden, heads = said["embedding_length"], said["attention.head_count"]
     if not is_whole_number(hidden, least=1) or not is_whole_number(heads, least=1):
@@ -120,6 +159,8 @@ def _heads(file: GgufFile, said: dict[str, Any]) -> dict[str, Any]:
             "are not supported; their dimensions must be the same"
         )
     turned = said.get("rope.dimension_count", head_dim)
+    if may_turn_a_part and turned != head_dim and is_whole_number(turned, least=2, below=head_dim):
+        return {"head_dim": head_dim, "partial_rotary_factor": turned / head_dim}
     if turned != head_dim:
         raise CheckpointError(
             f"{file.path}: RoPE over {shown(turned)} of {shown(head_dim)} dimensions is not supported, only over all"
@@ -137,6 +178,25 @@ def _gemma_keys(said: dict[str, Any]) -> dict[str, Any]:
     if said["block_count"] == GEMMA_27B_LAYERS and is_whole_number(hidden, least=1) and is_whole_number(heads, least=1):
         dim = hidden // heads
     return keys | ({} if dim is None else {"query_pre_attn_scalar": dim})
+
+
+def _phi_keys(file: GgufFile, said: dict[str, Any], factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    keys: dict[str, Any] = {"sliding_window": said.get("attention.sliding_window") or None}
+    if factors.keys().isdisjoint(LONGROPE_FACTORS.values()):
+        return keys
+    original, stated = said.get("rope.scaling.original_context_length"), said["context_length"]
+    if not is_whole_number(original, least=2) or not is_whole_number(stated, least=1):
+        raise CheckpointError(
+            f"{file.path}: phi3.rope.scaling.original_context_length must be a whole number above 1, "
+            f"got {shown(original)}"
+        )
+    scaling: dict[str, Any] = {"rope_type": "longrope"}
+    scaling |= {key: factors[name].tolist() for key, name in LONGROPE_FACTORS.items() if name in factors}
+    implied = math.sqrt(1 + math.log(max(stated / original, 1)) / math.log(original))
+    factor = said.get("rope.scaling.attn_factor", implied)
+    if not isinstance(factor, float) or not math.isclose(factor, implied, rel_tol=1e-5):
+        scaling["attention_factor"] = factor
+    return keys | {"rope_scaling": scaling, "original_max_position_embeddings": original}
 
 
 def _rope_scaling(file: GgufFile, said: dict[str, Any], factors: np.ndarray | None) -> dict[str, Any] | None:

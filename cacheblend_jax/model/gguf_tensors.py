@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cacheblend_jax.errors import CheckpointError, one_line
-from cacheblend_jax.model.gguf_config import EMBEDDING, HEAD, ROPE_FACTORS
+from cacheblend_jax.model.gguf_config import EMBEDDING, HEAD, LONGROPE_FACTORS, ROPE_FACTORS
 from cacheblend_jax.model.gguf_file import FLOATS, GgufFile, StoredTensor, dequantised
 from cacheblend_jax.model.tensor_names import EMBEDDER_NAMES, layer_modules
 
@@ -34,11 +34,17 @@ MODULES = {
     "ffn_up": "up_proj",
     "ffn_down": "down_proj",
     "post_ffw_norm": "mlp_out_norm",
+    "ffn_gate_inp": "router",
+    "ffn_gate_exps": "experts.gate_proj",
+    "ffn_up_exps": "experts.up_proj",
+    "ffn_down_exps": "experts.down_proj",
 }
+# Hugging Face's names of tensors that hold several projections in both forms, by architecture.
+FUSED_MODULES = {"Phi3ForCausalLM": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}}
 
 
 # Where llama.cpp's RoPE turns neighbouring dimensions, not halves as Hugging Face's does, rows are reordered.
-NEIGHBOURS = ("LlamaForCausalLM", "GraniteForCausalLM", "SmolLM3ForCausalLM")
+NEIGHBOURS = ("LlamaForCausalLM", "MixtralForCausalLM", "GraniteForCausalLM", "SmolLM3ForCausalLM")
 
 
 class NamedTensor(NamedTuple):
@@ -64,9 +70,10 @@ def named_tensors(file: GgufFile, config: dict[str, Any]) -> dict[str, NamedTens
     heads["attn_k"] = config.get("num_key_value_heads", heads["attn_q"])
     theirs = layer_modules(architecture)
     modules = {module: theirs[ours] for module, ours in MODULES.items() if ours in theirs}
+    modules |= FUSED_MODULES.get(architecture, {})
     named = {}
     for name, stored in file.tensors.items():
-        if name == ROPE_FACTORS:
+        if name in (ROPE_FACTORS, *LONGROPE_FACTORS.values()):
             continue
         match = LAYER_TENSOR.fullmatch(name)
         if match is None or match[2] not in modules:
@@ -76,8 +83,17 @@ def named_tensors(file: GgufFile, config: dict[str, Any]) -> dict[str, NamedTens
         number, module, kind = match.groups()
         reordered = heads.get(module, 0) if architecture in NEIGHBOURS else 0
         tensor = NamedTensor(stored, reordered, 1.0 if is_gemma and module.endswith("norm") else 0.0)
-        named[f"model.layers.{int(number)}.{modules[module]}.{kind}"] = tensor
+        called = f"model.layers.{int(number)}.{modules[module]}.{kind}"
+        if "{}" in called and len(stored.shape) == 3:
+            named |= {called.format(i): NamedTensor(_of_expert(stored, i)) for i in range(stored.shape[0])}
+        else:
+            named[called] = tensor
     return named
+
+
+def _of_expert(stored: StoredTensor, expert: int) -> StoredTensor:
+    shape = stored.shape[1:]
+    return stored._replace(shape=shape, offset=stored.offset + expert * math.prod(shape[:-1]) * stored.row_bytes)
 
 
 class GgufTensors:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import numpy as np
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+FFN = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+MIXTRALS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -20,9 +25,7 @@ NAMES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    **{f"mlp.{name}": theirs for name, theirs in FFN.items()},
 }
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 GEMMA = NAMES | {
@@ -34,7 +37,13 @@ OLMO = NAMES | {
     "post_attention_layernorm": "post_attention_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-OTHER_NAMES = {"gemma3": GEMMA, "olmo2": OLMO}
+MIXTURE = NAMES | {
+    **{"mlp.gate": "ffn_gate_inp", "block_sparse_moe.gate": "ffn_gate_inp"},
+    **{f"mlp.experts.{name}": f"{theirs}_exps" for name, theirs in FFN.items()},
+    **{f"block_sparse_moe.experts.{w}": f"{FFN[name]}_exps" for w, name in MIXTRALS.items()},
+}
+PHI = NAMES | {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+OTHER_NAMES = {"gemma3": GEMMA, "olmo2": OLMO, "llama": MIXTURE, "qwen3moe": MIXTURE, "phi3": PHI}
 GRANITES = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -190,6 +199,35 @@ def rope_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
     return np.asarray(factors, np.float32)
 
 
+def with_experts_stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a layer's experts as one, in their order; others as they are."""
+    stacked, experts = {}, {}
+    for name, tensor in tensors.items():
+        if match := EXPERT.search(name):
+            experts.setdefault(EXPERT.sub(".experts.", name), {})[int(match[1])] = tensor
+        else:
+            stacked[name] = tensor
+    return stacked | {name: np.stack([of[number] for number in sorted(of)]) for name, of in experts.items()}
+
+
+def mixture_metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """What the converter says of experts."""
+    said = {"expert_count": config["num_local_experts"], "expert_used_count": config["num_experts_per_tok"]}
+    if "moe_intermediate_size" in config:
+        said["expert_feed_forward_length"] = config["moe_intermediate_size"]
+    return {f"{architecture}.{key}": value for key, value in said.items()}
+
+
+def phi_metadata(config: dict[str, Any], rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """What the converter says of Phi's configurations."""
+    original, stated = config["original_max_position_embeddings"], config["max_position_embeddings"]
+    said = {"attention.sliding_window": config["sliding_window"] or 0, "rope.scaling.original_context_length": original}
+    said["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    if "long_factor" in rope:
+        said["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(stated / original) / math.log(original))
+    return {f"phi3.{key}": value for key, value in said.items()}
+
+
 def from_hugging_face(
     directory: Path, path: Path, architecture: str, kind_of: dict[str, str] | None = None, **metadata: Any
 ) -> Path:
@@ -201,6 +239,7 @@ def from_hugging_face(
     source: dict[str, np.ndarray] = {}
     for file in directory.glob("*.safetensors"):
         source |= load_file(file)
+    source = with_experts_stacked(source)
     for name, tensor in source.items():
         stored = stored_name(name, architecture)
         tensors[stored] = stored_form(name, tensor, architecture, heads)
@@ -214,6 +253,13 @@ def from_hugging_face(
     if architecture == "gemma3":
         said["gemma3.attention.sliding_window"] = config["sliding_window"]
         said["gemma3.attention.sliding_window_pattern"] = config["sliding_window_pattern"]
+    if "num_local_experts" in config:
+        said |= mixture_metadata(config, architecture)
+    if architecture == "phi3":
+        said |= phi_metadata(config, rope, head_dim)
+        for name in ("long", "short"):
+            if f"{name}_factor" in rope:
+                tensors[f"rope_factors_{name}.weight"] = np.asarray(rope[f"{name}_factor"], np.float32)
     if architecture == "granite":
         said |= {f"granite.{theirs}": float(config[ours]) for theirs, ours in GRANITES.items()}
     return write_gguf(path, architecture, said | metadata, tensors, kinds)

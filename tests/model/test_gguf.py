@@ -35,6 +35,10 @@ CASES = {
     "olmo2": "olmo2",
     "granite": "granite",
     "smollm3": "smollm3",
+    "qwen3_moe": "qwen3moe",
+    "mixtral": "llama",
+    "phi3": "phi3",
+    "phi3_longrope": "phi3",
 }
 
 refused = partial(refusal, shorter_than=600)
@@ -50,6 +54,12 @@ def test_a_converted_checkpoint_is_the_same_model(case, tmp_path):
     if case == "gemma3":
         assert loaded.config.attention_scale == wanted.config.head_dim**-0.5
         kept["attention_scale"] = wanted.config.attention_scale
+    if case == "qwen3_moe":  # llama.cpp takes it for granted
+        assert loaded.config.experts_sum_to_one
+        kept["experts_sum_to_one"] = False
+    if case == "phi3_longrope":
+        assert loaded.config.rope_divisors == pytest.approx(wanted.config.rope_divisors)
+        kept["rope_divisors"] = wanted.config.rope_divisors
     assert replace(loaded.config, **kept) == wanted.config
     assert loaded.tokenizer is None
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-7), loaded.params, wanted.params)
@@ -274,7 +284,8 @@ BAD_METADATA = [
     ({"llama.rope.dimension_count": 4}, "RoPE over 4 of 8 dimensions is not supported"),
     ({"llama.rope.scaling.type": "dynamic"}, "RoPE type 'dynamic' is not supported"),
     ({"llama.rope.scaling.type": "yarn"}, "RoPE type 'yarn' needs a factor"),
-    ({"llama.expert_count": 8}, "8 experts are not supported"),
+    ({"llama.expert_count": 8}, "are missing, among them model.layers.0.block_sparse_moe.experts.0.w1.weight"),
+    ({"llama.expert_count": 8, "llama.expert_gating_func": 2}, "llama.expert_gating_func 2 is not supported, only 1"),
     ({"tokenizer.ggml.model": "bert", "tokenizer.ggml.tokens": ["a"]}, "model must be one of gpt2, llama, got 'bert'"),
     ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": 7}, "tokens must be a list of texts, got 7"),
     (byte_level_metadata(byte_level_tokenizer(), "no-such") | {"tokenizer.ggml.tokens": ["a", "b", "c"]}, "token_type"),
@@ -292,7 +303,7 @@ def test_metadata_is_checked(metadata, message, tmp_path):
 
 def test_what_is_unknown_is_named_with_what_is_known(tmp_path):
     path = write_gguf(tmp_path / "a.gguf", "falcon", {}, {"x": np.zeros((2, 2), np.float32)})
-    known = "llama, qwen2, qwen3, gemma3, olmo2, granite, smollm3"
+    known = "llama, qwen2, qwen3, qwen3moe, phi3, gemma3, olmo2, granite, smollm3"
     assert f"architecture 'falcon' is not supported; supported: {known}" in refused(path)
     assert "pre must be one of default, gpt-2" in unknown_split(tmp_path)
     writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama")
