@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,11 @@ class ExpertProjection(nnx.Module):
             eager_sharding=False,
         )
 
+    def of_layer(self) -> OfLayer:
+        """Returns what `Params.layer` gave as the kernel."""
+        of_layer: Any = self.kernel.get_value()
+        return of_layer
+
 
 class Experts(nnx.Module):
     """A layer's experts."""
@@ -82,7 +87,7 @@ class Experts(nnx.Module):
         with jax.named_scope("experts"):
             routing = route(router_logits, self.per_token, self.sum_to_one)
             groups = sorted_by_expert(routing.experts, valid, num_experts=router_logits.shape[1])
-            kernels = Kernels(*(each.kernel.get_value() for each in (self.gate_proj, self.up_proj, self.down_proj)))
+            kernels = Kernels(self.gate_proj.of_layer(), self.up_proj.of_layer(), self.down_proj.of_layer())
             computed = _product(groups)(rows[groups.tokens], groups, kernels, activation)[groups.places]
             weighted = (computed * routing.weights[..., None]).sum(axis=1)
             return jnp.where(valid[:, None], weighted, 0).astype(rows.dtype)
@@ -125,15 +130,13 @@ def tile_by_tile(
 
     def of_expert(turn: Int[Array, ""] | int, out: jax.Array) -> jax.Array:
         expert = busy[turn]
-        matrices = Kernels(*(kernel.at(expert) for kernel in kernels))
+        gate, up, down = (kernel.at(expert) for kernel in kernels)
 
         def of_tile(number: Int[Array, ""] | int, out: jax.Array) -> jax.Array:
             # What the last tile of a group has of the next is computed again there.
             at = (begins[expert] + number * tile, 0)
             x = lax.dynamic_slice(padded, at, (tile, rows.shape[1]))
-            return lax.dynamic_update_slice(
-                out, (activation(x @ matrices.gate) * (x @ matrices.up)) @ matrices.down, at
-            )
+            return lax.dynamic_update_slice(out, (activation(x @ gate) * (x @ up)) @ down, at)
 
         return lax.fori_loop(0, num_tiles(groups.sizes[expert], tile), of_tile, out)
 

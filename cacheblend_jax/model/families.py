@@ -152,8 +152,10 @@ def _mixtral_experts(fields: Fields, num_layers: int) -> dict[str, Any]:
 
 
 # What other mixtures of experts have: groups of experts that are chosen first, experts for all tokens, other weights.
-OTHER_ROUTERS = ("n_group", "n_shared_experts", "shared_expert_intermediate_size", "routed_scaling_factor")
-OTHER_ROUTERS += ("scoring_func", "moe_layer_freq")
+OTHER_ROUTERS = (
+    *("n_group", "n_shared_experts", "shared_expert_intermediate_size", "routed_scaling_factor"),
+    *("scoring_func", "moe_layer_freq"),
+)
 QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(

@@ -62,7 +62,7 @@ def test_all_products_are_one():
     rows = jax.random.normal(jax.random.key(3), (30, 32))
     groups = sorted_by_expert(jax.random.randint(jax.random.key(4), (30, 2), 0, 4), jnp.arange(30) < 29, num_experts=4)
     projections = layer.experts.gate_proj, layer.experts.up_proj, layer.experts.down_proj
-    of_layer = Kernels(*(projection.kernel.get_value() for projection in projections))
+    of_layer = Kernels(*(projection.of_layer() for projection in projections))
     computed = [
         product(rows[groups.tokens], groups, of_layer, jax.nn.silu)[: int(groups.sizes.sum())]
         for product in (tile_by_tile, by_ragged_dot, by_copies)
