@@ -20,6 +20,9 @@ from cacheblend_jax.model.params import OfLayer
 from pallas_kernels.dispatch import current_target
 
 TILE = 16  # rows; larger ones are no faster on a CPU, and compute more than the last rows of each group
+TILES = (16, 512)  # the least and the most rows, where the number of tiles is static
+BLOCK_BYTES = 2**29  # of matrices, which are copied before they multiply a block of tiles
+GPU_KERNEL = "jax_ragged_dot_use_gpu_pallas_triton_lowering"  # JAX's option
 FEW = 4  # with so many times more experts than products, accelerators multiply by copies of those experts alone
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -112,11 +115,16 @@ def sorted_by_expert(chosen: Int[Array, "tokens chosen"], valid: Bool[Array, " t
 def _product(groups: Groups) -> Callable[[jax.Array, Groups, Kernels, Activation], jax.Array]:
     """Chooses how rows are multiplied by their experts' matrices.
 
-    For a CPU (and, in JAX 0.10, for GPUs) `lax.ragged_dot` becomes a product of all rows with all experts' matrices.
+    `lax.ragged_dot` computes what it should on a TPU. For a CPU it is compiled to a product of all rows with all
+    experts' matrices, and so it is for a GPU, unless JAX is asked for its kernel: with the rows once more for each
+    expert in memory.
     """
-    if current_target().platform == "cpu":
+    platform = current_target().platform
+    if platform == "cpu":
         return tile_by_tile
-    return by_copies if FEW * groups.experts.size <= groups.sizes.size else by_ragged_dot
+    if FEW * groups.experts.size <= groups.sizes.size:
+        return by_copies
+    return by_ragged_dot if platform == "tpu" or getattr(jax.config, GPU_KERNEL, False) else block_by_block
 
 
 def tile_by_tile(
@@ -147,6 +155,36 @@ def tile_by_tile(
 def num_tiles(rows: Int[Array, "*of"], tile: int) -> Int[Array, "*of"]:
     """Returns in how many tiles a group's rows are computed."""
     return -(-rows // tile)
+
+
+def block_by_block(
+    rows: Float[Array, "rows hidden"], groups: Groups, kernels: Kernels, activation: Activation
+) -> Float[Array, "rows hidden"]:
+    """Multiplies blocks of tiles by copies of their experts' matrices: no loop whose length a GPU's host must ask for.
+
+    There are as many tiles as there may have to be, each of half a mean group: half as much again is computed.
+    """
+    num_rows, num_experts = rows.shape[0], groups.sizes.size
+    tile = min(max(num_rows // num_experts // 2, TILES[0]), TILES[1])
+    count = num_rows // tile + num_experts  # at most: each group has one tile that is not full
+    tiles, begins = num_tiles(groups.sizes, tile), jnp.cumsum(groups.sizes) - groups.sizes
+    ends = jnp.cumsum(tiles)
+    at_once = min(count, max(1, BLOCK_BYTES // (kernels.gate.stack[0, 0].size * rows.dtype.itemsize)))
+    numbers = jnp.arange(-(-count // at_once) * at_once, dtype=jnp.int32).reshape(-1, at_once)
+
+    def of_block(numbers: Int[Array, " block"]) -> Float[Array, "block tile hidden"]:
+        experts = jnp.minimum(jnp.searchsorted(ends, numbers, side="right"), num_experts - 1)
+        first = begins[experts] + (numbers - (ends - tiles)[experts]) * tile
+        x = rows[jnp.minimum(first[:, None] + jnp.arange(tile)[None], num_rows - 1)]
+        gate, up, down = (kernel.at(experts) for kernel in kernels)
+        product = partial(jnp.einsum, "bti,bio->bto")
+        return product(activation(product(x, gate)) * product(x, up), down)
+
+    computed = lax.map(of_block, numbers).reshape(-1, rows.shape[1])
+    experts = jnp.minimum(groups.experts, num_experts - 1)
+    # Tiles of a group follow each other, so that its rows do; what there is of padding is arbitrary.
+    places = (ends - tiles)[experts] * tile + jnp.arange(num_rows) - begins[experts]
+    return computed[jnp.minimum(places, computed.shape[0] - 1)]
 
 
 def by_ragged_dot(

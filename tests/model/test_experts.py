@@ -15,8 +15,16 @@ from conftest import FAMILIES, HF, edit_json, family_model, refusal
 from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
+from cacheblend_jax.model import experts
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.experts import Kernels, by_copies, by_ragged_dot, sorted_by_expert, tile_by_tile
+from cacheblend_jax.model.experts import (
+    Kernels,
+    block_by_block,
+    by_copies,
+    by_ragged_dot,
+    sorted_by_expert,
+    tile_by_tile,
+)
 from cacheblend_jax.model.params import OfLayer
 from cacheblend_jax.model.transformer import layer_at
 
@@ -33,9 +41,11 @@ def kernels(rng: np.random.Generator) -> list[np.ndarray]:
     return drawn
 
 
-@pytest.mark.parametrize("product", [tile_by_tile, by_copies])
-def test_rows_are_multiplied_by_their_own_experts_alone(product):
+@pytest.mark.parametrize("product", [tile_by_tile, block_by_block, by_copies])
+def test_rows_are_multiplied_by_their_own_experts_alone(product, monkeypatch):
     """NaN in what has no rows, and in rows of padding, does not spread: neither is read."""
+    monkeypatch.setattr(experts, "BLOCK_BYTES", 3 * HIDDEN * SIZE * 4)  # several blocks, the last of them not full
+    monkeypatch.setattr(experts, "TILES", (4, 8))
     rng = np.random.default_rng(0)
     stacks, rows = kernels(rng), rng.normal(size=(TOKENS, HIDDEN)).astype(np.float32)
     chosen = np.sort(rng.permuted(np.tile(np.arange(USED), (TOKENS, 1)), axis=1)[:, :CHOSEN]).astype(np.int32)
@@ -65,7 +75,7 @@ def test_all_products_are_one():
     of_layer = Kernels(*(projection.of_layer() for projection in projections))
     computed = [
         product(rows[groups.tokens], groups, of_layer, jax.nn.silu)[: int(groups.sizes.sum())]
-        for product in (tile_by_tile, by_ragged_dot, by_copies)
+        for product in (tile_by_tile, block_by_block, by_ragged_dot, by_copies)
     ]
     for other in computed[1:]:
         np.testing.assert_allclose(other, computed[0], rtol=1e-4, atol=1e-6)
