@@ -74,10 +74,10 @@ def test_the_fingerprint_and_the_tensors_are_those_of_stacked_weights():
     assert by_layer.fingerprint != stacked.fingerprint
 
 
-@pytest.mark.parametrize("ways", [1, 2])
-def test_checkpoints_load_by_layer(ways):
+@pytest.mark.parametrize(("case", "ways"), [("qwen3", 1), ("qwen3", 2), ("mixtral", 1)])
+def test_checkpoints_load_by_layer(case, ways):
     mesh = jax.make_mesh((ways,), ("model",), axis_types=(jax.sharding.AxisType.Auto,)) if ways > 1 else None
-    checkpoint, stacked = open_checkpoint(HF / "qwen3"), cb.load_model(HF / "qwen3", mesh=mesh)
+    checkpoint, stacked = open_checkpoint(HF / case), cb.load_model(HF / case, mesh=mesh)
     by_layer = load_params(checkpoint, stacked.config, mesh=mesh, by_layer=True)
     assert by_layer.by_layer
     assert by_layer.joined == (mesh is None)

@@ -81,6 +81,17 @@ def test_all_products_are_one():
         np.testing.assert_allclose(other, computed[0], rtol=1e-4, atol=1e-6)
 
 
+def test_layers_of_their_own_have_the_experts_of_a_stack():
+    config = FAMILIES["every_option"]
+    rows, valid = jax.random.normal(jax.random.key(5), (9, 32)), jnp.arange(9) < 8
+    attended = jax.random.normal(jax.random.key(6), (9, config.num_heads, config.head_dim))
+    stacked, by_layer = (cb.model.random_model(config, seed=7, by_layer=form).params for form in (False, True))
+    finished = [layer_at(params, config, 3).finish(rows, attended, valid) for params in (stacked, by_layer)]
+    finished.append(layer_at(by_layer.only_layer(3), config, 3).finish(rows, attended, valid))
+    for other in finished[1:]:
+        np.testing.assert_allclose(other, finished[0], rtol=1e-5, atol=1e-5)
+
+
 DOT = re.compile(r"= f32\[(\d+),(\d+)\]\S* dot\(.*?lhs_contracting_dims=\{1\}")
 
 
