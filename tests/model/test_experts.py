@@ -15,6 +15,8 @@ from conftest import FAMILIES, HF, edit_json, family_model, refusal
 from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
+from cacheblend_jax.blend.flops import prefill_flops
+from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.model import experts
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.experts import (
@@ -186,3 +188,10 @@ def test_a_mixture_of_no_experts_is_dense():
     assert ModelConfig.from_hugging_face(raw).num_experts == 6
     for dense in ({"num_experts": 0}, {"mlp_only_layers": [0, 1, 2]}, {"decoder_sparse_step": 7}):
         assert ModelConfig.from_hugging_face(raw | dense).num_experts == 0
+
+
+def test_a_prefill_counts_the_experts_of_its_tokens_and_the_router():
+    dense, mixture = SHAPES["bench-16l"], SHAPES["bench-16l-experts"]
+    positions = [np.arange(100)] * 16
+    router = 2 * 512 * 8 * (15 * 100 + 1)  # of the last layer, for the last token
+    assert prefill_flops(mixture, positions) - prefill_flops(dense, positions) == router
