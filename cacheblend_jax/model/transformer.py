@@ -160,12 +160,16 @@ class DecoderLayer(nnx.Module):
         self,
         hidden: Float[Array, "tokens hidden"],
         attended: Float[Array, "tokens heads head_dim"],
-        valid: Bool[Array, " tokens"],
+        valid: Bool[Array, " tokens"] | None = None,
     ) -> Float[Array, "tokens hidden"]:
-        """Adds the output projection of `attended`, then the MLP; what becomes of tokens not `valid` is arbitrary."""
+        """Adds the output projection of `attended`, then the MLP; what becomes of tokens not `valid` is arbitrary.
+
+        By default all are.
+        """
         with jax.named_scope("finish"):
             added = _normed(self.attention_out_norm, self.o_proj(attended.reshape(attended.shape[0], -1)))
             hidden = hidden + self._scaled(added)
+            valid = jnp.ones(hidden.shape[0], bool) if valid is None else valid
             added = self._mlp(_normed(self.mlp_norm, hidden), valid)
             return hidden + self._scaled(_normed(self.mlp_out_norm, added))
 
