@@ -36,8 +36,14 @@ def torch_prefill(model: Model, prompt: Prompt, next_token: int) -> Callable[[],
         A function that runs the prefill and returns its time to first token in seconds.
 
     Raises:
-        CacheBlendError: torch is missing, or its next token is not ours.
+        CacheBlendError: torch is missing, its next token is not ours, or the model is a mixture of experts, whose weights
+            transformers holds in another form.
     """
+    if model.config.num_experts:
+        raise CacheBlendError(
+            f"--peer torch times dense models, and {model.name} has {model.config.num_experts} experts a layer: "
+            "leave --peer out"
+        )
     try:
         import torch
     except ImportError as error:
