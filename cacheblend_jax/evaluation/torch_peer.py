@@ -36,7 +36,7 @@ def torch_prefill(model: Model, prompt: Prompt, next_token: int) -> Callable[[],
         A function that runs the prefill and returns its time to first token in seconds.
 
     Raises:
-        CacheBlendError: torch is missing, its next token is not ours, or the model is a mixture of experts, whose weights
+        CacheBlendError: torch is missing, its next token is not ours, or the model is a mixture of experts, which
             transformers holds in another form.
     """
     if model.config.num_experts:
