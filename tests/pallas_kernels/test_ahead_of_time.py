@@ -35,13 +35,18 @@ BY_CUBLAS = COMPILER_OPTIONS["gpu"] | {"xla_gpu_enable_triton_gemm": False}
 
 
 def _attention(
-    head_dim: int, dtype=jnp.bfloat16, num_queries: int = 1229, implementation: str = "pallas", num_keys: int = 8192
+    head_dim: int,
+    dtype=jnp.bfloat16,
+    num_queries: int = 1229,
+    implementation: str = "pallas",
+    num_keys: int = 8192,
+    soft_cap: float | None = None,
 ):
     def shape(*sizes: int, of=dtype):
         return jax.ShapeDtypeStruct(sizes, of)
 
     def attend(q, k, v, positions, starts, length):
-        options = {"kv_length": length, "return_lse": True, "implementation": implementation}
+        options = {"kv_length": length, "soft_cap": soft_cap, "return_lse": True, "implementation": implementation}
         return selective_attention(q, k, v, positions, q_starts=starts, **options)
 
     integers = [shape(*sizes, of=jnp.int32) for sizes in ((num_queries,), (num_queries,), ())]
