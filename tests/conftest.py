@@ -99,7 +99,7 @@ FAMILIES = {
         local_rope=RopeConfig(),
         windows=(20, 20, None) * 2,
     ),
-    # What OLMo 2, Granite, SmolLM3, Phi 3 and mixtures of experts each add to Llama, all in one.
+    # What OLMo 2, Granite, SmolLM3, Phi 3, Gemma 2 and mixtures of experts each add to Llama, all in one.
     "every_option": ModelConfig(
         architecture="Olmo2ForCausalLM",
         **SHAPE,
@@ -109,9 +109,13 @@ FAMILIES = {
         post_norms=True,
         embedding_scale=12.0,
         attention_scale=0.2,
+        attention_soft_cap=1.5,
+        attention_sinks=True,
+        logits_soft_cap=2.0,
         residual_scale=0.22,
         logits_scale=0.25,
         rotated=(True, False, True) * 2,
+        windows=(20, None) * 3,
         rotary_dim=6,
         rope=RopeConfig("longrope", factor=8.0, original_max_positions=256),
         rope_divisors=(1.0, 2.0, 4.0),

@@ -40,6 +40,7 @@ class Family:
         rope_types: other names of types of RoPE.
         rotated: whether each layer has RoPE, given the number of layers; an empty tuple: all have.
         attention_scale: the factor of attention's scores; `None` for `head_dim ** -0.5`.
+        attention_soft_cap, logits_soft_cap: as in `ModelConfig`.
         embedding_scale, residual_scale, logits_scale: as in `ModelConfig`.
         experts: what `ModelConfig` is told of experts, given the number of layers.
         own_keys: what `ModelConfig.to_hugging_face` writes that other families' configurations do not have.
@@ -63,6 +64,8 @@ class Family:
     rope_types: Mapping[str, str] | None = None
     rotated: Callable[[Fields, int], tuple[bool, ...]] = lambda fields, num_layers: ()
     attention_scale: Callable[[Fields], float | None] = lambda fields: None
+    attention_soft_cap: Callable[[Fields], float | None] = lambda fields: None
+    logits_soft_cap: Callable[[Fields], float | None] = lambda fields: None
     embedding_scale: Callable[[Fields], float] = lambda fields: 1.0
     residual_scale: Callable[[Fields], float] = lambda fields: 1.0
     logits_scale: Callable[[Fields], float] = lambda fields: 1.0
@@ -83,8 +86,18 @@ def _qwen_windows(fields: Fields, num_layers: int) -> Windows:
     return _windows_if_used(fields, num_layers, lambda layer: layer >= fields.integer("max_window_layers", 28))
 
 
-def _gemma_windows(fields: Fields, num_layers: int) -> Windows:
-    return _windows_by_type(fields, num_layers, lambda layer: (layer + 1) % fields.integer("sliding_window_pattern", 6))
+def _all_windows_but(every: int) -> Callable[[Fields, int], Windows]:
+    """All layers have the window but every so many-th, unless the configuration says otherwise."""
+
+    def windows(fields: Fields, num_layers: int) -> Windows:
+        pattern = fields.integer("sliding_window_pattern", every)
+        return _windows_by_type(fields, num_layers, lambda layer: (layer + 1) % pattern)
+
+    return windows
+
+
+def _soft_cap(key: str) -> Callable[[Fields], float | None]:
+    return lambda fields: fields.number(key, 0.0) if key in fields else None
 
 
 def _windows_if_used(fields: Fields, num_layers: int, slides: Callable[[int], int]) -> Windows:
@@ -262,6 +275,36 @@ FAMILIES: dict[str, Family] = {
         rotated=_smollm3_rotated,
         own_keys=lambda config: {"no_rope_layers": [int(turns) for turns in config.rotated] or [1] * config.num_layers},
     ),
+    "Gemma2ForCausalLM": Family(
+        "gemma2",
+        defaults={
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "sliding_window": 4096,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "tie_word_embeddings": True,
+        },
+        windows=_all_windows_but(every=2),
+        biases=("attention_bias",),
+        unsupported=("use_bidirectional_attention",),
+        activation_key="hidden_activation",
+        norm_offset=1.0,
+        post_norms=True,
+        attention_scale=lambda fields: fields.integer("query_pre_attn_scalar") ** -0.5,
+        attention_soft_cap=_soft_cap("attn_logit_softcapping"),
+        logits_soft_cap=_soft_cap("final_logit_softcapping"),
+        embedding_scale=lambda fields: fields.integer("hidden_size") ** 0.5,
+        own_keys=lambda config: {
+            "query_pre_attn_scalar": round(config.attention_scale**-2),
+            "attn_logit_softcapping": config.attention_soft_cap,
+            "final_logit_softcapping": config.logits_soft_cap,
+        },
+    ),
     "Gemma3ForCausalLM": Family(
         "gemma3_text",
         defaults={
@@ -276,9 +319,9 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": 1e6,
             "tie_word_embeddings": True,
         },
-        windows=_gemma_windows,
+        windows=_all_windows_but(every=6),
         biases=("attention_bias",),
-        unsupported=("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"),
+        unsupported=("attn_logit_softcapping", "use_bidirectional_attention"),
         activation_key="hidden_activation",
         qk_norm=True,
         norm_offset=1.0,
@@ -286,8 +329,12 @@ FAMILIES: dict[str, Family] = {
         ropes_by_type=True,
         states_scaled_positions=True,
         attention_scale=lambda fields: fields.integer("query_pre_attn_scalar") ** -0.5,
+        logits_soft_cap=_soft_cap("final_logit_softcapping"),
         embedding_scale=lambda fields: fields.integer("hidden_size") ** 0.5,
-        own_keys=lambda config: {"query_pre_attn_scalar": round(config.attention_scale**-2)},
+        own_keys=lambda config: {
+            "query_pre_attn_scalar": round(config.attention_scale**-2),
+            "final_logit_softcapping": config.logits_soft_cap,
+        },
     ),
 }
 # Multimodal checkpoints whose text tower is a model of a family: its architecture, and their model_type.

@@ -24,6 +24,12 @@ LAYER_MODULES = {
     "router": "mlp.gate",
     **{f"experts.{name}": f"mlp.experts.{{}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
 }
+SINKS = "model.layers.{}.self_attn.sinks"
+GEMMA_NORMS = {
+    "attention_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
 # Where a family's names differ, by architecture.
 OTHER_MODULES = {
     "Olmo2ForCausalLM": {
@@ -36,11 +42,8 @@ OTHER_MODULES = {
         "experts.up_proj": "block_sparse_moe.experts.{}.w3",
         "experts.down_proj": "block_sparse_moe.experts.{}.w2",
     },
-    "Gemma3ForCausalLM": {
-        "attention_out_norm": "post_attention_layernorm",
-        "mlp_norm": "pre_feedforward_layernorm",
-        "mlp_out_norm": "post_feedforward_layernorm",
-    },
+    "Gemma2ForCausalLM": GEMMA_NORMS,
+    "Gemma3ForCausalLM": GEMMA_NORMS,
 }
 KERNEL_ENDINGS = ("_proj.weight", HEAD, ".gate.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 # What the text tower's names in multimodal checkpoints begin with in place of "model.", of transformers before 4.52
@@ -54,6 +57,8 @@ def tensor_names(params: Params, config: ModelConfig) -> Params:
     modules = layer_modules(config.architecture)
 
     def of_layers(path: str) -> str:
+        if path == "sinks":
+            return SINKS
         module, leaf = path.rsplit(".", 1)
         return f"model.layers.{{}}.{modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
 

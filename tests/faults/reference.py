@@ -16,6 +16,10 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def _capped(scores: np.ndarray, cap: float | None) -> np.ndarray:
+    return scores if cap is None else cap * np.tanh(scores / cap)
+
+
 class Reference:
     """Computes prefills of a model, given which tokens' KV each layer computes afresh."""
 
@@ -43,7 +47,8 @@ class Reference:
             hidden[rows] = self._finish(layer, hidden[rows], attended)
         embedder = self._params.embedder
         kernel = embedder["lm_head"]["kernel"] if "lm_head" in embedder else embedder["embedding"].T
-        return self._norm(embedder["final_norm"], hidden[-1]) @ kernel * self.config.logits_scale, k, v
+        logits = self._norm(embedder["final_norm"], hidden[-1]) @ kernel * self.config.logits_scale
+        return _capped(logits, self.config.logits_soft_cap), k, v
 
     def standalone(self, context: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns a chunk's keys (before RoPE) and values, computed after its context alone."""
@@ -86,8 +91,11 @@ class Reference:
         k, v = np.repeat(self._rotated(index, k, keys), group, axis=1), np.repeat(v, group, axis=1)
         scale = self.config.attention_scale or self.config.head_dim**-0.5
         scores = np.einsum("qhd,khd->hqk", self._rotated(index, q, positions), k) * scale
-        weights = np.exp(np.where(seen, scores - scores.max(axis=-1, keepdims=True), -np.inf))
-        attended = np.einsum("hqk,khd->qhd", weights / weights.sum(axis=-1, keepdims=True), v)
+        weights = np.exp(np.where(seen, _capped(scores, self.config.attention_soft_cap), -np.inf))
+        total = weights.sum(axis=-1, keepdims=True)
+        if self.config.attention_sinks:
+            total += np.exp(self._params.layers["sinks"][index])[:, None, None]
+        attended = np.einsum("hqk,khd->qhd", weights / total, v)
         return attended.reshape(len(q), -1)
 
     def _finish(self, layer: dict, hidden: np.ndarray, attended: np.ndarray) -> np.ndarray:
