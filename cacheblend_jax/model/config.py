@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from cacheblend_jax.errors import CheckpointError
 from cacheblend_jax.model.config_fields import MAX_POSITIONS, Fields, shown
@@ -37,6 +37,13 @@ class RopeConfig:
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
     truncate: bool = True
+
+
+class ScoreOptions(TypedDict):
+    """How `pallas_kernels` makes attention's scores of products of queries and keys: arguments of its functions."""
+
+    scale: float | None
+    soft_cap: float | None
 
 
 @dataclass(frozen=True)
@@ -155,8 +162,8 @@ class ModelConfig:
         return 3 * self.hidden_size * self.intermediate_size
 
     @property
-    def score_options(self) -> dict[str, float | None]:
-        """How `pallas_kernels` makes attention's scores of products of queries and keys: all of its functions."""
+    def score_options(self) -> ScoreOptions:
+        """What all that computes attention's scores must pass on."""
         return {"scale": self.attention_scale, "soft_cap": self.attention_soft_cap}
 
     @property

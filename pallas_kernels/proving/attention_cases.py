@@ -76,7 +76,7 @@ def attend(
     implementation: str,
     window: int | None = None,
     soft_cap: float | None = None,
-) -> tuple[Any, ...]:
+) -> Any:
     """Calls the operation with all its options."""
     return api.selective_attention(
         q,
