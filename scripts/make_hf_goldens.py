@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -142,6 +143,19 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "sliding_window": 12,
             "attn_logit_softcapping": 1.5,
             "final_logit_softcapping": 2.5,
+        },
+    ),
+    "gpt_oss": (
+        GptOssConfig,
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "intermediate_size": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 12,
+            "swiglu_limit": 1.5,
+            "rope_parameters": YARN | {"factor": 8.0, "truncate": False},
         },
     ),
 }

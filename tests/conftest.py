@@ -99,7 +99,7 @@ FAMILIES = {
         local_rope=RopeConfig(),
         windows=(20, 20, None) * 2,
     ),
-    # What OLMo 2, Granite, SmolLM3, Phi 3, Gemma 2 and mixtures of experts each add to Llama, all in one.
+    # What OLMo 2, Granite, SmolLM3, Phi 3, Gemma 2 and gpt-oss each add to Llama, all in one.
     "every_option": ModelConfig(
         architecture="Olmo2ForCausalLM",
         **SHAPE,
@@ -123,6 +123,9 @@ FAMILIES = {
         experts_per_token=3,  # of as many, in bfloat16 the last is another one, where rounding decides, at little cost
         expert_size=24,
         experts_sum_to_one=True,
+        expert_bias=True,
+        glu_alpha=1.702,
+        glu_limit=0.5,
     ),
 }
 

@@ -71,6 +71,9 @@ class ModelConfig:
         num_experts: of how many MLPs each layer has its own; 0: of one, for all tokens.
         experts_per_token: by how many of a layer's experts each token is computed.
         expert_size: the intermediate size of an expert.
+        expert_bias: whether the router and the experts' projections have a bias.
+        glu_alpha, glu_limit: of gpt-oss's activation, `min(gate, limit) * sigmoid(alpha * min(gate, limit)) *
+            (clip(up, -limit, limit) + 1)`; where the limit is `None`, it is `activation(gate) * up`.
         experts_sum_to_one: whether the weights of a token's experts are divided by their sum.
 
     Raises:
@@ -116,6 +119,9 @@ class ModelConfig:
     experts_per_token: int = 0
     expert_size: int = 0
     experts_sum_to_one: bool = False
+    expert_bias: bool = False
+    glu_alpha: float = 1.0
+    glu_limit: float | None = None
 
     def __post_init__(self) -> None:
         if not self.windows:
@@ -234,6 +240,7 @@ class ModelConfig:
             tied_embeddings=fields.flag("tie_word_embeddings"),
             embedding_scale=family.embedding_scale(fields),
             attention_scale=family.attention_scale(fields),
+            attention_sinks=family.attention_sinks,
             attention_soft_cap=family.attention_soft_cap(fields),
             logits_soft_cap=family.logits_soft_cap(fields),
             residual_scale=family.residual_scale(fields),

@@ -40,7 +40,7 @@ class Family:
         rope_types: other names of types of RoPE.
         rotated: whether each layer has RoPE, given the number of layers; an empty tuple: all have.
         attention_scale: the factor of attention's scores; `None` for `head_dim ** -0.5`.
-        attention_soft_cap, logits_soft_cap: as in `ModelConfig`.
+        attention_soft_cap, logits_soft_cap, attention_sinks: as in `ModelConfig`.
         embedding_scale, residual_scale, logits_scale: as in `ModelConfig`.
         experts: what `ModelConfig` is told of experts, given the number of layers.
         own_keys: what `ModelConfig.to_hugging_face` writes that other families' configurations do not have.
@@ -66,6 +66,7 @@ class Family:
     attention_scale: Callable[[Fields], float | None] = lambda fields: None
     attention_soft_cap: Callable[[Fields], float | None] = lambda fields: None
     logits_soft_cap: Callable[[Fields], float | None] = lambda fields: None
+    attention_sinks: bool = False
     embedding_scale: Callable[[Fields], float] = lambda fields: 1.0
     residual_scale: Callable[[Fields], float] = lambda fields: 1.0
     logits_scale: Callable[[Fields], float] = lambda fields: 1.0
@@ -164,11 +165,24 @@ def _mixtral_experts(fields: Fields, num_layers: int) -> dict[str, Any]:
     }
 
 
+def _gpt_oss_experts(fields: Fields, num_layers: int) -> dict[str, Any]:
+    return {
+        "num_experts": _num_experts(fields, 128),
+        "experts_per_token": fields.integer("num_experts_per_tok", 4),
+        "expert_size": fields.integer("intermediate_size"),
+        "experts_sum_to_one": True,  # a softmax over the chosen ones alone
+        "expert_bias": True,
+        "glu_alpha": fields.number("swiglu_alpha", 1.702),
+        "glu_limit": fields.number("swiglu_limit", 7.0),
+    }
+
+
 # What other mixtures of experts have: groups of experts that are chosen first, experts for all tokens, other weights.
 OTHER_ROUTERS = (
     *("n_group", "n_shared_experts", "shared_expert_intermediate_size", "routed_scaling_factor"),
     *("scoring_func", "moe_layer_freq"),
 )
+GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(
@@ -219,6 +233,31 @@ FAMILIES: dict[str, Family] = {
         own_keys=lambda config: {
             "num_local_experts": config.num_experts,
             "num_experts_per_tok": config.experts_per_token,
+        },
+    ),
+    "GptOssForCausalLM": Family(
+        "gpt_oss",
+        defaults={
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+            "sliding_window": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+            "rope_parameters": GPT_OSS_ROPE,
+            "attention_bias": True,
+        },
+        windows=_all_windows_but(every=2),
+        biases=("attention_bias",),
+        unsupported=OTHER_ROUTERS,
+        attention_sinks=True,
+        experts=_gpt_oss_experts,
+        own_keys=lambda config: {
+            "num_local_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "swiglu_alpha": config.glu_alpha,
+            "swiglu_limit": config.glu_limit,
         },
     ),
     "Phi3ForCausalLM": Family(

@@ -108,6 +108,7 @@ class DecoderLayer(nnx.Module):
         self.joined = joined
         self.head_dim, self.q_size, self.kv_size, self.mlp_size = head_dim, q_size, kv_size, config.intermediate_size
         self.activation = config.activation
+        self.glu_alpha, self.glu_limit = config.glu_alpha, config.glu_limit
         self.attention_scale, self.residual_scale = config.attention_scale, config.residual_scale
         self.attention_soft_cap = config.attention_soft_cap
         self.input_norm = RMSNorm(config, hidden) if config.pre_norms else None
@@ -127,7 +128,7 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config, hidden) if config.pre_norms else None
         self.has_experts = config.num_experts > 0
         if self.has_experts:
-            self.router = linear(hidden, config.num_experts, bias=False, split=None)
+            self.router = linear(hidden, config.num_experts, bias=config.expert_bias, split=None)
             self.experts = Experts(config, rngs=rngs)
         elif joined:
             self.gate_up_proj = linear(hidden, 2 * config.intermediate_size, bias=config.mlp_bias, split="outputs")
@@ -187,11 +188,16 @@ class DecoderLayer(nnx.Module):
             return hidden + self._scaled(_normed(self.mlp_out_norm, added))
 
     def _mlp(self, rows: Float[Array, "tokens hidden"], valid: Bool[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
-        activation = ACTIVATION_FUNCTIONS[self.activation]
         if self.has_experts:
-            return self.experts(rows, _multiplied(self.router, rows), valid, activation)
+            return self.experts(rows, _multiplied(self.router, rows), valid, self._gated)
         gate, up = self._projected(rows, "gate_proj", "up_proj")
-        return self.down_proj(activation(gate) * up)
+        return self.down_proj(self._gated(gate, up))
+
+    def _gated(self, gate: Float[Array, "rows size"], up: Float[Array, "rows size"]) -> Float[Array, "rows size"]:
+        if self.glu_limit is None:
+            return ACTIVATION_FUNCTIONS[self.activation](gate) * up
+        gate, up = jnp.minimum(gate, self.glu_limit), jnp.clip(up, -self.glu_limit, self.glu_limit)
+        return gate * jax.nn.sigmoid(self.glu_alpha * gate) * (up + 1)
 
     def _scaled(self, added: jax.Array) -> jax.Array:
         return added if self.residual_scale == 1 else (added * jnp.float32(self.residual_scale)).astype(added.dtype)

@@ -106,8 +106,11 @@ class Reference:
         return hidden + scale * self._norm(layer.get("mlp_out_norm"), out)
 
     def _mlp(self, layer: dict, x: np.ndarray) -> np.ndarray:
-        gate = ACTIVATIONS[self.config.activation](self._linear(layer["gate_proj"], x))
-        return self._linear(layer["down_proj"], gate * self._linear(layer["up_proj"], x))
+        gate, up = (self._linear(layer[name], x) for name in ("gate_proj", "up_proj"))
+        if (limit := self.config.glu_limit) is None:
+            return self._linear(layer["down_proj"], ACTIVATIONS[self.config.activation](gate) * up)
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        return self._linear(layer["down_proj"], gate / (1 + np.exp(-self.config.glu_alpha * gate)) * (up + 1))
 
     def _mixed(self, layer: dict, x: np.ndarray) -> np.ndarray:
         logits, out = self._linear(layer["router"], x), np.zeros_like(x)
