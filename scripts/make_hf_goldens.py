@@ -150,7 +150,7 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         {
             "head_dim": 16,
             "num_hidden_layers": 3,
-            "intermediate_size": 24,
+            "intermediate_size": 32,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "sliding_window": 12,

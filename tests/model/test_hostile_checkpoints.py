@@ -48,6 +48,7 @@ GRANITES = ("attention_multiplier", "embedding_multiplier", "residual_multiplier
 OWNERS |= {key: {"architectures": ["GraniteForCausalLM"]} for key in GRANITES}
 SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 OWNERS |= {key: {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 8} for key in SOFT_CAPS}
+OWNERS |= {key: {"architectures": ["GptOssForCausalLM"]} for key in ("swiglu_alpha", "swiglu_limit")}
 NOT_NUMBERS = ["1", True, [2], {"a": 2}, -1, float("nan"), float("inf"), 10**400]
 
 

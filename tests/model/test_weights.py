@@ -334,7 +334,7 @@ def test_windows_as_transformers_reads_them(architecture):
 
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "granite", "smollm3", "phi3"]
-FAMILIES += ["qwen3_moe", "mixtral"]
+FAMILIES += ["qwen3_moe", "mixtral", "gpt_oss"]
 SIZES = {"vocab_size": 9, "hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 40}
 SIZES |= {"num_attention_heads": 64}  # a multiple of every family's default of num_key_value_heads
 
