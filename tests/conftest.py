@@ -130,6 +130,8 @@ FAMILIES = {
 }
 
 
+# For tests of what recomputes attention's weights: quicker to compile than `every_option`.
+GEMMA3_CAPPED = replace(FAMILIES["gemma3"], attention_soft_cap=1.5, attention_sinks=True, logits_soft_cap=2.0)
 # Each stage more is a fifth more to compile; and engines of as many share their programs.
 TWO_STAGES = cb.BlendConfig(selector="hkvd", num_stages=2)
 
@@ -192,7 +194,7 @@ def _room_for_compiled_programs():
 
 @functools.cache
 def family_model(name: str) -> cb.Model:
-    return cb.model.random_model(FAMILIES[name], seed=7)
+    return cb.model.random_model((FAMILIES | {"gemma3_capped": GEMMA3_CAPPED})[name], seed=7)
 
 
 @functools.lru_cache(maxsize=8)  # each keeps its compiled programs, and a process may map only so many regions
