@@ -81,6 +81,7 @@ def _bias(config: ModelConfig, outputs: int, split: str, rngs: nnx.Rngs) -> nnx.
     drawn = nnx.initializers.normal(0.1)(rngs.params(), (config.num_experts, outputs), jnp.dtype(config.dtype))
     return nnx.Param(drawn, out_sharding=(None, "model" if split == "outputs" else None), eager_sharding=False)
 
+
 class Experts(nnx.Module):
     """A layer's experts."""
 

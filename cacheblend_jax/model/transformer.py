@@ -189,11 +189,12 @@ class DecoderLayer(nnx.Module):
 
     def _mlp(self, rows: Float[Array, "tokens hidden"], valid: Bool[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
         if self.has_experts:
-            return self.experts(rows, _multiplied(self.router, rows), valid, self._gated)
+            return self.experts(rows, _multiplied(self.router, rows), valid, self.gated)
         gate, up = self._projected(rows, "gate_proj", "up_proj")
-        return self.down_proj(self._gated(gate, up))
+        return self.down_proj(self.gated(gate, up))
 
-    def _gated(self, gate: Float[Array, "rows size"], up: Float[Array, "rows size"]) -> Float[Array, "rows size"]:
+    def gated(self, gate: Float[Array, "*rows size"], up: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
+        """Returns what the MLP's last projection takes."""
         if self.glu_limit is None:
             return ACTIVATION_FUNCTIONS[self.activation](gate) * up
         gate, up = jnp.minimum(gate, self.glu_limit), jnp.clip(up, -self.glu_limit, self.glu_limit)

@@ -78,7 +78,7 @@ def test_all_products_are_one():
     stacks = [projection.stacks for projection in projections]
     of_layer = Kernels(*(kernel for kernel, _ in stacks), *(bias for _, bias in stacks))
     computed = [
-        product(rows[groups.tokens], groups, of_layer, layer._gated)[: int(groups.sizes.sum())]
+        product(rows[groups.tokens], groups, of_layer, layer.gated)[: int(groups.sizes.sum())]
         for product in (tile_by_tile, block_by_block, by_ragged_dot, by_copies)
     ]
     for other in computed[1:]:
