@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.soft_cap import soft_capped
 from pallas_kernels.visibility import first_visible
 
 
@@ -20,11 +21,13 @@ def attention_mass(
     kv_length: Int[Array, ""] | int | None = None,
     window: int | None = None,
     scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, " keys"]:
     """Returns the attention that each key receives: the sum of its softmax weights over queries and heads.
 
     `lse` is what `selective_attention(..., return_lse=True)` returned for the same arguments; queries whose `lse` is
-    `-inf` (padding) add nothing. The results sum to heads x valid queries. Memory is O(heads x 8 x keys).
+    `-inf` (padding) add nothing. The results sum to heads x valid queries, less what sinks receive. Memory is
+    O(heads x 8 x keys).
     """
     num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
@@ -41,6 +44,7 @@ def attention_mass(
         rows, row_lse, positions, first = tile
         rows = rows.reshape(-1, num_kv_heads, group, head_dim)
         scores = jnp.einsum("qhgd,khd->hgqk", rows, k, preferred_element_type=jnp.float32) * scale
+        scores = soft_capped(scores, soft_cap)
         row_lse = row_lse.reshape(-1, num_kv_heads, group, 1).transpose(1, 2, 0, 3)
         visible = (column >= first[:, None]) & (column <= positions[:, None]) & (column < kv_length)
         weights = jnp.where(visible[None, None] & (row_lse > -jnp.inf), jnp.exp(scores - row_lse), 0.0)

@@ -17,7 +17,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -133,6 +135,29 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "num_experts_per_tok": 2,
         },
     ),
+    "gemma2": (
+        Gemma2Config,
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 10,
+            "sliding_window": 12,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.5,
+        },
+    ),
+    "gpt_oss": (
+        GptOssConfig,
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "intermediate_size": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 12,
+            "swiglu_limit": 1.5,
+            "rope_parameters": YARN | {"factor": 8.0, "truncate": False},
+        },
+    ),
 }
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}<|end|>{{ message['content'] | trim }}"
@@ -150,7 +175,7 @@ def build_model(case: str) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             is_norm = "norm" in name
             noise = torch.randn(parameter.shape) * (0.2 if is_norm else 0.25)
-            neutral = is_norm and config.model_type != "gemma3_text"  # whose norms add one
+            neutral = is_norm and not config.model_type.startswith("gemma")  # whose norms add one
             parameter.copy_((noise + neutral).to(torch.bfloat16).to(torch.float32))
     return model
 

@@ -99,7 +99,7 @@ FAMILIES = {
         local_rope=RopeConfig(),
         windows=(20, 20, None) * 2,
     ),
-    # What OLMo 2, Granite, SmolLM3, Phi 3 and mixtures of experts each add to Llama, all in one.
+    # What OLMo 2, Granite, SmolLM3, Phi 3, Gemma 2 and gpt-oss each add to Llama, all in one.
     "every_option": ModelConfig(
         architecture="Olmo2ForCausalLM",
         **SHAPE,
@@ -109,9 +109,13 @@ FAMILIES = {
         post_norms=True,
         embedding_scale=12.0,
         attention_scale=0.2,
+        attention_soft_cap=1.5,
+        attention_sinks=True,
+        logits_soft_cap=2.0,
         residual_scale=0.22,
         logits_scale=0.25,
         rotated=(True, False, True) * 2,
+        windows=(20, None) * 3,
         rotary_dim=6,
         rope=RopeConfig("longrope", factor=8.0, original_max_positions=256),
         rope_divisors=(1.0, 2.0, 4.0),
@@ -119,10 +123,15 @@ FAMILIES = {
         experts_per_token=3,  # of as many, in bfloat16 the last is another one, where rounding decides, at little cost
         expert_size=24,
         experts_sum_to_one=True,
+        expert_bias=True,
+        glu_alpha=1.702,
+        glu_limit=0.5,
     ),
 }
 
 
+# For tests of what recomputes attention's weights: quicker to compile than `every_option`.
+GEMMA3_CAPPED = replace(FAMILIES["gemma3"], attention_soft_cap=1.5, attention_sinks=True, logits_soft_cap=2.0)
 # Each stage more is a fifth more to compile; and engines of as many share their programs.
 TWO_STAGES = cb.BlendConfig(selector="hkvd", num_stages=2)
 
@@ -185,7 +194,7 @@ def _room_for_compiled_programs():
 
 @functools.cache
 def family_model(name: str) -> cb.Model:
-    return cb.model.random_model(FAMILIES[name], seed=7)
+    return cb.model.random_model((FAMILIES | {"gemma3_capped": GEMMA3_CAPPED})[name], seed=7)
 
 
 @functools.lru_cache(maxsize=8)  # each keeps its compiled programs, and a process may map only so many regions

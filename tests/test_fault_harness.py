@@ -15,7 +15,7 @@ from faults.reference import Reference
 from scripts import fault_harness
 
 pytestmark = pytest.mark.once
-FEW_PROGRAMS = {"families": ["gemma3"], "blends": [(0.3, "hkvd")], "executors": ["resident"]}
+FEW_PROGRAMS = {"families": ["gemma3_capped"], "blends": [(0.3, "hkvd")], "executors": ["resident"]}
 
 
 def test_drawn_prefills_equal_their_reference_in_float64(tmp_path):

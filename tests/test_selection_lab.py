@@ -26,7 +26,7 @@ LENGTHS = ((30, 40, 1, 25), (12, 33))  # chunks of the prompts: padding differs
 
 @pytest.fixture(scope="module")
 def lab():
-    model = family_model("gemma3")
+    model = family_model("gemma3_capped")
     prompts = [random_prompt(61 + i, lengths) for i, lengths in enumerate(LENGTHS)]
     return Lab.of(model, [tokenize_prompt(prompt, None, vocab_size=97, max_tokens=500) for prompt in prompts])
 

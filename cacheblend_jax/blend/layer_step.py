@@ -83,7 +83,8 @@ class LayerStep(NamedTuple):
         blended: the layer's whole KV, keys rotated.
         fresh: K (before RoPE) and V of the incoming rows.
         q: the rotated queries of the rows that go on.
-        lse: the log-sum-exp of each query's visible scores.
+        lse: the log-sum-exp of each query's visible scores, and of its sink.
+        sinks: those of the layer, where it has any.
     """
 
     rows: Rows
@@ -92,6 +93,7 @@ class LayerStep(NamedTuple):
     fresh: LayerKV
     q: Float[Array, "kept heads head_dim"]
     lse: Float[Array, "kept heads"]
+    sinks: Float[Array, " heads"] | None
 
 
 def layer_step(
@@ -122,7 +124,7 @@ def layer_step(
     angles, starts = rows.angles.of_layer(config, index), layer_starts(config, index, rows.positions)
     q = layer.queries(rows.hidden) if q is None else q
     attended = attend(layer, rows, q, blended, angles=angles, starts=starts, kv_length=sequence.length)
-    return LayerStep(attended.rows, kept, blended, fresh, attended.q, attended.lse)
+    return LayerStep(attended.rows, kept, blended, fresh, attended.q, attended.lse, layer.sink_logits)
 
 
 def _projections(layer: DecoderLayer, rows: Rows, kept: int) -> tuple[jax.Array | None, LayerKV]:
@@ -190,12 +192,12 @@ def cross_mass(
     context_length: Int[Array, ""],
     sequence: PromptSequence,
     window_starts: Int[Array, " kept"] | None,
-    scale: float | None,
+    config: ModelConfig,
 ) -> Float[Array, " kept"]:
     """Returns the attention that each row paid, in this step, to what its stand-alone KV has not seen: other chunks.
 
-    1 − (exp(lse_own) + exp(lse_context)) / exp(lse_all), mean over heads, from three log-sum-exps; no scores are
-    kept. The context is the tokens that each chunk was precomputed after. `scale` is that of the step's attention.
+    1 − (exp(lse_own) + exp(lse_context) + exp(sink)) / exp(lse_all), mean over heads, from three log-sum-exps; no
+    scores are kept. The context is the tokens that each chunk was precomputed after.
     """
     with jax.named_scope("cross_mass"):
         positions = step.rows.positions
@@ -210,12 +212,14 @@ def cross_mass(
                 layer=step.blended.index if isinstance(step.blended, LayerInCache) else None,
                 q_starts=starts,
                 kv_length=sequence.length,
-                scale=scale,
                 return_lse=True,
+                **config.score_options,
             )[1]
 
         own_starts = chunk_starts if window_starts is None else jnp.maximum(chunk_starts, window_starts)
         own = log_sum_exp(positions, own_starts)
         context = log_sum_exp(jnp.where(is_row, context_length - 1, positions), window_starts)
         seen = jnp.exp(own - step.lse) + jnp.exp(context - step.lse)
+        if step.sinks is not None:
+            seen += jnp.exp(step.sinks.astype(jnp.float32)[None] - step.lse)
         return jnp.where(is_row, 1.0 - seen.mean(axis=1), 0.0)

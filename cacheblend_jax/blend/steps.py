@@ -148,7 +148,7 @@ def cross_mass_layer(
     """As `plain_layer` over all active tokens; also measures the attention that they pay to other chunks."""
     after, blended, step = _advance(params, active, cached, blended, sequence, index, config, nothing_cached)
     starts = layer_starts(config, index, active.rows.positions)
-    mass = cross_mass(step, signals.chunk_starts, context_length, sequence, starts, config.attention_scale)
+    mass = cross_mass(step, signals.chunk_starts, context_length, sequence, starts, config)
     return after, blended, replace(signals, cross_mass=mass)
 
 
@@ -239,7 +239,7 @@ def question_layer(
             rows.positions,
             q_starts=starts,
             kv_length=sequence.length,
-            scale=config.attention_scale,
+            **config.score_options,
         )
         return step.rows, mass
 

@@ -17,6 +17,7 @@ from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles, rope_tables
 from cacheblend_jax.model.transformer import Rows, attend, embedder, layer_at, layer_starts, rows_at, scan_layers
+from pallas_kernels import soft_capped
 
 QUERY_PADDING = 32  # questions are padded to a multiple of it: few shapes to compile
 TILE = 32  # queries whose attention to all keys is in memory at a time
@@ -45,8 +46,9 @@ def attention_between_parts(model: Model, out: PrefillResult, part_lengths: tupl
     """Returns the attention that a prompt's parts paid to each other, `[layers - 1, parts, parts]`.
 
     That is, of a prefill, how much of its attention (all heads) a token of the first part paid to the tokens of the
-    second, on average. A token whose stored KV the next layer kept paid none: it was not in the prompt when that was
-    computed. In the last layer only the prompt's last token attends; it is left out.
+    second, on average; what it paid to sinks is in none of them. A token whose stored KV the next layer kept paid
+    none: it was not in the prompt when that was computed. In the last layer only the prompt's last token attends; it is
+    left out.
 
     Args:
         part_lengths: tokens of each of the parts, which together are the prompt; empty parts attend to nothing.
@@ -74,13 +76,17 @@ def _padded(values: np.ndarray, size: int, padding: int) -> np.ndarray:
 
 
 class _LayerAttention(NamedTuple):
-    """One layer's queries as they meet the cache: `rows` are those after the layer, `q` is rotated and scaled."""
+    """One layer's queries as they meet the cache: `rows` are those after the layer, `q` is rotated and scaled.
+
+    `lse` counts sinks: weights of keys are `exp(score - lse)`.
+    """
 
     rows: Rows
     q: Float[Array, "queries heads head_dim"]
     k: Float[Array, "keys kv_heads head_dim"]
     lse: Float[Array, "queries heads"]
     starts: Int[Array, " queries"] | None
+    soft_cap: float | None
 
 
 def _attend_over(
@@ -96,7 +102,7 @@ def _attend_over(
     layer, kv = layer_at(params, config, index), cache.layer(index)
     turned, starts = rows.angles.of_layer(config, index), layer_starts(config, index, rows.positions)
     attended = attend(layer, rows, layer.queries(rows.hidden), kv, angles=turned, starts=starts, kv_length=length)
-    return _LayerAttention(attended.rows, attended.q * scale, kv.k, attended.lse, starts)
+    return _LayerAttention(attended.rows, attended.q * scale, kv.k, attended.lse, starts, config.attention_soft_cap)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -114,7 +120,7 @@ def _attention_deviation(
 
     def step(index: Int[Array, ""] | int, rows: Rows, kv: KVCache) -> tuple[Rows, jax.Array]:
         seen = _attend_over(params, config, index, rows, kv, length)
-        return seen.rows, _probabilities(seen.q, seen.k, seen.lse, rows.positions, seen.starts, length)
+        return seen.rows, _probabilities(seen, rows.positions, length)
 
     def both(carry: tuple[Rows, Rows], index: Int[Array, ""] | int) -> tuple[tuple[Rows, Rows], jax.Array]:
         rows, seen = step(index, carry[0], cache)
@@ -165,7 +171,8 @@ def _paid_between(
 
     def add_tile(total: jax.Array, tile: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         q, lse, tile_positions, tile_starts, tile_paying = tile
-        weights = _probabilities(q, seen.k, lse, tile_positions, tile_starts, length).mean(axis=1)
+        of_tile = seen._replace(q=q, lse=lse, starts=tile_starts)
+        weights = _probabilities(of_tile, tile_positions, length).mean(axis=1)
         return total + tile_paying.T @ (weights @ paid), None
 
     parts = paid.shape[1]
@@ -174,18 +181,15 @@ def _paid_between(
 
 
 def _probabilities(
-    q: Float[Array, "queries heads head_dim"],
-    k: Float[Array, "keys kv_heads head_dim"],
-    lse: Float[Array, "queries heads"],
-    positions: Int[Array, " queries"],
-    starts: Int[Array, " queries"] | None,
-    length: Int[Array, ""] | int,
+    seen: _LayerAttention, positions: Int[Array, " queries"], length: Int[Array, ""] | int
 ) -> Float[Array, "queries heads keys"]:
-    """The attention matrix itself, of scaled queries: only for measuring, with few of them."""
-    grouped = q.astype(jnp.float32).reshape(q.shape[0], k.shape[1], -1, q.shape[2])
-    scores = jnp.einsum("qhgd,khd->qhgk", grouped, k.astype(jnp.float32)).reshape(*q.shape[:2], k.shape[0])
-    keys = jnp.arange(k.shape[0])[None, :]
+    """The attention matrix itself: only for measuring, with few queries."""
+    (num_queries, num_heads, head_dim), (num_keys, num_kv_heads, _) = seen.q.shape, seen.k.shape
+    grouped = seen.q.astype(jnp.float32).reshape(num_queries, num_kv_heads, -1, head_dim)
+    products = jnp.einsum("qhgd,khd->qhgk", grouped, seen.k.astype(jnp.float32))
+    scores = soft_capped(products.reshape(num_queries, num_heads, num_keys), seen.soft_cap)
+    keys = jnp.arange(num_keys)[None, :]
     visible = (keys <= positions[:, None]) & (positions[:, None] < length)
-    if starts is not None:
-        visible &= keys >= starts[:, None]
-    return jnp.where(visible[:, None], jnp.exp(scores - lse[..., None]), 0.0)
+    if seen.starts is not None:
+        visible &= keys >= seen.starts[:, None]
+    return jnp.where(visible[:, None], jnp.exp(scores - seen.lse[..., None]), 0.0)

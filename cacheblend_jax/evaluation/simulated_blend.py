@@ -306,5 +306,5 @@ def _question_mass(
         at,
         q_starts=None if starts is None else starts[at],
         kv_length=prompt.length,
-        scale=config.attention_scale,
+        **config.score_options,
     )

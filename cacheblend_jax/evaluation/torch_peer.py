@@ -15,14 +15,18 @@ from cacheblend_jax.model.tensor_names import hugging_face_tensors
 
 
 def torch_model(config: ModelConfig, device: str) -> Any:
-    """Returns the model by transformers and torch (sdpa) on a device of torch's, with random weights."""
+    """Returns the model by transformers and torch on a device of torch's, with random weights.
+
+    Its attention is torch's own, or transformers', where scores are capped or heads have sinks: torch's has neither.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = getattr(torch, config.dtype)
+    attention = "sdpa" if config.attention_soft_cap is None and not config.attention_sinks else "eager"
     peer_config = AutoConfig.for_model(**config.to_hugging_face())
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(peer_config, dtype=dtype, attn_implementation="sdpa").eval()
+        return AutoModelForCausalLM.from_config(peer_config, dtype=dtype, attn_implementation=attention).eval()
 
 
 def torch_prefill(model: Model, prompt: Prompt, next_token: int) -> Callable[[], float]:

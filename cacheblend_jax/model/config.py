@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from cacheblend_jax.errors import CheckpointError
 from cacheblend_jax.model.config_fields import MAX_POSITIONS, Fields, shown
@@ -39,6 +39,13 @@ class RopeConfig:
     truncate: bool = True
 
 
+class ScoreOptions(TypedDict):
+    """How `pallas_kernels` makes attention's scores of products of queries and keys: arguments of its functions."""
+
+    scale: float | None
+    soft_cap: float | None
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and options of a Llama-form decoder.
@@ -52,8 +59,11 @@ class ModelConfig:
         qk_norm_over_heads: whether `qk_norm` normalises a token's heads together, not each by itself.
         embedding_scale: the factor of embeddings.
         attention_scale: the factor of attention's scores; `None` for `head_dim ** -0.5`.
+        attention_soft_cap: scaled scores become `cap * tanh(score / cap)`; `None`: they stay as they are.
+        attention_sinks: whether each head has a logit that takes part in the softmax's denominator alone.
         residual_scale: the factor of what attention and MLP return, before it is added.
         logits_scale: the factor of logits.
+        logits_soft_cap: as `attention_soft_cap`, of scaled logits.
         rotated: whether each layer has RoPE at all; by default all have.
         rotary_dim: how many of a head's dimensions RoPE turns; `None`: all.
         rope_divisors: by what LongRoPE divides each frequency, for sequences of up to `max_positions`.
@@ -61,6 +71,9 @@ class ModelConfig:
         num_experts: of how many MLPs each layer has its own; 0: of one, for all tokens.
         experts_per_token: by how many of a layer's experts each token is computed.
         expert_size: the intermediate size of an expert.
+        expert_bias: whether the router and the experts' projections have a bias.
+        glu_alpha, glu_limit: of gpt-oss's activation, `min(gate, limit) * sigmoid(alpha * min(gate, limit)) *
+            (clip(up, -limit, limit) + 1)`; where the limit is `None`, it is `activation(gate) * up`.
         experts_sum_to_one: whether the weights of a token's experts are divided by their sum.
 
     Raises:
@@ -92,6 +105,9 @@ class ModelConfig:
     post_norms: bool = False
     embedding_scale: float = 1.0
     attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    attention_sinks: bool = False
+    logits_soft_cap: float | None = None
     pre_norms: bool = True
     qk_norm_over_heads: bool = False
     rotated: tuple[bool, ...] = ()
@@ -103,6 +119,9 @@ class ModelConfig:
     experts_per_token: int = 0
     expert_size: int = 0
     experts_sum_to_one: bool = False
+    expert_bias: bool = False
+    glu_alpha: float = 1.0
+    glu_limit: float | None = None
 
     def __post_init__(self) -> None:
         if not self.windows:
@@ -120,6 +139,7 @@ class ModelConfig:
         positive: dict[str, float | None] = {"rms_norm_eps": self.rms_norm_eps, "embedding_scale": self.embedding_scale}
         positive |= {"attention_scale": self.attention_scale, "rope_theta": min(rope.theta for rope in self.ropes)}
         positive |= {"residual_scale": self.residual_scale, "logits_scale": self.logits_scale}
+        positive |= {"attention_soft_cap": self.attention_soft_cap, "logits_soft_cap": self.logits_soft_cap}
         for name, value in positive.items():
             if value is not None and not 0 < value < math.inf:
                 raise CheckpointError(f"{name} must be a positive number, got {value!r}")
@@ -146,6 +166,11 @@ class ModelConfig:
         if self.num_experts:
             return self.hidden_size * (3 * self.experts_per_token * self.expert_size + self.num_experts)
         return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def score_options(self) -> ScoreOptions:
+        """What all that computes attention's scores must pass on."""
+        return {"scale": self.attention_scale, "soft_cap": self.attention_soft_cap}
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
@@ -215,6 +240,9 @@ class ModelConfig:
             tied_embeddings=fields.flag("tie_word_embeddings"),
             embedding_scale=family.embedding_scale(fields),
             attention_scale=family.attention_scale(fields),
+            attention_sinks=family.attention_sinks,
+            attention_soft_cap=family.attention_soft_cap(fields),
+            logits_soft_cap=family.logits_soft_cap(fields),
             residual_scale=family.residual_scale(fields),
             logits_scale=family.logits_scale(fields),
             rotated=family.rotated(fields, num_layers),

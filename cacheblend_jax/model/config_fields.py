@@ -60,6 +60,10 @@ NUMBERS = {
     "embedding_multiplier": Range(POSITIVE, 1e6),
     "residual_multiplier": Range(POSITIVE, 1e6),
     "logits_scaling": Range(POSITIVE, 1e6),
+    "swiglu_alpha": Range(POSITIVE, 1e6),
+    "swiglu_limit": Range(POSITIVE, 1e6),
+    "attn_logit_softcapping": Range(POSITIVE, 1e6),
+    "final_logit_softcapping": Range(POSITIVE, 1e6),
 }
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.params import OfLayer
@@ -25,7 +25,7 @@ BLOCK_BYTES = 2**29  # of matrices, which are copied before they multiply a bloc
 GPU_KERNEL = "jax_ragged_dot_use_gpu_pallas_triton_lowering"  # JAX's option
 FEW = 4  # with so many times more experts than products, accelerators multiply by copies of those experts alone
 
-Activation = Callable[[jax.Array], jax.Array]
+Gated = Callable[[jax.Array, jax.Array], jax.Array]  # what becomes of gate and up
 
 
 class Routing(NamedTuple):
@@ -45,11 +45,18 @@ class Groups(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """The three projections of all experts."""
+    """The three projections of all experts, and their biases where they have any."""
 
     gate: OfLayer
     up: OfLayer
     down: OfLayer
+    gate_bias: OfLayer | None = None
+    up_bias: OfLayer | None = None
+    down_bias: OfLayer | None = None
+
+    def biases(self, experts: Int[Array, "*chosen"]) -> list[Shaped[Array, "..."] | None]:
+        """Returns the biases of gate, up and down of some experts, or of one."""
+        return [None if bias is None else bias.at(experts) for bias in self[3:]]
 
 
 class ExpertProjection(nnx.Module):
@@ -62,11 +69,17 @@ class ExpertProjection(nnx.Module):
             out_sharding=(None, None, "model") if split == "outputs" else (None, "model", None),
             eager_sharding=False,
         )
+        self.bias = _bias(config, outputs, split, rngs) if config.expert_bias else None
 
-    def of_layer(self) -> OfLayer:
-        """Returns what `Params.layer` gave as the kernel."""
-        of_layer: Any = self.kernel.get_value()
-        return of_layer
+    @property
+    def stacks(self) -> tuple[Any, Any]:
+        """The matrices of all experts and their biases, each an `OfLayer`; no biases are `None`."""
+        return self.kernel.get_value(), None if self.bias is None else self.bias.get_value()
+
+
+def _bias(config: ModelConfig, outputs: int, split: str, rngs: nnx.Rngs) -> nnx.Param:
+    drawn = nnx.initializers.normal(0.1)(rngs.params(), (config.num_experts, outputs), jnp.dtype(config.dtype))
+    return nnx.Param(drawn, out_sharding=(None, "model" if split == "outputs" else None), eager_sharding=False)
 
 
 class Experts(nnx.Module):
@@ -84,14 +97,15 @@ class Experts(nnx.Module):
         rows: Float[Array, "tokens hidden"],
         router_logits: Float[Array, "tokens experts"],
         valid: Bool[Array, " tokens"],
-        activation: Activation,
+        gated: Gated,
     ) -> Float[Array, "tokens hidden"]:
         """Returns the weighted sum of what each token's experts make of it; of tokens that are not `valid`, zero."""
         with jax.named_scope("experts"):
             routing = route(router_logits, self.per_token, self.sum_to_one)
             groups = sorted_by_expert(routing.experts, valid, num_experts=router_logits.shape[1])
-            kernels = Kernels(self.gate_proj.of_layer(), self.up_proj.of_layer(), self.down_proj.of_layer())
-            computed = _product(groups)(rows[groups.tokens], groups, kernels, activation)[groups.places]
+            stacks = [each.stacks for each in (self.gate_proj, self.up_proj, self.down_proj)]
+            kernels = Kernels(*(kernel for kernel, _ in stacks), *(bias for _, bias in stacks))
+            computed = _product(groups)(rows[groups.tokens], groups, kernels, gated)[groups.places]
             weighted = (computed * routing.weights[..., None]).sum(axis=1)
             return jnp.where(valid[:, None], weighted, 0).astype(rows.dtype)
 
@@ -112,7 +126,7 @@ def sorted_by_expert(chosen: Int[Array, "tokens chosen"], valid: Bool[Array, " t
     return Groups(experts[order], order // per_token, sizes, places.reshape(chosen.shape))
 
 
-def _product(groups: Groups) -> Callable[[jax.Array, Groups, Kernels, Activation], jax.Array]:
+def _product(groups: Groups) -> Callable[[jax.Array, Groups, Kernels, Gated], jax.Array]:
     """Chooses how rows are multiplied by their experts' matrices.
 
     `lax.ragged_dot` computes what it should on a TPU. For a CPU it is compiled to a product of all rows with all
@@ -128,7 +142,7 @@ def _product(groups: Groups) -> Callable[[jax.Array, Groups, Kernels, Activation
 
 
 def tile_by_tile(
-    rows: Float[Array, "rows hidden"], groups: Groups, kernels: Kernels, activation: Activation
+    rows: Float[Array, "rows hidden"], groups: Groups, kernels: Kernels, gated: Gated
 ) -> Float[Array, "rows hidden"]:
     """Multiplies expert by expert, `TILE` rows at a time: what is computed grows with the rows that have an expert."""
     tile = min(TILE, groups.places.shape[0])  # no group has more rows than there are tokens
@@ -138,13 +152,15 @@ def tile_by_tile(
 
     def of_expert(turn: Int[Array, ""] | int, out: jax.Array) -> jax.Array:
         expert = busy[turn]
-        gate, up, down = (kernel.at(expert) for kernel in kernels)
+        gate, up, down = (kernel.at(expert) for kernel in kernels[:3])
+        gate_bias, up_bias, down_bias = kernels.biases(expert)
 
         def of_tile(number: Int[Array, ""] | int, out: jax.Array) -> jax.Array:
             # What the last tile of a group has of the next is computed again there.
             at = (begins[expert] + number * tile, 0)
             x = lax.dynamic_slice(padded, at, (tile, rows.shape[1]))
-            return lax.dynamic_update_slice(out, (activation(x @ gate) * (x @ up)) @ down, at)
+            inner = gated(_added(x @ gate, gate_bias), _added(x @ up, up_bias))
+            return lax.dynamic_update_slice(out, _added(inner @ down, down_bias), at)
 
         return lax.fori_loop(0, num_tiles(groups.sizes[expert], tile), of_tile, out)
 
@@ -158,7 +174,7 @@ def num_tiles(rows: Int[Array, "*of"], tile: int) -> Int[Array, "*of"]:
 
 
 def block_by_block(
-    rows: Float[Array, "rows hidden"], groups: Groups, kernels: Kernels, activation: Activation
+    rows: Float[Array, "rows hidden"], groups: Groups, kernels: Kernels, gated: Gated
 ) -> Float[Array, "rows hidden"]:
     """Multiplies blocks of tiles by copies of their experts' matrices: no loop whose length a GPU's host must ask for.
 
@@ -176,9 +192,11 @@ def block_by_block(
         experts = jnp.minimum(jnp.searchsorted(ends, numbers, side="right"), num_experts - 1)
         first = begins[experts] + (numbers - (ends - tiles)[experts]) * tile
         x = rows[jnp.minimum(first[:, None] + jnp.arange(tile)[None], num_rows - 1)]
-        gate, up, down = (kernel.at(experts) for kernel in kernels)
+        gate, up, down = (kernel.at(experts) for kernel in kernels[:3])
+        gate_bias, up_bias, down_bias = kernels.biases(experts)
         product = partial(jnp.einsum, "bti,bio->bto")
-        return product(activation(product(x, gate)) * product(x, up), down)
+        inner = gated(_added(product(x, gate), gate_bias), _added(product(x, up), up_bias))
+        return _added(product(inner, down), down_bias)
 
     computed = lax.map(of_block, numbers).reshape(-1, rows.shape[1])
     experts = jnp.minimum(groups.experts, num_experts - 1)
@@ -188,19 +206,33 @@ def block_by_block(
 
 
 def by_ragged_dot(
-    rows: Float[Array, "rows hidden"], groups: Groups, kernels: Kernels, activation: Activation
+    rows: Float[Array, "rows hidden"], groups: Groups, kernels: Kernels, gated: Gated
 ) -> Float[Array, "rows hidden"]:
     """Multiplies by `lax.ragged_dot`."""
-    gate, up, down = (kernel.whole() for kernel in kernels)
+    gate, up, down = (kernel.whole() for kernel in kernels[:3])
+    gate_bias, up_bias, down_bias = kernels.biases(_real(groups))
     product = partial(lax.ragged_dot, group_sizes=groups.sizes)
-    return product(activation(product(rows, gate)) * product(rows, up), down)
+    inner = gated(_added(product(rows, gate), gate_bias), _added(product(rows, up), up_bias))
+    return _added(product(inner, down), down_bias)
 
 
 def by_copies(
-    rows: Float[Array, "rows hidden"], groups: Groups, kernels: Kernels, activation: Activation
+    rows: Float[Array, "rows hidden"], groups: Groups, kernels: Kernels, gated: Gated
 ) -> Float[Array, "rows hidden"]:
     """Multiplies each row by a copy of its expert's matrices: of few rows, a decoded token's say."""
-    experts = jnp.minimum(groups.experts, groups.sizes.size - 1)
-    gate, up, down = (kernel.at(experts) for kernel in kernels)
+    experts = _real(groups)
+    gate, up, down = (kernel.at(experts) for kernel in kernels[:3])
+    gate_bias, up_bias, down_bias = kernels.biases(experts)
     product = partial(jnp.einsum, "ri,rio->ro")
-    return product(activation(product(rows, gate)) * product(rows, up), down)
+    inner = gated(_added(product(rows, gate), gate_bias), _added(product(rows, up), up_bias))
+    return _added(product(inner, down), down_bias)
+
+
+def _real(groups: Groups) -> Int[Array, " rows"]:
+    """Returns each row's expert; of padding, some expert."""
+    return jnp.minimum(groups.experts, groups.sizes.size - 1)
+
+
+def _added(product: Float[Array, "..."], bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
+    """Adds a bias to a product `[…, rows, outputs]`: one for all rows, or one for each."""
+    return product if bias is None else product + jnp.expand_dims(bias, range(bias.ndim - 1, product.ndim - 1))

@@ -40,6 +40,7 @@ class Family:
         rope_types: other names of types of RoPE.
         rotated: whether each layer has RoPE, given the number of layers; an empty tuple: all have.
         attention_scale: the factor of attention's scores; `None` for `head_dim ** -0.5`.
+        attention_soft_cap, logits_soft_cap, attention_sinks: as in `ModelConfig`.
         embedding_scale, residual_scale, logits_scale: as in `ModelConfig`.
         experts: what `ModelConfig` is told of experts, given the number of layers.
         own_keys: what `ModelConfig.to_hugging_face` writes that other families' configurations do not have.
@@ -63,6 +64,9 @@ class Family:
     rope_types: Mapping[str, str] | None = None
     rotated: Callable[[Fields, int], tuple[bool, ...]] = lambda fields, num_layers: ()
     attention_scale: Callable[[Fields], float | None] = lambda fields: None
+    attention_soft_cap: Callable[[Fields], float | None] = lambda fields: None
+    logits_soft_cap: Callable[[Fields], float | None] = lambda fields: None
+    attention_sinks: bool = False
     embedding_scale: Callable[[Fields], float] = lambda fields: 1.0
     residual_scale: Callable[[Fields], float] = lambda fields: 1.0
     logits_scale: Callable[[Fields], float] = lambda fields: 1.0
@@ -83,8 +87,18 @@ def _qwen_windows(fields: Fields, num_layers: int) -> Windows:
     return _windows_if_used(fields, num_layers, lambda layer: layer >= fields.integer("max_window_layers", 28))
 
 
-def _gemma_windows(fields: Fields, num_layers: int) -> Windows:
-    return _windows_by_type(fields, num_layers, lambda layer: (layer + 1) % fields.integer("sliding_window_pattern", 6))
+def _all_windows_but(every: int) -> Callable[[Fields, int], Windows]:
+    """All layers have the window but every so many-th, unless the configuration says otherwise."""
+
+    def windows(fields: Fields, num_layers: int) -> Windows:
+        pattern = fields.integer("sliding_window_pattern", every)
+        return _windows_by_type(fields, num_layers, lambda layer: (layer + 1) % pattern)
+
+    return windows
+
+
+def _soft_cap(key: str) -> Callable[[Fields], float | None]:
+    return lambda fields: fields.number(key, 0.0) if key in fields else None
 
 
 def _windows_if_used(fields: Fields, num_layers: int, slides: Callable[[int], int]) -> Windows:
@@ -151,11 +165,24 @@ def _mixtral_experts(fields: Fields, num_layers: int) -> dict[str, Any]:
     }
 
 
+def _gpt_oss_experts(fields: Fields, num_layers: int) -> dict[str, Any]:
+    return {
+        "num_experts": _num_experts(fields, 128),
+        "experts_per_token": fields.integer("num_experts_per_tok", 4),
+        "expert_size": fields.integer("intermediate_size"),
+        "experts_sum_to_one": True,  # a softmax over the chosen ones alone
+        "expert_bias": True,
+        "glu_alpha": fields.number("swiglu_alpha", 1.702),
+        "glu_limit": fields.number("swiglu_limit", 7.0),
+    }
+
+
 # What other mixtures of experts have: groups of experts that are chosen first, experts for all tokens, other weights.
 OTHER_ROUTERS = (
     *("n_group", "n_shared_experts", "shared_expert_intermediate_size", "routed_scaling_factor"),
     *("scoring_func", "moe_layer_freq"),
 )
+GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(
@@ -206,6 +233,31 @@ FAMILIES: dict[str, Family] = {
         own_keys=lambda config: {
             "num_local_experts": config.num_experts,
             "num_experts_per_tok": config.experts_per_token,
+        },
+    ),
+    "GptOssForCausalLM": Family(
+        "gpt_oss",
+        defaults={
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+            "sliding_window": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+            "rope_parameters": GPT_OSS_ROPE,
+            "attention_bias": True,
+        },
+        windows=_all_windows_but(every=2),
+        biases=("attention_bias",),
+        unsupported=OTHER_ROUTERS,
+        attention_sinks=True,
+        experts=_gpt_oss_experts,
+        own_keys=lambda config: {
+            "num_local_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "swiglu_alpha": config.glu_alpha,
+            "swiglu_limit": config.glu_limit,
         },
     ),
     "Phi3ForCausalLM": Family(
@@ -262,6 +314,36 @@ FAMILIES: dict[str, Family] = {
         rotated=_smollm3_rotated,
         own_keys=lambda config: {"no_rope_layers": [int(turns) for turns in config.rotated] or [1] * config.num_layers},
     ),
+    "Gemma2ForCausalLM": Family(
+        "gemma2",
+        defaults={
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "sliding_window": 4096,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "tie_word_embeddings": True,
+        },
+        windows=_all_windows_but(every=2),
+        biases=("attention_bias",),
+        unsupported=("use_bidirectional_attention",),
+        activation_key="hidden_activation",
+        norm_offset=1.0,
+        post_norms=True,
+        attention_scale=lambda fields: fields.integer("query_pre_attn_scalar") ** -0.5,
+        attention_soft_cap=_soft_cap("attn_logit_softcapping"),
+        logits_soft_cap=_soft_cap("final_logit_softcapping"),
+        embedding_scale=lambda fields: fields.integer("hidden_size") ** 0.5,
+        own_keys=lambda config: {
+            "query_pre_attn_scalar": round(config.attention_scale**-2),
+            "attn_logit_softcapping": config.attention_soft_cap,
+            "final_logit_softcapping": config.logits_soft_cap,
+        },
+    ),
     "Gemma3ForCausalLM": Family(
         "gemma3_text",
         defaults={
@@ -276,9 +358,9 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": 1e6,
             "tie_word_embeddings": True,
         },
-        windows=_gemma_windows,
+        windows=_all_windows_but(every=6),
         biases=("attention_bias",),
-        unsupported=("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"),
+        unsupported=("attn_logit_softcapping", "use_bidirectional_attention"),
         activation_key="hidden_activation",
         qk_norm=True,
         norm_offset=1.0,
@@ -286,8 +368,12 @@ FAMILIES: dict[str, Family] = {
         ropes_by_type=True,
         states_scaled_positions=True,
         attention_scale=lambda fields: fields.integer("query_pre_attn_scalar") ** -0.5,
+        logits_soft_cap=_soft_cap("final_logit_softcapping"),
         embedding_scale=lambda fields: fields.integer("hidden_size") ** 0.5,
-        own_keys=lambda config: {"query_pre_attn_scalar": round(config.attention_scale**-2)},
+        own_keys=lambda config: {
+            "query_pre_attn_scalar": round(config.attention_scale**-2),
+            "final_logit_softcapping": config.logits_soft_cap,
+        },
     ),
 }
 # Multimodal checkpoints whose text tower is a model of a family: its architecture, and their model_type.

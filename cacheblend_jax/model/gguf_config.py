@@ -18,6 +18,7 @@ ARCHITECTURES = {  # Mistral's files call themselves llama, and are computed ali
     "qwen3": "Qwen3ForCausalLM",
     "qwen3moe": "Qwen3MoeForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "granite": "GraniteForCausalLM",
@@ -66,7 +67,7 @@ TOKENIZER = "tokenizer.ggml."
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<end_of_turn>")
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 LONGROPE_FACTORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
-GEMMA_27B_LAYERS = 62  # its scale of attention differs, which only its size tells
+GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # its scale of attention differs, which only its size tells
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_LENGTH = 1.0, 4.0, 8192  # of every published Llama 3.1, 3.2 and 3.3
 LOCAL_THETA = 10000.0  # of Gemma 3's layers with a window
 
@@ -107,13 +108,14 @@ def hugging_face_config(file: GgufFile, rope_factors: Mapping[str, np.ndarray]) 
         "attention_bias": has_biases,
         "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
         "eos_token_id": stop_ids(file),
+        **(_query_scalar(said, GEMMA_27B_LAYERS[name]) if name in GEMMA_27B_LAYERS else {}),
         **_rope_keys(file, name, said, rope_factors),
     }
 
 
 def _rope_keys(file: GgufFile, name: str, said: dict[str, Any], factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     if name == "gemma3":
-        return _gemma_keys(said)
+        return _gemma3_ropes(said)
     if name == "phi3":
         return _phi_keys(file, said, factors)
     return {"rope_scaling": _rope_scaling(file, said, factors.get(ROPE_FACTORS))}
@@ -168,16 +170,20 @@ def _heads(file: GgufFile, said: dict[str, Any], *, may_turn_a_part: bool) -> di
     return {"head_dim": head_dim}
 
 
-def _gemma_keys(said: dict[str, Any]) -> dict[str, Any]:
+def _gemma3_ropes(said: dict[str, Any]) -> dict[str, Any]:
     # Only the layers without a window are scaled.
     scaling = said.get("rope.scaling.type", "none")
     keys: dict[str, Any] = {"rope_local_base_freq": said.get("rope.freq_base_swa", LOCAL_THETA)}
     if scaling != "none":
         keys["rope_scaling"] = {"rope_type": scaling, "factor": said.get("rope.scaling.factor")}
+    return keys
+
+
+def _query_scalar(said: dict[str, Any], layers_of_27b: int) -> dict[str, Any]:
     hidden, heads, dim = said["embedding_length"], said["attention.head_count"], said.get("attention.key_length")
-    if said["block_count"] == GEMMA_27B_LAYERS and is_whole_number(hidden, least=1) and is_whole_number(heads, least=1):
+    if said["block_count"] == layers_of_27b and is_whole_number(hidden, least=1) and is_whole_number(heads, least=1):
         dim = hidden // heads
-    return keys | ({} if dim is None else {"query_pre_attn_scalar": dim})
+    return {} if dim is None else {"query_pre_attn_scalar": dim}
 
 
 def _phi_keys(file: GgufFile, said: dict[str, Any], factors: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -31,17 +31,17 @@ EXPERTS = "experts"  # the module whose matrices are `[layers, experts, …]`
 
 @struct.dataclass
 class OfLayer:
-    """One layer's matrices in a stack, none of which is copied before it is asked for."""
+    """One layer's matrices, or biases, in a stack, none of which is copied before it is asked for."""
 
-    stack: Shaped[Array, "layers experts inputs outputs"]
+    stack: Shaped[Array, "layers experts ..."]
     layer: Int[Array, ""] | int
 
-    def at(self, experts: Int[Array, "*chosen"]) -> Shaped[Array, "*chosen inputs outputs"]:
-        """Returns the matrices of some experts, or of one."""
+    def at(self, experts: Int[Array, "*chosen"]) -> Shaped[Array, "..."]:
+        """Returns those of some experts, or of one: axes of the experts chosen, then its own."""
         return self.stack[self.layer, experts]
 
-    def whole(self) -> Shaped[Array, "experts inputs outputs"]:
-        """Returns the matrices of all experts."""
+    def whole(self) -> Shaped[Array, "experts ..."]:
+        """Returns those of all experts."""
         return lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
 
 

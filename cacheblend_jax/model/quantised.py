@@ -1,4 +1,4 @@
-"""Quantised checkpoints: not loaded, but recognised and named, instead of a report of tensors that are missing."""
+"""Quantised checkpoints: recognised and named, instead of a report of tensors that are missing; all but one refused."""
 
 from __future__ import annotations
 
@@ -21,18 +21,24 @@ TENSORS = {
     ".SCB": "bitsandbytes",
     ".scales": "MLX, or an unknown method",
 }
+LOADED = {"mxfp4": "GptOssForCausalLM"}  # by method, of which architecture
 WAY_OUT = (
     "load the checkpoint that it was made from (float32, bfloat16 or float16 safetensors), or a GGUF file of the model"
 )
 
 
 def refuse_quantised_config(path: Path, raw: Mapping[str, Any]) -> None:
-    """Raises `CheckpointError` where the configuration, read from `path`, states a quantisation; it is named."""
+    """Raises `CheckpointError` where the configuration, read from `path`, states a quantisation that is not loaded.
+
+    It is named.
+    """
     fields = Fields(raw, f"{path}: ")
     for key in KEYS:
         stated = fields.nested(key)
         if stated is not None and stated.content:
-            raise _refusal(path, _method(stated))
+            method = _method(stated)
+            if LOADED.get(method) not in (fields.texts("architectures") or ()):
+                raise _refusal(path, method)
 
 
 def refuse_quantised_tensors(directory: Path, names: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.fused_tensors import fuse
+from cacheblend_jax.model.gpt_oss_tensors import fuse_gpt_oss
 from cacheblend_jax.model.params import Params, is_by_layer
 
 # The path of a leaf in `Params` and its name in a checkpoint; `{}` is the layer, and a second one the expert. Kernels
@@ -24,6 +25,12 @@ LAYER_MODULES = {
     "router": "mlp.gate",
     **{f"experts.{name}": f"mlp.experts.{{}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
 }
+SINKS = "model.layers.{}.self_attn.sinks"
+GEMMA_NORMS = {
+    "attention_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
 # Where a family's names differ, by architecture.
 OTHER_MODULES = {
     "Olmo2ForCausalLM": {
@@ -36,13 +43,11 @@ OTHER_MODULES = {
         "experts.up_proj": "block_sparse_moe.experts.{}.w3",
         "experts.down_proj": "block_sparse_moe.experts.{}.w2",
     },
-    "Gemma3ForCausalLM": {
-        "attention_out_norm": "post_attention_layernorm",
-        "mlp_norm": "pre_feedforward_layernorm",
-        "mlp_out_norm": "post_feedforward_layernorm",
-    },
+    "GptOssForCausalLM": {"router": "mlp.router"},
+    "Gemma2ForCausalLM": GEMMA_NORMS,
+    "Gemma3ForCausalLM": GEMMA_NORMS,
 }
-KERNEL_ENDINGS = ("_proj.weight", HEAD, ".gate.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+KERNEL_ENDINGS = ("_proj.weight", HEAD, ".gate.weight", ".router.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 # What the text tower's names in multimodal checkpoints begin with in place of "model.", of transformers before 4.52
 # and since; and what those of the other towers do.
 TEXT_TOWERS = ("language_model.model.", "model.language_model.")
@@ -54,6 +59,8 @@ def tensor_names(params: Params, config: ModelConfig) -> Params:
     modules = layer_modules(config.architecture)
 
     def of_layers(path: str) -> str:
+        if path == "sinks":
+            return SINKS
         module, leaf = path.rsplit(".", 1)
         return f"model.layers.{{}}.{modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
 
@@ -103,7 +110,7 @@ def hugging_face_tensors(params: Params, config: ModelConfig) -> dict[str, np.nd
             whole = array[None] if "{}" in name else array
             for place, at in numbered(name, whole.shape, first=layer):
                 tensors[place] = whole[at].T if is_kernel(name) else whole[at]
-    return fuse(tensors, config)
+    return fuse_gpt_oss(fuse(tensors, config), config)
 
 
 def _map_paths(tree: dict[str, Any], name: Callable[[str], str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from cacheblend_jax.model.experts import Experts
 from cacheblend_jax.model.kv_cache import LayerInCache, LayerKV
 from cacheblend_jax.model.params import JOINED, Params, is_joined, join, side_by_side, suits_by_layer
 from cacheblend_jax.model.rope import Angles
-from pallas_kernels import apply_rope, selective_attention
+from pallas_kernels import apply_rope, selective_attention, soft_capped
 from pallas_kernels.dispatch import current_target
 
 NO_WINDOW = 2**30
@@ -51,6 +51,12 @@ def _linear(
         bias_metadata={"out_sharding": axes[1:], "eager_sharding": False},
         rngs=rngs,
     )
+
+
+def _sinks(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param:
+    """A logit for each query head; a mesh splits them as it does queries."""
+    drawn = nnx.initializers.normal(1.0)(rngs.params(), (config.num_heads,), jnp.dtype(config.dtype))
+    return nnx.Param(drawn, out_sharding=("model",), eager_sharding=False)
 
 
 def _multiplied(by: Callable[[jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
@@ -102,7 +108,9 @@ class DecoderLayer(nnx.Module):
         self.joined = joined
         self.head_dim, self.q_size, self.kv_size, self.mlp_size = head_dim, q_size, kv_size, config.intermediate_size
         self.activation = config.activation
+        self.glu_alpha, self.glu_limit = config.glu_alpha, config.glu_limit
         self.attention_scale, self.residual_scale = config.attention_scale, config.residual_scale
+        self.attention_soft_cap = config.attention_soft_cap
         self.input_norm = RMSNorm(config, hidden) if config.pre_norms else None
         if joined:
             self.qkv_proj = linear(hidden, q_size + 2 * kv_size, bias=config.qkv_bias, split="outputs")
@@ -111,6 +119,7 @@ class DecoderLayer(nnx.Module):
             self.k_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
             self.v_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
         self.o_proj = linear(q_size, hidden, bias=config.output_bias, split="inputs")
+        self.sinks = _sinks(config, rngs) if config.attention_sinks else None
         self.norms_heads_together = config.qk_norm_over_heads
         q_norm, k_norm = (q_size, kv_size) if config.qk_norm_over_heads else (head_dim, head_dim)
         self.q_norm = RMSNorm(config, q_norm) if config.qk_norm else None
@@ -119,7 +128,7 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config, hidden) if config.pre_norms else None
         self.has_experts = config.num_experts > 0
         if self.has_experts:
-            self.router = linear(hidden, config.num_experts, bias=False, split=None)
+            self.router = linear(hidden, config.num_experts, bias=config.expert_bias, split=None)
             self.experts = Experts(config, rngs=rngs)
         elif joined:
             self.gate_up_proj = linear(hidden, 2 * config.intermediate_size, bias=config.mlp_bias, split="outputs")
@@ -156,6 +165,11 @@ class DecoderLayer(nnx.Module):
             (q,) = self._projected(_normed(self.input_norm, hidden), "q_proj")
             return self._normed_heads(self.q_norm, q)
 
+    @property
+    def sink_logits(self) -> Float[Array, " heads"] | None:
+        """What each query head has in its softmax's denominator beside its keys; `None`: nothing."""
+        return None if self.sinks is None else self.sinks[...]
+
     def finish(
         self,
         hidden: Float[Array, "tokens hidden"],
@@ -174,11 +188,17 @@ class DecoderLayer(nnx.Module):
             return hidden + self._scaled(_normed(self.mlp_out_norm, added))
 
     def _mlp(self, rows: Float[Array, "tokens hidden"], valid: Bool[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
-        activation = ACTIVATION_FUNCTIONS[self.activation]
         if self.has_experts:
-            return self.experts(rows, _multiplied(self.router, rows), valid, activation)
+            return self.experts(rows, _multiplied(self.router, rows), valid, self.gated)
         gate, up = self._projected(rows, "gate_proj", "up_proj")
-        return self.down_proj(activation(gate) * up)
+        return self.down_proj(self.gated(gate, up))
+
+    def gated(self, gate: Float[Array, "*rows size"], up: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
+        """Returns what the MLP's last projection takes."""
+        if self.glu_limit is None:
+            return ACTIVATION_FUNCTIONS[self.activation](gate) * up
+        gate, up = jnp.minimum(gate, self.glu_limit), jnp.clip(up, -self.glu_limit, self.glu_limit)
+        return gate * jax.nn.sigmoid(self.glu_alpha * gate) * (up + 1)
 
     def _scaled(self, added: jax.Array) -> jax.Array:
         return added if self.residual_scale == 1 else (added * jnp.float32(self.residual_scale)).astype(added.dtype)
@@ -221,6 +241,7 @@ class Embedder(nnx.Module):
             eager_sharding=False,
         )
         self.embedding_scale, self.logits_scale = config.embedding_scale, config.logits_scale
+        self.logits_soft_cap = config.logits_soft_cap
         self.final_norm = RMSNorm(config, config.hidden_size)
         if config.tied_embeddings:
             self.lm_head = None
@@ -240,7 +261,8 @@ class Embedder(nnx.Module):
             normed = self.final_norm(hidden)
             kernel = self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
             logits = _multiplied(lambda x: jnp.matmul(x, kernel, preferred_element_type=jnp.float32), normed)
-            return logits if self.logits_scale == 1 else logits * self.logits_scale
+            logits = logits if self.logits_scale == 1 else logits * self.logits_scale
+            return soft_capped(logits, self.logits_soft_cap)
 
 
 class _Graph(NamedTuple):
@@ -381,7 +403,7 @@ class Attended(NamedTuple):
 
     rows: Rows
     q: Float[Array, "rows heads head_dim"]  # rotated
-    lse: Float[Array, "rows heads"]  # log-sum-exp of each query's visible scores, float32
+    lse: Float[Array, "rows heads"]  # log-sum-exp of each query's visible scores and of its sink, float32
 
 
 def attend(
@@ -412,6 +434,8 @@ def attend(
         q_starts=starts,
         kv_length=kv_length,
         scale=layer.attention_scale,
+        soft_cap=layer.attention_soft_cap,
+        sinks=layer.sink_logits,
         return_lse=True,
     )
     return Attended(replace(rows, hidden=layer.finish(rows.hidden, attended, rows.positions < kv_length)), q, lse)

@@ -21,6 +21,7 @@ from cacheblend_jax.model.expert_tensors import separate_experts
 from cacheblend_jax.model.fused_tensors import TensorSource, separate
 from cacheblend_jax.model.gguf_checkpoint import GgufCheckpoint
 from cacheblend_jax.model.gguf_file import is_gguf
+from cacheblend_jax.model.gpt_oss_tensors import separate_gpt_oss
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.params import Params, is_by_layer, join, suits_by_layer
 from cacheblend_jax.model.quantised import refuse_quantised_tensors
@@ -239,7 +240,7 @@ def load_params(
     """
     if by_layer is None:
         by_layer = suits_by_layer(current_target().platform if mesh is None else mesh.devices.flat[0].platform)
-    checkpoint = separate_experts(separate(checkpoint, config), config)
+    checkpoint = separate_experts(separate(separate_gpt_oss(checkpoint, config), config), config)
     wanted = abstract_params(config)
     names = jax.tree.map(lambda name: stored_name(name, checkpoint.tensor_files()), tensor_names(wanted, config))
     _check_tensors(checkpoint, config, names, wanted)

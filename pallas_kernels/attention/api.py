@@ -5,6 +5,7 @@ Full prefill is the case `q_positions = 0 … n-1`, decoding that of one query, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -44,6 +45,8 @@ def selective_attention(
     kv_length: Int[Array, ""] | int | None = None,
     window: int | None = None,
     scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> (
@@ -64,7 +67,11 @@ def selective_attention(
             they are NaN.
         window: the query at p sees at most the `window` keys up to and including p.
         scale: factor of the scores; `head_dim ** -0.5` by default.
-        return_lse: also return float32 `[queries, heads]`, the log-sum-exp of the visible scaled scores.
+        soft_cap: scaled scores become `soft_cap * tanh(score / soft_cap)`; not at all by default.
+        sinks: for each query head a logit of no value, which takes part in the softmax's denominator alone.
+        return_lse: also return float32 `[queries, heads]`, the logarithm of the softmax's denominator: the log-sum-exp
+            of the visible scores (scaled and capped), and of the sink where there are `sinks`. A key's weight is
+            `exp(score - lse)`. To merge results over parts of the keys, attend to the parts without sinks.
         implementation: `None` (what was found right and fastest on this device, see `use_verdicts`; else `"xla"`),
             `"xla"` (blockwise; memory O(queries x block)), `"pallas"` (the platform's Pallas kernel; on a CPU
             interpreted, for tests), or a Pallas kernel by name: `"mosaic_gpu"`, `"triton"`, `"tpu"`.
@@ -79,6 +86,7 @@ def selective_attention(
     Source: FlashAttention (arXiv 2205.14135) for the online softmax; CacheBlend (arXiv 2405.16444) §4.2 for the use.
     """
     _validate(q, k, v, q_positions, layer, q_starts, kv_length, window)
+    _validate_scores(q, soft_cap, sinks)
     num_keys, head_dim = k.shape[-3], q.shape[2]
     call = Call("selective_attention", str(q.dtype), head_dim, class_of(q.shape[0], num_keys))
     backend = choose_backend(implementation, call, unsupported(q, k))
@@ -90,12 +98,24 @@ def selective_attention(
     elif backend == "xla":
         if layer is not None:
             k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
-        out, lse = attend_xla(q, k, v, q_positions, starts, kv_length, scale)
+        out, lse = attend_xla(q, k, v, q_positions, starts, kv_length, scale, soft_cap)
     else:
         k, v = (k[None], v[None]) if layer is None else (k, v)
         at = jnp.asarray(0 if layer is None else layer, jnp.int32)
-        out, lse = _attend_pallas(backend, q, k, v, at, q_positions, starts, kv_length, scale)
+        out, lse = _attend_pallas(backend, q, k, v, at, q_positions, starts, kv_length, scale, soft_cap)
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
+
+
+def _with_sinks(
+    out: Float[Array, "queries heads head_dim"], lse: Float[Array, "queries heads"], sinks: Float[Array, " heads"]
+) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
+    """Adds sinks to the denominators of a softmax over keys alone; XLA fuses it with what unpacks a kernel's rows."""
+    logits, sees_none = sinks.astype(jnp.float32)[None], lse == -jnp.inf
+    of_keys = jnp.where(sees_none, 0.0, lse)  # finite: a sink may be -inf, too
+    share = jax.nn.sigmoid(of_keys - logits)
+    return (out * share[..., None]).astype(out.dtype), jnp.where(sees_none, lse, jnp.logaddexp(of_keys, logits))
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> UnsupportedReasons:
@@ -122,6 +142,7 @@ def _attend_pallas(
     starts: Int[Array, " queries"] | None,
     kv_length: Int[Array, ""],
     scale: float,
+    soft_cap: float | None,
 ) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
     target = current_target()
     interpret = target.platform == "cpu"
@@ -131,6 +152,7 @@ def _attend_pallas(
         attend_by,
         backend=backend,
         scale=scale,
+        soft_cap=soft_cap,
         blocks=attention_blocks(backend, target.chip, q.dtype, q.shape[2]),
         interpret=interpret,
     )
@@ -143,15 +165,15 @@ def _attend_pallas(
 
 
 def _attend_by(
-    *arguments: jax.Array | None, backend: str, scale: float, blocks: AttentionBlocks, interpret: bool
+    *arguments: jax.Array | None, backend: str, blocks: AttentionBlocks, interpret: bool, **scores: float | None
 ) -> tuple[jax.Array, jax.Array]:
     module, function = BACKENDS[backend]
     attend = getattr(import_module(module), function)
-    return attend(*arguments, scale=scale, blocks=blocks, interpret=interpret)
+    return attend(*arguments, blocks=blocks, interpret=interpret, **scores)
 
 
 # Lowering a kernel takes JAX up to a second. Jitted, it is lowered once for all layers that call it with these shapes.
-_attend_lowered_once = jax.jit(_attend_by, static_argnames=("backend", "scale", "blocks", "interpret"))
+_attend_lowered_once = jax.jit(_attend_by, static_argnames=("backend", "scale", "soft_cap", "blocks", "interpret"))
 
 
 def _validate(
@@ -190,3 +212,11 @@ def _validate(
         complain("kv_length", kv_length, f"in [0, {num_keys}]")
     if window is not None and window < 1:
         complain("window", window, "at least 1")
+
+
+def _validate_scores(q: jax.Array, soft_cap: float | None, sinks: jax.Array | None) -> None:
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"selective_attention: soft_cap must be a positive number, got {soft_cap}")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or not jnp.issubdtype(sinks.dtype, jnp.floating)):
+        got = f"{sinks.dtype}{list(sinks.shape)}"
+        raise ValueError(f"selective_attention: sinks must be floats of shape [{q.shape[1]}], got {got}")

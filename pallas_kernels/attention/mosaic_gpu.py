@@ -14,7 +14,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention.mosaic_gpu_memory import Exponents, Shape, Shared, scratch
 from pallas_kernels.attention.tiles import Grid, KeyBlocks, cost, make_grid, make_tiles, merge_splits
 from pallas_kernels.tuning import AttentionBlocks
 
@@ -58,20 +59,6 @@ def _miscompiling_compiler() -> str | None:
     return version if (12, 8) <= tuple(map(int, version.split("."))) < (12, 9, 86) else None
 
 
-class _Shape(NamedTuple):
-    """What the kernel is compiled for."""
-
-    computing: int  # warpgroups
-    rows: int  # of one of them
-    keys: int  # of one block
-    stages: int
-    head_dim: int
-    dtype: jnp.dtype
-    exponent_scale: float  # positive; from products of queries and keys to powers of two
-    has_starts: bool
-    interpret: bool
-
-
 def attend_mosaic_gpu(
     q: Float[Array, "queries heads head_dim"],
     k: Float[Array, "layers keys kv_heads head_dim"],
@@ -82,6 +69,7 @@ def attend_mosaic_gpu(
     kv_length: Int[Array, ""],
     *,
     scale: float,
+    soft_cap: float | None,
     blocks: AttentionBlocks,
     interpret: bool,
 ) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
@@ -92,7 +80,7 @@ def attend_mosaic_gpu(
     # Where one warpgroup holds all rows, as of a single query, another would compute padding.
     computing = 1 if num_queries * num_heads // num_kv_heads <= rows else COMPUTING
     tile_rows = computing * rows
-    q, exponent_scale = _with_positive_scale(q, scale)
+    q, exponents = _with_exponents(q, scale, soft_cap)
     tiles = make_tiles(
         q,
         q_positions,
@@ -102,14 +90,14 @@ def attend_mosaic_gpu(
         tile_rows=tile_rows,
         block_keys=blocks.keys,
     )
-    shape = _Shape(
+    shape = Shape(
         computing=computing,
         rows=rows,
         keys=blocks.keys,
         stages=blocks.stages,
         head_dim=head_dim,
         dtype=jnp.dtype(q.dtype),
-        exponent_scale=exponent_scale,
+        exponents=exponents,
         has_starts=starts is not None,
         interpret=interpret,
     )
@@ -136,7 +124,7 @@ def attend_mosaic_gpu(
             jax.ShapeDtypeStruct((grid.num_splits, num_kv_heads, num_rows, head_dim), q.dtype),
             jax.ShapeDtypeStruct((grid.num_splits, num_kv_heads, num_rows), jnp.float32),
         ],
-        scratch_types=_scratch(shape),
+        scratch_types=scratch(shape),
         grid=(grid.size,),
         grid_names=("block",),
         num_threads=computing + 1,
@@ -158,14 +146,17 @@ def attend_mosaic_gpu(
     return merge_splits(out, lse, num_queries, num_heads)
 
 
-def _with_positive_scale(
-    q: Float[Array, "queries heads head_dim"], scale: float
-) -> tuple[Float[Array, "queries heads head_dim"], float]:
-    """Returns queries and a scale of their products with keys, in powers of two: the highest product counts most."""
+def _with_exponents(
+    q: Float[Array, "queries heads head_dim"], scale: float, soft_cap: float | None
+) -> tuple[Float[Array, "queries heads head_dim"], Exponents]:
+    """Returns queries, and what makes exponents of their products with keys: the highest product counts most."""
     exponent_scale = abs(scale) * LOG2_E
     if exponent_scale < float(jnp.finfo(jnp.float32).tiny):
-        return q * 0, 1.0
-    return (q if scale > 0 else -q), exponent_scale
+        return q * 0, Exponents(1.0)
+    q = q if scale > 0 else -q
+    if soft_cap is None:
+        return q, Exponents(exponent_scale)
+    return q, Exponents(soft_cap * LOG2_E, abs(scale) / soft_cap)
 
 
 def _tail_block(
@@ -180,49 +171,10 @@ def _tail_block(
     return jnp.where((at < kv_length)[:, None, None], x[jnp.minimum(first_key + at, x.shape[0] - 1)], 0)
 
 
-def _scratch(shape: _Shape) -> list[Any]:
-    # The widest swizzle whose columns divide head_dim: then no head_dim needs padding.
-    columns = next(size for size in (64, 32, 16) if shape.head_dim % size == 0)
-    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
-
-    def shared(*sizes: int) -> Any:
-        return plgpu.SMEM((*sizes, shape.head_dim), shape.dtype, transforms=transforms)
-
-    return [
-        shared(shape.computing, shape.rows),
-        shared(shape.stages, shape.keys),
-        shared(shape.stages, shape.keys),
-        plgpu.SMEM((shape.computing, shape.rows), jnp.float32),
-        plgpu.Barrier(num_barriers=shape.computing),
-        plgpu.Barrier(num_barriers=shape.stages),
-        plgpu.Barrier(num_barriers=shape.stages),
-        plgpu.Barrier(num_arrivals=shape.computing, num_barriers=shape.stages),
-        plgpu.Barrier(num_arrivals=shape.computing, num_barriers=shape.stages),
-        plgpu.Barrier(num_arrivals=shape.computing),
-        *([plgpu.SMEM((shape.computing, shape.rows, shape.keys), shape.dtype)] if shape.interpret else []),
-    ]
-
-
-class _Shared(NamedTuple):
-    """Shared memory and barriers, in the order of `_scratch`."""
-
-    q: Any
-    k: Any
-    v: Any
-    lse: Any
-    q_loaded: Any
-    k_loaded: Any
-    v_loaded: Any
-    k_read: Any
-    v_read: Any
-    turn: Any
-    weights: Any = None  # in the interpreter only
-
-
-def _kernel(shape: _Shape, grid: Grid) -> Callable[..., None]:
+def _kernel(shape: Shape, grid: Grid) -> Callable[..., None]:
     def kernel(begin, inner_begin, inner_end, end, tail, first_group, first_visible, last_visible, q, *rest):
         k, v, tails, out, lse, *scratch = rest
-        shared = _Shared(*scratch)
+        shared = Shared(*scratch)
         tile, split, kv_head = grid.place(lax.axis_index("block"))
         warpgroup = lax.axis_index("warpgroup")
         # Here `last` names the block that comes from the tail arrays, whose padding is zero: no mask needs it.
@@ -272,6 +224,16 @@ def _add_product(
     return accumulator + pl.run_scoped(multiply, plgpu.ACC((rows, columns), jnp.float32))
 
 
+def _tanh(products: Float[Array, "rows keys"], scale: float) -> Float[Array, "rows keys"]:
+    """Returns `tanh(scale * products)`.
+
+    The hardware's own has a relative error of 2^-11, which a cap of 50 makes hundredths of a score. This is exact to
+    float32's last digits, by the operations that the hardware is fast at.
+    """
+    root = lax.rsqrt(1 + jnp.exp2(products * (2 * LOG2_E * scale)))
+    return 1 - 2 * (root * root)
+
+
 def _load_rows(source: Any, rows: Any) -> Int[Array, " rows"]:
     options: dict[str, Any] = {"layout": plgpu.Layout.WGMMA.reduce(1), "optimized": False}
     if "idx" in inspect.signature(plgpu.load).parameters:  # before jax 0.11
@@ -280,8 +242,8 @@ def _load_rows(source: Any, rows: Any) -> Int[Array, " rows"]:
 
 
 def _load(
-    shape: _Shape,
-    shared: _Shared,
+    shape: Shape,
+    shared: Shared,
     blocks: KeyBlocks,
     kv_head: Any,
     first_group: Any,
@@ -331,15 +293,15 @@ def _load(
 
 
 def _compute(
-    shape: _Shape,
-    shared: _Shared,
+    shape: Shape,
+    shared: Shared,
     blocks: KeyBlocks,
     warpgroup: Any,
     row_first: Int[Array, " rows"],
     row_last: Int[Array, " rows"],
 ) -> None:
     """Runs one warpgroup's rows over all the tile's blocks; leaves output and log-sum-exp in shared memory."""
-    rows, head_dim = shape.rows, shape.head_dim
+    rows, head_dim, exponents = shape.rows, shape.head_dim, shape.exponents
 
     def end_turn() -> None:
         if shape.computing > 1:
@@ -365,6 +327,8 @@ def _compute(
 
         scores = pl.run_scoped(product, plgpu.ACC((rows, shape.keys), jnp.float32))
         plgpu.barrier_arrive(shared.k_read.at[slot])
+        if exponents.inner_scale is not None:
+            scores = _tanh(scores, exponents.inner_scale)
         if masked:
             key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA) + block * shape.keys
             visible = key <= lax.broadcast_in_dim(row_last, scores.shape, [0])
@@ -372,10 +336,10 @@ def _compute(
                 visible &= key >= lax.broadcast_in_dim(row_first, scores.shape, [0])
             scores = jnp.where(visible, scores, -jnp.inf)
         new_maximum = jnp.maximum(maximum, scores.max(axis=1))
-        rescale = jnp.exp2((maximum - new_maximum) * shape.exponent_scale)
+        rescale = jnp.exp2((maximum - new_maximum) * exponents.scale)
         # Softmax in powers of two, which the hardware computes; scaling and subtraction are one instruction.
-        subtracted = lax.broadcast_in_dim(new_maximum * shape.exponent_scale, scores.shape, [0])
-        weights = jnp.exp2(scores * shape.exponent_scale - subtracted)
+        subtracted = lax.broadcast_in_dim(new_maximum * exponents.scale, scores.shape, [0])
+        weights = jnp.exp2(scores * exponents.scale - subtracted)
         total = total * rescale + weights.sum(axis=1)
         weighted = weighted * lax.broadcast_in_dim(rescale, weighted.shape, [0])
         weights = weights.astype(shape.dtype)
@@ -395,7 +359,7 @@ def _compute(
     carry = (
         filled((rows, head_dim), 0.0, plgpu.Layout.WGMMA),
         # Finite, also when scaled: a row that sees nothing of its first block has weights of 0 there, not NaN.
-        filled((rows,), -1e30 / max(shape.exponent_scale, 1.0), plgpu.Layout.WGMMA.reduce(1)),
+        filled((rows,), -1e30 / max(exponents.scale, 1.0), plgpu.Layout.WGMMA.reduce(1)),
         filled((rows,), 0.0, plgpu.Layout.WGMMA.reduce(1)),
     )
     # One warpgroup is half a step behind the other: while one multiplies, the other does its softmax.
@@ -411,5 +375,5 @@ def _compute(
     out = weighted * lax.broadcast_in_dim(1.0 / total, weighted.shape, [0])
     out = jnp.where(lax.broadcast_in_dim(sees_any, out.shape, [0]), out, 0.0)
     shared.q.at[warpgroup][...] = out.astype(shape.dtype)
-    lse = (maximum * shape.exponent_scale + jnp.log2(total)) / LOG2_E
+    lse = (maximum * exponents.scale + jnp.log2(total)) / LOG2_E
     shared.lse.at[warpgroup][...] = jnp.where(sees_any, lse, -jnp.inf)

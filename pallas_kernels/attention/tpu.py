@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.tiles import KeyBlocks, cost, make_tiles, unpack_rows
+from pallas_kernels.soft_cap import soft_capped
 from pallas_kernels.tuning import AttentionBlocks
 
 MASKED = -1e30  # finite, so that a row that sees nothing of a block stays free of NaN
@@ -42,6 +43,7 @@ def attend_tpu(
     kv_length: Int[Array, ""],
     *,
     scale: float,
+    soft_cap: float | None,
     blocks: AttentionBlocks,
     interpret: bool,
 ) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
@@ -87,7 +89,7 @@ def attend_tpu(
     )
     visible = jnp.stack([tiles.first_visible, tiles.last_visible])
     out, lse = pl.pallas_call(
-        _kernel(scale, block_keys, num_blocks),
+        _kernel(scale, soft_cap, block_keys, num_blocks),
         grid_spec=grid_spec,
         out_shape=[
             jax.ShapeDtypeStruct((num_kv_heads, head_dim, num_rows), q.dtype),
@@ -101,7 +103,7 @@ def attend_tpu(
     return unpack_rows(out.transpose(0, 2, 1), num_queries, num_heads), unpack_rows(lse[:, 0], num_queries, num_heads)
 
 
-def _kernel(scale: float, block_keys: int, num_blocks: int) -> Callable[..., None]:
+def _kernel(scale: float, soft_cap: float | None, block_keys: int, num_blocks: int) -> Callable[..., None]:
     def kernel(begin, inner_begin, inner_end, end, last, visible, q, k, v, out, lse, maximum, total, weighted):
         tile, step = pl.program_id(1), pl.program_id(2)
         block = begin[tile] + step
@@ -117,7 +119,7 @@ def _kernel(scale: float, block_keys: int, num_blocks: int) -> Callable[..., Non
             scores = lax.dot_general(
                 k[...], q[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, precision=precision
             )
-            scores = scores * scale
+            scores = soft_capped(scores * scale, soft_cap)
             value_block = v[...]
             if masked:
                 key = block * block_keys + lax.broadcasted_iota(jnp.int32, scores.shape, 0)

@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.tiles import Grid, KeyBlocks, cost, make_grid, make_tiles, merge_splits
+from pallas_kernels.soft_cap import soft_capped
 from pallas_kernels.tuning import AttentionBlocks
 
 CONCURRENT = 256  # programs: about two on each multiprocessor of a large GPU
@@ -36,6 +37,7 @@ def attend_triton(
     kv_length: Int[Array, ""],
     *,
     scale: float,
+    soft_cap: float | None,
     blocks: AttentionBlocks,
     interpret: bool,
 ) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
@@ -76,7 +78,7 @@ def attend_triton(
     out_rows = specified((None, None, blocks.rows, width), lambda tile, split, head: (split, head, tile, 0))
     out_lse = specified((None, None, blocks.rows), lambda tile, split, head: (split, head, tile))
     out, lse = pl.pallas_call(
-        _kernel(grid, scale, blocks.keys, has_starts=starts is not None),
+        _kernel(grid, scale, soft_cap, blocks.keys, has_starts=starts is not None),
         grid=(grid.size,),
         in_specs=[specified((1,), lambda *_: (0,)), *[bound] * len(tiles.blocks), row, row, rows, whole, whole],
         out_specs=[out_rows, out_lse],
@@ -93,7 +95,9 @@ def attend_triton(
     return out[..., :head_dim].astype(q.dtype), lse
 
 
-def _kernel(grid: Grid, scale: float, block_keys: int, *, has_starts: bool) -> Callable[..., None]:
+def _kernel(
+    grid: Grid, scale: float, soft_cap: float | None, block_keys: int, *, has_starts: bool
+) -> Callable[..., None]:
     def kernel(first_key, begin, inner_begin, inner_end, end, last, first_visible, last_visible, q, k, v, out, lse):
         num_rows, width = q.shape
         queries, row_first, row_last = q[...], first_visible[...], last_visible[...]
@@ -105,6 +109,7 @@ def _kernel(grid: Grid, scale: float, block_keys: int, *, has_starts: bool) -> C
             weighted, maximum, total = carry
             keys = pl.ds(first_key[0] + block * block_keys, block_keys)
             scores = plt.dot(queries, k[keys, :], trans_b=True, precision=precision).astype(jnp.float32) * scale
+            scores = soft_capped(scores, soft_cap)
             value_block = v[keys, :]
             if masked:
                 key = block * block_keys + lax.broadcasted_iota(jnp.int32, scores.shape, 1)

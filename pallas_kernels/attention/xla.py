@@ -11,11 +11,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.reference import selective_attention_reference
+from pallas_kernels.soft_cap import soft_capped
 
 MASKED = -1e30  # finite, so that a fully masked row stays free of NaN until zeros overwrite it
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def attend_xla(
     q: Float[Array, "queries heads head_dim"],
     k: Float[Array, "keys kv_heads head_dim"],
@@ -24,6 +25,7 @@ def attend_xla(
     starts: Int[Array, " queries"] | None,
     kv_length: Int[Array, ""],
     scale: float,
+    soft_cap: float | None,
 ) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
     """Returns output and log-sum-exp for validated arguments; `starts` already takes the window into account.
 
@@ -32,7 +34,7 @@ def attend_xla(
     num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
     if num_queries == 1:
-        return _attend_one(q, k, v, q_positions, starts, kv_length, scale)
+        return _attend_one(q, k, v, q_positions, starts, kv_length, scale, soft_cap)
     tile_size, blocks = block_sizes(num_queries, num_keys)
 
     with jax.named_scope("selective_attention"):
@@ -51,7 +53,7 @@ def attend_xla(
             # Heads that share a KV head become rows of one matrix product: [kv_heads, group * tile, head_dim].
             rows = tile.q.reshape(tile_size, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
             rows = rows.reshape(num_kv_heads, group * tile_size, head_dim)
-            out, lse = _attend_tile(tile, rows, stored, kv_length, scale, blocks)
+            out, lse = _attend_tile(tile, rows, stored, kv_length, scale, soft_cap, blocks)
             out = out.reshape(num_kv_heads, group, tile_size, head_dim).transpose(2, 0, 1, 3)
             lse = lse.reshape(num_kv_heads, group, tile_size).transpose(2, 0, 1)
             return None, (out.reshape(tile.q.shape), lse.reshape(tile_size, num_heads))
@@ -69,6 +71,7 @@ def _attend_one(
     starts: Int[Array, " 1"] | None,
     kv_length: Int[Array, ""],
     scale: float,
+    soft_cap: float | None,
 ) -> tuple[Float[Array, "1 heads head_dim"], Float[Array, "1 heads"]]:
     """Returns what `attend_xla` does for one query: decoding's.
 
@@ -82,7 +85,7 @@ def _attend_one(
             visible &= column >= starts
         rows = q.reshape(num_kv_heads, -1, head_dim)
         scores = jnp.einsum("hgd,hkd->hgk", rows, k.transpose(1, 0, 2), preferred_element_type=jnp.float32) * scale
-        scores = jnp.where(visible[None, None], scores, MASKED)
+        scores = jnp.where(visible[None, None], soft_capped(scores, soft_cap), MASKED)
         maximum = scores.max(axis=-1)
         weights = jnp.where(visible[None, None], jnp.exp(scores - maximum[..., None]), 0)
         total = weights.sum(axis=-1)
@@ -95,18 +98,18 @@ def _attend_one(
 
 
 def _attend_forward(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    *arrays, _ = arguments
+    *arrays, _, _ = arguments
     return attend_xla(*arguments), tuple(arrays)
 
 
 def _attend_backward(
-    scale: float, arrays: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]
+    scale: float, soft_cap: float | None, arrays: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
     q, k, v, q_positions, starts, kv_length = arrays
 
     def reference(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         visible = {"q_starts": starts, "kv_length": kv_length}
-        out, lse = selective_attention_reference(q, k, v, q_positions, **visible, scale=scale)
+        out, lse = selective_attention_reference(q, k, v, q_positions, **visible, scale=scale, soft_cap=soft_cap)
         return out, lse.astype(jnp.float32)
 
     return (*jax.vjp(reference, q, k, v)[1](cotangents), None, None, None)
@@ -176,6 +179,7 @@ def _attend_tile(
     stored: _Stored,
     kv_length: Int[Array, ""],
     scale: float,
+    soft_cap: float | None,
     blocks: BlockSizes,
 ) -> tuple[Float[Array, "kv_heads rows head_dim"], Float[Array, "kv_heads rows"]]:
     """Returns output and log-sum-exp of one tile, whose queries are repeated in `rows` for the heads of a group."""
@@ -202,6 +206,7 @@ def _attend_tile(
         scores = jnp.einsum("hqd,hkd->hqk", query_rows, key_block, preferred_element_type=jnp.float32)
         if not float32_rows:
             scores = scores * scale
+        scores = soft_capped(scores, soft_cap)
         if masked:
             column = begin + jnp.arange(block, dtype=jnp.int32)
             key = column[None, None, :]

@@ -43,6 +43,8 @@ class _Program(NamedTuple):
     values: tuple[_Values, ...]
     has_starts: bool = False
     window: int | None = None
+    soft_cap: float | None = None
+    has_sinks: bool = False
 
 
 PROGRAMS = {
@@ -52,14 +54,30 @@ PROGRAMS = {
     ),
     "starts and window": _Program(300, 4097, 4, 2, (_Values("tied", 4000), _Values("some", 4097, 8)), True, 700),
     "one query": _Program(1, 4097, 4, 1, (_Values("last", 4097), _Values("last", 1))),
+    # Capped well below the highest scores; in a few places, also of a large query, sinks take most of the weight.
+    "soft cap and sinks": _Program(
+        37, 1100, 4, 2, (_Values("tied", 1000), _Values("some", 1100, 8)), True, soft_cap=2.5, has_sinks=True
+    ),
     "few keys": _Program(37, 100, 7, 1, (_Values("tied", 99), _Values("tied", 100)), True),
 }
 # Compiling takes seconds a program: float16 differs from bfloat16 in its numbers, not in its tiles and masks.
 FLOAT16_PROGRAMS = ("scattered", "starts and window")
 
 
-def attend(q: Any, k: Any, v: Any, positions: Any, starts: Any, length: Any, *, implementation: str, window: Any):
-    """Calls the operation with all its masks."""
+def attend(
+    q: Any,
+    k: Any,
+    v: Any,
+    positions: Any,
+    starts: Any,
+    length: Any,
+    sinks: Any,
+    *,
+    implementation: str,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Any:
+    """Calls the operation with all its options."""
     return api.selective_attention(
         q,
         k,
@@ -68,6 +86,8 @@ def attend(q: Any, k: Any, v: Any, positions: Any, starts: Any, length: Any, *, 
         q_starts=starts,
         kv_length=length,
         window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
         return_lse=True,
         implementation=implementation,
     )
@@ -79,7 +99,7 @@ def cases(dtype: str, head_dim: int) -> list[Case]:
         Case(
             f"{name}, kv_length {values.kv_length}, queries at {values.queries_at} x {values.magnitude}",
             name,
-            partial(attend, window=program.window),
+            partial(attend, window=program.window, soft_cap=program.soft_cap),
             _poisoned(_arrays(program, values, head_dim), dtype),
             partial(_wanted, program, values, dtype, head_dim),
         )
@@ -94,7 +114,8 @@ def _arrays(program: _Program, values: _Values, head_dim: int) -> tuple[Any, ...
     k, v = (numbers(rng, "float32", program.keys, program.kv_heads, head_dim) for _ in "kv")
     positions = _positions(program, values, rng)
     starts = rng.integers(0, positions + 2).astype(np.int32) if program.has_starts else None
-    return q, k, v, positions, starts, np.int32(values.kv_length)
+    sinks = np.linspace(-4, 4, program.heads, dtype=np.float32) if program.has_sinks else None
+    return q, k, v, positions, starts, np.int32(values.kv_length), sinks
 
 
 def _positions(program: _Program, values: _Values, rng: np.random.Generator) -> np.ndarray:
@@ -109,10 +130,10 @@ def _positions(program: _Program, values: _Values, rng: np.random.Generator) -> 
 
 
 def _poisoned(arrays: tuple[Any, ...], dtype: str) -> tuple[Any, ...]:
-    q, k, v, positions, starts, length = arrays
+    q, k, v, positions, starts, length, sinks = arrays
     q, k, v = (x.astype(DTYPES[dtype]) for x in (q, k, v))
     k[length:] = v[length:] = np.nan
-    return q, k, v, positions, starts, length
+    return q, k, v, positions, starts, length, sinks
 
 
 def _wanted(program: _Program, values: _Values, dtype: str, head_dim: int) -> list[Wanted]:
@@ -124,7 +145,7 @@ def _wanted(program: _Program, values: _Values, dtype: str, head_dim: int) -> li
 @cache
 def _exact(program: _Program, values: _Values, head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns output, the weights' sums of the absolute values, and log-sum-exp, all in float64."""
-    q, k, v, positions, starts, length = _arrays(program, values, head_dim)
+    q, k, v, positions, starts, length, sinks = _arrays(program, values, head_dim)
     starts = np.zeros_like(positions) if starts is None else starts
     if program.window is not None:
         starts = np.maximum(starts, positions - (program.window - 1))
@@ -133,10 +154,15 @@ def _exact(program: _Program, values: _Values, head_dim: int) -> tuple[np.ndarra
     group, results = program.heads // program.kv_heads, []
     for head in range(program.heads):
         keys, head_values = (x[:length, head // group].astype(np.float64) for x in (k, v))
-        scores = np.where(visible, q[:, head].astype(np.float64) @ keys.T * head_dim**-0.5, -np.inf)
+        scores = q[:, head].astype(np.float64) @ keys.T * head_dim**-0.5
+        if program.soft_cap is not None:
+            scores = program.soft_cap * np.tanh(scores / program.soft_cap)
+        scores = np.where(visible, scores, -np.inf)
         highest = np.where(visible.any(axis=1), scores.max(axis=1, initial=-np.inf), 0.0)[:, None]
         weights = np.exp(scores - highest)
         total = weights.sum(axis=1, keepdims=True)
+        if sinks is not None:
+            total += np.where(total > 0, np.exp(sinks[head] - highest), 0.0)
         with np.errstate(divide="ignore"):
             lse = np.where(total[:, 0] > 0, highest[:, 0] + np.log(total[:, 0]), -np.inf)
         weights /= np.where(total > 0, total, 1.0)
@@ -155,8 +181,8 @@ def timings(dtype: str, head_dim: int) -> list[Timing]:
     for shapes, queries in TIMED_QUERIES.items():
         positions = np.sort(rng.choice(TIMED_KEYS, queries, replace=False)).astype(np.int32)
         positions[-1] = TIMED_KEYS - 1
-        arrays = numbers(rng, dtype, queries, heads, head_dim), k, v, positions, None, np.int32(TIMED_KEYS)
-        found.append(Timing(shapes, partial(attend, window=None), arrays, partial(_as_xla, dtype)))
+        arrays = numbers(rng, dtype, queries, heads, head_dim), k, v, positions, None, np.int32(TIMED_KEYS), None
+        found.append(Timing(shapes, attend, arrays, partial(_as_xla, dtype)))
     return found
 
 

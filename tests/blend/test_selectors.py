@@ -22,7 +22,7 @@ CHECK, NUM_LAYERS = 2, 6
 PREFIX, LENGTHS, SUFFIX = 9, (30, 40, 25), 7
 TOTAL = PREFIX + sum(LENGTHS) + SUFFIX
 # One that has the same attention in every layer, and one whose layers differ in window and RoPE, with its own scale.
-each_family = pytest.mark.parametrize("family", ["llama3", "gemma3"])
+each_family = pytest.mark.parametrize("family", ["llama3", "gemma3_capped"])
 
 
 def blend_engine(selector: str, ratio: float = 0.2, family: str = "llama3", **options) -> cb.Engine:
@@ -45,6 +45,17 @@ def top(scores: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.argsort(-scores[PREFIX:-SUFFIX], kind="stable")[:count]) + PREFIX
 
 
+def weights_of(layer, config, scores: jnp.ndarray, visible: np.ndarray) -> jnp.ndarray:
+    """Attention's weights [heads, q, k], with the layer's sinks as the scores of one more key."""
+    if config.attention_soft_cap is not None:
+        scores = config.attention_soft_cap * jnp.tanh(scores / config.attention_soft_cap)
+    scores = jnp.where(visible[None], scores, -jnp.inf)
+    if layer.sinks is not None:
+        sinks = jnp.broadcast_to(layer.sinks[...][:, None, None], (*scores.shape[:2], 1))
+        scores = jnp.concatenate([scores, sinks], axis=-1)
+    return jax.nn.softmax(scores, axis=-1)[..., : visible.shape[1]]
+
+
 def forward(model: cb.Model, token_ids: np.ndarray) -> list[dict[str, np.ndarray]]:
     """A dense full prefill in plain jnp: each layer's k (before RoPE), v, and attention weights [heads, q, k]."""
     config, params = model.config, model.params
@@ -59,8 +70,7 @@ def forward(model: cb.Model, token_ids: np.ndarray) -> list[dict[str, np.ndarray
         q, turned = (apply_rope(x, *angles.of_layer(config, index)) for x in (layer.queries(hidden), k))
         scores = jnp.einsum("qhd,khd->hqk", q, jnp.repeat(turned, group, 1)) * scale
         visible = (distance >= 0) & (distance < (config.windows[index] or TOTAL))
-        scores = jnp.where(visible[None], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1)
+        weights = weights_of(layer, config, scores, visible)
         hidden = layer.finish(hidden, jnp.einsum("hqk,khd->qhd", weights, jnp.repeat(v, group, 1)))
         layers.append({"k": np.asarray(k), "v": np.asarray(v), "weights": np.asarray(weights)})
     return layers
@@ -149,8 +159,7 @@ def question_attention(engine: cb.Engine, prompt: cb.Prompt) -> np.ndarray:
         scores = jnp.einsum("qhd,khd->hqk", q, k) * scale
         distance = np.asarray(positions)[:, None] - np.arange(TOTAL)
         visible = (distance >= 0) & (distance < (config.windows[index] or TOTAL))
-        scores = jnp.where(visible[None], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1)
+        weights = weights_of(layer, config, scores, visible)
         total += np.asarray(weights.sum((0, 1)))
         hidden = layer.finish(hidden, jnp.einsum("hqk,khd->qhd", weights, v))
     return total

@@ -68,21 +68,29 @@ def between(prefills) -> dict[str, np.ndarray]:
     return {mode: attention_between_parts(model, out, LENGTHS) for mode, out in prefills.items()}
 
 
-def test_attention_between_parts_is_that_of_the_attention_matrix(prefills, between):
+@pytest.mark.parametrize("capped", [False, True], ids=["plain", "soft cap and sinks"])
+def test_attention_between_parts_is_that_of_the_attention_matrix(prefills, capped):
     """Of the first layer, whose queries and keys depend on the tokens alone."""
-    model, token_ids = fresh_engine("qwen2").model, prefills["full"].token_ids
+    model, full = fresh_engine("qwen2").model, prefills["full"]
+    token_ids, sinks = full.token_ids, np.full((6, 4), -np.inf)
+    if capped:
+        config = replace(model.config, attention_soft_cap=1.5, attention_sinks=True)
+        sinks = np.linspace(-1, 4, 24).reshape(6, 4)
+        params = replace(model.params, layers=model.params.layers | {"sinks": jnp.asarray(sinks, jnp.float32)})
+        model = replace(model, config=config, params=params)
     layer, config = layer_at(model.params, model.config, 0), model.config
     q, k, _ = layer.queries_keys_values(embedder(model.params, config).embed(jnp.asarray(token_ids)))
     angles = rope_tables(config, token_ids.size).of_layer(config, 0)
     q, k = (np.asarray(apply_rope(x, *angles), np.float64) for x in (q, k))
     k = np.repeat(k, config.num_heads // config.num_kv_heads, axis=1)
     scores = np.einsum("qhd,khd->hqk", q, k) * config.head_dim**-0.5
+    scores = 1.5 * np.tanh(scores / 1.5) if capped else scores
     scores[:, ~np.tri(token_ids.size, dtype=bool)] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights = (weights / weights.sum(-1, keepdims=True)).mean(axis=0)
+    weights = np.exp(scores)
+    weights = (weights / (weights.sum(-1, keepdims=True) + np.exp(sinks[0])[:, None, None])).mean(axis=0)
     starts = np.cumsum([0, *LENGTHS[:-1]])
     wanted = np.add.reduceat(np.add.reduceat(weights, starts, axis=0), starts, axis=1) / np.array(LENGTHS)[:, None]
-    np.testing.assert_allclose(between["full"][0], wanted, atol=1e-5)
+    np.testing.assert_allclose(attention_between_parts(model, full, LENGTHS)[0], wanted, atol=1e-5)
 
 
 def test_full_recompute_pays_all_of_its_attention_to_what_stands_before(between):

@@ -16,6 +16,10 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def _capped(scores: np.ndarray, cap: float | None) -> np.ndarray:
+    return scores if cap is None else cap * np.tanh(scores / cap)
+
+
 class Reference:
     """Computes prefills of a model, given which tokens' KV each layer computes afresh."""
 
@@ -43,7 +47,8 @@ class Reference:
             hidden[rows] = self._finish(layer, hidden[rows], attended)
         embedder = self._params.embedder
         kernel = embedder["lm_head"]["kernel"] if "lm_head" in embedder else embedder["embedding"].T
-        return self._norm(embedder["final_norm"], hidden[-1]) @ kernel * self.config.logits_scale, k, v
+        logits = self._norm(embedder["final_norm"], hidden[-1]) @ kernel * self.config.logits_scale
+        return _capped(logits, self.config.logits_soft_cap), k, v
 
     def standalone(self, context: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns a chunk's keys (before RoPE) and values, computed after its context alone."""
@@ -86,8 +91,11 @@ class Reference:
         k, v = np.repeat(self._rotated(index, k, keys), group, axis=1), np.repeat(v, group, axis=1)
         scale = self.config.attention_scale or self.config.head_dim**-0.5
         scores = np.einsum("qhd,khd->hqk", self._rotated(index, q, positions), k) * scale
-        weights = np.exp(np.where(seen, scores - scores.max(axis=-1, keepdims=True), -np.inf))
-        attended = np.einsum("hqk,khd->qhd", weights / weights.sum(axis=-1, keepdims=True), v)
+        weights = np.exp(np.where(seen, _capped(scores, self.config.attention_soft_cap), -np.inf))
+        total = weights.sum(axis=-1, keepdims=True)
+        if self.config.attention_sinks:
+            total += np.exp(self._params.layers["sinks"][index])[:, None, None]
+        attended = np.einsum("hqk,khd->qhd", weights / total, v)
         return attended.reshape(len(q), -1)
 
     def _finish(self, layer: dict, hidden: np.ndarray, attended: np.ndarray) -> np.ndarray:
@@ -98,8 +106,11 @@ class Reference:
         return hidden + scale * self._norm(layer.get("mlp_out_norm"), out)
 
     def _mlp(self, layer: dict, x: np.ndarray) -> np.ndarray:
-        gate = ACTIVATIONS[self.config.activation](self._linear(layer["gate_proj"], x))
-        return self._linear(layer["down_proj"], gate * self._linear(layer["up_proj"], x))
+        gate, up = (self._linear(layer[name], x) for name in ("gate_proj", "up_proj"))
+        if (limit := self.config.glu_limit) is None:
+            return self._linear(layer["down_proj"], ACTIVATIONS[self.config.activation](gate) * up)
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        return self._linear(layer["down_proj"], gate / (1 + np.exp(-self.config.glu_alpha * gate)) * (up + 1))
 
     def _mixed(self, layer: dict, x: np.ndarray) -> np.ndarray:
         logits, out = self._linear(layer["router"], x), np.zeros_like(x)

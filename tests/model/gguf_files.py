@@ -43,7 +43,7 @@ MIXTURE = NAMES | {
     **{f"block_sparse_moe.experts.{w}": f"{FFN[name]}_exps" for w, name in MIXTRALS.items()},
 }
 PHI = NAMES | {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
-OTHER_NAMES = {"gemma3": GEMMA, "olmo2": OLMO, "llama": MIXTURE, "qwen3moe": MIXTURE, "phi3": PHI}
+OTHER_NAMES = {"gemma2": GEMMA, "gemma3": GEMMA, "olmo2": OLMO, "llama": MIXTURE, "qwen3moe": MIXTURE, "phi3": PHI}
 GRANITES = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -65,7 +65,7 @@ def stored_name(name: str, architecture: str) -> str:
 def stored_form(name: str, tensor: np.ndarray, architecture: str, heads: dict[str, int]) -> np.ndarray:
     """A tensor as llama.cpp's converter stores it."""
     tensor = np.asarray(tensor, np.float32)
-    if architecture == "gemma3" and name.endswith("norm.weight"):
+    if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
         return tensor + 1
     count = next((count for end, count in heads.items() if end in name and "norm" not in name), 0)
     if architecture not in ("llama", "granite", "smollm3") or not count:
@@ -250,6 +250,9 @@ def from_hugging_face(
         tensors["rope_freqs.weight"] = rope_factors(rope, head_dim)
     said = metadata_of(config, architecture, head_dim)
     said |= rope_metadata(rope, architecture)
+    if architecture == "gemma2":
+        said["gemma2.attention.sliding_window"] = config["sliding_window"]
+        said |= {f"gemma2.{key}": config[key] for key in ("attn_logit_softcapping", "final_logit_softcapping")}
     if architecture == "gemma3":
         said["gemma3.attention.sliding_window"] = config["sliding_window"]
         said["gemma3.attention.sliding_window_pattern"] = config["sliding_window_pattern"]

@@ -60,7 +60,7 @@ def test_rows_are_multiplied_by_their_own_experts_alone(product, monkeypatch):
     def computed(rows, chosen, valid):
         groups = sorted_by_expert(chosen, valid, num_experts=EXPERTS)
         of_layer = Kernels(*(OfLayer(jnp.asarray(stack), 1) for stack in stacks))
-        return product(rows[groups.tokens], groups, of_layer, jax.nn.relu)[groups.places]
+        return product(rows[groups.tokens], groups, of_layer, lambda gate, up: jax.nn.relu(gate) * up)[groups.places]
 
     out = computed(rows, chosen, valid)
     for token, place in np.ndindex(33, CHOSEN):
@@ -75,9 +75,10 @@ def test_all_products_are_one():
     rows = jax.random.normal(jax.random.key(3), (30, 32))
     groups = sorted_by_expert(jax.random.randint(jax.random.key(4), (30, 2), 0, 4), jnp.arange(30) < 29, num_experts=4)
     projections = layer.experts.gate_proj, layer.experts.up_proj, layer.experts.down_proj
-    of_layer = Kernels(*(projection.of_layer() for projection in projections))
+    stacks = [projection.stacks for projection in projections]
+    of_layer = Kernels(*(kernel for kernel, _ in stacks), *(bias for _, bias in stacks))
     computed = [
-        product(rows[groups.tokens], groups, of_layer, jax.nn.silu)[: int(groups.sizes.sum())]
+        product(rows[groups.tokens], groups, of_layer, layer.gated)[: int(groups.sizes.sum())]
         for product in (tile_by_tile, block_by_block, by_ragged_dot, by_copies)
     ]
     for other in computed[1:]:
@@ -108,14 +109,14 @@ def test_what_is_computed_grows_with_the_routed_tokens_alone(tokens, padding):
     valid = np.arange(tokens) < tokens - padding
     tiles = []
 
-    def activation(x):
-        tiles.append(x.shape)
-        return jax.nn.relu(x)
+    def gated(gate, up):
+        tiles.append(gate.shape)
+        return jax.nn.relu(gate) * up
 
     def computed(rows, chosen, valid):
         groups = sorted_by_expert(chosen, valid, num_experts=EXPERTS)
         of_layer = Kernels(*(OfLayer(jnp.asarray(stack), 1) for stack in stacks))
-        return tile_by_tile(rows[groups.tokens], groups, of_layer, activation)
+        return tile_by_tile(rows[groups.tokens], groups, of_layer, gated)
 
     program = jax.jit(computed).lower(rows, chosen, valid).compile().as_text()
     inner = {SIZE: HIDDEN, HIDDEN: SIZE}  # what a product sums over, by its columns

@@ -205,6 +205,8 @@ def test_how_a_tokenizer_was_last_called_is_no_part_of_the_fingerprint(checkpoin
         {"norm_offset": 0.0},
         {"embedding_scale": 1.0},
         {"attention_scale": None},
+        {"attention_soft_cap": 50.0},
+        {"attention_sinks": True},
         {"windows": (20,) * 6},
     ],
     ids=lambda changes: next(iter(changes)),

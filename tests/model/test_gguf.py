@@ -31,6 +31,7 @@ CASES = {
     "llama_yarn": "llama",
     "qwen2_full": "qwen2",
     "qwen3": "qwen3",
+    "gemma2": "gemma2",
     "gemma3": "gemma3",
     "olmo2": "olmo2",
     "granite": "granite",
@@ -51,7 +52,7 @@ def test_a_converted_checkpoint_is_the_same_model(case, tmp_path):
     # Rounded to float32 in the file, and not in it: every published Gemma has the scale of its heads' dimension.
     assert loaded.config.rms_norm_eps == pytest.approx(wanted.config.rms_norm_eps, rel=1e-6)
     kept = {"rms_norm_eps": wanted.config.rms_norm_eps}
-    if case == "gemma3":
+    if case in ("gemma2", "gemma3"):
         assert loaded.config.attention_scale == wanted.config.head_dim**-0.5
         kept["attention_scale"] = wanted.config.attention_scale
     if case == "qwen3_moe":  # llama.cpp takes it for granted
@@ -303,7 +304,7 @@ def test_metadata_is_checked(metadata, message, tmp_path):
 
 def test_what_is_unknown_is_named_with_what_is_known(tmp_path):
     path = write_gguf(tmp_path / "a.gguf", "falcon", {}, {"x": np.zeros((2, 2), np.float32)})
-    known = "llama, qwen2, qwen3, qwen3moe, phi3, gemma3, olmo2, granite, smollm3"
+    known = "llama, qwen2, qwen3, qwen3moe, phi3, gemma2, gemma3, olmo2, granite, smollm3"
     assert f"architecture 'falcon' is not supported; supported: {known}" in refused(path)
     assert "pre must be one of default, gpt-2" in unknown_split(tmp_path)
     writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama")

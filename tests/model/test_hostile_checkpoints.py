@@ -46,6 +46,9 @@ OWNERS["num_local_experts"] = {"architectures": ["MixtralForCausalLM"]}
 OWNERS["no_rope_layer_interval"] = {"architectures": ["SmolLM3ForCausalLM"]}
 GRANITES = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 OWNERS |= {key: {"architectures": ["GraniteForCausalLM"]} for key in GRANITES}
+SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+OWNERS |= {key: {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 8} for key in SOFT_CAPS}
+OWNERS |= {key: {"architectures": ["GptOssForCausalLM"]} for key in ("swiglu_alpha", "swiglu_limit")}
 NOT_NUMBERS = ["1", True, [2], {"a": 2}, -1, float("nan"), float("inf"), 10**400]
 
 
@@ -90,7 +93,6 @@ def test_every_number_is_checked(checkpoint, key, value):
             "rope_parameters.high_freq_factor must be above low_freq_factor, got 4.0",
         ),
         (GEMMA | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported; Gemma3ForCausalLM"),
-        (GEMMA | {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported"),
         (GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
         (GEMMA | {"hidden_activation": "mish"}, "hidden_activation 'mish' is not supported"),
         (GEMMA | {"sliding_window": None}, "sliding_window must be an integer in [1, 2147483647], got None"),

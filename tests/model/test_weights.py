@@ -333,8 +333,9 @@ def test_windows_as_transformers_reads_them(architecture):
     assert ModelConfig.from_hugging_face(raw).windows == wanted
 
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "granite", "smollm3", "phi3"]
-FAMILIES += ["qwen3_moe", "mixtral"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "granite", "smollm3", "phi3"]
+FAMILIES += ["qwen3_moe", "mixtral", "gpt_oss"]
+REFUSED_WITHOUT_KV_HEADS = ("mistral", "gemma2", "gemma3_text", "qwen3_moe", "mixtral", "gpt_oss")
 SIZES = {"vocab_size": 9, "hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 40}
 SIZES |= {"num_attention_heads": 64}  # a multiple of every family's default of num_key_value_heads
 
@@ -360,7 +361,7 @@ def assert_read_alike(raw: dict) -> None:
     ours, theirs = ModelConfig.from_hugging_face(raw), ModelConfig.from_hugging_face(full)
     assert ours == theirs
     head_dim = full.get("head_dim") or full["hidden_size"] // full["num_attention_heads"]
-    gemma = raw["model_type"] == "gemma3_text"
+    gemma = raw["model_type"] in ("gemma2", "gemma3_text")
     window = None if raw["model_type"] in ("llama", "olmo2", "granite") else full["sliding_window"]
     kinds = full.get("layer_types") or ["sliding_attention"] * len(ours.windows)
     assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -370,12 +371,14 @@ def assert_read_alike(raw: dict) -> None:
     assert (ours.activation, ours.tied_embeddings) == (activation, full["tie_word_embeddings"])
     ropes = full["rope_parameters"]
     implied = 2.0 if ours.rope_divisors else 1.0  # of `SCALED`
-    ropes = [ropes["full_attention"], ropes["sliding_attention"]] if gemma else [ropes]
+    ropes = [ropes["full_attention"], ropes["sliding_attention"]] if raw["model_type"] == "gemma3_text" else [ropes]
     assert [(x.type, x.theta, x.factor) for x in ours.ropes if x.type != NO_ROPE] == [
         (x["rope_type"], x["rope_theta"], x.get("factor") or implied) for x in ropes
     ]
     scale = full["query_pre_attn_scalar"] ** -0.5 if gemma else full.get("attention_multiplier")
     assert ours.attention_scale == scale
+    caps = {key: full.get(f"{key}_logit_softcapping") for key in ("attn", "final")}
+    assert (ours.attention_soft_cap, ours.logits_soft_cap) == (caps["attn"], caps["final"])
     assert ours.residual_scale == full.get("residual_multiplier", 1.0)
     assert ours.logits_scale == 1 / full.get("logits_scaling", 1.0)
     assert gemma or ours.embedding_scale == full.get("embedding_multiplier", 1.0)
@@ -414,11 +417,13 @@ def test_every_absent_key_has_the_default_of_transformers(family):
     ids=lambda given: ",".join(given),
 )
 def test_given_keys_are_read_as_by_transformers(family, given):
-    if family in ("mistral", "gemma3_text", "qwen3_moe", "mixtral") and "num_key_value_heads" in given:
+    if family in REFUSED_WITHOUT_KV_HEADS and "num_key_value_heads" in given:
         pytest.skip("transformers 5 refuses it")
     if family == "phi3" and any(key.startswith("rope_") for key in given):
         pytest.skip("of a type that Phi's configurations do not have")
-    if family == "gemma3_text" and ("rope_parameters" in given or given.get("sliding_window", 1) is None):
+    if family in ("gemma2", "gemma3_text", "gpt_oss") and given.get("sliding_window", 1) is None:
+        pytest.skip("of no form that its layers can be made of")
+    if family == "gemma3_text" and "rope_parameters" in given:
         pytest.skip("of no form that Gemma's layers can be made of")
     assert_read_alike({"model_type": family} | SIZES | given)
 
@@ -500,6 +505,9 @@ SCALED = {"max_position_embeddings": 8192, "original_max_position_embeddings": 4
         ("phi3", SCALED | {"rope_scaling": LONGROPE}),
         ("phi3", SCALED | {"rope_scaling": LONGROPE | {"type": "su"}}),
         ("phi3", {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_type": "default"}}),
+        ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": 12.5, "query_pre_attn_scalar": 144}),
+        ("gemma2", {"layer_types": ["full_attention"] * 40, "hidden_activation": "gelu"}),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}),
         ("smollm3", {"no_rope_layers": [1] * 40}),
         ("smollm3", {"no_rope_layers": [0, 1] * 20, "use_sliding_window": True, "sliding_window": 7}),
         ("smollm3", {"no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 7}),

@@ -16,8 +16,8 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
 
 # One program for all cases of equal shapes. Backends' block sizes are not in its key: they must stay as they are in one
 # process, as the fixture `small_blocks` sees to.
-_attend_compiled = jax.jit(selective_attention, static_argnames=("window", "return_lse", "implementation"))
-attend_by_reference = jax.jit(selective_attention_reference, static_argnames=("window", "scale"))
+_attend_compiled = jax.jit(selective_attention, static_argnames=("window", "soft_cap", "return_lse", "implementation"))
+attend_by_reference = jax.jit(selective_attention_reference, static_argnames=("window", "scale", "soft_cap"))
 
 
 def attend(*arrays, implementation: str | None = None, **options):
@@ -45,6 +45,12 @@ class Case:
     starts: np.ndarray | None
     kv_length: int
     window: int | None
+    soft_cap: float | None = None
+    sinks: np.ndarray | None = None
+
+    @property
+    def scores(self) -> dict:
+        return {"soft_cap": self.soft_cap, "sinks": self.sinks}
 
     @property
     def masks(self) -> dict:
@@ -55,7 +61,7 @@ class Case:
         """Output and log-sum-exp in float64."""
         with jax.enable_x64(True):
             q, k, v = map(as_float64, (self.q, self.k, self.v))
-            out, lse = attend_by_reference(q, k, v, self.positions, **self.masks)
+            out, lse = attend_by_reference(q, k, v, self.positions, **self.masks, **self.scores)
             return np.asarray(out), np.asarray(lse)
 
     def check(self, implementation: str | None, *, poisoned: bool = False) -> None:
@@ -63,7 +69,8 @@ class Case:
         k, v = self.k.copy(), self.v.copy()
         if poisoned:
             k[self.kv_length :] = v[self.kv_length :] = np.nan
-        out, lse = attend(self.q, k, v, self.positions, return_lse=True, implementation=implementation, **self.masks)
+        options = {"return_lse": True, "implementation": implementation} | self.scores
+        out, lse = attend(self.q, k, v, self.positions, **options, **self.masks)
         wanted, wanted_lse = self.reference()
         tolerance = TOLERANCE[str(self.q.dtype)]
         np.testing.assert_allclose(np.asarray(out, np.float64), wanted, atol=tolerance * 4, rtol=tolerance)

@@ -35,13 +35,18 @@ BY_CUBLAS = COMPILER_OPTIONS["gpu"] | {"xla_gpu_enable_triton_gemm": False}
 
 
 def _attention(
-    head_dim: int, dtype=jnp.bfloat16, num_queries: int = 1229, implementation: str = "pallas", num_keys: int = 8192
+    head_dim: int,
+    dtype=jnp.bfloat16,
+    num_queries: int = 1229,
+    implementation: str = "pallas",
+    num_keys: int = 8192,
+    soft_cap: float | None = None,
 ):
     def shape(*sizes: int, of=dtype):
         return jax.ShapeDtypeStruct(sizes, of)
 
     def attend(q, k, v, positions, starts, length):
-        options = {"kv_length": length, "return_lse": True, "implementation": implementation}
+        options = {"kv_length": length, "soft_cap": soft_cap, "return_lse": True, "implementation": implementation}
         return selective_attention(q, k, v, positions, q_starts=starts, **options)
 
     integers = [shape(*sizes, of=jnp.int32) for sizes in ((num_queries,), (num_queries,), ())]
@@ -64,9 +69,12 @@ def test_a_kernel_that_several_layers_call_is_lowered_once():
     assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 1
 
 
-@pytest.mark.parametrize(("head_dim", "num_queries"), [*((size, 1229) for size in (64, 80, 96, 128, 256)), (256, 1)])
-def test_attention_for_hopper_spills_no_register(head_dim, num_queries, capfd):
-    compiled = compiler("gpu")(*_attention(head_dim, num_queries=num_queries))
+@pytest.mark.parametrize(
+    ("head_dim", "num_queries", "soft_cap"),
+    [*((size, 1229, None) for size in (64, 80, 96, 128, 256)), (256, 1, None), (256, 1229, 50.0)],
+)
+def test_attention_for_hopper_spills_no_register(head_dim, num_queries, soft_cap, capfd):
+    compiled = compiler("gpu")(*_attention(head_dim, num_queries=num_queries, soft_cap=soft_cap))
     text = compiled.as_text()
     assert "selective_attention_mosaic_gpu" in text or "mosaic_gpu" in text
     printed = "".join(capfd.readouterr())
@@ -87,9 +95,12 @@ def test_a_kernel_beyond_shared_memory_fails_for_hopper(monkeypatch):
         compiler("gpu")(*_attention(128))
 
 
-@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (80, "bfloat16"), (128, "bfloat16"), (64, "float32")])
-def test_attention_by_triton_spills_no_register(head_dim, dtype):
-    arguments = _attention(head_dim, jnp.dtype(dtype), implementation="triton")
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "soft_cap"),
+    [(64, "float16", None), (80, "bfloat16", None), (128, "bfloat16", 50.0), (64, "float32", None)],
+)
+def test_attention_by_triton_spills_no_register(head_dim, dtype, soft_cap):
+    arguments = _attention(head_dim, jnp.dtype(dtype), implementation="triton", soft_cap=soft_cap)
     assert "selective_attention_triton" in compiler("gpu")(*arguments, options=NO_SPILL).as_text()
 
 
@@ -101,10 +112,11 @@ def test_a_kernel_that_spills_fails_for_hopper(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "dtype"), [(64, "bfloat16"), (80, "float32"), (128, "bfloat16"), (256, "float32")]
+    ("head_dim", "dtype", "soft_cap"),
+    [(64, "bfloat16", None), (80, "float32", None), (128, "bfloat16", None), (256, "float32", 50.0)],
 )
-def test_attention_for_tpu_fits_its_memory(head_dim, dtype):
-    arguments = _attention(head_dim, jnp.dtype(dtype))
+def test_attention_for_tpu_fits_its_memory(head_dim, dtype, soft_cap):
+    arguments = _attention(head_dim, jnp.dtype(dtype), soft_cap=soft_cap)
     compiled = compiler("tpu")(*arguments)
     assert "selective_attention_tpu" in compiled.as_text()
     blocks = tuning.attention_blocks("tpu", "TPU v5 lite", jnp.dtype(dtype), head_dim)

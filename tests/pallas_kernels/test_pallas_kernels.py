@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -73,21 +74,24 @@ def test_attention_works_under_vmap_and_with_a_traced_length(kv_length):
         np.testing.assert_allclose(batched[i], alone, atol=1e-6)
 
 
-mass_of = jax.jit(attention_mass, static_argnames="window")
+mass_of = jax.jit(attention_mass, static_argnames=("window", "soft_cap"))
 
 
 @settings(max_examples=20, deadline=None)
 @given(cases(lengths=(1, 90), head_dims=(8, 80), borders=(32,)))  # its tiles have 8 queries, and all keys
 def test_attention_mass_is_the_column_sum_of_the_weights(case):
-    _, lse = attend(case.q, case.k, case.v, case.positions, return_lse=True, **case.masks)
-    mass = mass_of(case.q, case.k, lse, case.positions, **case.masks)
+    case = replace(case, soft_cap=1.5, sinks=np.linspace(-1, 2, case.q.shape[1]).astype(np.float32))
+    _, lse = attend(case.q, case.k, case.v, case.positions, return_lse=True, **case.masks, **case.scores)
+    mass = mass_of(case.q, case.k, lse, case.positions, soft_cap=case.soft_cap, **case.masks)
     num_keys, kv_heads, head_dim = case.k.shape
     # With one-hot values the output of attention is its weights; values and keys have one width.
     width = max(num_keys, head_dim)
     values = np.broadcast_to(np.eye(num_keys, width)[:, None, :], (num_keys, kv_heads, width))
     with jax.enable_x64(True):
         q, k = (np.pad(as_float64(x), ((0, 0), (0, 0), (0, width - head_dim))) for x in (case.q, case.k))
-        weights, _ = attend_by_reference(q, k, values, case.positions, scale=head_dim**-0.5, **case.masks)
+        weights, _ = attend_by_reference(
+            q, k, values, case.positions, scale=head_dim**-0.5, **case.masks, **case.scores
+        )
         wanted = np.asarray(weights).sum(axis=(0, 1))[:num_keys]
     tolerance = TOLERANCE[str(case.q.dtype)] * 10
     np.testing.assert_allclose(np.asarray(mass), wanted, rtol=tolerance, atol=tolerance)
@@ -104,6 +108,9 @@ def test_attention_mass_is_the_column_sum_of_the_weights(case):
         ({"q_positions": jnp.zeros(2)}, "integers of shape"),
         ({"kv_length": 7}, r"in \[0, 6\]"),
         ({"window": 0}, "at least 1"),
+        ({"soft_cap": 0.0}, "soft_cap must be a positive number, got 0.0"),
+        ({"sinks": jnp.zeros(2)}, r"sinks must be floats of shape \[4\], got float32\[2\]"),
+        ({"sinks": jnp.zeros(4, jnp.int32)}, r"sinks must be floats of shape \[4\], got int32\[4\]"),
         ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
         ({"implementation": "mosaic_gpu"}, "mosaic_gpu computes in bfloat16 or float16"),
         ({"implementation": "tpu", "q": jnp.zeros((0, 4, 8)), "q_positions": jnp.zeros(0, jnp.int32)}, "needs a query"),
@@ -167,21 +174,42 @@ def test_a_blend_attends_at_ascending_positions_only(monkeypatch, selector):
 
 
 def test_gradients_are_those_of_dense_attention_and_zero_where_nothing_is_seen():
+    """With a cap, and with sinks as what they stand for: one more key, whose value is zero."""
     rng = np.random.default_rng(12)
     q, k, v = (jnp.asarray(rng.normal(size=(rows, heads, 8)), jnp.float32) for rows, heads in ((5, 4), (9, 2), (9, 2)))
     positions, weights = jnp.asarray([0, 2, 3, 8, 9], jnp.int32), jnp.asarray(rng.normal(size=(5, 4, 8)), jnp.float32)
+    sinks = jnp.asarray([-1.0, 0.0, 1.0, 2.0])
 
-    def by_us(q, k, v):
-        out, lse = selective_attention(q, k, v, positions, kv_length=9, window=3, return_lse=True)
-        return (out * weights).sum() + lse[:4].sum()  # the last is padding
+    def by_us(q, k, v, sinks):
+        options = {"kv_length": 9, "window": 3, "return_lse": True, "soft_cap": 1.5, "sinks": sinks}
+        out, lse = selective_attention(q, k, v, positions, **options)
+        return (out * weights).sum() + lse[:4].sum(), (out, lse)  # the last is padding
 
-    def densely(q, k, v):
+    def densely(q, k, v, sinks):
         k, v = jnp.repeat(k, 2, axis=1), jnp.repeat(v, 2, axis=1)
         column, row = jnp.arange(9)[None], positions[:4, None]
         seen = (column <= row) & (column > row - 3)
-        scores = jnp.where(seen, jnp.einsum("qhd,khd->hqk", q[:4], k) * 8**-0.5, -1e9)
-        out = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores), v)
-        return (out * weights[:4]).sum() + jax.nn.logsumexp(scores, axis=-1).sum()
+        scores = jnp.where(seen, 1.5 * jnp.tanh(jnp.einsum("qhd,khd->hqk", q[:4], k) * 8**-0.5 / 1.5), -1e9)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (4, 4, 1))], axis=-1)
+        out = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores)[..., :-1], v)
+        lse = jax.nn.logsumexp(scores, axis=-1)
+        return (out * weights[:4]).sum() + lse.sum(), (out, lse.T)
 
-    for got, wanted in zip(*(jax.grad(f, (0, 1, 2))(q, k, v) for f in (by_us, densely)), strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-5)
+    both = (jax.grad(function, (0, 1, 2, 3), has_aux=True)(q, k, v, sinks) for function in (by_us, densely))
+    (gradients, results), (wanted_gradients, wanted) = both
+    np.testing.assert_allclose(results[0], np.concatenate([wanted[0], np.zeros((1, 4, 8))]), atol=1e-5)
+    np.testing.assert_allclose(results[1][:4], wanted[1], atol=1e-5)
+    for got, expected in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_parts_of_the_keys_are_merged_before_sinks_join():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((n, 2, 8)), jnp.float32) for n in (5, 40, 40))
+    positions, sinks = jnp.arange(35, 40), jnp.asarray([0.0, 1.0])
+    attend = partial(selective_attention, return_lse=True)
+    parts = [attend(q, k, v, jnp.minimum(positions, 29)), attend(q, k, v, positions, q_starts=jnp.full(5, 30))]
+    lse = jnp.logaddexp(jnp.logaddexp(parts[0][1], parts[1][1]), sinks[None])
+    merged = sum(out * jnp.exp(each - lse)[..., None] for out, each in parts)
+    for one, other in zip(attend(q, k, v, positions, sinks=sinks), (merged, lse), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)

@@ -127,8 +127,9 @@ def test_numbers_are_the_same_in_every_dtype():
 
 @pytest.fixture(scope="module")
 def attention_programs():
-    """The cases of two programs, compiled for XLA."""
-    cases = [case for case in ATTENTION.cases("bfloat16", 64) if case.program in ("few keys", "full")]
+    """The cases of some programs, compiled for XLA."""
+    names = "few keys", "full", "soft cap and sinks"
+    cases = [case for case in ATTENTION.cases("bfloat16", 64) if case.program in names]
     return cases, {case.program: trial.compiled(case.call, trial.shapes_of(case), "xla") for case in cases}
 
 
@@ -145,15 +146,23 @@ def test_xla_passes_the_cases_of_attention(attention_programs):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda q, k, v, positions, starts, length: (q, k, v, positions + 1, starts, length),
-        lambda q, k, v, positions, starts, length: (q, k, v, positions, starts, length + 1),
-        lambda q, k, v, positions, starts, length: (q, k, v, positions, None if starts is None else 0 * starts, length),
-        lambda q, k, v, positions, starts, length: (q, np.roll(k, 1, axis=1), v, positions, starts, length),
+        lambda q, k, v, positions, *rest: (q, k, v, positions + 1, *rest),
+        lambda q, k, v, positions, starts, length, sinks: (q, k, v, positions, starts, length + 1, sinks),
+        lambda q, k, v, positions, starts, *rest: (q, k, v, positions, None if starts is None else 0 * starts, *rest),
+        lambda q, k, *rest: (q, np.roll(k, 1, axis=1), *rest),
+        lambda *arrays: (*arrays[:-1], None if arrays[-1] is None else arrays[-1] - 100),
     ],
-    ids=["sees the future", "sees a key too many", "sees other chunks", "takes another head"],
+    ids=["sees the future", "sees a key too many", "sees other chunks", "takes another head", "has no sinks"],
 )
 def test_what_sees_other_keys_fails_the_cases_of_attention(attention_programs, change):
     assert share(attention_programs, change) > 1
+
+
+def test_what_caps_nothing_fails_the_cases_of_attention(attention_programs):
+    case = next(case for case in attention_programs[0] if case.program == "soft cap and sinks")
+    uncapped = partial(case.call, soft_cap=None)
+    got = trial.compiled(uncapped, trial.shapes_of(case), "xla")(*case.arrays)
+    assert error_share(got, case.wanted()) > 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

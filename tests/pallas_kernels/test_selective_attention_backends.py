@@ -188,6 +188,23 @@ def _check_scale(backend, scale):
     np.testing.assert_allclose(np.asarray(lse), np.asarray(wanted_lse), atol=0.02, rtol=1e-3)
 
 
+@pytest.mark.usefixtures("callbacks_run_at_once")
+@pytest.mark.parametrize("queries", [1, 24])  # one: decoding's, whose keys are shared out over several blocks
+@pytest.mark.parametrize("backend", ["xla", *EACH_PALLAS_BACKEND])
+def test_scores_are_capped_and_sinks_are_in_the_denominator(backend, queries):
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        rng.standard_normal((n, heads, 32)).astype("bfloat16") for n, heads in ((queries, 6), (300, 2), (300, 2))
+    )
+    positions = np.linspace(280, 301, queries).astype(np.int32)  # the last is padding, where there are several
+    starts = np.linspace(5, 282, queries).astype(np.int32)  # the second sees nothing of its tile's first block
+    sinks = np.asarray([-np.inf, -20, 0, 1, 6, 30], np.float32)  # from none to all of the denominator
+    # Scores of up to 15, far beyond the cap.
+    case = Case(q * 4, k, v, positions, starts, 299, None, 2.5, sinks)
+    case.check(backend, poisoned=True)
+    assert backend != "mosaic_gpu" or not _races_found()
+
+
 POSITIONS = jnp.asarray([300], jnp.int32)
 
 
