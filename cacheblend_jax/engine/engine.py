@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
+from cacheblend_jax.blend.config import blend_config
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
 from cacheblend_jax.engine.contexts import chunk_context, default_context
@@ -20,16 +20,15 @@ from cacheblend_jax.engine.extending import extend_context
 from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.generation import Decoding, TokenStream, continuation_logits
 from cacheblend_jax.engine.kernels import prove_kernels, with_kernels
-from cacheblend_jax.engine.layout import PlacedChunk
+from cacheblend_jax.engine.layout import PlacedChunk, check_mode
 from cacheblend_jax.engine.planner import Planner
+from cacheblend_jax.engine.precomputing import check_precomputable, store_ahead, tokenized_chunks
 from cacheblend_jax.engine.prefilling import Prefiller
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.engine.prompt import (
     Prompt,
     TextOrIds,
     TokenizedPrompt,
-    check_length,
-    tokenize_parts,
     tokenize_prompt,
 )
 from cacheblend_jax.engine.results import BackgroundStats, Generation, PrefillResult, StoredKeys
@@ -40,8 +39,6 @@ from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.runtime.link import Link
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore, Store
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -103,7 +100,7 @@ class Engine:
             )
         self.model = model = with_kernels(model, kernels)
         self.store: Store = ChunkStore() if store is None else store
-        self.blend = _blend_config(blend)
+        self.blend = blend_config(blend)
         self.context_tokens = context_tokens
         if context is None:
             context = "" if context_tokens is None else default_context(model, self.store)
@@ -145,22 +142,7 @@ class Engine:
             PromptError: as for `prefill`, before anything is computed.
         """
         chunks = self._place(prompt, prefix)
-        for done, chunk in enumerate(chunks):
-            self._background.wait_for([chunk.key])
-            if chunk.key not in self.store:
-                # No request has used it yet: it is evicted before entries that were used.
-                self.store.put(chunk.key, self._executors.standalone(chunk), wait=True, uses=0)
-            if progress is not None:
-                progress(done + 1, len(chunks))
-        keys = [chunk.key for chunk in chunks if not chunk.is_prefix]
-        stored = StoredKeys(keys, [key in self.store for key in keys])
-        if stored.unstored:
-            logger.warning(
-                "%d of %d chunks are not stored: the store has no room for them; raise its host_bytes or disk_bytes",
-                len(stored.unstored),
-                len(keys),
-            )
-        return stored
+        return store_ahead(chunks, self.store, self._executors.standalone, self._background, progress)
 
     def look_up(self, prompt: Prompt | Sequence[TextOrIds], *, prefix: TextOrIds = "") -> list[ChunkLookup]:
         """Returns what the store holds of what `precompute` would store; computes nothing and counts no use.
@@ -190,8 +172,13 @@ class Engine:
             PromptError: an unknown mode, or an invalid prompt (see `tokenize_prompt`).
             CacheBlendError: a check layer the model does not have.
         """
-        planner = self._planner if blend is None else replace(self._planner, blend=_blend_config(blend))
-        return self._prefiller.prefill(self._tokenize(prompt), mode, planner, trace)
+        return self._prefiller.prefill(self._tokenize(prompt), mode, self._planner_for(blend), trace)
+
+    def check(self, prompt: Prompt, mode: str = "blend", blend: BlendConfig | str | None = None) -> TokenizedPrompt:
+        """Returns a prompt's token ids, without prefilling it; raises what `prefill` would for these arguments."""
+        check_mode(mode)
+        self._planner_for(blend)
+        return self._tokenize(prompt)
 
     def generate(
         self,
@@ -341,6 +328,11 @@ class Engine:
         compiled_by = self.model, self._planner, self._executors, self.store
         run_tasks(prompt_tasks(tokenized, chunks, placed, max_new_tokens, *compiled_by), progress)
 
+    @property
+    def buckets(self) -> Buckets:
+        """How lengths are padded."""
+        return self._buckets
+
     def estimator(self) -> Estimator:
         """Returns what the controller estimates delays from: the profile, or else a quick estimate."""
         return self._prefiller.estimator()
@@ -370,31 +362,18 @@ class Engine:
 
     def _place(self, prompt: Prompt | Sequence[TextOrIds], prefix: TextOrIds) -> list[PlacedChunk]:
         """Places a prompt's chunks, or chunks to be used after `prefix`, whose number is not limited."""
-        config = self.model.config
         if isinstance(prompt, Prompt):
             tokenized = self._tokenize(prompt)
         else:
-            tokenized = tokenize_parts(
-                Prompt(prefix, prompt, np.zeros(0, np.int32)), self.model.tokenizer, config.vocab_size
-            )
-        context = self._context.after(tokenized.prefix)
-        check_length(tokenized.prefix.size, config.max_positions, "the prefix")
-        for i, ids in enumerate(tokenized.chunks):
-            check_length(context.size + ids.size, config.max_positions, f"chunk {i} with its context")
+            tokenized = tokenized_chunks(self.model, prompt, prefix)
+        check_precomputable(tokenized, self._context, self.model.config.max_positions)
         return self._prefiller.place(tokenized, "blend")
+
+    def _planner_for(self, blend: BlendConfig | str | None) -> Planner:
+        return self._planner if blend is None else replace(self._planner, blend=blend_config(blend))
 
     def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         config = self.model.config
         return tokenize_prompt(
             prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
         )
-
-
-def _blend_config(blend: BlendConfig | str | None) -> BlendConfig:
-    if blend is None:
-        return BlendConfig()
-    if blend == "auto":
-        return BlendConfig(recompute_ratio="auto")
-    if not isinstance(blend, BlendConfig):
-        raise CacheBlendError(f"blend must be a BlendConfig or 'auto', got {blend!r}")
-    return blend

@@ -133,6 +133,12 @@ class ChunkContext:
         return prefix_ids if self.prefix_tokens is None else prefix_ids[: self.prefix_tokens]
 
 
+def check_mode(mode: str) -> None:
+    """Raises `PromptError` where a mode is unknown."""
+    if mode not in MODES:
+        raise PromptError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+
+
 def place_chunks(
     prompt: TokenizedPrompt, mode: str, *, context: ChunkContext, fingerprint: str, salt: str
 ) -> list[PlacedChunk]:
@@ -144,8 +150,7 @@ def place_chunks(
     Raises:
         PromptError: an unknown mode.
     """
-    if mode not in MODES:
-        raise PromptError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    check_mode(mode)
     if mode == "full":
         return []
     after, before = context.after(prompt.prefix), prompt.token_ids

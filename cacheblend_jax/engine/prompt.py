@@ -227,11 +227,11 @@ def ids_of(
     return checked_ids(part, name, vocab_size)
 
 
-def check_length(total: int, max_tokens: int, what: str = "the prompt") -> None:
-    """Raises `PromptTooLongError` where `total` tokens are more than the model takes."""
+def check_length(total: int, max_tokens: int, what: str = "the prompt", *, taker: str = "the model") -> None:
+    """Raises `PromptTooLongError` where `total` tokens are more than the model, or another taker, takes."""
     if total > max_tokens:
         raise PromptTooLongError(
-            f"{what} has {total} tokens, but the model takes at most {max_tokens}; use fewer or shorter chunks"
+            f"{what} has {total} tokens, but {taker} takes at most {max_tokens}; use fewer or shorter chunks"
         )
 
 
