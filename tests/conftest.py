@@ -125,11 +125,12 @@ TWO_STAGES = cb.BlendConfig(selector="hkvd", num_stages=2)
 @contextlib.contextmanager
 def unchecked():
     """Annotations are not checked in the body: it passes what they forbid, or calls very often."""
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield
     finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 _raises = pytest.raises

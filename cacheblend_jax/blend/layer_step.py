@@ -202,8 +202,8 @@ def cross_mass(
         is_row = positions < sequence.length
 
         def log_sum_exp(last_visible: Int[Array, " kept"], starts: Int[Array, " kept"] | None) -> jax.Array:
-            visible = {"starts": starts, "kv_length": sequence.length, "scale": scale}
-            return step.blended.attended(step.q, last_visible, **visible)[1]
+            blended, length = step.blended, sequence.length
+            return blended.attended(step.q, last_visible, starts=starts, kv_length=length, scale=scale)[1]
 
         own_starts = chunk_starts if window_starts is None else jnp.maximum(chunk_starts, window_starts)
         own = log_sum_exp(positions, own_starts)

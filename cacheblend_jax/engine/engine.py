@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.blend.config import blend_config
 from cacheblend_jax.engine.background import Background
+from cacheblend_jax.engine.batches import BatchOfPrompts, generate_all, prefill_all
 from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
 from cacheblend_jax.engine.contexts import chunk_context, default_context
 from cacheblend_jax.engine.delays import Estimator
@@ -22,16 +24,12 @@ from cacheblend_jax.engine.generation import Decoding, TokenStream, continuation
 from cacheblend_jax.engine.kernels import prove_kernels, with_kernels
 from cacheblend_jax.engine.layout import PlacedChunk, check_mode
 from cacheblend_jax.engine.planner import Planner
-from cacheblend_jax.engine.precomputing import check_precomputable, store_ahead, tokenized_chunks
+from cacheblend_jax.engine.precomputing import place_ahead, store_ahead
 from cacheblend_jax.engine.prefilling import Prefiller
 from cacheblend_jax.engine.profile import Profile
-from cacheblend_jax.engine.prompt import (
-    Prompt,
-    TextOrIds,
-    TokenizedPrompt,
-    tokenize_prompt,
-)
+from cacheblend_jax.engine.prompt import Prompt, TextOrIds, TokenizedPrompt
 from cacheblend_jax.engine.results import BackgroundStats, Generation, PrefillResult, StoredKeys
+from cacheblend_jax.engine.shared_reads import SharedReads
 from cacheblend_jax.engine.warmup import Sizes, compile_tasks, prompt_tasks, run_tasks
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.model import Model
@@ -172,13 +170,13 @@ class Engine:
             PromptError: an unknown mode, or an invalid prompt (see `tokenize_prompt`).
             CacheBlendError: a check layer the model does not have.
         """
-        return self._prefiller.prefill(self._tokenize(prompt), mode, self._planner_for(blend), trace)
+        return self._prefiller.prefill(self._prefiller.tokenize(prompt), mode, self._planner_for(blend), trace)
 
     def check(self, prompt: Prompt, mode: str = "blend", blend: BlendConfig | str | None = None) -> TokenizedPrompt:
         """Returns a prompt's token ids, without prefilling it; raises what `prefill` would for these arguments."""
         check_mode(mode)
         self._planner_for(blend)
-        return self._tokenize(prompt)
+        return self._prefiller.tokenize(prompt)
 
     def generate(
         self,
@@ -208,6 +206,33 @@ class Engine:
         how = Decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
         out = self.prefill(prompt, mode, blend=blend)
         return TokenStream(self.model, self._buckets, out, how).to_its_end(on_token)
+
+    def prefill_batch(
+        self, prompts: Sequence[Prompt], mode: str = "blend", *, blend: BlendConfig | str | None = None
+    ) -> list[PrefillResult]:
+        """As `prefill`, of several prompts: a chunk that they share is read once from a tier slower than host memory.
+
+        All prompts are checked before the first is prefilled.
+        """
+        with self._sharing_reads() as batch:
+            return prefill_all(batch, prompts, mode, blend)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        mode: str = "blend",
+        *,
+        blend: BlendConfig | str | None = None,
+        max_new_tokens: int = 32,
+        sampling: Sampling | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+    ) -> list[Generation]:
+        """As `generate`, of several prompts, up to eight of which are decoded together (`Scheduler`).
+
+        Programs are compiled for the length of the longest; a `Scheduler` that stays spares that.
+        """
+        with self._sharing_reads() as batch:
+            return generate_all(batch, prompts, mode, blend, max_new_tokens, sampling, stop_token_ids)
 
     def stream(
         self,
@@ -322,7 +347,7 @@ class Engine:
         ratio, a blend's own program is compiled when the request comes. `progress` is called with the number of tasks
         done and their total.
         """
-        tokenized = self._tokenize(prompt)
+        tokenized = self._prefiller.tokenize(prompt)
         chunks = self._prefiller.place(tokenized, "blend")
         placed = {mode: self._prefiller.place(tokenized, mode) for mode in modes}
         compiled_by = self.model, self._planner, self._executors, self.store
@@ -362,18 +387,17 @@ class Engine:
 
     def _place(self, prompt: Prompt | Sequence[TextOrIds], prefix: TextOrIds) -> list[PlacedChunk]:
         """Places a prompt's chunks, or chunks to be used after `prefix`, whose number is not limited."""
-        if isinstance(prompt, Prompt):
-            tokenized = self._tokenize(prompt)
-        else:
-            tokenized = tokenized_chunks(self.model, prompt, prefix)
-        check_precomputable(tokenized, self._context, self.model.config.max_positions)
-        return self._prefiller.place(tokenized, "blend")
+        return place_ahead(prompt, prefix, self._prefiller, self._context, self.model)
+
+    @contextmanager
+    def _sharing_reads(self) -> Iterator[BatchOfPrompts]:
+        with SharedReads(self.store) as reads:
+
+            def prefill(prompt: Prompt, mode: str, *, blend: BlendConfig | str | None) -> PrefillResult:
+                planner = self._planner_for(blend)
+                return self._prefiller.prefill(self._prefiller.tokenize(prompt), mode, planner, reads=reads)
+
+            yield BatchOfPrompts(self.model, self._buckets, self.check, prefill)
 
     def _planner_for(self, blend: BlendConfig | str | None) -> Planner:
         return self._planner if blend is None else replace(self._planner, blend=blend_config(blend))
-
-    def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        config = self.model.config
-        return tokenize_prompt(
-            prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
-        )

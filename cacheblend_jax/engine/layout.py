@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cacheblend_jax.engine.prompt import TokenizedPrompt
+from cacheblend_jax.engine.shared_reads import Opens
 from cacheblend_jax.errors import PromptError
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import cache_shape
-from cacheblend_jax.store import Store, StoredChunk, chunk_key
+from cacheblend_jax.store import StoredChunk, chunk_key
 
 logger = logging.getLogger(__name__)
 MODES = ("full", "prefix", "reuse", "blend")
@@ -169,7 +170,7 @@ def place_chunks(
 
 
 def look_up(
-    chunks: Sequence[PlacedChunk], store: Store, handles: ExitStack, config: ModelConfig
+    chunks: Sequence[PlacedChunk], store: Opens, handles: ExitStack, config: ModelConfig
 ) -> tuple[list[PlacedChunk], set[str]]:
     """Opens the chunks that the store holds; `handles` closes them.
 

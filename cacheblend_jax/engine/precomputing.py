@@ -9,7 +9,8 @@ import numpy as np
 
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.layout import ChunkContext, PlacedChunk
-from cacheblend_jax.engine.prompt import Prompt, TextOrIds, TokenizedPrompt, check_length, tokenize_parts
+from cacheblend_jax.engine.prefilling import Prefiller
+from cacheblend_jax.engine.prompt import Prompt, TextOrIds, check_length, tokenize_parts
 from cacheblend_jax.engine.results import StoredKeys
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.store import ChunkEntry, Store
@@ -17,25 +18,26 @@ from cacheblend_jax.store import ChunkEntry, Store
 logger = logging.getLogger(__name__)
 
 
-def tokenized_chunks(model: Model, chunks: Sequence[TextOrIds], prefix: TextOrIds) -> TokenizedPrompt:
-    """Tokenises chunks to be used after `prefix`; their number is not limited, as that of a prompt's is by its length.
+def place_ahead(
+    prompt: Prompt | Sequence[TextOrIds], prefix: TextOrIds, prefiller: Prefiller, context: ChunkContext, model: Model
+) -> list[PlacedChunk]:
+    """Places a prompt's chunks, or chunks to be used after `prefix`, whose number is not limited.
 
     Raises:
-        PromptError: invalid text or ids.
+        PromptError: invalid text or ids; the prefix, or a chunk with what it is computed after, is longer than the
+            model takes.
     """
-    return tokenize_parts(Prompt(prefix, chunks, np.zeros(0, np.int32)), model.tokenizer, model.config.vocab_size)
-
-
-def check_precomputable(tokenized: TokenizedPrompt, context: ChunkContext, most: int) -> None:
-    """Checks that the model takes each chunk with what it is computed after.
-
-    Raises:
-        PromptTooLongError: the prefix, or a chunk with its context, has more than `most` tokens.
-    """
+    most = model.config.max_positions
+    if isinstance(prompt, Prompt):
+        tokenized = prefiller.tokenize(prompt)
+    else:
+        alone = Prompt(prefix, prompt, np.zeros(0, np.int32))
+        tokenized = tokenize_parts(alone, model.tokenizer, model.config.vocab_size)
     before = context.after(tokenized.prefix)
     check_length(tokenized.prefix.size, most, "the prefix")
     for i, ids in enumerate(tokenized.chunks):
         check_length(before.size + ids.size, most, f"chunk {i} with its context")
+    return prefiller.place(tokenized, "blend")
 
 
 def store_ahead(

@@ -218,11 +218,19 @@ class Scheduler:
     # What follows runs in the scheduler's thread.
 
     def _work(self) -> None:
-        while self._waits_for_work():
-            request = self._next_request()
-            if request is not None:
-                self._prefill(request)
-            self._decode()
+        try:
+            while self._waits_for_work():
+                request = self._next_request()
+                if request is not None:
+                    self._prefill(request)
+                self._decode()
+        except BaseException as error:  # whatever it is, nobody is to wait for ever
+            logger.exception("the scheduler ends: its thread has failed")
+            with self._changed:
+                self._is_closed = True
+                waiting = list(self._waiting)
+                self._waiting.clear()
+            self._fail_all(error, *waiting)
 
     def _waits_for_work(self) -> bool:
         """Waits until there is something to do; returns whether there ever will be."""
@@ -244,18 +252,16 @@ class Scheduler:
 
     def _prefill(self, request: _Request) -> None:
         """Prefills a request, hands its first token out, and puts it into a free slot unless it ends there."""
-        began = time.perf_counter()
+        waited = time.perf_counter() - request.submitted_at
         try:
             out = self._engine.prefill(request.prompt, request.mode, blend=request.blend)
             token = self._batch.first_token(out, request.sampling)
-        except BaseException as error:  # this request's alone
-            self._fail(request, error)
-        else:
-            waited = began - request.submitted_at
             stats = replace(out.stats, ttft_s=out.stats.ttft_s + waited, wait_s=out.stats.wait_s + waited)
             request.answer.prefilled(stats)
             if self._hand_out(request, [token]):
                 self._insert(request, out, token)
+        except BaseException as error:  # this request's alone
+            self._fail(request, error)
         finally:
             with self._changed:
                 self._prefilling = None

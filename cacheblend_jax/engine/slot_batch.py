@@ -81,11 +81,11 @@ class SlotBatch:
     def _state(self) -> Slots:
         """Returns the slots; empty ones at first, and after a program that failed has taken their buffers."""
         if self._slots is None:
-            static = {"config": self._model.config, "num_slots": self.num_slots}
-            self._slots = self._model.runner(empty_slots, self._angles, **static)
+            model = self._model
+            self._slots = model.runner(empty_slots, self._angles, config=model.config, num_slots=self.num_slots)
         return self._slots
 
     def _turn(self, token: int, length: int, ending: Ending, sampling: Sampling) -> Turn:
         is_stop = np.isin(np.arange(self._model.config.vocab_size), list(ending.stop_token_ids))
-        scalars = (np.int32(each) for each in (token, length, 1, ending.most - 1))
-        return Turn(*scalars, is_stop, Draw.by(sampling))
+        token_id, position, number, left = (np.int32(each) for each in (token, length, 1, ending.most - 1))
+        return Turn(token_id, position, number, left, is_stop, Draw.by(sampling))

@@ -28,10 +28,26 @@ class AttendedLayer(Protocol):
         positions: Int[Array, " rows"],
         *,
         starts: Int[Array, " rows"] | None,
-        kv_length: Int[Array, "*rows"] | int,
+        kv_length: Int[Array, "*of"] | int,
         scale: float | None,
     ) -> AttendedLse:
         """Returns `selective_attention` of rotated queries, with the log-sum-exp of their visible scores."""
+
+
+def _attended(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    layer: Int[Array, ""] | int | None,
+    starts: jax.Array | None,
+    kv_length: jax.Array | int,
+    scale: float | None,
+) -> AttendedLse:
+    out, lse = selective_attention(
+        q, k, v, positions, layer=layer, q_starts=starts, kv_length=kv_length, scale=scale, return_lse=True
+    )
+    return out, lse
 
 
 @struct.dataclass
@@ -53,8 +69,7 @@ class LayerKV:
         scale: float | None,
     ) -> AttendedLse:
         """See `AttendedLayer`."""
-        visible = {"q_starts": starts, "kv_length": kv_length, "scale": scale}
-        return selective_attention(q, self.k, self.v, positions, **visible, return_lse=True)
+        return _attended(q, self.k, self.v, positions, None, starts, kv_length, scale)
 
 
 @struct.dataclass
@@ -83,8 +98,7 @@ class LayerInCache:
         scale: float | None,
     ) -> AttendedLse:
         """See `AttendedLayer`."""
-        visible = {"q_starts": starts, "kv_length": kv_length, "scale": scale}
-        return selective_attention(q, self.k, self.v, positions, layer=self.index, **visible, return_lse=True)
+        return _attended(q, self.k, self.v, positions, self.index, starts, kv_length, scale)
 
     @property
     def cache(self) -> KVCache:

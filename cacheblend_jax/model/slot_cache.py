@@ -129,14 +129,13 @@ class LayerOfSlots:
         positions: Int[Array, " slots"],
         *,
         starts: Int[Array, " slots"] | None,
-        kv_length: Int[Array, " slots"],
+        kv_length: Int[Array, "*slots"] | int,
         scale: float | None,
     ) -> AttendedLse:
         """See `AttendedLayer`. A slot whose position is beyond its capacity yields zeros."""
         first = jnp.zeros_like(positions) if starts is None else starts
-        queries = _Queries(
-            jnp.arange(q.shape[0], dtype=jnp.int32), q[:, None], positions[:, None], first[:, None], kv_length
-        )
+        each = (jnp.arange(q.shape[0], dtype=jnp.int32), q[:, None], positions[:, None], first[:, None])
+        queries = _Queries(*each, jnp.broadcast_to(jnp.asarray(kv_length), positions.shape))
         has_starts = starts is not None
         if self.cache.orders == AS_IT_IS:  # on a GPU, a step of a loop costs more than the call of a kernel
             one_by_one = [self._in_place(_Queries(*query), has_starts, scale) for query in zip(*queries, strict=True)]

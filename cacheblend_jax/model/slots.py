@@ -6,6 +6,7 @@ weights once for all of them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from cacheblend_jax.model.decode import MOST_AT_ONCE, run_rows
 from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles
-from cacheblend_jax.model.sampling import Draw, next_tokens
+from cacheblend_jax.model.sampling import Draw, HostOrDevice, next_tokens
 from cacheblend_jax.model.slot_cache import SlotCache
 from cacheblend_jax.model.transformer import embedder
 
@@ -39,11 +40,11 @@ class Turn:
         draw: how its tokens are drawn.
     """
 
-    token_id: Int[Array, "*slots"]
-    position: Int[Array, "*slots"]
-    number: Int[Array, "*slots"]
-    left: Int[Array, "*slots"]
-    is_stop: Bool[Array, "*slots vocab"]
+    token_id: Int[HostOrDevice, "*slots"]
+    position: Int[HostOrDevice, "*slots"]
+    number: Int[HostOrDevice, "*slots"]
+    left: Int[HostOrDevice, "*slots"]
+    is_stop: Bool[HostOrDevice, "*slots vocab"]
     draw: Draw
 
 
@@ -106,7 +107,7 @@ def decode_slots(
         return count + 1, DecodedSlots(token_ids.at[count].set(token), slots)
 
     turn = slots.turn
-    slots = slots.replace(turn=turn.replace(left=jnp.where(goes_on, turn.left, 0)))
+    slots = replace(slots, turn=replace(turn, left=jnp.where(goes_on, turn.left, 0)))
     none = jnp.full((MOST_AT_ONCE, goes_on.shape[0]), NONE, jnp.int32)
     return lax.while_loop(is_busy, step, (jnp.int32(0), DecodedSlots(none, slots)))[1]
 
@@ -118,10 +119,11 @@ def _one_step(params: Params, slots: Slots, angles: Angles, config: ModelConfig)
     positions = jnp.where(runs, turn.position, slots.cache.capacity)  # idle slots write nothing and see nothing
     hidden, cache = run_rows(params, slots.cache, turn.token_id, positions, angles, config=config)
     logits = embedder(params, config).logits(hidden)
-    draw = turn.draw.replace(temperature=jnp.where(runs, turn.draw.temperature, 0))
+    draw = replace(turn.draw, temperature=jnp.where(runs, turn.draw.temperature, 0))
     token = jnp.where(runs, next_tokens(logits, draw, turn.number), turn.token_id)
     ends = jnp.take_along_axis(turn.is_stop, token[:, None], axis=1)[:, 0]
-    after = turn.replace(
+    after = replace(
+        turn,
         token_id=token,
         position=turn.position + runs,
         number=turn.number + runs,

@@ -371,7 +371,7 @@ def attend(
     *,
     angles: tuple[Float[Array, "rows half"], Float[Array, "rows half"]],
     starts: Int[Array, " rows"] | None,
-    kv_length: Int[Array, "*rows"] | int,
+    kv_length: Int[Array, "*of"] | int,
 ) -> Attended:
     """The second half of every layer step: attention over the rotated keys, output projection, MLP.
 
@@ -380,6 +380,5 @@ def attend(
         angles: the rows' own, of this layer.
     """
     q = apply_rope(q, *angles)
-    visible = {"starts": starts, "kv_length": kv_length, "scale": layer.attention_scale}
-    attended, lse = kv.attended(q, rows.positions, **visible)
+    attended, lse = kv.attended(q, rows.positions, starts=starts, kv_length=kv_length, scale=layer.attention_scale)
     return Attended(replace(rows, hidden=layer.finish(rows.hidden, attended)), q, lse)
