@@ -15,12 +15,13 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 import cacheblend_jax as cb
+from cacheblend_jax.evaluation.shapes import SHAPES
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,15 @@ class Load:
 
 @dataclass(frozen=True)
 class Round:
-    """One pass over the requests: seconds, of which `ttft_s` are the requests' own times to first token, summed."""
+    """One pass over the requests.
+
+    Attributes:
+        ttft_s: the requests' own times to first token, summed, without waiting for each other.
+        cpu_s: of all threads of this process: comparable also where other processes keep the cores busy.
+    """
 
     seconds: float
+    cpu_s: float
     ttft_s: float
     num_tokens: int
 
@@ -61,7 +68,7 @@ class Round:
 
 def in_turn(engine: cb.Engine, prompts: list[cb.Prompt], load: Load) -> tuple[Round, list[list[int]]]:
     """Answers the prompts one after another."""
-    began = time.perf_counter()
+    began = _clocks()
     how = {"max_new_tokens": load.new_tokens, "stop_token_ids": ()}
     answers = [engine.generate(prompt, load.mode, **how) for prompt in prompts]
     return _round(began, answers)
@@ -79,7 +86,7 @@ def at_once(scheduler: cb.Scheduler, prompts: list[cb.Prompt], load: Load) -> tu
         answers[number] = answer.result()
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(len(prompts))]
-    began = time.perf_counter()
+    began = _clocks()
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -87,11 +94,15 @@ def at_once(scheduler: cb.Scheduler, prompts: list[cb.Prompt], load: Load) -> tu
     return _round(began, [answer for answer in answers if answer is not None])
 
 
-def _round(began: float, answers: list[cb.Generation]) -> tuple[Round, list[list[int]]]:
-    seconds = time.perf_counter() - began
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _round(began: tuple[float, float], answers: list[cb.Generation]) -> tuple[Round, list[list[int]]]:
+    seconds, cpu_s = (now - then for now, then in zip(_clocks(), began, strict=True))
     ttft_s = sum(answer.stats.prefill.ttft_s - answer.stats.prefill.wait_s for answer in answers)
     token_ids = [answer.token_ids for answer in answers]
-    return Round(seconds, ttft_s, sum(map(len, token_ids))), token_ids
+    return Round(seconds, cpu_s, ttft_s, sum(map(len, token_ids))), token_ids
 
 
 def measure(model: cb.Model, load: Load, rounds: int, steps: int, log: Callable[[str], None]) -> dict:
@@ -123,16 +134,17 @@ def measure(model: cb.Model, load: Load, rounds: int, steps: int, log: Callable[
         }
         for name, of in measured.items()
     }
-    gains = [two.tokens_per_s / one.tokens_per_s for one, two in zip(*measured.values(), strict=True)]
-    return {"model": model.name, "load": asdict(load), "steps": steps, **medians, "gain": statistics.median(gains)} | {
-        "same_answers": same
-    }
+    pairs = list(zip(*measured.values(), strict=True))
+    gain = statistics.median(two.tokens_per_s / one.tokens_per_s for one, two in pairs)
+    cpu_gain = statistics.median(one.cpu_s / two.cpu_s for one, two in pairs)
+    settings = {"model": model.name, "load": asdict(load), "steps": steps, "same_answers": same}
+    return settings | medians | {"gain": gain, "cpu_gain": cpu_gain}
 
 
 def main() -> None:
     """Prints a table's line, and writes all of it with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--model", default="demo", help=f"or one of random weights: {', '.join(SHAPES)}")
     parser.add_argument("--dtype", help="cast the weights")
     parser.add_argument("--mode", default="blend")
     parser.add_argument("--clients", type=int, default=8)
@@ -143,13 +155,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parsed = parser.parse_args()
     load = Load(parsed.clients, parsed.tokens, parsed.new_tokens, parsed.mode)
-    model = cb.load_model(parsed.model, dtype=parsed.dtype)
+    if parsed.model in SHAPES:
+        config = SHAPES[parsed.model]
+        model = cb.model.random_model(config if parsed.dtype is None else replace(config, dtype=parsed.dtype))
+    else:
+        model = cb.load_model(parsed.model, dtype=parsed.dtype)
     report = measure(model, load, parsed.rounds, parsed.steps, lambda line: print(line, flush=True))
     one, other = report["in turn"], report["at once"]
-    print("| model | in turn, tokens/s | at once, tokens/s | gain | prefills' share in turn | at once |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| model | in turn, tokens/s | at once, tokens/s | gain | in CPU time | prefills' share in turn | at once |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     print(
-        f"| {parsed.model} | {one['tokens_per_s']:.1f} | {other['tokens_per_s']:.1f} | {report['gain']:.2f} × "
+        f"| {parsed.model} | {one['tokens_per_s']:.1f} | {other['tokens_per_s']:.1f} | {report['gain']:.2f} × | {report['cpu_gain']:.2f} × "
         f"| {one['prefill_share']:.0%} | {other['prefill_share']:.0%} |"
     )
     if parsed.json:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,9 +30,8 @@ def empty(orders) -> SlotCache:
 def test_a_query_of_each_slot_sees_the_keys_of_its_slot(orders, window):
     lengths = [17, 40, 0]  # the second is full, the third idle
     rows = LayerKV(drawn(1, SLOTS, KV_HEADS, HEAD_DIM), drawn(2, SLOTS, KV_HEADS, HEAD_DIM))
-    prompts = [
-        KVCache(drawn(s, LAYERS, 48, KV_HEADS, HEAD_DIM), drawn(s + 9, LAYERS, 48, KV_HEADS, HEAD_DIM)) for s in (3, 4)
-    ]
+    stacks = [drawn(seed, LAYERS, 48, KV_HEADS, HEAD_DIM) for seed in range(3, 7)]
+    prompts = [KVCache(*stacks[:2]), KVCache(*stacks[2:])]
     positions = jnp.asarray([lengths[0] - 1, lengths[1] - 1, CAPACITY], jnp.int32)
     q, layer = drawn(5, SLOTS, 2 * KV_HEADS, HEAD_DIM), 1
 
@@ -66,7 +63,8 @@ def test_a_query_of_each_slot_sees_the_keys_of_its_slot(orders, window):
 def test_tokens_of_several_answers_are_drawn_as_each_alone():
     logits, numbers = drawn(1, 4, 50) * 3, jnp.asarray([0, 7, 1, 2], jnp.int32)
     ways = [Sampling(), Sampling(1.5, seed=3), Sampling(), Sampling(0.7, top_k=9, top_p=0.8, seed=2**32 - 1)]
+    draw_one = jax.jit(next_token)
     for chosen in (ways, [Sampling()] * 4):
         draws = jax.tree.map(lambda *each: jnp.stack([jnp.asarray(x) for x in each]), *map(Draw.by, chosen))
-        alone = [int(next_token(*each)) for each in zip(logits, map(Draw.by, chosen), numbers, strict=True)]
-        assert jax.jit(partial(next_tokens))(logits, draws, numbers).tolist() == alone
+        alone = [int(draw_one(*each)) for each in zip(logits, map(Draw.by, chosen), numbers, strict=True)]
+        assert jax.jit(next_tokens)(logits, draws, numbers).tolist() == alone
