@@ -103,6 +103,12 @@ class Layout:
     hits: int
     misses: int
 
+    def loaded_chunks(self, prompt: TokenizedPrompt) -> tuple[bool, ...]:
+        """Returns of each of the prompt's chunks, in order, whether stored KV is used for it."""
+        sizes = [prompt.prefix.size, *(ids.size for ids in prompt.chunks)]
+        loaded = {chunk.start for chunk in self.loaded if not chunk.is_prefix}
+        return tuple(start in loaded for start in np.cumsum(sizes)[:-1].tolist())
+
 
 @dataclass(frozen=True, eq=False)
 class ChunkContext:
@@ -157,7 +163,7 @@ def place_chunks(
     after, before = context.after(prompt.prefix), prompt.token_ids
 
     def place(start: int, context_ids: np.ndarray, ids: np.ndarray, is_prefix: bool) -> PlacedChunk:
-        key = chunk_key(fingerprint, context_ids, ids, salt)
+        key = chunk_key(fingerprint, context_ids, ids, salt, prompt.tenant)
         exact = np.array_equal(context_ids, before[:start])
         return PlacedChunk(key, fingerprint, context_ids, ids, start, exact, is_prefix)
 

@@ -230,6 +230,7 @@ class Prefiller:
             damaged=len(call.lost),
             decision=planned.decision,
             wait_s=call.timer.wait_s,
+            loaded=layout.loaded_chunks(call.tokenized),
         )
         logits = np.asarray(run.out.logits)
         return PrefillResult(logits, layout.token_ids, run.next_token, stats, run.out.cache, computed, planned.plan)

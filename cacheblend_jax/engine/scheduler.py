@@ -150,7 +150,7 @@ class Scheduler:
         check_length(length, capacity, "the prompt", taker="a slot of the scheduler (max_tokens)")
         stops = self._engine.model.stop_token_ids if stop_token_ids is None else stop_token_ids
         ending = Ending(frozenset(stops), min(max_new_tokens, capacity - length + 1))
-        ids = Prompt(tokenized.prefix, tokenized.chunks, tokenized.suffix)
+        ids = Prompt(tokenized.prefix, tokenized.chunks, tokenized.suffix, tenant=tokenized.tenant)
         answer = Answer(self._engine.model.tokenizer, self._cancelled)
         with self._changed:
             if self._is_closed:
