@@ -8,14 +8,25 @@ from cacheblend_jax.runtime.lazy_names import imported
 if TYPE_CHECKING:
     from cacheblend_jax.blend import SELECTORS, BlendConfig, Evidence, Selector, register_selector
     from cacheblend_jax.documents import BM25Retriever, read_documents, split_text
-    from cacheblend_jax.engine import Engine, FittedContext, Generation, PrefillResult, Prompt, neutral_text
-    from cacheblend_jax.errors import CacheBlendError, CheckpointError, DamagedEntryError, PromptError
+    from cacheblend_jax.engine import (
+        Answer,
+        Engine,
+        FittedContext,
+        Generation,
+        PrefillResult,
+        Prompt,
+        Scheduler,
+        SchedulerStats,
+        neutral_text,
+    )
+    from cacheblend_jax.errors import CacheBlendError, CheckpointError, DamagedEntryError, PromptError, QueueFull
     from cacheblend_jax.model import KVCache, Model, Sampling, load_model
     from cacheblend_jax.runtime.trace import Trace
     from cacheblend_jax.store import ChunkEntry, ChunkStore
 
 __all__ = [
     "SELECTORS",
+    "Answer",
     "BM25Retriever",
     "BlendConfig",
     "CacheBlendError",
@@ -32,7 +43,10 @@ __all__ = [
     "PrefillResult",
     "Prompt",
     "PromptError",
+    "QueueFull",
     "Sampling",
+    "Scheduler",
+    "SchedulerStats",
     "Selector",
     "Trace",
     "load_model",

@@ -22,6 +22,10 @@ class PromptTooLongError(PromptError):
     """A prompt has more tokens than the model takes; the message says how many that are."""
 
 
+class QueueFull(CacheBlendError):
+    """As many requests wait as a scheduler lets wait: try again later."""
+
+
 class DamagedEntryError(CacheBlendError):
     """A stored entry's bytes are not those that were written; the store has removed it, and its chunk is a miss."""
 

@@ -139,11 +139,12 @@ TWO_STAGES = cb.BlendConfig(selector="hkvd", num_stages=2)
 @contextlib.contextmanager
 def unchecked():
     """Annotations are not checked in the body: it passes what they forbid, or calls very often."""
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield
     finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 _raises = pytest.raises
@@ -219,7 +220,7 @@ def fresh_engine(*args, **options) -> cb.Engine:
 FAMILIES_OF_EVERY_VERSION = ("gemma3",)
 # What depends on no version: commands, evaluations, planning, files that are damaged or misread, scripts, documents.
 RUN_ONCE = (
-    *("cli/test_cli.py", "cli/test_chat.py", "cli/test_inspect.py", "documents/", "evaluation/", "blend/"),
+    *("cli/test_cli.py", "cli/test_chat.py", "cli/test_inspect.py", "documents/", "evaluation/", "blend/", "serving/"),
     *("model/test_gguf.py", "model/test_hostile_checkpoints.py", "model/test_weights.py"),
     *("store/test_broken_index.py", "store/test_faults.py", "store/test_full_disk.py"),
     *("store/test_hostile_directory.py", "test_docs.py", "test_fault_harness.py"),

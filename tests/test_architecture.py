@@ -19,7 +19,8 @@ ROOMS = {
     "blend": ("model", "runtime", "pallas_kernels"),
     "engine": ("blend", "store", "model", "runtime", "pallas_kernels"),
     "evaluation": ("engine", "blend", "store", "model", "runtime", "pallas_kernels", "documents"),
-    "cli": ("evaluation", "engine", "blend", "store", "model", "runtime", "documents"),
+    "serving": ("engine", "blend", "store", "model", "runtime"),
+    "cli": ("evaluation", "serving", "engine", "blend", "store", "model", "runtime", "documents"),
     "documents": ("model",),
     "errors": (),
 }

@@ -92,3 +92,18 @@ class BlendConfig:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def blend_config(blend: BlendConfig | str | None) -> BlendConfig:
+    """Returns what users mean: `"auto"` leaves the ratio to the controller, `None` is the default.
+
+    Raises:
+        CacheBlendError: it is neither, nor a `BlendConfig`.
+    """
+    if blend is None:
+        return BlendConfig()
+    if blend == "auto":
+        return BlendConfig(recompute_ratio="auto")
+    if not isinstance(blend, BlendConfig):
+        raise CacheBlendError(f"blend must be a BlendConfig or 'auto', got {blend!r}")
+    return blend

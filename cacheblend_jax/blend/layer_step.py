@@ -19,7 +19,7 @@ from cacheblend_jax.model.kv_cache import LayerInCache, LayerKV
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.transformer import DecoderLayer, Rows, attend, layer_at, layer_starts
-from pallas_kernels import apply_rope, blend_kv, selective_attention
+from pallas_kernels import apply_rope, blend_kv
 from pallas_kernels.dispatch import current_target
 
 HostOrDevice = Any  # a JAX array, or a NumPy array on the host
@@ -204,17 +204,8 @@ def cross_mass(
         is_row = positions < sequence.length
 
         def log_sum_exp(last_visible: Int[Array, " kept"], starts: Int[Array, " kept"] | None) -> jax.Array:
-            return selective_attention(
-                step.q,
-                step.blended.k,
-                step.blended.v,
-                last_visible,
-                layer=step.blended.index if isinstance(step.blended, LayerInCache) else None,
-                q_starts=starts,
-                kv_length=sequence.length,
-                return_lse=True,
-                **config.score_options,
-            )[1]
+            of_all = {"kv_length": sequence.length, "scores": config.score_options}
+            return step.blended.attended(step.q, last_visible, starts=starts, **of_all)[1]
 
         own_starts = chunk_starts if window_starts is None else jnp.maximum(chunk_starts, window_starts)
         own = log_sum_exp(positions, own_starts)

@@ -27,6 +27,7 @@ COMMANDS = {
     "ask": "answer a question from text files",
     "chat": "talk about text files",
     "inspect": "show token by token what reuse loses and a blend restores",
+    "serve": "answer OpenAI's clients over HTTP",
     "precompute": "compute the KV of text files and keep it in a directory",
     "store": "look after a directory of stored chunks",
     "evaluate": "measure quality on a data set, by mode, selector and ratio",

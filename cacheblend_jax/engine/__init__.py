@@ -1,5 +1,6 @@
 """The engine: from a prompt to its blended KV cache and an answer."""
 
+from cacheblend_jax.engine.answer import Answer
 from cacheblend_jax.engine.contexts import neutral_text
 from cacheblend_jax.engine.controller import Decision
 from cacheblend_jax.engine.delays import Tier, cheapest_tier
@@ -9,8 +10,10 @@ from cacheblend_jax.engine.generation import TokenStream
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.engine.results import Generation, PrefillResult, PrefillStats
+from cacheblend_jax.engine.scheduler import Scheduler, SchedulerStats
 
 __all__ = [
+    "Answer",
     "Decision",
     "Engine",
     "FittedContext",
@@ -19,6 +22,8 @@ __all__ = [
     "PrefillStats",
     "Profile",
     "Prompt",
+    "Scheduler",
+    "SchedulerStats",
     "Tier",
     "TokenStream",
     "cheapest_tier",

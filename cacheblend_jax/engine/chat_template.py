@@ -35,7 +35,7 @@ def encode_around_message(
     Raises:
         PromptError: there is no template or no default among several, it fails, or doesn't print the message once.
     """
-    _check_template(tokenizer, arguments)
+    check_template(tokenizer, arguments)
     messages, before, after = _render_around(tokenizer, system, arguments)
     if system is None or encode(tokenizer, system) == encode(tokenizer, system, control_tokens=True):
         ids = encode(tokenizer, before, control_tokens=True)
@@ -52,16 +52,21 @@ def encode_around_next_message(tokenizer: Any, arguments: Mapping[str, Any]) -> 
     Raises:
         PromptError: as for `encode_around_message`, or the template doesn't print an answer and a next message once.
     """
-    _check_template(tokenizer, arguments)
+    check_template(tokenizer, arguments)
     roles = ("user", "first"), ("assistant", ANSWER), ("user", MESSAGE)
-    rendered = _render(tokenizer, [{"role": role, "content": content} for role, content in roles], arguments)
+    rendered = render(tokenizer, [{"role": role, "content": content} for role, content in roles], arguments)
     between, _, after = rendered.partition(ANSWER)[2].partition(MESSAGE)
     if (rendered.count(ANSWER), rendered.count(MESSAGE)) != (1, 1) or not after:
         raise PromptError("the tokenizer's chat template does not print an answer and the next message exactly once")
     return encode(tokenizer, between, control_tokens=True), encode(tokenizer, after, control_tokens=True)
 
 
-def _check_template(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+def check_template(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+    """Checks that there is a template, and that it can take the arguments.
+
+    Raises:
+        PromptError: there is none, or no default among several; or an argument is one that is set for every prompt.
+    """
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         raise PromptError("the tokenizer has no chat template; build Prompt(prefix=…, chunks=…, suffix=…) instead")
@@ -86,7 +91,7 @@ def _render_around(
     user = {"role": "user", "content": MESSAGE}
     messages = [user] if system is None else [{"role": "system", "content": system}, user]
     try:
-        rendered = _render(tokenizer, messages, arguments)
+        rendered = render(tokenizer, messages, arguments)
         refused = system is not None and system.strip() not in rendered
     except PromptError:  # templates raise whatever they like to refuse a role
         if system is None:
@@ -94,7 +99,7 @@ def _render_around(
         refused = True
     if refused:
         messages = [{"role": "user", "content": f"{system}\n\n{MESSAGE}"}]
-        rendered = _render(tokenizer, messages, arguments)
+        rendered = render(tokenizer, messages, arguments)
     if rendered.count(MESSAGE) != 1:
         raise PromptError("the tokenizer's chat template does not print the user's message exactly once")
     before, _, after = rendered.partition(MESSAGE)
@@ -106,7 +111,7 @@ def _around_system(
 ) -> tuple[str, str, str]:
     """Splits what stands before the user's message around the system text."""
     marked = [message | {"content": message["content"].replace(system, SYSTEM, 1)} for message in messages]
-    head, _, tail = _render(tokenizer, marked, arguments).partition(MESSAGE)[0].partition(SYSTEM)
+    head, _, tail = render(tokenizer, marked, arguments).partition(MESSAGE)[0].partition(SYSTEM)
     for text in (system, system.strip()):  # many templates strip what they print
         if before == head + text + tail:
             return head, text, tail
@@ -116,7 +121,12 @@ def _around_system(
     )
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], arguments: Mapping[str, Any]) -> str:
+def render(tokenizer: Any, messages: list[dict[str, str]], arguments: Mapping[str, Any]) -> str:
+    """Returns what the template prints for messages, and to open the answer.
+
+    Raises:
+        PromptError: it fails, or a message isn't valid Unicode.
+    """
     for message in messages:
         check_text(message["content"], "the system text")
     try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,9 @@ import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
+from cacheblend_jax.blend.config import blend_config
 from cacheblend_jax.engine.background import Background
+from cacheblend_jax.engine.batches import BatchOfPrompts, generate_all, prefill_all
 from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
 from cacheblend_jax.engine.contexts import chunk_context, default_context
 from cacheblend_jax.engine.delays import Estimator
@@ -20,19 +22,14 @@ from cacheblend_jax.engine.extending import extend_context
 from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.generation import Decoding, TokenStream, continuation_logits
 from cacheblend_jax.engine.kernels import prove_kernels, with_kernels
-from cacheblend_jax.engine.layout import PlacedChunk
+from cacheblend_jax.engine.layout import PlacedChunk, check_mode
 from cacheblend_jax.engine.planner import Planner
+from cacheblend_jax.engine.precomputing import place_ahead, store_ahead
 from cacheblend_jax.engine.prefilling import Prefiller
 from cacheblend_jax.engine.profile import Profile
-from cacheblend_jax.engine.prompt import (
-    Prompt,
-    TextOrIds,
-    TokenizedPrompt,
-    check_length,
-    tokenize_parts,
-    tokenize_prompt,
-)
+from cacheblend_jax.engine.prompt import Prompt, TextOrIds, TokenizedPrompt
 from cacheblend_jax.engine.results import BackgroundStats, Generation, PrefillResult, StoredKeys
+from cacheblend_jax.engine.shared_reads import SharedReads
 from cacheblend_jax.engine.warmup import Sizes, compile_tasks, prompt_tasks, run_tasks
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.model import Model
@@ -40,8 +37,6 @@ from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.runtime.link import Link
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore, Store
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -103,7 +98,7 @@ class Engine:
             )
         self.model = model = with_kernels(model, kernels)
         self.store: Store = ChunkStore() if store is None else store
-        self.blend = _blend_config(blend)
+        self.blend = blend_config(blend)
         self.context_tokens = context_tokens
         if context is None:
             context = "" if context_tokens is None else default_context(model, self.store)
@@ -145,22 +140,7 @@ class Engine:
             PromptError: as for `prefill`, before anything is computed.
         """
         chunks = self._place(prompt, prefix)
-        for done, chunk in enumerate(chunks):
-            self._background.wait_for([chunk.key])
-            if chunk.key not in self.store:
-                # No request has used it yet: it is evicted before entries that were used.
-                self.store.put(chunk.key, self._executors.standalone(chunk), wait=True, uses=0)
-            if progress is not None:
-                progress(done + 1, len(chunks))
-        keys = [chunk.key for chunk in chunks if not chunk.is_prefix]
-        stored = StoredKeys(keys, [key in self.store for key in keys])
-        if stored.unstored:
-            logger.warning(
-                "%d of %d chunks are not stored: the store has no room for them; raise its host_bytes or disk_bytes",
-                len(stored.unstored),
-                len(keys),
-            )
-        return stored
+        return store_ahead(chunks, self.store, self._executors.standalone, self._background, progress)
 
     def look_up(self, prompt: Prompt | Sequence[TextOrIds], *, prefix: TextOrIds = "") -> list[ChunkLookup]:
         """Returns what the store holds of what `precompute` would store; computes nothing and counts no use.
@@ -190,8 +170,13 @@ class Engine:
             PromptError: an unknown mode, or an invalid prompt (see `tokenize_prompt`).
             CacheBlendError: a check layer the model does not have.
         """
-        planner = self._planner if blend is None else replace(self._planner, blend=_blend_config(blend))
-        return self._prefiller.prefill(self._tokenize(prompt), mode, planner, trace)
+        return self._prefiller.prefill(self._prefiller.tokenize(prompt), mode, self._planner_for(blend), trace)
+
+    def check(self, prompt: Prompt, mode: str = "blend", blend: BlendConfig | str | None = None) -> TokenizedPrompt:
+        """Returns a prompt's token ids, without prefilling it; raises what `prefill` would for these arguments."""
+        check_mode(mode)
+        self._planner_for(blend)
+        return self._prefiller.tokenize(prompt)
 
     def generate(
         self,
@@ -221,6 +206,33 @@ class Engine:
         how = Decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
         out = self.prefill(prompt, mode, blend=blend)
         return TokenStream(self.model, self._buckets, out, how).to_its_end(on_token)
+
+    def prefill_batch(
+        self, prompts: Sequence[Prompt], mode: str = "blend", *, blend: BlendConfig | str | None = None
+    ) -> list[PrefillResult]:
+        """As `prefill`, of several prompts: a chunk that they share is read once from a tier slower than host memory.
+
+        All prompts are checked before the first is prefilled.
+        """
+        with self._sharing_reads() as batch:
+            return prefill_all(batch, prompts, mode, blend)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        mode: str = "blend",
+        *,
+        blend: BlendConfig | str | None = None,
+        max_new_tokens: int = 32,
+        sampling: Sampling | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+    ) -> list[Generation]:
+        """As `generate`, of several prompts, up to eight of which are decoded together (`Scheduler`).
+
+        Programs are compiled for the length of the longest; a `Scheduler` that stays spares that.
+        """
+        with self._sharing_reads() as batch:
+            return generate_all(batch, prompts, mode, blend, max_new_tokens, sampling, stop_token_ids)
 
     def stream(
         self,
@@ -335,11 +347,16 @@ class Engine:
         ratio, a blend's own program is compiled when the request comes. `progress` is called with the number of tasks
         done and their total.
         """
-        tokenized = self._tokenize(prompt)
+        tokenized = self._prefiller.tokenize(prompt)
         chunks = self._prefiller.place(tokenized, "blend")
         placed = {mode: self._prefiller.place(tokenized, mode) for mode in modes}
         compiled_by = self.model, self._planner, self._executors, self.store
         run_tasks(prompt_tasks(tokenized, chunks, placed, max_new_tokens, *compiled_by), progress)
+
+    @property
+    def buckets(self) -> Buckets:
+        """How lengths are padded."""
+        return self._buckets
 
     def estimator(self) -> Estimator:
         """Returns what the controller estimates delays from: the profile, or else a quick estimate."""
@@ -370,31 +387,17 @@ class Engine:
 
     def _place(self, prompt: Prompt | Sequence[TextOrIds], prefix: TextOrIds) -> list[PlacedChunk]:
         """Places a prompt's chunks, or chunks to be used after `prefix`, whose number is not limited."""
-        config = self.model.config
-        if isinstance(prompt, Prompt):
-            tokenized = self._tokenize(prompt)
-        else:
-            tokenized = tokenize_parts(
-                Prompt(prefix, prompt, np.zeros(0, np.int32)), self.model.tokenizer, config.vocab_size
-            )
-        context = self._context.after(tokenized.prefix)
-        check_length(tokenized.prefix.size, config.max_positions, "the prefix")
-        for i, ids in enumerate(tokenized.chunks):
-            check_length(context.size + ids.size, config.max_positions, f"chunk {i} with its context")
-        return self._prefiller.place(tokenized, "blend")
+        return place_ahead(prompt, prefix, self._prefiller, self._context, self.model)
 
-    def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        config = self.model.config
-        return tokenize_prompt(
-            prompt, self.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
-        )
+    @contextmanager
+    def _sharing_reads(self) -> Iterator[BatchOfPrompts]:
+        with SharedReads(self.store) as reads:
 
+            def prefill(prompt: Prompt, mode: str, *, blend: BlendConfig | str | None) -> PrefillResult:
+                planner = self._planner_for(blend)
+                return self._prefiller.prefill(self._prefiller.tokenize(prompt), mode, planner, reads=reads)
 
-def _blend_config(blend: BlendConfig | str | None) -> BlendConfig:
-    if blend is None:
-        return BlendConfig()
-    if blend == "auto":
-        return BlendConfig(recompute_ratio="auto")
-    if not isinstance(blend, BlendConfig):
-        raise CacheBlendError(f"blend must be a BlendConfig or 'auto', got {blend!r}")
-    return blend
+            yield BatchOfPrompts(self.model, self._buckets, self.check, prefill)
+
+    def _planner_for(self, blend: BlendConfig | str | None) -> Planner:
+        return self._planner if blend is None else replace(self._planner, blend=blend_config(blend))

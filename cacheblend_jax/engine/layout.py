@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cacheblend_jax.engine.prompt import TokenizedPrompt
+from cacheblend_jax.engine.shared_reads import Opens
 from cacheblend_jax.errors import PromptError
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import cache_shape
-from cacheblend_jax.store import Store, StoredChunk, chunk_key
+from cacheblend_jax.store import StoredChunk, chunk_key
 
 logger = logging.getLogger(__name__)
 MODES = ("full", "prefix", "reuse", "blend")
@@ -102,6 +103,12 @@ class Layout:
     hits: int
     misses: int
 
+    def loaded_chunks(self, prompt: TokenizedPrompt) -> tuple[bool, ...]:
+        """Returns of each of the prompt's chunks, in order, whether stored KV is used for it."""
+        sizes = [prompt.prefix.size, *(ids.size for ids in prompt.chunks)]
+        loaded = {chunk.start for chunk in self.loaded if not chunk.is_prefix}
+        return tuple(start in loaded for start in np.cumsum(sizes)[:-1].tolist())
+
 
 @dataclass(frozen=True, eq=False)
 class ChunkContext:
@@ -133,6 +140,12 @@ class ChunkContext:
         return prefix_ids if self.prefix_tokens is None else prefix_ids[: self.prefix_tokens]
 
 
+def check_mode(mode: str) -> None:
+    """Raises `PromptError` where a mode is unknown."""
+    if mode not in MODES:
+        raise PromptError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+
+
 def place_chunks(
     prompt: TokenizedPrompt, mode: str, *, context: ChunkContext, fingerprint: str, salt: str
 ) -> list[PlacedChunk]:
@@ -144,14 +157,13 @@ def place_chunks(
     Raises:
         PromptError: an unknown mode.
     """
-    if mode not in MODES:
-        raise PromptError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    check_mode(mode)
     if mode == "full":
         return []
     after, before = context.after(prompt.prefix), prompt.token_ids
 
     def place(start: int, context_ids: np.ndarray, ids: np.ndarray, is_prefix: bool) -> PlacedChunk:
-        key = chunk_key(fingerprint, context_ids, ids, salt)
+        key = chunk_key(fingerprint, context_ids, ids, salt, prompt.tenant)
         exact = np.array_equal(context_ids, before[:start])
         return PlacedChunk(key, fingerprint, context_ids, ids, start, exact, is_prefix)
 
@@ -164,7 +176,7 @@ def place_chunks(
 
 
 def look_up(
-    chunks: Sequence[PlacedChunk], store: Store, handles: ExitStack, config: ModelConfig
+    chunks: Sequence[PlacedChunk], store: Opens, handles: ExitStack, config: ModelConfig
 ) -> tuple[list[PlacedChunk], set[str]]:
     """Opens the chunks that the store holds; `handles` closes them.
 

@@ -28,8 +28,9 @@ from cacheblend_jax.engine.layout import ChunkContext, Layout, PlacedChunk, lay_
 from cacheblend_jax.engine.loading import LostChunkError
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.profile import Profile, profile_for
-from cacheblend_jax.engine.prompt import TokenizedPrompt
+from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt, tokenize_prompt
 from cacheblend_jax.engine.results import PrefillResult, PrefillStats
+from cacheblend_jax.engine.shared_reads import Opens
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.runtime.trace import Trace
@@ -67,6 +68,12 @@ class Prefiller:
         self._lock = threading.RLock()  # reentrant: the oracle's full prefill is part of a prefill
         self.is_warm = False
 
+    def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        """Tokenises a prompt and checks it against the model; see `tokenize_prompt`."""
+        config = self._model.config
+        limits = {"vocab_size": config.vocab_size, "max_tokens": config.max_positions}
+        return tokenize_prompt(prompt, self._model.tokenizer, **limits)
+
     def place(self, tokenized: TokenizedPrompt, mode: str) -> list[PlacedChunk]:
         """Places the chunks that a mode looks up."""
         return place_chunks(
@@ -78,9 +85,14 @@ class Prefiller:
         )
 
     def prefill(
-        self, tokenized: TokenizedPrompt, mode: str, planner: Planner, trace: Trace | None = None
+        self,
+        tokenized: TokenizedPrompt,
+        mode: str,
+        planner: Planner,
+        trace: Trace | None = None,
+        reads: Opens | None = None,
     ) -> PrefillResult:
-        """Prefills a prompt in a mode; see `Engine.prefill`."""
+        """Prefills a prompt in a mode; see `Engine.prefill`. `reads` opens entries in the store's place."""
         self._model.compute_fingerprint()  # once per model, and not part of a request's time
         call = _Call(tokenized, mode, planner, trace)
         chunks = self.place(tokenized, mode)
@@ -88,7 +100,7 @@ class Prefiller:
         self._background.wait_for_next([chunk.key for chunk in chunks])
         with self._lock, ExitStack() as handles:
             call.timer.wait_s = call.timer.elapsed_s() - placed_s
-            chunks, unusable = look_up(chunks, self._store, handles, self._model.config)
+            chunks, unusable = look_up(chunks, reads or self._store, handles, self._model.config)
             call.lost.update(unusable)
             layout, result = self._attempt_until_read(call, chunks)
         for chunk in layout.missing:
@@ -218,6 +230,7 @@ class Prefiller:
             damaged=len(call.lost),
             decision=planned.decision,
             wait_s=call.timer.wait_s,
+            loaded=layout.loaded_chunks(call.tokenized),
         )
         logits = np.asarray(run.out.logits)
         return PrefillResult(logits, layout.token_ids, run.next_token, stats, run.out.cache, computed, planned.plan)

@@ -30,6 +30,8 @@ class Prompt:
     Text is text: control tokens that it spells out (`</s>`, `<think>`) don't become tokens. Where prefix and suffix
     are what a chat template has printed, say so: `control_tokens=True`. In chunks they are never tokens.
 
+    `tenant` says whose the prompt is: prompts of different tenants find, use and make different entries of the store.
+
     `chunks` may be any iterable with an order; it is read once, and kept as a tuple. Prompts are equal where their
     texts and token ids are.
     """
@@ -38,11 +40,13 @@ class Prompt:
     chunks: Sequence[TextOrIds] = ()
     suffix: TextOrIds = ""
     control_tokens: bool = False
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chunks", _ordered(self.chunks))
         if not isinstance(self.control_tokens, bool):
             raise PromptError(f"control_tokens must be True or False, got {self.control_tokens!r}")
+        check_text(self.tenant, "tenant")
 
     def __eq__(self, other: object) -> bool:
         return self._comparable() == other._comparable() if isinstance(other, Prompt) else NotImplemented
@@ -52,7 +56,11 @@ class Prompt:
 
     def _comparable(self) -> tuple[object, ...]:
         parts = (self.prefix, *self.chunks, self.suffix)
-        return self.control_tokens, *(part if isinstance(part, str) else _plain_ids(part) for part in parts)
+        return (
+            self.control_tokens,
+            self.tenant,
+            *(part if isinstance(part, str) else _plain_ids(part) for part in parts),
+        )
 
     @classmethod
     def to_answer(
@@ -74,7 +82,7 @@ class Prompt:
             PromptError: something isn't text, or arguments are given for a template that isn't there.
         """
         if system is None:
-            system = getattr(tokenizer, "init_kwargs", {}).get("system_text") or SYSTEM
+            system = default_system(tokenizer)
         if getattr(tokenizer, "chat_template", None):
             return cls.from_chat_template(
                 tokenizer,
@@ -141,6 +149,11 @@ class Prompt:
         )
 
 
+def default_system(tokenizer: Any) -> str:
+    """Returns the text before chunks where none is given: the tokenizer's own (`system_text`), or a general one."""
+    return getattr(tokenizer, "init_kwargs", {}).get("system_text") or SYSTEM
+
+
 def _ordered(chunks: object) -> tuple[Any, ...]:
     """Reads chunks once: an iterator would be used up by the first request."""
     if isinstance(chunks, str | bytes):
@@ -166,11 +179,12 @@ def _checked_texts(chunks: Iterable[str], question: str, system: str | None, sep
 
 @dataclass(frozen=True, eq=False)
 class TokenizedPrompt:
-    """A prompt's parts as int32 token ids, checked against the model."""
+    """A prompt's parts as int32 token ids, checked against the model, and whose it is."""
 
     prefix: np.ndarray
     chunks: tuple[np.ndarray, ...]
     suffix: np.ndarray
+    tenant: str = ""
 
     @property
     def token_ids(self) -> np.ndarray:
@@ -207,6 +221,7 @@ def tokenize_parts(prompt: Prompt, tokenizer: Any, vocab_size: int) -> Tokenized
         prefix=ids(prompt.prefix, "prefix", encode_opened, control_tokens=with_controls),
         chunks=chunks,
         suffix=ids(prompt.suffix, "suffix", encode, control_tokens=with_controls),
+        tenant=prompt.tenant,
     )
 
 
@@ -227,11 +242,11 @@ def ids_of(
     return checked_ids(part, name, vocab_size)
 
 
-def check_length(total: int, max_tokens: int, what: str = "the prompt") -> None:
-    """Raises `PromptTooLongError` where `total` tokens are more than the model takes."""
+def check_length(total: int, max_tokens: int, what: str = "the prompt", *, taker: str = "the model") -> None:
+    """Raises `PromptTooLongError` where `total` tokens are more than the model, or another taker, takes."""
     if total > max_tokens:
         raise PromptTooLongError(
-            f"{what} has {total} tokens, but the model takes at most {max_tokens}; use fewer or shorter chunks"
+            f"{what} has {total} tokens, but {taker} takes at most {max_tokens}; use fewer or shorter chunks"
         )
 
 

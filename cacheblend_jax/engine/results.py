@@ -37,6 +37,7 @@ class PrefillStats:
         damaged: chunks that were in the store, but could not be read and were computed instead.
         decision: the controller's decision, if it chose the ratio.
         wait_s: the part of `ttft_s` spent waiting for other requests of the engine, and for chunks being stored.
+        loaded: of each of the prompt's chunks, in order, whether its KV came from the store.
     """
 
     mode: str
@@ -57,6 +58,7 @@ class PrefillStats:
     damaged: int = 0
     decision: Decision | None = None
     wait_s: float = 0.0
+    loaded: tuple[bool, ...] = ()
 
     @property
     def reused(self) -> int:

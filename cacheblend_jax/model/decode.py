@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +13,7 @@ from cacheblend_jax.model.kv_cache import GrowingCache, KVCache, LayerKV
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.sampling import Draw, next_token
+from cacheblend_jax.model.slot_cache import SlotCache
 from cacheblend_jax.model.transformer import (
     Rows,
     attend,
@@ -25,6 +26,9 @@ from cacheblend_jax.model.transformer import (
 from pallas_kernels import apply_rope
 
 MOST_AT_ONCE = 64  # tokens that one call of `decode_tokens` may decode
+
+
+Cache = TypeVar("Cache", GrowingCache, SlotCache)
 
 
 class Decoded(NamedTuple):
@@ -63,7 +67,7 @@ def decode_tokens(
 
     def step(state: tuple[Int[Array, ""], Decoded]) -> tuple[Int[Array, ""], Decoded]:
         last, (token_ids, count, cache) = state
-        hidden, cache = run_rows(params, cache, last[None], position + count, angles, config=config)
+        hidden, cache = run_rows(params, cache, last[None], (position + count)[None], angles, config=config)
         logits = embedder(params, config).logits(hidden)[0]
         token = next_token(logits, draw, number + count)
         return token, Decoded(token_ids.at[count].set(token), count + 1, cache)
@@ -85,7 +89,7 @@ def extend(
 
     Returns float32 logits after each of them, and the cache.
     """
-    hidden, cache = run_rows(params, cache, token_ids, position, angles, config=config)
+    hidden, cache = run_rows(params, cache, token_ids, _from(position, token_ids), angles, config=config)
     return embedder(params, config).logits(hidden), cache
 
 
@@ -113,35 +117,42 @@ def extend_prompt(
         cache: must have room for all of `token_ids`, padding included; callers donate it.
         token_ids: those beyond `count` are padding, and what they write is overwritten by what comes later.
     """
-    hidden, cache = run_rows(params, cache, token_ids, position, angles, config=config, count=count)
+    at = _from(position, token_ids)
+    hidden, cache = run_rows(params, cache, token_ids, at, angles, config=config, end=position + count)
     logits = embedder(params, config).logits(lax.dynamic_slice_in_dim(hidden, count - 1, 1))[0]
     return Extended(logits, jnp.argmax(logits).astype(jnp.int32), cache.cache())
 
 
+def _from(position: Int[Array, ""], token_ids: Int[Array, " new"]) -> Int[Array, " new"]:
+    return position + jnp.arange(token_ids.shape[0], dtype=jnp.int32)
+
+
 def run_rows(
     params: Params,
-    cache: GrowingCache,
+    cache: Cache,
     token_ids: Int[Array, " new"],
-    position: Int[Array, ""],
+    positions: Int[Array, " new"],
     angles: Angles,
     *,
     config: ModelConfig,
-    count: Int[Array, ""] | None = None,
-) -> tuple[Float[Array, "new hidden"], GrowingCache]:
-    """As `extend`, but returns the hidden states after the last layer; tokens beyond `count` are padding."""
-    num_new = token_ids.shape[0]
-    at = position + jnp.arange(num_new, dtype=jnp.int32)
-    end = position + (num_new if count is None else count)
-    rows = rows_at(embedder(params, config).embed(token_ids), at, angles)
+    end: Int[Array, ""] | None = None,
+) -> tuple[Float[Array, "new hidden"], Cache]:
+    """Runs tokens at their positions through all layers; the cache takes their K, V and says which keys each sees.
 
-    def body(carry: tuple[Rows, GrowingCache], index: Int[Array, ""] | int) -> tuple[tuple[Rows, GrowingCache], None]:
+    Those at `end` or beyond are padding.
+
+    Returns the hidden states after the last layer, and the cache.
+    """
+    rows = rows_at(embedder(params, config).embed(token_ids), positions, angles)
+
+    def body(carry: tuple[Rows, Cache], index: Int[Array, ""] | int) -> tuple[tuple[Rows, Cache], None]:
         rows, cache = carry
         layer = layer_at(params, config, index)
         q, k_fresh, v_fresh = layer.queries_keys_values(rows.hidden)
         turned = rows.angles.of_layer(config, index)
-        cache = cache.with_rows(index, position, LayerKV(apply_rope(k_fresh, *turned), v_fresh))
-        starts = layer_starts(config, index, at)
-        attended = attend(layer, rows, q, cache.layer(index), angles=turned, starts=starts, kv_length=end)
+        cache = cache.with_rows(index, positions, LayerKV(apply_rope(k_fresh, *turned), v_fresh))
+        starts, lengths = layer_starts(config, index, positions), cache.lengths(positions) if end is None else end
+        attended = attend(layer, rows, q, cache.layer(index), angles=turned, starts=starts, kv_length=lengths)
         return (attended.rows, cache), None
 
     (rows, cache), _ = scan_layers(params, body, (rows, cache), range(config.num_layers))

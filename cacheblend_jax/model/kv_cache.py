@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,44 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.config import ModelConfig, ScoreOptions
+from pallas_kernels import selective_attention
 from pallas_kernels.dispatch import current_target
+
+AttendedLse = tuple[Float[Array, "rows heads head_dim"], Float[Array, "rows heads"]]
+
+
+@runtime_checkable
+class AttendedLayer(Protocol):
+    """One layer's rotated keys and values, wherever they lie, as the second half of a layer step takes them."""
+
+    def attended(
+        self,
+        q: Float[Array, "rows heads head_dim"],
+        positions: Int[Array, " rows"],
+        *,
+        starts: Int[Array, " rows"] | None,
+        kv_length: Int[Array, "*of"] | int,
+        scores: ScoreOptions,
+        sinks: Float[Array, " heads"] | None = None,
+    ) -> AttendedLse:
+        """Returns `selective_attention` of rotated queries, with the log-sum-exp that it returns."""
+
+
+def _attended(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    layer: Int[Array, ""] | int | None,
+    starts: jax.Array | None,
+    kv_length: jax.Array | int,
+    scores: ScoreOptions,
+    sinks: jax.Array | None,
+) -> AttendedLse:
+    masks: dict[str, Any] = {"q_starts": starts, "kv_length": kv_length, "sinks": sinks}
+    out, lse = selective_attention(q, k, v, positions, layer=layer, return_lse=True, **masks, **scores)
+    return out, lse
 
 
 @struct.dataclass
@@ -23,6 +59,19 @@ class LayerKV:
     v: Float[Array, "keys kv_heads head_dim"]
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # comparing arrays as a tuple raises
+
+    def attended(
+        self,
+        q: Float[Array, "rows heads head_dim"],
+        positions: Int[Array, " rows"],
+        *,
+        starts: Int[Array, " rows"] | None,
+        kv_length: Int[Array, ""] | int,
+        scores: ScoreOptions,
+        sinks: Float[Array, " heads"] | None = None,
+    ) -> AttendedLse:
+        """See `AttendedLayer`."""
+        return _attended(q, self.k, self.v, positions, None, starts, kv_length, scores, sinks)
 
 
 @struct.dataclass
@@ -40,6 +89,19 @@ class LayerInCache:
     is_empty: bool = struct.field(pytree_node=False, default=False)
 
     __eq__, __hash__ = object.__eq__, object.__hash__
+
+    def attended(
+        self,
+        q: Float[Array, "rows heads head_dim"],
+        positions: Int[Array, " rows"],
+        *,
+        starts: Int[Array, " rows"] | None,
+        kv_length: Int[Array, ""] | int,
+        scores: ScoreOptions,
+        sinks: Float[Array, " heads"] | None = None,
+    ) -> AttendedLse:
+        """See `AttendedLayer`."""
+        return _attended(q, self.k, self.v, positions, self.index, starts, kv_length, scores, sinks)
 
     @property
     def cache(self) -> KVCache:
@@ -107,7 +169,7 @@ class GrowingCache:
     @classmethod
     def from_cache(cls, cache: KVCache) -> GrowingCache:
         """Returns the cache as one that grows (traceable)."""
-        k, v = (_as_bits(x) if _keeps_bits(x.dtype) else x for x in (cache.k, cache.v))
+        k, v = (as_bits(x) if keeps_bits(x.dtype) else x for x in (cache.k, cache.v))
         return cls(k, v, str(cache.k.dtype))
 
     @property
@@ -121,23 +183,27 @@ class GrowingCache:
 
     def layer(self, index: Int[Array, ""] | int) -> LayerKV | LayerInCache:
         """Returns one layer's KV, where it lies if the floats are kept as such; `index` may be traced."""
-        if not _keeps_bits(self.dtype):
+        if not keeps_bits(self.dtype):
             return LayerInCache(self.k, self.v, index)
         cut = (lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.k, self.v))
         return LayerKV(*(self._floats(x) for x in cut))
 
-    def with_rows(self, index: Int[Array, ""] | int, position: Int[Array, ""], rows: LayerKV) -> GrowingCache:
-        """Returns it with a layer's rows from `position` on replaced; there must be room for them."""
-        place = [jnp.asarray(i, jnp.int32) for i in (index, position, 0, 0)]  # one dtype, whatever jax_enable_x64 is
+    def lengths(self, positions: Int[Array, " rows"]) -> Int[Array, ""]:
+        """Returns how many keys are valid after rows at these positions, which follow each other, were written."""
+        return positions[-1] + 1
+
+    def with_rows(self, index: Int[Array, ""] | int, positions: Int[Array, " rows"], rows: LayerKV) -> GrowingCache:
+        """Returns it with a layer's rows at these positions, which follow each other, replaced; there must be room."""
+        place = [jnp.asarray(i, jnp.int32) for i in (index, positions[0], 0, 0)]  # one dtype, jax_enable_x64 or not
 
         def written(stack: jax.Array, fresh: jax.Array) -> jax.Array:
-            fresh = _as_bits(fresh) if _keeps_bits(self.dtype) else fresh
+            fresh = as_bits(fresh) if keeps_bits(self.dtype) else fresh
             return lax.dynamic_update_slice(stack, fresh[None], place)
 
         return GrowingCache(written(self.k, rows.k), written(self.v, rows.v), self.dtype)
 
     def _floats(self, x: Shaped[Array, "..."]) -> Float[Array, "..."]:
-        return lax.bitcast_convert_type(x, jnp.dtype(self.dtype)) if _keeps_bits(self.dtype) else x
+        return lax.bitcast_convert_type(x, jnp.dtype(self.dtype)) if keeps_bits(self.dtype) else x
 
 
 def with_room(cache: KVCache | GrowingCache, *, num_keys: int) -> GrowingCache:
@@ -148,11 +214,13 @@ def with_room(cache: KVCache | GrowingCache, *, num_keys: int) -> GrowingCache:
     return GrowingCache(k, v, growing.dtype)
 
 
-def _keeps_bits(dtype: Any) -> bool:
+def keeps_bits(dtype: Any) -> bool:
+    """Whether a cache that rows are written into keeps floats of this dtype as integers of the same bits."""
     return jnp.dtype(dtype).itemsize == 2 and current_target().platform == "cpu"
 
 
-def _as_bits(x: Float[Array, "..."]) -> Shaped[Array, "..."]:
+def as_bits(x: Float[Array, "..."]) -> Shaped[Array, "..."]:
+    """Returns 16-bit floats as integers of the same bits."""
     return lax.bitcast_convert_type(x, jnp.uint16)
 
 

@@ -93,3 +93,14 @@ def next_token(logits: Float[Array, " vocab"], draw: Draw, number: Int[Array, ""
         return sample(logits, key, draw.temperature, draw.top_k, draw.top_p)
 
     return lax.cond(draw.temperature > 0, drawn, lambda: jnp.argmax(logits).astype(jnp.int32))
+
+
+def next_tokens(
+    logits: Float[Array, "answers vocab"], draw: Draw, numbers: Int[Array, " answers"]
+) -> Int[Array, " answers"]:
+    """Draws a token for each of several answers, as `next_token` does for one; `draw` has one entry for each."""
+
+    def drawn() -> Int[Array, " answers"]:  # one after another: only those that are not greedy are ranked
+        return lax.map(lambda each: next_token(*each), (logits, draw, numbers))
+
+    return lax.cond((draw.temperature > 0).any(), drawn, lambda: logits.argmax(axis=1).astype(jnp.int32))

@@ -18,12 +18,12 @@ from flax import nnx, struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.config import ModelConfig, ScoreOptions
 from cacheblend_jax.model.experts import Experts
-from cacheblend_jax.model.kv_cache import LayerInCache, LayerKV
+from cacheblend_jax.model.kv_cache import AttendedLayer
 from cacheblend_jax.model.params import JOINED, Params, is_joined, join, side_by_side, suits_by_layer
 from cacheblend_jax.model.rope import Angles
-from pallas_kernels import apply_rope, selective_attention, soft_capped
+from pallas_kernels import apply_rope, soft_capped
 from pallas_kernels.dispatch import current_target
 
 NO_WINDOW = 2**30
@@ -410,11 +410,11 @@ def attend(
     layer: DecoderLayer,
     rows: Rows,
     q: Float[Array, "rows heads head_dim"],
-    kv: LayerKV | LayerInCache,
+    kv: AttendedLayer,
     *,
     angles: tuple[Float[Array, "rows half"], Float[Array, "rows half"]],
     starts: Int[Array, " rows"] | None,
-    kv_length: Int[Array, ""] | int,
+    kv_length: Int[Array, "*of"] | int,
 ) -> Attended:
     """The second half of every layer step: attention over the rotated keys, output projection, MLP.
 
@@ -425,17 +425,7 @@ def attend(
         angles: the rows' own, of this layer.
     """
     q = apply_rope(q, *angles)
-    attended, lse = selective_attention(
-        q,
-        kv.k,
-        kv.v,
-        rows.positions,
-        layer=kv.index if isinstance(kv, LayerInCache) else None,
-        q_starts=starts,
-        kv_length=kv_length,
-        scale=layer.attention_scale,
-        soft_cap=layer.attention_soft_cap,
-        sinks=layer.sink_logits,
-        return_lse=True,
-    )
+    scores: ScoreOptions = {"scale": layer.attention_scale, "soft_cap": layer.attention_soft_cap}
+    masks: dict[str, Any] = {"starts": starts, "kv_length": kv_length, "sinks": layer.sink_logits}
+    attended, lse = kv.attended(q, rows.positions, scores=scores, **masks)
     return Attended(replace(rows, hidden=layer.finish(rows.hidden, attended, rows.positions < kv_length)), q, lse)

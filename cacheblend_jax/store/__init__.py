@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cacheblend_jax.store.protocol import Store
     from cacheblend_jax.store.stats import StoreStats, TierStats
     from cacheblend_jax.store.stored_chunk import DeviceChunk, StoredChunk, is_slow
+    from cacheblend_jax.store.tenants import TenantStore
     from cacheblend_jax.store.throttled import ThrottledStore
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Store",
     "StoreStats",
     "StoredChunk",
+    "TenantStore",
     "ThrottledStore",
     "TierStats",
     "chunk_key",
@@ -29,7 +31,7 @@ __all__ = [
     "is_slow",
     "located",
 ]
-_HOMES = ("entry", "keys", "stats", "stored_chunk", "protocol", "places", "throttled", "chunk_store")
+_HOMES = ("entry", "keys", "stats", "stored_chunk", "protocol", "places", "throttled", "chunk_store", "tenants")
 
 
 def __getattr__(name: str) -> object:

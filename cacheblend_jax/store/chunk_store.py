@@ -6,6 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from etils import epath
@@ -318,6 +319,7 @@ class ChunkStore:
                 write_errors=on_disk.write_errors,
                 read_errors=on_disk.read_errors,
                 skipped=on_disk.skipped,
+                queued_bytes=on_disk.queued_bytes,
             )
 
     def keys(self) -> list[str]:
@@ -326,6 +328,34 @@ class ChunkStore:
             in_memory = [*self._host.keys(), *self._device.keys()]
         disk = self._disk
         return list(dict.fromkeys([*in_memory, *([] if disk is None else disk.keys())]))
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of each entry, by key: first those on disk, the least recently used first."""
+        disk = self._disk
+        sizes = {} if disk is None else disk.sizes()
+        with self._lock:
+            memory = {
+                key: (self._host.peek(key) or self._device.peek(key))
+                for key in [*self._host.keys(), *self._device.keys()]
+            }
+        return sizes | {key: entry.num_bytes for key, entry in memory.items() if entry is not None and key not in sizes}
+
+    def hold(self, key: str) -> ExitStack | None:
+        """Keeps an entry from being evicted until the result is closed; `None` where there is none that can be kept.
+
+        It is kept where it outlives the process, or, where it is in memory only, there. Other processes keep it, too.
+        Entries on object storage, and those that are on the device alone, cannot be kept.
+        """
+        check_text("key", key)
+        if (disk := self._disk) is not None:
+            return disk.hold(key)
+        with self._lock:
+            if self._host.peek(key) is None:
+                return None
+            self._host.pin(key)
+        held = ExitStack()
+        held.callback(self._unpin, self._host, key)
+        return held
 
     def same_texts(self, text_digests: Collection[str]) -> list[EntryRecord]:
         """Describes the entries on disk of chunks of these texts, for whatever model and context: see `Label`."""

@@ -127,14 +127,17 @@ class DiskTier:
         return record is not None and record.salt == self.salt
 
     def _usable_keys(self) -> list[str]:
-        return [record.key for record in self._usable(self.index.listed(salt=self.salt))]
+        return [record.key for record in self._usable(self._own_rows())]
+
+    def _own_rows(self) -> list[Listed]:
+        return self.index.listed(salt=self.salt)
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of the entries that can be used, by key, the least recently used first."""
+        return self._or_else({}, lambda: {each.key: each.num_bytes for each in self._usable(self._own_rows())})
 
     def _same_texts(self, text_digests: Collection[str]) -> list[EntryRecord]:
-        return [
-            record
-            for record in self._usable(self.index.listed(salt=self.salt))
-            if record.label.text_digest in text_digests
-        ]
+        return [record for record in self._usable(self._own_rows()) if record.label.text_digest in text_digests]
 
     def _usable(self, rows: Iterable[Listed]) -> Iterator[EntryRecord]:
         records = (usable_record(row.record, row.crc, row.name) for row in rows)
@@ -271,8 +274,7 @@ class DiskTier:
         self.check_writable()
 
         def own() -> list[str]:
-            rows = self.index.listed(salt=self.salt)
-            return [row.name for row in rows if self._owns(row.record, row.crc, row.name)]
+            return [row.name for row in self._own_rows() if self._owns(row.record, row.crc, row.name)]
 
         self.remove_names(own)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TypeVar
 
 import numpy as np
@@ -78,6 +78,14 @@ class DiskChunk:
             raise DamagedEntryError(f"entry {key} cannot be read: {error}") from error
         self._health.succeeded()
         return result
+
+    def keep(self, until: ExitStack) -> bool:
+        """Has `until` keep the pack from being evicted and close this handle; returns whether anything can keep it."""
+        until.enter_context(self)
+        if self._pack is None:
+            return False
+        until.enter_context(self._pack.reading())
+        return True
 
     def close(self) -> None:
         """See `StoredChunk`."""

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 
 from etils import epath
@@ -137,8 +138,25 @@ class PersistentTier:
         self.disk.close()
 
     def stats(self) -> DiskStats:
-        """See `DiskTier.stats`."""
-        return self.disk.stats()
+        """See `DiskTier.stats`; with what waits to be written."""
+        return replace(self.disk.stats(), queued_bytes=self.queue.num_bytes)
+
+    def hold(self, key: str) -> ExitStack | None:
+        """Keeps an entry from being evicted until the result is closed; `None` where it is not in a local directory.
+
+        One that waits to be written is written first.
+        """
+        if self.pending(key) is not None:
+            self.queue.flush()
+        chunk = self.disk.open(key)
+        held = ExitStack()
+        if chunk is None or not chunk.keep(held):
+            return None
+        return held
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of each entry on disk, the least recently used first."""
+        return self.disk.sizes()
 
     def keys(self) -> list[str]:
         """Returns the keys of all entries: those not written yet, then the others, the least recently used first."""

@@ -38,6 +38,7 @@ class StoreStats:
         outdated: entries of another format version; they count as missing.
         write_errors, read_errors: failures of the file system; the entries stay in memory, or are misses.
         skipped: look-ups that left the disk out, because reading from it had failed repeatedly.
+        queued_bytes: of the entries that wait to be written now.
     """
 
     host: TierStats = TierStats()
@@ -53,6 +54,7 @@ class StoreStats:
     write_errors: int = 0
     read_errors: int = 0
     skipped: int = 0
+    queued_bytes: int = 0
 
     @property
     def hits(self) -> int:
@@ -75,3 +77,4 @@ class DiskStats:
     write_errors: int = 0
     read_errors: int = 0
     skipped: int = 0
+    queued_bytes: int = 0

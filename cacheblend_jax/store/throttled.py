@@ -5,16 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from etils import epath
-
 from cacheblend_jax.runtime.throttle import Throttle
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
 from cacheblend_jax.store.protocol import Store
-from cacheblend_jax.store.stats import StoreStats
 from cacheblend_jax.store.stored_chunk import Rows, StoredChunk
+from cacheblend_jax.store.wrapped import WrappedStore
 
 
-class ThrottledStore:
+class ThrottledStore(WrappedStore[Store]):
     """A `Store` whose reads take as long as from a tier of that latency and bandwidth, which all its readers share.
 
     Its entries claim to be on that one tier, wherever the wrapped store, which does everything but reading, keeps them.
@@ -42,25 +40,10 @@ class ThrottledStore:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._throttle = Throttle(bytes_per_s, latency_s, clock=clock, sleep=sleep)
-        self.wrapped = store
+        super().__init__(store)
         self.bytes_per_s = bytes_per_s
         self.latency_s = latency_s
         self.tier = tier
-
-    @property
-    def salt(self) -> str:
-        """The wrapped store's."""
-        return self.wrapped.salt
-
-    @property
-    def directory(self) -> epath.Path | None:
-        """The wrapped store's."""
-        return self.wrapped.directory
-
-    @property
-    def host_bytes(self) -> int:
-        """The wrapped store's."""
-        return self.wrapped.host_bytes
 
     @property
     def device_bytes(self) -> int:
@@ -71,11 +54,6 @@ class ThrottledStore:
     def tiers(self) -> tuple[str, ...]:
         """The one tier that entries claim to be on."""
         return (self.tier,)
-
-    @property
-    def stats(self) -> StoreStats:
-        """The wrapped store's."""
-        return self.wrapped.stats
 
     def open(self, key: str) -> ThrottledChunk | None:
         """Returns a handle whose reads are throttled; `None` where the wrapped store has no such entry."""
@@ -89,60 +67,12 @@ class ThrottledStore:
             self.wait_for(entry.num_bytes)
         return entry
 
-    def put(self, key: str, entry: ChunkEntry, *, wait: bool = False, uses: int = 1) -> bool:
-        """As the wrapped store does."""
-        return self.wrapped.put(key, entry, wait=wait, uses=uses)
-
     def promote(self, key: str, to_device: Callable[[ChunkEntry], DeviceEntry] | None = None) -> None:
         """Does nothing: throttled entries stay where they are."""
-
-    def drop_device(self) -> bool:
-        """As the wrapped store does, whose entries may be there."""
-        return self.wrapped.drop_device()
-
-    def remove(self, key: str) -> bool:
-        """As the wrapped store does."""
-        return self.wrapped.remove(key)
-
-    def remembered_context(self) -> str | None:
-        """The wrapped store's."""
-        return self.wrapped.remembered_context()
-
-    def remember_context(self, text: str) -> str:
-        """As the wrapped store does."""
-        return self.wrapped.remember_context(text)
-
-    def check_writable(self) -> None:
-        """As the wrapped store does."""
-        self.wrapped.check_writable()
-
-    def flush(self) -> None:
-        """As the wrapped store does."""
-        self.wrapped.flush()
-
-    def close(self) -> None:
-        """Closes the wrapped store."""
-        self.wrapped.close()
-
-    def keys(self) -> list[str]:
-        """The wrapped store's."""
-        return self.wrapped.keys()
 
     def wait_for(self, num_bytes: int) -> None:
         """Waits as long as a read of `num_bytes` takes, behind the reads that came before."""
         self._throttle.wait_for(num_bytes)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.wrapped
-
-    def __len__(self) -> int:
-        return len(self.wrapped)
-
-    def __enter__(self) -> ThrottledStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class ThrottledChunk:

@@ -97,6 +97,12 @@ class WriteBack:
         with self._changed:
             return {*self._waiting, *self._in_work}
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the entries that have not been written yet."""
+        with self._changed:
+            return self._bytes
+
     def discard(self, keys: set[str] | None = None) -> None:
         """Takes entries, or all of them, out of the queue; waits for those that are being written."""
         with self._changed:

@@ -89,7 +89,7 @@ def _attend_one(
         maximum = scores.max(axis=-1)
         weights = jnp.where(visible[None, None], jnp.exp(scores - maximum[..., None]), 0)
         total = weights.sum(axis=-1)
-        values = jnp.where(visible[:, None, None], v, 0).transpose(1, 0, 2)
+        values = jnp.where(visible[None, :, None], v.transpose(1, 0, 2), 0)
         gathered = jnp.einsum("hgk,hkd->hgd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
         sees_any = visible.any()
         out = jnp.where(sees_any, gathered / jnp.where(sees_any, total, 1)[..., None], 0)

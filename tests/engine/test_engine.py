@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +153,18 @@ def test_misses_are_stored_after_the_first_token_and_hit_the_next_time():
     second = engine.prefill(prompt)  # waits for what it needs
     assert (first.stats.misses, first.stats.hits) == (4, 0)
     assert (second.stats.misses, second.stats.hits) == (0, 4)
+
+
+def test_a_tenants_entries_serve_that_tenant_alone():
+    engine, prompt = fresh_engine("llama3"), random_prompt(21)
+    of_one, of_two = replace(prompt, tenant="one"), replace(prompt, tenant="two")
+    assert not set(engine.precompute(prompt)) & set(engine.precompute(of_one))
+    asked = {"none": prompt, "one": of_one, "two": of_two}
+    found = {name: engine.prefill(each).stats.loaded for name, each in asked.items()}
+    assert found == {"none": (True,) * 4, "one": (True,) * 4, "two": (False,) * 4}
+    assert [lookup.is_stored for lookup in engine.look_up(of_one)] == [True] * 4
+    assert hash(of_one) == hash(replace(of_one)) != hash(of_two)
+    assert of_one not in (of_two, prompt)
 
 
 def test_full_mode_leaves_the_store_alone():

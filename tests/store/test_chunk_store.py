@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import cacheblend_jax as cb
 from cacheblend_jax.store import ChunkEntry, TierStats, chunk_key
 from cacheblend_jax.store.checks import check_capacity
+from cacheblend_jax.store.keys import is_of_tenant
 
 ENTRY_BYTES = 2 * 2 * 3 * 1 * 4 * 4
 
@@ -150,14 +151,14 @@ def test_an_entry_of_two_shapes_is_refused():
 
 
 ids = st.lists(st.integers(0, 1000), max_size=4)
-fields = st.tuples(st.text(max_size=3), ids, ids, st.text(max_size=3))
+fields = st.tuples(st.text(max_size=3), ids, ids, st.text(max_size=3), st.text(max_size=3))
 
 
 @given(fields, fields)
 def test_keys_are_equal_only_for_equal_fields(one, other):
     def key(fields):
-        fingerprint, context, chunk, salt = fields
-        return chunk_key(fingerprint, np.asarray(context, np.int64), np.asarray(chunk, np.int32), salt)
+        fingerprint, context, chunk, salt, tenant = fields
+        return chunk_key(fingerprint, np.asarray(context, np.int64), np.asarray(chunk, np.int32), salt, tenant)
 
     assert (key(one) == key(other)) == (one == other)
 
@@ -167,6 +168,12 @@ def test_a_salt_separates_tenants():
     model = cb.model.random_model(_tiny())
     mine, theirs = cb.ChunkStore(salt="mine"), cb.ChunkStore(salt="theirs")
     assert not set(cb.Engine(model, mine).precompute(prompt)) & set(cb.Engine(model, theirs).precompute(prompt))
+
+
+@given(st.text(max_size=3), st.text(max_size=3))
+def test_a_key_says_whose_the_entry_is(one, other):
+    key = chunk_key("model", np.arange(2), np.arange(3), "salt", one)
+    assert is_of_tenant(key, other) == (one == other)
 
 
 def _tiny():

@@ -1,0 +1,171 @@
+"""An answer that a scheduler is still working on: its tokens as they come, in a thread or on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from cacheblend_jax.engine.growing_text import GrowingText
+from cacheblend_jax.engine.results import GenerateStats, Generation, PrefillStats
+from cacheblend_jax.errors import CacheBlendError
+
+
+class Answer:
+    """What `Scheduler.submit` returns: an iterator over `(token id, text that it adds)`, also for `async for`.
+
+    Each token comes once, to whoever asks next. A character may span tokens: its text comes with the token that
+    completes it. Nothing waits for a reader: tokens are kept until they are read, at most as many as the answer may
+    have. Safe to use from several threads.
+
+    Args:
+        tokenizer: of the model; `None`: tokens have no text.
+        on_cancel: called, once, by the first `cancel` of an answer that has not ended.
+    """
+
+    def __init__(self, tokenizer: Any | None, on_cancel: Callable[[Answer], None]) -> None:
+        self._on_cancel = on_cancel
+        self._changed = threading.Condition()  # guards what follows
+        self._token_ids: list[int] = []
+        self._texts: list[str] = []
+        self._growing_text = GrowingText(tokenizer)
+        self._num_read = 0
+        self._sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._prefill_stats: PrefillStats | None = None
+        self._finish_reason: str | None = None
+        self._error: BaseException | None = None
+        self._first_at = self._last_at = 0.0
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return self
+
+    def __next__(self) -> tuple[int, str]:
+        with self._changed:
+            self._changed.wait_for(self._is_readable)
+            read = self._read()
+        if read is None:
+            raise StopIteration
+        return read
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, str]]:
+        return self
+
+    async def __anext__(self) -> tuple[int, str]:
+        while True:
+            with self._changed:
+                if self._is_readable():
+                    read = self._read()
+                    break
+                awake = asyncio.Event()
+                self._sleepers.append((asyncio.get_running_loop(), awake))
+            await awake.wait()
+        if read is None:
+            raise StopAsyncIteration
+        return read
+
+    def cancel(self) -> None:
+        """Ends the answer where it is, and frees its slot; does nothing to one that has ended."""
+        if self._end("cancelled"):
+            self._on_cancel(self)
+
+    def result(self) -> Generation:
+        """Waits for the end and returns the whole answer; one that was cancelled has the tokens until then.
+
+        Raises:
+            CacheBlendError: it was cancelled before its prefill was done.
+            Exception: what its prefill, or decoding, has raised.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_ended)
+            if self._error is not None:
+                raise self._error
+            if self._prefill_stats is None:
+                raise CacheBlendError("the answer was cancelled before its prefill was done; submit the prompt again")
+            decoded = max(len(self._token_ids) - 1, 0)
+            seconds = (self._last_at - self._first_at) / decoded if decoded else 0.0
+            stats = GenerateStats(self._prefill_stats, decoded, seconds, self._finish_reason or "")
+            return Generation(self._text_to_the_end(), list(self._token_ids), stats)
+
+    @property
+    def prefill_stats(self) -> PrefillStats | None:
+        """Statistics of the prefill, once it is done; waiting for a slot counts as waiting (`wait_s`)."""
+        return self._prefill_stats
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the answer has ended: `"stop"`, `"length"` or `"cancelled"`; `None` before, and after errors."""
+        return self._finish_reason
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no more tokens come."""
+        return self._has_ended
+
+    def prefilled(self, stats: PrefillStats) -> None:
+        """Takes the prefill's statistics (the scheduler's to call, as the methods below)."""
+        self._prefill_stats = stats
+
+    def add(self, token_id: int) -> bool:
+        """Takes the next token, unless the answer has ended; returns whether it has not."""
+        with self._changed:
+            if self._has_ended:
+                return False
+            self._last_at = time.perf_counter()
+            if not self._token_ids:
+                self._first_at = self._last_at
+            self._token_ids.append(token_id)
+            self._wake()
+            return True
+
+    def finish(self, reason: str) -> bool:
+        """Ends the answer, unless it has ended; returns whether it had not."""
+        return self._end(reason)
+
+    def fail(self, error: BaseException) -> bool:
+        """As `finish`, but readers get the error after the tokens that they have not read."""
+        return self._end(None, error)
+
+    @property
+    def _has_ended(self) -> bool:
+        return self._finish_reason is not None or self._error is not None
+
+    def _end(self, reason: str | None, error: BaseException | None = None) -> bool:
+        with self._changed:
+            if self._has_ended:
+                return False
+            self._finish_reason, self._error = reason, error
+            self._wake()
+            return True
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        sleepers, self._sleepers = self._sleepers, []
+        for loop, awake in sleepers:
+            with contextlib.suppress(RuntimeError):  # its loop has been closed
+                loop.call_soon_threadsafe(awake.set)
+
+    def _is_readable(self) -> bool:
+        return self._has_ended or self._num_read < len(self._token_ids)
+
+    def _read(self) -> tuple[int, str] | None:
+        """Returns the next unread token with its text; `None` after the last, and after a cancellation."""
+        if self._finish_reason == "cancelled" or self._num_read == len(self._token_ids):
+            if self._error is not None:
+                raise self._error
+            return None
+        self._num_read += 1
+        return self._token_ids[self._num_read - 1], self._text_of(self._num_read - 1)
+
+    def _text_of(self, index: int) -> str:
+        """Returns what a token adds. Text is made by those who read: the scheduler's thread has tokens to decode."""
+        while len(self._texts) <= index:
+            self._texts.append(self._growing_text.add(self._token_ids[len(self._texts)]))
+        return self._texts[index]
+
+    def _text_to_the_end(self) -> str:
+        if self._token_ids:
+            self._text_of(len(self._token_ids) - 1)
+        return "".join(self._texts)

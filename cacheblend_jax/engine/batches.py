@@ -1,0 +1,61 @@
+"""Several prompts in one call: prefilled one after another with shared reads, answered together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.blend.buckets import Buckets
+from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt
+from cacheblend_jax.engine.results import Generation, PrefillResult
+from cacheblend_jax.engine.scheduler import Scheduler
+from cacheblend_jax.model.model import Model
+from cacheblend_jax.model.sampling import Sampling
+
+MOST_SLOTS = 8  # of a batch's scheduler, which the memory of so many answers' KV allows on most devices
+
+
+@dataclass(frozen=True)
+class BatchOfPrompts:
+    """What a scheduler needs of an engine (`Prefills`), whose prefills share what they read.
+
+    Attributes:
+        check, prefill: the engine's, the latter with reads of its own.
+    """
+
+    model: Model
+    buckets: Buckets
+    check: Callable[[Prompt, str, BlendConfig | str | None], TokenizedPrompt]
+    prefill: Callable[..., PrefillResult]
+
+
+def prefill_all(
+    batch: BatchOfPrompts, prompts: Sequence[Prompt], mode: str, blend: BlendConfig | str | None
+) -> list[PrefillResult]:
+    """Prefills prompts in order, after all of them have been checked; see `Engine.prefill_batch`."""
+    for prompt in prompts:
+        batch.check(prompt, mode, blend)
+    return [batch.prefill(prompt, mode, blend=blend) for prompt in prompts]
+
+
+def generate_all(
+    batch: BatchOfPrompts,
+    prompts: Sequence[Prompt],
+    mode: str,
+    blend: BlendConfig | str | None,
+    max_new_tokens: int,
+    sampling: Sampling | None,
+    stop_token_ids: Collection[int] | None,
+) -> list[Generation]:
+    """Answers prompts together; see `Engine.generate_batch`."""
+    if not prompts:
+        return []
+    longest = max(batch.check(prompt, mode, blend).token_ids.size for prompt in prompts)
+    most = batch.model.config.max_positions
+    room = min(batch.buckets.length(min(longest + max(max_new_tokens, 1) - 1, most)), most)
+    with Scheduler(batch, slots=min(len(prompts), MOST_SLOTS), max_tokens=room, waiting=len(prompts)) as scheduler:
+        submit = partial(scheduler.submit, mode=mode, blend=blend, max_new_tokens=max_new_tokens)
+        answers = [submit(prompt, sampling=sampling, stop_token_ids=stop_token_ids) for prompt in prompts]
+        return [answer.result() for answer in answers]

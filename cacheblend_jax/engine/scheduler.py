@@ -1,0 +1,323 @@
+"""Continuous batching: requests wait in order, are prefilled one at a time, and are decoded together in slots."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Protocol, runtime_checkable
+
+from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.blend.buckets import Buckets
+from cacheblend_jax.engine.answer import Answer
+from cacheblend_jax.engine.generation import Decoding
+from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt, check_length
+from cacheblend_jax.engine.results import PrefillResult
+from cacheblend_jax.engine.slot_batch import Ending, SlotBatch
+from cacheblend_jax.errors import CacheBlendError, QueueFull, is_whole_number
+from cacheblend_jax.model.decode import MOST_AT_ONCE
+from cacheblend_jax.model.model import Model
+from cacheblend_jax.model.sampling import Sampling
+from cacheblend_jax.runtime.exit_hook import finished, flush_before_exit
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Prefills(Protocol):
+    """What a scheduler needs of an engine."""
+
+    @property
+    def model(self) -> Model:
+        """The model that answers."""
+
+    @property
+    def buckets(self) -> Buckets:
+        """How lengths are padded."""
+
+    def check(self, prompt: Prompt, mode: str, blend: BlendConfig | str | None) -> TokenizedPrompt:
+        """Returns the prompt's token ids.
+
+        Raises:
+            CacheBlendError: what `prefill` would raise for these arguments.
+        """
+
+    def prefill(self, prompt: Prompt, mode: str = "blend", *, blend: BlendConfig | str | None = None) -> PrefillResult:
+        """Prefills a prompt."""
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    """A snapshot of what a scheduler does, and has done.
+
+    Attributes:
+        waiting: requests that wait for a slot.
+        running: answers in slots, and the one being prefilled.
+        slots: how many there are.
+        answered, cancelled, failed: requests that ended so.
+        tokens: decoded, and drawn from prefills, for all requests.
+    """
+
+    waiting: int
+    running: int
+    slots: int
+    answered: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    tokens: int = 0
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request on its way through the scheduler."""
+
+    answer: Answer
+    prompt: Prompt
+    mode: str
+    blend: BlendConfig | str | None
+    sampling: Sampling
+    ending: Ending
+    submitted_at: float = field(default_factory=time.perf_counter)
+    num_tokens: int = 0
+
+
+class Scheduler:
+    """Answers many requests at once: one thread prefills them in the order they came, and decodes all together.
+
+    A step of decoding reads the weights once for all slots, so that eight answers take little longer than one. Greedy
+    and sampled answers have the tokens that `engine.generate` gives each alone (in 16-bit floats up to roundings, which
+    depend on how many rows are multiplied together).
+
+    After each prefill there is at least one step of decoding, so that a new request delays running answers by one
+    prefill at most. An answer that nobody reads delays nothing. The engine's own methods may be used beside it.
+
+    Args:
+        slots: how many answers are decoded together.
+        max_tokens: a slot's room for prompt and answer, at most the model's maximum: an answer ends where it is full.
+            Slots take the memory of so many tokens' KV each.
+        waiting: how many requests may wait; more are refused.
+        steps: how many tokens are decoded, at most 64, before they are handed out and a waiting request gets a free
+            slot.
+
+    Raises:
+        CacheBlendError: a number is out of its range.
+    """
+
+    def __init__(
+        self, engine: Prefills, *, slots: int = 8, max_tokens: int = 2048, waiting: int = 64, steps: int = 8
+    ) -> None:
+        most = engine.model.config.max_positions
+        limits = {"slots": (slots, 4096), "max_tokens": (max_tokens, most), "waiting": (waiting, 2**31)}
+        for name, (value, largest) in (limits | {"steps": (steps, MOST_AT_ONCE)}).items():
+            if not is_whole_number(value, least=1, below=largest + 1):
+                raise CacheBlendError(f"{name} must be a whole number in [1, {largest}], got {value!r}")
+        self._engine, self._steps, self._most_waiting = engine, steps, waiting
+        self._batch = SlotBatch(engine.model, engine.buckets, slots, max_tokens)
+        self._changed = threading.Condition()  # guards what follows; the batch is the thread's alone
+        self._waiting: deque[_Request] = deque()
+        self._running: dict[int, _Request] = {}  # by slot
+        self._prefilling: _Request | None = None
+        self._counts: Counter[str] = Counter()  # by the names of `SchedulerStats`
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._work, name="cacheblend-scheduler", daemon=False)
+        self._thread.start()
+        flush_before_exit(self)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        mode: str = "blend",
+        blend: BlendConfig | str | None = None,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop_token_ids: Collection[int] | None = None,
+    ) -> Answer:
+        """Queues a request, whose arguments are those of `Engine.generate`, and returns its answer to be.
+
+        Raises:
+            QueueFull: as many requests wait as may.
+            PromptError: the prompt is invalid or too long for a slot, or the mode is unknown.
+            CacheBlendError: another argument is invalid, or the scheduler is closed.
+        """
+        Decoding(max_new_tokens, sampling, stop_token_ids, None)
+        tokenized = self._engine.check(prompt, mode, blend)
+        length, capacity = tokenized.token_ids.size, self._batch.capacity
+        check_length(length, capacity, "the prompt", taker="a slot of the scheduler (max_tokens)")
+        stops = self._engine.model.stop_token_ids if stop_token_ids is None else stop_token_ids
+        ending = Ending(frozenset(stops), min(max_new_tokens, capacity - length + 1))
+        ids = Prompt(tokenized.prefix, tokenized.chunks, tokenized.suffix, tenant=tokenized.tenant)
+        answer = Answer(self._engine.model.tokenizer, self._cancelled)
+        with self._changed:
+            if self._is_closed:
+                raise CacheBlendError("the scheduler is closed; make another")
+            if len(self._waiting) >= self._most_waiting:
+                raise QueueFull(f"{self._most_waiting} requests wait already; try again later, or raise `waiting`")
+            self._waiting.append(_Request(answer, ids, mode, blend, sampling or Sampling(), ending))
+            self._changed.notify()
+        return answer
+
+    def warmup(self) -> None:
+        """Compiles what inserts and decodes, once `Engine.warmup` has compiled what prefills; allocates the slots.
+
+        Raises:
+            CacheBlendError: requests have been submitted already.
+        """
+        with self._changed:
+            if self._waiting or self._running or self._prefilling or self._is_closed:
+                raise CacheBlendError("warm the scheduler up before the first request")
+            self._batch.warm_up()
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """A snapshot of the counts."""
+        with self._changed:
+            running = len(self._running) + (self._prefilling is not None)
+            return SchedulerStats(len(self._waiting), running, self._batch.num_slots, **self._counts)
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Answers what was submitted, and accepts no more; ends the thread. What a timeout leaves is cancelled."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            for answer in self._unfinished():
+                answer.cancel()
+            self._thread.join()
+        finished(self)
+
+    def flush(self) -> None:
+        """Cancels what is unfinished: the process ends."""
+        self.close(timeout_s=0)
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        self.close(timeout_s=None if kind is None else 0)
+
+    def _unfinished(self) -> list[Answer]:
+        with self._changed:
+            prefilling = [] if self._prefilling is None else [self._prefilling]
+            return [request.answer for request in (*self._waiting, *prefilling, *self._running.values())]
+
+    def _cancelled(self, answer: Answer) -> None:
+        """Forgets a request that waits; the thread frees the slot of one that runs."""
+        with self._changed:
+            self._counts["cancelled"] += 1
+            kept = [request for request in self._waiting if request.answer is not answer]
+            self._waiting.clear()
+            self._waiting.extend(kept)
+            self._changed.notify()
+
+    # What follows runs in the scheduler's thread.
+
+    def _work(self) -> None:
+        try:
+            while self._waits_for_work():
+                request = self._next_request()
+                if request is not None:
+                    self._prefill(request)
+                self._decode()
+        except BaseException as error:  # whatever it is, nobody is to wait for ever
+            logger.exception("the scheduler ends: its thread has failed")
+            with self._changed:
+                self._is_closed = True
+                waiting = list(self._waiting)
+                self._waiting.clear()
+            self._fail_all(error, *waiting)
+
+    def _waits_for_work(self) -> bool:
+        """Waits until there is something to do; returns whether there ever will be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._running or self._is_closed)
+            return bool(self._waiting or self._running)
+
+    def _next_request(self) -> _Request | None:
+        """Takes the request that has waited longest, where a slot is free."""
+        with self._changed:
+            self._drop_ended()
+            if not self._waiting or len(self._running) == self._batch.num_slots:
+                return None
+            self._prefilling = self._waiting.popleft()
+            return self._prefilling
+
+    def _drop_ended(self) -> None:
+        self._running = {slot: each for slot, each in self._running.items() if not each.answer.has_ended}
+
+    def _prefill(self, request: _Request) -> None:
+        """Prefills a request, hands its first token out, and puts it into a free slot unless it ends there."""
+        waited = time.perf_counter() - request.submitted_at
+        try:
+            out = self._engine.prefill(request.prompt, request.mode, blend=request.blend)
+            token = self._batch.first_token(out, request.sampling)
+            stats = replace(out.stats, ttft_s=out.stats.ttft_s + waited, wait_s=out.stats.wait_s + waited)
+            request.answer.prefilled(stats)
+            if self._hand_out(request, [token]):
+                self._insert(request, out, token)
+        except BaseException as error:  # this request's alone
+            self._fail(request, error)
+        finally:
+            with self._changed:
+                self._prefilling = None
+
+    def _insert(self, request: _Request, out: PrefillResult, token: int) -> None:
+        slot = next(slot for slot in range(self._batch.num_slots) if slot not in self._running)
+        try:
+            self._batch.insert(slot, out, token, request.ending, request.sampling)
+        except BaseException as error:  # the program may have taken the other answers' cache
+            self._fail_all(error, request)
+            return
+        with self._changed:
+            self._running[slot] = request
+
+    def _decode(self) -> None:
+        """Decodes the answers that run: one step where a request could be prefilled next, else several."""
+        with self._changed:
+            self._drop_ended()
+            running = dict(self._running)
+            is_wanted = bool(self._waiting) and len(running) < self._batch.num_slots
+        if not running:
+            return
+        try:
+            decoded = self._batch.decode(running, 1 if is_wanted else self._steps)
+        except BaseException as error:
+            self._fail_all(error)
+            return
+        for slot, request in running.items():
+            if not self._hand_out(request, decoded[slot]):
+                with self._changed:
+                    self._running.pop(slot, None)
+
+    def _hand_out(self, request: _Request, token_ids: Sequence[int]) -> bool:
+        """Gives an answer its next tokens; returns whether it goes on after them."""
+        for token in token_ids:
+            request.num_tokens += 1
+            reason = request.ending.reason(token, request.num_tokens)
+            if reason != "stop" and not request.answer.add(token):
+                return False
+            with self._changed:
+                self._counts["tokens"] += reason != "stop"
+            if reason is not None:
+                self._count("answered", request.answer.finish(reason))
+                return False
+        return not request.answer.has_ended
+
+    def _fail_all(self, error: BaseException, *others: _Request) -> None:
+        with self._changed:
+            running, self._running = [*self._running.values(), *others], {}
+        for request in running:
+            self._fail(request, error)
+
+    def _fail(self, request: _Request, error: BaseException) -> None:
+        logger.debug("a request failed", exc_info=error)
+        self._count("failed", request.answer.fail(error))
+
+    def _count(self, what: str, has_happened: bool) -> None:
+        with self._changed:
+            self._counts[what] += has_happened

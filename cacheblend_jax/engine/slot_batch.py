@@ -1,0 +1,91 @@
+"""A decoding batch on the device: prefilled prompts go into its slots, and blocks of tokens come out of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from cacheblend_jax.blend.buckets import Buckets, buckets_up_to
+from cacheblend_jax.engine.generation import angles_of
+from cacheblend_jax.engine.results import PrefillResult
+from cacheblend_jax.model.kv_cache import abstract_cache
+from cacheblend_jax.model.model import Model
+from cacheblend_jax.model.sampling import Draw, Sampling, next_token
+from cacheblend_jax.model.slots import NONE, Slots, Turn, decode_slots, empty_slots, insert
+from cacheblend_jax.runtime.programs import shapes_of
+
+
+@dataclass(frozen=True)
+class Ending:
+    """When an answer ends: before any of the stop tokens, or with `most` tokens."""
+
+    stop_token_ids: frozenset[int]
+    most: int
+
+    def reason(self, token_id: int, number: int) -> str | None:
+        """Returns why an answer ends with its token `number`, counted from 1; `None` if it goes on."""
+        if token_id in self.stop_token_ids:
+            return "stop"
+        return "length" if number >= self.most else None
+
+
+class SlotBatch:
+    """The slots of one scheduler; used by its thread alone.
+
+    Args:
+        num_slots: how many answers are decoded together.
+        capacity: how many tokens, of prompt and answer, a slot has room for.
+    """
+
+    def __init__(self, model: Model, buckets: Buckets, num_slots: int, capacity: int) -> None:
+        self._model, self._buckets = model, buckets
+        self.num_slots, self.capacity = num_slots, capacity
+        self._angles = angles_of(model, capacity)
+        self._slots: Slots | None = None
+
+    def warm_up(self) -> None:
+        """Compiles what inserts prompts of every padded length, and what decodes; allocates the slots."""
+        run, model = self._model.runner, self._model
+        run(next_token, np.zeros(model.config.vocab_size, np.float32), Draw.by(Sampling()), np.int32(0))
+        slots, turn = shapes_of(self._state(), model.placement), self._turn(0, 0, Ending(frozenset(), 1), Sampling())
+        for size in buckets_up_to(self._buckets.length, self.capacity):
+            run(
+                insert, slots, abstract_cache(model.config, size, model.placement), turn, np.int32(0), donate=("slots",)
+            )
+        self.decode({}, 1)
+
+    def first_token(self, out: PrefillResult, sampling: Sampling) -> int:
+        """Returns the token that a prefill's logits give."""
+        if sampling.temperature == 0:
+            return out.next_token
+        return int(self._model.runner(next_token, out.logits, Draw.by(sampling), np.int32(0)))
+
+    def insert(self, slot: int, out: PrefillResult, token: int, ending: Ending, sampling: Sampling) -> None:
+        """Puts a prefilled prompt whose answer goes on after its first token into a slot."""
+        turn, cache = self._turn(token, out.token_ids.size, ending, sampling), out.padded_cache
+        slots, self._slots = self._state(), None  # lost where the program fails
+        self._slots = self._model.runner(insert, slots, cache, turn, np.int32(slot), donate=("slots",))
+
+    def decode(self, running: Collection[int], steps: int) -> list[list[int]]:
+        """Decodes up to `steps` tokens of the slots that run; returns each slot's."""
+        goes_on = np.isin(np.arange(self.num_slots), list(running))
+        slots, self._slots = self._state(), None
+        arrays = self._model.params, slots, goes_on, np.int32(steps), self._angles
+        decoded = self._model.runner(decode_slots, *arrays, donate=("slots",), config=self._model.config)
+        token_ids = np.asarray(decoded.token_ids)
+        self._slots = decoded.slots
+        return [[int(token) for token in column if token != NONE] for column in token_ids.T]
+
+    def _state(self) -> Slots:
+        """Returns the slots; empty ones at first, and after a program that failed has taken their buffers."""
+        if self._slots is None:
+            model = self._model
+            self._slots = model.runner(empty_slots, self._angles, config=model.config, num_slots=self.num_slots)
+        return self._slots
+
+    def _turn(self, token: int, length: int, ending: Ending, sampling: Sampling) -> Turn:
+        is_stop = np.isin(np.arange(self._model.config.vocab_size), list(ending.stop_token_ids))
+        token_id, position, number, left = (np.int32(each) for each in (token, length, 1, ending.most - 1))
+        return Turn(token_id, position, number, left, is_stop, Draw.by(sampling))

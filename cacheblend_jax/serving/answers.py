@@ -1,0 +1,163 @@
+"""Answers requests: submits a prompt, and follows its tokens to the end, a stop string, or the client's leaving."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from cacheblend_jax.engine.results import PrefillStats
+from cacheblend_jax.serving.errors import ApiError
+from cacheblend_jax.serving.requests import AnswerRequest
+from cacheblend_jax.serving.scheduling import Answer
+from cacheblend_jax.serving.service import Service
+from cacheblend_jax.serving.stop_strings import StopStrings
+
+
+class RunningAnswer:
+    """An answer on its way to a client.
+
+    Attributes:
+        request: what was asked for.
+        num_tokens: of the answer, so far.
+        finish_reason: `"stop"` or `"length"`, once it has ended.
+    """
+
+    def __init__(self, service: Service, request: AnswerRequest, answer: Answer, began: float) -> None:
+        self.request, self._answer, self._metrics = request, answer, service.metrics
+        self._tokens = aiter(answer)
+        self._stops = StopStrings(request.stops)
+        self._first: tuple[int, str] | None = None
+        self._latest = began
+        self.num_tokens = 0
+        self.finish_reason: str | None = None
+
+    @classmethod
+    async def submitted(cls, service: Service, read: Callable[[], AnswerRequest]) -> RunningAnswer:
+        """Reads a request and submits it, in a thread, and waits for the first token: what fails by then has a status.
+
+        Raises:
+            ApiError, CacheBlendError: the request makes no sense, or too many wait.
+        """
+        began = time.perf_counter()
+
+        def submit() -> tuple[AnswerRequest, Answer]:
+            request = read()
+            return request, service.scheduler.submit(
+                request.prompt,
+                mode=request.mode,
+                blend=request.blend,
+                max_new_tokens=request.max_tokens,
+                sampling=request.sampling,
+            )
+
+        request, answer = await service.in_thread(submit, lambda submitted: submitted[1].cancel())
+        running = cls(service, request, answer, began)
+        try:
+            await running._begin()
+        except BaseException:
+            answer.cancel()
+            raise
+        return running
+
+    async def _begin(self) -> None:
+        self._first = await anext(self._tokens, None)
+        mode, stats = self.request.mode, self.prefill
+        now = time.perf_counter()
+        self._metrics.ttft.labels(mode).observe(now - self._latest)
+        self._latest = now
+        self._metrics.prefilled(stats, self._missed_tokens(stats))
+
+    @property
+    def prefill(self) -> PrefillStats:
+        """What the prefill did.
+
+        Raises:
+            ApiError: the answer was ended before it ran.
+        """
+        if (stats := self._answer.prefill_stats) is None:
+            raise ended()
+        return stats
+
+    async def pieces(self) -> AsyncGenerator[str, None]:
+        """Yields the answer's text as it comes, and frees its slot, however this ends.
+
+        Raises:
+            ApiError: the server ended the answer.
+        """
+        try:
+            async for token in self._all_tokens():
+                if shown := self._stops.add(token):
+                    yield shown
+                if self._stops.found:
+                    break
+            if rest := self._stops.rest():
+                yield rest
+            reason = "stop" if self._stops.found else self._answer.finish_reason
+            if reason not in ("stop", "length"):
+                raise ended()
+            self.finish_reason = reason
+        finally:
+            self._metrics.answer_tokens.inc(self.num_tokens)
+            self._answer.cancel()
+
+    async def text(self) -> str:
+        """Returns the whole answer; errors as `pieces`."""
+        async with aclosing(self.pieces()) as pieces:
+            return "".join([piece async for piece in pieces])
+
+    def cancel(self) -> None:
+        """Ends the answer and frees its slot."""
+        self._answer.cancel()
+
+    async def _all_tokens(self) -> AsyncGenerator[str, None]:
+        if self._first is None:
+            return
+        self.num_tokens = 1
+        yield self._first[1]
+        async for _, text in self._tokens:
+            now = time.perf_counter()
+            self._metrics.per_token.labels(self.request.mode).observe(now - self._latest)
+            self._latest = now
+            self.num_tokens += 1
+            yield text
+
+    def _missed_tokens(self, stats: PrefillStats) -> int:
+        if stats.mode == "full":
+            return 0
+        loaded = zip(self.request.prompt.chunks, stats.loaded, strict=True)
+        return sum(len(chunk) for chunk, is_loaded in loaded if not is_loaded)
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """What it took, as OpenAI says it: cached tokens are those whose KV came from the store."""
+        prompt_tokens = self.prefill.tokens
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": self.num_tokens,
+            "total_tokens": prompt_tokens + self.num_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.prefill.reused},
+        }
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What was found and computed: the answer's field `cacheblend`."""
+        stats = self.prefill
+        return {
+            "mode": stats.mode,
+            "recompute_ratio": stats.recompute_ratio,
+            "hits": stats.hits,
+            "misses": stats.misses,
+            "loaded": list(stats.loaded),
+            "reused_tokens": stats.reused,
+            "recomputed_tokens": round(stats.recompute_ratio * stats.candidates),
+            "forced_tokens": stats.forced,
+            "seed": self.request.sampling.seed,
+        }
+
+
+def ended() -> ApiError:
+    """Returns the error of an answer that the server ended itself."""
+    message = "the server ended the answer; send the request again"
+    return ApiError(503, message, kind="server_error", code="cancelled", headers={"Retry-After": "1"})

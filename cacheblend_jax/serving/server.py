@@ -1,0 +1,142 @@
+"""Runs the application on a port, with bounds on what connections may do before they are requests."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+
+import h11
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
+from cacheblend_jax.serving.options import Bounds
+
+MAX_CONNECTIONS = 1000
+MAX_HEAD_BYTES = 32 * 2**10
+
+
+def protocol_with(head_s: float) -> type[H11Protocol]:
+    """Returns the protocol that closes a connection whose next request's head does not come within so many seconds."""
+
+    class BoundedProtocol(H11Protocol):
+        _waiting: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_watching()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch()
+
+        def _watch(self) -> None:
+            if self.conn.their_state is not h11.IDLE:
+                self._stop_watching()
+            elif self._waiting is None and not self.transport.is_closing():
+                self._waiting = self.loop.call_later(head_s, self.transport.close)
+
+        def _stop_watching(self) -> None:
+            if self._waiting is not None:
+                self._waiting.cancel()
+                self._waiting = None
+
+    return BoundedProtocol
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Returns a socket that has an address, but does not listen yet: a server can be refused it before it loads.
+
+    Args:
+        port: 0: any that is free.
+
+    Raises:
+        CacheBlendError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        reason = reason_and_remedy(error, "choose another host or port") if isinstance(error, OSError) else str(error)
+        raise CacheBlendError(f"cannot listen on {host} port {port}: {reason}") from error
+    return bound
+
+
+def server_of(
+    app: Starlette, bounds: Bounds, stop_s: float, announce: Callable[[str], object] | None = None
+) -> uvicorn.Server:
+    """Returns the server of an application; it takes no more, and finishes what runs, once it is told to end.
+
+    Args:
+        stop_s: seconds until what still runs then is ended.
+        announce: called with each address, once the server listens.
+    """
+    config = uvicorn.Config(
+        app,
+        http=protocol_with(bounds.head_s),
+        loop="asyncio",  # what connections may do was tried on this loop: under uvloop, requests were left waiting
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        timeout_graceful_shutdown=max(1, round(stop_s)),
+    )
+    return AnnouncedServer(config, announce or (lambda address: None))
+
+
+class AnnouncedServer(uvicorn.Server):
+    """A server that says when it has begun to listen."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[str], object]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen."""
+        await super().startup(sockets)
+        for bound in sockets or []:
+            host, port = bound.getsockname()[:2]
+            self._announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+
+def run_server(
+    app: Starlette,
+    bound: socket.socket,
+    *,
+    bounds: Bounds | None = None,
+    stop_s: float = 30.0,
+    announce: Callable[[str], object] = print,
+) -> None:
+    """Serves an application until SIGTERM or SIGINT; see `server_of`.
+
+    Args:
+        bound: where to listen: see `bound_socket`.
+        announce: called with each address, once the server listens.
+
+    Raises:
+        KeyboardInterrupt: it was ended by SIGINT.
+    """
+    server = server_of(app, bounds or Bounds(), stop_s / 2, announce)
+    # The server ends in order by itself, and then raises the signal again for whoever handled it before.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        server.run(sockets=[bound])
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,115 @@
+"""What the server's endpoints share: the engine, the scheduler, who may ask, and the threads that block."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from cacheblend_jax.engine.engine import Engine
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.serving.errors import ApiError
+from cacheblend_jax.serving.health import Health
+from cacheblend_jax.serving.metrics import Metrics
+from cacheblend_jax.serving.options import ServingOptions
+from cacheblend_jax.serving.requests import RequestReader
+from cacheblend_jax.serving.scheduling import Scheduling
+from cacheblend_jax.serving.tenants import Tenants
+from cacheblend_jax.store import TenantStore
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+THREADS = 8  # that tokenise and submit
+WAITING_PRECOMPUTES = 16
+
+
+class Service:
+    """One server's state.
+
+    Args:
+        engine: over a `TenantStore`; `close` closes both.
+        scheduler: answers prompts with this engine; `close` closes it.
+
+    Attributes:
+        is_closed: whether `close` has come to its end.
+
+    Raises:
+        CacheBlendError: the engine's store is another one, or its model has no tokenizer.
+    """
+
+    def __init__(self, engine: Engine, scheduler: Scheduling, options: ServingOptions, tenants: Tenants) -> None:
+        if not isinstance(engine.store, TenantStore):
+            raise CacheBlendError("a server needs an engine over a TenantStore: Engine(model, TenantStore(store))")
+        if engine.model.tokenizer is None:
+            raise CacheBlendError(f"model {engine.model.name!r} has no tokenizer; a server needs one")
+        self.engine, self.scheduler, self.options, self.tenants = engine, scheduler, options, tenants
+        self.store: TenantStore = engine.store
+        self.health = Health(self.store)
+        self.metrics = Metrics(scheduler, self.store, self.health)
+        self.reader = RequestReader(options, engine.model.tokenizer, engine.blend)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="cacheblend-serve")
+        self._precomputing = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-precompute")
+        self._precomputes = 0
+        self.is_closed = False
+
+    async def in_thread(self, work: Callable[[], Result], unwanted: Callable[[Result], object] | None = None) -> Result:
+        """Runs what blocks in a thread.
+
+        Args:
+            unwanted: called with the result where nobody waits for it any more.
+        """
+        future = self._threads.submit(work)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except asyncio.CancelledError:
+            if unwanted is not None:
+                future.add_done_callback(lambda done: _give_up(done, unwanted))
+            raise
+
+    async def precompute(self, work: Callable[[], Result]) -> Result:
+        """Runs what computes chunks, one call at a time.
+
+        Raises:
+            ApiError: too many calls wait.
+        """
+        if self._precomputes >= WAITING_PRECOMPUTES:
+            message = f"{WAITING_PRECOMPUTES} requests wait to compute chunks; try again later"
+            raise ApiError(429, message, kind="rate_limit_error", code="queue_full")
+        self._precomputes += 1
+        try:
+            return await asyncio.wrap_future(self._precomputing.submit(work))
+        finally:
+            self._precomputes -= 1
+
+    def close(self) -> None:
+        """Finishes what runs, writes what is to be stored, and closes everything, within `stop_s` seconds.
+
+        What takes longer is left: `is_closed` is false then.
+        """
+        self.health.stopping()
+        ended = threading.Event()
+
+        def close() -> None:
+            try:
+                self.scheduler.close(self.options.stop_s / 2)
+                self._precomputing.shutdown(cancel_futures=True)
+                self._threads.shutdown()
+                self.engine.close()
+                self.store.close()
+            except Exception:
+                logger.exception("the server could not be closed in order")
+            finally:
+                ended.set()
+
+        threading.Thread(target=close, name="cacheblend-close", daemon=True).start()
+        self.is_closed = ended.wait(self.options.stop_s)
+        if not self.is_closed:
+            logger.error("not everything was written within %g s; what was not is computed anew", self.options.stop_s)
+
+
+def _give_up(done: Future[Result], unwanted: Callable[[Result], object]) -> None:
+    if not done.cancelled() and done.exception() is None:
+        unwanted(done.result())

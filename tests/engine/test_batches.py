@@ -1,0 +1,207 @@
+"""Answers decoded together have the tokens of each alone (I6), whatever shares the slots with them."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES, SHAPE, TWO_STAGES, fresh_engine, random_prompt
+from test_generation import compilations
+
+import cacheblend_jax as cb
+from cacheblend_jax.engine.shared_reads import SharedReads
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.model.slots import decode_slots, empty_slots
+from cacheblend_jax.model.transformer import abstract_params
+from cacheblend_jax.store.disk_chunk import DiskChunk
+
+SAMPLINGS = [None, cb.Sampling(temperature=1.5, seed=3), cb.Sampling(temperature=0.7, top_k=9, top_p=0.8, seed=5)]
+CAPACITY = 160
+
+
+def cases(count: int) -> list[dict]:
+    """Requests of all kinds: ragged prompts, ways to draw, budgets, stop tokens."""
+    rng = random.Random(5)
+    made = []
+    for seed in range(count):
+        lengths = [rng.randrange(1, 30) for _ in range(rng.randrange(4))]
+        stops = rng.sample(range(SHAPE["vocab_size"]), rng.choice([0, 0, 8]))
+        how = {"max_new_tokens": rng.choice([1, 2, 9, 20]), "sampling": rng.choice(SAMPLINGS), "stop_token_ids": stops}
+        made.append({"prompt": random_prompt(seed, lengths, rng.randrange(9), 1 + rng.randrange(20)), **how})
+    return made
+
+
+def small(dtype: str) -> ModelConfig:
+    return ModelConfig(architecture="LlamaForCausalLM", **SHAPE | {"num_layers": 2}, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return fresh_engine("gemma3")
+
+
+@pytest.fixture(scope="module")
+def alone(engine) -> list[cb.Generation]:
+    return [engine.generate(case["prompt"], "full", **without_prompt(case)) for case in cases(14)]
+
+
+def without_prompt(case: dict) -> dict:
+    return {name: value for name, value in case.items() if name != "prompt"}
+
+
+def test_answers_in_any_company_are_those_of_each_alone(engine, alone):
+    """Submitted in any order, with some cancelled on their way, slots refilled meanwhile."""
+    rng, requests = random.Random(7), cases(14)
+    order = [*range(14), *range(14)]
+    rng.shuffle(order)
+    with cb.Scheduler(engine, slots=3, max_tokens=CAPACITY, steps=3) as scheduler:
+        answers = [scheduler.submit(mode="full", **requests[number]) for number in order]
+        cancelled = set(rng.sample(range(28), 6))
+        for at in cancelled:
+            if at % 2:
+                next(answers[at], None)  # on its way, or at its end
+            answers[at].cancel()
+        for at, (number, answer) in enumerate(zip(order, answers, strict=True)):
+            wanted = alone[number]
+            if answer.finish_reason == "cancelled":
+                assert at in cancelled
+                continue
+            got = answer.result()
+            assert (got.token_ids, got.stats.finish_reason) == (wanted.token_ids, wanted.stats.finish_reason)
+    assert {wanted.stats.finish_reason for wanted in alone} == {"stop", "length"}
+    stats = scheduler.stats
+    assert (stats.answered + stats.cancelled, stats.failed, stats.running, stats.waiting) == (28, 0, 0, 0)
+
+
+def test_a_batch_of_prompts_is_answered_as_each_alone(engine, alone):
+    requests = [case for case in cases(14) if case["sampling"] is None and not case["stop_token_ids"]]
+    wanted = [each for each, case in zip(alone, cases(14), strict=True) if case in requests]
+    most = max(case["max_new_tokens"] for case in requests)
+    got = engine.generate_batch([case["prompt"] for case in requests], "full", max_new_tokens=most, stop_token_ids=())
+    assert len(got) == len(wanted) > 2
+    for one, other, case in zip(got, wanted, requests, strict=True):
+        assert one.token_ids[: case["max_new_tokens"]] == other.token_ids
+    assert engine.generate_batch([]) == []
+    with pytest.raises(cb.PromptError, match="the prompt is empty"):
+        engine.generate_batch([random_prompt(1), cb.Prompt([], [], [])])
+
+
+def test_once_warm_nothing_compiles_whatever_the_slots_are_filled_with():
+    engine = cb.Engine(cb.model.random_model(FAMILIES["llama3"], seed=9), blend=TWO_STAGES, length_buckets=(32, 64))
+    engine.warmup(64, modes=())
+    with cb.Scheduler(engine, slots=2, max_tokens=64) as scheduler:
+        with compilations() as names:
+            scheduler.warmup()
+        assert {"jit(decode_slots)", "jit(insert)", "jit(empty_slots)", "jit(next_token)"} <= set(names)
+        with compilations() as names:
+            for case in cases(6):
+                scheduler.submit(mode="full", **case)
+            for length in (1, 32, 33, 64):
+                scheduler.submit(cb.Prompt(np.arange(length)), mode="full").result()
+            with pytest.raises(cb.CacheBlendError, match="before the first request"):
+                scheduler.submit(cb.Prompt([1]), mode="full") and scheduler.warmup()
+    assert names == []
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cache_of_slots_is_written_in_place(dtype):
+    config = small(dtype)
+    angles = rope_tables(config, CAPACITY)
+    slots = jax.eval_shape(lambda: empty_slots(angles, config=config, num_slots=5))
+    arguments = (slots, jax.ShapeDtypeStruct((5,), bool), jax.ShapeDtypeStruct((), jnp.int32), angles)
+    decode = jax.jit(lambda *of: decode_slots(*of, config=config), donate_argnums=1)
+    text = decode.lower(abstract_params(config), *arguments).compile().as_text()
+    for stack in (slots.cache.k, slots.cache.v):
+        shape = ",".join(map(str, stack.shape))
+        made = re.findall(rf"= \w+\[{shape}\]\S* (\w[\w-]*)\(", text)
+        assert made
+        assert not {"convert", "copy", "bitcast-convert", "select", "transpose"} & set(made)
+
+
+@pytest.mark.once
+def test_slots_of_layers_apart_and_of_a_bfloat16_cache_keep_what_is_inserted():
+    model = cb.model.random_model(small("bfloat16"), seed=7, by_layer=True)
+    engine = cb.Engine(model, length_buckets=(64,))
+    outs = [engine.prefill(random_prompt(seed, (), 5, 30 + seed), "full") for seed in range(3)]
+    with cb.Scheduler(engine, slots=4, max_tokens=64) as scheduler:
+        answers = [scheduler.submit(random_prompt(seed, (), 5, 30 + seed), mode="full") for seed in range(3)]
+        lengths = [len(answer.result().token_ids) for answer in answers]
+    assert lengths == [64 - out.token_ids.size + 1 for out in outs]  # the slot is full
+    alone = [engine.complete(out, max_new_tokens=2, stop_token_ids=()).token_ids for out in outs]
+    assert [answer.result().token_ids[:2] for answer in answers] == alone
+
+
+def test_a_chunk_that_prompts_share_is_read_once(tmp_path, monkeypatch):
+    reads: Counter = Counter()
+    read_layer = DiskChunk.read_layer
+
+    def counted(self, layer):
+        reads[self.num_tokens] += 1
+        return read_layer(self, layer)
+
+    monkeypatch.setattr(DiskChunk, "read_layer", counted)
+    shared, own = random_prompt(1, (21,)).chunks[0], random_prompt(2, (13,)).chunks[0]
+    prompts = [cb.Prompt([], [shared], [1, 2]), cb.Prompt([], [own, shared], [3])]
+    with cb.ChunkStore(tmp_path, host_bytes=1) as store:
+        engine = cb.Engine(cb.model.random_model(small("float32")), store, executor="resident", length_buckets=(64,))
+        for each in prompts:
+            engine.precompute(each)
+        store.flush()
+        one_by_one = [engine.prefill(each, "reuse") for each in prompts]
+        layers = engine.model.config.num_layers
+        assert reads == {21: 2 * layers, 13: layers}
+        reads.clear()
+        for one, other in zip(engine.prefill_batch(prompts, "reuse"), one_by_one, strict=True):
+            np.testing.assert_allclose(one.logits, other.logits, rtol=1e-4, atol=1e-5)
+            assert one.stats.hits == other.stats.hits > 0
+        assert reads == {21: layers, 13: layers}
+        engine.close()
+
+
+def test_an_entry_that_could_not_be_read_is_opened_anew():
+    class Chunk:
+        shape, dtype, num_layers, num_tokens, num_bytes = (1, 2, 1, 4), np.dtype(np.float32), 1, 2, 64
+        tier, device_entry = "disk", None
+
+        def __init__(self, error: Exception | None) -> None:
+            self.error, self.closed = error, 0
+
+        def read_layer(self, layer):
+            if self.error is not None:
+                raise self.error
+            return np.ones((2, 1, 4), np.float32), np.ones((2, 1, 4), np.float32)
+
+        def close(self):
+            self.closed += 1
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.close()
+
+    class Store:
+        chunks = Chunk(cb.DamagedEntryError("flipped")), Chunk(None)
+        opened = 0
+
+        def open(self, key):
+            self.opened += 1
+            return self.chunks[self.opened - 1] if self.opened <= 2 else None
+
+    store = Store()
+    with SharedReads(store) as reads:
+        with reads.open("key") as chunk, pytest.raises(cb.DamagedEntryError):
+            chunk.read_layer(0)
+        again = reads.open("key")
+        again.read_layer(0)
+        assert (reads.open("key"), again.tier, store.opened) == (again, "host", 2)
+        assert reads.open("other") is None
+        assert [chunk.closed for chunk in store.chunks] == [0, 0]
+    assert [chunk.closed for chunk in store.chunks] == [1, 1]

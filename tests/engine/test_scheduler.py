@@ -1,0 +1,305 @@
+"""The scheduler's order, fairness and endings, with an engine and slots that are counted tokens instead of a model."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from conftest import unchecked
+
+import cacheblend_jax as cb
+from cacheblend_jax.blend.buckets import FINE_BUCKETS
+from cacheblend_jax.engine import scheduler as scheduler_module
+from cacheblend_jax.engine.prompt import TokenizedPrompt
+from cacheblend_jax.engine.results import PrefillStats
+
+NOTHING = np.zeros(0, np.int32)
+STATS = PrefillStats("full", 1, 0.5, 0.1, 0.0, 0.0, 0, 0, 0, 0, 1, 0.0, 1, 1, wait_s=0.25)
+
+
+def prompt(number: int, length: int = 1) -> cb.Prompt:
+    """A prompt whose answer is 100 · number, 100 · number + 1, …"""
+    return cb.Prompt([number] * length)
+
+
+def tokens(number: int, count: int) -> list[int]:
+    return [100 * number + i for i in range(count)]
+
+
+@dataclass
+class CountingEngine:
+    """Prefills at once, or when `gate` opens; logs what it does, as `CountingBatch` does."""
+
+    log: list[object] = field(default_factory=list)
+    gate: threading.Event = field(default_factory=threading.Event)
+    began: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    failing: dict[int, Exception] = field(default_factory=dict)
+    model: object = field(
+        default_factory=lambda: SimpleNamespace(
+            config=SimpleNamespace(max_positions=4096), tokenizer=None, stop_token_ids=(7,)
+        )
+    )
+    buckets: object = FINE_BUCKETS
+
+    def __post_init__(self):
+        self.gate.set()
+
+    def check(self, prompt, mode, blend):
+        if mode != "blend":
+            raise cb.PromptError(f"unknown mode {mode!r}")
+        return TokenizedPrompt(np.asarray(prompt.prefix, np.int32), (), NOTHING)
+
+    def prefill(self, prompt, mode, *, blend):
+        number = int(prompt.prefix[0])
+        self.log.append(("prefill", number))
+        self.began.release()
+        self.gate.wait()
+        if number in self.failing:
+            raise self.failing[number]
+        return SimpleNamespace(token_ids=prompt.prefix, next_token=100 * number, stats=STATS)
+
+
+class CountingBatch:
+    failing: ClassVar[list[Exception]] = []
+
+    def __init__(self, model, buckets, num_slots, capacity):
+        self.num_slots, self.capacity = num_slots, capacity
+        self.last: dict[int, int] = {}
+        self.log = CURRENT.log
+
+    def first_token(self, out, sampling):
+        return out.next_token
+
+    def insert(self, slot, out, token, ending, sampling):
+        self.last[slot] = token
+
+    def decode(self, running, steps):
+        self.log.append(("decode", steps, [self.last[slot] // 100 for slot in sorted(running)]))
+        if self.failing:
+            raise self.failing.pop()
+        decoded = [[] for _ in range(self.num_slots)]
+        for slot in running:
+            decoded[slot] = [self.last[slot] + 1 + i for i in range(steps)]
+            self.last[slot] += steps
+        return decoded
+
+
+CURRENT: CountingEngine
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    global CURRENT
+    CURRENT = CountingEngine()
+    monkeypatch.setattr(scheduler_module, "SlotBatch", CountingBatch)
+    with unchecked():
+        yield CURRENT
+        CURRENT.gate.set()
+
+
+def test_requests_are_answered_in_order_and_more_than_there_are_slots(engine):
+    with cb.Scheduler(engine, slots=2) as scheduler:
+        answers = [scheduler.submit(prompt(n), max_new_tokens=n + 1) for n in range(7)]
+        assert [answer.result().token_ids for answer in answers] == [tokens(n, n + 1) for n in range(7)]
+        assert [list(answer) for answer in answers] == [[(t, "") for t in tokens(n, n + 1)] for n in range(7)]
+    assert [what[1] for what in engine.log if what[0] == "prefill"] == list(range(7))
+    assert {answer.finish_reason for answer in answers} == {"length"}
+    assert scheduler.stats == cb.SchedulerStats(0, 0, 2, answered=7, tokens=28)
+
+
+def test_between_two_prefills_answers_that_run_get_a_token(engine):
+    engine.gate.clear()
+    with cb.Scheduler(engine, slots=3, steps=4) as scheduler:
+        answers = [scheduler.submit(prompt(n), max_new_tokens=6) for n in (1, 2, 3)]
+        engine.gate.set()
+        assert [answer.result().token_ids for answer in answers] == [tokens(n, 6) for n in (1, 2, 3)]
+    assert engine.log[:6] == [
+        *(("prefill", 1), ("decode", 1, [1])),  # one step: another prompt waits, and a slot is free
+        *(("prefill", 2), ("decode", 1, [1, 2])),
+        *(("prefill", 3), ("decode", 4, [1, 2, 3])),
+    ]
+
+
+def test_an_answer_ends_before_a_stop_token_and_with_its_budget(engine):
+    with cb.Scheduler(engine, slots=2, max_tokens=5) as scheduler:
+        one = scheduler.submit(prompt(2), max_new_tokens=1)
+        stopped = scheduler.submit(prompt(3), max_new_tokens=9, stop_token_ids=[303])
+        at_once = scheduler.submit(prompt(4), stop_token_ids=[400])
+        full = scheduler.submit(prompt(5, length=4), max_new_tokens=9)
+        assert (one.result().token_ids, one.finish_reason) == ([200], "length")
+        assert (stopped.result().token_ids, stopped.result().stats.finish_reason) == (tokens(3, 3), "stop")
+        assert (at_once.result().token_ids, at_once.finish_reason) == ([], "stop")
+        assert (full.result().token_ids, full.finish_reason) == (tokens(5, 2), "length")  # the last token isn't cached
+    assert ("decode", 1, [2]) not in engine.log
+    assert ("decode", 8, [2]) not in engine.log
+
+
+def test_time_to_first_token_has_the_time_that_a_request_waited_for_its_prefill(engine):
+    with cb.Scheduler(engine) as scheduler:
+        answer = scheduler.submit(prompt(1), max_new_tokens=2)
+        stats = answer.result().stats
+    assert answer.prefill_stats is stats.prefill
+    assert stats.prefill.wait_s > STATS.wait_s
+    assert stats.ttft_s - STATS.ttft_s == pytest.approx(stats.prefill.wait_s - STATS.wait_s)
+    assert stats.decoded == 1
+
+
+def test_a_full_queue_refuses_and_what_cannot_be_served_is_refused_before_it_waits(engine):
+    engine.gate.clear()
+    with cb.Scheduler(engine, slots=1, max_tokens=8, waiting=2) as scheduler:
+        running = scheduler.submit(prompt(1), max_new_tokens=2)
+        engine.began.acquire()
+        waiting = [scheduler.submit(prompt(n), max_new_tokens=2) for n in (2, 3)]
+        assert scheduler.stats == cb.SchedulerStats(waiting=2, running=1, slots=1)
+        with pytest.raises(cb.QueueFull, match="2 requests wait already"):
+            scheduler.submit(prompt(4))
+        waiting[0].cancel()  # makes room
+        waiting.append(scheduler.submit(prompt(5), max_new_tokens=2))
+        with pytest.raises(cb.PromptError, match=r"has 9 tokens, but a slot .*\(max_tokens\) takes at most 8"):
+            scheduler.submit(prompt(6, length=9))
+        with pytest.raises(cb.PromptError, match="unknown mode 'fast'"):
+            scheduler.submit(prompt(6), mode="fast")
+        with pytest.raises(cb.PromptError, match="max_new_tokens must be a whole number of at least 1, got 0"):
+            scheduler.submit(prompt(6), max_new_tokens=0)
+        engine.gate.set()
+        for answer, number in ((running, 1), *zip(waiting[1:], (3, 5), strict=True)):
+            assert answer.result().token_ids == tokens(number, 2)
+        with pytest.raises(cb.CacheBlendError, match="cancelled before its prefill was done"):
+            waiting[0].result()
+    assert ("prefill", 2) not in engine.log
+    with pytest.raises(cb.CacheBlendError, match="the scheduler is closed"):
+        scheduler.submit(prompt(1))
+    assert scheduler.stats == cb.SchedulerStats(0, 0, 1, answered=3, cancelled=1, tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("slots", 0), ("max_tokens", 4097), ("waiting", True), ("steps", 65), ("steps", 0.5)]
+)
+def test_numbers_out_of_range_are_named(engine, name, value):
+    with pytest.raises(cb.CacheBlendError, match=rf"{name} must be a whole number in \[1, \d+\], got {value}"):
+        cb.Scheduler(engine, **{name: value})
+
+
+def test_a_cancelled_answer_frees_its_slot_and_ends_where_it_is(engine):
+    with cb.Scheduler(engine, slots=1, steps=1) as scheduler:
+        endless = scheduler.submit(prompt(1), max_new_tokens=4000)
+        assert next(endless) == (100, "")
+        after = scheduler.submit(prompt(2), max_new_tokens=2)
+        endless.cancel()
+        endless.cancel()
+        assert list(endless) == []
+        assert after.result().token_ids == tokens(2, 2)
+        assert endless.finish_reason == "cancelled"
+        got = endless.result()
+        assert got.token_ids == tokens(1, len(got.token_ids))
+        assert got.stats.finish_reason == "cancelled"
+        after.cancel()  # has ended: nothing to cancel
+    assert after.finish_reason == "length"
+    assert (scheduler.stats.answered, scheduler.stats.cancelled) == (1, 1)
+
+
+def test_an_answer_cancelled_during_its_prefill_takes_no_slot(engine):
+    engine.gate.clear()
+    with cb.Scheduler(engine, slots=1) as scheduler:
+        answer = scheduler.submit(prompt(1), max_new_tokens=9)
+        engine.began.acquire()
+        answer.cancel()
+        assert list(answer) == []
+        engine.gate.set()
+        assert scheduler.submit(prompt(2), max_new_tokens=2).result().token_ids == tokens(2, 2)
+    assert not any(what[0] == "decode" and 1 in what[2] for what in engine.log)
+
+
+def test_a_prefill_that_raises_hurts_no_other(engine):
+    engine.failing[2] = OSError("no such chunk")
+    with cb.Scheduler(engine, slots=2) as scheduler:
+        answers = [scheduler.submit(prompt(n), max_new_tokens=12) for n in (1, 2, 3)]
+        for read in (answers[1].result, lambda: next(answers[1]), lambda: asyncio.run(anext_of(answers[1]))):
+            with pytest.raises(OSError, match="no such chunk"):
+                read()
+        assert answers[1].finish_reason is None
+        assert [answers[n].result().token_ids for n in (0, 2)] == [tokens(1, 12), tokens(3, 12)]
+    assert (scheduler.stats.answered, scheduler.stats.failed) == (2, 1)
+
+
+def test_decoding_that_raises_fails_what_runs_and_nothing_later(engine, monkeypatch):
+    monkeypatch.setattr(CountingBatch, "failing", [MemoryError("the device is full")])
+    with cb.Scheduler(engine, slots=1) as scheduler:
+        failed = scheduler.submit(prompt(1), max_new_tokens=9)
+        after = scheduler.submit(prompt(2), max_new_tokens=3)
+        assert next(failed) == (100, "")  # tokens that came before the error are read first
+        with pytest.raises(MemoryError, match="the device is full"):
+            next(failed)
+        assert after.result().token_ids == tokens(2, 3)
+    assert scheduler.stats == cb.SchedulerStats(0, 0, 1, answered=1, failed=1, tokens=4)
+
+
+def test_a_thread_that_fails_leaves_nobody_waiting(engine, monkeypatch, caplog):
+    engine.gate.clear()
+    monkeypatch.setattr(CountingBatch, "decode", lambda *_: [])  # no slot's tokens
+    scheduler = cb.Scheduler(engine, slots=1)
+    answers = [scheduler.submit(prompt(n), max_new_tokens=9) for n in (1, 2)]
+    engine.gate.set()
+    for answer in answers:
+        with pytest.raises(IndexError):
+            answer.result()
+    scheduler.close()
+    with pytest.raises(cb.CacheBlendError, match="the scheduler is closed"):
+        scheduler.submit(prompt(3))
+    assert "its thread has failed" in caplog.text
+
+
+async def anext_of(answer):
+    return await anext(answer)
+
+
+def test_event_loops_are_woken_and_one_that_is_gone_stops_nobody(engine):
+    engine.gate.clear()
+    scheduler = cb.Scheduler(engine, slots=4)
+
+    async def read(answer):
+        return [token async for token, _ in answer]
+
+    async def read_all():
+        readers = [asyncio.ensure_future(read(scheduler.submit(prompt(n), max_new_tokens=20))) for n in (1, 2, 3)]
+        await asyncio.sleep(0)  # the readers sleep before the first token comes
+        engine.gate.set()
+        return await asyncio.gather(*readers)
+
+    gone = scheduler.submit(prompt(9), max_new_tokens=20)
+
+    async def leave():
+        reader = asyncio.ensure_future(anext_of(gone))
+        await asyncio.sleep(0)
+        reader.cancel()
+
+    asyncio.run(leave())
+    assert asyncio.run(read_all()) == [tokens(n, 20) for n in (1, 2, 3)]
+    assert gone.result().token_ids == tokens(9, 20)
+    scheduler.close()
+
+
+def test_closing_answers_what_was_submitted(engine):
+    engine.gate.clear()
+    scheduler = cb.Scheduler(engine, slots=1)
+    answers = [scheduler.submit(prompt(n), max_new_tokens=9) for n in (1, 2)]
+    engine.gate.set()
+    scheduler.close()
+    scheduler.close()
+    assert [answer.finish_reason for answer in answers] == ["length"] * 2
+    assert not scheduler._thread.is_alive()
+
+
+def test_closing_with_a_timeout_cancels_the_rest(engine):
+    scheduler = cb.Scheduler(engine, slots=1, steps=1, max_tokens=4096)
+    answers = [scheduler.submit(prompt(n), max_new_tokens=4000) for n in (1, 2)]
+    next(answers[0])
+    engine.gate.clear()
+    scheduler.flush()  # as when the process ends
+    assert [answer.finish_reason for answer in answers] == ["cancelled"] * 2
+    assert not scheduler._thread.is_alive()
