@@ -11,7 +11,7 @@ from cacheblend_jax.runtime.throttle import Throttle
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
 from cacheblend_jax.store.protocol import Store
 from cacheblend_jax.store.stats import StoreStats
-from cacheblend_jax.store.stored_chunk import Rows, StoredChunk
+from cacheblend_jax.store.stored_chunk import StoredChunk, StoredRows
 
 
 class ThrottledStore:
@@ -56,6 +56,15 @@ class ThrottledStore:
     def directory(self) -> epath.Path | None:
         """The wrapped store's."""
         return self.wrapped.directory
+
+    @property
+    def kv_dtype(self) -> str | None:
+        """The wrapped store's."""
+        return self.wrapped.kv_dtype
+
+    @kv_dtype.setter
+    def kv_dtype(self, kv_dtype: str | None) -> None:
+        self.wrapped.kv_dtype = kv_dtype
 
     @property
     def host_bytes(self) -> int:
@@ -152,11 +161,11 @@ class ThrottledChunk:
 
     def __init__(self, chunk: StoredChunk, store: ThrottledStore) -> None:
         self._chunk, self._store = chunk, store
-        self.shape, self.dtype = chunk.shape, chunk.dtype
+        self.shape, self.dtype, self.kv_dtype = chunk.shape, chunk.dtype, chunk.kv_dtype
         self.num_tokens, self.num_layers, self.num_bytes = chunk.num_tokens, chunk.num_layers, chunk.num_bytes
         self.tier = store.tier
 
-    def read_layer(self, layer: int) -> tuple[Rows, Rows]:
+    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
         """As `StoredChunk.read_layer`, after the time that it takes on the throttled tier."""
         self._store.wait_for(self.num_bytes // self.num_layers)
         return self._chunk.read_layer(layer)

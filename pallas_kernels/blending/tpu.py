@@ -24,6 +24,9 @@ MOST_BYTES = 2**13  # of one key, so that a dozen blocks of 128 keys fit in VMEM
 LANES = 128
 
 
+DEQUANTISES = False
+
+
 def unsupported_reason(k_cached: jax.Array, k_fresh: jax.Array, *, interpret: bool) -> str | None:
     """Returns why the kernel can't serve arrays of these shapes and dtypes; `None` where it can."""
     if k_cached.dtype == jnp.float16 and not interpret:

@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.blending.traffic import cost
 from pallas_kernels.tuning import BlendBlocks
 
+DEQUANTISES = False
+
 
 def unsupported_reason(k_cached: jax.Array, k_fresh: jax.Array, *, interpret: bool) -> str | None:
     """Returns why the kernel can't serve arrays of these shapes and dtypes; `None` where it can."""
