@@ -14,7 +14,7 @@ from cacheblend_jax.store.checks import check_capacity, check_dtype, check_text,
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry, QueuedEntry
 from cacheblend_jax.store.loads import Load, Loads
 from cacheblend_jax.store.memory import MemoryTier
-from cacheblend_jax.store.quantise import check_kv_dtype, quantised
+from cacheblend_jax.store.quantise import check_kv_dtype
 from cacheblend_jax.store.recent_uses import RecentUses
 from cacheblend_jax.store.record import EntryRecord
 from cacheblend_jax.store.stats import DiskStats, StoreStats, TierStats
@@ -202,7 +202,7 @@ class ChunkStore:
         """
         check_text("key", key)
         check_dtype(entry)
-        entry = quantised(entry, self.kv_dtype).kept()
+        entry = entry.quantised(self.kv_dtype).kept()
         with self._lock:
             self._loads.outdate(key)
             self._device.remove(key)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from cacheblend_jax.store.label import UNKNOWN, Label
-from cacheblend_jax.store.quantise import FLOAT8, QuantisedRows, Scales
+from cacheblend_jax.store.quantise import FLOAT8, QuantisedRows, Scales, can_quantise, quantise
 
 if TYPE_CHECKING:
     from jax import Array
@@ -102,6 +102,14 @@ class ChunkEntry:
         offset = None if self.k_offset is None else self.k_offset[layer]
         k = QuantisedRows(self.k[layer], self.scales.k[layer], offset)
         return k, QuantisedRows(self.v[layer], self.scales.v[layer])
+
+    def quantised(self, kv_dtype: str | None) -> ChunkEntry:
+        """Returns the entry with codes in the place of its values; itself where it has codes, or had better not."""
+        if kv_dtype is None or self.scales is not None or not (can_quantise(self.k) and can_quantise(self.v)):
+            return self
+        k, v = quantise(self.k, kv_dtype, self.k_offset), quantise(self.v, kv_dtype)
+        scales = Scales(self.k.dtype.name, k.scales, v.scales)
+        return replace(self, k=k.codes, v=v.codes, scales=scales).hand_over()
 
     def dequantised(self) -> ChunkEntry:
         """Returns the entry with its values in the place of codes; itself where it has values."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -11,9 +10,8 @@ from jaxtyping import Float, Shaped
 
 from cacheblend_jax.errors import CacheBlendError
 
-if TYPE_CHECKING:
-    from cacheblend_jax.store.entry import ChunkEntry
-
+Values = Float[np.ndarray, "layers tokens kv_heads head_dim"]
+Offset = Float[np.ndarray, "layers kv_heads head_dim"]
 INT8, FLOAT8 = "int8", "float8_e4m3fn"
 NOT_QUANTISED = "none"  # in place of a dtype, where one has to be named
 LARGEST_CODES = {INT8: 127.0, FLOAT8: 448.0}
@@ -66,35 +64,24 @@ def check_kv_dtype(kv_dtype: str | None) -> None:
         raise CacheBlendError(f"unknown kv_dtype {kv_dtype!r}; expected {known}, or None to keep the model's dtype")
 
 
-def quantised(entry: ChunkEntry, kv_dtype: str | None) -> ChunkEntry:
-    """Returns an entry's values as codes; the entry itself where it is quantised already, or had better not be.
-
-    That is where a value is not finite, or beyond half of what its dtype holds: a code's value may then overflow.
-    """
-    if kv_dtype is None or entry.scales is not None or not all(map(_has_moderate_values, (entry.k, entry.v))):
-        return entry
-    k, k_scales = _quantised_layers(entry.k, kv_dtype, entry.k_offset)
-    v, v_scales = _quantised_layers(entry.v, kv_dtype, None)
-    return replace(entry, k=k, v=v, scales=Scales(entry.k.dtype.name, k_scales, v_scales)).hand_over()
-
-
-def _has_moderate_values(array: np.ndarray) -> bool:
-    most = np.float32(ml_dtypes.finfo(array.dtype).max) / 2
-    return all(bool((np.abs(layer.astype(np.float32)) <= most).all()) for layer in array)
-
-
-def _quantised_layers(
-    values: Float[np.ndarray, "layers tokens kv_heads head_dim"],
-    kv_dtype: str,
-    offset: Float[np.ndarray, "layers kv_heads head_dim"] | None,
-) -> tuple[Shaped[np.ndarray, "layers tokens kv_heads head_dim"], Float[np.ndarray, "layers tokens kv_heads"]]:
+def quantise(values: Values, kv_dtype: str, offset: Offset | None = None) -> QuantisedRows:
+    """Returns the codes and scales of all layers' K or V, less an offset."""
     codes, scales = np.empty(values.shape, kv_dtype), np.empty(values.shape[:-1], SCALES)
     for layer, of_layer in enumerate(values):  # one by one: the float32 copies are larger than what is stored
         rows = of_layer.astype(np.float32)
         if offset is not None:
             rows -= offset[layer].astype(np.float32)[None]
         codes[layer], scales[layer], _ = quantise_rows(rows, kv_dtype)
-    return codes, scales
+    return QuantisedRows(codes, scales, offset)
+
+
+def can_quantise(values: Values) -> bool:
+    """Whether values are better stored as codes.
+
+    Not where one is not finite, or beyond half of what its dtype holds: the value of its code may then overflow.
+    """
+    most = np.float32(ml_dtypes.finfo(values.dtype).max) / 2
+    return all(bool((np.abs(layer.astype(np.float32)) <= most).all()) for layer in values)
 
 
 def quantise_rows(rows: Float[np.ndarray, "tokens kv_heads head_dim"], kv_dtype: str) -> QuantisedRows:
