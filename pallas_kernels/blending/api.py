@@ -89,8 +89,8 @@ def unsupported(k_cached: jax.Array, k_fresh: jax.Array, stored: QuantisedKV | N
     """Returns why each Pallas backend can't serve arrays of these shapes and dtypes."""
 
     def reason_of(_: str, module: ModuleType) -> str | None:
-        if stored is not None and not module.DEQUANTISES:
-            return f"takes no quantised KV, got {stored.k.dtype}"
+        if stored is not None and str(stored.k.dtype) not in module.DEQUANTISES:
+            return f"takes codes of {', '.join(module.DEQUANTISES)}, got {stored.k.dtype}"
         return module.unsupported_reason(k_cached, k_fresh, interpret=current_target().platform == "cpu")
 
     empty = 0 in (*k_cached.shape, *k_fresh.shape)

@@ -25,7 +25,7 @@ MOST_BYTES = 2**13  # of one key, so that a dozen blocks of 128 keys fit in VMEM
 LANES = 128
 
 
-DEQUANTISES = True
+DEQUANTISES = ("int8",)  # dtypes of codes
 
 
 def unsupported_reason(k_cached: jax.Array, k_fresh: jax.Array, *, interpret: bool) -> str | None:

@@ -19,7 +19,7 @@ from pallas_kernels.blending.quantised import QuantisedKV
 from pallas_kernels.blending.traffic import cost
 from pallas_kernels.tuning import BlendBlocks
 
-DEQUANTISES = True
+DEQUANTISES = ("int8",)  # dtypes of codes
 
 
 def unsupported_reason(k_cached: jax.Array, k_fresh: jax.Array, *, interpret: bool) -> str | None:
@@ -90,7 +90,8 @@ def _kernel(block_keys: int, half: int) -> Callable[..., None]:
             return plt.load(source.at[at], mask=mask, other=0)
 
         is_old = is_value & ~replaced[:, None]
-        k_old, v_old = _dequantising(stored, load, key, head, is_old) if stored else (None, None)
+        masks = (keys < num_keys) & ~replaced, (column < half)[None, :], is_old
+        k_old, v_old = _dequantising(stored, load, keys, head, masks) if stored else (None, None)
         halves = []
         for columns in (first, second):
             k_new, v_new = (load(fresh, is_fresh, part, row, head, columns) for part in range(2))
@@ -110,16 +111,25 @@ def _kernel(block_keys: int, half: int) -> Callable[..., None]:
 
 
 def _dequantising(
-    stored: Sequence[Any], load: Callable[..., jax.Array], key: jax.Array, head: Any, is_old: jax.Array
+    stored: Sequence[Any],
+    load: Callable[..., jax.Array],
+    keys: Int[Array, " keys"],
+    head: Any,
+    masks: tuple[Bool[Array, " keys"], Bool[Array, "1 width"], Bool[Array, "keys width"]],
 ) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
-    """Returns what loads some columns of the stored keys, and of the stored values, as float32."""
+    """Returns what loads some columns of the stored keys, and of the stored values, as float32.
+
+    Args:
+        masks: of keys, of columns, and of both.
+    """
     k_codes, v_codes, k_scales, v_scales, *k_offset = stored
+    is_old, is_column, is_value = masks
 
     def loader(codes: Any, scales: Any, offset: Sequence[Any] = ()) -> Callable[[jax.Array], jax.Array]:
         def loaded(columns: jax.Array) -> jax.Array:
-            scale = load(scales, is_old, key, head).astype(jnp.float32)
-            values = load(codes, is_old, key, head, columns).astype(jnp.float32) * scale
-            return values + load(offset[0], is_old, head, columns).astype(jnp.float32) if offset else values
+            scale = load(scales, is_old, keys, head).astype(jnp.float32)[:, None]
+            values = load(codes, is_value, keys[:, None], head, columns).astype(jnp.float32) * scale
+            return values + load(offset[0], is_column, head, columns).astype(jnp.float32) if offset else values
 
         return loaded
 

@@ -112,6 +112,10 @@ def quantised(named: dict, codes: str, *, with_offset: bool) -> dict:
 )
 def test_quantised_keys_and_values_are_dequantised_as_they_pass(backend, codes, dtype, with_offset):
     named = quantised(arguments(40, [3, 16, 20], 16, dtype, padding=2), codes, with_offset=with_offset)
+    if backend != "xla" and codes != "int8":
+        with pytest.raises(ValueError, match="takes codes of int8, got float8_e4m3fn"):
+            call(named, implementation=backend)
+        return
     k, v = call(named, implementation=backend)
     wanted_k, wanted_v = reference(named)
     np.testing.assert_array_equal(np.asarray(v, np.float32), np.asarray(wanted_v, np.float32))
@@ -181,6 +185,11 @@ def test_a_batch_equals_one_by_one(backend):
         ({"sin": jnp.zeros((6, 8), jnp.int32)}, "sin must be floating"),
         ({"layer": 0}, r"k_cached must be of rank 4, .* with a layer, got \(6, 2, 16\)"),
         ({"layer": 1, "k_cached": jnp.zeros((1, 6, 2, 16))}, r"layer must be in \[0, 1\), got 1"),
+        ({"stored": QuantisedKV(*[jnp.zeros((6, 2, 16), jnp.int8)] * 4)}, r"k_scales must have shape \(6, 2\), got"),
+        (
+            {"stored": QuantisedKV(*[jnp.zeros((6, 2, 16))] * 2, *[jnp.zeros((6, 2))] * 2)},
+            "codes of one dtype and one byte, got float32 and float32",
+        ),
         ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
         ({"implementation": "mosaic_gpu"}, "unknown implementation 'mosaic_gpu'"),
         ({"implementation": "tpu", "k_fresh": jnp.zeros((0, 2, 16))}, "needs a key and a fresh row"),
@@ -190,11 +199,11 @@ def test_what_does_not_fit_is_named_when_traced(change, message):
     named = arguments(6, [1, 4], 16, "float32") | change
     if "k_fresh" in change and not change["k_fresh"].size:
         named |= {"v_fresh": named["k_fresh"], "indices": jnp.zeros(0, jnp.int32)}
-    implementation, layer = named.pop("implementation", None), named.pop("layer", None)
+    implementation, layer, stored = (named.pop(name, None) for name in ("implementation", "layer", "stored"))
     unchecked = getattr(blend_kv, "__wrapped__", blend_kv)  # without jaxtyping's own check
 
     def blend(named):
-        options = {"layer": layer, "implementation": implementation}
+        options = {"layer": layer, "implementation": implementation, "stored": stored}
         return unchecked(*(named[n] for n in NAMES[:5]), cos=named["cos"], sin=named["sin"], **options)
 
     with pytest.raises(ValueError, match=message):
