@@ -164,8 +164,10 @@ def test_what_is_not_compiled_is_not_worth_it():
     assert nothing.computed_chunks == 0
     full = decide(fast, planner(), LENGTH, mixed, is_prepared=lambda plan, _: plan.nothing_cached)
     assert full.computed_chunks == 2
-    resident = decide(fast, planner(), LENGTH, mixed, is_prepared=lambda _, chunks: fast.executor_of(chunks) == "resident")
-    assert resident.computed_starts == (0,)  # what is left comes from memory
+    resident = decide(
+        fast, planner(), LENGTH, mixed, is_prepared=lambda _, chunks: fast.executor_of(chunks) == "resident"
+    )
+    assert in_memory.computed_starts == (0,)  # what is left comes from memory
 
 
 def test_the_way_to_the_device_is_as_long_as_quantised_bytes_are():
