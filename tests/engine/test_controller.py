@@ -164,9 +164,7 @@ def test_what_is_not_compiled_is_not_worth_it():
     assert nothing.computed_chunks == 0
     full = decide(fast, planner(), LENGTH, mixed, is_prepared=lambda plan, _: plan.nothing_cached)
     assert full.computed_chunks == 2
-    resident = decide(
-        fast, planner(), LENGTH, mixed, is_prepared=lambda _, chunks: fast.executor_of(chunks) == "resident"
-    )
+    in_memory = decide(fast, planner(), LENGTH, mixed, is_prepared=lambda _, chunks: chunks == mixed[1:])
     assert in_memory.computed_starts == (0,)  # what is left comes from memory
 
 
