@@ -77,9 +77,8 @@ def _ls(parsed: argparse.Namespace) -> dict[str, Any]:
         total, count = totals(disk)
         if not parsed.all:
             total, _ = disk.mended(lambda: disk.index.totals_of(""))
-    print(
-        f"{'key':18}{'tokens':>8}{'MB':>9}  {'stored in':13}{'uses':>6}  {'last used':19}  {'model':{MODEL_COLUMNS}}  text"
-    )
+    sizes = f"{'tokens':>8}{'MB':>9}  {'stored in':13}{'uses':>6}"
+    print(f"{'key':18}{sizes}  {'last used':19}  {'model':{MODEL_COLUMNS}}  text")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["used"]))
         tokens, stored_in = entry.get("tokens", "?"), entry.get("kv_dtype") or entry.get("dtype", "?")
