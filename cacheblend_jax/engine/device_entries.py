@@ -43,5 +43,5 @@ def rows_to_place(chunks: Sequence[PlacedChunk], kv_dtype: str | None) -> set[in
 
 def kv_of(entry: DeviceEntry) -> StoredCache:
     """Returns an entry's KV as programs take it."""
-    scales = entry.scales
+    scales: Any = entry.scales
     return KVCache(entry.k, entry.v) if scales is None else QuantisedKV(entry.k, entry.v, scales.k, scales.v)

@@ -66,14 +66,16 @@ def kv_dtype_of(chunks: Sequence[PlacedChunk], readable: Collection[str]) -> str
 
 def layer_of(rows: tuple[Any, Any]) -> StoredLayer:
     """Returns one layer's K and V as programs take them."""
-    k, v = rows
-    return QuantisedKV(k.codes, v.codes, k.scales, v.scales) if isinstance(k, QuantisedRows) else LayerKV(k, v)
+    return _codes_of(*rows) if isinstance(rows[0], QuantisedRows) else LayerKV(*rows)
 
 
 def cache_of(stacks: tuple[Any, Any]) -> StoredCache:
     """As `layer_of`, for all layers."""
-    k, v = stacks
-    return QuantisedKV(k.codes, v.codes, k.scales, v.scales) if isinstance(k, QuantisedRows) else KVCache(k, v)
+    return _codes_of(*stacks) if isinstance(stacks[0], QuantisedRows) else KVCache(*stacks)
+
+
+def _codes_of(k: Any, v: Any) -> QuantisedKV:
+    return QuantisedKV(k.codes, v.codes, k.scales, v.scales)
 
 
 class Piece(NamedTuple):

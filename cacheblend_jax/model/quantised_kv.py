@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,6 @@ def abstract_stored(
     if kv_dtype is None:
         return abstract_cache(config, num_keys, placement)
     shape = cache_shape(config, num_keys)
-    codes = jax.ShapeDtypeStruct(shape, jnp.dtype(kv_dtype), sharding=placement)
-    scales = jax.ShapeDtypeStruct(shape[:-1], SCALES, sharding=placement)
+    codes: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(kv_dtype), sharding=placement)
+    scales: Any = jax.ShapeDtypeStruct(shape[:-1], SCALES, sharding=placement)
     return QuantisedKV(codes, codes, scales, scales)

@@ -7,6 +7,7 @@ are a range, whose ends are prefetched scalars.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -172,8 +173,8 @@ def _quantised_kernel(size: int, num_blocks: int) -> Callable[..., None]:
             _Rows(v_fresh, indices, ends, v_buffer, v_arrived),
         )
         for rows in fresh:
-            pl.when(block == 0)(lambda rows=rows: rows.start(block))
-            pl.when(block + 1 < num_blocks)(lambda rows=rows: rows.start(block + 1))
+            pl.when(block == 0)(partial(rows.start, block))
+            pl.when(block + 1 < num_blocks)(partial(rows.start, block + 1))
         offset = k_offset[0][...] if k_offset else None
         k[...] = dequantised(k_codes[...], k_scales[...], offset).astype(k.dtype)
         v[...] = dequantised(v_codes[...], v_scales[...]).astype(v.dtype)
