@@ -64,12 +64,12 @@ def kv_dtype_of(chunks: Sequence[PlacedChunk], readable: Collection[str]) -> str
     return kind if kind in readable else None
 
 
-def layer_of(rows: tuple[Any, Any]) -> StoredLayer:
+def layer_of(rows: Sequence[Any]) -> StoredLayer:
     """Returns one layer's K and V as programs take them."""
     return _codes_of(*rows) if isinstance(rows[0], QuantisedRows) else LayerKV(*rows)
 
 
-def cache_of(stacks: tuple[Any, Any]) -> StoredCache:
+def cache_of(stacks: Sequence[Any]) -> StoredCache:
     """As `layer_of`, for all layers."""
     return _codes_of(*stacks) if isinstance(stacks[0], QuantisedRows) else KVCache(*stacks)
 
