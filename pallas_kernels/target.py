@@ -36,6 +36,13 @@ class Target:
     def __str__(self) -> str:
         return f"{self.platform} ({self.chip})" if self.chip else self.platform
 
+    @property
+    def has_float8(self) -> bool:
+        """Whether programs may read float8_e4m3fn: GPUs from Ada on, TPUs from v6e on, and CPUs, in software."""
+        if self.platform == "gpu":
+            return (self.compute_capability or (0, 0)) >= (8, 9)
+        return self.platform != "tpu" or re.search(r"v[6-9]|tpu ?[7-9]", self.chip.lower()) is not None
+
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Target:
         """Undoes `dataclasses.asdict`, for JSON has no tuples.

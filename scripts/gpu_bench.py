@@ -68,6 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=("tiny", *SHAPES), default=["llama-3-8b"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192], help="of prompts")
     parser.add_argument("--kernels", nargs="+", choices=("pallas", "xla"), default=["pallas", "xla"], help="of models")
+    parser.add_argument("--kv-dtype", choices=("int8", "float8_e4m3fn"), help="quantise stored KV, for link")
     parser.add_argument("--copy-mb", type=int, default=1024)
     parser.add_argument("--matmul", type=int, default=8192, help="rows and columns")
     parser.add_argument("--profile", type=Path, help="folder for the blends' traces and the models' optimised HLO")

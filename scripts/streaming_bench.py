@@ -2,7 +2,7 @@
 
     python scripts/streaming_bench.py --json streaming.json
 
-Takes about five minutes on two cores; `--only overlap`, `figure`, `prediction` or `link` measures one part.
+Takes about six minutes on two cores; `--only overlap`, `figure`, `prediction`, `link` or `dtypes` measures one part.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from cacheblend_jax.runtime.link import SimulatedLink
 
 PAUSE_S = 0.2
 TOKENS = 4096
-PARTS = ("overlap", "figure", "prediction", "link")
+PARTS = ("overlap", "figure", "prediction", "link", "dtypes")
 FACTORS = (4.0, 2.0, 1.0, 0.5, 0.25)  # of the throughput at which loading takes as long as recomputing
 LINKS = (2.0, 1.0, 0.5)  # of that throughput, between host memory and a device that has its own
+SLOW = 0.25  # of that throughput: the tier, and the link, by which dtypes of stored KV are compared
+KV_DTYPES = ("int8", "float8_e4m3fn")
 LENGTHS = (1024, 2048, 4096, 8160)
 RATIOS = (0.15, 0.3, 0.5)
 HKVD = cb.BlendConfig(selector="hkvd")  # its blend runs while KV loads
@@ -60,6 +62,8 @@ def main() -> None:
             report["prediction"] = bench.prediction()
         if "link" in parsed.only:
             report["link"] = bench.link(parsed.docs)
+        if "dtypes" in parsed.only:
+            report["dtypes"] = bench.dtypes()
     if parsed.json:
         parsed.json.write_text(json.dumps(report, indent=2) + "\n")
 
@@ -218,6 +222,31 @@ class Bench:
         trace.save_picture(
             docs / "streaming-link.png", f"{self.tokens} tokens from host memory, r = 0.15, balanced link"
         )
+        return rows
+
+    def dtypes(self) -> list[dict[str, Any]]:
+        """TTFT from a slow tier, and over a slow link, by what stored KV is quantised to."""
+        engines: dict[tuple[str, str], cb.Engine] = {}
+        sizes = {}
+        for kv_dtype in (None, *KV_DTYPES):
+            store, name = cb.ChunkStore(host_bytes=2**40, kv_dtype=kv_dtype), str(kv_dtype)
+            cb.Engine(self.model, store, executor="resident").precompute(self.prompt)
+            sizes[name] = store.stats.host.bytes
+            tier = cb.store.ThrottledStore(store, self.bytes_per_s * SLOW)
+            engines["tier", name] = cb.Engine(self.model, tier, HKVD, executor="streamed", kept_bytes=0)
+            link = SimulatedLink(self.bytes_per_s * SLOW)
+            engines["link", name] = cb.Engine(self.model, store, HKVD, link=link, kept_bytes=0)
+        runs: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
+        for engine in engines.values():
+            self.ttft(engine)
+        for _ in range(self.repeats):
+            for key, engine in engines.items():
+                runs[key].append(self.ttft(engine))
+        rows = []
+        for name, size in sizes.items():
+            seconds = {where: statistics.median(runs[where, name]) for where in ("tier", "link")}
+            rows.append({"kv_dtype": name, "bytes": size, "load": size / (self.bytes_per_s * SLOW)} | seconds)
+            print(line(rows[-1]), flush=True)
         return rows
 
 

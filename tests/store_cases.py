@@ -39,9 +39,10 @@ def fill(directory: Path, seeds, one_by_one: bool = False, tokens: int = 6, **op
 
 
 def same(actual: cb.ChunkEntry, wanted: cb.ChunkEntry) -> bool:
-    return all(
-        a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-        for a, b in ((actual.k, wanted.k), (actual.v, wanted.v))
+    arrays, expected = actual.arrays(), wanted.arrays()
+    return actual.kv_dtype == wanted.kv_dtype and all(
+        (a := arrays[name]).dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        for name, b in expected.items()
     )
 
 
@@ -67,13 +68,13 @@ def report_of(directory: Path, **options) -> dict:
     return report
 
 
-def check_all(directory: Path, tokens=BIG) -> int:
+def check_all(directory: Path, tokens=BIG, kv_dtype: str | None = None) -> int:
     """Every entry that is found is the one that was stored; returns how many were."""
     with cb.ChunkStore(directory) as store:
         keys = store.keys()
         for key in keys:
             entry = store.get(key)
-            assert entry is None or same(entry, make_entry(int(key, 16), tokens))
+            assert entry is None or same(entry, make_entry(int(key, 16), tokens).quantised(kv_dtype))
         assert store.stats.damaged == 0
     return len(keys)
 

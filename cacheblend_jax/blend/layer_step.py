@@ -19,7 +19,7 @@ from cacheblend_jax.model.kv_cache import LayerInCache, LayerKV
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.transformer import DecoderLayer, Rows, attend, layer_at, layer_starts
-from pallas_kernels import apply_rope, blend_kv
+from pallas_kernels import QuantisedKV, apply_rope, blend_kv
 from pallas_kernels.dispatch import current_target
 
 HostOrDevice = Any  # a JAX array, or a NumPy array on the host
@@ -43,19 +43,35 @@ def blend_layer(
     index: Int[Array, ""] | int,
     rows: Rows,
     fresh: LayerKV,
-    cached: LayerKV | LayerInCache | None,
+    cached: LayerKV | LayerInCache | QuantisedKV | None,
     sequence: PromptSequence,
+    key_bias: Float[Array, "kv_heads head_dim"] | None = None,
 ) -> LayerKV | LayerInCache:
     """Writes the rows' fresh K, V (before RoPE) into those of layer `index`; in a cache, in place.
 
-    Returns the whole layer's, keys rotated. Where nothing is cached the rows are all keys.
+    Returns the whole layer's, keys rotated. Where nothing is cached the rows are all keys. Quantised keys lack the
+    `key_bias`.
     """
     if cached is None or (isinstance(cached, LayerInCache) and cached.is_empty):
         turned = LayerKV(apply_rope(fresh.k, *rows.angles.of_layer(config, index)), fresh.v)
         return turned if cached is None else cached.cache.with_layer(index, turned).in_place(index)
     cos, sin = sequence.angles.of_layer(config, index)
     at = index if isinstance(cached, LayerInCache) else None
-    k, v = blend_kv(cached.k, cached.v, fresh.k, fresh.v, rows.positions, cos=cos, sin=sin, layer=at)
+    stored = cached.stored if isinstance(cached, LayerInCache) else None
+    into = cached.k, cached.v
+    if isinstance(cached, QuantisedKV):
+        stored, into = cached, (jnp.zeros(cached.k.shape, fresh.k.dtype),) * 2
+    k, v = blend_kv(
+        *into,
+        fresh.k,
+        fresh.v,
+        rows.positions,
+        cos=cos,
+        sin=sin,
+        layer=at,
+        stored=stored,
+        k_offset=None if stored is None else key_bias,
+    )
     return LayerKV(k, v) if at is None else LayerInCache(k, v, index)
 
 
@@ -101,7 +117,7 @@ def layer_step(
     config: ModelConfig,
     index: Int[Array, ""] | int,
     rows: Rows,
-    cached: LayerKV | LayerInCache | None,
+    cached: LayerKV | LayerInCache | QuantisedKV | None,
     sequence: PromptSequence,
     selection: Selection | None = None,
 ) -> LayerStep:
@@ -111,14 +127,15 @@ def layer_step(
     """
     layer, num_rows = layer_at(params, config, index), rows.positions.shape[0]
     q, fresh = _projections(layer, rows, num_rows if selection is None else selection.most)
+    to_blend = rows, fresh, cached, sequence, layer.key_bias
     if selection is None:
-        kept, blended = jnp.arange(num_rows, dtype=jnp.int32), blend_layer(config, index, rows, fresh, cached, sequence)
+        kept, blended = jnp.arange(num_rows, dtype=jnp.int32), blend_layer(config, index, *to_blend)
     else:
         survivors = selection.choose(fresh)
         kept = survivors.indices
         # The selection reads stored KV that the blend overwrites.
         at = once_known(index, kept[0].astype(jnp.float32))
-        blended = blend_layer(config, at, rows, fresh, cached, sequence)
+        blended = blend_layer(config, at, *to_blend)
         rows = rows.take(kept, survivors.valid, sequence.num_keys)
         q = None if q is None else q[kept]
     angles, starts = rows.angles.of_layer(config, index), layer_starts(config, index, rows.positions)

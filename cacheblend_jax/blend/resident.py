@@ -41,6 +41,7 @@ from cacheblend_jax.blend.steps import (
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache, LayerKV
 from cacheblend_jax.model.params import Params
+from cacheblend_jax.model.quantised_kv import StoredCache, stored_layer
 from cacheblend_jax.model.transformer import Rows, embedder, layer_at, rows_at, scan_layers
 from pallas_kernels.dispatch import current_target
 
@@ -50,7 +51,7 @@ _State = tuple[ActiveRows, KVCache]  # the rows, and the blended cache, filled l
 def prefill(
     params: Params,
     request: Request,
-    cached: KVCache | None,
+    cached: StoredCache | None,
     sequence: PromptSequence,
     *,
     config: ModelConfig,
@@ -60,10 +61,11 @@ def prefill(
 
     Args:
         cached: stored K (before RoPE) and V of all layers; finite where nothing is stored. `None` for a plan with
-            `nothing_cached`. Donated, it becomes the blended cache, where the platform blends in place.
+            `nothing_cached`. Donated, it becomes the blended cache, where the platform blends in place. Quantised, it
+            stays as it is: each layer is dequantised on its way into the blended cache.
     """
     active, empty = begin(params, request, sequence, config=config)
-    in_place = blends_in_place(current_target().platform)
+    in_place = isinstance(cached, KVCache) and blends_in_place(current_target().platform)
     mass = None
     if cached is not None and plan.needs("question_mass"):
         mass = _question_mass(params, request, cached, active, sequence, config)
@@ -77,10 +79,10 @@ def prefill(
         if isinstance(index, int) and not params.by_layer:
             index = once_known(index, active.rows.hidden[0, 0])
         static |= {"config": config, "nothing_cached": cached is None}
-        layer = None if cached is None or in_place else cached.layer(index)
+        layer = None if cached is None or in_place else stored_layer(cached, index)
         return step(params, active, layer, blended, sequence, index, *more, **static)
 
-    stage_positions, state = [], (active, cached if cached is not None and in_place else empty)
+    stage_positions, state = [], (active, cached if isinstance(cached, KVCache) and in_place else empty)
     for number, stage in enumerate(plan.stages):
         stage_positions.append(state[0].rows.positions)
         measured = number == 0 and plan.needs("cross_mass")
@@ -103,12 +105,17 @@ def prefill(
 
 
 def _question_mass(
-    params: Params, request: Request, cached: KVCache, active: ActiveRows, sequence: PromptSequence, config: ModelConfig
+    params: Params,
+    request: Request,
+    cached: StoredCache,
+    active: ActiveRows,
+    sequence: PromptSequence,
+    config: ModelConfig,
 ) -> Float[Array, " keys"]:
     """Returns the question's attention to every key, summed over layers, from a pass of the forced tokens alone."""
 
     def body(carry: tuple[Rows, jax.Array], index: LayerIndex) -> tuple[tuple[Rows, jax.Array], None]:
-        layer = cached.layer(index)
+        layer = stored_layer(cached, index)
         return question_layer(params, *carry, layer, request.is_question, sequence, index, config=config), None
 
     start = begin_question_pass(request, active, sequence)

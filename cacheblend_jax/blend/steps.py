@@ -6,6 +6,7 @@ positional arguments; what a program is compiled for is passed by keyword.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -27,10 +28,11 @@ from cacheblend_jax.blend.layer_step import (
 )
 from cacheblend_jax.blend.selectors import Evidence, Selector
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.kv_cache import KVCache, LayerInCache, LayerKV
+from cacheblend_jax.model.kv_cache import KVCache, LayerKV
 from cacheblend_jax.model.params import Params
-from cacheblend_jax.model.transformer import Rows, embedder, layer_starts, rows_at
-from pallas_kernels import attention_mass
+from cacheblend_jax.model.quantised_kv import StoredLayer, layer_values
+from cacheblend_jax.model.transformer import Rows, embedder, layer_at, layer_starts, rows_at
+from pallas_kernels import QuantisedKV, attention_mass
 from pallas_kernels.dispatch import current_target
 
 LayerIndex = Int[Array, ""] | int
@@ -115,7 +117,7 @@ def token_signals(request: Request, question_mass: Float[Array, " keys"] | None)
 def plain_layer(
     params: Params,
     active: ActiveRows,
-    cached: LayerKV | None,
+    cached: StoredLayer | None,
     blended: KVCache,
     sequence: PromptSequence,
     index: LayerIndex,
@@ -126,7 +128,8 @@ def plain_layer(
     """Takes the rows through layer `index`, and blends their KV into the layer's in the cache, in place.
 
     Args:
-        cached: the layer's stored KV, which is first placed into the cache; `None` where it is there already.
+        cached: the layer's stored KV, which is first placed into the cache, or, where it is quantised, dequantised as
+            it is blended into it; `None` where it is there already.
         nothing_cached: there is no stored KV, here or there: the rows are all keys.
     """
     return _advance(params, active, cached, blended, sequence, index, config, nothing_cached)[:2]
@@ -135,7 +138,7 @@ def plain_layer(
 def cross_mass_layer(
     params: Params,
     active: ActiveRows,
-    cached: LayerKV | None,
+    cached: StoredLayer | None,
     blended: KVCache,
     sequence: PromptSequence,
     index: LayerIndex,
@@ -155,7 +158,7 @@ def cross_mass_layer(
 def border_layer(
     params: Params,
     active: ActiveRows,
-    cached: LayerKV | None,
+    cached: StoredLayer | None,
     blended: KVCache,
     sequence: PromptSequence,
     index: LayerIndex,
@@ -175,10 +178,14 @@ def border_layer(
         deviation: what the selector's KV deviation is measured on.
     """
 
-    stored = blended.in_place(index) if cached is None else KVCache(cached.k[None], cached.v[None]).in_place(0)
+    def stored_at(at: Int[Array, " rows"]) -> LayerKV:
+        if cached is None:
+            return LayerKV(blended.k[index, at], blended.v[index, at])
+        rows = jax.tree.map(lambda x: x[at], cached)
+        return layer_values(rows, layer_at(params, config, index).key_bias, blended.k.dtype)
 
     def choose(fresh: LayerKV) -> Survivors:
-        evidence = _evidence(fresh, stored, active, signals, deviation)
+        evidence = _evidence(fresh, stored_at, sequence.num_keys, active, signals, deviation)
         return highest(selector.scores(evidence), signals.forced[active.index], evidence.valid, keep, room)
 
     selection = Selection(room, choose)
@@ -188,7 +195,7 @@ def border_layer(
 def last_layer(
     params: Params,
     active: ActiveRows,
-    cached: LayerKV | None,
+    cached: StoredLayer | None,
     blended: KVCache,
     sequence: PromptSequence,
     index: LayerIndex,
@@ -217,7 +224,7 @@ def question_layer(
     params: Params,
     rows: Rows,
     mass: Float[Array, " keys"],
-    cached: LayerKV,
+    cached: StoredLayer,
     is_question: Bool[Array, " forced"],
     sequence: PromptSequence,
     index: LayerIndex,
@@ -247,7 +254,7 @@ def question_layer(
 def _advance(
     params: Params,
     active: ActiveRows,
-    cached: LayerKV | None,
+    cached: StoredLayer | None,
     blended: KVCache,
     sequence: PromptSequence,
     index: LayerIndex,
@@ -259,19 +266,29 @@ def _advance(
         step = layer_step(params, config, index, active.rows, cached, sequence, selection)
         after = ActiveRows(step.rows, active.index[step.kept])
         return after, blended.with_layer(index, LayerKV(step.blended.k, step.blended.v)), step
-    if cached is not None:
+    stored = cached if isinstance(cached, QuantisedKV) else None
+    if isinstance(cached, LayerKV):
         blended = blended.with_layer(index, cached)
-    in_cache = blended.in_place(index, is_empty=nothing_cached)
+    in_cache = blended.in_place(index, is_empty=nothing_cached, stored=stored)
     step = layer_step(params, config, index, active.rows, in_cache, sequence, selection)
     return ActiveRows(step.rows, active.index[step.kept]), KVCache(step.blended.k, step.blended.v), step
 
 
 def _evidence(
-    fresh: LayerKV, stored: LayerInCache, active: ActiveRows, signals: TokenSignals, deviation: str
+    fresh: LayerKV,
+    stored_at: Callable[[Int[Array, " rows"]], LayerKV],
+    num_keys: int,
+    active: ActiveRows,
+    signals: TokenSignals,
+    deviation: str,
 ) -> Evidence:
-    """Returns what a selector sees: the signals of the current rows, and this layer's K, V."""
-    positions, index, num_keys = active.rows.positions, active.index, stored.k.shape[1]
-    at = jnp.minimum(positions, num_keys - 1)
+    """Returns what a selector sees: the signals of the current rows, and this layer's K, V.
+
+    Args:
+        stored_at: returns the stored KV of the keys at some positions.
+    """
+    positions, index = active.rows.positions, active.index
+    stored = stored_at(jnp.minimum(positions, num_keys - 1))
     return Evidence(
         valid=positions < num_keys,
         positions=positions,
@@ -279,8 +296,8 @@ def _evidence(
         index=index,
         k_fresh=fresh.k,
         v_fresh=fresh.v,
-        k_cached=stored.k[stored.index, at],
-        v_cached=stored.v[stored.index, at],
+        k_cached=stored.k,
+        v_cached=stored.v,
         cross_mass=signals.cross_mass[index],
         question_mass=signals.question_mass[index],
         oracle=signals.oracle[index],

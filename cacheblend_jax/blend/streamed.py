@@ -30,15 +30,15 @@ from cacheblend_jax.blend.steps import (
     token_signals,
 )
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.kv_cache import LayerKV
 from cacheblend_jax.model.params import Params
+from cacheblend_jax.model.quantised_kv import StoredLayer
 
 
 @runtime_checkable
 class LayerSource(Protocol):
     """Where layers of cached KV come from, such as `engine.layer_stream.LayerStream`."""
 
-    def next(self) -> LayerKV:
+    def next(self) -> StoredLayer:
         """Waits for the next layer's KV."""
 
     def used_until(self, result: jax.Array) -> None:
@@ -48,10 +48,10 @@ class LayerSource(Protocol):
 class ShapeSource:
     """Stands in for a stream while the loop runs over shapes: every layer is `layer`, a shape."""
 
-    def __init__(self, layer: LayerKV) -> None:
+    def __init__(self, layer: StoredLayer) -> None:
         self._layer = layer
 
-    def next(self) -> LayerKV:
+    def next(self) -> StoredLayer:
         """Returns the shape."""
         return self._layer
 

@@ -7,7 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from cacheblend_jax.blend import BlendConfig
-from cacheblend_jax.cli.options import add_shared_options, at_least_one, load_with_bar, print_status
+from cacheblend_jax.cli.options import (
+    add_kv_dtype_option,
+    add_shared_options,
+    at_least_one,
+    load_with_bar,
+    print_status,
+)
 from cacheblend_jax.engine.kernels import with_kernels
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.shapes import SHAPES
@@ -38,6 +44,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--selector", default="query", help="how the tokens to recompute are chosen (default: query)")
     parser.add_argument("--repeats", type=at_least_one, default=7, metavar="N", help="interleaved rounds (default: 7)")
     parser.add_argument("--peer", choices=("torch",), help="also time full prefill by transformers and torch")
+    add_kv_dtype_option(parser)
     add_shared_options(parser)
     parser.set_defaults(shorten=": --tokens N")
     return parser
@@ -59,6 +66,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         selector=parsed.selector,
         repeats=parsed.repeats,
         peer=parsed.peer,
+        kv_dtype=parsed.kv_dtype,
         announce=print_status,
     )
     print(bench_table(report))

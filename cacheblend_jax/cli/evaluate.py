@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from cacheblend_jax.cli.bundled_model import warn_of_unknown
-from cacheblend_jax.cli.options import add_model_option, add_shared_options, at_least_one, load_with_bar, print_warning
+from cacheblend_jax.cli.options import (
+    add_model_option,
+    add_shared_options,
+    at_least_one,
+    kv_dtype,
+    load_with_bar,
+    print_warning,
+)
 from cacheblend_jax.cli.progress import progress
 from cacheblend_jax.engine.contexts import NEUTRAL, PLAIN
 from cacheblend_jax.engine.kernels import with_kernels
@@ -73,6 +80,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"what chunks are precomputed after: {PLAIN} (default), {NEUTRAL} (a packaged text), or a text file",
     )
+    parser.add_argument(
+        "--kv-dtype",
+        dest="kv_dtypes",
+        type=kv_dtype,
+        nargs="+",
+        default=[None],
+        metavar="DTYPE",
+        help="what stored KV is quantised to: int8, float8_e4m3fn or none, each compared (default: none)",
+    )
     parser.add_argument("--check-layers", action="store_true", help="find the model's check layer and save it")
     parser.add_argument(
         "--chunk-tokens", type=at_least_one, default=512, metavar="N", help="longest chunk of LongBench (default: 512)"
@@ -127,6 +143,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         num_stages=parsed.stages,
         check_layer=parsed.check_layer,
         contexts=parsed.contexts,
+        kv_dtypes=parsed.kv_dtypes,
     )
     if parsed.plot is not None:
         from cacheblend_jax.evaluation.figures import make_picture_directory

@@ -80,6 +80,29 @@ def add_store_options(parser: argparse.ArgumentParser, *, required: bool = False
         metavar="SIZE",
         help="most that --store may hold; the least recently used goes first (default: 64G, or what is there already)",
     )
+    add_kv_dtype_option(parser)
+
+
+def add_kv_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--kv-dtype`: how KV that is computed from now on is stored."""
+    parser.add_argument(
+        "--kv-dtype",
+        type=kv_dtype,
+        metavar="DTYPE",
+        help="quantise KV when it is stored: int8, float8_e4m3fn or none (default: none)",
+    )
+
+
+def kv_dtype(text: str) -> str | None:
+    """Parses a dtype of quantised KV; `None` for `"none"`."""
+    from cacheblend_jax.store.quantise import NOT_QUANTISED, check_kv_dtype
+
+    value = None if text == NOT_QUANTISED else text
+    try:
+        check_kv_dtype(value)
+    except CacheBlendError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
 
 
 def open_store(parsed: argparse.Namespace) -> ChunkStore:
@@ -92,7 +115,8 @@ def open_store(parsed: argparse.Namespace) -> ChunkStore:
 
     if parsed.store is None and parsed.disk_bytes is not None:
         raise CacheBlendError("--disk-bytes bounds the directory of --store, which is missing; add --store DIR")
-    return ChunkStore(parsed.store, host_bytes=parsed.host_bytes, disk_bytes=parsed.disk_bytes)
+    sizes = {"host_bytes": parsed.host_bytes, "disk_bytes": parsed.disk_bytes}
+    return ChunkStore(parsed.store, **sizes, kv_dtype=parsed.kv_dtype)
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:

@@ -74,20 +74,20 @@ def _ls(parsed: argparse.Namespace) -> dict[str, Any]:
 
     with _opened(parsed) as disk:
         entries = list_entries(disk, all_salts=parsed.all)
-        size, count = totals(disk)
+        total, count = totals(disk)
         if not parsed.all:
-            size, _ = disk.mended(lambda: disk.index.totals_of(""))
-    print(f"{'key':18}{'tokens':>8}{'MB':>9}{'uses':>6}  {'last used':19}  {'model':{MODEL_COLUMNS}}  text")
+            total, _ = disk.mended(lambda: disk.index.totals_of(""))
+    sizes = f"{'tokens':>8}{'MB':>9}  {'stored in':13}{'uses':>6}"
+    print(f"{'key':18}{sizes}  {'last used':19}  {'model':{MODEL_COLUMNS}}  text")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["used"]))
-        tokens = entry.get("tokens", "?")
-        print(
-            f"{entry['name'][:16]:18}{tokens:>8}{entry['bytes'] / 1e6:9.2f}{entry['uses']:6}  {used}  {_named(entry)}"
-        )
+        tokens, stored_in = entry.get("tokens", "?"), entry.get("kv_dtype") or entry.get("dtype", "?")
+        size = f"{tokens:>8}{entry['bytes'] / 1e6:9.2f}  {stored_in:13}{entry['uses']:6}"
+        print(f"{entry['name'][:16]:18}{size}  {used}  {_named(entry)}")
     hidden = count - len(entries)
     more = f"; {hidden} more with a salt: see --all" if hidden else ""
-    print(f"{len(entries)} entries, {size / 1e6:.1f} MB on disk{more}")
-    return {"entries": entries, "bytes": size}
+    print(f"{len(entries)} entries, {total / 1e6:.1f} MB on disk{more}")
+    return {"entries": entries, "bytes": total}
 
 
 def _named(entry: dict[str, Any]) -> str:

@@ -50,8 +50,9 @@ def decide(
     planner: Planner,
     length: int,
     chunks: Sequence[PlacedChunk],
-    is_prepared: Callable[[Plan, str], bool] | None = None,
+    is_prepared: Callable[[Plan, Sequence[PlacedChunk]], bool] | None = None,
     num_kept: Callable[[Plan, Sequence[PlacedChunk]], int] = lambda *_: 0,
+    kv_dtype: Callable[[Sequence[PlacedChunk]], str | None] = lambda _: None,
 ) -> Decision:
     """Chooses the ratio of a request of `length` tokens, and which of its stored chunks to recompute.
 
@@ -62,18 +63,19 @@ def decide(
 
     Args:
         chunks: the stored ones, with open handles.
-        is_prepared: whether an executor can run a plan without compiling; other plans would cost more than they save.
+        is_prepared: whether a plan can run with some chunks without compiling; others would cost more than they save.
             `None`: all are considered. The plan that loads all chunks always is.
         num_kept: how many layers of some chunks' KV are on the device, so that a streamed prefill loads the others.
+        kv_dtype: what some chunks' KV is quantised to on its way to the device.
     """
     num_layers = planner.config.num_layers
     slowest = sorted(chunks, key=lambda chunk: -estimator.load_s([chunk], num_layers) / chunk.num_tokens)
     options = []
     for dropped in range(len(chunks) + 1):
         kept = slowest[dropped:]
-        option, plan = _best_ratio(estimator, planner, length, kept, num_kept)
+        option, plan = _best_ratio(estimator, planner, length, kept, num_kept, kv_dtype(kept))
         computed = tuple(sorted(chunk.start for chunk in slowest[:dropped]))
-        if not dropped or is_prepared is None or is_prepared(plan, estimator.executor_of(kept)):
+        if not dropped or is_prepared is None or is_prepared(plan, kept):
             options.append(replace(option, computed_chunks=dropped, computed_starts=computed))
     best = min(options, key=lambda option: option.predicted_ttft_s)
     return best if best.predicted_ttft_s < WORTHWHILE_SHARE * options[0].predicted_ttft_s else options[0]
@@ -85,6 +87,7 @@ def _best_ratio(
     length: int,
     chunks: Sequence[PlacedChunk],
     num_kept: Callable[[Plan, Sequence[PlacedChunk]], int],
+    kv_dtype: str | None,
 ) -> tuple[Decision, Plan]:
     config = planner.config
     exact = sum(chunk.num_tokens for chunk in chunks if chunk.exact)
@@ -95,7 +98,7 @@ def _best_ratio(
 
     floor, *higher_ratios = planner.blend.auto_ratios
     at_floor, is_streamed = plan_at(floor), estimator.executor_of(chunks) == "streamed"
-    bytes_of_layer = layer_bytes(config, at_floor.cache_length)
+    bytes_of_layer = layer_bytes(config, at_floor.cache_length, kv_dtype)
     kept = num_kept(at_floor, chunks) if is_streamed else 0
     load_s = estimator.delivery_s(chunks, config.num_layers, bytes_of_layer) * (config.num_layers - kept)
     ratio, recompute_s = floor, sum(estimator.compute.layer_seconds(at_floor))

@@ -20,14 +20,17 @@ from cacheblend_jax.engine.delays import Tier
 from cacheblend_jax.engine.device_layers import DeviceLayers, PlacedLayers, free_share, placement_name
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import READERS, copiers, load_all
+from cacheblend_jax.engine.loading import READERS, HostRows, cache_of, copiers, kv_dtype_of, load_all
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
-from cacheblend_jax.model.kv_cache import KVCache, cache_shape, layer_bytes
+from cacheblend_jax.model.kv_cache import SCALES, cache_shape, layer_bytes
 from cacheblend_jax.model.model import Model
+from cacheblend_jax.model.quantised_kv import StoredCache
 from cacheblend_jax.runtime.host_buffers import ALIGNMENT, HostBuffers, aligned_empty
 from cacheblend_jax.runtime.link import DeviceLink, Link
 from cacheblend_jax.runtime.trace import Trace
+from cacheblend_jax.store.quantise import FLOAT8, LARGEST_CODES, QuantisedRows
+from pallas_kernels.target import target_of
 
 
 class Delivery:
@@ -38,6 +41,9 @@ class Delivery:
         link: from host memory to the device; `None`: the device's own.
         kept_bytes: of device memory for layers that stay there; `None`: a share of what is free at the first streamed
             prefill. On a CPU device, whose memory is the host's, none stay.
+
+    Attributes:
+        kv_dtypes: those of quantised KV that the device dequantises; others are dequantised on the host.
 
     Raises:
         CacheBlendError: a number that is not whole, or too small.
@@ -55,7 +61,9 @@ class Delivery:
         self._link: Link = DeviceLink(model.placement) if link is None else link
         self._kept_bytes = kept_bytes if self._link.is_hidden else 0
         self._kept: DeviceLayers | None = None  # from the first streamed prefill on
-        self._buffers = HostBuffers(jnp.dtype(model.config.dtype), self._link.page_lock)
+        self._buffers: dict[str, HostBuffers] = {}  # by dtype
+        target = target_of(next(iter(model.placement.device_set)))
+        self.kv_dtypes = tuple(name for name in LARGEST_CODES if name != FLOAT8 or target.has_float8)
         self._copiers = copiers() if self._link.is_hidden else 1  # a CPU device computes on the same cores
         self._readers = _reader_pool()
 
@@ -85,16 +93,22 @@ class Delivery:
         """
         return max(self.prefetch_layers, -(-self._model.config.num_layers // 2))
 
-    def whole(self, num_keys: int, chunks: Sequence[PlacedChunk], trace: Trace | None = None) -> KVCache:
+    def kv_dtype(self, chunks: Sequence[PlacedChunk]) -> str | None:
+        """Returns what the chunks' KV is on its way to the device, and there: see `kv_dtype_of`."""
+        return kv_dtype_of(chunks, self.kv_dtypes)
+
+    def whole(
+        self, num_keys: int, chunks: Sequence[PlacedChunk], kv_dtype: str | None, trace: Trace | None = None
+    ) -> StoredCache:
         """Reads all layers of the chunks to their places among `num_keys` keys, and puts them on the device.
 
         Raises:
             LostChunkError: a chunk could not be read.
         """
-        k, v = self._buffers.arrays(cache_shape(self._model.config, num_keys))
+        k, v = self._host_rows(cache_shape(self._model.config, num_keys), kv_dtype)
         load_all(chunks, k, v, self._readers, trace, threads=self._copiers)
         began = time.perf_counter()
-        cached = jax.block_until_ready(KVCache(*self._link.put((k, v), self._model.placement)))
+        cached = jax.block_until_ready(cache_of(self._link.put((k, v), self._model.placement)))
         if trace is not None:
             trace.add("transfer", "all layers", -1, began, time.perf_counter())
         return cached
@@ -108,12 +122,12 @@ class Delivery:
         Raises:
             CacheBlendError: a thread cannot be started; nothing is left running.
         """
-        config, on_device = self._model.config, self.prefetch_layers
+        config, on_device, kv_dtype = self._model.config, self.prefetch_layers, self.kv_dtype(chunks)
         host_layers = config.num_layers if plan.needs("question_mass") else self.host_layers  # no layer is read twice
         return LayerStream(
             chunks,
             layers_wanted(plan, config.num_layers),
-            self._buffers.arrays((host_layers, *cache_shape(config, plan.cache_length)[1:])),
+            self._host_rows((host_layers, *cache_shape(config, plan.cache_length)[1:]), kv_dtype),
             on_device,
             lambda pair: self._link.put(pair, self._model.placement),
             self._readers,
@@ -126,7 +140,8 @@ class Delivery:
 
     def num_kept(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> int:
         """Returns how many layers of the chunks' KV a streamed prefill finds on the device."""
-        return 0 if self._kept is None else self._kept.num_kept(placement_name(chunks, plan.cache_length))
+        name = placement_name(chunks, plan.cache_length, self.kv_dtype(chunks))
+        return 0 if self._kept is None else self._kept.num_kept(name)
 
     def give_way(self) -> bool:
         """Drops the layers that stayed on the device; returns whether there were any."""
@@ -142,8 +157,22 @@ class Delivery:
         if self._kept is None:
             devices = list(self._model.placement.device_set)
             self._kept = DeviceLayers(free_share(devices, needed) if self._kept_bytes is None else self._kept_bytes)
-        config, name = self._model.config, placement_name(chunks, plan.cache_length)
-        return self._kept.of(name, layer_bytes(config, plan.cache_length), config.num_layers)
+        config, length, kv_dtype = self._model.config, plan.cache_length, self.kv_dtype(chunks)
+        name = placement_name(chunks, length, kv_dtype)
+        return self._kept.of(name, layer_bytes(config, length, kv_dtype), config.num_layers)
+
+    def _host_rows(self, shape: tuple[int, ...], kv_dtype: str | None) -> tuple[HostRows, HostRows]:
+        """Returns buffers for K and V of that shape, as codes and scales if there is a `kv_dtype`."""
+        if kv_dtype is None:
+            return self._pair(self._model.config.dtype, shape)
+        k, v = self._pair(kv_dtype, shape)
+        k_scales, v_scales = self._pair(SCALES.name, shape[:-1])
+        return QuantisedRows(k, k_scales), QuantisedRows(v, v_scales)
+
+    def _pair(self, dtype: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        if dtype not in self._buffers:
+            self._buffers[dtype] = HostBuffers(jnp.dtype(dtype), self._link.page_lock)
+        return self._buffers[dtype].arrays(shape)
 
 
 def _reader_pool() -> ThreadPoolExecutor:

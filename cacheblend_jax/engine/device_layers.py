@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.model.kv_cache import LayerKV
+from cacheblend_jax.model.quantised_kv import StoredLayer
 from cacheblend_jax.store.memory import MemoryTier
 
 FREE_SHARE = 0.25  # of the device's memory that neither weights nor the first prefill take
@@ -24,9 +24,9 @@ class PlacedLayers:
 
     room: int = 0
     num_bytes: int = 0
-    layers: dict[int, LayerKV] = field(default_factory=dict)
+    layers: dict[int, StoredLayer] = field(default_factory=dict)
 
-    def keep(self, layer: int, kv: LayerKV) -> bool:
+    def keep(self, layer: int, kv: StoredLayer) -> bool:
         """Takes over a layer if it has room; returns whether it has."""
         takes = layer < self.room and layer not in self.layers
         if takes:
@@ -79,9 +79,9 @@ class DeviceLayers:
         return had_any
 
 
-def placement_name(chunks: Sequence[PlacedChunk], num_keys: int) -> str:
-    """Returns what stands for the chunks, their places and the number of keys that a layer is padded to."""
-    return " ".join([str(num_keys), *(f"{chunk.key}@{chunk.start}" for chunk in chunks)])
+def placement_name(chunks: Sequence[PlacedChunk], num_keys: int, kv_dtype: str | None = None) -> str:
+    """Returns what stands for the chunks, their places, the number of keys of a padded layer, and its dtype."""
+    return " ".join([str(num_keys), str(kv_dtype), *(f"{chunk.key}@{chunk.start}" for chunk in chunks)])
 
 
 def free_share(devices: Sequence[Any], needed: int) -> int:

@@ -20,6 +20,7 @@ from cacheblend_jax.blend.steps import Prefilled, Request
 from cacheblend_jax.blend.streamed import LayerSource, ShapeSource, prefill_streamed
 from cacheblend_jax.engine.chunk_lookup import label_for
 from cacheblend_jax.engine.delivery import Delivery
+from cacheblend_jax.engine.device_entries import kv_of, on_device, placeable, rows_to_place
 from cacheblend_jax.engine.device_layers import is_exhausted
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import place_chunk
@@ -27,11 +28,13 @@ from cacheblend_jax.engine.planner import EXECUTORS, choose_executor, empty_requ
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.kv_cache import KVCache, abstract_cache, layer_bytes
 from cacheblend_jax.model.model import Model
+from cacheblend_jax.model.quantised_kv import StoredCache, abstract_stored, key_biases, stored_layer
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.runtime.link import Link
 from cacheblend_jax.runtime.programs import Prepared, shapes_of
 from cacheblend_jax.runtime.trace import Trace
-from cacheblend_jax.store import ChunkEntry, DeviceEntry
+from cacheblend_jax.store import ChunkEntry, DeviceEntry, Store
+from cacheblend_jax.store.quantise import FLOAT8, INT8
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -71,6 +74,9 @@ class Executors:
         context_embeddings: of a fitted context, see `ChunkContext`.
         drop_device: has the store give the device memory back; returns whether it had any.
 
+    Attributes:
+        kv_dtype: how the store keeps what is put into it from now on; warm-up compiles for that.
+
     Raises:
         CacheBlendError: an unknown executor, or a `prefetch_layers` that is not a positive whole number.
     """
@@ -96,35 +102,49 @@ class Executors:
         self._model, self._buckets, self._tiers = model, buckets, tiers
         self._context_embeddings, self._drop_device = context_embeddings, drop_device
         self._shared_context: tuple[Hashable, KVCache] | None = None
+        self.kv_dtype: str | None = None
+
+    def agree_on_kv_dtype(self, store: Store) -> None:
+        """Has a store quantise to int8 where it would to float8, which the device lacks; says so."""
+        if store.kv_dtype == FLOAT8 and FLOAT8 not in self.delivery.kv_dtypes:
+            logger.warning("the device has no %s: KV is stored as %s instead", FLOAT8, INT8)
+            store.kv_dtype = INT8
+        self.kv_dtype = store.kv_dtype
 
     # --- compiling: the loops below, run over shapes -----------------------------------------------------------------
 
     def prepare(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> Prepared:
         """Compiles the programs that a plan needs to run with these chunks, except those that are ready."""
-        executor = self._executor(plan, chunks)
-        prepared = self._prepare_plan(plan, executor)
-        placing = self._prepare_placing(plan, _device_rows(chunks)) if executor == "resident" else []
+        executor, kv_dtype = self._executor(plan, chunks), self.delivery.kv_dtype(chunks)
+        prepared = self._prepare_plan(plan, executor, kv_dtype)
+        placing = []
+        if executor == "resident":
+            placing = self._prepare_placing(plan, rows_to_place(chunks, kv_dtype), kv_dtype)
         return Prepared(prepared.compile_s + sum(each.compile_s for each in placing), prepared.peak_memory_bytes)
 
-    def is_prepared(self, plan: Plan, executor: str) -> bool:
-        """Returns whether that executor can run a plan without compiling."""
-        return self._model.runner.is_prepared((plan, executor))
+    def is_prepared(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> bool:
+        """Returns whether a plan can run with these chunks without compiling, wherever they come from."""
+        name = self._name(plan, self._executor(plan, chunks), self.delivery.kv_dtype(chunks))
+        return self._model.runner.is_prepared(name)
 
     def is_ready(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> bool:
         """Returns whether a plan can run with these chunks without compiling."""
-        executor = self._executor(plan, chunks)
-        placing = [(place_chunk, plan.cache_length, rows) for rows in _device_rows(chunks)]
-        names = [(plan, executor), *(placing if executor == "resident" else [])]
+        executor, kv_dtype = self._executor(plan, chunks), self.delivery.kv_dtype(chunks)
+        placing = [(place_chunk, plan.cache_length, rows, kv_dtype) for rows in rows_to_place(chunks, kv_dtype)]
+        names = [self._name(plan, executor, kv_dtype), *(placing if executor == "resident" else [])]
         return all(map(self._model.runner.is_prepared, names))
 
     def warm_up(self, plan: Plan, tiers: Collection[str] = ()) -> None:
-        """Compiles a plan for the executor that runs it where its chunks come from these tiers; for any, where none."""
+        """Compiles a plan for the executor that runs it where its chunks come from these tiers; for any, where none.
+
+        The chunks are taken to be stored as the store does now (`kv_dtype`).
+        """
         loads = not plan.nothing_cached
         sources = [tiers] if tiers else [[tier] for tier in self._tiers]
         for executor in {self._choose(source if loads else []) for source in sources}:
-            self._prepare_plan(plan, executor)
+            self._prepare_plan(plan, executor, self.kv_dtype)
         if self.uses_device_tier and loads:
-            self._prepare_placing(plan, buckets_up_to(small_bucket, plan.cache_length))
+            self._prepare_placing(plan, buckets_up_to(small_bucket, plan.cache_length), self.kv_dtype)
 
     def standalone_sizes(self, context_tokens: int, chunk_tokens: int) -> set[tuple[int, int]]:
         """Returns what `warm_up_standalone` takes for chunks of up to `chunk_tokens` tokens after such a context."""
@@ -164,38 +184,44 @@ class Executors:
     def _choose(self, tiers: Collection[str]) -> str:
         return choose_executor(self.setting, tiers, host_streams=self.delivery.host_streams)
 
-    def _prepare_plan(self, plan: Plan, executor: str) -> Prepared:
-        return self._model.runner.prepare((plan, executor), partial(self._run_over_shapes, plan, executor))
+    @staticmethod
+    def _name(plan: Plan, executor: str, kv_dtype: str | None) -> Hashable:
+        return plan, executor, None if plan.nothing_cached else kv_dtype
 
-    def _run_over_shapes(self, plan: Plan, executor: str, run: Callable[..., Any]) -> None:
+    def _prepare_plan(self, plan: Plan, executor: str, kv_dtype: str | None) -> Prepared:
+        over_shapes = partial(self._run_over_shapes, plan, executor, kv_dtype)
+        return self._model.runner.prepare(self._name(plan, executor, kv_dtype), over_shapes)
+
+    def _run_over_shapes(self, plan: Plan, executor: str, kv_dtype: str | None, run: Callable[..., Any]) -> None:
         """Does what the executor does with a request of the plan, with `run` in the runner's place."""
         request, model = empty_request(plan), self._model
-        stack = abstract_cache(model.config, plan.cache_length, model.placement)
+        stack = abstract_stored(model.config, plan.cache_length, model.placement, kv_dtype)
         if executor == "resident":
             self._prefill_resident(run, plan, request, None if plan.nothing_cached else stack)
         else:
-            layer = shapes_of(jax.eval_shape(lambda kv: kv.layer(0), stack), model.placement)
+            layer = shapes_of(jax.eval_shape(lambda kv: stored_layer(kv, 0), stack), model.placement)
             self._prefill_streamed(run, plan, self._streamed_inputs(plan, request), ShapeSource(layer))
 
-    def _prepare_placing(self, plan: Plan, sizes: Iterable[int]) -> list[Prepared]:
+    def _prepare_placing(self, plan: Plan, sizes: Iterable[int], kv_dtype: str | None) -> list[Prepared]:
         """Compiles the programs that place chunks already on the device, for each number of rows in `sizes`."""
 
         def place_both(rows: int, run: Callable[..., Any]) -> None:
-            chunk = abstract_cache(self._model.config, rows, self._model.placement)
+            chunk = abstract_stored(self._model.config, rows, self._model.placement, kv_dtype)
             place_chunk(
                 run, place_chunk(run, None, chunk, 0, rows, plan.cache_length), chunk, 0, rows, plan.cache_length
             )
 
         prepare = self._model.runner.prepare
-        return [prepare((place_chunk, plan.cache_length, rows), partial(place_both, rows)) for rows in sorted(sizes)]
+        name = place_chunk, plan.cache_length
+        return [prepare((*name, rows, kv_dtype), partial(place_both, rows)) for rows in sorted(sizes)]
 
     # --- the programs: run by the runner, or over shapes by what stands in for it -------------------------------------
 
     def _prefill_resident(
-        self, run: Callable[..., Any], plan: Plan, request: Request, cached: KVCache | None
+        self, run: Callable[..., Any], plan: Plan, request: Request, cached: StoredCache | None
     ) -> Prefilled:
         model, sequence = self._model, self._sequence(request.length, plan.cache_length)
-        donate = () if cached is None or not blends_in_place(model.platform) else ("cached",)
+        donate = ("cached",) if isinstance(cached, KVCache) and blends_in_place(model.platform) else ()
         return run(prefill, model.params, request, cached, sequence, donate=donate, config=model.config, plan=plan)
 
     def _prefill_streamed(
@@ -291,25 +317,27 @@ class Executors:
             next_token = int(out.next_token)
             ended = time.perf_counter()
         layers_more = self.delivery.prefetch_layers - 1
-        peak = prepared.peak_memory_bytes + layers_more * layer_bytes(self._model.config, plan.cache_length)
+        layer = layer_bytes(self._model.config, plan.cache_length, self.delivery.kv_dtype(chunks))
+        peak = prepared.peak_memory_bytes + layers_more * layer
         return PrefillRun(out, next_token, "streamed", stream.waited_s, ended - began, peak)
 
     def close(self) -> None:
         """See `Delivery.close`."""
         self.delivery.close()
 
-    def load(self, plan: Plan, chunks: Sequence[PlacedChunk], trace: Trace | None = None) -> KVCache:
+    def load(self, plan: Plan, chunks: Sequence[PlacedChunk], trace: Trace | None = None) -> StoredCache:
         """Assembles all stored KV in place, on the device; the prefill overwrites the rows of forced tokens.
 
-        Chunks that are on the device already stay there; if all are, nothing is transferred.
+        Chunks that are on the device already stay there; if all are, nothing is transferred. But those that are
+        quantised where the others are not come by way of the host.
         """
-        elsewhere = [chunk for chunk in chunks if chunk.handle.device_entry is None]
-        cached = self.delivery.whole(plan.cache_length, elsewhere, trace) if elsewhere or not chunks else None
+        kv_dtype = self.delivery.kv_dtype(chunks)
+        elsewhere = [chunk for chunk in chunks if placeable(chunk, kv_dtype) is None]
+        cached = self.delivery.whole(plan.cache_length, elsewhere, kv_dtype, trace) if elsewhere or not chunks else None
         began = time.perf_counter()
         for chunk in chunks:
-            if chunk.handle.device_entry is not None:
-                entry = chunk.handle.device_entry
-                kv = KVCache(*self._put((entry.k, entry.v)))  # another engine may have put it on another device
+            if (entry := placeable(chunk, kv_dtype)) is not None:
+                kv = self._put(kv_of(entry))  # another engine may have put it on another device
                 run = self._model.runner
                 cached = place_chunk(run, cached, kv, chunk.start, entry.num_tokens, plan.cache_length)
         jax.block_until_ready(cached)
@@ -320,11 +348,7 @@ class Executors:
 
     def to_device(self, entry: ChunkEntry) -> DeviceEntry:
         """Copies an entry to the device, padded so that chunks of many lengths share programs."""
-        shape = (entry.k.shape[0], small_bucket(entry.num_tokens), *entry.k.shape[2:])
-        k, v = np.zeros(shape, entry.k.dtype), np.zeros(shape, entry.v.dtype)
-        k[:, : entry.num_tokens], v[:, : entry.num_tokens] = entry.k, entry.v
-        k, v = self._put((k, v))
-        return DeviceEntry(k, v, entry.num_tokens, entry.fingerprint, entry.context_ids, entry.label)
+        return on_device(entry, self._put)
 
     def standalone(self, chunk: PlacedChunk) -> ChunkEntry:
         """Computes a chunk's KV after its context alone.
@@ -345,7 +369,10 @@ class Executors:
         k, v = (np.ascontiguousarray(np.asarray(x)[:, begin : begin + chunk.num_tokens]) for x in (kv.k, kv.v))
         if model.fingerprint != chunk.fingerprint:
             raise CacheBlendError("the model's weights changed while a chunk waited to be stored; it is not stored")
-        return ChunkEntry(k, v, chunk.fingerprint, tuple(context_ids.tolist()), label_for(model, chunk)).hand_over()
+        origin = chunk.fingerprint, tuple(context_ids.tolist()), label_for(model, chunk)
+        biases = key_biases(model.params)
+        k_offset = None if biases is None else biases.reshape(k.shape[0], *k.shape[2:])
+        return ChunkEntry(k, v, *origin, k_offset=k_offset).hand_over()
 
     def _kv_of(self, token_ids: np.ndarray, context: KVCache | None = None, context_length: int = 0) -> KVCache:
         padded = np.zeros(self._buckets.length(token_ids.size), np.int32)
@@ -368,8 +395,3 @@ class Executors:
 
 def _is_shared(context_tokens: int) -> bool:
     return context_tokens >= SHARED_CONTEXT
-
-
-def _device_rows(chunks: Sequence[PlacedChunk]) -> set[int]:
-    """Returns the numbers of rows of the chunks that are on the device."""
-    return {chunk.handle.device_entry.k.shape[1] for chunk in chunks if chunk.handle.device_entry is not None}

@@ -12,15 +12,18 @@ from contextlib import suppress
 from typing import Any
 
 import jax
-import numpy as np
 
 from cacheblend_jax.engine.device_layers import PlacedLayers
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import abandon, read_share, shares, submit_or_run
+from cacheblend_jax.engine.loading import HostRows, abandon, layer_of, read_share, shares, submit_or_run
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.kv_cache import LayerKV
+from cacheblend_jax.model.quantised_kv import StoredLayer
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import is_slow
+from pallas_kernels import QuantisedKV
+
+_Sent = tuple[int, StoredLayer, float, threading.Event]
 
 
 class LayerStream:
@@ -39,7 +42,7 @@ class LayerStream:
         chunks: what to load, and where.
         layers: the layers wanted, in order; a layer may occur more than once, and is not read again where its buffer
             still holds it.
-        buffers: K and V on the host, each `[host_layers, keys, kv_heads, head_dim]`.
+        buffers: K and V on the host, each `[host_layers, keys, kv_heads, head_dim]`, quantised or not.
         device_layers: how many layers of cached KV may be on the device.
         put: puts arrays on the device; they may still be on their way when it returns.
         readers: the pool of reader threads.
@@ -55,7 +58,7 @@ class LayerStream:
         self,
         chunks: Sequence[PlacedChunk],
         layers: Sequence[int],
-        buffers: tuple[np.ndarray, np.ndarray],
+        buffers: tuple[HostRows, HostRows],
         device_layers: int,
         put: Callable[[Any], Any],
         readers: Executor,
@@ -73,17 +76,17 @@ class LayerStream:
         self._loaded = [turn for turn, layer in enumerate(layers) if layer not in self._kept.layers]
         self._places = {turn: place for place, turn in enumerate(self._loaded)}
         # No more than there are layers to load: one that comes twice finds itself in the buffer then.
-        self._slots = min(len(buffers[0]), len({layers[turn] for turn in self._loaded}))
+        self._slots = min(len(jax.tree.leaves(buffers)[0]), len({layers[turn] for turn in self._loaded}))
         self._shares = shares(chunks, threads)
         self._put, self._trace, self._readers = put, trace, readers
         self._room = threading.Semaphore(device_layers)
         self._reads: dict[int, list[Future]] = {}
-        self._arrived: queue.SimpleQueue[LayerKV | BaseException] = queue.SimpleQueue()
-        self._in_use: queue.SimpleQueue[tuple[int, LayerKV, jax.Array, float] | None] = queue.SimpleQueue()
-        self._on_the_way: queue.SimpleQueue[tuple[int, LayerKV, float, threading.Event] | None] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[StoredLayer | BaseException] = queue.SimpleQueue()
+        self._in_use: queue.SimpleQueue[tuple[int, StoredLayer, jax.Array, float] | None] = queue.SimpleQueue()
+        self._on_the_way: queue.SimpleQueue[_Sent | None] = queue.SimpleQueue()
         self._watched: dict[int, threading.Event] = {}
         self._closed = False
-        self._current: LayerKV | None = None
+        self._current: StoredLayer | None = None
         self._turn = -1
         self._lanes: list[threading.Thread] = []
         try:
@@ -102,7 +105,7 @@ class LayerStream:
                 "executor='resident'"
             ) from error
 
-    def next(self) -> LayerKV:
+    def next(self) -> StoredLayer:
         """Waits for the next layer's K (before RoPE) and V, `[keys, kv_heads, head_dim]`, on the device.
 
         Raises:
@@ -135,7 +138,7 @@ class LayerStream:
         unused = [] if self._current is None else [self._current]
         while not self._arrived.empty():
             arrived = self._arrived.get()
-            if isinstance(arrived, LayerKV):
+            if isinstance(arrived, LayerKV | QuantisedKV):
                 unused.append(arrived)
         for kv in unused:
             jax.block_until_ready(kv)  # until then, its host buffer is being read
@@ -148,9 +151,9 @@ class LayerStream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _slot(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
+    def _slot(self, turn: int) -> tuple[HostRows, HostRows]:
         slot = self._places[turn] % self._slots
-        return self._buffers[0][slot], self._buffers[1][slot]
+        return jax.tree.map(lambda buffer: buffer[slot], self._buffers)
 
     def _read(self, place: int) -> None:
         turn = self._loaded[place]
@@ -160,7 +163,7 @@ class LayerStream:
             reads.append(submit_or_run(self._readers, read_share, share, layer, k, v, self._trace))
 
     def _transfer(self) -> None:
-        sent: deque[LayerKV] = deque()  # and not handed over yet
+        sent: deque[StoredLayer] = deque()  # and not handed over yet
         try:
             for turn, layer in enumerate(self._layers):
                 there = self._kept.layers.get(layer)
@@ -188,16 +191,16 @@ class LayerStream:
         reads = self._reads.get(turn)
         return self._is_held(self._places[turn]) if reads is None else all(future.done() for future in reads)
 
-    def _hand_over(self, sent: deque[LayerKV], keep: int) -> None:
+    def _hand_over(self, sent: deque[StoredLayer], keep: int) -> None:
         """Hands sent layers to the loop, all but the latest `keep`."""
         while len(sent) > keep:
             self._arrived.put(sent.popleft())
 
-    def _send(self, turn: int, layer: int) -> LayerKV:
+    def _send(self, turn: int, layer: int) -> StoredLayer:
         for future in self._reads.get(turn, ()):  # begun before there was room, if they had to begin
             future.result()
         began = time.perf_counter()
-        on_device = LayerKV(*self._put(self._slot(turn)))
+        on_device = layer_of(self._put(self._slot(turn)))
         if self._trace is not None:
             watched = self._watched[turn] = threading.Event()
             self._on_the_way.put((layer, on_device, began, watched))
@@ -233,7 +236,7 @@ class LayerStream:
         except BaseException as error:
             self._arrived.put(error)
 
-    def _let_go(self, turn: int, kv: LayerKV) -> None:
+    def _let_go(self, turn: int, kv: StoredLayer) -> None:
         """Drops a layer whose step is done, unless it stays on the device, and has its buffer filled again."""
         layer = self._layers[turn]
         was_kept = self._kept.layers.get(layer) is kv
@@ -246,6 +249,6 @@ class LayerStream:
             self._room.release()
 
 
-def _delete(kv: LayerKV) -> None:
+def _delete(kv: StoredLayer) -> None:
     for array in jax.tree.leaves(kv):
         array.delete()

@@ -6,9 +6,10 @@ the second, waiting for it, is `engine.layer_stream`; the third, a layer's prefi
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -20,9 +21,13 @@ from jaxtyping import Array, Int
 
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.errors import DamagedEntryError
-from cacheblend_jax.model.kv_cache import KVCache
+from cacheblend_jax.model.kv_cache import KVCache, LayerKV
+from cacheblend_jax.model.quantised_kv import StoredCache, StoredLayer
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import is_slow
+from cacheblend_jax.store.quantise import QuantisedRows
+from cacheblend_jax.store.stored_chunk import StoredRows
+from pallas_kernels import QuantisedKV
 
 READERS = 4  # reads at a time; a reader mostly waits for its tier
 MOST_COPIERS = 8  # threads that copy within memory: a few reach its bandwidth
@@ -40,6 +45,37 @@ class LostChunkError(Exception):
 def copiers() -> int:
     """Returns how many threads copy KV within host memory at a time: half of the processors, up to eight."""
     return max(1, min(MOST_COPIERS, (os.cpu_count() or 1) // 2))
+
+
+HostRows = np.ndarray | QuantisedRows  # K's rows on the host, or V's; on the device, the same of JAX arrays
+
+
+def kv_dtype_of(chunks: Sequence[PlacedChunk], readable: Collection[str]) -> str | None:
+    """Returns what the stored KV of a prompt is on its way to the device, and there: codes of a dtype, or values.
+
+    Codes only where all chunks are stored so: a prompt's cached KV is of one kind, so that a plan has a program for
+    each kind, not for each mixture. Of a mixture, the quantised chunks are dequantised on the host as they are read.
+
+    Args:
+        readable: the dtypes of codes that the device reads.
+    """
+    kinds = {chunk.handle.kv_dtype for chunk in chunks}
+    (kind,) = kinds if len(kinds) == 1 else (None,)
+    return kind if kind in readable else None
+
+
+def layer_of(rows: Sequence[Any]) -> StoredLayer:
+    """Returns one layer's K and V as programs take them."""
+    return _codes_of(*rows) if isinstance(rows[0], QuantisedRows) else LayerKV(*rows)
+
+
+def cache_of(stacks: Sequence[Any]) -> StoredCache:
+    """As `layer_of`, for all layers."""
+    return _codes_of(*stacks) if isinstance(stacks[0], QuantisedRows) else KVCache(*stacks)
+
+
+def _codes_of(k: Any, v: Any) -> QuantisedKV:
+    return QuantisedKV(k.codes, v.codes, k.scales, v.scales)
 
 
 class Piece(NamedTuple):
@@ -86,8 +122,10 @@ def _cut(pieces: Sequence[Piece], rows: int) -> list[list[Piece]]:
     return lists
 
 
-def read_share(share: Sequence[Piece], layer: int, k: np.ndarray, v: np.ndarray, trace: Trace | None) -> None:
+def read_share(share: Sequence[Piece], layer: int, k: HostRows, v: HostRows, trace: Trace | None) -> None:
     """Reads one layer of some pieces into their rows of `k` and `v`, each `[keys, kv_heads, head_dim]`.
+
+    They are dequantised where `k` and `v` are not quantised.
 
     Raises:
         LostChunkError: a chunk is damaged, its tier failed, or what is stored is not its KV for this model.
@@ -96,7 +134,7 @@ def read_share(share: Sequence[Piece], layer: int, k: np.ndarray, v: np.ndarray,
         _read_piece(piece, layer, k, v, trace)
 
 
-def _read_piece(piece: Piece, layer: int, k: np.ndarray, v: np.ndarray, trace: Trace | None) -> None:
+def _read_piece(piece: Piece, layer: int, k: HostRows, v: HostRows, trace: Trace | None) -> None:
     chunk, first, stop = piece
 
     def span(lane: str) -> AbstractContextManager[None]:
@@ -108,17 +146,29 @@ def _read_piece(piece: Piece, layer: int, k: np.ndarray, v: np.ndarray, trace: T
     except (DamagedEntryError, OSError, IndexError) as error:
         raise LostChunkError(chunk, error) from error
     with span("host"):
-        for rows, stored in ((k[chunk.start : chunk.stop], k_layer), (v[chunk.start : chunk.stop], v_layer)):
-            if (stored.shape, stored.dtype) != (rows.shape, rows.dtype):  # numpy would broadcast or cast it
-                wrong = f"stored as {stored.dtype}{list(stored.shape)}, expected {rows.dtype}{list(rows.shape)}"
+        for rows, stored in _pairs(k, k_layer, first, stop) + _pairs(v, v_layer, first, stop):
+            place = rows[chunk.start + first : chunk.start + stop]
+            if (stored.shape, stored.dtype) != (place.shape, place.dtype):  # numpy would broadcast or cast it
+                wrong = f"stored as {stored.dtype}{list(stored.shape)}, expected {place.dtype}{list(place.shape)}"
                 raise LostChunkError(chunk, ValueError(wrong))
-            rows[first:stop] = stored[first:stop]
+            place[:] = stored
+
+
+def _pairs(rows: HostRows, stored: StoredRows, first: int, stop: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the arrays to write, with what some of a chunk's rows are to be there."""
+    if isinstance(rows, QuantisedRows):
+        assert isinstance(stored, QuantisedRows)  # `kv_dtype_of`
+        return [(rows.codes, stored.codes[first:stop]), (rows.scales, stored.scales[first:stop])]
+    if isinstance(stored, QuantisedRows):
+        part = QuantisedRows(stored.codes[first:stop], stored.scales[first:stop], stored.offset)
+        return [(rows, part.dequantised(rows.dtype))]
+    return [(rows, stored[first:stop])]
 
 
 def load_all(
     chunks: Sequence[PlacedChunk],
-    k: np.ndarray,
-    v: np.ndarray,
+    k: HostRows,
+    v: HostRows,
     readers: Executor,
     trace: Trace | None = None,
     *,
@@ -133,7 +183,9 @@ def load_all(
         LostChunkError: a chunk is damaged or its tier failed.
     """
     tasks = shares(chunks, threads)
-    reads = [(share, layer, k[layer], v[layer], trace) for layer in range(len(k)) for share in tasks]
+    num_layers = len(jax.tree.leaves(k)[0])
+    layers = [jax.tree.map(operator.itemgetter(layer), (k, v)) for layer in range(num_layers)]
+    reads = [(share, layer, *rows, trace) for layer, rows in enumerate(layers) for share in tasks]
     if threads == 1 and not any(is_slow(chunk.tier) for chunk in chunks):
         for read in reads:
             read_share(*read)
@@ -149,8 +201,8 @@ def load_all(
 
 
 def place_chunk(
-    run: Callable[..., Any], cached: KVCache | None, chunk: KVCache, start: int, num_tokens: int, num_keys: int
-) -> KVCache:
+    run: Callable[..., Any], cached: StoredCache | None, chunk: StoredCache, start: int, num_tokens: int, num_keys: int
+) -> StoredCache:
     """Writes a chunk that is on the device into its place in all layers' KV, which begins as zeros where it is `None`.
 
     Args:
@@ -164,14 +216,16 @@ def place_chunk(
     return run(_place, cached, chunk, *at, donate=("cached",))
 
 
-def _place(cached: KVCache, chunk: KVCache, start: Int[Array, ""], num_tokens: Int[Array, ""]) -> KVCache:
+def _place(cached: StoredCache, chunk: StoredCache, start: Int[Array, ""], num_tokens: Int[Array, ""]) -> StoredCache:
     num_keys = cached.k.shape[1]
     rows = jnp.arange(chunk.k.shape[1], dtype=jnp.int32)
     places = jnp.where(rows < num_tokens, start + rows, num_keys)  # padding goes beyond the end, and is dropped
     return jax.tree.map(lambda whole, part: whole.at[:, places].set(part, mode="drop"), cached, chunk)
 
 
-def _place_first(chunk: KVCache, start: Int[Array, ""], num_tokens: Int[Array, ""], *, num_keys: int) -> KVCache:
+def _place_first(
+    chunk: StoredCache, start: Int[Array, ""], num_tokens: Int[Array, ""], *, num_keys: int
+) -> StoredCache:
     empty = jax.tree.map(lambda part: jnp.zeros((part.shape[0], num_keys, *part.shape[2:]), part.dtype), chunk)
     return _place(empty, chunk, start, num_tokens)
 

@@ -32,6 +32,7 @@ from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt, tokenize_promp
 from cacheblend_jax.engine.results import PrefillResult, PrefillStats
 from cacheblend_jax.engine.shared_reads import Opens
 from cacheblend_jax.model.model import Model
+from cacheblend_jax.model.quantised_kv import cache_values
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import Store, is_slow
@@ -64,6 +65,7 @@ class Prefiller:
         self._model, self._store, self._executors, self._background = model, store, executors, background
         self._context, self._profile = context, profile
         self._tiers = store.tiers
+        executors.agree_on_kv_dtype(store)
         self._estimator: Estimator | None = None
         self._lock = threading.RLock()  # reentrant: the oracle's full prefill is part of a prefill
         self.is_warm = False
@@ -175,7 +177,8 @@ class Prefiller:
         with timer.stopped():  # a quick estimate is not part of the request's time
             estimator = self.estimator()
         is_prepared = self._executors.is_prepared if self.is_warm else None
-        return decide(estimator, planner, length, stored, is_prepared, self._executors.delivery.num_kept)
+        delivery = self._executors.delivery
+        return decide(estimator, planner, length, stored, is_prepared, delivery.num_kept, delivery.kv_dtype)
 
     def estimator(self) -> Estimator:
         """Returns what the controller estimates delays from; made once, from the profile or a quick estimate."""
@@ -199,9 +202,12 @@ class Prefiller:
         plan, layout, request = planned.plan, planned.layout, planned.request
         full = self.prefill(call.tokenized, "full", planned.planner).padded_cache
         rows = min(full.k.shape[1], plan.cache_length)
-        cached, config = self._executors.load(plan, layout.loaded), self._model.config
+        config = self._model.config
+        plain = jax.jit(cache_values, static_argnames="config")(
+            self._model.params, self._executors.load(plan, layout.loaded), config=config
+        )
         scores = jax.jit(total_deviation, static_argnames="config")(
-            full.first(rows), cached.first(rows), rope_tables(config, rows), layout.token_ids.size, config=config
+            full.first(rows), plain.first(rows), rope_tables(config, rows), layout.token_ids.size, config=config
         )
         count = int(np.sum(request.positions < plan.cache_length))
         request.oracle[:count] = np.asarray(scores)[request.positions[:count]]

@@ -6,9 +6,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
 from cacheblend_jax.store import DeviceEntry, StoredChunk, is_slow
+from cacheblend_jax.store.stored_chunk import StoredRows
 
 
 @runtime_checkable
@@ -52,14 +51,14 @@ class _KeptChunk:
 
     def __init__(self, stored: StoredChunk) -> None:
         self._stored = stored
-        self._layers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.shape, self.dtype, self.num_bytes = stored.shape, stored.dtype, stored.num_bytes
-        self.num_layers, self.num_tokens = stored.num_layers, stored.num_tokens
+        self._layers: dict[int, tuple[StoredRows, StoredRows]] = {}
+        self.shape, self.dtype, self.kv_dtype = stored.shape, stored.dtype, stored.kv_dtype
+        self.num_layers, self.num_tokens, self.num_bytes = stored.num_layers, stored.num_tokens, stored.num_bytes
         self.device_entry: DeviceEntry | None = stored.device_entry
         self.tier = stored.tier  # host memory, once all layers are there
         self.has_failed = False
 
-    def read_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
         """See `StoredChunk`."""
         if layer in self._layers:
             return self._layers[layer]

@@ -58,6 +58,7 @@ def bench(
     selector: str = "query",
     repeats: int = 7,
     peer: Literal["torch"] | None = None,
+    kv_dtype: str | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> BenchReport:
     """Times every mode, and `blend` at every ratio, on random prompts of every length.
@@ -69,6 +70,7 @@ def bench(
         question_tokens: after the chunks.
         repeats: rounds; each runs every mode once.
         peer: `"torch"`: also times full prefill by transformers and torch.
+        kv_dtype: what the chunks' KV is quantised to, see `ChunkStore`.
         announce: called with a line of text before each step.
 
     Raises:
@@ -88,7 +90,8 @@ def bench(
     rows = []
     for length in tokens:
         prompts = draw(length), draw(length, seed=1)
-        rows += _time_length(model, length, prompts, configs, repeats, peer, partial(_announce, announce, length))
+        announce_step = partial(_announce, announce, length)
+        rows += _time_length(model, length, prompts, configs, repeats, peer, kv_dtype, announce_step)
     device = jax.tree.leaves(model.params)[0].devices().pop()
     return BenchReport(device.device_kind, jax.__version__, rows)
 
@@ -104,12 +107,13 @@ def _time_length(
     configs: Sequence[BlendConfig],
     repeats: int,
     peer: str | None,
+    kv_dtype: str | None,
     announce: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Times all modes on the first prompt; the second, of the same lengths, shows whether anything compiles anew."""
     prompt, another = prompts
     with ExitStack() as opened:
-        store = opened.enter_context(ChunkStore(host_bytes=STORE_BYTES))
+        store = opened.enter_context(ChunkStore(host_bytes=STORE_BYTES, kv_dtype=kv_dtype))
         # Nothing stays on the device: TTFT includes loading from host memory.
         engines = [opened.enter_context(Engine(model, store, config, kept_bytes=0)) for config in configs]
         runner = engines[0].model.runner

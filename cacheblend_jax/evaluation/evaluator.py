@@ -118,8 +118,8 @@ class Evaluator:
         quantiles = np.quantile(lengths, np.linspace(0, 1, NUM_BUCKETS + 1)[1:])
         self._length_buckets = sorted({Buckets().length(int(np.ceil(size)) + self._room) for size in quantiles})
         self._open = ExitStack()
-        self._store = self._open.enter_context(ChunkStore(host_bytes=STORE_BYTES))
-        self._engines: dict[tuple[BlendConfig, str], Engine] = {}
+        self._stores: dict[str | None, ChunkStore] = {}  # by what KV is quantised to
+        self._engines: dict[tuple[BlendConfig, str, str | None], Engine] = {}
 
     def __enter__(self) -> Evaluator:
         return self
@@ -133,13 +133,20 @@ class Evaluator:
 
     def engine(self, setting: Setting) -> Engine:
         """Returns the setting's engine, over the shared store."""
-        config, context = setting.blend_config(), setting.context
-        if (config, context) not in self._engines:
+        config, context, kv_dtype = name = setting.blend_config(), setting.context, setting.kv_dtype
+        if kv_dtype not in self._stores:
+            store = ChunkStore(host_bytes=STORE_BYTES, kv_dtype=kv_dtype)
+            self._stores[kv_dtype] = self._open.enter_context(store)
+        if name not in self._engines:
             engine = Engine(
-                self.model, self._store, config, context=named_context(context), length_buckets=self._length_buckets
+                self.model,
+                self._stores[kv_dtype],
+                config,
+                context=named_context(context),
+                length_buckets=self._length_buckets,
             )
-            self._engines[config, context] = self._open.enter_context(engine)
-        return self._engines[config, context]
+            self._engines[name] = self._open.enter_context(engine)
+        return self._engines[name]
 
     def prompt(self, row: Row) -> Prompt:
         """Returns the row's prompt, the one that `ask` would build, in token ids."""

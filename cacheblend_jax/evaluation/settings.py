@@ -10,6 +10,7 @@ from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.engine.contexts import PLAIN, named_context
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.store.quantise import check_kv_dtype
 
 # What settings are scored on, token by token: the greedy answer of full recompute, or the data's own.
 CONTINUATIONS = ("full", "gold")
@@ -21,7 +22,8 @@ SELECTORS_COMPARED = ("query", "hkvd", "random", "epic")
 class Setting:
     """One way to answer: a mode and, for `blend`, how it chooses the tokens to recompute (see `BlendConfig`).
 
-    `context` names what chunks are precomputed after, see `engine.contexts.named_context`.
+    `context` names what chunks are precomputed after, see `engine.contexts.named_context`; `kv_dtype` is what their KV
+    is quantised to.
     """
 
     mode: str
@@ -31,6 +33,7 @@ class Setting:
     num_stages: int = 4
     check_layer: int | None = None
     context: str = PLAIN
+    kv_dtype: str | None = None
 
     @property
     def label(self) -> str:
@@ -47,6 +50,7 @@ class Setting:
     def _unusual(self) -> list[str]:
         usual = Setting("blend")
         words = [f"after {Path(self.context).stem}"] if self.context != PLAIN else []
+        words += [f"in {self.kv_dtype}"] if self.kv_dtype is not None else []
         words += [f"{self.deviation} only"] if self.deviation != usual.deviation else []
         words += [f"{self.num_stages} stages"] if self.num_stages != usual.num_stages else []
         return words + ([f"check {self.check_layer}"] if self.check_layer is not None else [])
@@ -71,26 +75,31 @@ def settings_for(
     num_stages: Sequence[int] = (4,),
     check_layer: int | None = None,
     contexts: Sequence[str] = (PLAIN,),
+    kv_dtypes: Sequence[str | None] = (None,),
 ) -> list[Setting]:
     """Returns every mode and, in place of `blend`, every selector at every ratio, deviation and number of stages.
 
-    Each of them with every context, except `full`, which loads no chunks.
+    Each of them with every context and every dtype of stored KV, except `full`, which loads no chunks.
 
     Raises:
-        CacheBlendError: a mode or a selector is unknown, or a value is out of its range.
+        CacheBlendError: a mode, a selector or a dtype is unknown, or a value is out of its range.
     """
+    for kv_dtype in kv_dtypes:
+        check_kv_dtype(kv_dtype)
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise CacheBlendError(f"unknown mode {unknown[0]!r}; known: {', '.join(MODES)}")
     settings = [
-        Setting(mode, context=context)
+        Setting(mode, context=context, kv_dtype=kv_dtype)
         for mode in modes
         for context in (contexts if mode != "full" else (PLAIN,))
+        for kv_dtype in (kv_dtypes if mode != "full" else (None,))
         if mode != "blend"
     ]
     if "blend" in modes:
         settings += [
-            Setting("blend", selector, ratio, deviation, stages, check_layer, context)
+            Setting("blend", selector, ratio, deviation, stages, check_layer, context, kv_dtype)
             for context in contexts
+            for kv_dtype in kv_dtypes
             for selector in selectors
             for ratio in ratios
             for deviation in deviations

@@ -12,9 +12,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from cacheblend_jax.model.config import ModelConfig, ScoreOptions
-from pallas_kernels import selective_attention
+from pallas_kernels import QuantisedKV, selective_attention
 from pallas_kernels.dispatch import current_target
 
+SCALES = jnp.dtype(jnp.bfloat16)  # of quantised KV
 AttendedLse = tuple[Float[Array, "rows heads head_dim"], Float[Array, "rows heads"]]
 
 
@@ -81,12 +82,14 @@ class LayerInCache:
     Attributes:
         index: the layer, traced or not.
         is_empty: nothing is stored for it yet.
+        stored: its stored KV, where that is quantised and so lies elsewhere.
     """
 
     k: Float[Array, "layers keys kv_heads head_dim"]
     v: Float[Array, "layers keys kv_heads head_dim"]
     index: Int[Array, ""] | int
     is_empty: bool = struct.field(pytree_node=False, default=False)
+    stored: QuantisedKV | None = None
 
     __eq__, __hash__ = object.__eq__, object.__hash__
 
@@ -129,9 +132,11 @@ class KVCache:
         """Returns one layer's KV, cut out; `index` may be traced."""
         return LayerKV(*(lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.k, self.v)))
 
-    def in_place(self, index: Int[Array, ""] | int, *, is_empty: bool = False) -> LayerInCache:
-        """Returns one layer's KV where it lies; `index` may be traced."""
-        return LayerInCache(self.k, self.v, index, is_empty)
+    def in_place(
+        self, index: Int[Array, ""] | int, *, is_empty: bool = False, stored: QuantisedKV | None = None
+    ) -> LayerInCache:
+        """Returns one layer's KV where it lies, or where it is to lie; `index` may be traced."""
+        return LayerInCache(self.k, self.v, index, is_empty, stored)
 
     def with_layer(self, index: Int[Array, ""] | int, layer: LayerKV) -> KVCache:
         """Returns the cache with one layer's KV replaced, in place if the cache is donated or not needed any more."""
@@ -234,9 +239,12 @@ def cache_shape(config: ModelConfig, num_keys: int) -> tuple[int, int, int, int]
     return config.num_layers, num_keys, config.num_kv_heads, config.head_dim
 
 
-def layer_bytes(config: ModelConfig, num_keys: int) -> int:
-    """Returns the bytes of one layer's K and V of so many keys."""
-    return 2 * math.prod(cache_shape(config, num_keys)[1:]) * jnp.dtype(config.dtype).itemsize
+def layer_bytes(config: ModelConfig, num_keys: int, kv_dtype: str | None = None) -> int:
+    """Returns the bytes of one layer's K and V of so many keys, quantised if `kv_dtype` says so."""
+    if kv_dtype is None:
+        return 2 * math.prod(cache_shape(config, num_keys)[1:]) * jnp.dtype(config.dtype).itemsize
+    head_bytes = config.head_dim * jnp.dtype(kv_dtype).itemsize + SCALES.itemsize
+    return 2 * num_keys * config.num_kv_heads * head_bytes
 
 
 def abstract_cache(config: ModelConfig, num_keys: int, placement: jax.sharding.Sharding) -> KVCache:

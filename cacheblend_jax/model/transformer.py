@@ -159,6 +159,15 @@ class DecoderLayer(nnx.Module):
             k, v = self._projected(_normed(self.input_norm, hidden), "k_proj", "v_proj")
             return self._normed_heads(self.k_norm, k), self._heads(v)
 
+    @property
+    def key_bias(self) -> Float[Array, "kv_heads head_dim"] | None:
+        """What is in the keys of all tokens alike; `None` where there is no such thing, or a norm changes it."""
+        whole = self.qkv_proj if self.joined else self.k_proj
+        if whole.bias is None or self.k_norm is not None:
+            return None
+        bias = whole.bias[...]
+        return (bias[self.q_size : self.q_size + self.kv_size] if self.joined else bias).reshape(-1, self.head_dim)
+
     def queries(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens heads head_dim"]:
         """Returns the tokens' queries, after qk-norm and before RoPE."""
         with jax.named_scope("queries"):

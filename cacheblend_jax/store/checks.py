@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
+from cacheblend_jax.store.record import DTYPES
+
+if TYPE_CHECKING:
+    from cacheblend_jax.store.entry import ChunkEntry
 
 
 def check_capacity(name: str, value: object, *, least: int) -> None:
@@ -36,3 +40,13 @@ def is_text(value: object) -> TypeGuard[str]:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def check_dtype(entry: ChunkEntry) -> None:
+    """Checks that an entry's values are of a dtype that a model's KV has.
+
+    Raises:
+        CacheBlendError: they are not.
+    """
+    if entry.dtype.name not in DTYPES:
+        raise CacheBlendError(f"an entry must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {entry.dtype}")

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.store.checks import check_capacity, check_text, is_text
+from cacheblend_jax.store.checks import check_capacity, check_dtype, check_text, is_text
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry, QueuedEntry
 from cacheblend_jax.store.loads import Load, Loads
 from cacheblend_jax.store.memory import MemoryTier
+from cacheblend_jax.store.quantise import check_kv_dtype
 from cacheblend_jax.store.recent_uses import RecentUses
-from cacheblend_jax.store.record import DTYPES, EntryRecord
+from cacheblend_jax.store.record import EntryRecord
 from cacheblend_jax.store.stats import DiskStats, StoreStats, TierStats
 from cacheblend_jax.store.stored_chunk import DeviceChunk, HostChunk, StoredChunk
 
@@ -53,10 +53,12 @@ class ChunkStore:
         salt: part of every key: stores with different salts share nothing, even over the same chunks. Over one
             directory, each sees, counts and removes its own entries only; they share the directory's capacity.
         queue_bytes: how much may wait to be written. Entries of requests beyond that stay in memory only.
+        kv_dtype: `"int8"` or `"float8_e4m3fn"`: K and V are quantised as they are put, one scale per token and KV head.
+            `None`: they stay as they are. Entries of any kind that are there already are served.
 
     Raises:
-        CacheBlendError: a capacity that is not positive; a salt that is no text; a directory that is a file, cannot be
-            made, has other files in it, or has a backslash in its path.
+        CacheBlendError: a capacity that is not positive; a salt that is no text; an unknown `kv_dtype`; a directory
+            that is a file, cannot be made, has other files in it, or has a backslash in its path.
     """
 
     def __init__(
@@ -68,7 +70,9 @@ class ChunkStore:
         device_bytes: int = 0,
         salt: str = "",
         queue_bytes: int = DEFAULT_QUEUE_BYTES,
+        kv_dtype: str | None = None,
     ) -> None:
+        check_kv_dtype(kv_dtype)
         check_capacity("host_bytes", host_bytes, least=1)
         if disk_bytes is not None:
             check_capacity("disk_bytes", disk_bytes, least=1)
@@ -79,6 +83,7 @@ class ChunkStore:
         self.host_bytes = host_bytes
         self.directory: epath.Path | None = None
         self.salt = salt
+        self.kv_dtype = kv_dtype
         self._host: MemoryTier[ChunkEntry] = MemoryTier(host_bytes)
         self._device: MemoryTier[DeviceEntry] = MemoryTier(device_bytes)
         self._context: str | None = None  # where there is no directory to remember it
@@ -197,9 +202,8 @@ class ChunkStore:
                 entry is of a dtype that no model's KV has.
         """
         check_text("key", key)
-        if entry.k.dtype.name not in DTYPES:
-            raise CacheBlendError(f"an entry must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {entry.k.dtype}")
-        entry = entry.kept()
+        check_dtype(entry)
+        entry = entry.quantised(self.kv_dtype).kept()
         with self._lock:
             self._loads.outdate(key)
             self._device.remove(key)

@@ -14,7 +14,7 @@ from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
 from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
 from cacheblend_jax.store.open_packs import HeldPack
 from cacheblend_jax.store.read_health import ReadHealth
-from cacheblend_jax.store.stored_chunk import Rows, check_layer
+from cacheblend_jax.store.stored_chunk import StoredRows, check_layer
 
 Result = TypeVar("Result")
 
@@ -44,11 +44,11 @@ class DiskChunk:
         self._health, self._on_damage = health, on_damage
         self._first_failure = threading.Lock()  # held from then on
         self.shape: tuple[int, ...] = reader.record.shape
-        self.dtype = np.dtype(reader.record.dtype)
+        self.dtype, self.kv_dtype = np.dtype(reader.record.dtype), reader.record.kv_dtype or None
         self.num_layers, self.num_tokens = self.shape[:2]
         self.num_bytes = reader.record.num_bytes
 
-    def read_layer(self, layer: int) -> tuple[Rows, Rows]:
+    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
         """See `StoredChunk`."""
         check_layer(layer, self.num_layers)
         return self._reported(lambda: self._reader.read_layer(layer))

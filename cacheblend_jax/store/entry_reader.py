@@ -12,8 +12,9 @@ import tensorstore as ts
 from cacheblend_jax.errors import DamagedEntryError
 from cacheblend_jax.store.entry import ChunkEntry
 from cacheblend_jax.store.kvstore import KvStoreSpec, base_spec
+from cacheblend_jax.store.quantise import Scales
 from cacheblend_jax.store.record import EntryRecord, checksum
-from cacheblend_jax.store.stored_chunk import Rows
+from cacheblend_jax.store.stored_chunk import StoredRows
 
 # TensorStore's names of errors that are not damage: the entry may be readable later.
 TRANSIENT_ERRORS = (
@@ -45,43 +46,56 @@ class EntryReader:
         self.record = record
         base = pack if isinstance(pack, dict) else base_spec(pack)
         prefix = f"{record.tree}." if record.tree else ""
-        opening = [ts.open(_array_spec(base, prefix + name), context=tensorstore_context(), read=True) for name in "kv"]
-        self._k, self._v = (self._checked(_result(future)) for future in opening)
+        opening = {
+            name: ts.open(_array_spec(base, prefix + name), context=tensorstore_context(), read=True)
+            for name in record.arrays()
+        }
+        self._arrays = {name: self._checked(name, _result(future)) for name, future in opening.items()}
 
-    def read_layer(self, layer: int) -> tuple[Rows, Rows]:
-        """Returns K and V of one layer, each `[tokens, kv_heads, head_dim]`.
+    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
+        """Returns K and V of one layer, as `StoredChunk.read_layer` does.
 
         Raises:
             DamagedEntryError: a checksum is wrong, or data is missing.
             UnreadableError: the layer cannot be read now.
         """
-        reading = [array[layer].read() for array in (self._k, self._v)]
-        k, v = (np.asarray(_result(future)) for future in reading)
-        if checksum(k) != self.record.crc_k[layer] or checksum(v) != self.record.crc_v[layer]:
+        stored = self.record.arrays()
+        reading = {name: array[layer].read() for name, array in self._arrays.items()}
+        read = {name: np.asarray(_result(future)) for name, future in reading.items()}
+        if any(checksum(array) != stored[name].crcs[layer] for name, array in read.items()):
             raise DamagedEntryError(f"layer {layer} of entry {self.record.key} has a wrong checksum")
-        return k, v
+        return self._entry({name: array[None] for name, array in read.items()}).layer(0)
 
     def read(self) -> ChunkEntry:
         """Returns the whole entry; errors as `read_layer`."""
-        record = self.record
-        k, v = (np.empty(record.shape, record.dtype) for _ in range(2))
-        reading = [
-            [ts.array(out[layer]).write(array[layer]) for layer in range(record.shape[0])]
-            for out, array in ((k, self._k), (v, self._v))
-        ]
-        for out, futures, crcs in zip((k, v), reading, (record.crc_k, record.crc_v), strict=True):
-            for layer, (future, crc) in enumerate(zip(futures, crcs, strict=True)):
+        record, stored = self.record, self.record.arrays()
+        read = {name: np.empty(array.shape, array.dtype) for name, array in stored.items()}
+        reading = {
+            name: [ts.array(out[layer]).write(self._arrays[name][layer]) for layer in range(record.shape[0])]
+            for name, out in read.items()
+        }
+        for name, futures in reading.items():
+            for layer, (future, crc) in enumerate(zip(futures, stored[name].crcs, strict=True)):
                 _result(future)  # later layers are still being read while this one is checked
-                if checksum(out[layer]) != crc:
+                if checksum(read[name][layer]) != crc:
                     raise DamagedEntryError(f"layer {layer} of entry {record.key} has a wrong checksum")
-        return ChunkEntry(k, v, record.fingerprint, record.context_ids, record.label)
+        return self._entry(read)
 
-    def _checked(self, array: ts.TensorStore) -> ts.TensorStore:
-        shape, dtype = tuple(array.shape), array.dtype.name
-        if shape != self.record.shape or dtype != self.record.dtype:
+    def _entry(self, read: dict[str, np.ndarray]) -> ChunkEntry:
+        record, (k, v) = self.record, (read["k"], read["v"])
+        origin = record.fingerprint, record.context_ids, record.label
+        if not record.kv_dtype:
+            return ChunkEntry(k, v, *origin)
+        k, v = (codes.view(record.kv_dtype) for codes in (k, v))
+        scales = Scales(record.dtype, read["k_scales"], read["v_scales"])
+        return ChunkEntry(k, v, *origin, scales, read.get("k_offset"))
+
+    def _checked(self, name: str, array: ts.TensorStore) -> ts.TensorStore:
+        shape, dtype, written = tuple(array.shape), array.dtype.name, self.record.arrays()[name]
+        if shape != written.shape or dtype != written.dtype.name:
             raise DamagedEntryError(
-                f"entry {self.record.key} is {dtype}{list(shape)}, but {self.record.dtype}{list(self.record.shape)} "
-                "was written"
+                f"{name} of entry {self.record.key} is {dtype}{list(shape)}, but "
+                f"{written.dtype.name}{list(written.shape)} was written"
             )
         return array
 

@@ -191,6 +191,7 @@ def _described(row: Listed) -> dict[str, Any]:
         "tokens": record.shape[1],
         "shape": list(record.shape),
         "dtype": record.dtype,
+        "kv_dtype": record.kv_dtype or None,
         "created": record.created,
         "fingerprint": record.fingerprint,
         "context_tokens": len(record.context_ids),

@@ -21,7 +21,7 @@ DATA_FILE_BYTES = 2**25  # larger packs are split into files of this size, which
 
 
 def save_tree(path: epath.Path, tree: dict[str, Any]) -> None:
-    """Writes nested dicts of arrays `[layers, tokens, kv_heads, head_dim]` as an Orbax checkpoint.
+    """Writes nested dicts of arrays, `[layers, tokens, kv_heads, head_dim]` or less an axis, as an Orbax checkpoint.
 
     Each layer is a storage chunk of its own. Nothing is compressed: KV hardly shrinks, and a layer should be readable
     in a fraction of a millisecond. Nothing is synced to the disk.
@@ -111,7 +111,8 @@ def _data_spec(base: KvStoreSpec, name: str, array: np.ndarray) -> dict[str, Any
     """
     layers, tokens, *token = array.shape
     size = math.prod(token)
-    block = (tokens, size // 4, 2, 2) if size % 4 == 0 else (tokens, size, 1, 1)
+    twos = len(token)  # the axes are as many as the array's, for a chunk's name has a number for each
+    block = (tokens, size // 2**twos, *[2] * twos) if size % 2**twos == 0 else (tokens, size, *[1] * twos)
     spec = _spec(base, name, array.dtype, (layers * tokens, *block[1:]), block)
     return spec | {"open": True, "assume_metadata": True}  # keep the metadata that `_array_spec` wrote
 

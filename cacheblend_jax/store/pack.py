@@ -14,8 +14,8 @@ from cacheblend_jax.store.record import (
     FORMAT_VERSION,
     DamagedRecordError,
     EntryRecord,
-    OtherVersionError,
     canonical_json,
+    check_version,
     crc32c_of_bytes,
     record_from_json,
     record_of,
@@ -38,7 +38,8 @@ class PackContents(NamedTuple):
 def write_pack(path: epath.Path, entries: Sequence[QueuedEntry], salt: str) -> list[EntryRecord]:
     """Writes entries as a pack and returns their records. Nothing is synced to the disk: see docs/store-format.md.
 
-    A single entry is the tree `{k, v}`, several are `{name: {k, v}}` by their storage names.
+    A single entry is the tree `{k, v}`, several are `{name: {k, v}}` by their storage names. Quantised ones have
+    `k_scales` and `v_scales` too, and perhaps `k_offset`. The format version is the highest that an entry needs.
 
     Args:
         path: the pack's directory, which must not exist.
@@ -52,11 +53,11 @@ def write_pack(path: epath.Path, entries: Sequence[QueuedEntry], salt: str) -> l
     alone = len(entries) == 1
     created = time.time()
     names = ["" if alone else storage_name(queued.key, salt) for queued in entries]
-    trees = {name: {"k": queued.entry.k, "v": queued.entry.v} for name, queued in zip(names, entries, strict=True)}
+    trees = {name: queued.entry.arrays() for name, queued in zip(names, entries, strict=True)}
     save_tree(path, trees[""] if alone else trees)
     records = [record_of(queued, name, created, salt) for name, queued in zip(names, entries, strict=True)]
     body = {
-        "version": FORMAT_VERSION,
+        "version": max([FORMAT_VERSION, *(record.version for record in records)]),
         "entries": [record_to_json(record) for record in records],
         "files": [[name, file.stat().length, _file_checksum(file)] for name, file in files_of(path)],
     }
@@ -77,9 +78,7 @@ def read_contents(path: epath.Path) -> PackContents:
     try:
         value = json.loads(text)
         body = value["pack"]
-        version = body["version"]
-        if isinstance(version, int) and version != FORMAT_VERSION:
-            raise OtherVersionError(f"format version {version}; this code reads version {FORMAT_VERSION}")
+        check_version(body["version"])
         intact = text == canonical_json(value) and value["crc32c"] == crc32c_of_bytes(canonical_json(body))
         if not intact:
             raise DamagedRecordError(f"{RECORDS_FILE} has a wrong checksum")

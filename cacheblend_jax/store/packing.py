@@ -20,7 +20,7 @@ from cacheblend_jax.store.places import Places
 from cacheblend_jax.store.space import make_space
 
 MAX_PACK_BYTES = 2**28  # of the entries that share a pack
-PACK_OVERHEAD, ENTRY_OVERHEAD = 2**13, 2**11  # bytes reserved for a pack's files beside the arrays
+PACK_OVERHEAD, ARRAY_OVERHEAD = 2**13, 2**10  # bytes reserved for a pack's files beside the arrays
 
 
 def grouped(entries: Sequence[QueuedEntry], capacity: int) -> list[list[QueuedEntry]]:
@@ -39,7 +39,8 @@ def grouped(entries: Sequence[QueuedEntry], capacity: int) -> list[list[QueuedEn
 
 def bytes_on_disk(entries: Sequence[QueuedEntry]) -> int:
     """Returns the most bytes that a pack of these entries takes."""
-    return PACK_OVERHEAD + sum(ENTRY_OVERHEAD + queued.entry.num_bytes for queued in entries)
+    arrays = [array for queued in entries for array in queued.entry.arrays().values()]
+    return PACK_OVERHEAD + sum(ARRAY_OVERHEAD + array.nbytes for array in arrays)
 
 
 def add_pack(

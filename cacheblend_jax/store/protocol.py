@@ -17,7 +17,13 @@ class Store(Protocol):
     """Chunk KV by key. Safe to use from several threads; entries are read-only.
 
     `ChunkStore` is the one that keeps entries; `ThrottledStore` slows another down.
+
+    Attributes:
+        kv_dtype: of the codes that entries are stored as from now on; `None`: their values are stored as they are.
+            Entries of any kind may be in a store, and are served. An engine whose device lacks the dtype changes it.
     """
+
+    kv_dtype: str | None
 
     @property
     def salt(self) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
@@ -16,9 +17,13 @@ from google_crc32c import value as crc32c_of_bytes
 
 from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
 from cacheblend_jax.store.label import UNKNOWN, Label
+from cacheblend_jax.store.quantise import FLOAT8, LARGEST_CODES, SCALES
 
 FORMAT_VERSION = 1
+QUANTISED_VERSION = 2  # of records of quantised entries, and of packs that hold one: version 1 knows no codes
+READABLE_VERSIONS = (FORMAT_VERSION, QUANTISED_VERSION)
 DTYPES = ("float32", "bfloat16", "float16")
+MORE_ARRAYS = ("k_scales", "v_scales", "k_offset")  # of a quantised entry
 _HEX_KEY = re.compile("[0-9a-f]{64}")
 
 
@@ -28,6 +33,14 @@ class DamagedRecordError(Exception):
 
 class OtherVersionError(Exception):
     """A record is of a format version that this code does not read."""
+
+
+class StoredArray(NamedTuple):
+    """An array of an entry as it is stored, and the CRC32C of each of its layers."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    crcs: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,8 @@ class EntryRecord:
         created: seconds since 1970.
         fingerprint, context_ids, label: see `ChunkEntry`.
         salt: of the store that the entry belongs to, as `salt_hash` gives it.
+        kv_dtype: of the codes that K and V are stored as; empty where their values are.
+        crc_k_scales, crc_v_scales, crc_k_offset: of each layer of the other arrays of a quantised entry.
     """
 
     key: str
@@ -55,6 +70,15 @@ class EntryRecord:
     context_ids: tuple[int, ...]
     salt: str = ""
     label: Label = UNKNOWN
+    kv_dtype: str = ""
+    crc_k_scales: tuple[int, ...] = ()
+    crc_v_scales: tuple[int, ...] = ()
+    crc_k_offset: tuple[int, ...] = ()
+
+    @property
+    def version(self) -> int:
+        """Of the format that the entry needs."""
+        return QUANTISED_VERSION if self.kv_dtype else FORMAT_VERSION
 
     @property
     def name(self) -> str:
@@ -68,30 +92,46 @@ class EntryRecord:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of K and V."""
-        return 2 * int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+        """Bytes of K and V as they are stored."""
+        return sum(math.prod(array.shape) * array.dtype.itemsize for array in self.arrays().values())
+
+    def arrays(self) -> dict[str, StoredArray]:
+        """Describes what is stored, by name: see `ChunkEntry.arrays`."""
+        dtype = np.dtype(np.uint8 if self.kv_dtype == FLOAT8 else self.kv_dtype or self.dtype)
+        arrays = {name: StoredArray(dtype, self.shape, crcs) for name, crcs in (("k", self.crc_k), ("v", self.crc_v))}
+        if self.kv_dtype:
+            arrays["k_scales"] = StoredArray(SCALES, self.shape[:-1], self.crc_k_scales)
+            arrays["v_scales"] = StoredArray(SCALES, self.shape[:-1], self.crc_v_scales)
+        if self.crc_k_offset:
+            shape = (self.shape[0], *self.shape[2:])
+            arrays["k_offset"] = StoredArray(np.dtype(self.dtype), shape, self.crc_k_offset)
+        return arrays
 
 
 def record_of(queued: QueuedEntry, tree: str, created: float, salt: str = "") -> EntryRecord:
     """Describes an entry, with its checksums."""
     entry = queued.entry
+    crcs = checksums_of(entry) if queued.checksums is None else queued.checksums
     return EntryRecord(
         queued.key,
         tree,
-        entry.k.dtype.name,
+        entry.dtype.name,
         entry.k.shape,
-        *(checksums_of(entry) if queued.checksums is None else queued.checksums),
+        crcs["k"],
+        crcs["v"],
         round(created, 3),
         entry.fingerprint,
         tuple(int(token) for token in entry.context_ids),
         salt,
         entry.label,
+        entry.kv_dtype or "",
+        *(crcs.get(name, ()) for name in MORE_ARRAYS),
     )
 
 
-def checksums_of(entry: ChunkEntry) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the checksums of the layers of K, and of those of V."""
-    return layer_checksums(entry.k), layer_checksums(entry.v)
+def checksums_of(entry: ChunkEntry) -> dict[str, tuple[int, ...]]:
+    """Returns the checksums of the layers of each array that is stored."""
+    return {name: layer_checksums(array) for name, array in entry.arrays().items()}
 
 
 def layer_checksums(array: np.ndarray) -> tuple[int, ...]:
@@ -106,7 +146,7 @@ def checksum(array: np.ndarray) -> int:
 
 def content_of(record: EntryRecord) -> tuple[object, ...]:
     """Returns what two entries of one salt and the same arrays have in common."""
-    return record.salt, record.dtype, record.shape, record.crc_k, record.crc_v
+    return record.salt, record.dtype, record.shape, record.kv_dtype, *(each.crcs for each in record.arrays().values())
 
 
 def salt_hash(salt: str) -> str:
@@ -136,11 +176,14 @@ def record_to_json(record: EntryRecord) -> dict[str, Any]:
     """Returns a record as JSON holds it. Versions that know of no salts take the name of a salted entry for its key."""
     salted = {"salt": record.salt, "salted_key": record.key} if record.salt else {}
     known = {name: text for name, text in asdict(record.label).items() if text}
+    quantised = {"kv_dtype": record.kv_dtype} if record.kv_dtype else {}
+    quantised |= {f"crc_{name}": _packed(crcs) for name in MORE_ARRAYS if (crcs := getattr(record, f"crc_{name}"))}
     return (
         salted
         | known
+        | quantised
         | {
-            "version": FORMAT_VERSION,
+            "version": record.version,
             "key": record.name if record.salt else record.key,
             "tree": record.tree,
             "dtype": record.dtype,
@@ -162,8 +205,7 @@ def record_from_json(value: Any) -> EntryRecord:
         DamagedRecordError: it is no record, or its fields contradict each other.
     """
     version = value.get("version") if isinstance(value, dict) else None
-    if isinstance(version, int) and version != FORMAT_VERSION:
-        raise OtherVersionError(f"format version {version}; this code reads version {FORMAT_VERSION}")
+    check_version(version)
     try:
         salt = value.get("salt", "")
         record = EntryRecord(
@@ -178,12 +220,16 @@ def record_from_json(value: Any) -> EntryRecord:
             tuple(value["context_ids"]),
             salt,
             Label(**{field.name: value.get(field.name, "") for field in fields(Label)}),
+            value.get("kv_dtype", ""),
+            *(_unpacked(value.get(f"crc_{name}", "")) for name in MORE_ARRAYS),
         )
         consistent = (
-            version == FORMAT_VERSION
+            version == record.version
+            and record.kv_dtype in ("", *LARGEST_CODES)
+            and bool(record.kv_dtype) == bool(record.crc_k_scales)
             and record.dtype in DTYPES
             and len(record.shape) == 4
-            and len(record.crc_k) == len(record.crc_v) == record.shape[0]
+            and all(len(array.crcs) == record.shape[0] for array in record.arrays().values())
             and record.tree in ("", record.name)
             and all(isinstance(text, str) for text in asdict(record.label).values())
             and (not salt or (_HEX_KEY.fullmatch(salt) is not None and value["key"] == record.name))
@@ -193,6 +239,17 @@ def record_from_json(value: Any) -> EntryRecord:
     if not consistent:
         raise DamagedRecordError("the fields of its record contradict each other")
     return record
+
+
+def check_version(version: object) -> None:
+    """Checks that a record or a pack is of a format version that this code reads; what is no number is damage.
+
+    Raises:
+        OtherVersionError: it is not.
+    """
+    if isinstance(version, int) and version not in READABLE_VERSIONS:
+        known = " and ".join(map(str, READABLE_VERSIONS))
+        raise OtherVersionError(f"format version {version}; this code reads versions {known}")
 
 
 def dump_record(record: EntryRecord) -> tuple[bytes, int]:

@@ -7,11 +7,11 @@ from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
 
-from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
+from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry, Rows
+from cacheblend_jax.store.quantise import QuantisedRows
 
-Rows = Float[np.ndarray, "tokens kv_heads head_dim"]
+StoredRows = Rows | QuantisedRows
 
 
 @runtime_checkable
@@ -22,22 +22,24 @@ class StoredChunk(Protocol):
 
     Attributes:
         shape, dtype: of K and of V: `[layers, tokens, kv_heads, head_dim]`.
+        kv_dtype: of the codes where K and V are quantised, else `None`.
         num_tokens, num_layers: the entry's.
-        num_bytes: of K and V, all layers together.
+        num_bytes: of K and V as they are stored, all layers together.
         tier: where it is read from: `"device"`, `"host"` or `"disk"`.
         device_entry: the entry itself where it is in the device's memory, so that nothing need be read.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    kv_dtype: str | None
     num_tokens: int
     num_layers: int
     num_bytes: int
     tier: str
     device_entry: DeviceEntry | None
 
-    def read_layer(self, layer: int) -> tuple[Rows, Rows]:
-        """Returns K before RoPE and V of one layer, each `[tokens, kv_heads, head_dim]`.
+    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
+        """Returns K before RoPE and V of one layer, each `[tokens, kv_heads, head_dim]`, as they are stored.
 
         Raises:
             DamagedEntryError: the bytes on disk are not those that were written; the store has quarantined the entry
@@ -66,14 +68,14 @@ class HostChunk:
     def __init__(self, entry: ChunkEntry, unpin: Callable[[], None]) -> None:
         self._entry = entry
         self._unpin: Callable[[], None] | None = unpin
-        self.shape, self.dtype = entry.k.shape, entry.k.dtype
+        self.shape, self.dtype, self.kv_dtype = entry.k.shape, entry.dtype, entry.kv_dtype
         self.num_layers, self.num_tokens = self.shape[:2]
         self.num_bytes = entry.num_bytes
 
-    def read_layer(self, layer: int) -> tuple[Rows, Rows]:
+    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
         """See `StoredChunk`."""
         check_layer(layer, self.num_layers)
-        return self._entry.k[layer], self._entry.v[layer]
+        return self._entry.layer(layer)
 
     def close(self) -> None:
         """See `StoredChunk`."""
@@ -101,11 +103,12 @@ class DeviceChunk:
         self.entry = entry
         self.device_entry: DeviceEntry | None = entry
         self._unpin: Callable[[], None] | None = unpin
-        self.shape, self.dtype = (entry.k.shape[0], entry.num_tokens, *entry.k.shape[2:]), np.dtype(entry.k.dtype)
+        self.shape = (entry.k.shape[0], entry.num_tokens, *entry.k.shape[2:])
+        self.dtype, self.kv_dtype = entry.dtype, entry.kv_dtype
         self.num_layers, self.num_tokens = self.shape[:2]
         self.num_bytes = entry.num_bytes * entry.num_tokens // entry.k.shape[1]
 
-    def read_layer(self, layer: int) -> tuple[Rows, Rows]:
+    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
         """See `StoredChunk`. The first call copies all layers to the host."""
         return self._on_host.read_layer(layer)
 

@@ -44,6 +44,7 @@ class TenantStore(WrappedStore[ChunkStore]):
         quota = self._quotas.get(owner)
         if quota is None:
             return super().put(key, entry, wait=wait, uses=uses)
+        entry = entry.quantised(self.kv_dtype)  # a quota counts the bytes that are stored
         with self._lock:
             if not self._has_room(owner, quota, key, entry.num_bytes):
                 return False

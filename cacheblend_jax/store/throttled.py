@@ -8,7 +8,7 @@ from collections.abc import Callable
 from cacheblend_jax.runtime.throttle import Throttle
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
 from cacheblend_jax.store.protocol import Store
-from cacheblend_jax.store.stored_chunk import Rows, StoredChunk
+from cacheblend_jax.store.stored_chunk import StoredChunk, StoredRows
 from cacheblend_jax.store.wrapped import WrappedStore
 
 
@@ -82,11 +82,11 @@ class ThrottledChunk:
 
     def __init__(self, chunk: StoredChunk, store: ThrottledStore) -> None:
         self._chunk, self._store = chunk, store
-        self.shape, self.dtype = chunk.shape, chunk.dtype
+        self.shape, self.dtype, self.kv_dtype = chunk.shape, chunk.dtype, chunk.kv_dtype
         self.num_tokens, self.num_layers, self.num_bytes = chunk.num_tokens, chunk.num_layers, chunk.num_bytes
         self.tier = store.tier
 
-    def read_layer(self, layer: int) -> tuple[Rows, Rows]:
+    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
         """As `StoredChunk.read_layer`, after the time that it takes on the throttled tier."""
         self._store.wait_for(self.num_bytes // self.num_layers)
         return self._chunk.read_layer(layer)

@@ -33,6 +33,15 @@ class WrappedStore(Generic[Wrapped]):
         return self.wrapped.directory
 
     @property
+    def kv_dtype(self) -> str | None:
+        """See `Store`."""
+        return self.wrapped.kv_dtype
+
+    @kv_dtype.setter
+    def kv_dtype(self, kv_dtype: str | None) -> None:
+        self.wrapped.kv_dtype = kv_dtype
+
+    @property
     def host_bytes(self) -> int:
         """See `Store`."""
         return self.wrapped.host_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tuning
+from pallas_kernels.blending.quantised import QuantisedKV
 from pallas_kernels.blending.xla import blend_xla
 from pallas_kernels.dispatch import UnsupportedReasons, choose_backend, current_target, unsupported_reasons
 from pallas_kernels.target import follows_its_arrays
@@ -36,6 +38,8 @@ def blend_kv(
     cos: Float[Array, "keys half"],
     sin: Float[Array, "keys half"],
     layer: Int[Array, ""] | int | None = None,
+    stored: QuantisedKV | None = None,
+    k_offset: Float[Array, "kv_heads head_dim"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*layers keys kv_heads head_dim"], Float[Array, "*layers keys kv_heads head_dim"]]:
     """Returns one layer's blended `(k rotated, v)`: the cached rows, with those at `indices` replaced by fresh ones.
@@ -49,6 +53,9 @@ def blend_kv(
     Args:
         layer: `k_cached` and `v_cached` are stacks, `[layers, keys, kv_heads, head_dim]`, of which this layer is
             blended, traced or not; returns the stacks, whose other layers are as they were.
+        stored: the layer's quantised KV, one layer's even where `layer` is given: it takes the place of the cached
+            rows, which are only written. It is dequantised as it passes.
+        k_offset: what was subtracted from every stored key before it was quantised.
         implementation: `None` (what was found right and fastest on this device, see `use_verdicts`; else `"xla"`),
             `"xla"`, `"pallas"` (the platform's Pallas kernel; on a CPU interpreted, for tests), or a Pallas kernel by
             name: `"triton"`, `"tpu"`.
@@ -60,27 +67,37 @@ def blend_kv(
     Source: CacheBlend (arXiv 2405.16444) §4.2, with keys cached before RoPE.
     """
     _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin, layer)
+    if stored is not None:
+        _validate_stored(k_cached, stored, k_offset)
     num_keys, _, head_dim = k_cached.shape[-3:]
-    call = Call("blend_kv", str(k_cached.dtype), head_dim, class_of(k_fresh.shape[0], num_keys))
-    backend = choose_backend(implementation, call, unsupported(k_cached, k_fresh))
+    call = Call("blend_kv", _kind(k_cached, stored), head_dim, class_of(k_fresh.shape[0], num_keys))
+    backend = choose_backend(implementation, call, unsupported(k_cached, k_fresh, stored))
     stacks = (k_cached, v_cached) if layer is not None else (k_cached[None], v_cached[None])
-    arguments = *stacks, k_fresh, v_fresh, indices, cos, sin, jnp.asarray(0 if layer is None else layer, jnp.int32)
+    at = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    arguments = *stacks, k_fresh, v_fresh, indices, cos, sin, at, stored, k_offset
     with jax.named_scope("blend_kv"):
         k, v = blend_xla(*arguments) if backend == "xla" else _blend_pallas(backend, arguments)
     return (k[0], v[0]) if layer is None else (k, v)
 
 
-def unsupported(k_cached: jax.Array, k_fresh: jax.Array) -> UnsupportedReasons:
+def _kind(k_cached: jax.Array, stored: QuantisedKV | None) -> str:
+    """Returns the dtype that verdicts know calls by: what is found of a kernel says nothing of one that dequantises."""
+    return str(k_cached.dtype) if stored is None else f"{k_cached.dtype} from {stored.k.dtype}"
+
+
+def unsupported(k_cached: jax.Array, k_fresh: jax.Array, stored: QuantisedKV | None = None) -> UnsupportedReasons:
     """Returns why each Pallas backend can't serve arrays of these shapes and dtypes."""
 
     def reason_of(_: str, module: ModuleType) -> str | None:
+        if stored is not None and str(stored.k.dtype) not in module.DEQUANTISES:
+            return f"takes codes of {', '.join(module.DEQUANTISES)}, got {stored.k.dtype}"
         return module.unsupported_reason(k_cached, k_fresh, interpret=current_target().platform == "cpu")
 
     empty = 0 in (*k_cached.shape, *k_fresh.shape)
     return unsupported_reasons(BACKENDS, reason_of, "needs a key and a fresh row" if empty else None)
 
 
-def _blend_pallas(backend: str, arguments: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+def _blend_pallas(backend: str, arguments: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     blocks, interpret = tuning.BLEND_KV[backend], current_target().platform == "cpu"
     blend = partial(_blend_by, backend=backend, blocks=blocks, interpret=interpret)
     # A batch's members run one after another: each fills the kernel's grid.
@@ -89,7 +106,7 @@ def _blend_pallas(backend: str, arguments: tuple[jax.Array, ...]) -> tuple[jax.A
 
 # Jitted, a kernel is lowered once for all layers that call it with these shapes.
 @partial(jax.jit, static_argnames=("backend", "blocks", "interpret"))
-def _blend_by(*arguments: jax.Array, backend: str, blocks: BlendBlocks, interpret: bool) -> tuple[jax.Array, jax.Array]:
+def _blend_by(*arguments: Any, backend: str, blocks: BlendBlocks, interpret: bool) -> tuple[jax.Array, jax.Array]:
     module, function = BACKENDS[backend]
     return getattr(import_module(module), function)(*arguments, blocks=blocks, interpret=interpret)
 
@@ -134,3 +151,17 @@ def _validate(
     for name, array in (("v_cached", v_cached), ("k_fresh", k_fresh), ("v_fresh", v_fresh)):
         if array.dtype != k_cached.dtype:
             raise ValueError(f"blend_kv: {name} must have k_cached's dtype {k_cached.dtype}, got {array.dtype}")
+
+
+def _validate_stored(k_cached: jax.Array, stored: QuantisedKV, k_offset: jax.Array | None) -> None:
+    layer = k_cached.shape[-3:]
+    wanted = {"k": layer, "v": layer, "k_scales": layer[:-1], "v_scales": layer[:-1]}
+    arrays = stored._asdict()
+    if k_offset is not None:
+        arrays["k_offset"], wanted["k_offset"] = k_offset, layer[1:]
+    for name, array in arrays.items():
+        if array.shape != wanted[name]:
+            raise ValueError(f"blend_kv: stored {name} must have shape {wanted[name]}, got {array.shape}")
+    if stored.k.dtype != stored.v.dtype or stored.k.dtype.itemsize != 1:
+        dtypes = f"{stored.k.dtype} and {stored.v.dtype}"
+        raise ValueError(f"blend_kv: stored k and v must be codes of one dtype and one byte, got {dtypes}")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.blending.quantised import QuantisedKV, dequantised
 from pallas_kernels.rotary import apply_rope
 
 
@@ -19,6 +20,8 @@ def blend_xla(
     cos: Float[Array, "keys half"],
     sin: Float[Array, "keys half"],
     layer: Int[Array, ""],
+    stored: QuantisedKV | None = None,
+    k_offset: Float[Array, "kv_heads head_dim"] | None = None,
 ) -> tuple[Float[Array, "layers keys kv_heads head_dim"], Float[Array, "layers keys kv_heads head_dim"]]:
     """Returns stacks of k and v with one layer blended, for validated arguments."""
     # Few rows are fresh: one pass over the keys and a scatter are faster than gathering a row for every key.
@@ -31,8 +34,12 @@ def blend_xla(
     def replace_rows(array: jax.Array, rows: jax.Array) -> jax.Array:
         return array.at[places].set(rows, mode="drop", indices_are_sorted=True, unique_indices=True)
 
-    k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_cached, v_cached))
-    k = replace_rows(apply_rope(k, cos, sin), apply_rope(k_fresh, cos[at], sin[at]))
+    if stored is None:
+        k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_cached, v_cached))
+    else:
+        k, v = dequantised(stored.k, stored.k_scales, k_offset), dequantised(stored.v, stored.v_scales)
+    turned = apply_rope(k, cos, sin).astype(k_fresh.dtype)
+    k, v = replace_rows(turned, apply_rope(k_fresh, cos[at], sin[at])), v.astype(v_fresh.dtype)
     v = replace_rows(v, v_fresh)
     return (
         lax.dynamic_update_index_in_dim(k_cached, k, layer, 0),

@@ -35,7 +35,8 @@ def link(options: argparse.Namespace) -> Iterator[Row]:
     model._hashed["fingerprint"] = (SameLeaves(model.params), "0" * 64)
     chunks = max((length - SUFFIX) // CHUNK, 1)
     prompt = random_prompt(model.config.vocab_size, length - SUFFIX, chunks=chunks, question_tokens=SUFFIX)
-    store, blend = cb.ChunkStore(host_bytes=2**40), cb.BlendConfig(RATIO, "hkvd")
+    store = cb.ChunkStore(host_bytes=2**40, kv_dtype=options.kv_dtype)
+    blend = cb.BlendConfig(RATIO, "hkvd")
     how: dict[str, Any] = {"context": "", "kernels": kernel}
     host = cb.Engine(model, store, blend, kept_bytes=0, **how)
     device = cb.Engine(model, store, blend, kept_bytes=2**40, **how)
@@ -70,19 +71,17 @@ def link(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def fill(engine: Any, prompt: Any) -> int:
-    """Stores random KV for a prompt's chunks; returns its bytes."""
+    """Stores random KV for a prompt's chunks; returns its bytes as they are stored."""
     from cacheblend_jax.store import ChunkEntry
 
     config, rng = engine.model.config, np.random.default_rng(0)
     tokens = max(len(ids) for ids in prompt.chunks)
     shape = (config.num_layers, tokens, config.num_kv_heads, config.head_dim)
     drawn = (0.1 * rng.standard_normal(shape, np.float32)).astype(config.dtype)
-    stored = 0
     for ids, found in zip(prompt.chunks, engine.look_up(prompt), strict=True):
         entry = ChunkEntry(*(drawn[:, : len(ids)].copy() for _ in "kv")).hand_over()
         engine.store.put(found.key, entry)
-        stored += entry.num_bytes
-    return stored
+    return engine.store.stats.host.bytes
 
 
 def load_seconds(engine: Any, prompt: Any) -> float:

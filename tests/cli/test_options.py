@@ -67,10 +67,11 @@ def test_usage_errors_are_one_line(capsys, arguments, message):
 
 
 def test_sizes_bound_memory_and_directory(tmp_path):
-    with open_store(Namespace(store=str(tmp_path), host_bytes=2**20, disk_bytes=5)) as store:
+    with open_store(Namespace(store=str(tmp_path), host_bytes=2**20, disk_bytes=5, kv_dtype="int8")) as store:
         store.put(key_of(1), make_entry(1))
         store.flush()
-        assert (store.host_bytes, store.stats.disk.rejected, store.stats.disk.entries) == (2**20, 1, 0)
+        assert (store.host_bytes, store.kv_dtype) == (2**20, "int8")
+        assert (store.stats.disk.rejected, store.stats.disk.entries) == (1, 0)
     with pytest.raises(CacheBlendError, match="add --store DIR"):
         open_store(Namespace(store=None, host_bytes=1, disk_bytes=1))
 

@@ -18,6 +18,7 @@ from cacheblend_jax.engine.delays import ComputeModel, Estimator, layer_sizes, p
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.planner import Planner, choose_executor
 from cacheblend_jax.engine.profile import default_path, device_kind, profile_for, store_name
+from cacheblend_jax.model.kv_cache import layer_bytes
 from cacheblend_jax.runtime.link import SimulatedLink
 
 CONFIG = FAMILIES["llama3"]
@@ -36,6 +37,7 @@ class Handle:
     tier: str
     num_layers: int = CONFIG.num_layers
     device_entry: None = None
+    kv_dtype: str | None = None
     dtype = np.dtype(np.float32)
 
     @property
@@ -158,12 +160,22 @@ def test_what_is_not_compiled_is_not_worth_it():
     slow = load_at(1e6)
     mixed = [CHUNKS[0], at_tier(CHUNKS[1], "host")]
     fast = dataclasses.replace(slow, tiers=slow.tiers | {"host": cb.engine.Tier("host", 1e15)})
-    nothing = decide(fast, planner(), LENGTH, mixed, is_prepared=lambda plan, executor: False)
+    nothing = decide(fast, planner(), LENGTH, mixed, is_prepared=lambda plan, chunks: False)
     assert nothing.computed_chunks == 0
     full = decide(fast, planner(), LENGTH, mixed, is_prepared=lambda plan, _: plan.nothing_cached)
     assert full.computed_chunks == 2
-    resident = decide(fast, planner(), LENGTH, mixed, is_prepared=lambda _, executor: executor == "resident")
-    assert resident.computed_starts == (0,)  # what is left comes from memory
+    in_memory = decide(fast, planner(), LENGTH, mixed, is_prepared=lambda _, chunks: chunks == mixed[1:])
+    assert in_memory.computed_starts == (0,)  # what is left comes from memory
+
+
+def test_the_way_to_the_device_is_as_long_as_quantised_bytes_are():
+    slow_link = linked(recompute_s(0.5))
+    values = decide(slow_link, planner(), LENGTH, IN_MEMORY)
+    codes = decide(slow_link, planner(), LENGTH, IN_MEMORY, kv_dtype=lambda _: "int8")
+    length = planner().at(values.ratio).plan("blend", LENGTH, 0, LENGTH - 1).cache_length
+    share = layer_bytes(CONFIG, length, "int8") / layer_bytes(CONFIG, length)
+    assert codes.load_s == pytest.approx(share * values.load_s)
+    assert share == (CONFIG.head_dim + 2) / (4 * CONFIG.head_dim)
 
 
 def test_what_is_on_the_device_needs_no_loading():

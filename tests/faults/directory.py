@@ -25,9 +25,15 @@ def flip(path: Path, byte: int, bit: int) -> None:
     path.write_bytes(content)
 
 
-def flips(directory: Path, rounds: Iterable[int], seed: int = 0, entries: Sequence[int] = (1, 2, 3)) -> Counts:
+def flips(
+    directory: Path,
+    rounds: Iterable[int],
+    seed: int = 0,
+    entries: Sequence[int] = (1, 2, 3),
+    kv_dtype: str | None = None,
+) -> Counts:
     """Flips one bit of a pack's file in each round: `verify` finds it, and no lookup returns anything else than put."""
-    fill(directory / "whole", entries)
+    fill(directory / "whole", entries, kv_dtype=kv_dtype)
     (pack,) = packs(directory / "whole")
     files = sorted(path.relative_to(pack) for path in pack.rglob("*") if path.is_file() and path.stat().st_size)
     kinds = {name.name if name.parent.name != "d" else "d" for name in files}
@@ -39,7 +45,7 @@ def flips(directory: Path, rounds: Iterable[int], seed: int = 0, entries: Sequen
         flip(victim, rng.randrange(victim.stat().st_size), rng.randrange(8))
         require(report_of(directory / "kv")["problems"], f"round {trial}: not found: a flip in {victim}")
         with cb.ChunkStore(directory / "kv") as store:
-            _check_entries(store, entries, f"round {trial}: a flip in {victim}")
+            _check_entries(store, entries, f"round {trial}: a flip in {victim}", kv_dtype)
             counts.update(flips=1, found_by_lookups=store.stats.damaged > 0)
     return dict(counts)
 
@@ -67,10 +73,15 @@ def _copy(directory: Path) -> None:
     shutil.copytree(directory / "whole", directory / "kv")
 
 
-def _check_entries(store: cb.ChunkStore, seeds: Iterable[int], where: str) -> None:
+def quantised_flips(directory: Path, rounds: Iterable[int], seed: int = 0) -> Counts:
+    """As `flips`, in a pack of quantised entries."""
+    return flips(directory, rounds, seed, kv_dtype="int8")
+
+
+def _check_entries(store: cb.ChunkStore, seeds: Iterable[int], where: str, kv_dtype: str | None = None) -> None:
     for seed in seeds:
         entry = store.get(key_of(seed))
-        require(entry is None or same(entry, make_entry(seed)), where, f"entry {seed} is wrong")
+        require(entry is None or same(entry, make_entry(seed).quantised(kv_dtype)), where, f"entry {seed} is wrong")
 
 
 def tell(process: subprocess.Popen, number: float) -> None:
@@ -90,7 +101,7 @@ for line in sys.stdin:
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        store = cb.ChunkStore(sys.argv[1] + "/kv")
+        store = cb.ChunkStore(sys.argv[1] + "/kv", kv_dtype=sys.argv[3] or None)
         for seed in range(round_ * 1000, round_ * 1000 + 1000):
             store.put(key_of(seed), make_entry(seed, BIG))
             if seed % 3 == 0:
@@ -108,12 +119,12 @@ for line in sys.stdin:
 """
 
 
-def kills(directory: Path, rounds: Iterable[int], seed: int = 0) -> Counts:
+def kills(directory: Path, rounds: Iterable[int], seed: int = 0, kv_dtype: str | None = None) -> Counts:
     """Kills a writer at some instant in each round; the next one opens the store. Then only whole entries are there.
 
     The writers are forks of one process, so that they share what it has imported.
     """
-    writer = start_python(FORKING_WRITER, directory, seed)
+    writer = start_python(FORKING_WRITER, directory, seed, kv_dtype or "")
     killed = 0
     for round_ in rounds:
         tell(writer, round_)
@@ -122,7 +133,7 @@ def kills(directory: Path, rounds: Iterable[int], seed: int = 0) -> Counts:
         killed += 1
     _, errors = writer.communicate(timeout=120)
     require(writer.returncode == 0, errors.decode())
-    found = check_all(directory / "kv")
+    found = check_all(directory / "kv", kv_dtype=kv_dtype)
     report = report_of(directory / "kv")
     require(report["problems"] == [], report["problems"])
     require(not any((directory / "kv" / "writing").iterdir()), "something is left in writing/")

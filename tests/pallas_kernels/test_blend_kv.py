@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import TOLERANCE, as_float64
 
-from pallas_kernels import blend_kv, tuning
+from pallas_kernels import QuantisedKV, blend_kv, tuning
 from pallas_kernels.blending import api
 from pallas_kernels.blending.reference import blend_kv_reference
 from pallas_kernels.tuning import BlendBlocks
@@ -41,7 +41,8 @@ def arguments(num_keys: int, places, head_dim: int, dtype: str, *, padding: int 
 
 
 def call_traced(named: dict, **options):
-    return blend_kv(*(named[name] for name in NAMES[:5]), cos=named["cos"], sin=named["sin"], **options)
+    more = {name: named[name] for name in ("stored", "k_offset") if name in named}
+    return blend_kv(*(named[name] for name in NAMES[:5]), cos=named["cos"], sin=named["sin"], **more, **options)
 
 
 call = jax.jit(call_traced, static_argnames=("implementation", "layer"))
@@ -49,7 +50,8 @@ call = jax.jit(call_traced, static_argnames=("implementation", "layer"))
 
 @jax.jit
 def reference(named: dict):
-    return blend_kv_reference(*(named[name] for name in NAMES[:5]), cos=named["cos"], sin=named["sin"])
+    more = {name: named[name] for name in ("stored", "k_offset") if name in named}
+    return blend_kv_reference(*(named[name] for name in NAMES[:5]), cos=named["cos"], sin=named["sin"], **more)
 
 
 def check(named: dict, implementation: str | None) -> None:
@@ -90,6 +92,40 @@ def test_keys_are_rotated_once_and_rows_replaced(backend, sizes, filled, heads, 
 @pytest.mark.parametrize("places", [[0, 127, 128, 255, 256, 299], [128], range(128, 152), [299]])
 def test_rows_at_the_borders_of_blocks(backend, places):
     check(arguments(300, places, 16, "float32", padding=24 - len(places)), backend)
+
+
+def quantised(named: dict, codes: str, *, with_offset: bool) -> dict:
+    """The same, with stored KV as codes, and in the place of the cached rows what nobody may read."""
+    rng = np.random.default_rng(1)
+    shape = named["k_cached"].shape
+    drawn = [jnp.asarray(rng.integers(-127, 128, shape), codes) for _ in range(2)]
+    scales = [jnp.asarray(rng.uniform(0, 0.01, shape[:2]), jnp.bfloat16) for _ in range(2)]
+    offset = {"k_offset": jnp.asarray(rng.uniform(-3, 3, shape[1:]), named["k_cached"].dtype)} if with_offset else {}
+    unread = {name: jnp.full_like(named[name], jnp.nan) for name in NAMES[:2]}
+    return named | unread | offset | {"stored": QuantisedKV(*drawn, *scales)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("codes", "dtype", "with_offset"),
+    [("int8", "float32", True), ("int8", "bfloat16", False), ("float8_e4m3fn", "float16", True)],
+)
+def test_quantised_keys_and_values_are_dequantised_as_they_pass(backend, codes, dtype, with_offset):
+    named = quantised(arguments(40, [3, 16, 20], 16, dtype, padding=2), codes, with_offset=with_offset)
+    if backend != "xla" and codes != "int8":
+        with pytest.raises(ValueError, match="takes codes of int8, got float8_e4m3fn"):
+            call(named, implementation=backend)
+        return
+    k, v = call(named, implementation=backend)
+    wanted_k, wanted_v = reference(named)
+    np.testing.assert_array_equal(np.asarray(v, np.float32), np.asarray(wanted_v, np.float32))
+    tolerance = TOLERANCE[dtype]
+    close = {"atol": 4 * tolerance, "rtol": tolerance}
+    np.testing.assert_allclose(np.asarray(k, np.float32), np.asarray(wanted_k, np.float32), **close)
+    stacks = {name: jnp.stack([named[name] * 0 + 1] * 3) for name in NAMES[:2]}
+    for stack, layer in zip(call(named | stacks, implementation=backend, layer=1), (k, v), strict=True):
+        np.testing.assert_array_equal(np.asarray(stack[1]), np.asarray(layer))
+        assert not np.isnan(np.asarray(stack[1], np.float32)).any()
 
 
 @pytest.mark.parametrize("backend", ["xla", "triton"])  # the TPU's interpreter can't: see test_ahead_of_time.py
@@ -149,6 +185,11 @@ def test_a_batch_equals_one_by_one(backend):
         ({"sin": jnp.zeros((6, 8), jnp.int32)}, "sin must be floating"),
         ({"layer": 0}, r"k_cached must be of rank 4, .* with a layer, got \(6, 2, 16\)"),
         ({"layer": 1, "k_cached": jnp.zeros((1, 6, 2, 16))}, r"layer must be in \[0, 1\), got 1"),
+        ({"stored": QuantisedKV(*[jnp.zeros((6, 2, 16), jnp.int8)] * 4)}, r"k_scales must have shape \(6, 2\), got"),
+        (
+            {"stored": QuantisedKV(*[jnp.zeros((6, 2, 16))] * 2, *[jnp.zeros((6, 2))] * 2)},
+            "codes of one dtype and one byte, got float32 and float32",
+        ),
         ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
         ({"implementation": "mosaic_gpu"}, "unknown implementation 'mosaic_gpu'"),
         ({"implementation": "tpu", "k_fresh": jnp.zeros((0, 2, 16))}, "needs a key and a fresh row"),
@@ -158,11 +199,11 @@ def test_what_does_not_fit_is_named_when_traced(change, message):
     named = arguments(6, [1, 4], 16, "float32") | change
     if "k_fresh" in change and not change["k_fresh"].size:
         named |= {"v_fresh": named["k_fresh"], "indices": jnp.zeros(0, jnp.int32)}
-    implementation, layer = named.pop("implementation", None), named.pop("layer", None)
+    implementation, layer, stored = (named.pop(name, None) for name in ("implementation", "layer", "stored"))
     unchecked = getattr(blend_kv, "__wrapped__", blend_kv)  # without jaxtyping's own check
 
     def blend(named):
-        options = {"layer": layer, "implementation": implementation}
+        options = {"layer": layer, "implementation": implementation, "stored": stored}
         return unchecked(*(named[n] for n in NAMES[:5]), cos=named["cos"], sin=named["sin"], **options)
 
     with pytest.raises(ValueError, match=message):

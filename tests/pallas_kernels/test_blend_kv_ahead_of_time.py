@@ -10,7 +10,7 @@ import pytest
 from ahead_of_time import compiler
 from test_ahead_of_time import BY_CUBLAS, NO_SPILL, _blend_arguments, _outside_fusions, _with_layers
 
-from pallas_kernels import blend_kv, selective_attention
+from pallas_kernels import QuantisedKV, blend_kv, selective_attention
 from pallas_kernels.dispatch import OVERRIDE
 from scripts.count_kernels import count_kernels
 
@@ -23,8 +23,9 @@ def _arguments(backend: str, head_dim: int, dtype, kv_heads: int, *, stacked: bo
     cached = shape((*((LAYERS,) if stacked else ()), KEYS, kv_heads, head_dim), dtype)
     fresh, angles = shape((ROWS, kv_heads, head_dim), dtype), shape((KEYS, head_dim // 2), jnp.float32)
 
-    def blend(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin, layer):
+    def blend(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin, layer, stored=None, k_offset=None):
         options = {"cos": cos, "sin": sin, "layer": layer if stacked else None, "implementation": backend}
+        options |= {"stored": stored, "k_offset": k_offset}
         return blend_kv(k_cached, v_cached, k_fresh, v_fresh, indices, **options)
 
     layer = shape((), jnp.int32)
@@ -54,6 +55,30 @@ def test_blending_in_place_copies_nothing(backend, head_dim, dtype, kv_heads, st
     assert memory.alias_size_in_bytes >= 2 * cached
     # On a GPU, the fresh keys and values are put into one array.
     assert memory.temp_size_in_bytes < 2.2 * fresh
+
+
+@pytest.mark.parametrize(
+    ("backend", "codes", "dtype", "head_dim"),
+    [
+        ("triton", "int8", "bfloat16", 128),
+        ("xla", "float8_e4m3fn", "bfloat16", 64),
+        ("tpu", "int8", "bfloat16", 128),
+        ("xla", "int8", "bfloat16", 128),
+    ],
+)
+def test_quantised_kv_is_dequantised_without_a_copy_of_its_values(backend, codes, dtype, head_dim):
+    platform = "tpu" if backend == "tpu" else "gpu"
+    blend, *shapes = _arguments(backend, head_dim, jnp.dtype(dtype), 8, stacked=True)
+    shape = jax.ShapeDtypeStruct
+    stored = (shape((KEYS, 8, head_dim), codes),) * 2 + (shape((KEYS, 8), jnp.bfloat16),) * 2
+    arguments = *shapes, QuantisedKV(*stored), shape((8, head_dim), dtype)
+    options = NO_SPILL if backend == "triton" else None
+    compiled = compiler(platform)(blend, *arguments, donate=(0, 1), options=options)
+    memory, layer = compiled.memory_analysis(), KEYS * 8 * head_dim * jnp.dtype(dtype).itemsize
+    assert memory.alias_size_in_bytes >= 2 * LAYERS * layer
+    fresh = ROWS * 8 * head_dim * jnp.dtype(dtype).itemsize
+    # XLA has one layer's blended keys and values before it puts them into the stack.
+    assert memory.temp_size_in_bytes < (2.2 * layer if backend == "xla" else 2.2 * fresh)
 
 
 def test_a_stack_is_blended_in_place_by_xla():

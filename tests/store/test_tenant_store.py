@@ -50,6 +50,14 @@ def test_a_quota_evicts_the_tenants_own_entries_alone(directory):
         assert store.sizes_of("one") == {key_for(number): SIZE for number in (0, 2, 3)}
 
 
+def test_a_quota_counts_the_bytes_that_are_stored():
+    quantised = make_entry(0).quantised("int8").num_bytes
+    assert 3 * quantised < 2 * SIZE
+    with TenantStore(cb.ChunkStore(kv_dtype="int8"), {"one": 3 * quantised}) as store:
+        assert put(store, range(3)) == [True] * 3
+        assert held(store) == {0, 1, 2}
+
+
 def test_a_quota_counts_what_the_directory_holds_already(tmp_path):
     with TenantStore(cb.ChunkStore(tmp_path)) as store:
         put(store, range(3))

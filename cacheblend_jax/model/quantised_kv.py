@@ -1,0 +1,68 @@
+"""Stored KV as a device has it: values, or codes with scales, which become values as they are blended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.kv_cache import SCALES, KVCache, LayerKV, abstract_cache, cache_shape
+from cacheblend_jax.model.params import Params
+from cacheblend_jax.model.transformer import layer_at
+from pallas_kernels import QuantisedKV, dequantised
+
+StoredCache = KVCache | QuantisedKV
+StoredLayer = LayerKV | QuantisedKV
+
+
+def stored_layer(cached: StoredCache, index: Int[Array, ""] | int) -> StoredLayer:
+    """Returns one layer's stored KV, cut out; `index` may be traced."""
+    if isinstance(cached, KVCache):
+        return cached.layer(index)
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), cached)
+
+
+def layer_values(layer: StoredLayer, key_bias: Float[Array, "kv_heads head_dim"] | None, dtype: jnp.dtype) -> LayerKV:
+    """Returns one layer's values."""
+    if isinstance(layer, LayerKV):
+        return layer
+    k = dequantised(layer.k, layer.k_scales, key_bias)
+    return LayerKV(k.astype(dtype), dequantised(layer.v, layer.v_scales).astype(dtype))
+
+
+def cache_values(params: Params, cached: StoredCache, *, config: ModelConfig) -> KVCache:
+    """Returns all layers' values (traceable)."""
+    if isinstance(cached, KVCache):
+        return cached
+    dtype, layers = jnp.dtype(config.dtype), []
+    for index in range(config.num_layers):
+        layers.append(layer_values(stored_layer(cached, index), layer_at(params, config, index).key_bias, dtype))
+    return KVCache(*(jnp.stack(each) for each in zip(*((layer.k, layer.v) for layer in layers), strict=True)))
+
+
+def key_biases(params: Params) -> np.ndarray | None:
+    """Returns what the keys of all tokens have in common, `[layers, kv_heads * head_dim]`: see `DecoderLayer.key_bias`.
+
+    On the host, for `ChunkEntry.k_offset`.
+    """
+    layers = params.separated().layers
+    if "k_norm" in layers or "bias" not in layers["k_proj"]:
+        return None
+    return np.stack([np.asarray(bias) for bias in layers["k_proj"]["bias"]])
+
+
+def abstract_stored(
+    config: ModelConfig, num_keys: int, placement: jax.sharding.Sharding, kv_dtype: str | None
+) -> StoredCache:
+    """As `abstract_cache`, of stored KV: codes of `kv_dtype`, or values."""
+    if kv_dtype is None:
+        return abstract_cache(config, num_keys, placement)
+    shape = cache_shape(config, num_keys)
+    codes: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(kv_dtype), sharding=placement)
+    scales: Any = jax.ShapeDtypeStruct(shape[:-1], SCALES, sharding=placement)
+    return QuantisedKV(codes, codes, scales, scales)
