@@ -1,9 +1,11 @@
-"""Every kernel, and the whole blend of a Llama-3-8B shape, compiled for an H200 and a TPU v5e without either."""
+"""Every kernel, and whole blends of Llama 3 8B's layers, compiled for an H200 and a TPU v5e without either."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from cacheblend_jax.blend.resident import Request, prefill
 from cacheblend_jax.blend.schedule import BlendConfig, make_plan
 from cacheblend_jax.blend.steps import ActiveRows, plain_layer
 from cacheblend_jax.evaluation.shapes import SHAPES
+from cacheblend_jax.evaluation.whole_prefills import kernels
 from cacheblend_jax.model import KVCache, LayerKV, ModelConfig
 from cacheblend_jax.model.decode import decode_tokens
 from cacheblend_jax.model.kv_cache import GrowingCache
@@ -200,22 +203,30 @@ def _different_products(text: str) -> set[tuple[str, ...]]:
 
 def test_a_whole_blend_for_an_h200_spills_nothing_and_copies_no_weights(capfd, monkeypatch):
     monkeypatch.setenv(OVERRIDE, "pallas")
-    compiled = compiler("gpu")(*_blend_arguments(LLAMA3_8B, 4, by_layer=True), options=COMPILER_OPTIONS["gpu"])
+    # All kinds of layers, and more of the usual one than of others: 32 would take three times as long.
+    arguments = _blend_arguments(_with_layers(8), 4, by_layer=True)
+    compiled = compiler("gpu")(*arguments, options=COMPILER_OPTIONS["gpu"])
     assert "mosaic_gpu" in compiled.as_text()
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", "".join(capfd.readouterr()))
     assert spills, "ptxas printed no account of registers"
     assert set(spills) == {("0", "0")}
     assert _copied_weights(compiled.as_text()) == []
-    # Beside 16 GB of weights and 2 GB of KV: activations of 8192 tokens, never scores of tokens by tokens (8.6 GB).
+    # Activations of 8192 tokens, never scores of tokens by tokens (8.6 GB).
     assert compiled.memory_analysis().temp_size_in_bytes < 2e9
 
 
-def test_products_by_cublas_read_weights_where_they_lie_and_are_the_same_in_all_layers(monkeypatch):
-    monkeypatch.setenv(OVERRIDE, "pallas")
+@cache
+def blend_by_cublas(num_layers: int) -> Any:
+    """A blend in two stages for an H200, its cache donated, compiled once for the tests that read it."""
+    arguments = _blend_arguments(_with_layers(num_layers), 2, by_layer=True)
+    with kernels("pallas"):
+        return compiler("gpu")(*arguments, donate=(2,), options=BY_CUBLAS)
+
+
+def test_products_by_cublas_read_weights_where_they_lie_and_are_the_same_in_all_layers():
     products = []
     for layers in (6, 8):  # each stage has a layer that is no border
-        arguments = _blend_arguments(_with_layers(layers), 2, by_layer=True)
-        text = compiler("gpu")(*arguments, options=BY_CUBLAS).as_text()
+        text = blend_by_cublas(layers).as_text()
         # Where few rows go on, at the check layer and the last, queries and the rest are parts of a joined matrix.
         copied = [re.search(r"\(%params_layers__qkv_proj____kernel___(\d+)_", line) for line in _copied_weights(text)]
         assert sorted(int(of[1]) for of in copied) == [1, 1, layers - 1, layers - 1]
