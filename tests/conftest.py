@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import json
 import os
@@ -187,10 +188,12 @@ def _no_verdicts_stay():
 
 @pytest.fixture(scope="module", autouse=True)
 def _room_for_compiled_programs():
-    """JAX keeps what tests jit themselves (mostly interpreted kernels), and a process may map only so many regions."""
+    """A process may map only so many regions: beyond some, JAX's caches go, and models that tests share."""
     yield
-    if mapped_share() > 0.4:
-        jax.clear_caches()
+    for forget in (jax.clear_caches, shared_engine.cache_clear, family_model.cache_clear):
+        if mapped_share() > 0.4:
+            forget()
+            gc.collect()
 
 
 @functools.cache

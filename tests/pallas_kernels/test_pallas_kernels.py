@@ -14,12 +14,11 @@ from hypothesis import given, settings
 from jax.experimental import checkify
 from kernel_cases import TOLERANCE, as_float64, attend, attend_by_reference, cases
 
-from cacheblend_jax.blend import layer_step
 from cacheblend_jax.blend.layer_step import PromptSequence
 from cacheblend_jax.blend.resident import prefill
 from cacheblend_jax.blend.schedule import BlendConfig, make_plan
 from cacheblend_jax.evaluation.whole_prefills import request_of
-from cacheblend_jax.model import KVCache, transformer
+from cacheblend_jax.model import KVCache, kv_cache
 from cacheblend_jax.model.rope import rope_tables
 from pallas_kernels import apply_rope, attention_mass, selective_attention
 
@@ -158,8 +157,7 @@ def test_descending_positions_are_found_by_checkify():
 
 @pytest.mark.parametrize("selector", ["hkvd", "cross"])  # without and with attention before the check layer
 def test_a_blend_attends_at_ascending_positions_only(monkeypatch, selector):
-    for module in (transformer, layer_step):
-        monkeypatch.setattr(module, "selective_attention", ascending(selective_attention))
+    monkeypatch.setattr(kv_cache, "selective_attention", ascending(selective_attention))
     config, length = FAMILIES["llama2"], 200
     blend = BlendConfig(0.3, selector=selector)
     plan = make_plan(num_layers=6, length=length, active=length, forced=64, blend=blend, check_layer=1)
