@@ -18,6 +18,8 @@ LSE_ERROR = 1e-3  # exponents and logarithms are approximations on GPUs
 SLACK = 1.5  # over the rounding of the weights before the second product, and of the result after it
 SMALLEST = {"bfloat16": 1e-6, "float16": 4e-5, "float32": 1e-6}  # absolute; float16 has no weights below 6e-8
 TIMED_KEYS, TIMED_QUERIES = 8192, {"full": 8192, "scattered": 1229, "few": 32, "one": 1}  # 15 % of the keys
+# One call with few queries takes less time than its launch. So these are timed as decoding has them: layers of a stack.
+TIMED_LAYERS = {"few": 8, "one": 8}
 
 
 class _Values(NamedTuple):
@@ -74,6 +76,7 @@ def attend(
     sinks: Any,
     *,
     implementation: str,
+    layer: int | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> Any:
@@ -83,6 +86,7 @@ def attend(
         k,
         v,
         positions,
+        layer=layer,
         q_starts=starts,
         kv_length=length,
         window=window,
@@ -175,15 +179,23 @@ def timings(dtype: str, head_dim: int) -> list[Timing]:
     """Returns the calls to be timed, with the heads of Llama 3 8B (half as many of 256 numbers)."""
     heads = 32 if head_dim <= 128 else 16
     rng = np.random.default_rng(0)
-    # Values above zero: XLA's result itself then says how much rounding may matter.
-    k, v = (np.abs(numbers(rng, dtype, TIMED_KEYS, heads // 4, head_dim)) for _ in "kv")
     found = []
     for shapes, queries in TIMED_QUERIES.items():
+        layers = TIMED_LAYERS.get(shapes)
+        keys = (*(() if layers is None else (layers,)), TIMED_KEYS, heads // 4, head_dim)
+        # Values above zero: XLA's result itself then says how much rounding may matter.
+        k, v = (np.abs(numbers(rng, dtype, *keys)) for _ in "kv")
         positions = np.sort(rng.choice(TIMED_KEYS, queries, replace=False)).astype(np.int32)
         positions[-1] = TIMED_KEYS - 1
         arrays = numbers(rng, dtype, queries, heads, head_dim), k, v, positions, None, np.int32(TIMED_KEYS), None
-        found.append(Timing(shapes, attend, arrays, partial(_as_xla, dtype)))
+        found.append(Timing(shapes, attend if layers is None else attend_layers, arrays, partial(_as_xla, dtype)))
     return found
+
+
+def attend_layers(q: Any, k: Any, v: Any, *others: Any, implementation: str) -> Any:
+    """Attends to each layer of a stack."""
+    of_layers = [attend(q, k, v, *others, layer=layer, implementation=implementation) for layer in range(k.shape[0])]
+    return tuple(jnp.stack(each) for each in zip(*of_layers, strict=True))
 
 
 def _as_xla(dtype: str, results: Sequence[np.ndarray]) -> list[Wanted]:
