@@ -16,7 +16,8 @@ from test_ahead_of_time import _attention, _blend_arguments, _decode_arguments, 
 
 from cacheblend_jax.runtime.programs import COMPILER_OPTIONS
 from pallas_kernels import selective_attention, tuning
-from pallas_kernels.attention import mosaic_gpu, triton
+from pallas_kernels.attention import mosaic_gpu, mosaic_gpu_memory, triton
+from pallas_kernels.attention.mosaic_gpu_memory import Exponents
 from pallas_kernels.dispatch import OVERRIDE, pallas_backends, wrong_platform
 from pallas_kernels.target import Target, current_target
 from pallas_kernels.tuning import AttentionBlocks, attention_blocks
@@ -120,8 +121,8 @@ def test_the_memory_of_the_kernel_for_hopper_is_what_the_table_says():
     for size in HEAD_DIMS:
         blocks = attention_blocks("mosaic_gpu", "NVIDIA H100", jnp.dtype("bfloat16"), size)
         rows, computing = blocks.rows // mosaic_gpu.COMPUTING, mosaic_gpu.COMPUTING
-        of = (computing, rows, blocks.keys, blocks.stages, size, jnp.dtype("bfloat16"), 1.0, True, False)
-        scratch = mosaic_gpu._scratch(mosaic_gpu._Shape(*of))
+        of = (computing, rows, blocks.keys, blocks.stages, size, jnp.dtype("bfloat16"), Exponents(1.0), True, False)
+        scratch = mosaic_gpu_memory.scratch(mosaic_gpu_memory.Shape(*of))
         shared = [each for each in scratch if not isinstance(each, plgpu.Barrier)]
         taken.append(sum(math.prod(each.shape) * jnp.dtype(each.dtype).itemsize for each in shared) / 1024)
     assert _rows()["H100", "mosaic_gpu"][2] == f"{max(taken):.0f} of {GPUS['H100'].block_kib} KiB"
