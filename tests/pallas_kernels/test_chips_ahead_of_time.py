@@ -133,7 +133,8 @@ def _by_force(module, **sizes):
     stacks = [jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for x in (k, v)]
     arguments = q, *stacks, jax.ShapeDtypeStruct((), jnp.int32), *others
     function = {triton: triton.attend_triton, mosaic_gpu: mosaic_gpu.attend_mosaic_gpu}[module]
-    return partial(function, scale=0.1, blocks=AttentionBlocks(**sizes), interpret=False), *arguments
+    options = {"scale": 0.1, "soft_cap": None, "blocks": AttentionBlocks(**sizes), "interpret": False}
+    return partial(function, **options), *arguments
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="there the compiler ends the process")
