@@ -19,11 +19,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig, ScoreOptions
+from cacheblend_jax.model.embedder import Embedder
 from cacheblend_jax.model.experts import Experts
 from cacheblend_jax.model.kv_cache import AttendedLayer
 from cacheblend_jax.model.params import JOINED, Params, is_joined, join, side_by_side, suits_by_layer
+from cacheblend_jax.model.projection import linear, multiplied
+from cacheblend_jax.model.rms_norm import RMSNorm, normed
 from cacheblend_jax.model.rope import Angles
-from pallas_kernels import apply_rope, soft_capped
+from pallas_kernels import apply_rope
 from pallas_kernels.dispatch import current_target
 
 NO_WINDOW = 2**30
@@ -36,62 +39,10 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def _linear(
-    config: ModelConfig, inputs: int, outputs: int, *, bias: bool, split: str | None, rngs: nnx.Rngs
-) -> nnx.Linear:
-    """A projection that a mesh with the axis `model` splits by its `outputs` or its `inputs`, or not at all."""
-    axes = "model" if split == "inputs" else None, "model" if split == "outputs" else None
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=bias,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.dtype),
-        kernel_metadata={"out_sharding": axes, "eager_sharding": False},
-        bias_metadata={"out_sharding": axes[1:], "eager_sharding": False},
-        rngs=rngs,
-    )
-
-
 def _sinks(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param:
     """A logit for each query head; a mesh splits them as it does queries."""
     drawn = nnx.initializers.normal(1.0)(rngs.params(), (config.num_heads,), jnp.dtype(config.dtype))
     return nnx.Param(drawn, out_sharding=("model",), eager_sharding=False)
-
-
-def _multiplied(by: Callable[[jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
-    """Returns `by(rows)`, the product with a matrix; on a GPU a single row is multiplied twice.
-
-    XLA for GPUs makes the product of a single row and a small matrix a multiplication and a sum, with all that is to be
-    summed in memory in between (as it did with a decoded token's keys and values); and before cuBLAS multiplies a
-    single row into float32 (logits) it converts the whole matrix.
-    """
-    if rows.shape[0] > 1 or current_target().platform != "gpu":
-        return by(rows)
-    return by(jnp.concatenate([rows, rows]))[:1]
-
-
-class RMSNorm(nnx.Module):
-    """Divides by the root mean square and multiplies by `offset + scale`, in float32; rounds once.
-
-    `nnx.RMSNorm` has no offset. It cannot be added to the stored scale: in bfloat16, 1 + scale would lose digits.
-    """
-
-    def __init__(self, config: ModelConfig, size: int):
-        self.dtype, self.epsilon, self.offset = jnp.dtype(config.dtype), config.rms_norm_eps, config.norm_offset
-        self.scale = nnx.Param(jnp.full(size, 1 - self.offset, self.dtype))
-
-    def __call__(self, x: Float[Array, "*axes size"]) -> Float[Array, "*axes size"]:
-        """Normalises the last axis."""
-        x = x.astype(jnp.float32)
-        scale = jnp.expand_dims(self.offset + self.scale[...].astype(jnp.float32), range(x.ndim - 1))
-        factor = lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
-        # In this order: XLA for GPUs then normalises rows in one kernel, with `factor * scale` first in three.
-        return (x * factor * scale).astype(self.dtype)
-
-
-def _normed(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
-    return x if norm is None else norm(x)
 
 
 class DecoderLayer(nnx.Module):
@@ -104,7 +55,7 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: ModelConfig, *, joined: bool = False, rngs: nnx.Rngs):
         hidden, head_dim = config.hidden_size, config.head_dim
         q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        linear = partial(_linear, config, rngs=rngs)
+        projection = partial(linear, config, rngs=rngs)
         self.joined = joined
         self.head_dim, self.q_size, self.kv_size, self.mlp_size = head_dim, q_size, kv_size, config.intermediate_size
         self.activation = config.activation
@@ -113,12 +64,12 @@ class DecoderLayer(nnx.Module):
         self.attention_soft_cap = config.attention_soft_cap
         self.input_norm = RMSNorm(config, hidden) if config.pre_norms else None
         if joined:
-            self.qkv_proj = linear(hidden, q_size + 2 * kv_size, bias=config.qkv_bias, split="outputs")
+            self.qkv_proj = projection(hidden, q_size + 2 * kv_size, bias=config.qkv_bias, split="outputs")
         else:
-            self.q_proj = linear(hidden, q_size, bias=config.qkv_bias, split="outputs")
-            self.k_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
-            self.v_proj = linear(hidden, kv_size, bias=config.qkv_bias, split="outputs")
-        self.o_proj = linear(q_size, hidden, bias=config.output_bias, split="inputs")
+            self.q_proj = projection(hidden, q_size, bias=config.qkv_bias, split="outputs")
+            self.k_proj = projection(hidden, kv_size, bias=config.qkv_bias, split="outputs")
+            self.v_proj = projection(hidden, kv_size, bias=config.qkv_bias, split="outputs")
+        self.o_proj = projection(q_size, hidden, bias=config.output_bias, split="inputs")
         self.sinks = _sinks(config, rngs) if config.attention_sinks else None
         self.norms_heads_together = config.qk_norm_over_heads
         q_norm, k_norm = (q_size, kv_size) if config.qk_norm_over_heads else (head_dim, head_dim)
@@ -128,15 +79,15 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config, hidden) if config.pre_norms else None
         self.has_experts = config.num_experts > 0
         if self.has_experts:
-            self.router = linear(hidden, config.num_experts, bias=config.expert_bias, split=None)
+            self.router = projection(hidden, config.num_experts, bias=config.expert_bias, split=None)
             self.experts = Experts(config, rngs=rngs)
         elif joined:
-            self.gate_up_proj = linear(hidden, 2 * config.intermediate_size, bias=config.mlp_bias, split="outputs")
+            self.gate_up_proj = projection(hidden, 2 * config.intermediate_size, bias=config.mlp_bias, split="outputs")
         else:
-            self.gate_proj = linear(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
-            self.up_proj = linear(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
+            self.gate_proj = projection(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
+            self.up_proj = projection(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
         if not self.has_experts:
-            self.down_proj = linear(config.intermediate_size, hidden, bias=config.mlp_bias, split="inputs")
+            self.down_proj = projection(config.intermediate_size, hidden, bias=config.mlp_bias, split="inputs")
         self.mlp_out_norm = RMSNorm(config, hidden) if config.post_norms else None
 
     def queries_keys_values(
@@ -148,7 +99,7 @@ class DecoderLayer(nnx.Module):
     ]:
         """Returns what `queries` and `keys_values` do, for the same tokens."""
         with jax.named_scope("queries_keys_values"):
-            q, k, v = self._projected(_normed(self.input_norm, hidden), "q_proj", "k_proj", "v_proj")
+            q, k, v = self._projected(normed(self.input_norm, hidden), "q_proj", "k_proj", "v_proj")
             return self._normed_heads(self.q_norm, q), self._normed_heads(self.k_norm, k), self._heads(v)
 
     def keys_values(
@@ -156,7 +107,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "tokens kv_heads head_dim"], Float[Array, "tokens kv_heads head_dim"]]:
         """Returns the tokens' keys, after qk-norm and before RoPE, and their values: what a store keeps."""
         with jax.named_scope("keys_values"):
-            k, v = self._projected(_normed(self.input_norm, hidden), "k_proj", "v_proj")
+            k, v = self._projected(normed(self.input_norm, hidden), "k_proj", "v_proj")
             return self._normed_heads(self.k_norm, k), self._heads(v)
 
     @property
@@ -171,7 +122,7 @@ class DecoderLayer(nnx.Module):
     def queries(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens heads head_dim"]:
         """Returns the tokens' queries, after qk-norm and before RoPE."""
         with jax.named_scope("queries"):
-            (q,) = self._projected(_normed(self.input_norm, hidden), "q_proj")
+            (q,) = self._projected(normed(self.input_norm, hidden), "q_proj")
             return self._normed_heads(self.q_norm, q)
 
     @property
@@ -190,15 +141,15 @@ class DecoderLayer(nnx.Module):
         By default all are.
         """
         with jax.named_scope("finish"):
-            added = _normed(self.attention_out_norm, self.o_proj(attended.reshape(attended.shape[0], -1)))
+            added = normed(self.attention_out_norm, self.o_proj(attended.reshape(attended.shape[0], -1)))
             hidden = hidden + self._scaled(added)
             valid = jnp.ones(hidden.shape[0], bool) if valid is None else valid
-            added = self._mlp(_normed(self.mlp_norm, hidden), valid)
-            return hidden + self._scaled(_normed(self.mlp_out_norm, added))
+            added = self._mlp(normed(self.mlp_norm, hidden), valid)
+            return hidden + self._scaled(normed(self.mlp_out_norm, added))
 
     def _mlp(self, rows: Float[Array, "tokens hidden"], valid: Bool[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
         if self.has_experts:
-            return self.experts(rows, _multiplied(self.router, rows), valid, self.gated)
+            return self.experts(rows, multiplied(self.router, rows), valid, self.gated)
         gate, up = self._projected(rows, "gate_proj", "up_proj")
         return self.down_proj(self.gated(gate, up))
 
@@ -214,8 +165,8 @@ class DecoderLayer(nnx.Module):
 
     def _normed_heads(self, norm: RMSNorm | None, projected: jax.Array) -> jax.Array:
         if self.norms_heads_together:
-            return self._heads(_normed(norm, projected))
-        return _normed(norm, self._heads(projected))
+            return self._heads(normed(norm, projected))
+        return normed(norm, self._heads(projected))
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], -1, self.head_dim)
@@ -223,7 +174,7 @@ class DecoderLayer(nnx.Module):
     def _projected(self, rows: Float[Array, "tokens hidden"], *names: str) -> list[Float[Array, "tokens _"]]:
         """Returns the rows' products with projections: one product, where they are joined."""
         if not self.joined:
-            return [_multiplied(getattr(self, name), rows) for name in names]
+            return [multiplied(getattr(self, name), rows) for name in names]
         sizes = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
         sizes |= dict.fromkeys(("gate_proj", "up_proj"), self.mlp_size)
         name, parts = next((name, parts) for name, parts in JOINED.items() if names[0] in parts)
@@ -236,42 +187,7 @@ class DecoderLayer(nnx.Module):
             multiplied = rows @ whole.kernel[..., columns]
             return multiplied if whole.bias is None else multiplied + whole.bias[columns][None]
 
-        return jnp.split(_multiplied(product, rows), np.cumsum(widths)[:-1], axis=1)
-
-
-class Embedder(nnx.Module):
-    """What surrounds the layers: token embedding, final norm, and the projection to logits (tied or not)."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
-        self.embedding = nnx.Param(
-            nnx.initializers.normal(0.02)(rngs.params(), (config.vocab_size, config.hidden_size), dtype),
-            out_sharding=("model", None),
-            eager_sharding=False,
-        )
-        self.embedding_scale, self.logits_scale = config.embedding_scale, config.logits_scale
-        self.logits_soft_cap = config.logits_soft_cap
-        self.final_norm = RMSNorm(config, config.hidden_size)
-        if config.tied_embeddings:
-            self.lm_head = None
-        else:
-            self.lm_head = _linear(
-                config, config.hidden_size, config.vocab_size, bias=False, split="outputs", rngs=rngs
-            )
-
-    def embed(self, token_ids: Int[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
-        """Looks up the tokens' embeddings, and scales them."""
-        embedded = self.embedding[...][token_ids]
-        return embedded * jnp.asarray(self.embedding_scale, embedded.dtype)  # rounded first, as in transformers
-
-    def logits(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
-        """Returns float32 next-token logits."""
-        with jax.named_scope("logits"):
-            normed = self.final_norm(hidden)
-            kernel = self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-            logits = _multiplied(lambda x: jnp.matmul(x, kernel, preferred_element_type=jnp.float32), normed)
-            logits = logits if self.logits_scale == 1 else logits * self.logits_scale
-            return soft_capped(logits, self.logits_soft_cap)
+        return jnp.split(multiplied(product, rows), np.cumsum(widths)[:-1], axis=1)
 
 
 class _Graph(NamedTuple):
