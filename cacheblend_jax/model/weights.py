@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from safetensors import SafetensorError
 
 from cacheblend_jax.errors import CheckpointError, is_whole_number
 from cacheblend_jax.model.checkpoint import DirectoryCheckpoint, checkpoint_directory, read_json
@@ -24,33 +22,17 @@ from cacheblend_jax.model.gguf_file import is_gguf
 from cacheblend_jax.model.gpt_oss_tensors import separate_gpt_oss
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.params import Params, is_by_layer, join, suits_by_layer
-from cacheblend_jax.model.quantised import refuse_quantised_tensors
 from cacheblend_jax.model.smollm2 import SMOLLM2, smollm2_path
-from cacheblend_jax.model.tensor_names import (
-    EMBEDDING,
-    HEAD,
-    OTHER_TOWERS,
-    is_kernel,
-    numbered,
-    stored_name,
-    tensor_names,
-)
+from cacheblend_jax.model.tensor_names import stored_name, tensor_names
+from cacheblend_jax.model.tensor_reading import Part, check_tensors, has_own_head, largest_dtype, read_leaf
 from cacheblend_jax.model.transformer import abstract_params, partition_specs
 from cacheblend_jax.model.user_cache import read_record, record_path, write_record
 from cacheblend_jax.model.weights_digest import FileState, SameLeaves, WeightFiles, file_states, sampled_digest
-from cacheblend_jax.runtime.host_buffers import aligned_empty
 from pallas_kernels.dispatch import current_target
 
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
-STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CHECK_LAYERS = "check-layers"  # the kind of record
-
-HEAD_ROWS = 4096  # of embedding and output projection, compared at a time
-EXPONENT_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF << 52}
-COPIED_BLOCK = 2**20  # elements: what is read, dequantised and cast at a time
-FINITE_BLOCK = 2**16  # elements, so that a block stays in the processor's cache
-STRIP = 16  # rows that are transposed at a time, so that the lines they are written to stay in the cache
 
 Progress = Callable[[int, int], None]
 Checkpoint = DirectoryCheckpoint | GgufCheckpoint  # alike in what `load_model` asks them for
@@ -174,8 +156,8 @@ def _read_model_config(checkpoint: Checkpoint, dtype: str | None, max_positions:
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.config_location}: {error}") from None
     if dtype is None and stated_dtype(raw) is None:
-        config = replace(config, dtype=_stored_dtype(checkpoint))
-    if config.tied_embeddings and _has_own_head(checkpoint):
+        config = replace(config, dtype=largest_dtype(checkpoint))
+    if config.tied_embeddings and has_own_head(checkpoint):
         logger.warning(
             "%s: tie_word_embeddings is true, but a different lm_head.weight is stored: the stored one is used",
             checkpoint.location,
@@ -243,10 +225,10 @@ def load_params(
     checkpoint = separate_experts(separate(separate_gpt_oss(checkpoint, config), config), config)
     wanted = abstract_params(config)
     names = jax.tree.map(lambda name: stored_name(name, checkpoint.tensor_files()), tensor_names(wanted, config))
-    _check_tensors(checkpoint, config, names, wanted)
+    check_tensors(checkpoint, config, names, wanted)
     joined = by_layer and mesh is None
     specs = partition_specs(config)
-    parts = jax.tree.map(lambda name, leaf: (_Part(name, leaf.shape[-1]),), names, wanted)
+    parts = jax.tree.map(lambda name, leaf: (Part(name, leaf.shape[-1]),), names, wanted)
     if joined:
         parts = replace(parts, layers=join(parts.layers, lambda of: tuple(part for each in of for part in each)))
         specs = replace(specs, layers=join(specs.layers, lambda of: of[0]))
@@ -258,34 +240,20 @@ def load_params(
         if progress is not None:
             progress(loaded, total)
 
-    def load(parts: tuple[_Part, ...], leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array | tuple[jax.Array, ...]:
+    def load(parts: tuple[Part, ...], leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array | tuple[jax.Array, ...]:
         if by_layer and parts[0].stacked:
             at_layer = _sharding(mesh, jax.P(*spec[1:]), leaf.shape[1:])
             on_device = _load_by_layer(checkpoint, parts, leaf, at_layer, advance)
         else:
-            on_device = jax.device_put(_read_leaf(checkpoint, parts, leaf, advance), _sharding(mesh, spec, leaf.shape))
+            on_device = jax.device_put(read_leaf(checkpoint, parts, leaf, advance), _sharding(mesh, spec, leaf.shape))
         return jax.block_until_ready(on_device)
 
     return jax.tree.map(load, parts, abstract_params(config, joined=joined), specs, is_leaf=is_by_layer)
 
 
-class _Part(NamedTuple):
-    """What a tensor of the checkpoint, or each layer's, is in a leaf: so many columns, after those of the part before.
-
-    In `name`, `{}` is the layer, and a second one the expert.
-    """
-
-    name: str
-    columns: int
-
-    @property
-    def stacked(self) -> bool:
-        return "{}" in self.name
-
-
 def _load_by_layer(
     checkpoint: TensorSource,
-    parts: tuple[_Part, ...],
+    parts: tuple[Part, ...],
     leaf: jax.ShapeDtypeStruct,
     sharding: Any,
     advance: Callable[[int], None],
@@ -294,137 +262,10 @@ def _load_by_layer(
     on_device: list[jax.Array] = []
     for layer in range(leaf.shape[0]):
         of_layer = jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
-        array = _read_leaf(checkpoint, parts, of_layer, advance, first=layer)
+        array = read_leaf(checkpoint, parts, of_layer, advance, first=layer)
         jax.block_until_ready(on_device)
         on_device.append(jax.device_put(array[0], sharding))
     return tuple(on_device)
-
-
-def _check_tensors(checkpoint: TensorSource, config: ModelConfig, names: Params, wanted: Params) -> None:
-    """Checks by the files' headers that they hold each tensor and no others, in the right shapes and dtypes."""
-    location, files = checkpoint.location, checkpoint.tensor_files()
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, leaf in zip(jax.tree.leaves(names), jax.tree.leaves(wanted), strict=True):
-        shape = leaf.shape[name.count("{}") :]
-        shape = shape[::-1] if is_kernel(name) else shape
-        shapes |= {each: shape for each, _ in numbered(name, leaf.shape)}
-    if missing := sorted(shapes.keys() - files.keys()):
-        refuse_quantised_tensors(location, sorted(files))
-        raise CheckpointError(f"{location}: {len(missing)} tensors are missing, among them {missing[0]}")
-    redundant = {stored_name(HEAD, files)} if config.tied_embeddings else set()
-    others = files.keys() - shapes - redundant
-    if stored_name(EMBEDDING, files) != EMBEDDING:  # a multimodal checkpoint
-        others = {name for name in others if not name.startswith(OTHER_TOWERS)}
-    if extra := sorted(name for name in others if not name.endswith("rotary_emb.inv_freq")):
-        refuse_quantised_tensors(location, extra)
-        raise CheckpointError(
-            f"{location}: {len(extra)} tensors have no place in {config.architecture}, among them {extra[0]!r}"
-        )
-    for file, in_file in _by_file(files, shapes):
-        with checkpoint.open_tensors(file) as tensors:
-            for name in in_file:
-                _check_tensor(file, tensors, name, shapes[name])
-
-
-def _check_tensor(file: Path, tensors: Any, name: str, shape: tuple[int, ...]) -> None:
-    try:
-        view = tensors.get_slice(name)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} lacks the tensor {name}: {error}") from error
-    if view.get_dtype() not in STORED_DTYPES:
-        raise CheckpointError(f"{file}: {name} has dtype {view.get_dtype()}, which is not supported (float only)")
-    if tuple(view.get_shape()) != shape:
-        raise CheckpointError(
-            f"{file}: {name} has shape {list(view.get_shape())}, the configuration asks for {list(shape)}"
-        )
-
-
-def _read_leaf(
-    checkpoint: TensorSource,
-    parts: tuple[_Part, ...],
-    leaf: jax.ShapeDtypeStruct,
-    advance: Callable[[int], None],
-    first: int = 0,
-) -> np.ndarray:
-    """Reads a leaf on the host; of stacked ones, as many layers as it has, from `first` on.
-
-    `advance` is called with the bytes of each tensor.
-    """
-    out = aligned_empty(leaf.shape, leaf.dtype)
-    places: dict[str, np.ndarray] = {}
-    begin = 0
-    for part in parts:
-        place = out[..., begin : begin + part.columns]
-        for name, at in numbered(part.name, leaf.shape, first):
-            places[name] = place[at].T if is_kernel(name) else place[at]
-        begin += part.columns
-    for file, in_file in _by_file(checkpoint.tensor_files(), places):
-        # Opened anew for each leaf: the pages that a memory map has touched count as ours until it is closed.
-        with checkpoint.open_tensors(file) as tensors:
-            for tensor_name in in_file:
-                _copy_tensor(file, tensors, tensor_name, places[tensor_name])
-                advance(places[tensor_name].nbytes)
-    return out
-
-
-def _by_file(files: dict[str, Path], names: Collection[str]) -> Iterator[tuple[Path, list[str]]]:
-    for file in sorted({files[name] for name in names}):
-        yield file, [name for name in names if files[name] == file]
-
-
-def _copy_tensor(file: Path, tensors: Any, name: str, place: np.ndarray) -> None:
-    rows = tensors.get_slice(name)
-    block = max(1, COPIED_BLOCK * len(place) // place.size)
-    for begin in range(0, len(place), block):
-        tensor = rows[begin : min(begin + block, len(place))]
-        if not _all_finite(tensor):
-            raise CheckpointError(
-                f"{file}: {name} holds NaN or infinity; the file is damaged, or its training diverged"
-            )
-        _write_rows(place[begin : begin + len(tensor)], tensor.astype(place.dtype, copy=False))
-
-
-def _write_rows(place: np.ndarray, rows: np.ndarray) -> None:
-    """Copies rows to where they belong: strip by strip where they are columns in memory, several times as fast."""
-    strip = len(rows) if place.flags.c_contiguous else STRIP
-    for begin in range(0, len(rows), strip):
-        place[begin : begin + strip] = rows[begin : begin + strip]
-
-
-def _all_finite(tensor: np.ndarray) -> bool:
-    """Looks at exponents, block by block: several times as fast as `np.isfinite` for bfloat16, in little memory."""
-    bits = tensor.reshape(-1).view(f"u{tensor.dtype.itemsize}")
-    exponent = EXPONENT_BITS[tensor.dtype.name]
-    blocks = (bits[begin : begin + FINITE_BLOCK] for begin in range(0, bits.size, FINITE_BLOCK))
-    return all((block & exponent).max() != exponent for block in blocks)
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> str:
-    """Returns the dtype of the checkpoint's largest tensor: what it is stored in, where nothing states it."""
-    sizes: dict[str, int] = {}
-    dtypes: dict[str, str] = {}
-    for file in sorted(set(checkpoint.tensor_files().values())):
-        with checkpoint.open_tensors(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                view = tensors.get_slice(name)
-                dtypes[name] = STORED_DTYPES.get(view.get_dtype(), "float32")  # others are refused when they are read
-                sizes[name] = int(np.prod(view.get_shape()))
-    return dtypes[max(sizes, key=lambda name: sizes[name])] if sizes else "float32"
-
-
-def _has_own_head(checkpoint: Checkpoint) -> bool:
-    """Returns whether an output projection is stored that is not the embedding."""
-    files, open_tensors = checkpoint.tensor_files(), checkpoint.open_tensors
-    embedding, head = stored_name(EMBEDDING, files), stored_name(HEAD, files)
-    if embedding not in files or head not in files:
-        return False
-    with open_tensors(files[embedding]) as at_embedding, open_tensors(files[head]) as at_head:
-        one, other = at_embedding.get_slice(embedding), at_head.get_slice(head)
-        if one.get_shape() != other.get_shape():
-            return True
-        rows = one.get_shape()[0]
-        blocks = (slice(begin, min(begin + HEAD_ROWS, rows)) for begin in range(0, rows, HEAD_ROWS))
-        return any(not np.array_equal(one[block], other[block]) for block in blocks)
 
 
 def _sharding(mesh: jax.sharding.Mesh | None, spec: jax.P, shape: tuple[int, ...]) -> Any:

@@ -18,8 +18,7 @@ from gguf_files import byte_level_metadata, byte_level_tokenizer, from_hugging_f
 from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
-from cacheblend_jax.model import gguf_tokenizer, weights_digest
-from cacheblend_jax.model import weights as weights_module
+from cacheblend_jax.model import gguf_tokenizer, tensor_reading, weights_digest
 from cacheblend_jax.model.gguf_file import read_gguf
 from cacheblend_jax.model.gguf_tensors import GgufTensors, NamedTensor
 from cacheblend_jax.model.tensor_names import hugging_face_tensors
@@ -336,7 +335,7 @@ def nothing_allocated(monkeypatch):
     def allocate(*_):
         raise AssertionError("allocated")
 
-    monkeypatch.setattr(weights_module, "aligned_empty", allocate)
+    monkeypatch.setattr(tensor_reading, "aligned_empty", allocate)
 
 
 def test_a_file_that_is_cut_off_is_named(tmp_path, nothing_allocated):

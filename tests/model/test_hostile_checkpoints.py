@@ -19,7 +19,7 @@ from conftest import HF, edit_json, refusal
 from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
-from cacheblend_jax.model import weights as weights_module
+from cacheblend_jax.model import tensor_reading
 from cacheblend_jax.model.checkpoint import MAX_JSON_BYTES, checkpoint_directory
 from cacheblend_jax.model.config_fields import INTEGERS, NUMBERS
 
@@ -31,7 +31,7 @@ def checkpoint(tmp_path, monkeypatch):
     def allocate(*_):
         raise AssertionError("allocated")
 
-    monkeypatch.setattr(weights_module, "aligned_empty", allocate)
+    monkeypatch.setattr(tensor_reading, "aligned_empty", allocate)
     return shutil.copytree(HF / "llama3", tmp_path / "model")
 
 

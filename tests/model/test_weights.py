@@ -20,7 +20,7 @@ from cacheblend_jax.model import save_check_layer
 from cacheblend_jax.model.config import NO_ROPE, ModelConfig
 from cacheblend_jax.model.rope import inverse_frequencies, rope_tables
 from cacheblend_jax.model.tensor_names import hugging_face_tensors
-from cacheblend_jax.model.weights import _all_finite
+from cacheblend_jax.model.tensor_reading import all_finite
 
 
 @pytest.fixture
@@ -66,11 +66,11 @@ def test_weights_without_a_stated_dtype_keep_that_of_their_file(checkpoint):
 def test_what_is_finite_is_seen_in_every_dtype(dtype):
     largest = float(ml_dtypes.finfo("float16").max)
     for shape in ((), (0,), (3, 5), (2**16 + 3,)):
-        assert _all_finite(np.full(shape, -largest, dtype))
+        assert all_finite(np.full(shape, -largest, dtype))
         for value in (np.nan, np.inf, -np.inf):
             tensor = np.ones(shape, dtype)
             tensor[(-1,) * tensor.ndim if tensor.size else ...] = value
-            assert _all_finite(tensor) == (tensor.size == 0)
+            assert all_finite(tensor) == (tensor.size == 0)
 
 
 def test_a_stored_head_that_is_not_the_embedding_is_kept(checkpoint, caplog):
