@@ -62,7 +62,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 import cacheblend_jax as cb  # noqa: E402
-from cacheblend_jax.model.config import ModelConfig, RopeConfig  # noqa: E402
+from cacheblend_jax.model.config import ModelConfig  # noqa: E402
+from cacheblend_jax.model.rope_config import RopeConfig  # noqa: E402
 from cacheblend_jax.runtime.programs import COMPILER_OPTIONS, compiler_options, mapped_share  # noqa: E402
 from pallas_kernels import use_verdicts  # noqa: E402
 

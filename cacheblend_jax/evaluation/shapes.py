@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cacheblend_jax.model.config import ModelConfig, RopeConfig
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.rope_config import RopeConfig
 
 SHAPES = {
     "bench-16l": ModelConfig(

@@ -1,13 +1,14 @@
-"""One config-driven decoder for the Llama form: Llama 2/3.x, Mistral, Qwen2/2.5, Qwen3, Gemma 3 and what shares it."""
+"""One decoder for all families: each is a configuration of it (`model.families`)."""
 
 from typing import TYPE_CHECKING
 
 from cacheblend_jax.runtime.lazy_names import imported
 
 if TYPE_CHECKING:
-    from cacheblend_jax.model.config import ModelConfig, RopeConfig
+    from cacheblend_jax.model.config import ModelConfig
     from cacheblend_jax.model.kv_cache import KVCache, LayerKV
     from cacheblend_jax.model.model import Model, random_model
+    from cacheblend_jax.model.rope_config import RopeConfig
     from cacheblend_jax.model.sampling import Sampling
     from cacheblend_jax.model.weights import load_model, save_check_layer
 
@@ -22,7 +23,7 @@ __all__ = [
     "random_model",
     "save_check_layer",
 ]
-_HOMES = ("config", "kv_cache", "sampling", "model", "weights")  # as in the package above
+_HOMES = ("rope_config", "config", "kv_cache", "sampling", "model", "weights")  # as in the package above
 
 
 def __getattr__(name: str) -> object:

@@ -8,35 +8,21 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from cacheblend_jax.errors import CheckpointError
-from cacheblend_jax.model.config_fields import MAX_POSITIONS, Fields, shown
-from cacheblend_jax.model.families import FAMILIES, LAYER_TYPES, Family, family_of, text_tower
+from cacheblend_jax.model.config_fields import Fields, shown
+from cacheblend_jax.model.families import FAMILIES, family_of, text_tower
+from cacheblend_jax.model.rope_config import (
+    LONGROPE,
+    NO_ROPE,
+    USUAL_ROPE,
+    RopeConfig,
+    rope_divisors,
+    rope_parameters,
+    ropes_of,
+    rotary_dim,
+    scaled_positions,
+)
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
-LONGROPE = "longrope"
-NO_ROPE = "none"  # the type of a RoPE that turns nothing; no configuration names it
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """RoPE of one of the types in `ROPE_TYPES`; fields that a type does not read stay at 0.
-
-    `attention_factor`, `mscale` and `mscale_all_dim` of 0 mean "not given", as an absent key does in a Hugging Face
-    configuration.
-    """
-
-    type: str = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    original_max_positions: int = 0
-    low_freq_factor: float = 0.0
-    high_freq_factor: float = 0.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 0.0
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    truncate: bool = True
 
 
 class ScoreOptions(TypedDict):
@@ -89,7 +75,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = USUAL_ROPE
     rms_norm_eps: float = 1e-6
     activation: str = "silu"
     qkv_bias: bool = False
@@ -207,11 +193,11 @@ class ModelConfig:
         num_layers = fields.integer("num_hidden_layers")
         attention_bias, mlp_bias = (fields.flag(key) and key in family.biases for key in ("attention_bias", "mlp_bias"))
         _check_unsupported(fields, architecture)
-        rope, local_rope = _ropes(fields, family)
+        rope, local_rope = ropes_of(fields, family)
         if max_positions is None:
             max_positions = fields.integer("max_position_embeddings")
             if not family.states_scaled_positions:
-                max_positions = _max_positions(max_positions, rope)
+                max_positions = scaled_positions(max_positions, rope)
         head_dim = fields.integer("head_dim", family.defaults.get("head_dim", hidden // heads))
         return cls(
             architecture=architecture,
@@ -224,8 +210,8 @@ class ModelConfig:
             head_dim=head_dim,
             max_positions=max_positions,
             rope=rope,
-            rope_divisors=_rope_divisors(fields, rope, max_positions),
-            rotary_dim=_rotary_dim(fields, family, head_dim),
+            rope_divisors=rope_divisors(fields, rope, max_positions),
+            rotary_dim=rotary_dim(fields, family, head_dim),
             local_rope=local_rope,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             norm_offset=family.norm_offset,
@@ -256,13 +242,13 @@ class ModelConfig:
         family = FAMILIES[self.architecture]
         window = next((window for window in self.windows if window is not None), None)
         stretch = self.rope.factor if self.rope.type == "linear" and not family.states_scaled_positions else 1
-        rope = _rope_parameters(self.rope)
+        rope = rope_parameters(self.rope)
         if self.rope_divisors:  # one set, which serves for both: that of `max_positions`
             rope |= {key: list(self.rope_divisors) for key in ("short_factor", "long_factor")}
         if self.rotary_dim is not None:
             rope["partial_rotary_factor"] = self.rotary_dim / self.head_dim
         if self.local_rope is not None:
-            rope = {"full_attention": rope, "sliding_attention": _rope_parameters(self.local_rope)}
+            rope = {"full_attention": rope, "sliding_attention": rope_parameters(self.local_rope)}
         content = {
             "architectures": [self.architecture],
             "model_type": family.model_type,
@@ -306,109 +292,3 @@ def stated_dtype(raw: Mapping[str, Any]) -> str | None:
     fields = Fields(raw)
     value = fields.text("dtype") or fields.text("torch_dtype")
     return value.removeprefix("torch.") if value else None
-
-
-def _ropes(fields: Fields, family: Family) -> tuple[RopeConfig, RopeConfig | None]:
-    """Returns the RoPE of the layers, and that of those with a window where the family has two."""
-    theta = fields.number("rope_theta", 10000.0)
-    if not family.ropes_by_type:
-        parameters = _rope_fields(fields)
-        if any(key.endswith("_attention") for key in parameters.content):
-            raise CheckpointError("RoPE parameters that differ between layer types are not supported")
-        return _rope(fields, parameters, theta, family.rope_types), None
-    by_type = fields.nested("rope_parameters") or Fields({})
-    if unknown := set(by_type.content) - set(LAYER_TYPES):
-        raise by_type.wrong(min(unknown), f"absent: what is there is {' and '.join(LAYER_TYPES)}", by_type.content)
-    full, local = (by_type.nested(kind) or Fields({}) for kind in LAYER_TYPES)
-    if scaling := fields.nested("rope_scaling"):
-        full = Fields({**full.content, **scaling.content}, "rope_scaling.")
-    return _rope(fields, full, theta), _rope(fields, local, fields.number("rope_local_base_freq", 10000.0))
-
-
-def _rope(fields: Fields, parameters: Fields, theta: float, names: Mapping[str, str] | None = None) -> RopeConfig:
-    named = parameters.text("rope_type") or parameters.text("type") or "default"  # once it was "type"
-    rope_type = (names or {}).get(named, named)
-    if rope_type not in ROPE_TYPES:
-        raise CheckpointError(f"RoPE type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if rope_type not in ("default", LONGROPE) and "factor" not in parameters:
-        raise CheckpointError(f"RoPE type {rope_type!r} needs a factor")
-    # As in transformers, the configuration's own key comes before that of its RoPE parameters.
-    original, stated = "original_max_position_embeddings", fields.integer("max_position_embeddings")
-    original_positions = (fields if original in fields else parameters).integer(original, stated)
-    rope = RopeConfig(
-        type=rope_type,
-        theta=parameters.number("rope_theta", theta),
-        factor=parameters.number("factor", stated / original_positions if rope_type == LONGROPE else 1.0),
-        original_max_positions=original_positions,
-        low_freq_factor=_given(parameters, "low_freq_factor"),
-        high_freq_factor=_given(parameters, "high_freq_factor"),
-        beta_fast=parameters.number("beta_fast", 32.0),
-        beta_slow=parameters.number("beta_slow", 1.0),
-        attention_factor=_given(parameters, "attention_factor"),
-        mscale=_given(parameters, "mscale"),
-        mscale_all_dim=_given(parameters, "mscale_all_dim"),
-        truncate=parameters.flag("truncate", True),
-    )
-    if rope_type == "llama3" and (rope.low_freq_factor or 1.0) >= (rope.high_freq_factor or 4.0):
-        raise parameters.wrong("high_freq_factor", "above low_freq_factor", rope.high_freq_factor or 4.0)
-    return rope
-
-
-def _rope_divisors(fields: Fields, rope: RopeConfig, max_positions: int) -> tuple[float, ...]:
-    """Returns the factors of LongRoPE for sequences of up to `max_positions`: one set for all, as in vLLM.
-
-    transformers changes from one set to the other within a sequence, with which no KV that was stored before agrees.
-    """
-    if rope.type != LONGROPE:
-        return ()
-    key = "long_factor" if max_positions > rope.original_max_positions else "short_factor"
-    return tuple(_rope_fields(fields).numbers(key))
-
-
-def _rotary_dim(fields: Fields, family: Family, head_dim: int) -> int | None:
-    holder = fields if "partial_rotary_factor" in fields else _rope_fields(fields)
-    if (share := holder.number("partial_rotary_factor", 1.0)) == 1.0:
-        return None
-    if not family.partial_rotary:
-        raise CheckpointError("partial_rotary_factor other than 1 is not supported")
-    return int(head_dim * share)
-
-
-def _rope_fields(fields: Fields) -> Fields:
-    """Returns the RoPE parameters: transformers 5 writes `rope_parameters`; before it was `rope_scaling`."""
-    given = next((key for key in ("rope_scaling", "rope_parameters") if fields.content.get(key)), "rope_scaling")
-    return fields.nested(given) or Fields({})
-
-
-def _max_positions(stated: int, rope: RopeConfig) -> int:
-    """Returns how many positions a model takes, given `max_position_embeddings`, as vLLM derives it.
-
-    What a `llama3` configuration states is scaled already; a `yarn` one may state the length before scaling or after.
-    """
-    if rope.type == "linear":
-        return min(int(stated * rope.factor), MAX_POSITIONS)
-    if rope.type == "yarn":
-        return min(max(stated, int(rope.original_max_positions * rope.factor)), MAX_POSITIONS)
-    return stated
-
-
-def _given(parameters: Fields, key: str) -> float:
-    """Returns a number, and 0 where none is given."""
-    return parameters.number(key, 0.0) if key in parameters else 0.0
-
-
-def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
-    """Returns what `_rope` reads."""
-    parameters: dict[str, Any] = {"rope_type": rope.type, "rope_theta": rope.theta}
-    if rope.type != "default":
-        parameters["factor"] = rope.factor
-    if rope.type in ("llama3", "yarn", LONGROPE):
-        parameters["original_max_position_embeddings"] = rope.original_max_positions
-    if rope.type == "llama3":
-        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.type == "yarn":
-        parameters |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
-    if rope.type in ("yarn", LONGROPE):
-        given = ("attention_factor", "mscale", "mscale_all_dim")
-        parameters |= {name: getattr(rope, name) for name in given if getattr(rope, name)}
-    return parameters

@@ -11,7 +11,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from cacheblend_jax.model.config import LONGROPE, NO_ROPE, ModelConfig, RopeConfig
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.rope_config import LONGROPE, NO_ROPE, RopeConfig
 
 
 @struct.dataclass

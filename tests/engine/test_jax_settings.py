@@ -10,7 +10,8 @@ import numpy as np
 from conftest import SHAPE, random_prompt
 
 import cacheblend_jax as cb
-from cacheblend_jax.model.config import ModelConfig, RopeConfig
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.rope_config import RopeConfig
 
 CONFIG = ModelConfig(
     architecture="Qwen3ForCausalLM",

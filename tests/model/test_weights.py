@@ -17,8 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
 from cacheblend_jax.model import save_check_layer
-from cacheblend_jax.model.config import NO_ROPE, ModelConfig
+from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.rope import inverse_frequencies, rope_tables
+from cacheblend_jax.model.rope_config import NO_ROPE
 from cacheblend_jax.model.tensor_names import hugging_face_tensors
 from cacheblend_jax.model.tensor_reading import all_finite
 
