@@ -95,7 +95,7 @@ class Delivery:
 
     def kv_dtype(self, chunks: Sequence[PlacedChunk]) -> str | None:
         """Returns what the chunks' KV is on its way to the device, and there: see `kv_dtype_of`."""
-        return kv_dtype_of(chunks, self.kv_dtypes)
+        return kv_dtype_of(chunks, self.kv_dtypes, has_key_bias=self._model.config.has_key_bias)
 
     def whole(
         self, num_keys: int, chunks: Sequence[PlacedChunk], kv_dtype: str | None, trace: Trace | None = None

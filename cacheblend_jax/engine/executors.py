@@ -347,8 +347,11 @@ class Executors:
         return cached
 
     def to_device(self, entry: ChunkEntry) -> DeviceEntry:
-        """Copies an entry to the device, padded so that chunks of many lengths share programs."""
-        return on_device(entry, self._put)
+        """Copies an entry to the device, padded so that chunks of many lengths share programs.
+
+        Codes that the device does not read are dequantised first.
+        """
+        return on_device(entry if entry.kv_dtype in self.delivery.kv_dtypes else entry.dequantised(), self._put)
 
     def standalone(self, chunk: PlacedChunk) -> ChunkEntry:
         """Computes a chunk's KV after its context alone.
@@ -370,8 +373,7 @@ class Executors:
         if model.fingerprint != chunk.fingerprint:
             raise CacheBlendError("the model's weights changed while a chunk waited to be stored; it is not stored")
         origin = chunk.fingerprint, tuple(context_ids.tolist()), label_for(model, chunk)
-        biases = key_biases(model.params)
-        k_offset = None if biases is None else biases.reshape(k.shape[0], *k.shape[2:])
+        k_offset = key_biases(model.params, model.config)
         return ChunkEntry(k, v, *origin, k_offset=k_offset).hand_over()
 
     def _kv_of(self, token_ids: np.ndarray, context: KVCache | None = None, context_length: int = 0) -> KVCache:

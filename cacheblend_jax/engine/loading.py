@@ -50,7 +50,7 @@ def copiers() -> int:
 HostRows = np.ndarray | QuantisedRows  # K's rows on the host, or V's; on the device, the same of JAX arrays
 
 
-def kv_dtype_of(chunks: Sequence[PlacedChunk], readable: Collection[str]) -> str | None:
+def kv_dtype_of(chunks: Sequence[PlacedChunk], readable: Collection[str], *, has_key_bias: bool) -> str | None:
     """Returns what the stored KV of a prompt is on its way to the device, and there: codes of a dtype, or values.
 
     Codes only where all chunks are stored so: a prompt's cached KV is of one kind, so that a plan has a program for
@@ -58,8 +58,11 @@ def kv_dtype_of(chunks: Sequence[PlacedChunk], readable: Collection[str]) -> str
 
     Args:
         readable: the dtypes of codes that the device reads.
+        has_key_bias: whether the device adds the model's bias to keys. Codes from which it was not subtracted (of an
+            entry that was put without `k_offset`, say) are dequantised on the host.
     """
-    kinds = {chunk.handle.kv_dtype for chunk in chunks}
+    handles = [chunk.handle for chunk in chunks]
+    kinds = {handle.kv_dtype if handle.has_k_offset == has_key_bias else None for handle in handles}
     (kind,) = kinds if len(kinds) == 1 else (None,)
     return kind if kind in readable else None
 

@@ -53,6 +53,7 @@ class _KeptChunk:
         self._stored = stored
         self._layers: dict[int, tuple[StoredRows, StoredRows]] = {}
         self.shape, self.dtype, self.kv_dtype = stored.shape, stored.dtype, stored.kv_dtype
+        self.has_k_offset = stored.has_k_offset
         self.num_layers, self.num_tokens, self.num_bytes = stored.num_layers, stored.num_tokens, stored.num_bytes
         self.device_entry: DeviceEntry | None = stored.device_entry
         self.tier = stored.tier  # host memory, once all layers are there

@@ -154,6 +154,11 @@ class ModelConfig:
         return 3 * self.hidden_size * self.intermediate_size
 
     @property
+    def has_key_bias(self) -> bool:
+        """Whether the keys of all tokens have something in common: a bias that no norm changes."""
+        return self.qkv_bias and not self.qk_norm
+
+    @property
     def score_options(self) -> ScoreOptions:
         """What all that computes attention's scores must pass on."""
         return {"scale": self.attention_scale, "soft_cap": self.attention_soft_cap}

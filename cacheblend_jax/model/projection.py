@@ -21,6 +21,7 @@ def linear(
         inputs,
         outputs,
         use_bias=bias,
+        bias_init=nnx.initializers.normal(0.1),
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.dtype),
         kernel_metadata={"out_sharding": axes, "eager_sharding": False},

@@ -45,15 +45,15 @@ def cache_values(params: Params, cached: StoredCache, *, config: ModelConfig) ->
     return KVCache(*(jnp.stack(each) for each in zip(*((layer.k, layer.v) for layer in layers), strict=True)))
 
 
-def key_biases(params: Params) -> np.ndarray | None:
-    """Returns what the keys of all tokens have in common, `[layers, kv_heads * head_dim]`: see `DecoderLayer.key_bias`.
+def key_biases(params: Params, config: ModelConfig) -> Float[np.ndarray, "layers kv_heads head_dim"] | None:
+    """Returns what the keys of all tokens have in common, on the host; `None` where there is no such thing.
 
-    On the host, for `ChunkEntry.k_offset`.
+    For `ChunkEntry.k_offset`; on the device, `DecoderLayer.key_bias` is the same.
     """
-    layers = params.separated().layers
-    if "k_norm" in layers or "bias" not in layers["k_proj"]:
+    if not config.has_key_bias:
         return None
-    return np.stack([np.asarray(bias) for bias in layers["k_proj"]["bias"]])
+    biases = np.stack([np.asarray(bias) for bias in params.separated().layers["k_proj"]["bias"]])
+    return biases.reshape(config.num_layers, config.num_kv_heads, config.head_dim)
 
 
 def abstract_stored(

@@ -56,7 +56,7 @@ class DecoderLayer(nnx.Module):
         hidden, head_dim = config.hidden_size, config.head_dim
         q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
         projection = partial(linear, config, rngs=rngs)
-        self.joined = joined
+        self.joined, self.has_key_bias = joined, config.has_key_bias
         self.head_dim, self.q_size, self.kv_size, self.mlp_size = head_dim, q_size, kv_size, config.intermediate_size
         self.activation = config.activation
         self.glu_alpha, self.glu_limit = config.glu_alpha, config.glu_limit
@@ -112,11 +112,10 @@ class DecoderLayer(nnx.Module):
 
     @property
     def key_bias(self) -> Float[Array, "kv_heads head_dim"] | None:
-        """What is in the keys of all tokens alike; `None` where there is no such thing, or a norm changes it."""
-        whole = self.qkv_proj if self.joined else self.k_proj
-        if whole.bias is None or self.k_norm is not None:
+        """What is in the keys of all tokens alike; `None` where there is no such thing."""
+        if not self.has_key_bias:
             return None
-        bias = whole.bias[...]
+        bias = (self.qkv_proj if self.joined else self.k_proj).bias[...]
         return (bias[self.q_size : self.q_size + self.kv_size] if self.joined else bias).reshape(-1, self.head_dim)
 
     def queries(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens heads head_dim"]:

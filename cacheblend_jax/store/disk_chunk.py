@@ -45,6 +45,7 @@ class DiskChunk:
         self._first_failure = threading.Lock()  # held from then on
         self.shape: tuple[int, ...] = reader.record.shape
         self.dtype, self.kv_dtype = np.dtype(reader.record.dtype), reader.record.kv_dtype or None
+        self.has_k_offset = "k_offset" in reader.record.arrays()
         self.num_layers, self.num_tokens = self.shape[:2]
         self.num_bytes = reader.record.num_bytes
 

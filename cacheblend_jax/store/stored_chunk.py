@@ -23,6 +23,7 @@ class StoredChunk(Protocol):
     Attributes:
         shape, dtype: of K and of V: `[layers, tokens, kv_heads, head_dim]`.
         kv_dtype: of the codes where K and V are quantised, else `None`.
+        has_k_offset: whether something was subtracted from keys first: `ChunkEntry.k_offset`.
         num_tokens, num_layers: the entry's.
         num_bytes: of K and V as they are stored, all layers together.
         tier: where it is read from: `"device"`, `"host"` or `"disk"`.
@@ -32,6 +33,7 @@ class StoredChunk(Protocol):
     shape: tuple[int, ...]
     dtype: np.dtype
     kv_dtype: str | None
+    has_k_offset: bool
     num_tokens: int
     num_layers: int
     num_bytes: int
@@ -69,6 +71,7 @@ class HostChunk:
         self._entry = entry
         self._unpin: Callable[[], None] | None = unpin
         self.shape, self.dtype, self.kv_dtype = entry.k.shape, entry.dtype, entry.kv_dtype
+        self.has_k_offset = "k_offset" in entry.arrays()
         self.num_layers, self.num_tokens = self.shape[:2]
         self.num_bytes = entry.num_bytes
 
@@ -105,6 +108,7 @@ class DeviceChunk:
         self._unpin: Callable[[], None] | None = unpin
         self.shape = (entry.k.shape[0], entry.num_tokens, *entry.k.shape[2:])
         self.dtype, self.kv_dtype = entry.dtype, entry.kv_dtype
+        self.has_k_offset = entry.kv_dtype is not None and entry.k_offset is not None
         self.num_layers, self.num_tokens = self.shape[:2]
         self.num_bytes = entry.num_bytes * entry.num_tokens // entry.k.shape[1]
 

@@ -83,6 +83,7 @@ class ThrottledChunk:
     def __init__(self, chunk: StoredChunk, store: ThrottledStore) -> None:
         self._chunk, self._store = chunk, store
         self.shape, self.dtype, self.kv_dtype = chunk.shape, chunk.dtype, chunk.kv_dtype
+        self.has_k_offset = chunk.has_k_offset
         self.num_tokens, self.num_layers, self.num_bytes = chunk.num_tokens, chunk.num_layers, chunk.num_bytes
         self.tier = store.tier
 

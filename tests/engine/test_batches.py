@@ -168,7 +168,7 @@ def test_a_chunk_that_prompts_share_is_read_once(tmp_path, monkeypatch):
 def test_an_entry_that_could_not_be_read_is_opened_anew():
     class Chunk:
         shape, dtype, num_layers, num_tokens, num_bytes = (1, 2, 1, 4), np.dtype(np.float32), 1, 2, 64
-        tier, device_entry, kv_dtype = "disk", None, None
+        tier, device_entry, kv_dtype, has_k_offset = "disk", None, None, False
 
         def __init__(self, error: Exception | None) -> None:
             self.error, self.closed = error, 0

@@ -38,6 +38,7 @@ class Handle:
     num_layers: int = CONFIG.num_layers
     device_entry: None = None
     kv_dtype: str | None = None
+    has_k_offset: bool = False
     dtype = np.dtype(np.float32)
 
     @property

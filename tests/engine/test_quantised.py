@@ -112,6 +112,14 @@ def test_a_mixture_is_served_by_the_programs_of_values():
         assert engine.model.runner.count == compiled
 
 
+def test_codes_of_keys_whose_bias_was_not_subtracted_are_served_as_values():
+    moved = cb.ChunkStore(kv_dtype=INT8)
+    for key, entry in entries_of(filled(None)).items():
+        moved.put(key, cb.ChunkEntry(entry.k, entry.v))  # as they are read from disk
+    assert {entry.kv_dtype for entry in entries_of(moved).values()} == {INT8}
+    assert_equal(engine_over(moved).prefill(PROMPT), engine_over(as_values(moved)).prefill(PROMPT))
+
+
 def test_codes_stay_codes_on_the_device():
     store = filled(INT8, device_bytes=2**24)
     with engine_over(store, executor="resident") as engine:
@@ -185,16 +193,22 @@ def test_a_device_without_float8_stores_int8_and_says_so_once(caplog, monkeypatc
     assert store.get(key).kv_dtype == INT8
     # What others stored in float8 is dequantised on the host.
     assert engine._executors.delivery.kv_dtypes == (INT8,)
-    others = filled_elsewhere(monkeypatch)
-    out = engine_over(others).prefill(PROMPT)
-    assert_equal(out, engine_over(as_values(others)).prefill(PROMPT))
+    others = filled_elsewhere(monkeypatch, device_bytes=2**24)
+    wanted = engine_over(as_values(others)).prefill(PROMPT)
+    with engine_over(others, executor="resident") as engine:
+        assert_equal(engine.prefill(PROMPT), wanted)
+        engine.flush()
+        for name in entries_of(others):
+            with others.open(name) as chunk:
+                assert chunk.device_entry.kv_dtype is None
+        assert_equal(engine.prefill(PROMPT), wanted)
 
 
-def filled_elsewhere(monkeypatch) -> cb.ChunkStore:
+def filled_elsewhere(monkeypatch, **options) -> cb.ChunkStore:
     """A store of float8, filled by a device that has it."""
     with monkeypatch.context() as patch:
         patch.setattr(Target, "has_float8", property(lambda _: True))
-        return filled("float8_e4m3fn")
+        return filled("float8_e4m3fn", **options)
 
 
 @pytest.mark.parametrize(
