@@ -14,12 +14,11 @@ from etils import epath
 from cacheblend_jax.store.checks import check_capacity, check_dtype, check_text, is_text
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry, QueuedEntry
 from cacheblend_jax.store.loads import Load, Loads
-from cacheblend_jax.store.memory import MemoryTier
+from cacheblend_jax.store.memory_tiers import MemoryTiers
 from cacheblend_jax.store.quantise import check_kv_dtype
-from cacheblend_jax.store.recent_uses import RecentUses
 from cacheblend_jax.store.record import EntryRecord
 from cacheblend_jax.store.stats import DiskStats, StoreStats, TierStats
-from cacheblend_jax.store.stored_chunk import DeviceChunk, HostChunk, StoredChunk
+from cacheblend_jax.store.stored_chunk import HostChunk, StoredChunk
 
 if TYPE_CHECKING:
     from cacheblend_jax.store.persistent import PersistentTier
@@ -84,14 +83,12 @@ class ChunkStore:
         self.directory: epath.Path | None = None
         self.salt = salt
         self.kv_dtype = kv_dtype
-        self._host: MemoryTier[ChunkEntry] = MemoryTier(host_bytes)
-        self._device: MemoryTier[DeviceEntry] = MemoryTier(device_bytes)
         self._context: str | None = None  # where there is no directory to remember it
         self._disk: PersistentTier | None = None
         self._disk_at_close = DiskStats()
         self._lock = threading.Lock()
+        self._memory = MemoryTiers(host_bytes, device_bytes, self._lock)
         self._loads = Loads(self._lock)
-        self._recent = RecentUses()
         self._hits: Counter[str] = Counter()  # by tier
         self._misses = self._stored = self._dropped = 0
         self._closed = False
@@ -158,35 +155,31 @@ class ChunkStore:
             to_device: copies an entry to the device, where it is kept too as far as `device_bytes` allow.
         """
         check_text("key", key)
+        host, device, has_room = self._memory.host, self._memory.device, self._memory.has_room
         with self._loads.begin(key) as load:
             with self._lock:
-                entry, uses = self._host.peek(key), self._host.uses(key)
-                if self._device.peek(key) is not None:
+                entry, uses = host.peek(key), host.uses(key)
+                if device.peek(key) is not None:
                     return
             if entry is None and (disk := self._disk) is not None:
-                tiers = (self._host,) if to_device is None else (self._host, self._device)
-                loaded = disk.load(key, lambda size: any(self._has_room(tier, key, size) for tier in tiers))
+                tiers = (host,) if to_device is None else (host, device)
+                loaded = disk.load(key, lambda size: any(has_room(tier, key, size) for tier in tiers))
                 if loaded is not None:
                     entry, uses = loaded
-                    if self._has_room(self._host, key, entry.num_bytes):
+                    if has_room(host, key, entry.num_bytes):
                         with self._lock:
                             self._keep_loaded(load, entry, uses)
-            if entry is None or to_device is None or not self._has_room(self._device, key, entry.num_bytes):
+            if entry is None or to_device is None or not has_room(device, key, entry.num_bytes):
                 return
             copy = to_device(entry)
             with self._lock:
                 if not load.outdated:
-                    self._device.put(key, copy, uses)
+                    device.put(key, copy, uses)
 
     def drop_device(self) -> bool:
         """Gives the device the memory back of the entries there that nobody uses; returns whether there were any."""
         with self._lock:
-            return self._device.drop()
-
-    def _has_room(self, tier: MemoryTier, key: str, num_bytes: int) -> bool:
-        """Whether a tier has room for an entry, be it that of others that were used less lately."""
-        with self._lock:
-            return tier.admits(num_bytes, lambda other: self._recent.exceeds(key, other))
+            return self._memory.device.drop()
 
     def put(self, key: str, entry: ChunkEntry, *, wait: bool = False, uses: int = 1) -> bool:
         """Keeps an entry in memory and queues it for the disk; returns whether it is kept anywhere.
@@ -206,8 +199,8 @@ class ChunkStore:
         entry = entry.quantised(self.kv_dtype).kept()
         with self._lock:
             self._loads.outdate(key)
-            self._device.remove(key)
-            kept = self._host.put(key, entry, uses)
+            self._memory.device.remove(key)
+            kept = self._memory.host.put(key, entry, uses)
         queued = False
         disk = self._disk
         if disk is not None and not disk.writable:
@@ -219,7 +212,7 @@ class ChunkStore:
                     self._dropped += 1
                 self._loads.outdate(key)  # a load begun meanwhile may have found the entry's predecessor on disk
                 if not kept:
-                    self._host.remove(key)
+                    self._memory.host.remove(key)
         with self._lock:
             self._stored += kept or queued
         return kept or queued
@@ -257,8 +250,7 @@ class ChunkStore:
             disk.remove(key)
         with self._lock:  # last, since loads begun until now may have found the entry on disk
             self._loads.outdate(key)
-            self._host.remove(key)
-            self._device.remove(key)
+            self._memory.remove(key)
         return there
 
     def check_writable(self) -> None:
@@ -277,9 +269,7 @@ class ChunkStore:
             disk.clear()
         with self._lock:
             self._loads.outdate()
-            for key in {*self._host.keys(), *self._device.keys()}:
-                self._host.remove(key)
-                self._device.remove(key)
+            self._memory.clear()
 
     def flush(self) -> None:
         """Waits until every entry put so far has been written to disk, or could not be."""
@@ -310,8 +300,8 @@ class ChunkStore:
         on_disk = self._disk_at_close if disk is None else disk.stats()
         with self._lock:
             return StoreStats(
-                host=self._host.stats(self._hits["host"]),
-                device=self._device.stats(self._hits["device"]),
+                host=self._memory.host.stats(self._hits["host"]),
+                device=self._memory.device.stats(self._hits["device"]),
                 disk=TierStats(self._hits["disk"], on_disk.entries, on_disk.bytes, on_disk.evicted, on_disk.rejected),
                 misses=self._misses,
                 stored=self._stored,
@@ -329,7 +319,7 @@ class ChunkStore:
     def keys(self) -> list[str]:
         """Returns the keys of all entries: first those in memory, in the order of eviction, then those only on disk."""
         with self._lock:
-            in_memory = [*self._host.keys(), *self._device.keys()]
+            in_memory = self._memory.keys()
         disk = self._disk
         return list(dict.fromkeys([*in_memory, *([] if disk is None else disk.keys())]))
 
@@ -337,12 +327,7 @@ class ChunkStore:
         """Returns the bytes of each entry, by key: first those on disk, the least recently used first."""
         disk = self._disk
         sizes = {} if disk is None else disk.sizes()
-        with self._lock:
-            memory = {
-                key: (self._host.peek(key) or self._device.peek(key))
-                for key in [*self._host.keys(), *self._device.keys()]
-            }
-        return sizes | {key: entry.num_bytes for key, entry in memory.items() if entry is not None and key not in sizes}
+        return sizes | {key: size for key, size in self._memory.sizes().items() if key not in sizes}
 
     def hold(self, key: str) -> ExitStack | None:
         """Keeps an entry from being evicted until the result is closed; `None` where there is none that can be kept.
@@ -351,15 +336,8 @@ class ChunkStore:
         Entries on object storage, and those that are on the device alone, cannot be kept.
         """
         check_text("key", key)
-        if (disk := self._disk) is not None:
-            return disk.hold(key)
-        with self._lock:
-            if self._host.peek(key) is None:
-                return None
-            self._host.pin(key)
-        held = ExitStack()
-        held.callback(self._unpin, self._host, key)
-        return held
+        disk = self._disk
+        return self._memory.hold(key) if disk is None else disk.hold(key)
 
     def same_texts(self, text_digests: Collection[str]) -> list[EntryRecord]:
         """Describes the entries on disk of chunks of these texts, for whatever model and context: see `Label`."""
@@ -370,7 +348,7 @@ class ChunkStore:
         if not is_text(key):
             return False
         with self._lock:
-            if self._host.peek(key) is not None or self._device.peek(key) is not None:
+            if self._memory.peek(key) is not None:
                 return True
         disk = self._disk
         return disk is not None and key in disk
@@ -379,16 +357,8 @@ class ChunkStore:
         return len(self.keys())
 
     def _open(self, key: str) -> StoredChunk | None:
-        with self._lock:
-            entry = self._host.get(key)  # also where the device serves it: both tiers then know of the use
-            if (on_device := self._device.get(key)) is not None:
-                self._device.pin(key)
-            elif entry is not None:
-                self._host.pin(key)
-        if on_device is not None:
-            return DeviceChunk(on_device, lambda: self._unpin(self._device, key))
-        if entry is not None:
-            return HostChunk(entry, lambda: self._unpin(self._host, key))
+        if (chunk := self._memory.open(key)) is not None:
+            return chunk
         disk = self._disk
         if disk is not None and (entry := disk.pending(key)) is not None:
             return HostChunk(entry, lambda: None)
@@ -398,15 +368,15 @@ class ChunkStore:
         """Returns an entry that is in host memory, on the device, or queued for the disk, and counts a use."""
         key, disk = load.key, self._disk
         with self._lock:
-            entry = self._host.get(key)
-            on_device = self._device.get(key)
+            entry = self._memory.host.get(key)
+            on_device = self._memory.device.get(key)
             if entry is not None:
                 self._hits["host"] += 1
         if entry is None and on_device is not None:
             entry = on_device.on_host()
             with self._lock:
                 self._hits["device"] += 1
-                self._keep_loaded(load, entry, self._device.uses(key))
+                self._keep_loaded(load, entry, self._memory.device.uses(key))
         if entry is None and disk is not None and (entry := disk.pending(key)) is not None:
             with self._lock:
                 self._hits["host"] += 1
@@ -419,14 +389,9 @@ class ChunkStore:
         """Keeps an entry in host memory, unless it has been replaced or removed. The caller holds the lock."""
         entry.hand_over()
         if not load.outdated:
-            self._host.put(load.key, entry, uses)
+            self._memory.host.put(load.key, entry, uses)
 
     def _touch(self, key: str) -> None:
-        with self._lock:
-            self._recent.add(key)
+        self._memory.count_use(key)
         if (disk := self._disk) is not None:
             disk.touch(key)
-
-    def _unpin(self, tier: MemoryTier, key: str) -> None:
-        with self._lock:
-            tier.unpin(key)

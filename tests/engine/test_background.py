@@ -167,7 +167,7 @@ def test_a_store_that_fails_to_open_a_chunk_leaves_no_other_open(monkeypatch):
         monkeypatch.setattr(store, "open", open_or_fail)
         with pytest.raises(RuntimeError, match="no such tier"):
             engine.prefill(prompt)
-    assert not +store._host._pins
+    assert not +store._memory.host._pins
 
 
 def test_a_prefix_longer_than_the_model_is_named_before_any_work():

@@ -127,7 +127,7 @@ def test_the_store_never_holds_more_than_its_bytes(steps):
             store.get(key)
         else:
             store.put(key, entry(tokens=tokens))
-        held = sum(store._host.peek(name).num_bytes for name in list(store.keys()))
+        held = sum(store._memory.host.peek(name).num_bytes for name in list(store.keys()))
         assert store.stats.host.bytes == held <= 4 * ENTRY_BYTES
         assert store.stats.host.entries == len(store)
 

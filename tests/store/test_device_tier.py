@@ -75,7 +75,7 @@ def test_the_least_used_goes_first_and_one_in_use_never():
         for _ in range(uses):
             store.get(name)
         store.promote(name, to_device)
-        return {name for name in "abc" if store._device.peek(name) is not None}
+        return {name for name in "abc" if store._memory.device.peek(name) is not None}
 
     assert kept_after("a", 0) == {"a"}
     assert kept_after("b", 0) == {"a", "b"}
