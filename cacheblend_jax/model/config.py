@@ -34,7 +34,7 @@ class ScoreOptions(TypedDict):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and options of a Llama-form decoder.
+    """Shape and options of a decoder.
 
     Attributes:
         max_positions: how long a sequence may be, with RoPE scaling.

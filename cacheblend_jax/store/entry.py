@@ -34,7 +34,8 @@ class ChunkEntry:
 
     Attributes:
         k_offset: what the keys of all tokens have in common, `[layers, kv_heads, head_dim]` (a model's bias of keys):
-            quantising subtracts it first, so that channels with large biases leave the others their precision.
+            quantising subtracts it first, so that channels with large biases leave the others their precision. Entries
+            that are read from disk as values have none: quantised then, they are served as values.
 
     Raises:
         ValueError: `k` and `v` differ in shape or dtype, or do not have four dimensions; or `k_offset` does not fit.
