@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 LAUNCH = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) (fusion|custom-call|copy|fusion-start|copy-start|sort)\((.*)$")
-SCOPE = re.compile(r'op_name="([^"]*)"')
 # By what its line says, the first that matches: a target, a kernel's name, or the scope that it was traced in.
 KINDS = {
     "products": r"__cublas|gemm_fusion",

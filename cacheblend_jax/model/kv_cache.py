@@ -1,4 +1,4 @@
-"""The two records of keys and values: one layer's, and all layers' stacked."""
+"""Records of keys and values, one layer's and all layers' stacked, and how queries attend to them."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def ropes_of(fields: Fields, family: Family) -> tuple[RopeConfig, RopeConfig | N
 
 
 def _rope(fields: Fields, parameters: Fields, theta: float, names: Mapping[str, str] | None = None) -> RopeConfig:
-    named = parameters.text("rope_type") or parameters.text("type") or "default"  # once it was "type"
+    named = parameters.text("rope_type") or parameters.text("type") or "default"  # older ones say "type"
     rope_type = (names or {}).get(named, named)
     if rope_type not in ROPE_TYPES:
         raise CheckpointError(f"RoPE type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")

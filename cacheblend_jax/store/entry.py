@@ -177,7 +177,8 @@ class DeviceEntry:
     @property
     def num_bytes(self) -> int:
         """Bytes that K and V take on the device, padding included (on each device, where a mesh has copies)."""
-        return self.k.nbytes + self.v.nbytes + sum(x.nbytes for x in (self.scales or ("",))[1:])
+        scales = () if self.scales is None else (self.scales.k, self.scales.v)
+        return sum(x.nbytes for x in (self.k, self.v, *scales))
 
     @property
     def dtype(self) -> np.dtype:

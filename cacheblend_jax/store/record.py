@@ -86,11 +86,6 @@ class EntryRecord:
         return storage_name(self.key, self.salt)
 
     @property
-    def layer_shape(self) -> tuple[int, int, int]:
-        """`[tokens, kv_heads, head_dim]`."""
-        return self.shape[1:]
-
-    @property
     def num_bytes(self) -> int:
         """Bytes of K and V as they are stored."""
         return sum(math.prod(array.shape) * array.dtype.itemsize for array in self.arrays().values())

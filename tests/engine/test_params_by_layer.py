@@ -11,9 +11,10 @@ from conftest import FAMILIES, HF, random_prompt, relative_error
 
 import cacheblend_jax as cb
 from cacheblend_jax.evaluation.attention import attention_deviation_by_layer
-from cacheblend_jax.model import transformer
+from cacheblend_jax.model import projection
 from cacheblend_jax.model.kv_cache import cache_shape
 from cacheblend_jax.model.params import Params, is_by_layer
+from cacheblend_jax.model.quantised_kv import key_biases
 from cacheblend_jax.model.tensor_names import hugging_face_tensors
 from cacheblend_jax.model.transformer import abstract_params, embedder, layer_at, partition_specs
 from cacheblend_jax.model.weights import load_params, open_checkpoint
@@ -62,6 +63,17 @@ def test_attention_deviation_is_that_of_stacked_weights():
     np.testing.assert_allclose(measured, wanted, rtol=1e-5)
 
 
+def test_the_bias_of_keys_is_that_of_stacked_weights():
+    config = replace(FAMILIES["qwen2"], num_layers=2, windows=(None, None))
+    models = [cb.model.random_model(config, by_layer=by_layer) for by_layer in (False, True)]
+    stacked, by_layer = (key_biases(model.params, config) for model in models)
+    assert np.abs(stacked).min() > 0
+    np.testing.assert_array_equal(by_layer, stacked)
+    for index, wanted in enumerate(stacked):
+        for model in models:
+            np.testing.assert_array_equal(layer_at(model.params, config, index).key_bias, wanted)
+
+
 def test_the_fingerprint_and_the_tensors_are_those_of_stacked_weights():
     stacked, by_layer = both_forms()
     assert same_leaves(by_layer.params, stacked.params)
@@ -108,7 +120,7 @@ def test_a_single_row_is_the_same_on_a_gpu(monkeypatch):
         return *layer_at(params, CONFIG, 0).keys_values(row), embedder(params, CONFIG).logits(row)
 
     wanted = computed()
-    monkeypatch.setattr(transformer, "current_target", lambda: Target("gpu"))
+    monkeypatch.setattr(projection, "current_target", lambda: Target("gpu"))
     for of_gpu, other in zip(computed(), wanted, strict=True):
         assert of_gpu.shape == other.shape
         assert relative_error(of_gpu, other) < 1e-6
