@@ -19,7 +19,7 @@ from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.engine.results import PrefillStats
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.prompts import CHUNKS, QUESTION_TOKENS, random_prompt
-from cacheblend_jax.evaluation.torch_peer import torch_prefill
+from cacheblend_jax.evaluation.torch_peer import check_peer, torch_prefill
 from cacheblend_jax.model import Model
 from cacheblend_jax.store import ChunkStore
 
@@ -75,8 +75,10 @@ def bench(
 
     Raises:
         CacheBlendError: a length or ratio out of range, an unknown selector, a prompt that does not fit the model, or
-            torch is missing.
+            torch is missing, or cannot run the model.
     """
+    if peer is not None:
+        check_peer(model)
     if not ratios:
         raise CacheBlendError("ratios must hold at least one recompute ratio, got none")
     configs = [BlendConfig(ratio, selector) for ratio in ratios]

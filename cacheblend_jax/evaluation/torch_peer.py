@@ -29,6 +29,24 @@ def torch_model(config: ModelConfig, device: str) -> Any:
         return AutoModelForCausalLM.from_config(peer_config, dtype=dtype, attn_implementation=attention).eval()
 
 
+def check_peer(model: Model) -> None:
+    """Checks that `torch_prefill` can run a model.
+
+    Raises:
+        CacheBlendError: torch is missing, or the model is a mixture of experts, which transformers holds in another
+            form.
+    """
+    if model.config.num_experts:
+        raise CacheBlendError(
+            f"--peer torch times dense models, and {model.name} has {model.config.num_experts} experts a layer: "
+            "leave --peer out"
+        )
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise CacheBlendError(f"--peer torch needs torch: pip install torch ({error})") from error
+
+
 def torch_prefill(model: Model, prompt: Prompt, next_token: int) -> Callable[[], float]:
     """Returns a full prefill by torch of the same weights and prompt, on its GPU or its threads, ready to be timed.
 
@@ -40,18 +58,10 @@ def torch_prefill(model: Model, prompt: Prompt, next_token: int) -> Callable[[],
         A function that runs the prefill and returns its time to first token in seconds.
 
     Raises:
-        CacheBlendError: torch is missing, its next token is not ours, or the model is a mixture of experts, which
-            transformers holds in another form.
+        CacheBlendError: torch's next token is not ours.
     """
-    if model.config.num_experts:
-        raise CacheBlendError(
-            f"--peer torch times dense models, and {model.name} has {model.config.num_experts} experts a layer: "
-            "leave --peer out"
-        )
-    try:
-        import torch
-    except ImportError as error:
-        raise CacheBlendError(f"--peer torch needs torch: pip install torch ({error})") from error
+    import torch
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peer = torch_model(model.config, device)
     tensors = {

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import cacheblend_jax as cb
 from cacheblend_jax.blend.flops import prefill_flops
+from cacheblend_jax.evaluation.bench import bench
 from cacheblend_jax.evaluation.shapes import SHAPES
-from cacheblend_jax.evaluation.torch_peer import torch_prefill
 from cacheblend_jax.model import experts
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.experts import (
@@ -200,6 +200,6 @@ def test_a_prefill_counts_the_experts_of_its_tokens_and_the_router():
     assert prefill_flops(mixture, positions) - prefill_flops(dense, positions) == router
 
 
-def test_the_peer_is_not_timed_with_experts():
+def test_the_peer_is_not_timed_with_experts_and_says_so_before_anything_is():
     with pytest.raises(cb.CacheBlendError, match="--peer torch times dense models, and random has 4 experts a layer"):
-        torch_prefill(family_model("every_option"), cb.Prompt([1], [], [2]), 0)
+        bench(family_model("every_option"), tokens=(64,), peer="torch", announce=pytest.fail)
