@@ -147,7 +147,7 @@ def tile_by_tile(
     """Multiplies expert by expert, `TILE` rows at a time: what is computed grows with the rows that have an expert."""
     tile = min(TILE, groups.places.shape[0])  # no group has more rows than there are tokens
     begins = jnp.cumsum(groups.sizes) - groups.sizes
-    busy = jnp.argsort(groups.sizes == 0, stable=True)
+    busy = jnp.argsort(groups.sizes == 0, stable=True).astype(jnp.int32)
     padded = jnp.pad(rows, ((0, tile), (0, 0)))
 
     def of_expert(turn: Int[Array, ""] | int, out: jax.Array) -> jax.Array:
@@ -157,7 +157,7 @@ def tile_by_tile(
 
         def of_tile(number: Int[Array, ""] | int, out: jax.Array) -> jax.Array:
             # What the last tile of a group has of the next is computed again there.
-            at = (begins[expert] + number * tile, 0)
+            at = (begins[expert] + number * tile, jnp.int32(0))  # one dtype, jax_enable_x64 or not
             x = lax.dynamic_slice(padded, at, (tile, rows.shape[1]))
             inner = gated(_added(x @ gate, gate_bias), _added(x @ up, up_bias))
             return lax.dynamic_update_slice(out, _added(inner @ down, down_bias), at)
