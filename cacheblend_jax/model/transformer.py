@@ -115,7 +115,9 @@ class DecoderLayer(nnx.Module):
         """What is in the keys of all tokens alike; `None` where there is no such thing."""
         if not self.has_key_bias:
             return None
-        bias = (self.qkv_proj if self.joined else self.k_proj).bias[...]
+        whole = self.qkv_proj if self.joined else self.k_proj
+        assert whole.bias is not None
+        bias = whole.bias[...]
         return (bias[self.q_size : self.q_size + self.kv_size] if self.joined else bias).reshape(-1, self.head_dim)
 
     def queries(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens heads head_dim"]:
