@@ -143,7 +143,7 @@ async def _models(service: Service, request: Request) -> Response:
 
 async def _chunks(service: Service, request: Request) -> Response:
     caller = _caller(service, request)
-    if request.method == "GET":
+    if request.method != "POST":
         query = dict(request.query_params)
         return JSONResponse(await service.in_thread(lambda: chunks.listed(service, caller.tenant, query)))
     raw = await body_of(request, service.options.bounds)
@@ -168,7 +168,7 @@ async def _look_up(service: Service, request: Request) -> Response:
 
 async def _chunk(service: Service, request: Request) -> Response:
     caller, key = _caller(service, request), request.path_params["key"]
-    work = chunks.described if request.method == "GET" else chunks.deleted
+    work = chunks.deleted if request.method == "DELETE" else chunks.described  # HEAD comes with GET
     return JSONResponse(await service.in_thread(lambda: work(service, caller.tenant, key)))
 
 

@@ -118,6 +118,13 @@ def test_chunks_are_computed_once_listed_pinned_and_deleted(server, bob):
     assert bob.get(f"/v1/chunks/{key}").status_code == 404
 
 
+def test_a_head_request_deletes_nothing(bob):
+    key = bob.post("/v1/chunks", json={"chunks": CHUNKS[:1]}).json()["data"][0]["id"]
+    for path in (f"/v1/chunks/{key}", "/v1/chunks"):
+        assert bob.head(path).status_code == 200
+    assert bob.get(f"/v1/chunks/{key}").status_code == 200
+
+
 def test_the_list_comes_in_pages(ada):
     ada.post("/v1/chunks", json={"chunks": CHUNKS})
     whole = ada.get("/v1/chunks").json()["data"]
