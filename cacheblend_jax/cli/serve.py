@@ -172,8 +172,8 @@ def _options(parsed: argparse.Namespace, name: str) -> ServingOptions:
 
 
 def _warm_up(engine: Engine, scheduler: Scheduler, tokens: int) -> None:
-    """Compiles what prompts of up to so many tokens need, and what decodes."""
+    """Compiles what decodes, and what prompts of up to so many tokens need."""
+    scheduler.warmup()  # first: it must come before any request
     if tokens:
         engine.warmup(tokens)
-    scheduler.warmup()
     scheduler.submit(Prompt("", (), "a"), mode="full", max_new_tokens=2).result()

@@ -117,12 +117,12 @@ class Scheduler:
                 raise CacheBlendError(f"{name} must be a whole number in [1, {largest}], got {value!r}")
         self._engine, self._steps, self._most_waiting = engine, steps, waiting
         self._batch = SlotBatch(engine.model, engine.buckets, slots, max_tokens)
-        self._changed = threading.Condition()  # guards what follows; the batch is the thread's alone
+        self._changed = threading.Condition()  # guards what follows; the batch is the thread's, once it is warm
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Request] = {}  # by slot
         self._prefilling: _Request | None = None
         self._counts: Counter[str] = Counter()  # by the names of `SchedulerStats`
-        self._is_closed = False
+        self._is_closed = self._is_warming = False
         self._thread = threading.Thread(target=self._work, name="cacheblend-scheduler", daemon=False)
         self._thread.start()
         flush_before_exit(self)
@@ -162,15 +162,23 @@ class Scheduler:
         return answer
 
     def warmup(self) -> None:
-        """Compiles what inserts and decodes, once `Engine.warmup` has compiled what prefills; allocates the slots.
+        """Compiles what inserts and decodes, and allocates the slots; `Engine.warmup` compiles what prefills.
+
+        Requests that are submitted meanwhile wait for its end.
 
         Raises:
-            CacheBlendError: requests have been submitted already.
+            CacheBlendError: requests have been submitted before.
         """
         with self._changed:
-            if self._waiting or self._running or self._prefilling or self._is_closed:
+            if self._waiting or self._running or self._prefilling or self._is_warming or self._is_closed:
                 raise CacheBlendError("warm the scheduler up before the first request")
+            self._is_warming = True  # the batch is the caller's until then
+        try:
             self._batch.warm_up()
+        finally:
+            with self._changed:
+                self._is_warming = False
+                self._changed.notify()
 
     @property
     def stats(self) -> SchedulerStats:
@@ -235,7 +243,7 @@ class Scheduler:
     def _waits_for_work(self) -> bool:
         """Waits until there is something to do; returns whether there ever will be."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._running or self._is_closed)
+            self._changed.wait_for(lambda: not self._is_warming and (self._waiting or self._running or self._is_closed))
             return bool(self._waiting or self._running)
 
     def _next_request(self) -> _Request | None:

@@ -178,7 +178,7 @@ async def _pin(service: Service, request: Request) -> Response:
 
 
 async def _health(service: Service, _: Request) -> Response:
-    report = await service.in_thread(service.health.report)
+    report = await service.watched(service.health.report)
     return JSONResponse(report, 200 if service.health.is_ready else 503)
 
 
@@ -189,7 +189,7 @@ async def _live(_: Service, __: Request) -> Response:
 async def _metrics(service: Service, request: Request) -> Response:
     if not _caller(service, request).is_operator:
         raise ApiError(403, "this key may not see /metrics: they count all tenants", code="not_an_operator")
-    return Response(await service.in_thread(service.metrics.text), headers={"Content-Type": CONTENT_TYPE})
+    return Response(await service.watched(service.metrics.text), headers={"Content-Type": CONTENT_TYPE})
 
 
 async def _page(_: Service, __: Request) -> Response:

@@ -23,6 +23,7 @@ from cacheblend_jax.store import TenantStore
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 THREADS = 8  # that tokenise and submit
+WATCHERS = 2  # that tell of health and metrics
 WAITING_PRECOMPUTES = 16
 
 
@@ -51,6 +52,7 @@ class Service:
         self.metrics = Metrics(scheduler, self.store, self.health)
         self.reader = RequestReader(options, engine.model.tokenizer, engine.blend)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="cacheblend-serve")
+        self._watching = ThreadPoolExecutor(WATCHERS, thread_name_prefix="cacheblend-watch")
         self._precomputing = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-precompute")
         self._precomputes = 0
         self.is_closed = False
@@ -68,6 +70,10 @@ class Service:
             if unwanted is not None:
                 future.add_done_callback(lambda done: _give_up(done, unwanted))
             raise
+
+    async def watched(self, work: Callable[[], Result]) -> Result:
+        """Runs what operators ask for, in threads of its own: they are told also while requests take all others."""
+        return await asyncio.wrap_future(self._watching.submit(work))
 
     async def precompute(self, work: Callable[[], Result]) -> Result:
         """Runs what computes chunks, one call at a time.
@@ -97,6 +103,7 @@ class Service:
                 self.scheduler.close(self.options.stop_s / 2)
                 self._precomputing.shutdown(cancel_futures=True)
                 self._threads.shutdown()
+                self._watching.shutdown()
                 self.engine.close()
                 self.store.close()
             except Exception:

@@ -16,6 +16,7 @@ from serving_cases import CHUNKS, QUESTION, ScriptedScheduler, running
 import cacheblend_jax as cb
 from cacheblend_jax.serving import ServingOptions, bound_socket, make_app
 from cacheblend_jax.serving.health import Health
+from cacheblend_jax.serving.service import THREADS
 from cacheblend_jax.store import StoreStats, TenantStore
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana-dashboard.json"
@@ -82,6 +83,28 @@ def test_a_server_is_ready_once_it_is_warm():
         while (answer := httpx.get(server.url + "/health")).status_code == 503:
             pass
         assert answer.json() == {"status": "ready", "reasons": []}
+
+
+def test_health_and_metrics_are_told_while_requests_take_all_threads():
+    go_on = threading.Event()
+    with running() as server, ThreadPoolExecutor(THREADS) as clients:
+        submit, began = server.scheduler.submit, threading.Semaphore(0)
+
+        def slow(*arguments, **options):
+            began.release()
+            go_on.wait()
+            return submit(*arguments, **options)
+
+        server.scheduler.submit = slow
+        try:
+            asked = [clients.submit(httpx.post, server.url + CHAT, json=chat(), timeout=60) for _ in range(THREADS)]
+            for _ in asked:
+                began.acquire()
+            for path in ("/health", "/metrics"):
+                assert httpx.get(server.url + path, timeout=10).status_code == 200
+        finally:
+            go_on.set()
+        assert [each.result().status_code for each in asked] == [200] * THREADS
 
 
 def test_a_warm_up_that_fails_leaves_a_server_that_answers(caplog):
