@@ -18,7 +18,7 @@ from cacheblend_jax.engine.generation import Decoding
 from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt, check_length
 from cacheblend_jax.engine.results import PrefillResult
 from cacheblend_jax.engine.slot_batch import Ending, SlotBatch
-from cacheblend_jax.errors import CacheBlendError, QueueFull, is_whole_number
+from cacheblend_jax.errors import CacheBlendError, QueueFull, SchedulerClosed, is_whole_number
 from cacheblend_jax.model.decode import MOST_AT_ONCE
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.sampling import Sampling
@@ -142,7 +142,8 @@ class Scheduler:
         Raises:
             QueueFull: as many requests wait as may.
             PromptError: the prompt is invalid or too long for a slot, or the mode is unknown.
-            CacheBlendError: another argument is invalid, or the scheduler is closed.
+            SchedulerClosed: it takes no more.
+            CacheBlendError: another argument is invalid.
         """
         Decoding(max_new_tokens, sampling, stop_token_ids, None)
         tokenized = self._engine.check(prompt, mode, blend)
@@ -154,7 +155,7 @@ class Scheduler:
         answer = Answer(self._engine.model.tokenizer, self._cancelled)
         with self._changed:
             if self._is_closed:
-                raise CacheBlendError("the scheduler is closed; make another")
+                raise SchedulerClosed("the scheduler is closed; make another")
             if len(self._waiting) >= self._most_waiting:
                 raise QueueFull(f"{self._most_waiting} requests wait already; try again later, or raise `waiting`")
             self._waiting.append(_Request(answer, ids, mode, blend, sampling or Sampling(), ending))

@@ -23,7 +23,7 @@ from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.serving import chunks
 from cacheblend_jax.serving.answers import RunningAnswer, ended
 from cacheblend_jax.serving.connection import ClientGoneError, body_of, while_connected
-from cacheblend_jax.serving.errors import ApiError, api_error
+from cacheblend_jax.serving.errors import ApiError, api_error, stopping
 from cacheblend_jax.serving.fields import Fields, parsed_json
 from cacheblend_jax.serving.forms import CHAT, COMPLETION, Form, answer_events, event, whole_answer
 from cacheblend_jax.serving.metrics import CONTENT_TYPE, Metrics
@@ -112,7 +112,7 @@ async def _warm_up(service: Service, warm_up: Callable[[], object] | None) -> No
 async def _answer(service: Service, request: Request, *, form: Form) -> Response:
     caller = _caller(service, request)
     if service.health.is_stopping:
-        raise ApiError(503, "the server is ending; ask another one", kind="server_error", code="stopping")
+        raise stopping()
     raw, model = await body_of(request, service.options.bounds), service.options.model_name
     read = service.reader.chat if form.is_chat else service.reader.completion
     running = await while_connected(
@@ -229,7 +229,8 @@ def _told(error: Exception) -> ApiError:
     """Returns what a client is told of an error; logs where one came from that nobody expected."""
     answer = api_error(error)
     if answer.status == 500:  # its message may hold the client's text
-        logger.error("%s:\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+        origin = error.__cause__ or error
+        logger.error("%s:\n%s", type(origin).__name__, "".join(traceback.format_tb(origin.__traceback__)))
     return answer
 
 

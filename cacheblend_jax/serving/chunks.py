@@ -27,14 +27,14 @@ def precomputed(service: Service, prompt: Prompt, *, pin: bool) -> dict[str, Any
 
     Raises:
         PromptError: one is too long, before any is computed.
-        CacheBlendError: there is no room to pin one.
+        ApiError: there is no room to pin one; what was computed until then is stored.
     """
     engine, data = service.engine, []
     alone = [replace(prompt, chunks=(chunk,), suffix=()) for chunk in prompt.chunks]
     found = [engine.look_up(each)[0] for each in alone]
     for each, before in zip(alone, found, strict=True):
         stored = bool(engine.precompute(each))
-        pinned = pin and stored and service.store.pin(before.key)
+        pinned = pin and stored and _pin(service.store, before.key)
         data.append(
             {
                 "id": before.key,
@@ -122,13 +122,16 @@ def pinned(service: Service, tenant: str, key: str, *, pin: bool) -> dict[str, A
     if not pin:
         service.store.unpin(key)
         return {**description, "pinned": False}
-    try:
-        is_pinned = service.store.pin(key)
-    except CacheBlendError as error:
-        raise ApiError(409, str(error), code="too_many_pinned") from error
-    if not is_pinned:
+    if not _pin(service.store, key):
         raise ApiError(409, "the entry cannot be kept where it is stored", code="chunk_not_pinnable")
     return {**description, "pinned": True}
+
+
+def _pin(store: TenantStore, key: str) -> bool:
+    try:
+        return store.pin(key)
+    except CacheBlendError as error:
+        raise ApiError(409, str(error), code="too_many_pinned") from error
 
 
 def bytes_per_token(config: ModelConfig) -> int:

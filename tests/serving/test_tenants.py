@@ -118,6 +118,16 @@ def test_chunks_are_computed_once_listed_pinned_and_deleted(server, bob):
     assert bob.get(f"/v1/chunks/{key}").status_code == 404
 
 
+def test_where_there_is_no_room_to_pin_all_endpoints_say_so_alike(server, bob, monkeypatch):
+    monkeypatch.setattr(server.engine.store, "pinned_bytes", 1)
+    stored = bob.post("/v1/chunks", json={"chunks": CHUNKS[:1]}).json()["data"][0]
+    for answer in (
+        bob.post("/v1/chunks", json={"chunks": CHUNKS[:1], "pin": True}),
+        bob.post(f"/v1/chunks/{stored['id']}/pin"),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "too_many_pinned")
+
+
 def test_a_head_request_deletes_nothing(bob):
     key = bob.post("/v1/chunks", json={"chunks": CHUNKS[:1]}).json()["data"][0]["id"]
     for path in (f"/v1/chunks/{key}", "/v1/chunks"):
