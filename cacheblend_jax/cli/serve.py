@@ -130,7 +130,8 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     bound = bound_socket(parsed.host, parsed.port)
     with ExitStack() as opened:
         model = load_with_bar(parsed.model, parsed.dtype)
-        store = opened.enter_context(TenantStore(open_store(parsed), tenants.quotas, pinned_bytes=parsed.pinned_bytes))
+        pins = {"pinned_bytes": parsed.pinned_bytes, "tenants": tenants.count}
+        store = opened.enter_context(TenantStore(open_store(parsed), tenants.quotas, **pins))
         engine = opened.enter_context(Engine(model, store, blend, context=context, **engine_options(parsed)))
         longest = min(parsed.slot_tokens or 2048, model.config.max_positions)
         scheduler = opened.enter_context(

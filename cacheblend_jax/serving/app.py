@@ -173,8 +173,9 @@ async def _chunk(service: Service, request: Request) -> Response:
 
 
 async def _pin(service: Service, request: Request) -> Response:
-    caller, key, pin = _caller(service, request), request.path_params["key"], request.method == "POST"
-    return JSONResponse(await service.in_thread(lambda: chunks.pinned(service, caller.tenant, key, pin=pin)))
+    caller, key = _caller(service, request), request.path_params["key"]
+    work = chunks.pinned if request.method == "POST" else chunks.unpinned
+    return JSONResponse(await service.in_thread(lambda: work(service, caller.tenant, key)))
 
 
 async def _health(service: Service, _: Request) -> Response:

@@ -112,19 +112,28 @@ def deleted(service: Service, tenant: str, key: str) -> dict[str, Any]:
     return {"id": key, "object": OBJECT, "deleted": True}
 
 
-def pinned(service: Service, tenant: str, key: str, *, pin: bool) -> dict[str, Any]:
-    """Pins one of a tenant's entries, or unpins it.
+def pinned(service: Service, tenant: str, key: str) -> dict[str, Any]:
+    """Pins one of a tenant's entries.
 
     Raises:
         ApiError: there is none, or no room to pin it.
     """
     description = described(service, tenant, key)
-    if not pin:
-        service.store.unpin(key)
-        return {**description, "pinned": False}
     if not _pin(service.store, key):
         raise ApiError(409, "the entry cannot be kept where it is stored", code="chunk_not_pinnable")
     return {**description, "pinned": True}
+
+
+def unpinned(service: Service, tenant: str, key: str) -> dict[str, Any]:
+    """Unpins one of a tenant's entries, also one that is gone since: a damaged one is dropped although it is pinned.
+
+    Raises:
+        ApiError: there is none.
+    """
+    was_pinned = is_of_tenant(key, tenant) and service.store.unpin(key)
+    if was_pinned and key not in service.store:
+        return {"id": key, "object": OBJECT, "pinned": False}
+    return {**described(service, tenant, key), "pinned": False}
 
 
 def _pin(store: TenantStore, key: str) -> bool:

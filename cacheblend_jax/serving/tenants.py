@@ -40,6 +40,11 @@ class Tenants:
         self._callers = [(_digest(key), caller) for key, caller in (callers or {}).items()]
         self.quotas = dict(quotas or {})
 
+    @property
+    def count(self) -> int:
+        """How many tenants there are: one where no key is asked for."""
+        return len({caller.tenant for _, caller in self._callers}) or 1
+
     @classmethod
     def with_key(cls, key: str) -> Tenants:
         """Returns one tenant, who has the key and may see everything.

@@ -118,6 +118,17 @@ def test_chunks_are_computed_once_listed_pinned_and_deleted(server, bob):
     assert bob.get(f"/v1/chunks/{key}").status_code == 404
 
 
+def test_a_pin_of_an_entry_that_is_gone_can_be_undone_by_its_tenant(server, ada, bob):
+    body = {"chunks": ["Lima is home to Granite."], "pin": True}
+    key = bob.post("/v1/chunks", json=body).json()["data"][0]["id"]
+    server.engine.store.wrapped.remove(key)
+    assert ada.delete(f"/v1/chunks/{key}/pin").status_code == 404
+    assert key in server.engine.store.pinned
+    assert bob.delete(f"/v1/chunks/{key}/pin").json() == {"id": key, "object": "cacheblend.chunk", "pinned": False}
+    assert key not in server.engine.store.pinned
+    assert bob.delete(f"/v1/chunks/{key}/pin").status_code == 404
+
+
 def test_where_there_is_no_room_to_pin_all_endpoints_say_so_alike(server, bob, monkeypatch):
     monkeypatch.setattr(server.engine.store, "pinned_bytes", 1)
     stored = bob.post("/v1/chunks", json={"chunks": CHUNKS[:1]}).json()["data"][0]
