@@ -91,16 +91,16 @@ class Service:
             self._precomputes -= 1
 
     def close(self) -> None:
-        """Finishes what runs, writes what is to be stored, and closes everything, within `stop_s` seconds.
+        """Finishes what runs, writes what is to be stored, and closes everything, within half of `stop_s` seconds.
 
-        What takes longer is left: `is_closed` is false then.
+        The other half the connections had. What takes longer is left: `is_closed` is false then.
         """
         self.health.stopping()
-        ended = threading.Event()
+        ended, within_s = threading.Event(), self.options.stop_s / 2
 
         def close() -> None:
             try:
-                self.scheduler.close(self.options.stop_s / 2)
+                self.scheduler.close(within_s / 2)
                 self._precomputing.shutdown(cancel_futures=True)
                 self._threads.shutdown()
                 self._watching.shutdown()
@@ -112,9 +112,9 @@ class Service:
                 ended.set()
 
         threading.Thread(target=close, name="cacheblend-close", daemon=True).start()
-        self.is_closed = ended.wait(self.options.stop_s)
+        self.is_closed = ended.wait(within_s)
         if not self.is_closed:
-            logger.error("not everything was written within %g s; what was not is computed anew", self.options.stop_s)
+            logger.error("not everything was written within %g s; what was not is computed anew", within_s)
 
 
 def _give_up(done: Future[Result], unwanted: Callable[[Result], object]) -> None:
