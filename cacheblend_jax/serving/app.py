@@ -17,10 +17,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.serving import chunks
+from cacheblend_jax.serving.admission import Admission, HostCheck
 from cacheblend_jax.serving.answers import RunningAnswer, ended
 from cacheblend_jax.serving.connection import ClientGoneError, body_of, while_connected
 from cacheblend_jax.serving.errors import ApiError, api_error, stopping
@@ -34,7 +35,10 @@ from cacheblend_jax.serving.tenants import Caller, Tenants
 
 logger = logging.getLogger(__name__)
 GONE = 499  # in logs and metrics: nobody reads the answer
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -65,6 +69,7 @@ def make_app(
     app.state.service = service
     app.add_exception_handler(HTTPException, _unknown_path)
     app.add_middleware(Admission, most=service.options.bounds.requests)
+    app.add_middleware(HostCheck, hosts=service.options.hosts)
     return app
 
 
@@ -280,27 +285,3 @@ class EventStream(Response):
     async def _send(self, send: Send, body: bytes) -> None:
         async with asyncio.timeout(self._write_s):
             await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-class Admission:
-    """Bounds how many requests are under way, those that are being sent to their clients included.
-
-    Health and metrics are always answered.
-    """
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most, self._under_way = app, most, 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or refuses it."""
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
-            return await self._app(scope, receive, send)
-        if self._under_way >= self._most:
-            options: dict[str, Any] = {"kind": "rate_limit_error", "code": "too_many_requests"}
-            busy = ApiError(429, f"{self._most} requests are under way; try again later", **options)
-            return await JSONResponse(busy.body, 429, {"Retry-After": "1"})(scope, receive, send)
-        self._under_way += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._under_way -= 1

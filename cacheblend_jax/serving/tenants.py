@@ -41,6 +41,11 @@ class Tenants:
         self.quotas = dict(quotas or {})
 
     @property
+    def ask_for_keys(self) -> bool:
+        """Whether only those who have a key are answered."""
+        return bool(self._callers)
+
+    @property
     def count(self) -> int:
         """How many tenants there are: one where no key is asked for."""
         return len({caller.tenant for _, caller in self._callers}) or 1
@@ -90,7 +95,7 @@ class Tenants:
         Raises:
             ApiError: there is no key, or a wrong one.
         """
-        if not self._callers:
+        if not self.ask_for_keys:
             return Caller(is_operator=True)
         scheme, _, key = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
         if scheme.lower() != "bearer" or not key.strip():
