@@ -20,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from cacheblend_jax.engine.engine import Engine
+from cacheblend_jax.errors import SchedulerClosed
 from cacheblend_jax.serving import chunks
 from cacheblend_jax.serving.admission import Admission, HostCheck
 from cacheblend_jax.serving.answers import RunningAnswer, ended
@@ -120,9 +121,13 @@ async def _answer(service: Service, request: Request, *, form: Form) -> Response
         raise stopping()
     raw, model = await body_of(request, service.options.bounds), service.options.model_name
     read = service.reader.chat if form.is_chat else service.reader.completion
-    running = await while_connected(
-        request.receive, RunningAnswer.submitted(service, lambda: read(parsed_json(raw), caller.tenant))
-    )
+    try:
+        running = await while_connected(
+            request.receive, RunningAnswer.submitted(service, lambda: read(parsed_json(raw), caller.tenant))
+        )
+    except SchedulerClosed:
+        service.health.stopping()  # requests should be sent elsewhere
+        raise
     if running.request.stream:
         return EventStream(running, answer_events(form, running, model), service.options.bounds.write_s)
     return JSONResponse(await while_connected(request.receive, whole_answer(form, running, model)))

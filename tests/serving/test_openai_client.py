@@ -169,16 +169,6 @@ def test_a_failure_before_the_first_token_has_a_status_and_tells_nothing(client,
     assert error.__name__ in caplog.text
 
 
-def test_a_closed_scheduler_is_the_servers_to_answer_for(client, server, monkeypatch):
-    def refuse(*arguments, **options):
-        raise cb.SchedulerClosed("the scheduler is closed; make another")
-
-    monkeypatch.setattr(server.scheduler, "submit", refuse)
-    with pytest.raises(openai.InternalServerError, match="ask another one") as error:
-        ask(client)
-    assert error.value.status_code == 503
-
-
 def test_many_clients_are_answered_at_a_time(server):
     async def all_answers() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:

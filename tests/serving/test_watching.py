@@ -108,6 +108,18 @@ def test_health_and_metrics_are_told_while_requests_take_all_threads():
         assert [each.result().status_code for each in asked] == [200] * THREADS
 
 
+def test_a_server_whose_scheduler_has_ended_says_that_others_should_be_asked():
+    def refuse(*arguments, **options):
+        raise cb.SchedulerClosed("the scheduler is closed; make another")
+
+    with running() as server:
+        server.scheduler.submit = refuse
+        for _ in range(2):
+            answer = httpx.post(server.url + CHAT, json=chat())
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
+        assert httpx.get(server.url + "/health").json()["status"] == "stopping"
+
+
 def test_a_warm_up_that_fails_leaves_a_server_that_answers(caplog):
     def fail() -> None:
         raise RuntimeError("no compiler")
