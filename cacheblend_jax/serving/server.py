@@ -23,7 +23,8 @@ def protocol_with(head_s: float, write_s: float) -> type[H11Protocol]:
     """Returns the protocol that ends connections whose clients do not do their part.
 
     Args:
-        head_s: seconds until the head of a connection's next request must have come.
+        head_s: seconds until the head of a connection's next request must have come, and, after an answer that needed
+            no body, what is left of the one before.
         write_s: seconds until a client must have taken what fills the connection's buffer.
     """
 
@@ -58,7 +59,8 @@ def protocol_with(head_s: float, write_s: float) -> type[H11Protocol]:
             self._watch()
 
         def _watch(self) -> None:
-            if self.conn.their_state is not h11.IDLE:
+            is_asking = self.conn.their_state is not h11.IDLE and self.conn.our_state is not h11.DONE
+            if is_asking:
                 self._stop_watching()
             elif self._waiting is None and not self.transport.is_closing():
                 self._waiting = self.loop.call_later(head_s, self.transport.close)

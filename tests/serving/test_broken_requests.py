@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -255,9 +256,27 @@ def test_a_client_that_goes_amid_an_answer_frees_its_slot(server):
         server.scheduler.script = script
 
 
-def test_a_client_that_does_not_read_loses_its_connection(monkeypatch):
+@pytest.fixture
+def lost(monkeypatch):
+    """Set where a server has lost a connection."""
     lost, connection_lost = threading.Event(), H11Protocol.connection_lost
     monkeypatch.setattr(H11Protocol, "connection_lost", lambda *lot: (connection_lost(*lot), lost.set()))
+    return lost
+
+
+def test_a_body_that_goes_on_after_its_answer_ends_the_connection(server, lost):
+    head = head_of(10**9).replace(b"application/json", b"text/plain")
+    with socket.create_connection(server.address, timeout=30) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(head)
+        assert connection.recv(100).startswith(b"HTTP/1.1 415")
+        for _ in range(1000):  # more often than a connection that is idle is closed
+            if lost.wait(0.01):
+                break
+            connection.sendall(b"a")
+    assert lost.is_set()
+
+
+def test_a_client_that_does_not_read_loses_its_connection(lost):
     raw = json.dumps(body(stream=True, max_tokens=4096)).encode()
     with running(bounds=Bounds(write_s=0.2)) as server, socket.socket() as connection:
         server.scheduler.script = ("word " * 4000,) * 4096
