@@ -69,7 +69,7 @@ def listed(service: Service, tenant: str, query: Mapping[str, str]) -> dict[str,
         ApiError: either makes no sense.
     """
     limit, after = query.get("limit", str(PAGE)), query.get("after")
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= LARGEST_PAGE):
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= LARGEST_PAGE):
         raise invalid(f"limit must be a whole number in [1, {LARGEST_PAGE}]", "limit")
     sizes = service.store.sizes_of(tenant)
     if after is not None and after not in sizes:

@@ -153,7 +153,7 @@ def test_the_list_comes_in_pages(ada):
     rest = ada.get("/v1/chunks", params={"after": first["data"][-1]["id"]}).json()
     assert first["has_more"]
     assert first["data"] + rest["data"] == whole
-    for query in ({"limit": "0"}, {"limit": "x"}, {"after": "nothing"}):
+    for query in ({"limit": "0"}, {"limit": "x"}, {"limit": "1".zfill(9) + "9" * 20}, {"after": "nothing"}):
         assert ada.get("/v1/chunks", params=query).status_code == 400
 
 
