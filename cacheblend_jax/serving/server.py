@@ -145,7 +145,8 @@ class AnnouncedServer(uvicorn.Server):
         try:
             await super().startup(sockets)
         except OSError as error:
-            raise _cannot_listen(*addresses[0], error) from error
+            host, port = addresses[0]
+            raise _cannot_listen(host, port, error) from error
         for host, port in addresses:
             self._announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
