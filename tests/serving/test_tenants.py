@@ -170,7 +170,7 @@ def test_a_request_for_chunks_that_makes_no_sense_is_refused(ada, body):
     [
         "", "[]", "{}", '"x"', '{"": "a"}', '{"k e y": "a"}', '{"key": ""}', '{"key": 1}', '{"key": {}}',
         '{"key": {"tenant": "a", "quota": 1}}', '{"key": {"tenant": "a", "quota_bytes": 0}}',
-        '{"key": {"tenant": "a", "operator": "yes"}}',
+        '{"key": {"tenant": "a", "operator": "yes"}}', '{"key": "a", "key": "b"}',
     ],
 )  # fmt: skip
 def test_a_file_of_keys_that_makes_no_sense_is_refused(tmp_path, text):
