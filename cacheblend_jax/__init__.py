@@ -19,7 +19,14 @@ if TYPE_CHECKING:
         SchedulerStats,
         neutral_text,
     )
-    from cacheblend_jax.errors import CacheBlendError, CheckpointError, DamagedEntryError, PromptError, QueueFull
+    from cacheblend_jax.errors import (
+        CacheBlendError,
+        CheckpointError,
+        DamagedEntryError,
+        PromptError,
+        QueueFull,
+        SchedulerClosed,
+    )
     from cacheblend_jax.model import KVCache, Model, Sampling, load_model
     from cacheblend_jax.runtime.trace import Trace
     from cacheblend_jax.store import ChunkEntry, ChunkStore
@@ -46,6 +53,7 @@ __all__ = [
     "QueueFull",
     "Sampling",
     "Scheduler",
+    "SchedulerClosed",
     "SchedulerStats",
     "Selector",
     "Trace",

@@ -26,6 +26,10 @@ class QueueFull(CacheBlendError):
     """As many requests wait as a scheduler lets wait: try again later."""
 
 
+class SchedulerClosed(CacheBlendError):
+    """A scheduler takes no more requests: it was closed, or its thread has failed."""
+
+
 class DamagedEntryError(CacheBlendError):
     """A stored entry's bytes are not those that were written; the store has removed it, and its chunk is a miss."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cacheblend_jax.cli.conversation import chosen_blend, engine_options, ratio_or_auto
 from cacheblend_jax.cli.documents_prompt import DOCUMENTS, chosen_context
@@ -33,8 +34,12 @@ from cacheblend_jax.serving.options import Bounds, ServingOptions
 from cacheblend_jax.serving.tenants import Tenants
 from cacheblend_jax.store import TenantStore
 
+if TYPE_CHECKING:
+    from cacheblend_jax.serving.service import Service
+
 INSTALL = "pip install 'cacheblend-jax[serve]'"
 KEY_VARIABLE = "CACHEBLEND_API_KEY"
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 UNFINISHED = 1  # the exit code where not everything was written in time
 
 
@@ -127,28 +132,26 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     if parsed.context == DOCUMENTS:
         raise CacheBlendError(f"--context {DOCUMENTS} needs documents; precompute some with it, and serve that store")
     blend, context = chosen_blend(parsed), chosen_context(parsed.context)
-    bound = bound_socket(parsed.host, parsed.port)
     with ExitStack() as opened:
+        bound = opened.enter_context(bound_socket(parsed.host, parsed.port))
         model = load_with_bar(parsed.model, parsed.dtype)
-        store = opened.enter_context(TenantStore(open_store(parsed), tenants.quotas, pinned_bytes=parsed.pinned_bytes))
+        pins = {"pinned_bytes": parsed.pinned_bytes, "tenants": tenants.count}
+        store = opened.enter_context(TenantStore(open_store(parsed), tenants.quotas, **pins))
         engine = opened.enter_context(Engine(model, store, blend, context=context, **engine_options(parsed)))
         longest = min(parsed.slot_tokens or 2048, model.config.max_positions)
         scheduler = opened.enter_context(
             Scheduler(engine, slots=parsed.slots, max_tokens=longest, waiting=parsed.waiting)
         )
-        options = _options(parsed, model.name)
+        options = _options(parsed, model.name, tenants)
         app = make_app(engine, scheduler, options, tenants, warm_up=lambda: _warm_up(engine, scheduler, parsed.warm_up))
-        try:
-            run_server(
-                app,
-                bound,
-                bounds=options.bounds,
-                stop_s=options.stop_s,
-                announce=lambda address: print_status(f"serving {options.model_name} at {address}/v1"),
-            )
-        finally:
-            if not app.state.service.is_closed:  # a thread that nothing can stop would keep the process
-                os._exit(UNFINISHED)
+        opened.push(partial(_leave_unless_closed, app.state.service))
+        run_server(
+            app,
+            bound,
+            bounds=options.bounds,
+            stop_s=options.stop_s,
+            announce=lambda address: print_status(f"serving {options.model_name} at {address}/v1"),
+        )
     return {"model": options.model_name}
 
 
@@ -159,7 +162,23 @@ def _tenants(parsed: argparse.Namespace) -> Tenants:
     return Tenants() if key is None else Tenants.with_key(key)
 
 
-def _options(parsed: argparse.Namespace, name: str) -> ServingOptions:
+def _leave_unless_closed(service: Service, kind: type[BaseException] | None, *_: object) -> None:
+    """Ends the process where the server did not end in time: a thread that nothing can stop would keep it.
+
+    After an error, it has served nothing.
+    """
+    if not service.is_closed and (kind is None or not issubclass(kind, Exception)):
+        os._exit(UNFINISHED)
+
+
+def _hosts(host: str, tenants: Tenants) -> tuple[str, ...] | None:
+    """Returns the names that the server answers to: all of them where it asks for a key, or others reach it."""
+    name = f"[{host}]" if ":" in host else host
+    is_local = name in LOCAL_NAMES or name.startswith("127.")
+    return tuple(dict.fromkeys((*LOCAL_NAMES, name))) if is_local and not tenants.ask_for_keys else None
+
+
+def _options(parsed: argparse.Namespace, name: str, tenants: Tenants) -> ServingOptions:
     return ServingOptions(
         model_name=parsed.model_name or Path(name).name or BUNDLED,
         mode=parsed.mode,
@@ -168,12 +187,13 @@ def _options(parsed: argparse.Namespace, name: str) -> ServingOptions:
         template_arguments=parsed.template_arguments or {},
         bounds=Bounds(body_bytes=parsed.max_body, chunks=parsed.max_chunks),
         stop_s=float(parsed.stop_seconds),
+        hosts=_hosts(parsed.host, tenants),
     )
 
 
 def _warm_up(engine: Engine, scheduler: Scheduler, tokens: int) -> None:
-    """Compiles what prompts of up to so many tokens need, and what decodes."""
+    """Compiles what decodes, and what prompts of up to so many tokens need."""
+    scheduler.warmup()  # first: it must come before any request
     if tokens:
         engine.warmup(tokens)
-    scheduler.warmup()
     scheduler.submit(Prompt("", (), "a"), mode="full", max_new_tokens=2).result()

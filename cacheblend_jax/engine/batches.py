@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
+from cacheblend_jax.engine.planner import Planner
+from cacheblend_jax.engine.prefilling import Prefiller
 from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt
 from cacheblend_jax.engine.results import Generation, PrefillResult
-from cacheblend_jax.engine.scheduler import Scheduler
+from cacheblend_jax.engine.scheduler import Prefills, Scheduler
+from cacheblend_jax.engine.shared_reads import Opens, SharedReads
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.sampling import Sampling
 
@@ -31,12 +36,35 @@ class BatchOfPrompts:
     prefill: Callable[..., PrefillResult]
 
 
+@contextmanager
+def sharing_reads(
+    engine: Prefills,
+    prefiller: Prefiller,
+    planner_for: Callable[[BlendConfig | str | None], Planner],
+    store: Opens,
+    *,
+    prompts: Sequence[Prompt],
+    mode: str,
+    blend: BlendConfig | str | None,
+) -> Iterator[BatchOfPrompts]:
+    """Yields what answers these prompts as the engine does, but reads a chunk that several of them have once.
+
+    Raises:
+        CacheBlendError: a prompt, the mode or the blend is invalid.
+    """
+    placed = [prefiller.place(engine.check(prompt, mode, blend), mode) for prompt in prompts]
+    with SharedReads(store, Counter(chunk.key for chunks in placed for chunk in chunks)) as reads:
+
+        def prefill(prompt: Prompt, mode: str, *, blend: BlendConfig | str | None) -> PrefillResult:
+            return prefiller.prefill(prefiller.tokenize(prompt), mode, planner_for(blend), reads=reads)
+
+        yield BatchOfPrompts(engine.model, engine.buckets, engine.check, prefill)
+
+
 def prefill_all(
     batch: BatchOfPrompts, prompts: Sequence[Prompt], mode: str, blend: BlendConfig | str | None
 ) -> list[PrefillResult]:
-    """Prefills prompts in order, after all of them have been checked; see `Engine.prefill_batch`."""
-    for prompt in prompts:
-        batch.check(prompt, mode, blend)
+    """Prefills prompts in order; see `Engine.prefill_batch`."""
     return [batch.prefill(prompt, mode, blend=blend) for prompt in prompts]
 
 

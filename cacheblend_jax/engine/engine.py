@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.blend.config import blend_config
 from cacheblend_jax.engine.background import Background
-from cacheblend_jax.engine.batches import BatchOfPrompts, generate_all, prefill_all
+from cacheblend_jax.engine.batches import BatchOfPrompts, generate_all, prefill_all, sharing_reads
 from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
 from cacheblend_jax.engine.contexts import chunk_context, default_context
 from cacheblend_jax.engine.delays import Estimator
@@ -29,7 +29,6 @@ from cacheblend_jax.engine.prefilling import Prefiller
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.engine.prompt import Prompt, TextOrIds, TokenizedPrompt
 from cacheblend_jax.engine.results import BackgroundStats, Generation, PrefillResult, StoredKeys
-from cacheblend_jax.engine.shared_reads import SharedReads
 from cacheblend_jax.engine.warmup import Sizes, compile_tasks, prompt_tasks, run_tasks
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.model import Model
@@ -214,7 +213,7 @@ class Engine:
 
         All prompts are checked before the first is prefilled.
         """
-        with self._sharing_reads() as batch:
+        with self._batch_of(prompts, mode, blend) as batch:
             return prefill_all(batch, prompts, mode, blend)
 
     def generate_batch(
@@ -231,7 +230,7 @@ class Engine:
 
         Programs are compiled for the length of the longest; a `Scheduler` that stays spares that.
         """
-        with self._sharing_reads() as batch:
+        with self._batch_of(prompts, mode, blend) as batch:
             return generate_all(batch, prompts, mode, blend, max_new_tokens, sampling, stop_token_ids)
 
     def stream(
@@ -308,8 +307,8 @@ class Engine:
 
         This covers prompts whose chunks are all stored, and those none of whose chunks is, or can be read. With an
         automatic ratio, the controller then considers only what is compiled. A blend that a request brings (`blend=`)
-        has programs of its own. Several programs are compiled at a time; returns how many
-        there were. With JAX's persistent compilation cache on, the next process only reads them.
+        has programs of its own. Several programs are compiled at a time; returns how many there were. With JAX's
+        persistent compilation cache on, the next process only reads them.
 
         Args:
             prefix_tokens: covers prompts with a stored prefix of this many tokens, and without one.
@@ -389,15 +388,11 @@ class Engine:
         """Places a prompt's chunks, or chunks to be used after `prefix`, whose number is not limited."""
         return place_ahead(prompt, prefix, self._prefiller, self._context, self.model)
 
-    @contextmanager
-    def _sharing_reads(self) -> Iterator[BatchOfPrompts]:
-        with SharedReads(self.store) as reads:
-
-            def prefill(prompt: Prompt, mode: str, *, blend: BlendConfig | str | None) -> PrefillResult:
-                planner = self._planner_for(blend)
-                return self._prefiller.prefill(self._prefiller.tokenize(prompt), mode, planner, reads=reads)
-
-            yield BatchOfPrompts(self.model, self._buckets, self.check, prefill)
+    def _batch_of(
+        self, prompts: Sequence[Prompt], mode: str, blend: BlendConfig | str | None
+    ) -> AbstractContextManager[BatchOfPrompts]:
+        opened_by = self._prefiller, self._planner_for, self.store
+        return sharing_reads(self, *opened_by, prompts=prompts, mode=mode, blend=blend)
 
     def _planner_for(self, blend: BlendConfig | str | None) -> Planner:
         return self._planner if blend is None else replace(self._planner, blend=blend_config(blend))

@@ -18,7 +18,7 @@ from cacheblend_jax.engine.generation import Decoding
 from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt, check_length
 from cacheblend_jax.engine.results import PrefillResult
 from cacheblend_jax.engine.slot_batch import Ending, SlotBatch
-from cacheblend_jax.errors import CacheBlendError, QueueFull, is_whole_number
+from cacheblend_jax.errors import CacheBlendError, QueueFull, SchedulerClosed, is_whole_number
 from cacheblend_jax.model.decode import MOST_AT_ONCE
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.sampling import Sampling
@@ -117,12 +117,12 @@ class Scheduler:
                 raise CacheBlendError(f"{name} must be a whole number in [1, {largest}], got {value!r}")
         self._engine, self._steps, self._most_waiting = engine, steps, waiting
         self._batch = SlotBatch(engine.model, engine.buckets, slots, max_tokens)
-        self._changed = threading.Condition()  # guards what follows; the batch is the thread's alone
+        self._changed = threading.Condition()  # guards what follows; the batch is the thread's, once it is warm
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Request] = {}  # by slot
         self._prefilling: _Request | None = None
         self._counts: Counter[str] = Counter()  # by the names of `SchedulerStats`
-        self._is_closed = False
+        self._is_closed = self._is_warming = False
         self._thread = threading.Thread(target=self._work, name="cacheblend-scheduler", daemon=False)
         self._thread.start()
         flush_before_exit(self)
@@ -142,7 +142,8 @@ class Scheduler:
         Raises:
             QueueFull: as many requests wait as may.
             PromptError: the prompt is invalid or too long for a slot, or the mode is unknown.
-            CacheBlendError: another argument is invalid, or the scheduler is closed.
+            SchedulerClosed: it takes no more.
+            CacheBlendError: another argument is invalid.
         """
         Decoding(max_new_tokens, sampling, stop_token_ids, None)
         tokenized = self._engine.check(prompt, mode, blend)
@@ -154,7 +155,7 @@ class Scheduler:
         answer = Answer(self._engine.model.tokenizer, self._cancelled)
         with self._changed:
             if self._is_closed:
-                raise CacheBlendError("the scheduler is closed; make another")
+                raise SchedulerClosed("the scheduler is closed; make another")
             if len(self._waiting) >= self._most_waiting:
                 raise QueueFull(f"{self._most_waiting} requests wait already; try again later, or raise `waiting`")
             self._waiting.append(_Request(answer, ids, mode, blend, sampling or Sampling(), ending))
@@ -162,15 +163,23 @@ class Scheduler:
         return answer
 
     def warmup(self) -> None:
-        """Compiles what inserts and decodes, once `Engine.warmup` has compiled what prefills; allocates the slots.
+        """Compiles what inserts and decodes, and allocates the slots; `Engine.warmup` compiles what prefills.
+
+        Requests that are submitted meanwhile wait for its end.
 
         Raises:
-            CacheBlendError: requests have been submitted already.
+            CacheBlendError: requests have been submitted before.
         """
         with self._changed:
-            if self._waiting or self._running or self._prefilling or self._is_closed:
+            if self._waiting or self._running or self._prefilling or self._is_warming or self._is_closed:
                 raise CacheBlendError("warm the scheduler up before the first request")
+            self._is_warming = True  # the batch is the caller's until then
+        try:
             self._batch.warm_up()
+        finally:
+            with self._changed:
+                self._is_warming = False
+                self._changed.notify()
 
     @property
     def stats(self) -> SchedulerStats:
@@ -235,7 +244,7 @@ class Scheduler:
     def _waits_for_work(self) -> bool:
         """Waits until there is something to do; returns whether there ever will be."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._running or self._is_closed)
+            self._changed.wait_for(lambda: not self._is_warming and (self._waiting or self._running or self._is_closed))
             return bool(self._waiting or self._running)
 
     def _next_request(self) -> _Request | None:

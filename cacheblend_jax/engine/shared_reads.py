@@ -1,13 +1,17 @@
-"""Entries that several prefills share: each is opened once, and its layers are read from a slow tier once."""
+"""Entries that several prefills share: each stays open, and its layers in memory, until the last of them."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 from cacheblend_jax.store import DeviceEntry, StoredChunk, is_slow
 from cacheblend_jax.store.stored_chunk import StoredRows
+
+MOST_KEPT = 256  # each may hold a descriptor; processes often may have no more than 1,024
 
 
 @runtime_checkable
@@ -19,66 +23,86 @@ class Opens(Protocol):
 
 
 class SharedReads:
-    """Opens entries for prefills that follow each other, and keeps them open until it is closed.
+    """Opens entries for prefills that follow each other, and keeps open those that a later one wants, too.
 
-    Layers of a slow tier stay in host memory, so that the next prefill with the same chunk finds them there.
+    Layers of a slow tier stay in host memory as long, so that the next prefill with the same chunk finds them there.
+
+    Args:
+        wanted: how often each key is going to be opened.
     """
 
-    def __init__(self, store: Opens) -> None:
-        self._store = store
-        self._handles = ExitStack()
-        self._opened: dict[str, _KeptChunk] = {}
+    def __init__(self, store: Opens, wanted: Mapping[str, int]) -> None:
+        self._store, self._left = store, Counter(wanted)
+        self._kept: dict[str, _KeptChunk] = {}
 
     def open(self, key: str) -> StoredChunk | None:
         """See `Store.open`; an entry that could not be read is opened anew."""
-        kept = self._opened.get(key)
+        self._left[key] -= 1
+        kept = self._kept.get(key)
         if kept is None or kept.has_failed:
             stored = self._store.open(key)
             if stored is None:
                 return None
-            kept = self._opened[key] = _KeptChunk(self._handles.enter_context(stored))
+            kept = self._kept[key] = _KeptChunk(stored, partial(self._closed, key))
+        kept.users += 1
+        kept.keeps_layers = self._left[key] > 0
         return kept
+
+    def _closed(self, key: str, chunk: _KeptChunk) -> None:
+        if self._left[key] <= 0 or chunk.has_failed or len(self._kept) > MOST_KEPT:
+            if self._kept.get(key) is chunk:
+                del self._kept[key]
+            chunk.stored.close()
 
     def __enter__(self) -> SharedReads:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._handles.close()
+        for kept in self._kept.values():
+            kept.stored.close()
 
 
 class _KeptChunk:
-    """A `StoredChunk` that keeps the layers it has read from a slow tier; closing is left to who opened it."""
+    """A `StoredChunk` that several use; it keeps the layers it has read from a slow tier while others will want them.
 
-    def __init__(self, stored: StoredChunk) -> None:
-        self._stored = stored
+    Args:
+        closed: called with it when all its users have closed it.
+    """
+
+    def __init__(self, stored: StoredChunk, closed: Callable[[_KeptChunk], None]) -> None:
+        self.stored, self._closed = stored, closed
         self._layers: dict[int, tuple[StoredRows, StoredRows]] = {}
         self.shape, self.dtype, self.kv_dtype = stored.shape, stored.dtype, stored.kv_dtype
         self.has_k_offset = stored.has_k_offset
         self.num_layers, self.num_tokens, self.num_bytes = stored.num_layers, stored.num_tokens, stored.num_bytes
         self.device_entry: DeviceEntry | None = stored.device_entry
         self.tier = stored.tier  # host memory, once all layers are there
-        self.has_failed = False
+        self.users = 0
+        self.keeps_layers = self.has_failed = False
 
     def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
         """See `StoredChunk`."""
         if layer in self._layers:
             return self._layers[layer]
         try:
-            read = self._stored.read_layer(layer)
+            read = self.stored.read_layer(layer)
         except Exception:
             self.has_failed = True
             raise
-        if is_slow(self._stored.tier):
+        if self.keeps_layers and is_slow(self.stored.tier):
             self._layers[layer] = read
             if len(self._layers) == self.num_layers:
                 self.tier = "host"
         return read
 
     def close(self) -> None:
-        """Does nothing: later prefills read it, too."""
+        """Closes the entry, unless others use it or will."""
+        self.users -= 1
+        if not self.users:
+            self._closed(self)
 
     def __enter__(self) -> _KeptChunk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self.close()

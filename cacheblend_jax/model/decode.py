@@ -26,8 +26,6 @@ from cacheblend_jax.model.transformer import (
 from pallas_kernels import apply_rope
 
 MOST_AT_ONCE = 64  # tokens that one call of `decode_tokens` may decode
-
-
 Cache = TypeVar("Cache", GrowingCache, SlotCache)
 
 

@@ -8,7 +8,8 @@ from contextlib import aclosing
 from typing import Any
 
 from cacheblend_jax.engine.results import PrefillStats
-from cacheblend_jax.serving.errors import ApiError
+from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.serving.errors import AnswerFailedError, ApiError
 from cacheblend_jax.serving.requests import AnswerRequest
 from cacheblend_jax.serving.scheduling import Answer
 from cacheblend_jax.serving.service import Service
@@ -39,6 +40,7 @@ class RunningAnswer:
 
         Raises:
             ApiError, CacheBlendError: the request makes no sense, or too many wait.
+            AnswerFailedError: prefilling has failed.
         """
         began = time.perf_counter()
 
@@ -62,12 +64,23 @@ class RunningAnswer:
         return running
 
     async def _begin(self) -> None:
-        self._first = await anext(self._tokens, None)
+        self._first = await self._next()
         mode, stats = self.request.mode, self.prefill
         now = time.perf_counter()
         self._metrics.ttft.labels(mode).observe(now - self._latest)
         self._latest = now
         self._metrics.prefilled(stats, self._missed_tokens(stats))
+
+    async def _next(self) -> tuple[int, str] | None:
+        """Returns the next token; `None` after the last one.
+
+        Raises:
+            AnswerFailedError: prefilling or decoding has failed.
+        """
+        try:
+            return await anext(self._tokens, None)
+        except CacheBlendError as error:
+            raise AnswerFailedError from error
 
     @property
     def prefill(self) -> PrefillStats:
@@ -85,6 +98,7 @@ class RunningAnswer:
 
         Raises:
             ApiError: the server ended the answer.
+            AnswerFailedError: decoding has failed.
         """
         try:
             async for token in self._all_tokens():
@@ -116,12 +130,12 @@ class RunningAnswer:
             return
         self.num_tokens = 1
         yield self._first[1]
-        async for _, text in self._tokens:
+        while (token := await self._next()) is not None:
             now = time.perf_counter()
             self._metrics.per_token.labels(self.request.mode).observe(now - self._latest)
             self._latest = now
             self.num_tokens += 1
-            yield text
+            yield token[1]
 
     def _missed_tokens(self, stats: PrefillStats) -> int:
         if stats.mode == "full":

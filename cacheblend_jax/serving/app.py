@@ -17,13 +17,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from cacheblend_jax.engine.engine import Engine
+from cacheblend_jax.errors import SchedulerClosed
 from cacheblend_jax.serving import chunks
+from cacheblend_jax.serving.admission import Admission, HostCheck
 from cacheblend_jax.serving.answers import RunningAnswer, ended
 from cacheblend_jax.serving.connection import ClientGoneError, body_of, while_connected
-from cacheblend_jax.serving.errors import ApiError, api_error
+from cacheblend_jax.serving.errors import ApiError, api_error, stopping
 from cacheblend_jax.serving.fields import Fields, parsed_json
 from cacheblend_jax.serving.forms import CHAT, COMPLETION, Form, answer_events, event, whole_answer
 from cacheblend_jax.serving.metrics import CONTENT_TYPE, Metrics
@@ -34,7 +36,10 @@ from cacheblend_jax.serving.tenants import Caller, Tenants
 
 logger = logging.getLogger(__name__)
 GONE = 499  # in logs and metrics: nobody reads the answer
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -65,6 +70,7 @@ def make_app(
     app.state.service = service
     app.add_exception_handler(HTTPException, _unknown_path)
     app.add_middleware(Admission, most=service.options.bounds.requests)
+    app.add_middleware(HostCheck, hosts=service.options.hosts)
     return app
 
 
@@ -112,12 +118,16 @@ async def _warm_up(service: Service, warm_up: Callable[[], object] | None) -> No
 async def _answer(service: Service, request: Request, *, form: Form) -> Response:
     caller = _caller(service, request)
     if service.health.is_stopping:
-        raise ApiError(503, "the server is ending; ask another one", kind="server_error", code="stopping")
+        raise stopping()
     raw, model = await body_of(request, service.options.bounds), service.options.model_name
     read = service.reader.chat if form.is_chat else service.reader.completion
-    running = await while_connected(
-        request.receive, RunningAnswer.submitted(service, lambda: read(parsed_json(raw), caller.tenant))
-    )
+    try:
+        running = await while_connected(
+            request.receive, RunningAnswer.submitted(service, lambda: read(parsed_json(raw), caller.tenant))
+        )
+    except SchedulerClosed:
+        service.health.stopping()  # requests should be sent elsewhere
+        raise
     if running.request.stream:
         return EventStream(running, answer_events(form, running, model), service.options.bounds.write_s)
     return JSONResponse(await while_connected(request.receive, whole_answer(form, running, model)))
@@ -143,7 +153,7 @@ async def _models(service: Service, request: Request) -> Response:
 
 async def _chunks(service: Service, request: Request) -> Response:
     caller = _caller(service, request)
-    if request.method == "GET":
+    if request.method != "POST":
         query = dict(request.query_params)
         return JSONResponse(await service.in_thread(lambda: chunks.listed(service, caller.tenant, query)))
     raw = await body_of(request, service.options.bounds)
@@ -168,17 +178,18 @@ async def _look_up(service: Service, request: Request) -> Response:
 
 async def _chunk(service: Service, request: Request) -> Response:
     caller, key = _caller(service, request), request.path_params["key"]
-    work = chunks.described if request.method == "GET" else chunks.deleted
+    work = chunks.deleted if request.method == "DELETE" else chunks.described  # HEAD comes with GET
     return JSONResponse(await service.in_thread(lambda: work(service, caller.tenant, key)))
 
 
 async def _pin(service: Service, request: Request) -> Response:
-    caller, key, pin = _caller(service, request), request.path_params["key"], request.method == "POST"
-    return JSONResponse(await service.in_thread(lambda: chunks.pinned(service, caller.tenant, key, pin=pin)))
+    caller, key = _caller(service, request), request.path_params["key"]
+    work = chunks.pinned if request.method == "POST" else chunks.unpinned
+    return JSONResponse(await service.in_thread(lambda: work(service, caller.tenant, key)))
 
 
 async def _health(service: Service, _: Request) -> Response:
-    report = await service.in_thread(service.health.report)
+    report = await service.watched(service.health.report)
     return JSONResponse(report, 200 if service.health.is_ready else 503)
 
 
@@ -189,7 +200,7 @@ async def _live(_: Service, __: Request) -> Response:
 async def _metrics(service: Service, request: Request) -> Response:
     if not _caller(service, request).is_operator:
         raise ApiError(403, "this key may not see /metrics: they count all tenants", code="not_an_operator")
-    return Response(await service.in_thread(service.metrics.text), headers={"Content-Type": CONTENT_TYPE})
+    return Response(await service.watched(service.metrics.text), headers={"Content-Type": CONTENT_TYPE})
 
 
 async def _page(_: Service, __: Request) -> Response:
@@ -229,7 +240,8 @@ def _told(error: Exception) -> ApiError:
     """Returns what a client is told of an error; logs where one came from that nobody expected."""
     answer = api_error(error)
     if answer.status == 500:  # its message may hold the client's text
-        logger.error("%s:\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+        origin = error.__cause__ or error
+        logger.error("%s:\n%s", type(origin).__name__, "".join(traceback.format_tb(origin.__traceback__)))
     return answer
 
 
@@ -278,27 +290,3 @@ class EventStream(Response):
     async def _send(self, send: Send, body: bytes) -> None:
         async with asyncio.timeout(self._write_s):
             await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-class Admission:
-    """Bounds how many requests are under way, those that are being sent to their clients included.
-
-    Health and metrics are always answered.
-    """
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most, self._under_way = app, most, 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or refuses it."""
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
-            return await self._app(scope, receive, send)
-        if self._under_way >= self._most:
-            options: dict[str, Any] = {"kind": "rate_limit_error", "code": "too_many_requests"}
-            busy = ApiError(429, f"{self._most} requests are under way; try again later", **options)
-            return await JSONResponse(busy.body, 429, {"Retry-After": "1"})(scope, receive, send)
-        self._under_way += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._under_way -= 1

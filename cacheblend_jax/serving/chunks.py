@@ -27,14 +27,14 @@ def precomputed(service: Service, prompt: Prompt, *, pin: bool) -> dict[str, Any
 
     Raises:
         PromptError: one is too long, before any is computed.
-        CacheBlendError: there is no room to pin one.
+        ApiError: there is no room to pin one; what was computed until then is stored.
     """
     engine, data = service.engine, []
     alone = [replace(prompt, chunks=(chunk,), suffix=()) for chunk in prompt.chunks]
     found = [engine.look_up(each)[0] for each in alone]
     for each, before in zip(alone, found, strict=True):
         stored = bool(engine.precompute(each))
-        pinned = pin and stored and service.store.pin(before.key)
+        pinned = pin and stored and _pin(service.store, before.key)
         data.append(
             {
                 "id": before.key,
@@ -69,7 +69,7 @@ def listed(service: Service, tenant: str, query: Mapping[str, str]) -> dict[str,
         ApiError: either makes no sense.
     """
     limit, after = query.get("limit", str(PAGE)), query.get("after")
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= LARGEST_PAGE):
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= LARGEST_PAGE):
         raise invalid(f"limit must be a whole number in [1, {LARGEST_PAGE}]", "limit")
     sizes = service.store.sizes_of(tenant)
     if after is not None and after not in sizes:
@@ -112,23 +112,35 @@ def deleted(service: Service, tenant: str, key: str) -> dict[str, Any]:
     return {"id": key, "object": OBJECT, "deleted": True}
 
 
-def pinned(service: Service, tenant: str, key: str, *, pin: bool) -> dict[str, Any]:
-    """Pins one of a tenant's entries, or unpins it.
+def pinned(service: Service, tenant: str, key: str) -> dict[str, Any]:
+    """Pins one of a tenant's entries.
 
     Raises:
         ApiError: there is none, or no room to pin it.
     """
     description = described(service, tenant, key)
-    if not pin:
-        service.store.unpin(key)
-        return {**description, "pinned": False}
-    try:
-        is_pinned = service.store.pin(key)
-    except CacheBlendError as error:
-        raise ApiError(409, str(error), code="too_many_pinned") from error
-    if not is_pinned:
+    if not _pin(service.store, key):
         raise ApiError(409, "the entry cannot be kept where it is stored", code="chunk_not_pinnable")
     return {**description, "pinned": True}
+
+
+def unpinned(service: Service, tenant: str, key: str) -> dict[str, Any]:
+    """Unpins one of a tenant's entries, also one that is gone since: a damaged one is dropped although it is pinned.
+
+    Raises:
+        ApiError: there is none.
+    """
+    was_pinned = is_of_tenant(key, tenant) and service.store.unpin(key)
+    if was_pinned and key not in service.store:
+        return {"id": key, "object": OBJECT, "pinned": False}
+    return {**described(service, tenant, key), "pinned": False}
+
+
+def _pin(store: TenantStore, key: str) -> bool:
+    try:
+        return store.pin(key)
+    except CacheBlendError as error:
+        raise ApiError(409, str(error), code="too_many_pinned") from error
 
 
 def bytes_per_token(config: ModelConfig) -> int:

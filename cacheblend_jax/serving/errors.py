@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cacheblend_jax.errors import CacheBlendError, PromptTooLongError, QueueFull, one_line
+from cacheblend_jax.errors import CacheBlendError, PromptTooLongError, QueueFull, SchedulerClosed, one_line
 
 TOO_LONG = "context_length_exceeded"
 
@@ -43,6 +43,10 @@ class ApiError(Exception):
         return {"error": fields}
 
 
+class AnswerFailedError(Exception):
+    """An answer has failed: not for what its request says, which was checked before it was submitted."""
+
+
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Returns the error of a request that makes no sense."""
     return ApiError(400, message, param=param, code=code)
@@ -53,6 +57,11 @@ def unsupported(message: str, param: str) -> ApiError:
     return invalid(message, param, "unsupported_parameter")
 
 
+def stopping() -> ApiError:
+    """Returns the error of a request that comes after the last one that is answered."""
+    return ApiError(503, "the server is ending; ask another one", kind="server_error", code="stopping")
+
+
 def api_error(error: Exception) -> ApiError:
     """Returns what a client is told of an error; of one that nobody expected, nothing but that it was one."""
     if isinstance(error, ApiError):
@@ -60,6 +69,8 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, QueueFull):
         options: dict[str, Any] = {"kind": "rate_limit_error", "code": "queue_full", "headers": {"Retry-After": "1"}}
         return ApiError(429, one_line(error), **options)
+    if isinstance(error, SchedulerClosed):
+        return stopping()
     if isinstance(error, PromptTooLongError):
         return invalid(one_line(error), "messages", TOO_LONG)
     if isinstance(error, CacheBlendError):

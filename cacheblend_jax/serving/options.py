@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.errors import CacheBlendError
+
+MAX_TEMPERATURE = 2  # OpenAI's
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ class ServingOptions:
         separator: after each chunk.
         template_arguments: what the model's chat template takes beside the messages.
         bounds: see `Bounds`.
-        stop_s: seconds until the server, told to end, has finished what runs, and written what is to be stored.
+        stop_s: seconds until the server, told to end, has ended. Half of them are for the connections to finish what
+            runs (`run_server` sees to that), half to write what is to be stored.
+        hosts: names that requests may be sent to; `None`: any. See `HostCheck`.
 
     Raises:
-        CacheBlendError: an unknown mode.
+        CacheBlendError: an unknown mode, or a temperature out of range.
     """
 
     model_name: str = "cacheblend"
@@ -62,7 +66,10 @@ class ServingOptions:
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     bounds: Bounds = Bounds()
     stop_s: float = 30.0
+    hosts: Collection[str] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise CacheBlendError(f"unknown mode {self.mode!r}; expected one of {', '.join(MODES)}")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise CacheBlendError(f"temperature must be in [0, {MAX_TEMPERATURE}], got {self.temperature:g}")

@@ -15,7 +15,7 @@ from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.serving.conversation import Conversation, Message, prompt_of
 from cacheblend_jax.serving.errors import TOO_LONG, ApiError, invalid, unsupported
 from cacheblend_jax.serving.fields import Fields, checked_text, fields_of, kind_of
-from cacheblend_jax.serving.options import ServingOptions
+from cacheblend_jax.serving.options import MAX_TEMPERATURE, ServingOptions
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 512
@@ -195,7 +195,7 @@ class RequestReader:
             )
 
     def _sampling(self, fields: Fields) -> Sampling:
-        temperature = fields.number("temperature", self._options.temperature, least=0, most=2)
+        temperature = fields.number("temperature", self._options.temperature, least=0, most=MAX_TEMPERATURE)
         top_p = fields.number("top_p", 1.0, least=0, most=1)
         seed = fields.whole("seed", secrets.randbelow(SEEDS), least=-(2**63), most=2**63 - 1)
         # A `top_p` of 0 leaves the likeliest token alone, as the smallest that `Sampling` takes does.

@@ -73,6 +73,7 @@ class Scheduling(Protocol):
 
         Raises:
             QueueFull: too many wait.
+            SchedulerClosed: no more are taken.
             PromptError: the prompt cannot be served.
         """
 

@@ -19,11 +19,18 @@ MAX_CONNECTIONS = 1000
 MAX_HEAD_BYTES = 32 * 2**10
 
 
-def protocol_with(head_s: float) -> type[H11Protocol]:
-    """Returns the protocol that closes a connection whose next request's head does not come within so many seconds."""
+def protocol_with(head_s: float, write_s: float) -> type[H11Protocol]:
+    """Returns the protocol that ends connections whose clients do not do their part.
+
+    Args:
+        head_s: seconds until the head of a connection's next request must have come, and, after an answer that needed
+            no body, what is left of the one before.
+        write_s: seconds until a client must have taken what fills the connection's buffer.
+    """
 
     class BoundedProtocol(H11Protocol):
         _waiting: asyncio.TimerHandle | None = None
+        _unread: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -31,7 +38,17 @@ def protocol_with(head_s: float) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_watching()
+            self._has_read()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            # A transport that is closed keeps its socket until the client has taken what is left.
+            self._unread = self.loop.call_later(write_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._has_read()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -42,10 +59,16 @@ def protocol_with(head_s: float) -> type[H11Protocol]:
             self._watch()
 
         def _watch(self) -> None:
-            if self.conn.their_state is not h11.IDLE:
+            is_asking = self.conn.their_state is not h11.IDLE and self.conn.our_state is not h11.DONE
+            if is_asking:
                 self._stop_watching()
             elif self._waiting is None and not self.transport.is_closing():
                 self._waiting = self.loop.call_later(head_s, self.transport.close)
+
+        def _has_read(self) -> None:
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
 
         def _stop_watching(self) -> None:
             if self._waiting is not None:
@@ -71,9 +94,13 @@ def bound_socket(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except (OSError, OverflowError) as error:
         bound.close()
-        reason = reason_and_remedy(error, "choose another host or port") if isinstance(error, OSError) else str(error)
-        raise CacheBlendError(f"cannot listen on {host} port {port}: {reason}") from error
+        raise _cannot_listen(host, port, error) from error
     return bound
+
+
+def _cannot_listen(host: str, port: int, error: OSError | OverflowError) -> CacheBlendError:
+    reason = reason_and_remedy(error, "choose another host or port") if isinstance(error, OSError) else str(error)
+    return CacheBlendError(f"cannot listen on {host} port {port}: {reason}")
 
 
 def server_of(
@@ -87,7 +114,7 @@ def server_of(
     """
     config = uvicorn.Config(
         app,
-        http=protocol_with(bounds.head_s),
+        http=protocol_with(bounds.head_s, bounds.write_s),
         loop="asyncio",  # what connections may do was tried on this loop: under uvloop, requests were left waiting
         ws="none",
         lifespan="on",
@@ -109,10 +136,18 @@ class AnnouncedServer(uvicorn.Server):
         self._announce = announce
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to listen."""
-        await super().startup(sockets)
-        for bound in sockets or []:
-            host, port = bound.getsockname()[:2]
+        """Begins to listen.
+
+        Raises:
+            CacheBlendError: another process has begun to, at the same address.
+        """
+        addresses = [bound.getsockname()[:2] for bound in sockets or []]
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            host, port = addresses[0]
+            raise _cannot_listen(host, port, error) from error
+        for host, port in addresses:
             self._announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
 
@@ -131,6 +166,7 @@ def run_server(
         announce: called with each address, once the server listens.
 
     Raises:
+        CacheBlendError: another process listens at the same address by now.
         KeyboardInterrupt: it was ended by SIGINT.
     """
     server = server_of(app, bounds or Bounds(), stop_s / 2, announce)

@@ -23,6 +23,7 @@ from cacheblend_jax.store import TenantStore
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 THREADS = 8  # that tokenise and submit
+WATCHERS = 2  # that tell of health and metrics
 WAITING_PRECOMPUTES = 16
 
 
@@ -51,6 +52,7 @@ class Service:
         self.metrics = Metrics(scheduler, self.store, self.health)
         self.reader = RequestReader(options, engine.model.tokenizer, engine.blend)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="cacheblend-serve")
+        self._watching = ThreadPoolExecutor(WATCHERS, thread_name_prefix="cacheblend-watch")
         self._precomputing = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-precompute")
         self._precomputes = 0
         self.is_closed = False
@@ -69,6 +71,10 @@ class Service:
                 future.add_done_callback(lambda done: _give_up(done, unwanted))
             raise
 
+    async def watched(self, work: Callable[[], Result]) -> Result:
+        """Runs what operators ask for, in threads of its own: they are told also while requests take all others."""
+        return await asyncio.wrap_future(self._watching.submit(work))
+
     async def precompute(self, work: Callable[[], Result]) -> Result:
         """Runs what computes chunks, one call at a time.
 
@@ -85,18 +91,19 @@ class Service:
             self._precomputes -= 1
 
     def close(self) -> None:
-        """Finishes what runs, writes what is to be stored, and closes everything, within `stop_s` seconds.
+        """Finishes what runs, writes what is to be stored, and closes everything, within half of `stop_s` seconds.
 
-        What takes longer is left: `is_closed` is false then.
+        The other half the connections had. What takes longer is left: `is_closed` is false then.
         """
         self.health.stopping()
-        ended = threading.Event()
+        ended, within_s = threading.Event(), self.options.stop_s / 2
 
         def close() -> None:
             try:
-                self.scheduler.close(self.options.stop_s / 2)
+                self.scheduler.close(within_s / 2)
                 self._precomputing.shutdown(cancel_futures=True)
                 self._threads.shutdown()
+                self._watching.shutdown()
                 self.engine.close()
                 self.store.close()
             except Exception:
@@ -105,9 +112,9 @@ class Service:
                 ended.set()
 
         threading.Thread(target=close, name="cacheblend-close", daemon=True).start()
-        self.is_closed = ended.wait(self.options.stop_s)
+        self.is_closed = ended.wait(within_s)
         if not self.is_closed:
-            logger.error("not everything was written within %g s; what was not is computed anew", self.options.stop_s)
+            logger.error("not everything was written within %g s; what was not is computed anew", within_s)
 
 
 def _give_up(done: Future[Result], unwanted: Callable[[Result], object]) -> None:

@@ -40,6 +40,16 @@ class Tenants:
         self._callers = [(_digest(key), caller) for key, caller in (callers or {}).items()]
         self.quotas = dict(quotas or {})
 
+    @property
+    def ask_for_keys(self) -> bool:
+        """Whether only those who have a key are answered."""
+        return bool(self._callers)
+
+    @property
+    def count(self) -> int:
+        """How many tenants there are: one where no key is asked for."""
+        return len({caller.tenant for _, caller in self._callers}) or 1
+
     @classmethod
     def with_key(cls, key: str) -> Tenants:
         """Returns one tenant, who has the key and may see everything.
@@ -57,10 +67,12 @@ class Tenants:
         smallest counts) and `"operator": true` (whoever may see `/metrics`, which counts all tenants together).
 
         Raises:
-            CacheBlendError: the file cannot be read, or is something else.
+            CacheBlendError: the file cannot be read, is something else, or has a key twice.
         """
         try:
-            given = json.loads(Path(path).read_text(encoding="utf-8"))
+            given = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+        except CacheBlendError:
+            raise
         except (OSError, ValueError, RecursionError) as error:
             raise CacheBlendError(f"keys file {str(path)!r} cannot be read as JSON: {type(error).__name__}") from error
         if not isinstance(given, dict) or not given:
@@ -85,7 +97,7 @@ class Tenants:
         Raises:
             ApiError: there is no key, or a wrong one.
         """
-        if not self._callers:
+        if not self.ask_for_keys:
             return Caller(is_operator=True)
         scheme, _, key = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
         if scheme.lower() != "bearer" or not key.strip():
@@ -97,6 +109,13 @@ class Tenants:
         if found is None:
             raise _unauthorized("the API key is wrong")
         return found
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Returns an object of JSON. Of a key that is there twice, the last would win: perhaps the wrong tenant."""
+    if len(dict(pairs)) < len(pairs):
+        raise CacheBlendError("the keys file has a key, or a field of one, twice in the same object; remove one")
+    return dict(pairs)
 
 
 def _caller(fields: object, number: int, path: Path | str) -> Caller:

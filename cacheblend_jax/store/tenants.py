@@ -26,13 +26,20 @@ class TenantStore(WrappedStore[ChunkStore]):
         store: keeps the entries; `close` closes it.
         quotas: bytes that a tenant may store, by name; those not named are bounded by the store alone.
         pinned_bytes: of the entries that may be pinned at a time; `None`: half of the host's capacity.
+        tenants: how many there are: each may pin an equal share, so that none learns of, or lacks, what others pin.
     """
 
     def __init__(
-        self, store: ChunkStore, quotas: Mapping[str, int] | None = None, *, pinned_bytes: int | None = None
+        self,
+        store: ChunkStore,
+        quotas: Mapping[str, int] | None = None,
+        *,
+        pinned_bytes: int | None = None,
+        tenants: int = 1,
     ) -> None:
         super().__init__(store)
         self.pinned_bytes = int(PINNED_SHARE * store.host_bytes) if pinned_bytes is None else pinned_bytes
+        self._tenants = tenants
         self._quotas = {tenant_prefix(tenant): quota for tenant, quota in (quotas or {}).items()}
         self._held: dict[str, dict[str, int]] = {}  # the bytes of entries, by tenant and key; some may be evicted
         self._pins: dict[str, tuple[ExitStack, int]] = {}  # what keeps an entry, and its bytes
@@ -42,14 +49,17 @@ class TenantStore(WrappedStore[ChunkStore]):
         """See `Store`; an entry for which its tenant's quota has no room is not kept."""
         owner = tenant_of(key)
         quota = self._quotas.get(owner)
-        if quota is None:
-            return super().put(key, entry, wait=wait, uses=uses)
-        entry = entry.quantised(self.kv_dtype)  # a quota counts the bytes that are stored
+        if quota is not None:
+            entry = entry.quantised(self.kv_dtype)  # a quota counts the bytes that are stored
+            with self._lock:
+                if not self._has_room(owner, quota, key, entry.num_bytes):
+                    return False
+                self._held[owner][key] = entry.num_bytes
+        is_stored = super().put(key, entry, wait=wait, uses=uses)
         with self._lock:
-            if not self._has_room(owner, quota, key, entry.num_bytes):
-                return False
-            self._held[owner][key] = entry.num_bytes
-        return super().put(key, entry, wait=wait, uses=uses)
+            if is_stored and key in self._pins:  # the entry before it was damaged, or removed by another process
+                self._hold(key, self._pins[key][1])
+        return is_stored
 
     def remove(self, key: str) -> bool:
         """See `Store`.
@@ -61,7 +71,7 @@ class TenantStore(WrappedStore[ChunkStore]):
             if key in self._pins:
                 raise CacheBlendError(f"entry {key[:24]} is pinned; unpin it first")
             self._held.get(tenant_of(key), {}).pop(key, None)
-        return super().remove(key)
+            return super().remove(key)
 
     def close(self) -> None:
         """Lets go of what is pinned, and closes the store."""
@@ -78,25 +88,25 @@ class TenantStore(WrappedStore[ChunkStore]):
     def pin(self, key: str) -> bool:
         """Keeps an entry from being evicted until `unpin` or `close`; returns whether there is one that can be kept.
 
+        One that is found damaged is dropped, pinned or not; the pin holds for the one that is stored in its place.
+
         Raises:
-            CacheBlendError: too many are pinned, or too large ones.
+            CacheBlendError: the tenant has pinned too many, or too large ones.
         """
         with self._lock:
             if key in self._pins:
-                return True
+                return key in self.wrapped
             size = self.wrapped.sizes().get(key)
             if size is None:
                 return False
-            if len(self._pins) >= MAX_PINS or sum(self.pinned.values()) + size > self.pinned_bytes:
+            own = [num_bytes for other, num_bytes in self.pinned.items() if tenant_of(other) == tenant_of(key)]
+            most, most_bytes = MAX_PINS // self._tenants, self.pinned_bytes // self._tenants
+            if len(own) >= most or sum(own) + size > most_bytes:
                 raise CacheBlendError(
-                    f"no room to pin {size} bytes: at most {MAX_PINS} entries of together {self.pinned_bytes} bytes "
-                    "can be pinned; unpin others"
+                    f"no room to pin {size} bytes: at most {most} entries of together {most_bytes} bytes can be "
+                    "pinned; unpin others"
                 )
-            held = self.wrapped.hold(key)
-            if held is None:
-                return False
-            self._pins[key] = held, size
-            return True
+            return self._hold(key, size)
 
     def unpin(self, key: str) -> bool:
         """Undoes `pin`; returns whether the entry was pinned."""
@@ -112,6 +122,17 @@ class TenantStore(WrappedStore[ChunkStore]):
         """The bytes of each pinned entry, by key."""
         with self._lock:
             return {key: size for key, (_, size) in self._pins.items()}
+
+    def _hold(self, key: str, size: int) -> bool:
+        """Has an entry kept, in the place of one that was; returns whether it can be. The caller holds the lock."""
+        held = self.wrapped.hold(key)
+        if held is None:
+            return False
+        before, _ = self._pins.get(key, (None, 0))
+        self._pins[key] = held, size
+        if before is not None:
+            before.close()
+        return True
 
     def _has_room(self, owner: str, quota: int, key: str, num_bytes: int) -> bool:
         """Makes room for an entry within a quota, at the cost of the tenant's others. The caller holds the lock."""

@@ -8,6 +8,7 @@ import queue
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -68,6 +69,31 @@ def test_tenants_are_served_by_the_real_scheduler_until_sigterm(tmp_path, monkey
     with cb.ChunkStore(store) as later:  # what bob's request missed is stored, as his
         assert set(told["keys"]) <= set(later.keys())
         assert sum(is_of_tenant(key, "bob") for key in later.keys()) >= 2  # noqa: SIM118, a store is no dict
+
+
+@pytest.mark.parametrize(
+    ("host", "is_checked"),
+    [
+        *[(host, True) for host in ("127.0.0.1", "127.1.2.3", "localhost", "::1")],
+        *[(host, False) for host in ("0.0.0.0", "10.0.0.1", "::")],
+    ],
+)
+def test_only_a_server_that_anybody_here_may_ask_checks_whom_requests_are_sent_to(host, is_checked):
+    hosts = serve._hosts(host, serving.Tenants())
+    assert (hosts is not None) == is_checked
+    assert not is_checked or {"localhost", "127.0.0.1", "[::1]"} <= set(hosts)
+    assert serve._hosts(host, serving.Tenants.with_key("key")) is None
+
+
+def test_only_a_server_that_has_served_is_left_where_it_does_not_end(monkeypatch):
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    for is_closed, kind in ((False, ValueError), (True, None), (True, KeyboardInterrupt)):
+        serve._leave_unless_closed(SimpleNamespace(is_closed=is_closed), kind, None, None)
+    assert left == []
+    for kind in (None, KeyboardInterrupt):
+        serve._leave_unless_closed(SimpleNamespace(is_closed=False), kind, None, None)
+    assert left == [1, 1]
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):

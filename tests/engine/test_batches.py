@@ -14,6 +14,7 @@ from conftest import FAMILIES, SHAPE, TWO_STAGES, fresh_engine, random_prompt
 from test_generation import compilations
 
 import cacheblend_jax as cb
+from cacheblend_jax.engine import shared_reads
 from cacheblend_jax.engine.shared_reads import SharedReads
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.rope import rope_tables
@@ -165,43 +166,69 @@ def test_a_chunk_that_prompts_share_is_read_once(tmp_path, monkeypatch):
         engine.close()
 
 
+class Chunk:
+    """An entry on disk, with one layer."""
+
+    shape, dtype, num_layers, num_tokens, num_bytes = (1, 2, 1, 4), np.dtype(np.float32), 1, 2, 64
+    tier, device_entry, kv_dtype, has_k_offset = "disk", None, None, False
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.closed = error, 0
+
+    def read_layer(self, layer):
+        if self.error is not None:
+            raise self.error
+        return np.ones((2, 1, 4), np.float32), np.ones((2, 1, 4), np.float32)
+
+    def close(self):
+        self.closed += 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class Entries:
+    """A store whose entries are opened in this order, whatever their keys."""
+
+    def __init__(self, *chunks: Chunk) -> None:
+        self.chunks, self.opened = chunks, 0
+
+    def open(self, key):
+        self.opened += 1
+        return self.chunks[self.opened - 1] if self.opened <= len(self.chunks) else None
+
+
 def test_an_entry_that_could_not_be_read_is_opened_anew():
-    class Chunk:
-        shape, dtype, num_layers, num_tokens, num_bytes = (1, 2, 1, 4), np.dtype(np.float32), 1, 2, 64
-        tier, device_entry, kv_dtype, has_k_offset = "disk", None, None, False
-
-        def __init__(self, error: Exception | None) -> None:
-            self.error, self.closed = error, 0
-
-        def read_layer(self, layer):
-            if self.error is not None:
-                raise self.error
-            return np.ones((2, 1, 4), np.float32), np.ones((2, 1, 4), np.float32)
-
-        def close(self):
-            self.closed += 1
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.close()
-
-    class Store:
-        chunks = Chunk(cb.DamagedEntryError("flipped")), Chunk(None)
-        opened = 0
-
-        def open(self, key):
-            self.opened += 1
-            return self.chunks[self.opened - 1] if self.opened <= 2 else None
-
-    store = Store()
-    with SharedReads(store) as reads:
+    store = Entries(Chunk(cb.DamagedEntryError("flipped")), Chunk())
+    with SharedReads(store, {"key": 3}) as reads:
         with reads.open("key") as chunk, pytest.raises(cb.DamagedEntryError):
             chunk.read_layer(0)
-        again = reads.open("key")
-        again.read_layer(0)
+        with reads.open("key") as again:
+            again.read_layer(0)
         assert (reads.open("key"), again.tier, store.opened) == (again, "host", 2)
         assert reads.open("other") is None
-        assert [chunk.closed for chunk in store.chunks] == [0, 0]
     assert [chunk.closed for chunk in store.chunks] == [1, 1]
+
+
+def test_an_entry_is_kept_no_longer_than_a_prefill_wants_it(monkeypatch):
+    store = Entries(*[Chunk() for _ in range(4)])
+    with SharedReads(store, {"shared": 3, "own": 1, "one more": 2}) as reads:
+        with reads.open("shared") as first, reads.open("own") as own, reads.open("shared") as again:
+            assert first is again
+            for chunk in (first, own):
+                chunk.read_layer(0)
+        assert (first.tier, own.tier) == ("host", "disk")  # what nobody wants again is not kept in memory
+        assert [chunk.closed for chunk in store.chunks] == [0, 1, 0, 0]
+        with reads.open("shared"):
+            pass
+        assert [chunk.closed for chunk in store.chunks] == [1, 1, 0, 0]
+        monkeypatch.setattr(shared_reads, "MOST_KEPT", 0)  # descriptors are few
+        with reads.open("one more"):
+            pass
+        assert [chunk.closed for chunk in store.chunks] == [1, 1, 1, 0]
+        with reads.open("one more"):
+            pass
+    assert [chunk.closed for chunk in store.chunks] == [1, 1, 1, 1]

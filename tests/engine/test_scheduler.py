@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import ClassVar
@@ -303,3 +304,20 @@ def test_closing_with_a_timeout_cancels_the_rest(engine):
     scheduler.flush()  # as when the process ends
     assert [answer.finish_reason for answer in answers] == ["cancelled"] * 2
     assert not scheduler._thread.is_alive()
+
+
+def test_requests_that_come_during_the_warm_up_wait_and_hold_nobody_up(engine, monkeypatch):
+    warms, is_warm = threading.Event(), threading.Event()
+    monkeypatch.setattr(CountingBatch, "warm_up", lambda self: (warms.set(), is_warm.wait()), raising=False)
+    with cb.Scheduler(engine, slots=1) as scheduler, ThreadPoolExecutor(2) as pool:
+        try:
+            warming = pool.submit(scheduler.warmup)
+            warms.wait()
+            answer = pool.submit(scheduler.submit, prompt(1), max_new_tokens=2).result(timeout=30)
+            assert (scheduler.stats.waiting, engine.log) == (1, [])
+            with pytest.raises(cb.CacheBlendError, match="before the first request"):
+                scheduler.warmup()
+        finally:
+            is_warm.set()
+        warming.result()
+        assert answer.result().token_ids == tokens(1, 2)

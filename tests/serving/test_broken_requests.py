@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import socket
 import struct
+import threading
 
+import httpx
 import pytest
 from serving_cases import QUESTION, running
+from starlette.responses import PlainTextResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cacheblend_jax.serving import Bounds
+from cacheblend_jax.serving.admission import HostCheck
 
 SECRET = "unspeakable"
 CHAT = "/v1/chat/completions"
@@ -156,6 +163,25 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(server):
     assert (status, error["code"]) == (415, "invalid_content_type")
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *[(host, 200) for host in ("localhost", "LOCALHOST.:8000", "127.0.0.1:8000", "[::1]:8000", "[::1]")],
+        *[(host, 403) for host in ("evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "::1")],
+    ],
+)
+def test_a_page_whose_name_was_made_to_point_here_is_refused(host, status):
+    async def asked(hosts) -> httpx.Response:
+        transport = httpx.ASGITransport(HostCheck(PlainTextResponse("ok"), hosts))
+        async with httpx.AsyncClient(transport=transport, base_url="http://any") as client:
+            return await client.get("/", headers={"Host": host})
+
+    answer = asyncio.run(asked(("localhost", "127.0.0.1", "[::1]")))
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["error"]["code"] == "unknown_host"
+    assert asyncio.run(asked(None)).status_code == 200
+
+
 def test_unknown_paths_and_methods_are_refused_alike(server):
     for path, status in (("/v1/embeddings", 404), ("/nothing", 404), ("/v1/models", 405)):
         assert server.error(path, {})[0] == status
@@ -228,6 +254,37 @@ def test_a_client_that_goes_amid_an_answer_frees_its_slot(server):
         assert server.scheduler.answers.get(timeout=30).cancelled.wait(30)
     finally:
         server.scheduler.script = script
+
+
+@pytest.fixture
+def lost(monkeypatch):
+    """Set where a server has lost a connection."""
+    lost, connection_lost = threading.Event(), H11Protocol.connection_lost
+    monkeypatch.setattr(H11Protocol, "connection_lost", lambda *lot: (connection_lost(*lot), lost.set()))
+    return lost
+
+
+def test_a_body_that_goes_on_after_its_answer_ends_the_connection(server, lost):
+    head = head_of(10**9).replace(b"application/json", b"text/plain")
+    with socket.create_connection(server.address, timeout=30) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(head)
+        assert connection.recv(100).startswith(b"HTTP/1.1 415")
+        for _ in range(1000):  # more often than a connection that is idle is closed
+            if lost.wait(0.01):
+                break
+            connection.sendall(b"a")
+    assert lost.is_set()
+
+
+def test_a_client_that_does_not_read_loses_its_connection(lost):
+    raw = json.dumps(body(stream=True, max_tokens=4096)).encode()
+    with running(bounds=Bounds(write_s=0.2)) as server, socket.socket() as connection:
+        server.scheduler.script = ("word " * 4000,) * 4096
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(server.address)
+        connection.sendall(head_of(len(raw)) + raw)
+        assert server.scheduler.answers.get(timeout=30).cancelled.wait(30)
+        assert lost.wait(30)
 
 
 def test_no_more_requests_than_so_are_under_way(server):

@@ -8,6 +8,7 @@ import openai
 import pytest
 from serving_cases import CHUNKS, QUESTION, running
 
+import cacheblend_jax as cb
 from cacheblend_jax.engine.prompt import Prompt
 
 
@@ -155,8 +156,9 @@ def test_a_full_queue_is_the_clients_to_try_again(client, server):
         server.scheduler.is_full = False
 
 
-def test_a_failure_before_the_first_token_has_a_status_and_tells_nothing(client, server, caplog):
-    server.scheduler.fails = RuntimeError("secret of the prompt")
+@pytest.mark.parametrize("error", [RuntimeError, cb.CacheBlendError])
+def test_a_failure_before_the_first_token_has_a_status_and_tells_nothing(client, server, caplog, error):
+    server.scheduler.fails = error("secret of the prompt")
     try:
         for stream in (False, True):
             with pytest.raises(openai.InternalServerError, match="its log says why"):
@@ -164,7 +166,7 @@ def test_a_failure_before_the_first_token_has_a_status_and_tells_nothing(client,
     finally:
         server.scheduler.fails = None
     assert "secret" not in caplog.text
-    assert "RuntimeError" in caplog.text
+    assert error.__name__ in caplog.text
 
 
 def test_many_clients_are_answered_at_a_time(server):

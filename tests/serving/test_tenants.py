@@ -118,6 +118,34 @@ def test_chunks_are_computed_once_listed_pinned_and_deleted(server, bob):
     assert bob.get(f"/v1/chunks/{key}").status_code == 404
 
 
+def test_a_pin_of_an_entry_that_is_gone_can_be_undone_by_its_tenant(server, ada, bob):
+    body = {"chunks": ["Lima is home to Granite."], "pin": True}
+    key = bob.post("/v1/chunks", json=body).json()["data"][0]["id"]
+    server.engine.store.wrapped.remove(key)
+    assert ada.delete(f"/v1/chunks/{key}/pin").status_code == 404
+    assert key in server.engine.store.pinned
+    assert bob.delete(f"/v1/chunks/{key}/pin").json() == {"id": key, "object": "cacheblend.chunk", "pinned": False}
+    assert key not in server.engine.store.pinned
+    assert bob.delete(f"/v1/chunks/{key}/pin").status_code == 404
+
+
+def test_where_there_is_no_room_to_pin_all_endpoints_say_so_alike(server, bob, monkeypatch):
+    monkeypatch.setattr(server.engine.store, "pinned_bytes", 1)
+    stored = bob.post("/v1/chunks", json={"chunks": CHUNKS[:1]}).json()["data"][0]
+    for answer in (
+        bob.post("/v1/chunks", json={"chunks": CHUNKS[:1], "pin": True}),
+        bob.post(f"/v1/chunks/{stored['id']}/pin"),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "too_many_pinned")
+
+
+def test_a_head_request_deletes_nothing(bob):
+    key = bob.post("/v1/chunks", json={"chunks": CHUNKS[:1]}).json()["data"][0]["id"]
+    for path in (f"/v1/chunks/{key}", "/v1/chunks"):
+        assert bob.head(path).status_code == 200
+    assert bob.get(f"/v1/chunks/{key}").status_code == 200
+
+
 def test_the_list_comes_in_pages(ada):
     ada.post("/v1/chunks", json={"chunks": CHUNKS})
     whole = ada.get("/v1/chunks").json()["data"]
@@ -125,7 +153,7 @@ def test_the_list_comes_in_pages(ada):
     rest = ada.get("/v1/chunks", params={"after": first["data"][-1]["id"]}).json()
     assert first["has_more"]
     assert first["data"] + rest["data"] == whole
-    for query in ({"limit": "0"}, {"limit": "x"}, {"after": "nothing"}):
+    for query in ({"limit": "0"}, {"limit": "x"}, {"limit": "1".zfill(9) + "9" * 20}, {"after": "nothing"}):
         assert ada.get("/v1/chunks", params=query).status_code == 400
 
 
@@ -142,7 +170,7 @@ def test_a_request_for_chunks_that_makes_no_sense_is_refused(ada, body):
     [
         "", "[]", "{}", '"x"', '{"": "a"}', '{"k e y": "a"}', '{"key": ""}', '{"key": 1}', '{"key": {}}',
         '{"key": {"tenant": "a", "quota": 1}}', '{"key": {"tenant": "a", "quota_bytes": 0}}',
-        '{"key": {"tenant": "a", "operator": "yes"}}',
+        '{"key": {"tenant": "a", "operator": "yes"}}', '{"key": "a", "key": "b"}',
     ],
 )  # fmt: skip
 def test_a_file_of_keys_that_makes_no_sense_is_refused(tmp_path, text):

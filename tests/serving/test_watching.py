@@ -12,10 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 from serving_cases import CHUNKS, QUESTION, ScriptedScheduler, running
+from starlette.applications import Starlette
 
 import cacheblend_jax as cb
-from cacheblend_jax.serving import ServingOptions, bound_socket, make_app
+from cacheblend_jax.serving import ServingOptions, bound_socket, make_app, run_server
 from cacheblend_jax.serving.health import Health
+from cacheblend_jax.serving.service import THREADS
 from cacheblend_jax.store import StoreStats, TenantStore
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana-dashboard.json"
@@ -82,6 +84,40 @@ def test_a_server_is_ready_once_it_is_warm():
         while (answer := httpx.get(server.url + "/health")).status_code == 503:
             pass
         assert answer.json() == {"status": "ready", "reasons": []}
+
+
+def test_health_and_metrics_are_told_while_requests_take_all_threads():
+    go_on = threading.Event()
+    with running() as server, ThreadPoolExecutor(THREADS) as clients:
+        submit, began = server.scheduler.submit, threading.Semaphore(0)
+
+        def slow(*arguments, **options):
+            began.release()
+            go_on.wait()
+            return submit(*arguments, **options)
+
+        server.scheduler.submit = slow
+        try:
+            asked = [clients.submit(httpx.post, server.url + CHAT, json=chat(), timeout=60) for _ in range(THREADS)]
+            for _ in asked:
+                began.acquire()
+            for path in ("/health", "/metrics"):
+                assert httpx.get(server.url + path, timeout=10).status_code == 200
+        finally:
+            go_on.set()
+        assert [each.result().status_code for each in asked] == [200] * THREADS
+
+
+def test_a_server_whose_scheduler_has_ended_says_that_others_should_be_asked():
+    def refuse(*arguments, **options):
+        raise cb.SchedulerClosed("the scheduler is closed; make another")
+
+    with running() as server:
+        server.scheduler.submit = refuse
+        for _ in range(2):
+            answer = httpx.post(server.url + CHAT, json=chat())
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
+        assert httpx.get(server.url + "/health").json()["status"] == "stopping"
 
 
 def test_a_warm_up_that_fails_leaves_a_server_that_answers(caplog):
@@ -157,7 +193,7 @@ def test_a_server_that_ends_finishes_what_runs_and_closes_what_it_was_given(tmp_
 
 def test_what_does_not_end_is_left_after_so_long(caplog):
     never = threading.Event()
-    with running(stop_s=1.0) as server:
+    with running(stop_s=2.0) as server:
         server.scheduler.close = lambda timeout_s=None: never.wait(30)
     assert not server.app.state.service.is_closed
     assert "not everything was written within 1 s" in caplog.text
@@ -174,6 +210,9 @@ def test_what_cannot_be_served_is_refused_at_once():
         make_app(without, ScriptedScheduler(without))
     with pytest.raises(cb.CacheBlendError, match="unknown mode 'fast'"):
         ServingOptions(mode="fast")
+    for temperature in (-0.1, 2.1, float("nan")):
+        with pytest.raises(cb.CacheBlendError, match=r"temperature must be in \[0, 2\]"):
+            ServingOptions(temperature=temperature)
 
 
 def test_an_address_that_cannot_be_had_is_named():
@@ -185,3 +224,10 @@ def test_an_address_that_cannot_be_had_is_named():
     for host, port in (("nowhere.invalid", 80), ("127.0.0.1", 70_000)):
         with pytest.raises(cb.CacheBlendError, match=f"cannot listen on {host} port {port}"):
             bound_socket(host, port)
+
+
+def test_an_address_that_another_has_begun_to_listen_at_is_named():
+    with bound_socket("127.0.0.1", 0) as first, bound_socket("127.0.0.1", first.getsockname()[1]) as second:
+        first.listen()
+        with pytest.raises(cb.CacheBlendError, match=r"cannot listen on 127.0.0.1 port \d+: .*choose another"):
+            run_server(Starlette(), second)

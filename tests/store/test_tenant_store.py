@@ -123,6 +123,31 @@ def test_pins_are_bounded_and_keep_an_entry_from_being_removed():
         assert store.remove(key_for(0))
 
 
+def test_a_tenants_pins_leave_the_others_their_share():
+    with TenantStore(cb.ChunkStore(), pinned_bytes=4 * SIZE, tenants=2) as store:
+        put(store, range(3))
+        put(store, range(3), "two")
+        assert all(store.pin(key_for(number)) for number in range(2))
+        with pytest.raises(cb.CacheBlendError, match=f"of together {2 * SIZE} bytes can be pinned"):
+            store.pin(key_for(2))
+        assert all(store.pin(key_for(number, "two")) for number in range(2))
+
+
+def test_a_pin_holds_for_what_is_stored_in_the_place_of_a_lost_entry(directory):
+    room = 4 * make_entry(0, BIG).num_bytes
+    bounds = {"host_bytes": room} if directory is None else {"host_bytes": 2**20, "disk_bytes": room}
+    with TenantStore(cb.ChunkStore(directory, **bounds)) as store:
+        put(store, [0], tokens=BIG)
+        assert store.pin(key_for(0))
+        store.wrapped.remove(key_for(0))  # as where it is found damaged
+        assert not store.pin(key_for(0))
+        for number in (0, *range(1, 9)):
+            put(store, [number], tokens=BIG)
+            store.flush()
+        assert same(store.get(key_for(0)), make_entry(0, BIG))
+        assert store.unpin(key_for(0))
+
+
 def test_a_quota_leaves_what_is_pinned():
     with TenantStore(cb.ChunkStore(), {"one": 2 * SIZE}) as store:
         put(store, range(2))
