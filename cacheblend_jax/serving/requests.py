@@ -114,17 +114,21 @@ class RequestReader:
             ApiError, CacheBlendError: as `chat`.
         """
         fields = Fields(body)
-        texts = [
-            checked_text(text, f"chunks[{number}]")
-            for number, text in enumerate(fields.items("chunks", self._options.bounds.chunks))
-        ]
-        documents = self._documents(fields)
-        if not [text for text in texts if text] and not documents:
+        texts, documents = self._chunks(fields), self._documents(fields)
+        if not texts and not documents:
             raise invalid("there is neither a text in chunks nor a document; give at least one", "chunks")
         system = fields.text("system", "")
         messages = [Message("system", (system,))] if system else []
-        messages.append(Message("user", (*filter(None, texts), "")))
+        messages.append(Message("user", (*texts, "")))
         return self._prompt(Conversation(tuple(messages), documents), tenant)
+
+    def chunk_texts(self, body: dict[str, Any]) -> tuple[str, ...]:
+        """Returns the texts that are chunks in a request of any kind; errors as `chat`."""
+        fields = Fields(body)
+        if fields.get("messages") is None:
+            return (*self._documents(fields), *self._chunks(fields))
+        conversation = self.conversation(fields)
+        return (*conversation.documents, *conversation.part_chunks)
 
     def conversation(self, fields: Fields) -> Conversation:
         """Reads messages and documents; errors as `chat`."""
@@ -161,6 +165,11 @@ class RequestReader:
             template_arguments=self._options.template_arguments,
             tenant=tenant,
         )
+
+    def _chunks(self, fields: Fields) -> tuple[str, ...]:
+        given = fields.items("chunks", self._options.bounds.chunks)
+        texts = [checked_text(text, f"chunks[{number}]") for number, text in enumerate(given)]
+        return tuple(text for text in texts if text)
 
     def _documents(self, fields: Fields) -> tuple[str, ...]:
         given = fields.items("documents", self._options.bounds.chunks)
