@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import itertools
@@ -66,27 +67,32 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    store = tmp_path_factory.mktemp("ray") / "kv"
-    with pytest.MonkeyPatch.context() as patch, contextlib.closing(bound_socket("127.0.0.1", 0)) as bound:
-        port = bound.getsockname()[1]
+def example():
+    with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "examples"))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "examples"), str(ROOT)]))  # of the workers
-        serve_ray = importlib.import_module("serve_ray")
-        bound.close()
+        yield importlib.import_module("serve_ray")
+        sys.modules.pop("serve_ray")
+
+
+@pytest.fixture(scope="module")
+def cluster(example, tmp_path_factory):
+    store = tmp_path_factory.mktemp("ray") / "kv"
+    with contextlib.closing(bound_socket("127.0.0.1", 0)) as bound:
+        port = bound.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the user's home
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8, log_to_driver=False)
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             sizes = {"slots": 2, "slot_tokens": 256, "min_replicas": 2, "max_replicas": 2}
-            serve.run(serve_ray.app(serve_ray.Settings(store=str(store), **sizes)))
+            serve.run(example.app(example.Settings(store=str(store), **sizes)))
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
                 yield Cluster(client, store)
         finally:
             serve.shutdown()
             ray.shutdown()
-            sys.modules.pop("serve_ray", None)
 
 
 def homes(names: list[str]) -> dict[str, list[str]]:
@@ -95,6 +101,35 @@ def homes(names: list[str]) -> dict[str, list[str]]:
     for text in TEXTS:
         by_home[ranked(chunk_weights(json.dumps({"chunks": [text]}).encode()), names)[0]].append(text)
     return by_home
+
+
+def test_a_stream_whose_replica_dies_ends_with_an_error(example):
+    async def dying():
+        yield {"body": b"data: 2\n\n"}
+        raise ray.exceptions.RayActorError
+
+    async def read() -> list[bytes]:
+        return [each async for each in example.events({"body": b"data: 1\n\n"}, dying())]
+
+    *sent, last = asyncio.run(read())
+    assert sent == [b"data: 1\n\n", b"data: 2\n\n"]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "cancelled"
+
+
+def test_the_front_passes_on_streams_and_refusals(cluster):
+    question = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 3, "stream": True}
+    with cluster.client.stream("POST", "/v1/chat/completions", json=question) as answer:
+        events = [line for line in answer.iter_lines() if line]
+    assert (answer.status_code, events[-1]) == (200, "data: [DONE]")
+    assert answer.headers["x-replica"] in cluster.actors
+    refused = [
+        cluster.client.get("/metrics"),
+        cluster.client.post("/v1/chat/completions", json={"messages": 3}),
+        cluster.client.post("/v1/completions", json={"prompt": "a" * 2**23}),
+        cluster.client.post("/v1/chunks", json={"chunks": TEXTS[-1:], "pin": True}),
+    ]
+    assert [each.status_code for each in refused] == [404, 400, 413, 400]
+    assert all(each.json()["error"]["message"] for each in refused)
 
 
 def test_replicas_share_what_they_store_and_one_may_die_under_load(cluster):
