@@ -140,9 +140,9 @@ def replica_app(settings: Settings) -> Starlette:
     engine = cb.Engine(model, store)
     longest = min(settings.slot_tokens, model.config.max_positions)
     scheduler = cb.Scheduler(engine, slots=settings.slots, max_tokens=longest)
+    scheduler.warmup()  # first: it must come before any request
     if settings.warm_up:
         engine.warmup(settings.warm_up)
-    scheduler.warmup()
     scheduler.submit(cb.Prompt("", (), "a"), mode="full", max_new_tokens=2).result()
     app = make_app(engine, scheduler, ServingOptions(Path(settings.model).name, stop_s=STOP_S), tenants)
     app.state.service.health.warmed_up()

@@ -128,7 +128,7 @@ def test_the_front_passes_on_streams_and_refusals(cluster):
         cluster.client.post("/v1/completions", json={"prompt": "a" * 2**23}),
         cluster.client.post("/v1/chunks", json={"chunks": TEXTS[-1:], "pin": True}),
     ]
-    assert [each.status_code for each in refused] == [404, 400, 413, 400]
+    assert [each.status_code for each in refused] == [404, 400, 413, 409]
     assert all(each.json()["error"]["message"] for each in refused)
 
 
