@@ -41,6 +41,7 @@ HKVD = cb.BlendConfig(selector="hkvd")  # its blend runs while KV loads
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--model", default="bench-16l", help="a named shape, of random weights; or as for load_model")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="in 8 chunks, for overlap and figure")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens, for prediction")
@@ -50,7 +51,8 @@ def main() -> None:
     parsed = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         jax.config.update("jax_compilation_cache_dir", str(parsed.compiled or temporary))
-        model = cb.model.random_model(SHAPES["bench-16l"])
+        shape = SHAPES.get(parsed.model)
+        model = cb.load_model(parsed.model, dtype="float32") if shape is None else cb.model.random_model(shape)
         bench = Bench(model, parsed.repeats, parsed.tokens, parsed.lengths)
         report: dict[str, Any] = {"device": device_kind(model), "jax": jax.__version__}
         report["balance"] = bench.balance()
