@@ -8,8 +8,9 @@ from functools import partial
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
-from cacheblend_jax.store import DeviceEntry, StoredChunk, is_slow
+from cacheblend_jax.store import StoredChunk, is_slow
 from cacheblend_jax.store.stored_chunk import StoredRows
+from cacheblend_jax.store.wrapped import WrappedChunk
 
 MOST_KEPT = 256  # each may hold a descriptor; processes often may have no more than 1,024
 
@@ -52,17 +53,17 @@ class SharedReads:
         if self._left[key] <= 0 or chunk.has_failed or len(self._kept) > MOST_KEPT:
             if self._kept.get(key) is chunk:
                 del self._kept[key]
-            chunk.stored.close()
+            chunk.wrapped.close()
 
     def __enter__(self) -> SharedReads:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         for kept in self._kept.values():
-            kept.stored.close()
+            kept.wrapped.close()
 
 
-class _KeptChunk:
+class _KeptChunk(WrappedChunk):
     """A `StoredChunk` that several use; it keeps the layers it has read from a slow tier while others will want them.
 
     Args:
@@ -70,13 +71,9 @@ class _KeptChunk:
     """
 
     def __init__(self, stored: StoredChunk, closed: Callable[[_KeptChunk], None]) -> None:
-        self.stored, self._closed = stored, closed
+        super().__init__(stored)
+        self._closed = closed
         self._layers: dict[int, tuple[StoredRows, StoredRows]] = {}
-        self.shape, self.dtype, self.kv_dtype = stored.shape, stored.dtype, stored.kv_dtype
-        self.has_k_offset = stored.has_k_offset
-        self.num_layers, self.num_tokens, self.num_bytes = stored.num_layers, stored.num_tokens, stored.num_bytes
-        self.device_entry: DeviceEntry | None = stored.device_entry
-        self.tier = stored.tier  # host memory, once all layers are there
         self.users = 0
         self.keeps_layers = self.has_failed = False
 
@@ -85,14 +82,14 @@ class _KeptChunk:
         if layer in self._layers:
             return self._layers[layer]
         try:
-            read = self.stored.read_layer(layer)
+            read = super().read_layer(layer)
         except Exception:
             self.has_failed = True
             raise
-        if self.keeps_layers and is_slow(self.stored.tier):
+        if self.keeps_layers and is_slow(self.wrapped.tier):
             self._layers[layer] = read
             if len(self._layers) == self.num_layers:
-                self.tier = "host"
+                self.tier = "host"  # all are in memory
         return read
 
     def close(self) -> None:
@@ -100,9 +97,3 @@ class _KeptChunk:
         self.users -= 1
         if not self.users:
             self._closed(self)
-
-    def __enter__(self) -> _KeptChunk:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -9,7 +9,7 @@ from cacheblend_jax.runtime.throttle import Throttle
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
 from cacheblend_jax.store.protocol import Store
 from cacheblend_jax.store.stored_chunk import StoredChunk, StoredRows
-from cacheblend_jax.store.wrapped import WrappedStore
+from cacheblend_jax.store.wrapped import WrappedChunk, WrappedStore
 
 
 class ThrottledStore(WrappedStore[Store]):
@@ -75,29 +75,14 @@ class ThrottledStore(WrappedStore[Store]):
         self._throttle.wait_for(num_bytes)
 
 
-class ThrottledChunk:
+class ThrottledChunk(WrappedChunk):
     """A handle of a `ThrottledStore`."""
 
-    device_entry: DeviceEntry | None = None
-
     def __init__(self, chunk: StoredChunk, store: ThrottledStore) -> None:
-        self._chunk, self._store = chunk, store
-        self.shape, self.dtype, self.kv_dtype = chunk.shape, chunk.dtype, chunk.kv_dtype
-        self.has_k_offset = chunk.has_k_offset
-        self.num_tokens, self.num_layers, self.num_bytes = chunk.num_tokens, chunk.num_layers, chunk.num_bytes
-        self.tier = store.tier
+        super().__init__(chunk)
+        self._store, self.tier, self.device_entry = store, store.tier, None
 
     def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
         """As `StoredChunk.read_layer`, after the time that it takes on the throttled tier."""
         self._store.wait_for(self.num_bytes // self.num_layers)
-        return self._chunk.read_layer(layer)
-
-    def close(self) -> None:
-        """See `StoredChunk`."""
-        self._chunk.close()
-
-    def __enter__(self) -> ThrottledChunk:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        return super().read_layer(layer)

@@ -1,4 +1,4 @@
-"""A store over another, which it leaves everything to: what changes a store's ways says only what it changes."""
+"""A store over another, and a handle over another, that leave everything to it: who changes some of it says only that."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from etils import epath
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
 from cacheblend_jax.store.protocol import Store
 from cacheblend_jax.store.stats import StoreStats
-from cacheblend_jax.store.stored_chunk import StoredChunk
+from cacheblend_jax.store.stored_chunk import StoredChunk, StoredRows
 
 Wrapped = TypeVar("Wrapped", bound=Store)
 Own = TypeVar("Own", bound="WrappedStore")
+OwnChunk = TypeVar("OwnChunk", bound="WrappedChunk")
 
 
 class WrappedStore(Generic[Wrapped]):
@@ -116,6 +117,31 @@ class WrappedStore(Generic[Wrapped]):
         return len(self.wrapped)
 
     def __enter__(self: Own) -> Own:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class WrappedChunk:
+    """A `StoredChunk` that does as the wrapped one does."""
+
+    def __init__(self, chunk: StoredChunk) -> None:
+        self.wrapped = chunk
+        self.shape, self.dtype, self.kv_dtype = chunk.shape, chunk.dtype, chunk.kv_dtype
+        self.has_k_offset, self.num_bytes = chunk.has_k_offset, chunk.num_bytes
+        self.num_tokens, self.num_layers = chunk.num_tokens, chunk.num_layers
+        self.tier, self.device_entry = chunk.tier, chunk.device_entry
+
+    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
+        """See `StoredChunk`."""
+        return self.wrapped.read_layer(layer)
+
+    def close(self) -> None:
+        """See `StoredChunk`."""
+        self.wrapped.close()
+
+    def __enter__(self: OwnChunk) -> OwnChunk:
         return self
 
     def __exit__(self, *_: object) -> None:
