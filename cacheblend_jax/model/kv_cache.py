@@ -36,30 +36,12 @@ class AttendedLayer(Protocol):
         """Returns `selective_attention` of rotated queries, with the log-sum-exp that it returns."""
 
 
-def _attended(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    positions: jax.Array,
-    layer: Int[Array, ""] | int | None,
-    starts: jax.Array | None,
-    kv_length: jax.Array | int,
-    scores: ScoreOptions,
-    sinks: jax.Array | None,
-) -> AttendedLse:
-    masks: dict[str, Any] = {"q_starts": starts, "kv_length": kv_length, "sinks": sinks}
-    out, lse = selective_attention(q, k, v, positions, layer=layer, return_lse=True, **masks, **scores)
-    return out, lse
+class _AttendedWhole:
+    """The attention of a record whose `k` and `v` are a layer's, or with an `index` all layers' stacked."""
 
-
-@struct.dataclass
-class LayerKV:
-    """One layer's keys and values, each `[keys, kv_heads, head_dim]`."""
-
-    k: Float[Array, "keys kv_heads head_dim"]
-    v: Float[Array, "keys kv_heads head_dim"]
-
-    __eq__, __hash__ = object.__eq__, object.__hash__  # comparing arrays as a tuple raises
+    k: jax.Array
+    v: jax.Array
+    index: Int[Array, ""] | int | None
 
     def attended(
         self,
@@ -72,11 +54,26 @@ class LayerKV:
         sinks: Float[Array, " heads"] | None = None,
     ) -> AttendedLse:
         """See `AttendedLayer`."""
-        return _attended(q, self.k, self.v, positions, None, starts, kv_length, scores, sinks)
+        masks: dict[str, Any] = {"q_starts": starts, "kv_length": kv_length, "sinks": sinks}
+        out, lse = selective_attention(
+            q, self.k, self.v, positions, layer=self.index, return_lse=True, **masks, **scores
+        )
+        return out, lse
 
 
 @struct.dataclass
-class LayerInCache:
+class LayerKV(_AttendedWhole):
+    """One layer's keys and values, each `[keys, kv_heads, head_dim]`."""
+
+    k: Float[Array, "keys kv_heads head_dim"]
+    v: Float[Array, "keys kv_heads head_dim"]
+
+    index = None  # not a field
+    __eq__, __hash__ = object.__eq__, object.__hash__  # comparing arrays as a tuple raises
+
+
+@struct.dataclass
+class LayerInCache(_AttendedWhole):
     """One layer's keys and values as they lie in a cache, whose stacks kernels read, and write, in place.
 
     Attributes:
@@ -92,19 +89,6 @@ class LayerInCache:
     stored: QuantisedKV | None = None
 
     __eq__, __hash__ = object.__eq__, object.__hash__
-
-    def attended(
-        self,
-        q: Float[Array, "rows heads head_dim"],
-        positions: Int[Array, " rows"],
-        *,
-        starts: Int[Array, " rows"] | None,
-        kv_length: Int[Array, ""] | int,
-        scores: ScoreOptions,
-        sinks: Float[Array, " heads"] | None = None,
-    ) -> AttendedLse:
-        """See `AttendedLayer`."""
-        return _attended(q, self.k, self.v, positions, self.index, starts, kv_length, scores, sinks)
 
     @property
     def cache(self) -> KVCache:

@@ -20,7 +20,7 @@ from cacheblend_jax.model.decode import MOST_AT_ONCE, run_rows
 from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles
-from cacheblend_jax.model.sampling import Draw, HostOrDevice, next_tokens
+from cacheblend_jax.model.sampling import Draw, HostOrDevice, Sampling, next_tokens
 from cacheblend_jax.model.slot_cache import SlotCache
 from cacheblend_jax.model.transformer import embedder
 
@@ -66,8 +66,7 @@ class DecodedSlots(NamedTuple):
 def empty_slots(angles: Angles, *, config: ModelConfig, num_slots: int) -> Slots:
     """Returns slots that are all idle, each with room for the tokens that `angles` are of (traceable)."""
     zeros = jnp.zeros(num_slots, jnp.int32)
-    draw = Draw(*(jnp.zeros((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.uint32)))
-    draws = jax.tree.map(lambda x: jnp.zeros(num_slots, x.dtype), draw)
+    draws = jax.tree.map(lambda x: jnp.zeros(num_slots, x.dtype), Draw.by(Sampling()))
     turn = Turn(zeros, zeros, zeros, zeros, jnp.zeros((num_slots, config.vocab_size), bool), draws)
     return Slots(SlotCache.empty(config, num_slots, angles.num_tokens), turn)
 

@@ -1,4 +1,4 @@
-"""A store over another, and a handle over another, that leave everything to it: who changes some of it says only that."""
+"""A store over another, and a handle over another, to which everything is left that a subclass does not say."""
 
 from __future__ import annotations
 
