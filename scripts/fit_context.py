@@ -31,11 +31,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 import cacheblend_jax as cb
+from cacheblend_jax.choices import CONTINUATION_TOKENS
 from cacheblend_jax.documents import read_documents
 from cacheblend_jax.engine.contexts import neutral_text
 from cacheblend_jax.engine.prompt import TokenizedPrompt, tokenize_prompt
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS
 from cacheblend_jax.evaluation.simulated_blend import (
     Choice,
     DensePrompt,

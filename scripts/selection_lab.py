@@ -25,14 +25,14 @@ import numpy as np
 
 import cacheblend_jax as cb
 from cacheblend_jax.blend.schedule import TAPER
-from cacheblend_jax.engine.contexts import PLAIN, chunk_context, named_context
+from cacheblend_jax.choices import CONTINUATION_TOKENS, PLAIN
+from cacheblend_jax.engine.contexts import chunk_context, named_context
 from cacheblend_jax.engine.layout import ChunkContext
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prompt import TokenizedPrompt, check_length, tokenize_prompt
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.evaluation.datasets import BUNDLED
 from cacheblend_jax.evaluation.evaluator import rows_for
-from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS
 from cacheblend_jax.evaluation.simulated_blend import (
     Choice,
     DensePrompt,

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# What each room may use, besides what stands beside the rooms (`errors.py`).
+BESIDE = ("errors", "choices")  # the rooms: every room may use these modules
+# What else each room may use.
 ROOMS = {
     "pallas_kernels": (),
     "runtime": ("pallas_kernels",),
@@ -23,6 +24,7 @@ ROOMS = {
     "cli": ("evaluation", "serving", "engine", "blend", "store", "model", "runtime", "documents"),
     "documents": ("model",),
     "errors": (),
+    "choices": (),
 }
 
 
@@ -53,7 +55,7 @@ def test_rooms_use_only_what_is_below_them():
     for name, path in known.items():
         room = room_of(name)
         for used in imports(path, known):
-            if room in ROOMS and room_of(used) not in (room, "errors"):
+            if room in ROOMS and room_of(used) not in (room, *BESIDE):
                 assert room_of(used) in ROOMS[room], f"{name} imports {used}"
 
 

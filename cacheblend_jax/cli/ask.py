@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.choices import MODES
 from cacheblend_jax.cli.bundled_model import loading_reader
 from cacheblend_jax.cli.compiling import compiled_meanwhile
 from cacheblend_jax.cli.conversation import (
@@ -47,17 +47,19 @@ from cacheblend_jax.cli.options import (
 from cacheblend_jax.cli.progress import Advance, Parts, progress_of_parts
 from cacheblend_jax.cli.store_report import StoreReport, stored_otherwise
 from cacheblend_jax.documents import Document
-from cacheblend_jax.engine.chunk_lookup import ChunkLookup
-from cacheblend_jax.engine.controller import explain
-from cacheblend_jax.engine.engine import Engine
-from cacheblend_jax.engine.layout import MODES
-from cacheblend_jax.engine.prompt import Prompt
-from cacheblend_jax.engine.results import Generation, PrefillResult
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.model.loading import LoadingModel
-from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkStore
+
+# What needs JAX is imported where it is used, so that the help of a command comes at once.
+if TYPE_CHECKING:
+    from cacheblend_jax.blend import BlendConfig
+    from cacheblend_jax.engine.chunk_lookup import ChunkLookup
+    from cacheblend_jax.engine.engine import Engine
+    from cacheblend_jax.engine.prompt import Prompt
+    from cacheblend_jax.engine.results import Generation, PrefillResult
+    from cacheblend_jax.model.loading import LoadingModel
+    from cacheblend_jax.model.sampling import Sampling
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -80,6 +82,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Answers one question; returns what `--json` writes."""
+    from cacheblend_jax.engine.engine import Engine
+
     question, paths = question_and_paths(parsed.question, parsed.docs)
     blend, sampling = _blend(parsed), chosen_sampling(parsed)
     context = chosen_context(parsed.context)
@@ -123,6 +127,8 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_about(parsed: argparse.Namespace, answers: dict[str, Generation], report: StoreReport) -> None:
+    from cacheblend_jax.engine.controller import explain
+
     prefill = answers[parsed.mode].stats.prefill
     print(_comparison_table(answers) if parsed.compare else summary(prefill))
     (print_status if parsed.compare else print)(report.line(parsed.store))  # a table stands alone on stdout

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.cli.options import (
     add_kv_dtype_option,
     add_shared_options,
@@ -14,10 +13,12 @@ from cacheblend_jax.cli.options import (
     load_with_bar,
     print_status,
 )
-from cacheblend_jax.engine.kernels import with_kernels
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.shapes import SHAPES
-from cacheblend_jax.model import Model, random_model
+
+# What needs JAX is imported where it is used, so that the help of a command comes at once.
+if TYPE_CHECKING:
+    from cacheblend_jax.model import Model
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -76,6 +77,8 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
 
 def _check(parsed: argparse.Namespace) -> None:
     """Refuses what makes no sense before a model is loaded."""
+    from cacheblend_jax.blend import BlendConfig
+
     if parsed.prefix_tokens < 0:
         raise CacheBlendError(f"--prefix-tokens must be at least 0, got {parsed.prefix_tokens}")
     if short := [tokens for tokens in parsed.tokens if tokens < parsed.chunks]:
@@ -85,6 +88,9 @@ def _check(parsed: argparse.Namespace) -> None:
 
 
 def _model(parsed: argparse.Namespace) -> Model:
+    from cacheblend_jax.engine.kernels import with_kernels
+    from cacheblend_jax.model import random_model
+
     if parsed.model is not None:
         return with_kernels(load_with_bar(parsed.model, parsed.dtype), parsed.kernels)
     shape = SHAPES[parsed.shape]

@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cacheblend_jax.cli.documents_prompt import loading_with_tokenizer
 from cacheblend_jax.cli.options import print_status, print_warning
 from cacheblend_jax.cli.progress import Advance, progress_of_parts
-from cacheblend_jax.engine.prompt import encode
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.model import Model
 from cacheblend_jax.model.demo import demo_directory
-from cacheblend_jax.model.loading import LoadingModel
+from cacheblend_jax.model.encoding import encode
 from cacheblend_jax.model.smollm2 import INSTALL, SMOLLM2, installed_smollm2
+
+# What needs JAX is imported where it is used, so that the help of a command comes at once.
+if TYPE_CHECKING:
+    from cacheblend_jax.model import Model
+    from cacheblend_jax.model.loading import LoadingModel
 
 WORD = re.compile(r"\w+")
 NAMED_WORDS = 3

@@ -9,8 +9,6 @@ from typing import Any
 
 from cacheblend_jax.cli.options import add_model_option, add_shared_options, at_least_one, check_writable, load_with_bar
 from cacheblend_jax.cli.progress import progress
-from cacheblend_jax.engine.kernels import with_kernels
-from cacheblend_jax.engine.profile import default_path
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -39,6 +37,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Calibrates, saves the profile and prints what was found; returns what `--json` writes."""
+    from cacheblend_jax.engine.kernels import with_kernels
+    from cacheblend_jax.engine.profile import default_path
     from cacheblend_jax.evaluation.calibrate import calibrate
     from cacheblend_jax.evaluation.tables import profile_text
 

@@ -8,12 +8,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cacheblend_jax.blend import BlendConfig
-from cacheblend_jax.blend.flops import prefill_flops
+from cacheblend_jax.choices import MODES
 from cacheblend_jax.cli.bundled_model import loading_reader, warn_of_unknown
 from cacheblend_jax.cli.compiling import compiled_meanwhile
 from cacheblend_jax.cli.conversation import (
@@ -43,15 +42,16 @@ from cacheblend_jax.cli.options import add_shared_options, add_store_options, op
 from cacheblend_jax.cli.progress import progress_of_parts
 from cacheblend_jax.cli.store_report import StoreReport
 from cacheblend_jax.documents import Chunk
-from cacheblend_jax.engine.controller import explain
-from cacheblend_jax.engine.engine import Engine
-from cacheblend_jax.engine.generation import TokenStream
-from cacheblend_jax.engine.layout import MODES
-from cacheblend_jax.engine.prompt import Prompt
-from cacheblend_jax.engine.results import Generation, PrefillResult
 from cacheblend_jax.errors import CacheBlendError, PromptTooLongError
 from cacheblend_jax.model import ModelConfig
-from cacheblend_jax.model.sampling import Sampling
+
+# What needs JAX is imported where it is used, so that the help of a command comes at once.
+if TYPE_CHECKING:
+    from cacheblend_jax.blend import BlendConfig
+    from cacheblend_jax.engine.engine import Engine
+    from cacheblend_jax.engine.generation import TokenStream
+    from cacheblend_jax.engine.results import Generation, PrefillResult
+    from cacheblend_jax.model.sampling import Sampling
 
 ASK = "> "
 SHOWN_CHARACTERS = 60  # of a source's text
@@ -79,6 +79,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Answers questions until there are no more; returns what `--json` writes."""
+    from cacheblend_jax.engine.engine import Engine
+
     blend, sampling = chosen_blend(parsed), chosen_sampling(parsed)
     context = chosen_context(parsed.context)
     with ExitStack() as opened:
@@ -192,6 +194,8 @@ class Chat:
             return prefill_shown(engine, prompt, self._mode, shown), report
 
     def _extended(self, said: TokenStream, question: str) -> PrefillResult | None:
+        from cacheblend_jax.engine.prompt import Prompt
+
         model, arguments = self._engine.model, self._parsed.template_arguments
         ids = Prompt.follow_up(model.tokenizer, question, template_arguments=arguments)
         length, most = said.context.token_ids.size, model.config.max_positions
@@ -228,6 +232,8 @@ class Chat:
         self._forget()
 
     def _command_ratio(self, ratio: str) -> None:
+        from cacheblend_jax.blend import BlendConfig
+
         try:
             blend = BlendConfig(ratio_or_auto(ratio), selector=self._parsed.selector)
         except argparse.ArgumentTypeError as error:
@@ -247,6 +253,8 @@ def cost_line(out: PrefillResult, report: StoreReport | None, config: ModelConfi
     Args:
         report: what the store had; `None` where the conversation's own KV went on.
     """
+    from cacheblend_jax.blend.flops import prefill_flops
+
     stats = out.stats
     in_full = prefill_flops(config, [np.arange(stats.tokens)] * config.num_layers)
     if report is None:
@@ -262,6 +270,8 @@ def cost_line(out: PrefillResult, report: StoreReport | None, config: ModelConfi
 
 def why(answer: Generation, report: StoreReport | None, directory: str | None) -> str:
     """Returns a few lines: what an answer's prefill reused and computed, what was decided, and how fast it decoded."""
+    from cacheblend_jax.engine.controller import explain
+
     stats = answer.stats
     lines = [summary(stats.prefill)]
     if report is not None:

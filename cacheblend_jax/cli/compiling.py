@@ -7,10 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cacheblend_jax.cli.progress import Advance
-from cacheblend_jax.engine.engine import Engine
-from cacheblend_jax.engine.prompt import Prompt
+
+# What needs JAX is imported where it is used, so that the help of a command comes at once.
+if TYPE_CHECKING:
+    from cacheblend_jax.engine.engine import Engine
+    from cacheblend_jax.engine.prompt import Prompt
 
 logger = logging.getLogger(__name__)
 

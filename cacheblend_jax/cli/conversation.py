@@ -9,22 +9,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cacheblend_jax.blend import SELECTORS, BlendConfig
+from cacheblend_jax.choices import BUILT_IN_SELECTORS, EXECUTORS, MODES
 from cacheblend_jax.cli.options import at_least_one
 from cacheblend_jax.cli.progress import Advance, Parts
 from cacheblend_jax.cli.store_report import StoreReport
 from cacheblend_jax.documents import Document, read_documents
-from cacheblend_jax.engine.chunk_lookup import ChunkLookup
-from cacheblend_jax.engine.engine import Engine
-from cacheblend_jax.engine.generation import TokenStream
-from cacheblend_jax.engine.layout import MODES
-from cacheblend_jax.engine.planner import EXECUTORS
-from cacheblend_jax.engine.prompt import Prompt
-from cacheblend_jax.engine.results import Generation, PrefillResult, PrefillStats
-from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.runtime.trace import Trace
+
+# What needs JAX is imported where it is used, so that the help of a command comes at once.
+if TYPE_CHECKING:
+    from cacheblend_jax.blend import BlendConfig
+    from cacheblend_jax.engine.chunk_lookup import ChunkLookup
+    from cacheblend_jax.engine.engine import Engine
+    from cacheblend_jax.engine.generation import TokenStream
+    from cacheblend_jax.engine.prompt import Prompt
+    from cacheblend_jax.engine.results import Generation, PrefillResult, PrefillStats
+    from cacheblend_jax.model.sampling import Sampling
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -44,7 +46,9 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", type=Path, metavar="FILE", help="with --ratio auto: a profile that calibrate has saved"
     )
-    parser.add_argument("--selector", help=f"{', '.join(sorted(SELECTORS))} (default: query; hkvd with --ratio auto)")
+    parser.add_argument(
+        "--selector", help=f"{', '.join(sorted(BUILT_IN_SELECTORS))} (default: query; hkvd with --ratio auto)"
+    )
     parser.add_argument(
         "--max-new-tokens", type=at_least_one, default=64, metavar="N", help="longest answer (default: 64)"
     )
@@ -71,11 +75,15 @@ def ratio_or_auto(text: str) -> float | Literal["auto"]:
 
 def chosen_blend(parsed: argparse.Namespace) -> BlendConfig:
     """Returns how the options say to blend."""
+    from cacheblend_jax.blend import BlendConfig
+
     return BlendConfig(parsed.ratio, selector=parsed.selector)
 
 
 def chosen_sampling(parsed: argparse.Namespace) -> Sampling:
     """Returns how the options say to draw tokens."""
+    from cacheblend_jax.model.sampling import Sampling
+
     return Sampling(parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from cacheblend_jax.cli.options import add_shared_options, load_with_bar
 from cacheblend_jax.cli.progress import progress
-from cacheblend_jax.engine.kernels import with_kernels
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -21,6 +20,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Asks, prints a table and one worked example, and draws; returns what `--json` writes."""
+    from cacheblend_jax.engine.kernels import with_kernels
     from cacheblend_jax.evaluation.demo import demo, ratio_curves, worked_example
     from cacheblend_jax.evaluation.tables import demo_table, worked_example_text
 

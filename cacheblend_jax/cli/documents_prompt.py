@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from cacheblend_jax.choices import FITTED_SUFFIX, NEUTRAL, PLAIN
 from cacheblend_jax.cli.defaults import Extend
 from cacheblend_jax.cli.options import (
     BUNDLED,
@@ -20,15 +21,17 @@ from cacheblend_jax.cli.options import (
 )
 from cacheblend_jax.cli.progress import Advance, progress
 from cacheblend_jax.documents import BM25Retriever, Chunk, Document, chunk_documents, sample_documents
-from cacheblend_jax.engine.contexts import FITTED_SUFFIX, NEUTRAL, PLAIN, named_context
-from cacheblend_jax.engine.fitted_context import FittedContext
-from cacheblend_jax.engine.prompt import Prompt, tokenize_parts
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.evaluation.progress import Progress
-from cacheblend_jax.model import Model
 from cacheblend_jax.model.encoding import encode
-from cacheblend_jax.model.loading import LoadingModel, loading_model
 from cacheblend_jax.store import Store
+
+# What needs JAX is imported where it is used, so that the help of a command comes at once.
+if TYPE_CHECKING:
+    from cacheblend_jax.engine.fitted_context import FittedContext
+    from cacheblend_jax.engine.prompt import Prompt
+    from cacheblend_jax.model import Model
+    from cacheblend_jax.model.loading import LoadingModel
 
 SEPARATOR = "\n\n"  # after each chunk
 DOCUMENTS = "documents"  # the context that is a sample of them
@@ -117,6 +120,8 @@ def loading_with_tokenizer(name: str | None, dtype: str | None, progress: Advanc
     Raises:
         CacheBlendError: it has no tokenizer, or cannot be loaded.
     """
+    from cacheblend_jax.model.loading import loading_model
+
     with loading_model(BUNDLED if name is None else name, dtype=dtype, progress=progress) as loading:
         if loading.outline.tokenizer is None:
             raise CacheBlendError(f"model {loading.outline.name!r} has no tokenizer; text needs one")
@@ -129,6 +134,8 @@ def chosen_context(name: str | None) -> str | FittedContext | None:
     Raises:
         CacheBlendError: a file cannot be read.
     """
+    from cacheblend_jax.engine.contexts import named_context
+
     return None if name in (None, DOCUMENTS) else named_context(name)
 
 
@@ -171,6 +178,8 @@ def prompt_of(
     template_arguments: Mapping[str, Any] | None = None,
 ) -> Prompt:
     """Returns the prompt that asks a question of chunks."""
+    from cacheblend_jax.engine.prompt import Prompt
+
     return Prompt.to_answer(
         model.tokenizer,
         [chunk.text for chunk in chunks],
@@ -186,6 +195,7 @@ def asked(chunks: list[Chunk], question: str, model: Model, parsed: argparse.Nam
 
     Where the user has not said how many, they are those that leave room to answer.
     """
+    from cacheblend_jax.engine.prompt import tokenize_parts
 
     def prompt_with(chosen: list[Chunk]) -> Prompt:
         return prompt_of(chosen, question, model, parsed.system, parsed.template_arguments)

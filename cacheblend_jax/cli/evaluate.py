@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cacheblend_jax.choices import CONTINUATION_TOKENS, CONTINUATIONS, MODES, NEUTRAL, PLAIN, SELECTORS_COMPARED
 from cacheblend_jax.cli.bundled_model import warn_of_unknown
 from cacheblend_jax.cli.options import (
     add_model_option,
@@ -19,11 +20,10 @@ from cacheblend_jax.cli.options import (
     print_warning,
 )
 from cacheblend_jax.cli.progress import progress
-from cacheblend_jax.engine.contexts import NEUTRAL, PLAIN
-from cacheblend_jax.engine.kernels import with_kernels
-from cacheblend_jax.engine.layout import MODES
-from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, CONTINUATIONS, SELECTORS_COMPARED
-from cacheblend_jax.model import Model, save_check_layer
+
+# What needs JAX is imported where it is used, so that the help of a command comes at once.
+if TYPE_CHECKING:
+    from cacheblend_jax.model import Model
 
 NAMED_ROWS = 5  # of those skipped
 
@@ -131,6 +131,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Evaluates, prints a table and draws; returns what `--json` writes."""
+    from cacheblend_jax.engine.kernels import with_kernels
     from cacheblend_jax.evaluation.evaluate import evaluate
     from cacheblend_jax.evaluation.settings import settings_for
     from cacheblend_jax.evaluation.tables import summary_table
@@ -205,6 +206,7 @@ def _print_skipped(skipped: dict[str, str]) -> None:
 def _find_check_layer(parsed: argparse.Namespace, model: Model) -> dict[str, Any]:
     from cacheblend_jax.evaluation.check_layer import measure_check_layer
     from cacheblend_jax.evaluation.tables import check_layer_table
+    from cacheblend_jax.model import save_check_layer
 
     measured = measure_check_layer(
         model,

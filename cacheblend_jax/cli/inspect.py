@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cacheblend_jax.blend import SELECTORS, BlendConfig
+from cacheblend_jax.choices import BUILT_IN_SELECTORS
 from cacheblend_jax.cli.bundled_model import load_reader
 from cacheblend_jax.cli.documents_prompt import (
     SEPARATOR,
@@ -32,10 +32,10 @@ from cacheblend_jax.cli.options import (
 )
 from cacheblend_jax.cli.progress import progress
 from cacheblend_jax.documents import Chunk, Document, read_documents
-from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.errors import CacheBlendError
 
 if TYPE_CHECKING:
+    from cacheblend_jax.blend import BlendConfig
     from cacheblend_jax.evaluation.inspection import Inspection
     from cacheblend_jax.evaluation.settings import Setting
 
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw deviation, attention between chunks, and more")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report: the prompt, shaded, and the answers")
     parser.add_argument("--ratio", type=float, default=0.15, help="recompute ratio (default: 0.15)")
-    parser.add_argument("--selector", help=f"{', '.join(sorted(SELECTORS))} (default: query)")
+    parser.add_argument("--selector", help=f"{', '.join(sorted(BUILT_IN_SELECTORS))} (default: query)")
     parser.add_argument(
         "--ratios",
         type=float,
@@ -74,6 +74,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Inspects one prompt, prints a table, draws and writes a report; returns what `--json` writes."""
+    from cacheblend_jax.engine.engine import Engine
     from cacheblend_jax.evaluation.inspection import inspect, measure_ratios
     from cacheblend_jax.evaluation.tables import inspection_table
 
@@ -100,6 +101,8 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
 
 def _checked(parsed: argparse.Namespace) -> BlendConfig:
     """Returns how to blend; refuses what cannot be done or written before any work."""
+    from cacheblend_jax.blend import BlendConfig
+
     check_writable("--html", parsed.html)
     if parsed.ratios and parsed.plot is None:
         raise CacheBlendError("--ratios draws quality against ratio, and needs --plot DIR")

@@ -11,11 +11,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from cacheblend_jax.choices import KERNELS
 from cacheblend_jax.cli.progress import is_quiet, line_erased, progress_bar
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.model.smollm2 import SMOLLM2
 
-# What needs JAX is imported where it is used: commands that run no model start without it.
+# What needs JAX is imported where it is used, so that the help of a command comes at once.
 if TYPE_CHECKING:
     from cacheblend_jax.model import Model
     from cacheblend_jax.store import ChunkStore
@@ -35,8 +36,6 @@ class OneLineParser(argparse.ArgumentParser):
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
     """Adds what every command takes that runs a model."""
-    from cacheblend_jax.engine.kernels import KERNELS
-
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="cast the weights to it (default: as stored)"
     )

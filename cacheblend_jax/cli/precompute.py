@@ -18,7 +18,6 @@ from cacheblend_jax.cli.options import add_shared_options, add_store_options, op
 from cacheblend_jax.cli.progress import progress_bar
 from cacheblend_jax.cli.store_report import stored_otherwise
 from cacheblend_jax.documents import read_documents
-from cacheblend_jax.engine.engine import Engine
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -33,6 +32,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Stores the KV of all chunks of the documents; returns what `--json` writes."""
+    from cacheblend_jax.engine.engine import Engine
+
     context = chosen_context(parsed.context)
     documents = read_documents(parsed.docs)
     model = load_reader(parsed.model, parsed.dtype, [document.text for document in documents])

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cacheblend_jax.choices import EXECUTORS, MODES
 from cacheblend_jax.cli.conversation import chosen_blend, engine_options, ratio_or_auto
 from cacheblend_jax.cli.documents_prompt import DOCUMENTS, chosen_context
 from cacheblend_jax.cli.options import (
@@ -24,17 +25,14 @@ from cacheblend_jax.cli.options import (
     print_status,
     size_of_at_least_one,
 )
-from cacheblend_jax.engine.engine import Engine
-from cacheblend_jax.engine.layout import MODES
-from cacheblend_jax.engine.planner import EXECUTORS
-from cacheblend_jax.engine.prompt import Prompt
-from cacheblend_jax.engine.scheduler import Scheduler
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.serving.options import Bounds, ServingOptions
 from cacheblend_jax.serving.tenants import Tenants
 from cacheblend_jax.store import TenantStore
 
 if TYPE_CHECKING:
+    from cacheblend_jax.engine.engine import Engine
+    from cacheblend_jax.engine.scheduler import Scheduler
     from cacheblend_jax.serving.service import Service
 
 INSTALL = "pip install 'cacheblend-jax[serve]'"
@@ -124,6 +122,9 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Serves until SIGTERM or an interrupt."""
+    from cacheblend_jax.engine.engine import Engine
+    from cacheblend_jax.engine.scheduler import Scheduler
+
     try:
         from cacheblend_jax.serving import bound_socket, make_app, run_server
     except ImportError as error:
@@ -193,6 +194,8 @@ def _options(parsed: argparse.Namespace, name: str, tenants: Tenants) -> Serving
 
 def _warm_up(engine: Engine, scheduler: Scheduler, tokens: int) -> None:
     """Compiles what decodes, and what prompts of up to so many tokens need."""
+    from cacheblend_jax.engine.prompt import Prompt
+
     scheduler.warmup()  # first: it must come before any request
     if tokens:
         engine.warmup(tokens)

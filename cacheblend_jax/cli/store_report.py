@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cacheblend_jax.engine.chunk_lookup import ChunkLookup
-from cacheblend_jax.model import Model
 from cacheblend_jax.store import ChunkStore
 from cacheblend_jax.store.record import EntryRecord
+
+# What needs JAX is imported where it is used, so that the help of a command comes at once.
+if TYPE_CHECKING:
+    from cacheblend_jax.engine.chunk_lookup import ChunkLookup
+    from cacheblend_jax.model import Model
 
 
 @dataclass(frozen=True)

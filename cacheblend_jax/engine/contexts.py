@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import as_file, files
 from pathlib import Path
 
+from cacheblend_jax.choices import FITTED_SUFFIX, NEUTRAL, PLAIN
 from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.layout import ChunkContext
 from cacheblend_jax.engine.prompt import TextOrIds, check_length, ids_of
@@ -13,8 +14,6 @@ from cacheblend_jax.model.encoding import encode
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.store import Store
 
-PLAIN, NEUTRAL = "plain", "neutral"
-FITTED_SUFFIX = ".safetensors"
 PACKAGED = files("cacheblend_jax.engine") / "fitted"
 LARGEST_SHARE = 0.25  # of the positions that a model takes: a longer text by default would leave chunks little room
 

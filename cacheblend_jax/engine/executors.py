@@ -18,13 +18,14 @@ from cacheblend_jax.blend.resident import prefill, standalone
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import Prefilled, Request
 from cacheblend_jax.blend.streamed import LayerSource, ShapeSource, prefill_streamed
+from cacheblend_jax.choices import EXECUTORS
 from cacheblend_jax.engine.chunk_lookup import label_for
 from cacheblend_jax.engine.delivery import Delivery
 from cacheblend_jax.engine.device_entries import kv_of, on_device, placeable, rows_to_place
 from cacheblend_jax.engine.device_layers import is_exhausted
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import place_chunk
-from cacheblend_jax.engine.planner import EXECUTORS, choose_executor, empty_request
+from cacheblend_jax.engine.planner import choose_executor, empty_request
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.kv_cache import KVCache, abstract_cache, layer_bytes
 from cacheblend_jax.model.model import Model

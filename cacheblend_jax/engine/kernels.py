@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from cacheblend_jax.choices import KERNELS
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.model import Model
-from pallas_kernels.dispatch import IMPLEMENTATIONS, implementation_override
+from pallas_kernels.dispatch import implementation_override
 from pallas_kernels.proving.first_use import use_verdicts_on
 from pallas_kernels.verdicts import Kind
-
-KERNELS = ("auto", *IMPLEMENTATIONS)
 
 
 def with_kernels(model: Model, kernels: str) -> Model:

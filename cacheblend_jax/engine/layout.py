@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from cacheblend_jax.choices import MODES
 from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.engine.shared_reads import Opens
 from cacheblend_jax.errors import PromptError
@@ -17,7 +18,6 @@ from cacheblend_jax.model.kv_cache import cache_shape
 from cacheblend_jax.store import StoredChunk, chunk_key
 
 logger = logging.getLogger(__name__)
-MODES = ("full", "prefix", "reuse", "blend")
 NO_CONTEXT = np.zeros(0, np.int32)
 
 

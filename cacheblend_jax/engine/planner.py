@@ -24,8 +24,6 @@ from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.store import is_slow
 
-EXECUTORS = ("auto", "resident", "streamed")
-
 
 def choose_executor(setting: str, tiers: Collection[str], *, host_streams: bool) -> str:
     """Returns the executor of a prefill that loads from these tiers; only this function decides it.

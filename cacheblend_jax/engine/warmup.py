@@ -11,9 +11,10 @@ from functools import partial
 import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets, buckets_up_to
+from cacheblend_jax.choices import MODES
 from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.generation import warm_up_decoding
-from cacheblend_jax.engine.layout import MODES, ChunkContext, PlacedChunk
+from cacheblend_jax.engine.layout import ChunkContext, PlacedChunk
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.errors import CacheBlendError, is_whole_number

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from cacheblend_jax.choices import CONTINUATION_TOKENS
 from cacheblend_jax.evaluation.datasets import BUNDLED, digest_of
 from cacheblend_jax.evaluation.evaluator import Evaluator, rows_for
 from cacheblend_jax.evaluation.progress import Progress, no_progress
 from cacheblend_jax.evaluation.results_file import ResultsFile
-from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, Setting, settings_for
+from cacheblend_jax.evaluation.settings import Setting, settings_for
 from cacheblend_jax.evaluation.summary import summarize
 from cacheblend_jax.model import Model
 

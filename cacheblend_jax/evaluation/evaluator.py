@@ -13,6 +13,7 @@ import numpy as np
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
+from cacheblend_jax.choices import CONTINUATION_TOKENS, CONTINUATIONS
 from cacheblend_jax.engine.contexts import named_context
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.engine.prompt import Prompt, tokenize_prompt
@@ -29,7 +30,7 @@ from cacheblend_jax.evaluation.metrics import (
     token_f1,
 )
 from cacheblend_jax.evaluation.progress import Progress, no_progress
-from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, CONTINUATIONS, Setting
+from cacheblend_jax.evaluation.settings import Setting
 from cacheblend_jax.model import Model
 from cacheblend_jax.model.encoding import encode
 from cacheblend_jax.runtime.exit_hook import several_at_a_time

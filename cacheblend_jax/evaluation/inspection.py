@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.choices import CONTINUATION_TOKENS, MODES
 from cacheblend_jax.engine.engine import Engine
-from cacheblend_jax.engine.layout import MODES
 from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt, tokenize_prompt
 from cacheblend_jax.engine.results import Generation, PrefillResult
 from cacheblend_jax.errors import CacheBlendError
@@ -21,7 +21,7 @@ from cacheblend_jax.evaluation.insights import candidates, neighbour_correlation
 from cacheblend_jax.evaluation.metrics import continuation_distance
 from cacheblend_jax.evaluation.parts import Part, parts_of, token_texts
 from cacheblend_jax.evaluation.progress import Progress, no_progress
-from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS, Setting
+from cacheblend_jax.evaluation.settings import Setting
 from cacheblend_jax.model import Model
 
 ATTENTION_OF = ("full", "reuse", "blend")

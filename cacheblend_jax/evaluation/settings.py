@@ -7,15 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cacheblend_jax.blend import BlendConfig
-from cacheblend_jax.engine.contexts import PLAIN, named_context
-from cacheblend_jax.engine.layout import MODES
+from cacheblend_jax.choices import MODES, PLAIN, SELECTORS_COMPARED
+from cacheblend_jax.engine.contexts import named_context
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.store.quantise import check_kv_dtype
-
-# What settings are scored on, token by token: the greedy answer of full recompute, or the data's own.
-CONTINUATIONS = ("full", "gold")
-CONTINUATION_TOKENS = 24
-SELECTORS_COMPARED = ("query", "hkvd", "random", "epic")
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from cacheblend_jax.blend.deviation import kv_deviation
 from cacheblend_jax.blend.layer_step import HostOrDevice, PromptSequence, layer_step
 from cacheblend_jax.blend.resident import standalone
 from cacheblend_jax.blend.schedule import TAPER, layer_groups, num_chosen, stage_ratios
+from cacheblend_jax.choices import CONTINUATION_TOKENS
 from cacheblend_jax.engine import Engine, Prompt
 from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.evaluation.evaluator import through_stop
-from cacheblend_jax.evaluation.settings import CONTINUATION_TOKENS
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache, LayerKV
 from cacheblend_jax.model.model import Model

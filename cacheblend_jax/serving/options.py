@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cacheblend_jax.engine.layout import MODES
+from cacheblend_jax.choices import MODES
 from cacheblend_jax.errors import CacheBlendError
 
 MAX_TEMPERATURE = 2  # OpenAI's

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cacheblend_jax.blend import SELECTORS, BlendConfig
-from cacheblend_jax.engine.layout import MODES
+from cacheblend_jax.choices import MODES
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.model.encoding import encode, encode_opened
 from cacheblend_jax.model.sampling import Sampling

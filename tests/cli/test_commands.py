@@ -14,8 +14,10 @@ import pytest
 
 import cacheblend_jax
 import cacheblend_jax as cb
+from cacheblend_jax import choices
 from cacheblend_jax.cli import main as main_module
 from cacheblend_jax.cli.main import COMMANDS, main, module_of, parser_of
+from pallas_kernels.dispatch import IMPLEMENTATIONS
 
 PACKAGE = Path(cacheblend_jax.__file__).parent
 
@@ -35,23 +37,26 @@ def test_the_list_of_commands_says_of_each_what_its_module_says(command):
 NEEDLESS = ("jax", "flax", "orbax", "transformers", "scipy", "matplotlib", "bm25s")
 
 
-@pytest.mark.parametrize(
-    "words", ["--help", "--version", "store --help", "store ls DIRECTORY", "store ls nowhere", "nonsense"]
+WITHOUT_MODEL = (
+    *("--help", "--version", "store ls DIRECTORY", "store ls nowhere", "nonsense", "completion bash"),
+    *(f"{command} --help" for command in COMMANDS),
 )
-def test_what_needs_no_model_imports_no_jax(words, tmp_path):
+
+
+def test_what_needs_no_model_imports_no_jax(tmp_path):
     """Imports are what these commands would take their time for."""
     with cb.ChunkStore(tmp_path / "kv") as store:
         store.check_writable()
-    arguments = words.replace("DIRECTORY", str(tmp_path / "kv")).split()
     code = f"""if True:
-        import sys
+        import contextlib, sys
         from cacheblend_jax.cli.main import main
-        try:
-            main({arguments!r})
-        finally:
-            print("imported:", *(set({NEEDLESS!r}) & sys.modules.keys()))"""
+        for words in {WITHOUT_MODEL!r}:
+            with contextlib.suppress(SystemExit):
+                main(words.replace("DIRECTORY", {str(tmp_path / "kv")!r}).split())
+            assert not (found := set({NEEDLESS!r}) & sys.modules.keys()), f"{{words}} imports {{found}}"
+        print("none imports them")"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "imported:", done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "none imports them", done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -80,6 +85,15 @@ def test_compiled_programs_on_disk_have_a_bound(monkeypatch, own_user_cache):
         assert main(["nothing"]) == 0
         assert changed.get("jax_compilation_cache_dir") == (None if directory else str(own_user_cache / "compiled"))
         assert changed.get("jax_compilation_cache_max_size") == (4 * 2**30 if not directory and size == -1 else None)
+
+
+def test_names_that_stand_apart_are_those_of_what_they_name():
+    assert set(choices.KERNELS) == {"auto", *IMPLEMENTATIONS}
+    built_in = {
+        name for name, each in cb.SELECTORS.items() if each.score.__module__ == "cacheblend_jax.blend.selectors"
+    }
+    assert set(choices.BUILT_IN_SELECTORS) == built_in
+    assert set(choices.SELECTORS_COMPARED) < set(choices.BUILT_IN_SELECTORS)
 
 
 def test_nothing_below_the_command_line_knows_of_it():

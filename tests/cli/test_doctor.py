@@ -102,15 +102,13 @@ def test_there_is_nothing_to_prove_on_a_cpu(monkeypatch, capsys):
 def test_commands_take_kernels(tmp_path, monkeypatch, capsys):
     from conftest import HF
 
-    from cacheblend_jax.cli import ask
-
     asked = []
 
     def engine(*arguments, kernels, **options):
         asked.append(kernels)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ask, "Engine", engine)
+    monkeypatch.setattr("cacheblend_jax.engine.engine.Engine", engine)
     (tmp_path / "notes.md").write_text("The sky is blue.")
     common = ["ask", "--no-compile-cache", "--model", str(HF / "llama3"), "--docs", str(tmp_path)]
     assert main([*common, "--kernels", "xla", "Why?"]) == 130
