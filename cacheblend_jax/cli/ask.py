@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from cacheblend_jax.choices import MODES
 from cacheblend_jax.cli.bundled_model import loading_reader
-from cacheblend_jax.cli.compiling import compiled_meanwhile
 from cacheblend_jax.cli.conversation import (
     add_answer_options,
     answer_report,
     chosen_blend,
     chosen_sampling,
     engine_options,
-    precompute_missing,
+    precompute_first,
+    precomputes_first,
     prefill_shown,
     print_as_it_comes,
     read_shown,
     recomputed_tokens,
+    store_missing,
     summary,
 )
 from cacheblend_jax.cli.documents_prompt import (
@@ -97,13 +98,13 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         chunks, prompt = asked(split(documents, model, parsed.chunk_tokens, shown.items), question, model, parsed)
         store = opened.enter_context(open_store(parsed))
         context = context_for(parsed.context, context, store, documents, model)
-        new_engine = partial(Engine, store=store, blend=blend, context=context, **engine_options(parsed))
+        options = {"context": context, "store_missing": False, **engine_options(parsed)}
+        new_engine = partial(Engine, store=store, blend=blend, **options)
         looked_up = _prepare(new_engine(model=model), store, prompt, parsed, shown.part("compiling"))
         engine = opened.enter_context(new_engine(model=loading.model()))
-        to_answer = prompt, _modes(parsed), parsed.max_new_tokens
-        compiled = opened.enter_context(compiled_meanwhile(engine, *to_answer, shown.part("compiling")))
-        report = precompute_missing(engine, prompt, looked_up, shown.part("precomputing"))
-        compiled()  # a compiler beside it would slow down what is timed
+        report = StoreReport(looked_up)
+        if _precomputes_first(parsed):
+            report = precompute_first(engine, prompt, looked_up, _modes(parsed), parsed.max_new_tokens, shown)
         if parsed.compare:
             answers = _compared(parsed, engine, prompt, sampling, trace, shown)
         else:
@@ -111,7 +112,11 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
             waiting.close()  # the answer has the terminal to itself
             stream = engine.stream(out, max_new_tokens=parsed.max_new_tokens, sampling=sampling)
             answers = {parsed.mode: print_as_it_comes(stream)}
-    _print_about(parsed, answers, report)
+        _print_about(parsed, answers)
+        if parsed.store is not None and not _precomputes_first(parsed):
+            with progress_of_parts() as shown:
+                report = store_missing(engine, prompt, looked_up, shown)
+    (print_status if parsed.compare else print)(report.line(parsed.store))  # a table stands alone on stdout
     if trace is not None:
         _save_trace(trace, parsed.trace)
     return {
@@ -126,12 +131,11 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _print_about(parsed: argparse.Namespace, answers: dict[str, Generation], report: StoreReport) -> None:
+def _print_about(parsed: argparse.Namespace, answers: dict[str, Generation]) -> None:
     from cacheblend_jax.engine.controller import explain
 
     prefill = answers[parsed.mode].stats.prefill
     print(_comparison_table(answers) if parsed.compare else summary(prefill))
-    (print_status if parsed.compare else print)(report.line(parsed.store))  # a table stands alone on stdout
     if parsed.explain and prefill.decision is not None:
         print(explain(prefill.decision, prefill.ttft_s))
 
@@ -163,11 +167,17 @@ def _prepare(
         looked_up = ahead.look_up(prompt)
         if otherwise := stored_otherwise(store, ahead.model, looked_up):
             print_warning(otherwise)
+        first = _precomputes_first(parsed)
         # While missing chunks are computed, there is time to compile what answers.
-        modes = _modes(parsed) if all(chunk.is_stored for chunk in looked_up) else ()
-        ahead.prepare(prompt, modes, max_new_tokens=parsed.max_new_tokens if modes else 1, progress=advance)
+        modes = _modes(parsed) if not first or all(chunk.is_stored for chunk in looked_up) else ()
+        decoded = parsed.max_new_tokens if modes else 1
+        ahead.prepare(prompt, modes, max_new_tokens=decoded, precomputed=first, progress=advance)
     advance(1, 1)
     return looked_up
+
+
+def _precomputes_first(parsed: argparse.Namespace) -> bool:
+    return parsed.compare or precomputes_first(parsed.mode)
 
 
 def _modes(parsed: argparse.Namespace) -> tuple[str, ...]:

@@ -21,13 +21,15 @@ from cacheblend_jax.cli.conversation import (
     chosen_blend,
     chosen_sampling,
     engine_options,
-    precompute_missing,
+    precompute_first,
+    precomputes_first,
     prefill_shown,
     print_as_it_comes,
     print_dim,
     ratio_or_auto,
     read_shown,
     recomputed_tokens,
+    store_missing,
     summary,
 )
 from cacheblend_jax.cli.documents_prompt import (
@@ -48,8 +50,10 @@ from cacheblend_jax.model import ModelConfig
 # What needs JAX is imported where it is used, so that the help of a command comes at once.
 if TYPE_CHECKING:
     from cacheblend_jax.blend import BlendConfig
+    from cacheblend_jax.engine.chunk_lookup import ChunkLookup
     from cacheblend_jax.engine.engine import Engine
     from cacheblend_jax.engine.generation import TokenStream
+    from cacheblend_jax.engine.prompt import Prompt
     from cacheblend_jax.engine.results import Generation, PrefillResult
     from cacheblend_jax.model.sampling import Sampling
 
@@ -93,7 +97,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
             store = opened.enter_context(open_store(parsed))
             context = context_for(parsed.context, context, store, documents, loading.outline)
             model = loading.model()
-        new_engine = partial(Engine, model, store, context=context, **engine_options(parsed))
+        new_engine = partial(Engine, model, store, context=context, store_missing=False, **engine_options(parsed))
         with Chat(parsed, chunks, new_engine, blend, sampling) as chat:
             chat.talk(_lines())
     return {"model": model.name, "turns": chat.turns}
@@ -142,6 +146,7 @@ class Chat:
         self._sources: list[Chunk] = []
         self._stream: TokenStream | None = None
         self._last: tuple[Generation, StoreReport | None] | None = None
+        self._to_store: tuple[Prompt, Sequence[ChunkLookup]] | None = None
         self.turns: list[dict[str, Any]] = []
 
     def __enter__(self) -> Chat:
@@ -176,6 +181,7 @@ class Chat:
             self._last = answer, report
             self.turns.append({"question": question, "answer": answer_report(answer)})
             print_dim(cost_line(out, report, self._engine.model.config))
+        self._store_missing()
 
     def _prefilled(self, question: str) -> tuple[PrefillResult, StoreReport | None]:
         """Prefills a question after what was said, if the model has room for it; else its chunks, too."""
@@ -186,12 +192,23 @@ class Chat:
         with progress_of_parts() as shown:
             engine = self._engine
             self._sources, prompt = asked(self._chunks, question, engine.model, self._parsed)
-            looked_up = engine.look_up(prompt)
-            to_answer = prompt, (self._mode,), self._parsed.max_new_tokens
-            with compiled_meanwhile(engine, *to_answer, shown.part("compiling")) as compiled:
-                report = precompute_missing(engine, prompt, looked_up, shown.part("precomputing"))
-                compiled()
-            return prefill_shown(engine, prompt, self._mode, shown), report
+            looked_up, report = engine.look_up(prompt), None
+            to_answer = (self._mode,), self._parsed.max_new_tokens
+            if precomputes_first(self._mode):
+                report = precompute_first(engine, prompt, looked_up, *to_answer, shown)
+            else:
+                compiling = shown.part("compiling")
+                with compiled_meanwhile(engine, prompt, *to_answer, compiling, precomputed=False) as compiled:
+                    compiled()
+                self._to_store = prompt, looked_up
+            return prefill_shown(engine, prompt, self._mode, shown), report or StoreReport(looked_up)
+
+    def _store_missing(self) -> None:
+        """Stores what an answer's prompt lacked, for the next conversation."""
+        to_store, self._to_store = self._to_store, None
+        if to_store is not None:
+            with progress_of_parts() as shown:
+                store_missing(self._engine, *to_store, shown)
 
     def _extended(self, said: TokenStream, question: str) -> PrefillResult | None:
         from cacheblend_jax.engine.prompt import Prompt
@@ -260,7 +277,7 @@ def cost_line(out: PrefillResult, report: StoreReport | None, config: ModelConfi
     if report is None:
         kept = f"{stats.exact} tokens kept"
     else:
-        computed = f", {report.computed} computed first in {report.seconds:.1f} s" if report.computed else ""
+        computed = f", {report.computed} precomputed in {report.seconds:.1f} s" if report.computed else ""
         kept = f"{report.found} of {len(report.chunks)} chunks hit{computed}"
     return (
         f"[TTFT {stats.ttft_s * 1e3:.0f} ms; {kept}; {recomputed_tokens(stats)} of {stats.tokens} tokens recomputed; "

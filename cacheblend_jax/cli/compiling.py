@@ -21,7 +21,13 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def compiled_meanwhile(
-    engine: Engine, prompt: Prompt, modes: Sequence[str], max_new_tokens: int, advance: Advance
+    engine: Engine,
+    prompt: Prompt,
+    modes: Sequence[str],
+    max_new_tokens: int,
+    advance: Advance,
+    *,
+    precomputed: bool = True,
 ) -> Iterator[Callable[[], object]]:
     """Compiles on threads what a prompt needs (`Engine.prepare`); yields a function that waits for the last of it.
 
@@ -40,7 +46,9 @@ def compiled_meanwhile(
 
     def prepare() -> None:
         try:
-            engine.prepare(prompt, modes, max_new_tokens=max_new_tokens, progress=advance_or_stop)
+            engine.prepare(
+                prompt, modes, max_new_tokens=max_new_tokens, precomputed=precomputed, progress=advance_or_stop
+            )
         except Exception:
             logger.debug("not everything was compiled in advance", exc_info=True)
         finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cacheblend_jax.choices import BUILT_IN_SELECTORS, EXECUTORS, MODES
+from cacheblend_jax.cli.compiling import compiled_meanwhile
 from cacheblend_jax.cli.options import at_least_one
 from cacheblend_jax.cli.progress import Advance, Parts
 from cacheblend_jax.cli.store_report import StoreReport
@@ -100,10 +101,42 @@ def read_shown(paths: Sequence[str], shown: Parts) -> list[Document]:
     return documents
 
 
-def precompute_missing(
+def precomputes_first(mode: str) -> bool:
+    """Returns whether missing chunks are precomputed before an answer: where it is to show what reusing them does.
+
+    Else that would take longer than computing them in the prompt, which is exact.
+    """
+    return mode in ("prefix", "reuse")
+
+
+def precompute_first(
+    engine: Engine,
+    prompt: Prompt,
+    looked_up: Sequence[ChunkLookup],
+    modes: Sequence[str],
+    max_new_tokens: int,
+    shown: Parts,
+) -> StoreReport:
+    """Computes what the store lacks before a prompt is answered in these modes; reports what it had before that."""
+    with compiled_meanwhile(engine, prompt, modes, max_new_tokens, shown.part("compiling")) as compiled:
+        report = _precompute_missing(engine, prompt, looked_up, shown.part("precomputing"))
+        compiled()  # a compiler beside it would slow down what is timed
+    return report
+
+
+def store_missing(engine: Engine, prompt: Prompt, looked_up: Sequence[ChunkLookup], shown: Parts) -> StoreReport:
+    """Computes, after an answer, what the store lacked; reports what it had before that.
+
+    The engine has not stored it (`store_missing=False`): beside the answer, that would have slowed it down.
+    """
+    with compiled_meanwhile(engine, prompt, (), 1, shown.part("compiling")) as compiled:
+        compiled()  # on another thread, so that an interrupt is served at once
+        return _precompute_missing(engine, prompt, looked_up, shown.part("storing for the next question"))
+
+
+def _precompute_missing(
     engine: Engine, prompt: Prompt, looked_up: Sequence[ChunkLookup], advance: Advance
 ) -> StoreReport:
-    """Computes what the store lacks, and reports what it had before that."""
     missing = {chunk.key for chunk in looked_up if not chunk.is_stored}
     began = time.perf_counter()
     engine.precompute(prompt, progress=advance)

@@ -22,13 +22,13 @@ class StoreReport:
 
     Attributes:
         chunks: as they were looked up, before anything was computed.
-        computed: how many chunks were computed then, each text once.
+        computed: how many chunks were then computed alone, each text once.
         seconds: what that took.
     """
 
     chunks: Sequence[ChunkLookup]
-    computed: int
-    seconds: float
+    computed: int = 0
+    seconds: float = 0.0
 
     @property
     def found(self) -> int:
@@ -42,8 +42,12 @@ class StoreReport:
             directory: the store's; `None`: it is in memory.
         """
         where = "in memory" if directory is None else f"in {directory}"
-        computed = f"; {self.computed} computed first, in {self.seconds:.1f} s" if self.computed else ""
-        return f"[store: {self.found} of {len(self.chunks)} chunks found {where}{computed}]"
+        then = ""
+        if self.computed:
+            then = f"; {self.computed} precomputed in {self.seconds:.1f} s"
+        elif directory is None and self.found < len(self.chunks):
+            then = "; --store DIR keeps their KV for the next question"
+        return f"[store: {self.found} of {len(self.chunks)} chunks found {where}{then}]"
 
 
 def stored_otherwise(store: ChunkStore, model: Model, chunks: Sequence[ChunkLookup]) -> str | None:

@@ -70,6 +70,8 @@ class Engine:
         kept_bytes: device memory for stored KV that stays there after a streamed prefill, for prompts with the same
             chunks at the same places; `None`: on a GPU or TPU, a quarter of what is free. It gives way where a prefill
             lacks memory.
+        store_missing: whether chunks that a request lacked are computed alone and stored, in the background, after its
+            first token. Without it only `precompute` stores.
 
     Raises:
         CacheBlendError: unknown kernels, a check layer the model does not have, or another invalid argument.
@@ -90,6 +92,7 @@ class Engine:
         kernels: str = "auto",
         link: Link | None = None,
         kept_bytes: int | None = None,
+        store_missing: bool = True,
     ) -> None:
         if context_tokens is not None and not is_whole_number(context_tokens, least=0):
             raise CacheBlendError(
@@ -118,7 +121,13 @@ class Engine:
         to_device = self._executors.to_device if self._executors.uses_device_tier else None
         self._background = Background(self.store, self._executors.standalone, to_device)
         self._prefiller = Prefiller(
-            model, self.store, self._executors, self._background, context=self._context, profile=profile
+            model,
+            self.store,
+            self._executors,
+            self._background,
+            context=self._context,
+            profile=profile,
+            store_missing=store_missing,
         )
         prove_kernels(model)  # last: it may take a minute, and wrong arguments are said at once
 
@@ -338,19 +347,20 @@ class Engine:
         modes: Sequence[str] = ("blend",),
         *,
         max_new_tokens: int = 1,
+        precomputed: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Compiles what it takes to precompute a prompt, and then to answer it in each of these modes.
 
-        Nothing is computed: the model may be the `outline` of one whose weights are still loading. With an automatic
-        ratio, a blend's own program is compiled when the request comes. `progress` is called with the number of tasks
-        done and their total.
+        Without `precomputed`: what it takes to answer it with what the store has now. Nothing is computed: the model
+        may be the `outline` of one whose weights are still loading. With an automatic ratio, a blend's own program is
+        compiled when the request comes. `progress` is called with the number of tasks done and their total.
         """
         tokenized = self._prefiller.tokenize(prompt)
         chunks = self._prefiller.place(tokenized, "blend")
         placed = {mode: self._prefiller.place(tokenized, mode) for mode in modes}
         compiled_by = self.model, self._planner, self._executors, self.store
-        run_tasks(prompt_tasks(tokenized, chunks, placed, max_new_tokens, *compiled_by), progress)
+        run_tasks(prompt_tasks(tokenized, chunks, placed, max_new_tokens, precomputed, *compiled_by), progress)
 
     @property
     def buckets(self) -> Buckets:

@@ -61,7 +61,9 @@ class Prefiller:
         *,
         context: ChunkContext,
         profile: Profile | Path | str | None,
+        store_missing: bool,
     ) -> None:
+        self._store_missing = store_missing
         self._model, self._store, self._executors, self._background = model, store, executors, background
         self._context, self._profile = context, profile
         self._tiers = store.tiers
@@ -105,7 +107,7 @@ class Prefiller:
             chunks, unusable = look_up(chunks, reads or self._store, handles, self._model.config)
             call.lost.update(unusable)
             layout, result = self._attempt_until_read(call, chunks)
-        for chunk in layout.missing:
+        for chunk in layout.missing if self._store_missing else ():
             self._background.store_later(chunk, again=chunk.key in call.lost)
         for chunk in layout.loaded:
             if is_slow(chunk.tier) or (chunk.tier == "host" and self._executors.uses_device_tier):

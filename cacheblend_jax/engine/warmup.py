@@ -96,6 +96,7 @@ def prompt_tasks(
     chunks: Sequence[PlacedChunk],
     placed: dict[str, list[PlacedChunk]],
     max_new_tokens: int,
+    precomputed: bool,
     model: Model,
     planner: Planner,
     executors: Executors,
@@ -108,12 +109,15 @@ def prompt_tasks(
     Args:
         chunks: those to be precomputed.
         placed: those that each mode looks up.
+        precomputed: whether the chunks are to be precomputed; else what the store lacks is computed in the prompt.
     """
     missing = {chunk.key: chunk for chunk in chunks if chunk.key not in store}
-    sizes = sorted(executors.standalone_sizes_of(missing.values()))
+    sizes = sorted(executors.standalone_sizes_of(missing.values())) if precomputed else []
     tasks: list[Callable[[], object]] = [partial(executors.warm_up_standalone, *each) for each in sizes]
     length = tokenized.token_ids.size
     for mode, looked_up in placed.items():
+        if not precomputed:
+            looked_up = [chunk for chunk in looked_up if chunk.key not in missing]
         if planner.blend.is_auto and mode == "blend":
             continue  # the controller chooses its plan when the request comes
         tokens = Counter({True: 0, False: 0})

@@ -55,7 +55,7 @@ def test_a_conversation_goes_on_from_its_own_kv(chat):
 
 def test_commands_change_what_comes_and_errors_end_no_conversation(chat):
     lines = ("/sources", "/why", "/ratio 2", "/ratio much", "/mode fast", "/nothing", b"O\xf9?")
-    code, turns, out, err = chat(*lines, "/ratio 0.5", QUESTION, "/mode full", QUESTION, "/new", "/help")
+    code, turns, out, err = chat(*lines, QUESTION, "/ratio 0.5", QUESTION, "/mode full", QUESTION, "/new", "/help")
     assert code == 0
     assert out.startswith("no question has chosen any yet\nno answer yet\n")
     assert [line.split("error: ")[1].split(",")[0] for line in err.splitlines()] == [
@@ -65,8 +65,9 @@ def test_commands_change_what_comes_and_errors_end_no_conversation(chat):
         "there is no '/nothing'; /help lists what there is",
         "the question must be valid Unicode",
     ]
-    blend, full = (turn["answer"]["prefill"] for turn in turns)
-    assert (blend["mode"], full["mode"]) == ("blend", "full")
+    first, blend, full = (turn["answer"]["prefill"] for turn in turns)
+    assert (first["mode"], blend["mode"], full["mode"]) == ("blend", "blend", "full")
+    assert (first["hits"], first["candidates"]) == (0, 0)  # its chunks are stored after the answer
     assert blend["recompute_ratio"] == pytest.approx(0.5, abs=0.05)
     assert "Ctrl-C stops an answer" in out
 

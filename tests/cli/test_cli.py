@@ -44,15 +44,17 @@ def ask(docs, *options, question="Where does Ana of the Cobalt team work?"):
 
 def test_ask_answers_and_says_what_was_reused(docs, capsys, tmp_path):
     report = tmp_path / "report.json"
-    assert ask(docs, "--top-k", "2", "--json", str(report)) == 0
-    printed = capsys.readouterr().out
-    assert "TTFT" in printed
-    assert "reused" in printed
-    content = json.loads(report.read_text())
-    assert [chunk["index"] for chunk in content["chunks"]] == [0, 1]
-    prefill = content["answers"]["blend"]["prefill"]
-    assert prefill["hits"] == 2
-    assert prefill["misses"] == 0
+    options = ["--top-k", "2", "--json", str(report), "--store", str(tmp_path / "kv")]
+    for hits in (0, 2):  # the first answer does not wait for what it stores for the next
+        assert ask(docs, *options) == 0
+        printed = capsys.readouterr().out
+        assert "TTFT" in printed
+        assert "reused" in printed
+        content = json.loads(report.read_text())
+        assert [chunk["index"] for chunk in content["chunks"]] == [0, 1]
+        prefill = content["answers"]["blend"]["prefill"]
+        assert (prefill["hits"], prefill["misses"]) == (hits, 2 - hits)
+        assert content["store"]["computed"] == 2 - hits
     assert 0 < prefill["recompute_ratio"] < 0.3
     assert prefill["reused"] == prefill["exact"] + prefill["candidates"]
 
@@ -82,10 +84,11 @@ def test_ask_compiles_beside_its_other_work_and_shows_what_it_does(docs, capsys,
     options = ["--top-k", "2", "--store", str(tmp_path / "kv"), "--executor", "resident"]
     assert ask(docs, *options) == 0
     working = ["reading documents", "loading weights", "split", "compiling"]
-    assert shown == [*working, "compiling", "precomputing", "prefilling (blend)"]
-    # For chunks and prefix, all of one padded length; for the prefill; for decoding, its cache, and its first token.
+    assert shown == [*working, "prefilling (blend)", "compiling", "storing for the next question"]
+    # For the prefill; for decoding, its cache, and its first token; for chunks and prefix, of one padded length.
     assert len(compiled_by) == 5
-    assert ask(docs, *options) == 0  # what is stored leaves nothing to compile but the answer
+    assert ask(docs, *options) == 0
+    assert ask(docs, *options, "--mode", "reuse") == 0
     assert threading.main_thread() not in compiled_by
     assert capsys.readouterr().err == ""
     compiled = set(re.findall(r"Finished XLA compilation of jit\((.*?)\)", caplog.text))

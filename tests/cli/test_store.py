@@ -190,7 +190,7 @@ def ask(capsys, tmp_path, records, *options) -> dict:
 def test_ask_reports_what_was_there_when_the_question_came(capsys, tmp_path, records):
     first = ask(capsys, tmp_path, records)
     assert (first["found"], first["computed"], first["chunks"]) == (0, 2, [False, False])
-    assert f"[store: 0 of 2 chunks found in {tmp_path / 'kv'}; 2 computed first, in " in first["printed"]
+    assert f"[store: 0 of 2 chunks found in {tmp_path / 'kv'}; 2 precomputed in " in first["printed"]
     with cb.ChunkStore(tmp_path / "kv") as store:
         (second_chunk,) = [record.key for record in store.same_texts([label_of("", TEXTS[1]).text_digest])]
         store.remove(second_chunk)

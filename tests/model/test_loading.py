@@ -55,6 +55,23 @@ def test_what_is_compiled_without_weights_is_all_that_a_prompt_needs(gate, conte
         assert alone.generate(prompt, max_new_tokens=3).token_ids == answer.token_ids
 
 
+def test_what_answers_without_precomputing_is_compiled_too_and_then_nothing_is_stored():
+    prompt = random_prompt(0, chunk_lengths=(30, 40, 30))
+    model, store = cb.load_model(HF / "llama3"), cb.ChunkStore()
+    with cb.Engine(model, store, store_missing=False) as engine:
+        engine.precompute([prompt.chunks[1]], prefix=prompt.prefix)  # it is there, the others are not
+        precomputing = model.runner.count
+        engine.prepare(prompt, max_new_tokens=3, precomputed=False)
+        compiled = model.runner.count
+        assert precomputing < compiled
+        stored = set(store.keys())
+        answer = engine.generate(prompt, max_new_tokens=3)
+        engine.flush()
+        assert (answer.stats.prefill.hits, answer.stats.prefill.misses) == (1, 2)
+        assert model.runner.count == compiled
+        assert set(store.keys()) == stored
+
+
 def test_compiling_without_weights_skips_what_is_stored():
     prompt = random_prompt(0)
     store = cb.ChunkStore()
