@@ -245,6 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise CacheBlendError(f"--out must end in .safetensors, got {str(parsed.out)!r}")
     documents = read_documents(parsed.texts)
     model = cb.load_model(parsed.model, dtype=parsed.dtype)
+    if model.config.num_experts and model.platform == "cpu":
+        raise CacheBlendError(f"model {model.name!r} has experts, whose products have no gradient on a CPU; use a GPU")
     if model.tokenizer is None:
         raise CacheBlendError(f"model {model.name!r} has no tokenizer; texts need one")
     prompts = training_prompts(model, [document.text for document in documents], parsed.prompts, seed=parsed.seed)

@@ -66,3 +66,5 @@ def test_bad_input_is_one_line(tmp_path):
         main([*common, str(tmp_path / "out.safetensors")])
     with pytest.raises(cb.CacheBlendError, match=r"--out must end in \.safetensors"):
         main([*common, str(tmp_path / "out.npz")])
+    with pytest.raises(cb.CacheBlendError, match="experts, whose products have no gradient on a CPU"):
+        main(["--model", str(HF / "mixtral"), *common[2:], str(tmp_path / "out.safetensors")])
