@@ -44,5 +44,6 @@ class Embedder(nnx.Module):
             normed = self.final_norm(hidden)
             kernel = self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
             logits = multiplied(lambda x: jnp.matmul(x, kernel, preferred_element_type=jnp.float32), normed)
+            logits = constrained(logits, "rows", "vocab")  # XLA would gather the matrix, not the logits
             logits = logits if self.logits_scale == 1 else logits * self.logits_scale
             return constrained(soft_capped(logits, self.logits_soft_cap), "rows")

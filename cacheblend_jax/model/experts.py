@@ -104,14 +104,16 @@ class Experts(nnx.Module):
     ) -> Float[Array, "tokens hidden"]:
         """Returns the weighted sum of what each token's experts make of it; of tokens that are not `valid`, zero."""
         with jax.named_scope("experts"):
-            routing = route(router_logits, self.per_token, self.sum_to_one)
             stacks = [each.stacks for each in (self.gate_proj, self.up_proj, self.down_proj)]
             kernels = Kernels(*(kernel for kernel, _ in stacks), *(bias for _, bias in stacks))
-            partition = current_partition()
+            partition, choose = (
+                current_partition(),
+                partial(route, per_token=self.per_token, sum_to_one=self.sum_to_one),
+            )
             if partition is not None:
-                weighted = _by_shares(partition, rows, routing, valid, kernels, gated)
+                weighted = _by_shares(partition, rows, router_logits, choose, valid, kernels, gated)
             else:
-                weighted = _weighted_sum(rows, routing, valid, kernels, gated)
+                weighted = _weighted_sum(rows, choose(router_logits), valid, kernels, gated)
             return jnp.where(valid[:, None], weighted, 0).astype(rows.dtype)
 
 
@@ -126,15 +128,17 @@ def _weighted_sum(
 def _by_shares(
     partition: Partition,
     rows: Float[Array, "tokens hidden"],
-    routing: Routing,
+    router_logits: Float[Array, "tokens experts"],
+    choose: Callable[[jax.Array], Routing],
     valid: Bool[Array, " tokens"],
     kernels: Kernels,
     gated: Gated,
 ) -> Float[Array, "tokens hidden"]:
     """As `_weighted_sum`: each device computes with its share of the experts, or of each, and one sum adds all up."""
 
-    def of_share(rows: jax.Array, routing: Routing, valid: jax.Array, *stacks: jax.Array | None) -> jax.Array:
+    def of_share(rows: jax.Array, logits: jax.Array, valid: jax.Array, *stacks: jax.Array | None) -> jax.Array:
         *arrays, down_bias, layer = stacks
+        routing = choose(logits)
         if down_bias is not None:  # one share of each expert adds it
             down_bias = jnp.where(partition.share("expert_mlp") == 0, down_bias, 0)
         here = Kernels(*(None if each is None else OfLayer(each, layer) for each in (*arrays, down_bias)))
@@ -151,7 +155,7 @@ def _by_shares(
     axes = [inner, inner, (None, "experts", "expert_mlp"), (*inner[:2], inner[3]), (*inner[:2], inner[3]), inner[:2]]
     stacks = [None if kernel is None else kernel.stack for kernel in kernels]
     call = by_shares(of_share, [("rows",), ("rows",), ("rows",), *axes, ()], ("rows",))
-    return call(rows, routing, valid, *stacks, jnp.asarray(kernels.gate.layer, jnp.int32))
+    return call(rows, router_logits, valid, *stacks, jnp.asarray(kernels.gate.layer, jnp.int32))
 
 
 def route(router_logits: Float[Array, "tokens experts"], per_token: int, sum_to_one: bool) -> Routing:

@@ -23,7 +23,7 @@ from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.sampling import Draw, HostOrDevice, Sampling, next_tokens
 from cacheblend_jax.model.slot_cache import SlotCache
 from cacheblend_jax.model.transformer import embedder
-from pallas_kernels.partition import constrained, current_partition, rows_called
+from pallas_kernels.partition import by_shares, constrained, current_partition, rows_called
 
 NONE = -1  # in a token's place: the slot was idle
 
@@ -127,7 +127,8 @@ def _step_of_rows(
     hidden, cache = run_rows(params, slots.cache, turn.token_id, positions, angles, config=config)
     logits = embedder(params, config).logits(hidden)
     draw = replace(turn.draw, temperature=jnp.where(runs, turn.draw.temperature, 0))
-    token = constrained(jnp.where(runs, next_tokens(logits, draw, turn.number), turn.token_id))
+    drawn = by_shares(next_tokens, [("rows",)] * 3, ("rows",))(logits, draw, turn.number)
+    token = constrained(jnp.where(runs, drawn, turn.token_id))
     ends = jnp.take_along_axis(turn.is_stop, token[:, None], axis=1)[:, 0]
     after = replace(
         turn,
