@@ -114,8 +114,8 @@ def result_shardings(partition: Partition, results: Any) -> Any:
 
     def of(leaf: Any) -> Any:
         if isinstance(leaf, SlotCache):
-            axes = leaf.axes(partition)
-            return SlotCache(*(partition.sharding(*each) for each in axes), leaf.orders, leaf.dtype)
+            shardings = [partition.sharding(*axes) for axes in leaf.axes(partition)]
+            return jax.tree.unflatten(jax.tree.structure(leaf), shardings)
         if isinstance(leaf, LayerKV) or (isinstance(leaf, QuantisedKV) and len(leaf.k.shape) == 3):
             names = LAYER_AXES
         else:
