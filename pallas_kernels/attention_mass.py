@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.partition import by_shares, current_partition
 from pallas_kernels.soft_cap import soft_capped
 from pallas_kernels.visibility import first_visible
 
@@ -29,15 +32,36 @@ def attention_mass(
     `-inf` (padding) add nothing. The results sum to heads x valid queries, less what sinks receive. Memory is
     O(heads x 8 x keys).
     """
-    num_queries, num_heads, head_dim = q.shape
-    num_keys, num_kv_heads, _ = k.shape
-    if num_queries == 0:
-        return jnp.zeros(num_keys, jnp.float32)
-    group = num_heads // num_kv_heads
-    scale = head_dim**-0.5 if scale is None else scale
-    kv_length = num_keys if kv_length is None else kv_length
+    if q.shape[0] == 0:
+        return jnp.zeros(k.shape[0], jnp.float32)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    kv_length = k.shape[0] if kv_length is None else kv_length
     starts = first_visible(q_positions, q_starts, window)
     starts = jnp.zeros_like(q_positions) if starts is None else starts
+    partition = current_partition()
+
+    def of_share(*arrays: Any) -> Float[Array, " keys"]:
+        mass = _mass(*arrays, scale=scale, soft_cap=soft_cap)
+        return mass if partition is None else partition.summed(mass, "heads")
+
+    axes = [(None, "heads"), (None, "kv_heads"), (None, "heads"), (), (), ()]
+    return by_shares(of_share, axes, ())(q, k, lse, q_positions, starts, kv_length)
+
+
+def _mass(
+    q: Float[Array, "queries heads head_dim"],
+    k: Float[Array, "keys kv_heads head_dim"],
+    lse: Float[Array, "queries heads"],
+    q_positions: Int[Array, " queries"],
+    starts: Int[Array, " queries"],
+    kv_length: Int[Array, ""] | int,
+    *,
+    scale: float,
+    soft_cap: float | None,
+) -> Float[Array, " keys"]:
+    num_queries, num_heads, head_dim = q.shape
+    num_keys, num_kv_heads, _ = k.shape
+    group = num_heads // num_kv_heads
     column = jnp.arange(num_keys, dtype=jnp.int32)[None, :]
 
     def add_tile(mass: jax.Array, tile: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:

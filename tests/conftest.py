@@ -22,7 +22,7 @@ QUICKLY, AS_USERS = {"xla_backend_optimization_level": 0}, {"xla_backend_optimiz
 if importlib.metadata.version("jax") < "0.11":
     QUICKLY["xla_cpu_use_fusion_emitters"], AS_USERS["xla_cpu_use_fusion_emitters"] = False, True
 FLAGS = [f"--{name}={str(value).lower()}" for name, value in QUICKLY.items()]
-FLAGS.append("--xla_force_host_platform_device_count=2")  # meshes need devices
+FLAGS.append("--xla_force_host_platform_device_count=8")  # meshes need devices
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax  # noqa: E402

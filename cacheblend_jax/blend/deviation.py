@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,6 +13,7 @@ from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.rope import Angles
 from pallas_kernels import apply_rope
+from pallas_kernels.partition import by_shares, current_partition
 
 
 def kv_deviation(
@@ -28,10 +31,10 @@ def kv_deviation(
 
     Source: CacheBlend (arXiv 2405.16444) §4.2, definition 1; before RoPE the distance does not depend on the position.
     """
+    pairs = {"k": (k_fresh, k_cached), "v": (v_fresh, v_cached)}
     deviation = jnp.zeros(k_fresh.shape[0], jnp.float32)
-    for name, fresh, cached in (("k", k_fresh, k_cached), ("v", v_fresh, v_cached)):
-        if name in part:
-            deviation += relative_squared_distance(fresh, cached, valid)
+    for norms, distance in squared_sums([pair for name, pair in pairs.items() if name in part]):
+        deviation += _relative(norms, distance, valid)
     return deviation
 
 
@@ -41,11 +44,36 @@ def relative_squared_distance(
     valid: Bool[Array, " tokens"],
 ) -> Float[Array, " tokens"]:
     """Returns each token's squared L2 distance over the mean squared norm of the `valid` fresh rows, in float32."""
-    fresh, cached = fresh.astype(jnp.float32), cached.astype(jnp.float32)
-    norms = jnp.where(valid, jnp.square(fresh).sum(axis=(1, 2)), 0.0)
+    ((norms, distance),) = squared_sums([(fresh, cached)])
+    return _relative(norms, distance, valid)
+
+
+def _relative(
+    norms: Float[Array, " tokens"], distance: Float[Array, " tokens"], valid: Bool[Array, " tokens"]
+) -> Float[Array, " tokens"]:
+    norms = jnp.where(valid, norms, 0.0)
     mean_norm = norms.sum() / jnp.maximum(valid.sum(dtype=jnp.float32), 1.0)
-    distance = jnp.square(fresh - cached).sum(axis=(1, 2))
     return distance / jnp.maximum(mean_norm, jnp.finfo(jnp.float32).tiny)
+
+
+def squared_sums(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> list[tuple[jax.Array, jax.Array]]:
+    """Returns each token's squared norm, and squared distance, of pairs of fresh and cached keys, or values.
+
+    Where KV heads are split over a mesh, one sum over the devices gives all of them, so that each device chooses the
+    same tokens.
+    """
+    partition = current_partition()
+
+    def of_share(*arrays: Float[Array, "tokens kv_heads head_dim"]) -> list[jax.Array] | jax.Array:
+        sums = []
+        for fresh, cached in zip(arrays[::2], arrays[1::2], strict=True):
+            fresh, cached = fresh.astype(jnp.float32), cached.astype(jnp.float32)
+            sums += [jnp.square(fresh).sum(axis=(1, 2)), jnp.square(fresh - cached).sum(axis=(1, 2))]
+        return sums if partition is None else partition.summed(jnp.stack(sums), "kv_heads")
+
+    arrays = [array for pair in pairs for array in pair]
+    sums = list(by_shares(of_share, [(None, "kv_heads")] * len(arrays), ())(*arrays))
+    return list(zip(sums[::2], sums[1::2], strict=True))
 
 
 def total_deviation(

@@ -34,6 +34,7 @@ from cacheblend_jax.model.quantised_kv import StoredLayer, layer_values
 from cacheblend_jax.model.transformer import Rows, embedder, layer_at, layer_starts, rows_at
 from pallas_kernels import QuantisedKV, attention_mass
 from pallas_kernels.dispatch import current_target
+from pallas_kernels.partition import constrained
 
 LayerIndex = Int[Array, ""] | int
 
@@ -99,6 +100,7 @@ def begin(
     """Embeds the active tokens; returns them, and the empty blended cache."""
     hidden = embedder(params, config).embed(request.token_ids)
     empty = jnp.zeros((config.num_layers, sequence.num_keys, config.num_kv_heads, config.head_dim), hidden.dtype)
+    empty = constrained(empty, None, None, "kv_heads")
     rows = rows_at(hidden, request.positions, sequence.angles)
     index = jnp.arange(request.positions.shape[0], dtype=jnp.int32)
     return ActiveRows(rows, index), KVCache(empty, empty)

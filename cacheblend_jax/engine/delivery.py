@@ -97,6 +97,10 @@ class Delivery:
         """Returns what the chunks' KV is on its way to the device, and there: see `kv_dtype_of`."""
         return kv_dtype_of(chunks, self.kv_dtypes, has_key_bias=self._model.config.has_key_bias)
 
+    def layer_bytes(self, num_keys: int, kv_dtype: str | None) -> int:
+        """Returns the bytes of one layer's K and V of so many keys on each device."""
+        return layer_bytes(self._model.config, num_keys, kv_dtype) // self._model.kv_shares
+
     def whole(
         self, num_keys: int, chunks: Sequence[PlacedChunk], kv_dtype: str | None, trace: Trace | None = None
     ) -> StoredCache:
@@ -108,7 +112,7 @@ class Delivery:
         k, v = self._host_rows(cache_shape(self._model.config, num_keys), kv_dtype)
         load_all(chunks, k, v, self._readers, trace, threads=self._copiers)
         began = time.perf_counter()
-        cached = jax.block_until_ready(cache_of(self._link.put((k, v), self._model.placement)))
+        cached = jax.block_until_ready(cache_of(self._link.put((k, v), self._model.cache_placement)))
         if trace is not None:
             trace.add("transfer", "all layers", -1, began, time.perf_counter())
         return cached
@@ -129,7 +133,7 @@ class Delivery:
             layers_wanted(plan, config.num_layers),
             self._host_rows((host_layers, *cache_shape(config, plan.cache_length)[1:]), kv_dtype),
             on_device,
-            lambda pair: self._link.put(pair, self._model.placement),
+            lambda pair: self._link.put(pair, self._model.layer_placement),
             self._readers,
             trace,
             threads=self._copiers,
@@ -159,7 +163,7 @@ class Delivery:
             self._kept = DeviceLayers(free_share(devices, needed) if self._kept_bytes is None else self._kept_bytes)
         config, length, kv_dtype = self._model.config, plan.cache_length, self.kv_dtype(chunks)
         name = placement_name(chunks, length, kv_dtype)
-        return self._kept.of(name, layer_bytes(config, length, kv_dtype), config.num_layers)
+        return self._kept.of(name, self.layer_bytes(length, kv_dtype), config.num_layers)
 
     def _host_rows(self, shape: tuple[int, ...], kv_dtype: str | None) -> tuple[HostRows, HostRows]:
         """Returns buffers for K and V of that shape, as codes and scales if there is a `kv_dtype`."""

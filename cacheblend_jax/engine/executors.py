@@ -27,7 +27,7 @@ from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import place_chunk
 from cacheblend_jax.engine.planner import choose_executor, empty_request
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.model.kv_cache import KVCache, abstract_cache, layer_bytes
+from cacheblend_jax.model.kv_cache import KVCache, abstract_cache
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.quantised_kv import StoredCache, abstract_stored, key_biases, stored_layer
 from cacheblend_jax.model.rope import rope_tables
@@ -175,7 +175,7 @@ class Executors:
         no_tokens, context, rows = np.zeros(size, np.int32), None, 0
         if shared_tokens:
             rows = self._buckets.length(shared_tokens)
-            context = abstract_cache(self._model.config, rows, self._model.placement)
+            context = abstract_cache(self._model.config, rows, self._model.cache_placement)
         name = (standalone, rows, size, self._context_embeddings is None)  # engines of one model share a runner
         self._model.runner.prepare(name, lambda run: self._standalone(run, no_tokens, 0, context, shared_tokens))
 
@@ -196,18 +196,18 @@ class Executors:
     def _run_over_shapes(self, plan: Plan, executor: str, kv_dtype: str | None, run: Callable[..., Any]) -> None:
         """Does what the executor does with a request of the plan, with `run` in the runner's place."""
         request, model = empty_request(plan), self._model
-        stack = abstract_stored(model.config, plan.cache_length, model.placement, kv_dtype)
+        stack = abstract_stored(model.config, plan.cache_length, model.cache_placement, kv_dtype)
         if executor == "resident":
             self._prefill_resident(run, plan, request, None if plan.nothing_cached else stack)
         else:
-            layer = shapes_of(jax.eval_shape(lambda kv: stored_layer(kv, 0), stack), model.placement)
+            layer = shapes_of(jax.eval_shape(lambda kv: stored_layer(kv, 0), stack), model.layer_placement)
             self._prefill_streamed(run, plan, self._streamed_inputs(plan, request), ShapeSource(layer))
 
     def _prepare_placing(self, plan: Plan, sizes: Iterable[int], kv_dtype: str | None) -> list[Prepared]:
         """Compiles the programs that place chunks already on the device, for each number of rows in `sizes`."""
 
         def place_both(rows: int, run: Callable[..., Any]) -> None:
-            chunk = abstract_stored(self._model.config, rows, self._model.placement, kv_dtype)
+            chunk = abstract_stored(self._model.config, rows, self._model.cache_placement, kv_dtype)
             place_chunk(
                 run, place_chunk(run, None, chunk, 0, rows, plan.cache_length), chunk, 0, rows, plan.cache_length
             )
@@ -318,7 +318,7 @@ class Executors:
             next_token = int(out.next_token)
             ended = time.perf_counter()
         layers_more = self.delivery.prefetch_layers - 1
-        layer = layer_bytes(self._model.config, plan.cache_length, self.delivery.kv_dtype(chunks))
+        layer = self.delivery.layer_bytes(plan.cache_length, self.delivery.kv_dtype(chunks))
         peak = prepared.peak_memory_bytes + layers_more * layer
         return PrefillRun(out, next_token, "streamed", stream.waited_s, ended - began, peak)
 
@@ -338,7 +338,7 @@ class Executors:
         began = time.perf_counter()
         for chunk in chunks:
             if (entry := placeable(chunk, kv_dtype)) is not None:
-                kv = self._put(kv_of(entry))  # another engine may have put it on another device
+                kv = self._put_kv(kv_of(entry))  # another engine may have put it on another device
                 run = self._model.runner
                 cached = place_chunk(run, cached, kv, chunk.start, entry.num_tokens, plan.cache_length)
         jax.block_until_ready(cached)
@@ -352,7 +352,7 @@ class Executors:
 
         Codes that the device does not read are dequantised first.
         """
-        return on_device(entry if entry.kv_dtype in self.delivery.kv_dtypes else entry.dequantised(), self._put)
+        return on_device(entry if entry.kv_dtype in self.delivery.kv_dtypes else entry.dequantised(), self._put_kv)
 
     def standalone(self, chunk: PlacedChunk) -> ChunkEntry:
         """Computes a chunk's KV after its context alone.
@@ -394,6 +394,9 @@ class Executors:
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, self._model.placement)
+
+    def _put_kv(self, tree: Any) -> Any:
+        return jax.device_put(tree, self._model.cache_placement)
 
 
 def _is_shared(context_tokens: int) -> bool:

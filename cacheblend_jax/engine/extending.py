@@ -40,7 +40,7 @@ def extend_context(model: Model, buckets: Buckets, context: Context, more: TextO
         room = runner(with_room, cache, num_keys=size)
         return runner(extend_prompt, model.params, room, *arrays, donate=("cache",), config=config)
 
-    abstract = shapes_of(context.cache, model.placement)
+    abstract = shapes_of(context.cache)
     name = ("extend", type(context.cache), context.cache.k.shape, size, rows)
     prepared = model.runner.prepare(name, lambda runner: run(runner, abstract))
     began = time.perf_counter()

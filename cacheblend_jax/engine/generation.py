@@ -151,7 +151,7 @@ def warm_up_decoding(model: Model, prefilled_size: int, size: int) -> None:
     """Compiles what decodes over a cache of `size` tokens, after a prefill whose cache is of `prefilled_size`."""
     config, draw = model.config, Draw.by(Sampling())
     model.runner(next_token, jax.ShapeDtypeStruct((config.vocab_size,), np.float32), draw, np.int32(0))
-    cache = grown(model, abstract_cache(config, prefilled_size, model.placement), size)
+    cache = grown(model, abstract_cache(config, prefilled_size, model.cache_placement), size)
     _decode_block(model, cache, 0, 0, 0, 0, np.zeros(config.vocab_size, bool), draw, angles_of(model, size))
 
 

@@ -23,8 +23,8 @@ def with_kernels(model: Model, kernels: str) -> Model:
     if kernels != "auto":
         return model.with_kernels(kernels)
     is_split = len(model.placement.device_set) > 1
-    if is_split and model.kernels is None and implementation_override() is None:
-        return model.with_kernels("xla")  # the Pallas kernels can't be partitioned over a mesh
+    if is_split and model.partition is None and model.kernels is None and implementation_override() is None:
+        return model.with_kernels("xla")  # only by a model's partition are the Pallas kernels partitioned over a mesh
     return model
 
 

@@ -49,10 +49,15 @@ class SlotBatch:
         """Compiles what inserts prompts of every padded length, and what decodes; allocates the slots."""
         run, model = self._model.runner, self._model
         run(next_token, np.zeros(model.config.vocab_size, np.float32), Draw.by(Sampling()), np.int32(0))
-        slots, turn = shapes_of(self._state(), model.placement), self._turn(0, 0, Ending(frozenset(), 1), Sampling())
+        slots, turn = shapes_of(self._state()), self._turn(0, 0, Ending(frozenset(), 1), Sampling())
         for size in buckets_up_to(self._buckets.length, self.capacity):
             run(
-                insert, slots, abstract_cache(model.config, size, model.placement), turn, np.int32(0), donate=("slots",)
+                insert,
+                slots,
+                abstract_cache(model.config, size, model.cache_placement),
+                turn,
+                np.int32(0),
+                donate=("slots",),
             )
         self.decode({}, 1)
 

@@ -144,7 +144,7 @@ def _measured_transfers(model: Model, link: Link, repeats: int) -> tuple[Tier, T
         seconds = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
-            jax.block_until_ready([link.put((layer[0], layer[1]), model.placement) for layer in buffer])
+            jax.block_until_ready([link.put((layer[0], layer[1]), model.layer_placement) for layer in buffer])
             seconds.append(time.perf_counter() - began)
         return Tier(name, buffer.nbytes / statistics.median(seconds[1:]))  # the first one warms up
 

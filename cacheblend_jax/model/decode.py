@@ -24,6 +24,7 @@ from cacheblend_jax.model.transformer import (
     scan_layers,
 )
 from pallas_kernels import apply_rope
+from pallas_kernels.partition import current_partition, rows_called
 
 MOST_AT_ONCE = 64  # tokens that one call of `decode_tokens` may decode
 Cache = TypeVar("Cache", GrowingCache, SlotCache)
@@ -141,6 +142,19 @@ def run_rows(
 
     Returns the hidden states after the last layer, and the cache.
     """
+    with rows_called(cache.rows_axis(current_partition())):
+        return _run_rows(params, cache, token_ids, positions, angles, config, end)
+
+
+def _run_rows(
+    params: Params,
+    cache: Cache,
+    token_ids: Int[Array, " new"],
+    positions: Int[Array, " new"],
+    angles: Angles,
+    config: ModelConfig,
+    end: Int[Array, ""] | None,
+) -> tuple[Float[Array, "new hidden"], Cache]:
     rows = rows_at(embedder(params, config).embed(token_ids), positions, angles)
 
     def body(carry: tuple[Rows, Cache], index: Int[Array, ""] | int) -> tuple[tuple[Rows, Cache], None]:

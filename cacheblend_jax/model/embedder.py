@@ -11,6 +11,7 @@ from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.projection import linear, multiplied
 from cacheblend_jax.model.rms_norm import RMSNorm
 from pallas_kernels import soft_capped
+from pallas_kernels.partition import constrained
 
 
 class Embedder(nnx.Module):
@@ -20,7 +21,7 @@ class Embedder(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         self.embedding = nnx.Param(
             nnx.initializers.normal(0.02)(rngs.params(), (config.vocab_size, config.hidden_size), dtype),
-            out_sharding=("model", None),
+            out_sharding=("vocab", None),
             eager_sharding=False,
         )
         self.embedding_scale, self.logits_scale = config.embedding_scale, config.logits_scale
@@ -29,11 +30,12 @@ class Embedder(nnx.Module):
         if config.tied_embeddings:
             self.lm_head = None
         else:
-            self.lm_head = linear(config, config.hidden_size, config.vocab_size, bias=False, split="outputs", rngs=rngs)
+            axes = None, "vocab"
+            self.lm_head = linear(config, config.hidden_size, config.vocab_size, bias=False, axes=axes, rngs=rngs)
 
     def embed(self, token_ids: Int[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
         """Looks up the tokens' embeddings, and scales them."""
-        embedded = self.embedding[...][token_ids]
+        embedded = constrained(self.embedding[...][token_ids], "rows")
         return embedded * jnp.asarray(self.embedding_scale, embedded.dtype)  # rounded first, as in transformers
 
     def logits(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
@@ -42,5 +44,6 @@ class Embedder(nnx.Module):
             normed = self.final_norm(hidden)
             kernel = self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
             logits = multiplied(lambda x: jnp.matmul(x, kernel, preferred_element_type=jnp.float32), normed)
+            logits = constrained(logits, "rows", "vocab")  # XLA would gather the matrix, not the logits
             logits = logits if self.logits_scale == 1 else logits * self.logits_scale
-            return soft_capped(logits, self.logits_soft_cap)
+            return constrained(soft_capped(logits, self.logits_soft_cap), "rows")

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.params import OfLayer
 from pallas_kernels.dispatch import current_target
+from pallas_kernels.partition import Partition, by_shares, current_partition
 
 TILE = 16  # rows; larger ones are no faster on a CPU, and compute more than the last rows of each group
 TILES = (16, 512)  # the least and the most rows, where the number of tiles is static
@@ -60,13 +61,14 @@ class Kernels(NamedTuple):
 
 
 class ExpertProjection(nnx.Module):
-    """One projection of all experts; a mesh with the axis `model` splits each by its outputs or its inputs."""
+    """One projection of all experts; a mesh may split each by its outputs or its inputs, or the experts."""
 
     def __init__(self, config: ModelConfig, inputs: int, outputs: int, *, split: str, rngs: nnx.Rngs):
+        inner = "expert_mlp"
         draw = nnx.initializers.lecun_normal(batch_axis=0)
         self.kernel = nnx.Param(
             draw(rngs.params(), (config.num_experts, inputs, outputs), jnp.dtype(config.dtype)),
-            out_sharding=(None, None, "model") if split == "outputs" else (None, "model", None),
+            out_sharding=("experts", None, inner) if split == "outputs" else ("experts", inner, None),
             eager_sharding=False,
         )
         self.bias = _bias(config, outputs, split, rngs) if config.expert_bias else None
@@ -79,7 +81,8 @@ class ExpertProjection(nnx.Module):
 
 def _bias(config: ModelConfig, outputs: int, split: str, rngs: nnx.Rngs) -> nnx.Param:
     drawn = nnx.initializers.normal(0.1)(rngs.params(), (config.num_experts, outputs), jnp.dtype(config.dtype))
-    return nnx.Param(drawn, out_sharding=(None, "model" if split == "outputs" else None), eager_sharding=False)
+    axes = "experts", "expert_mlp" if split == "outputs" else None
+    return nnx.Param(drawn, out_sharding=axes, eager_sharding=False)
 
 
 class Experts(nnx.Module):
@@ -101,13 +104,58 @@ class Experts(nnx.Module):
     ) -> Float[Array, "tokens hidden"]:
         """Returns the weighted sum of what each token's experts make of it; of tokens that are not `valid`, zero."""
         with jax.named_scope("experts"):
-            routing = route(router_logits, self.per_token, self.sum_to_one)
-            groups = sorted_by_expert(routing.experts, valid, num_experts=router_logits.shape[1])
             stacks = [each.stacks for each in (self.gate_proj, self.up_proj, self.down_proj)]
             kernels = Kernels(*(kernel for kernel, _ in stacks), *(bias for _, bias in stacks))
-            computed = _product(groups)(rows[groups.tokens], groups, kernels, gated)[groups.places]
-            weighted = (computed * routing.weights[..., None]).sum(axis=1)
+            partition, choose = (
+                current_partition(),
+                partial(route, per_token=self.per_token, sum_to_one=self.sum_to_one),
+            )
+            if partition is not None:
+                weighted = _by_shares(partition, rows, router_logits, choose, valid, kernels, gated)
+            else:
+                weighted = _weighted_sum(rows, choose(router_logits), valid, kernels, gated)
             return jnp.where(valid[:, None], weighted, 0).astype(rows.dtype)
+
+
+def _weighted_sum(
+    rows: Float[Array, "tokens hidden"], routing: Routing, valid: Bool[Array, " tokens"], kernels: Kernels, gated: Gated
+) -> Float[Array, "tokens hidden"]:
+    groups = sorted_by_expert(routing.experts, valid, num_experts=kernels.gate.stack.shape[1])
+    computed = _product(groups)(rows[groups.tokens], groups, kernels, gated)[groups.places]
+    return (computed * routing.weights[..., None]).sum(axis=1)
+
+
+def _by_shares(
+    partition: Partition,
+    rows: Float[Array, "tokens hidden"],
+    router_logits: Float[Array, "tokens experts"],
+    choose: Callable[[jax.Array], Routing],
+    valid: Bool[Array, " tokens"],
+    kernels: Kernels,
+    gated: Gated,
+) -> Float[Array, "tokens hidden"]:
+    """As `_weighted_sum`: each device computes with its share of the experts, or of each, and one sum adds all up."""
+
+    def of_share(rows: jax.Array, logits: jax.Array, valid: jax.Array, *stacks: jax.Array | None) -> jax.Array:
+        *arrays, down_bias, layer = stacks
+        routing = choose(logits)
+        if down_bias is not None:  # one share of each expert adds it
+            down_bias = jnp.where(partition.share("expert_mlp") == 0, down_bias, 0)
+        here = Kernels(*(None if each is None else OfLayer(each, layer) for each in (*arrays, down_bias)))
+        count = here.gate.stack.shape[1]
+        number = routing.experts - partition.share("experts") * count
+        is_here = (number >= 0) & (number < count)
+        weights = jnp.where(is_here, routing.weights, 0)
+        # An expert that is elsewhere stands for padding, of which products may be anything.
+        own = Routing(jnp.where(is_here, number, count), weights)
+        weighted = _weighted_sum(rows, own, valid, here, gated)
+        return partition.summed(weighted, "expert_mlp", "experts")
+
+    inner = (None, "experts", None, "expert_mlp")
+    axes = [inner, inner, (None, "experts", "expert_mlp"), (*inner[:2], inner[3]), (*inner[:2], inner[3]), inner[:2]]
+    stacks = [None if kernel is None else kernel.stack for kernel in kernels]
+    call = by_shares(of_share, [("rows",), ("rows",), ("rows",), *axes, ()], ("rows",))
+    return call(rows, router_logits, valid, *stacks, jnp.asarray(kernels.gate.layer, jnp.int32))
 
 
 def route(router_logits: Float[Array, "tokens experts"], per_token: int, sum_to_one: bool) -> Routing:

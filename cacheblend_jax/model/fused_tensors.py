@@ -22,6 +22,10 @@ FUSED = {
 }
 
 
+class RowsAlone:
+    """A view of a tensor that reads whole rows; those of safetensors also read some columns of them."""
+
+
 @runtime_checkable
 class TensorSource(Protocol):
     """What holds a model's tensors."""
@@ -147,7 +151,7 @@ class _Opened:
         return _Rows(view, part.rows)
 
 
-class _Rows:
+class _Rows(RowsAlone):
     """Some rows of a tensor, in another order."""
 
     def __init__(self, view: Any, rows: Int[np.ndarray, " rows"] | range) -> None:
@@ -165,7 +169,7 @@ class _Rows:
         return self._view[first : int(wanted.max()) + 1][wanted - first]
 
 
-class RowsOfExperts:
+class RowsOfExperts(RowsAlone):
     """A tensor `[experts, rows, columns]` as `[experts * rows, columns]`, of which no slice crosses experts."""
 
     def __init__(self, view: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cacheblend_jax.errors import CheckpointError, one_line
+from cacheblend_jax.model.fused_tensors import RowsAlone
 from cacheblend_jax.model.gguf_config import EMBEDDING, HEAD, LONGROPE_FACTORS, ROPE_FACTORS
 from cacheblend_jax.model.gguf_file import FLOATS, GgufFile, StoredTensor, dequantised
 from cacheblend_jax.model.tensor_names import EMBEDDER_NAMES, layer_modules
@@ -121,7 +122,7 @@ class GgufTensors:
         return _Rows(self._tensors[name], self._file)
 
 
-class _Rows:
+class _Rows(RowsAlone):
     def __init__(self, tensor: NamedTensor, file: FileIO) -> None:
         self._tensor, self._file = tensor, file
 

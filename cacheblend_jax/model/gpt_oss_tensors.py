@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 
 from cacheblend_jax.errors import CheckpointError
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.fused_tensors import TensorSource
+from cacheblend_jax.model.fused_tensors import RowsAlone, TensorSource
 
 ARCHITECTURE = "GptOssForCausalLM"
 # Of each stored projection, the outputs that are each of ours.
@@ -157,7 +157,7 @@ class _Opened:
             )
 
 
-class _Rows:
+class _Rows(RowsAlone):
     """An expert's projection, stored [in, out], or its bias: some of its outputs as rows."""
 
     def __init__(self, view: Any, part: ExpertPart) -> None:
@@ -178,7 +178,7 @@ class _Rows:
         return np.ascontiguousarray(self._read[rows])
 
 
-class _QuantisedRows:
+class _QuantisedRows(RowsAlone):
     """An expert's projection, stored [out, in] in MXFP4: some of its outputs, dequantised."""
 
     def __init__(self, blocks: Any, scales: Any, part: ExpertPart) -> None:

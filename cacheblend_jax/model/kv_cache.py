@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from cacheblend_jax.model.config import ModelConfig, ScoreOptions
 from pallas_kernels import QuantisedKV, selective_attention
 from pallas_kernels.dispatch import current_target
+from pallas_kernels.partition import Partition
 
 SCALES = jnp.dtype(jnp.bfloat16)  # of quantised KV
 AttendedLse = tuple[Float[Array, "rows heads head_dim"], Float[Array, "rows heads"]]
@@ -176,6 +177,10 @@ class GrowingCache:
             return LayerInCache(self.k, self.v, index)
         cut = (lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.k, self.v))
         return LayerKV(*(self._floats(x) for x in cut))
+
+    def rows_axis(self, partition: Partition | None) -> str | None:
+        """Returns the name of the axis of rows that are run over it: they follow each other, so none splits them."""
+        return None
 
     def lengths(self, positions: Int[Array, " rows"]) -> Int[Array, ""]:
         """Returns how many keys are valid after rows at these positions, which follow each other, were written."""

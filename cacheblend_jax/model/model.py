@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import jax
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.encoding import tokenizer_bytes
-from cacheblend_jax.model.params import Params, suits_by_layer
-from cacheblend_jax.model.transformer import random_params
+from cacheblend_jax.model.params import Params, is_by_layer, suits_by_layer
+from cacheblend_jax.model.sharding import CACHE_AXES, LAYER_AXES, ShardingRules, partition_of, result_shardings
+from cacheblend_jax.model.transformer import axis_names, random_params
 from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, content_digest, params_digest
 from cacheblend_jax.runtime.programs import Runner
+from pallas_kernels.partition import Partition
 
 # Where HKVD tokens are chosen, and how long prompts may be: stand-alone KV does not depend on them.
 REQUEST_FIELDS = ("check_layer", "max_positions")
@@ -38,6 +40,7 @@ class Model:
     directory: Path | None = None  # the checkpoint's, if there is one
     weight_files: WeightFiles | None = None  # the files in it that the parameters were loaded from
     kernels: str | None = None  # the implementation that its programs prefer; `None`: what is best for the device
+    partition: Partition | None = None  # how it is split over a mesh
 
     def __post_init__(self) -> None:
         if suits_by_layer(self.platform):
@@ -98,7 +101,9 @@ class Model:
     def runner(self) -> Runner:
         """Runs this model's programs; shared by all its engines that want the same kernels."""
         if self.kernels not in self._runners:
-            self._runners.setdefault(self.kernels, Runner(self.platform, self.placement, kernels=self.kernels))
+            results = None if self.partition is None else partial(result_shardings, self.partition)
+            options = {"kernels": self.kernels, "partition": self.partition, "results": results}
+            self._runners.setdefault(self.kernels, Runner(self.platform, self.placement, **options))
         return self._runners[self.kernels]
 
     @cached_property
@@ -126,11 +131,26 @@ class Model:
 
     @property
     def placement(self) -> jax.sharding.Sharding:
-        """Where arrays other than parameters go: the parameters' device, or all devices of their mesh."""
+        """Where arrays other than parameters and KV go: the parameters' device, or all devices of their mesh."""
         sharding = jax.tree.leaves(self.params)[0].sharding
         if isinstance(sharding, jax.sharding.NamedSharding):
             return jax.sharding.NamedSharding(sharding.mesh, jax.P())
         return sharding
+
+    @cached_property
+    def cache_placement(self) -> jax.sharding.Sharding:
+        """Where KV `[layers, keys, kv_heads, …]` goes: as `placement`, or split by heads."""
+        return self.placement if self.partition is None else self.partition.sharding(*CACHE_AXES)
+
+    @cached_property
+    def layer_placement(self) -> jax.sharding.Sharding:
+        """Where one layer's KV `[keys, kv_heads, …]` goes."""
+        return self.placement if self.partition is None else self.partition.sharding(*LAYER_AXES)
+
+    @property
+    def kv_shares(self) -> int:
+        """Into how many shares KV is split: a device holds one."""
+        return 1 if self.partition is None else self.partition.ways("kv_heads")
 
     @property
     def platform(self) -> str:
@@ -146,6 +166,22 @@ def random_model(config: ModelConfig, seed: int = 0, *, by_layer: bool | None = 
         by_layer: each layer's weights as arrays of their own; `None`: on a GPU.
     """
     return Model(config, random_params(jax.random.key(seed), config, by_layer=by_layer), name="random")
+
+
+def split_model(model: Model, mesh: jax.sharding.Mesh, rules: ShardingRules | None = None) -> Model:
+    """Returns a model on the devices of a mesh, as `load_model(…, mesh=…, rules=…)` would load it.
+
+    Its layers must be stacked, or each projection by itself.
+    """
+    partition = partition_of(mesh, model.config, rules)
+
+    def placed(leaf: Any, names: jax.P) -> Any:
+        if isinstance(leaf, tuple):
+            return jax.device_put(leaf, partition.sharding(*names[1:]))
+        return jax.device_put(leaf, partition.sharding(*names))
+
+    params = jax.tree.map(placed, model.params, axis_names(model.config), is_leaf=is_by_layer)
+    return replace(model, params=params, weight_files=None, partition=partition if mesh.size > 1 else None)
 
 
 def _config_bytes(config: ModelConfig) -> bytes:

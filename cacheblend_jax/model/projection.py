@@ -13,10 +13,9 @@ from pallas_kernels.dispatch import current_target
 
 
 def linear(
-    config: ModelConfig, inputs: int, outputs: int, *, bias: bool, split: str | None, rngs: nnx.Rngs
+    config: ModelConfig, inputs: int, outputs: int, *, bias: bool, axes: tuple[str | None, str | None], rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """A projection that a mesh with the axis `model` splits by its `outputs` or its `inputs`, or not at all."""
-    axes = "model" if split == "inputs" else None, "model" if split == "outputs" else None
+    """A projection; `axes` are the names of its inputs and outputs in `sharding.ShardingRules`."""
     return nnx.Linear(
         inputs,
         outputs,

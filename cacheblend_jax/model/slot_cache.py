@@ -23,6 +23,7 @@ from cacheblend_jax.model.kv_cache import (
     keeps_bits,
 )
 from pallas_kernels.dispatch import current_target
+from pallas_kernels.partition import Axes, Partition, by_shares, current_partition
 
 READS = 8  # lengths that a slot's attention is compiled for where it is not a kernel's: it reads an eighth too much
 # Of [layers, slots, keys, kv_heads, head_dim], the order in which a CPU multiplies keys, and values, without a copy.
@@ -60,6 +61,16 @@ class SlotCache:
         k, v = (jnp.zeros([shape[axis] for axis in order], dtype) for order in orders)
         return cls(k, v, orders, config.dtype)
 
+    def rows_axis(self, partition: Partition | None) -> str | None:
+        """Returns the name of the axis of slots, and of their rows; `None` where they can't be split evenly."""
+        return "slots" if partition is not None and self.k.shape[1] % partition.ways("slots") == 0 else None
+
+    def axes(self, partition: Partition | None) -> tuple[Axes, Axes]:
+        """Returns the names of the axes of `k`, and of `v`, as a partition splits them."""
+        names = (None, self.rows_axis(partition), None, "kv_heads", None)
+        k, v = (tuple(names[axis] for axis in order) for order in self.orders)
+        return k, v
+
     @property
     def capacity(self) -> int:
         """How many tokens a slot has room for."""
@@ -76,25 +87,60 @@ class SlotCache:
     def with_rows(self, index: Int[Array, ""] | int, positions: Int[Array, " slots"], rows: LayerKV) -> SlotCache:
         """Returns it with one row of each slot replaced, in a layer; positions beyond the capacity write nothing."""
 
-        def written(stack: jax.Array, order: Order, fresh: Shaped[Array, "slots kv_heads head_dim"]) -> jax.Array:
+        def written(
+            stack: jax.Array,
+            order: Order,
+            fresh: Shaped[Array, "slots kv_heads head_dim"],
+            index: Int[Array, ""] | int,
+            positions: Int[Array, " slots"],
+        ) -> jax.Array:
             at: list[Any] = [index, jnp.arange(fresh.shape[0]), slice(None), slice(None), slice(None)]
             at[order.index(2)] = positions
             return stack.at[tuple(at)].set(fresh, mode="drop", unique_indices=True)
 
-        return self._written(written, rows.k, rows.v)
+        slots = self.rows_axis(current_partition())
+        return self._written(written, (rows.k, rows.v), (slots, "kv_heads"), (index, positions), ((), (slots,)))
 
     def with_slot(self, slot: Int[Array, ""], cache: KVCache) -> SlotCache:
         """Returns it with a slot's first rows replaced by a cache's, as many as there is room for."""
 
-        def written(stack: jax.Array, order: Order, x: Shaped[Array, "layers keys kv_heads head_dim"]) -> jax.Array:
+        partition = current_partition()
+        slots = self.rows_axis(partition)
+
+        def written(
+            stack: jax.Array,
+            order: Order,
+            x: Shaped[Array, "layers keys kv_heads head_dim"],
+            slot: Int[Array, ""],
+        ) -> jax.Array:
             rows = x[:, None, : self.capacity].transpose(order)
-            return lax.dynamic_update_slice(stack, rows, _place(0, slot))
+            if partition is None or slots is None:
+                return lax.dynamic_update_slice(stack, rows, _place(0, slot))
+            at = slot - partition.share(slots) * stack.shape[1]
+            place = _place(0, jnp.clip(at, 0, stack.shape[1] - 1))
+            there = lax.dynamic_slice(stack, place, rows.shape)  # where the slot is another device's
+            return lax.dynamic_update_slice(stack, jnp.where(place[1] == at, rows, there), place)
 
-        return self._written(written, cache.k, cache.v)
+        return self._written(written, (cache.k, cache.v), (None, None, "kv_heads"), (slot,), ((),))
 
-    def _written(self, write: Callable[[jax.Array, Order, jax.Array], jax.Array], *floats: jax.Array) -> SlotCache:
+    def _written(
+        self,
+        write: Callable[..., jax.Array],
+        floats: tuple[jax.Array, jax.Array],
+        floats_axes: Axes,
+        more: tuple[Any, ...],
+        more_axes: tuple[Axes, ...],
+    ) -> SlotCache:
         fresh = [as_bits(x) if keeps_bits(self.dtype) else x for x in floats]
-        k, v = (write(*each) for each in zip((self.k, self.v), self.orders, fresh, strict=True))
+
+        def written(stack: jax.Array, order: Order, axes: Axes, x: jax.Array) -> jax.Array:
+            def of_share(stack: jax.Array, *arrays: Any) -> jax.Array:
+                return write(stack, order, *arrays)
+
+            return by_shares(of_share, [axes, floats_axes, *more_axes], axes)(stack, x, *more)
+
+        axes = self.axes(current_partition())
+        k, v = (written(*each) for each in zip((self.k, self.v), self.orders, axes, fresh, strict=True))
         return SlotCache(k, v, self.orders, self.dtype)
 
     def cut(self, index: Int[Array, ""] | int, slot: Int[Array, ""], num_keys: int) -> LayerKV:
@@ -134,9 +180,30 @@ class LayerOfSlots:
         sinks: Float[Array, " heads"] | None = None,
     ) -> AttendedLse:
         """See `AttendedLayer`. A slot whose position is beyond its capacity yields zeros."""
+        rows = self.cache.rows_axis(current_partition())
+
+        def of_share(k: jax.Array, v: jax.Array, index: Int[Array, ""] | int, *arrays: jax.Array | None) -> AttendedLse:
+            layer = LayerOfSlots(SlotCache(k, v, self.cache.orders, self.cache.dtype), index)
+            return layer._attended(*arrays, scores=scores)
+
+        lengths = jnp.broadcast_to(jnp.asarray(kv_length), positions.shape)
+        axes = [*self.cache.axes(current_partition()), (), (rows, "heads"), (rows,), (rows,), (rows,), ("heads",)]
+        attend = by_shares(of_share, axes, [(rows, "heads"), (rows, "heads")])
+        return attend(self.cache.k, self.cache.v, self.index, q, positions, starts, lengths, sinks)
+
+    def _attended(
+        self,
+        q: Float[Array, "slots heads head_dim"],
+        positions: Int[Array, " slots"],
+        starts: Int[Array, " slots"] | None,
+        lengths: Int[Array, " slots"],
+        sinks: Float[Array, " heads"] | None,
+        *,
+        scores: ScoreOptions,
+    ) -> AttendedLse:
         first = jnp.zeros_like(positions) if starts is None else starts
         each = (jnp.arange(q.shape[0], dtype=jnp.int32), q[:, None], positions[:, None], first[:, None])
-        queries = _Queries(*each, jnp.broadcast_to(jnp.asarray(kv_length), positions.shape))
+        queries = _Queries(*each, lengths)
         options = {"scores": scores, "sinks": sinks}
         has_starts = starts is not None
         if self.cache.orders == AS_IT_IS:  # on a GPU, a step of a loop costs more than the call of a kernel

@@ -23,6 +23,7 @@ from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.sampling import Draw, HostOrDevice, Sampling, next_tokens
 from cacheblend_jax.model.slot_cache import SlotCache
 from cacheblend_jax.model.transformer import embedder
+from pallas_kernels.partition import by_shares, constrained, current_partition, rows_called
 
 NONE = -1  # in a token's place: the slot was idle
 
@@ -113,13 +114,21 @@ def decode_slots(
 
 def _one_step(params: Params, slots: Slots, angles: Angles, config: ModelConfig) -> tuple[Int[Array, " slots"], Slots]:
     """Returns each slot's next token, `NONE` where it is idle, and the slots after it."""
+    with rows_called(slots.cache.rows_axis(current_partition())):
+        return _step_of_rows(params, slots, angles, config)
+
+
+def _step_of_rows(
+    params: Params, slots: Slots, angles: Angles, config: ModelConfig
+) -> tuple[Int[Array, " slots"], Slots]:
     turn = slots.turn
     runs = turn.left > 0
     positions = jnp.where(runs, turn.position, slots.cache.capacity)  # idle slots write nothing and see nothing
     hidden, cache = run_rows(params, slots.cache, turn.token_id, positions, angles, config=config)
     logits = embedder(params, config).logits(hidden)
     draw = replace(turn.draw, temperature=jnp.where(runs, turn.draw.temperature, 0))
-    token = jnp.where(runs, next_tokens(logits, draw, turn.number), turn.token_id)
+    drawn = by_shares(next_tokens, [("rows",)] * 3, ("rows",))(logits, draw, turn.number)
+    token = constrained(jnp.where(runs, drawn, turn.token_id))
     ends = jnp.take_along_axis(turn.is_stop, token[:, None], axis=1)[:, 0]
     after = replace(
         turn,

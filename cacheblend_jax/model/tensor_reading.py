@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from cacheblend_jax.errors import CheckpointError
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.fused_tensors import TensorSource
+from cacheblend_jax.model.fused_tensors import RowsAlone, TensorSource
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.quantised import refuse_quantised_tensors
 from cacheblend_jax.model.tensor_names import EMBEDDING, HEAD, OTHER_TOWERS, is_kernel, numbered, stored_name
@@ -24,6 +24,9 @@ EXPONENT_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "
 COPIED_BLOCK = 2**20  # elements: what is read, dequantised and cast at a time
 FINITE_BLOCK = 2**16  # elements, so that a block stays in the processor's cache
 STRIP = 16  # rows that are transposed at a time, so that the lines they are written to stay in the cache
+
+
+Share = tuple[slice, ...]  # of an array: a slice of each axis
 
 
 class Part(NamedTuple):
@@ -86,26 +89,44 @@ def read_leaf(
     leaf: jax.ShapeDtypeStruct,
     advance: Callable[[int], None],
     first: int = 0,
+    share: Share | None = None,
 ) -> np.ndarray:
     """Reads a leaf on the host; of stacked ones, as many layers as it has, from `first` on.
 
-    `advance` is called with the bytes of each tensor.
+    Args:
+        advance: called with the bytes of each tensor.
+        share: what to read of a leaf that has but one part; all, where that is `None`.
     """
-    out = aligned_empty(leaf.shape, leaf.dtype)
-    places: dict[str, np.ndarray] = {}
+    whole = tuple(slice(0, size) for size in leaf.shape)
+    out = aligned_empty(tuple(each.stop - each.start for each in share or whole), leaf.dtype)
+    places: dict[str, _Place] = {}
     begin = 0
     for part in parts:
-        place = out[..., begin : begin + part.columns]
+        place = out if share else out[..., begin : begin + part.columns]
+        of_part = share or (*whole[:-1], slice(0, part.columns))
         for name, at in numbered(part.name, leaf.shape, first):
-            places[name] = place[at].T if is_kernel(name) else place[at]
+            if all(of.start <= number < of.stop for number, of in zip(at, of_part, strict=False)):
+                inside = tuple(number - of.start for number, of in zip(at, of_part, strict=False))
+                found = _Place(place[inside], of_part[len(at) :])
+                places[name] = found.transposed() if is_kernel(name) else found
         begin += part.columns
     for file, in_file in _by_file(checkpoint.tensor_files(), places):
         # Opened anew for each leaf: the pages that a memory map has touched count as ours until it is closed.
         with checkpoint.open_tensors(file) as tensors:
             for tensor_name in in_file:
-                _copy_tensor(file, tensors, tensor_name, places[tensor_name])
-                advance(places[tensor_name].nbytes)
+                _copy_tensor(file, tensors, tensor_name, *places[tensor_name])
+                advance(places[tensor_name].rows.nbytes)
     return out
+
+
+class _Place(NamedTuple):
+    """Where a tensor, or some of it, belongs."""
+
+    rows: np.ndarray
+    of_tensor: Share
+
+    def transposed(self) -> _Place:
+        return _Place(self.rows.T, self.of_tensor[::-1])
 
 
 def _by_file(files: dict[str, Path], names: Collection[str]) -> Iterator[tuple[Path, list[str]]]:
@@ -113,16 +134,24 @@ def _by_file(files: dict[str, Path], names: Collection[str]) -> Iterator[tuple[P
         yield file, [name for name in names if files[name] == file]
 
 
-def _copy_tensor(file: Path, tensors: Any, name: str, place: np.ndarray) -> None:
-    rows = tensors.get_slice(name)
+def _copy_tensor(file: Path, tensors: Any, name: str, place: np.ndarray, wanted: Share) -> None:
+    view = tensors.get_slice(name)
+    rows, *columns = wanted
     block = max(1, COPIED_BLOCK * len(place) // place.size)
     for begin in range(0, len(place), block):
-        tensor = rows[begin : min(begin + block, len(place))]
+        end = min(begin + block, len(place))
+        tensor = _read_rows(view, slice(rows.start + begin, rows.start + end), columns)
         if not all_finite(tensor):
             raise CheckpointError(
                 f"{file}: {name} holds NaN or infinity; the file is damaged, or its training diverged"
             )
         _write_rows(place[begin : begin + len(tensor)], tensor.astype(place.dtype, copy=False))
+
+
+def _read_rows(view: Any, rows: slice, columns: list[slice]) -> np.ndarray:
+    if all(of.stop - of.start == size for of, size in zip(columns, view.get_shape()[1:], strict=True)):
+        return view[rows]
+    return view[rows][:, *columns] if isinstance(view, RowsAlone) else view[rows, *columns]
 
 
 def _write_rows(place: np.ndarray, rows: np.ndarray) -> None:

@@ -28,6 +28,7 @@ from cacheblend_jax.model.rms_norm import RMSNorm, normed
 from cacheblend_jax.model.rope import Angles
 from pallas_kernels import apply_rope
 from pallas_kernels.dispatch import current_target
+from pallas_kernels.partition import constrained
 
 NO_WINDOW = 2**30
 ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -40,9 +41,9 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def _sinks(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param:
-    """A logit for each query head; a mesh splits them as it does queries."""
+    """A logit for each query head."""
     drawn = nnx.initializers.normal(1.0)(rngs.params(), (config.num_heads,), jnp.dtype(config.dtype))
-    return nnx.Param(drawn, out_sharding=("model",), eager_sharding=False)
+    return nnx.Param(drawn, out_sharding=("heads",), eager_sharding=False)
 
 
 class DecoderLayer(nnx.Module):
@@ -64,12 +65,12 @@ class DecoderLayer(nnx.Module):
         self.attention_soft_cap = config.attention_soft_cap
         self.input_norm = RMSNorm(config, hidden) if config.pre_norms else None
         if joined:
-            self.qkv_proj = projection(hidden, q_size + 2 * kv_size, bias=config.qkv_bias, split="outputs")
+            self.qkv_proj = projection(hidden, q_size + 2 * kv_size, bias=config.qkv_bias, axes=(None, None))
         else:
-            self.q_proj = projection(hidden, q_size, bias=config.qkv_bias, split="outputs")
-            self.k_proj = projection(hidden, kv_size, bias=config.qkv_bias, split="outputs")
-            self.v_proj = projection(hidden, kv_size, bias=config.qkv_bias, split="outputs")
-        self.o_proj = projection(q_size, hidden, bias=config.output_bias, split="inputs")
+            self.q_proj = projection(hidden, q_size, bias=config.qkv_bias, axes=(None, "heads"))
+            self.k_proj = projection(hidden, kv_size, bias=config.qkv_bias, axes=(None, "kv_heads"))
+            self.v_proj = projection(hidden, kv_size, bias=config.qkv_bias, axes=(None, "kv_heads"))
+        self.o_proj = projection(q_size, hidden, bias=config.output_bias, axes=("heads", None))
         self.sinks = _sinks(config, rngs) if config.attention_sinks else None
         self.norms_heads_together = config.qk_norm_over_heads
         q_norm, k_norm = (q_size, kv_size) if config.qk_norm_over_heads else (head_dim, head_dim)
@@ -79,15 +80,17 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config, hidden) if config.pre_norms else None
         self.has_experts = config.num_experts > 0
         if self.has_experts:
-            self.router = projection(hidden, config.num_experts, bias=config.expert_bias, split=None)
+            self.router = projection(hidden, config.num_experts, bias=config.expert_bias, axes=(None, None))
             self.experts = Experts(config, rngs=rngs)
         elif joined:
-            self.gate_up_proj = projection(hidden, 2 * config.intermediate_size, bias=config.mlp_bias, split="outputs")
+            self.gate_up_proj = projection(
+                hidden, 2 * config.intermediate_size, bias=config.mlp_bias, axes=(None, None)
+            )
         else:
-            self.gate_proj = projection(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
-            self.up_proj = projection(hidden, config.intermediate_size, bias=config.mlp_bias, split="outputs")
+            self.gate_proj = projection(hidden, config.intermediate_size, bias=config.mlp_bias, axes=(None, "mlp"))
+            self.up_proj = projection(hidden, config.intermediate_size, bias=config.mlp_bias, axes=(None, "mlp"))
         if not self.has_experts:
-            self.down_proj = projection(config.intermediate_size, hidden, bias=config.mlp_bias, split="inputs")
+            self.down_proj = projection(config.intermediate_size, hidden, bias=config.mlp_bias, axes=("mlp", None))
         self.mlp_out_norm = RMSNorm(config, hidden) if config.post_norms else None
 
     def queries_keys_values(
@@ -142,10 +145,10 @@ class DecoderLayer(nnx.Module):
         By default all are.
         """
         with jax.named_scope("finish"):
-            added = normed(self.attention_out_norm, self.o_proj(attended.reshape(attended.shape[0], -1)))
-            hidden = hidden + self._scaled(added)
+            attended = constrained(self.o_proj(attended.reshape(attended.shape[0], -1)), "rows")
+            hidden = hidden + self._scaled(normed(self.attention_out_norm, attended))
             valid = jnp.ones(hidden.shape[0], bool) if valid is None else valid
-            added = self._mlp(normed(self.mlp_norm, hidden), valid)
+            added = constrained(self._mlp(normed(self.mlp_norm, hidden), valid), "rows")
             return hidden + self._scaled(normed(self.mlp_out_norm, added))
 
     def _mlp(self, rows: Float[Array, "tokens hidden"], valid: Bool[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
@@ -194,7 +197,7 @@ class DecoderLayer(nnx.Module):
 class _Graph(NamedTuple):
     definition: Any
     abstract: dict[str, Any]  # shapes and dtypes of one module's state
-    partitions: dict[str, Any]  # PartitionSpec of each leaf, over the mesh axis "model"
+    axes: dict[str, Any]  # of each leaf, its axes' names in `sharding.ShardingRules`, as a PartitionSpec
 
 
 @lru_cache(maxsize=32)
@@ -251,14 +254,14 @@ def abstract_params(config: ModelConfig, *, by_layer: bool = False, joined: bool
     return Params(embedder=_graph(Embedder, config).abstract, layers=layers)
 
 
-def partition_specs(config: ModelConfig) -> Params:
-    """Returns each stacked parameter's `PartitionSpec` for tensor parallelism over a mesh axis named `model`."""
+def axis_names(config: ModelConfig) -> Params:
+    """Returns the names of each stacked parameter's axes in `sharding.ShardingRules`, as a `PartitionSpec`."""
     stacked = jax.tree.map(
         lambda spec: jax.P(None, *spec),
-        _graph(DecoderLayer, config).partitions,
+        _graph(DecoderLayer, config).axes,
         is_leaf=lambda leaf: isinstance(leaf, jax.P),
     )
-    return Params(embedder=_graph(Embedder, config).partitions, layers=stacked)
+    return Params(embedder=_graph(Embedder, config).axes, layers=stacked)
 
 
 def init_params(key: jax.Array, config: ModelConfig) -> Params:

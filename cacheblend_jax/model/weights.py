@@ -6,10 +6,12 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from cacheblend_jax.errors import CheckpointError, is_whole_number
 from cacheblend_jax.model.checkpoint import DirectoryCheckpoint, checkpoint_directory, read_json
@@ -22,13 +24,15 @@ from cacheblend_jax.model.gguf_file import is_gguf
 from cacheblend_jax.model.gpt_oss_tensors import separate_gpt_oss
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.params import Params, is_by_layer, join, suits_by_layer
+from cacheblend_jax.model.sharding import ShardingRules, partition_of
 from cacheblend_jax.model.smollm2 import SMOLLM2, smollm2_path
 from cacheblend_jax.model.tensor_names import stored_name, tensor_names
-from cacheblend_jax.model.tensor_reading import Part, check_tensors, has_own_head, largest_dtype, read_leaf
-from cacheblend_jax.model.transformer import abstract_params, partition_specs
+from cacheblend_jax.model.tensor_reading import Part, Share, check_tensors, has_own_head, largest_dtype, read_leaf
+from cacheblend_jax.model.transformer import abstract_params, axis_names
 from cacheblend_jax.model.user_cache import read_record, record_path, write_record
 from cacheblend_jax.model.weights_digest import FileState, SameLeaves, WeightFiles, file_states, sampled_digest
 from pallas_kernels.dispatch import current_target
+from pallas_kernels.partition import Partition
 
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,6 +47,7 @@ def load_model(
     *,
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    rules: ShardingRules | None = None,
     progress: Progress | None = None,
     verify: bool = False,
     max_positions: int | None = None,
@@ -53,7 +58,7 @@ def load_model(
 
     Of a directory, reads `config.json` (of transformers 4 or 5), safetensors in one file or many, and the tokenizer if
     there is one; never pickle, never remote code. Nothing is written there. Peak host memory is about 1.25 times the
-    weights.
+    weights where the device is a CPU, else that of the largest parameter, or of a device's share of it.
 
     Of a GGUF file (its architecture one of `gguf_config.ARCHITECTURES`; any part of a split one), everything is read
     from the file itself; quantised tensors become float32, or `dtype`. `"smollm2"` is SmolLM2-135M-Instruct, which
@@ -64,7 +69,10 @@ def load_model(
 
     Args:
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; the weights are cast while they are read. As stored by default.
-        mesh: a mesh with an axis named `model`, over which the parameters are split (tensor parallelism).
+        mesh: a mesh with axes named `model` and `data`, or one of them. Heads, MLP, experts and KV are split over the
+            first (tensor parallelism), and answers that are decoded together over the second. One share of each
+            parameter at a time is read into host memory.
+        rules: what is split over which axis of the mesh instead.
         progress: called with the bytes loaded so far and their total.
         verify: compute the weights' digest, which stored KV is tied to, from all bytes, and remember it anew. By
             default a remembered digest is used for files that look unchanged (`weights_digest.FileState`).
@@ -78,7 +86,9 @@ def load_model(
     """
     opened = open_model(name_or_path, dtype=dtype, max_positions=max_positions)
     tokenizer = opened.checkpoint.tokenizer()
-    model = opened.model(load_params(opened.checkpoint, opened.config, mesh=mesh, progress=progress), tokenizer)
+    partition = None if mesh is None else partition_of(mesh, opened.config, rules)
+    params = load_params(opened.checkpoint, opened.config, partition=partition, progress=progress)
+    model = opened.model(params, tokenizer, partition)
     if verify and model.weight_files is not None:
         return replace(model, weight_files=replace(model.weight_files, verified=model.weight_files.digest(verify=True)))
     return model
@@ -97,7 +107,7 @@ class OpenedModel(NamedTuple):
     stop_token_ids: frozenset[int]
     states: tuple[FileState, ...] | None
 
-    def model(self, params: Params, tokenizer: Any) -> Model:
+    def model(self, params: Params, tokenizer: Any, partition: Partition | None = None) -> Model:
         """Returns the model that has these weights, or the shapes of its weights in their place."""
         stops, directory = set(self.stop_token_ids), self.checkpoint.directory
         if tokenizer is not None and tokenizer.eos_token_id is not None:
@@ -110,6 +120,7 @@ class OpenedModel(NamedTuple):
             stop_token_ids=tuple(sorted(stops)),
             directory=directory,
             weight_files=None if self.states is None else WeightFiles(directory, self.states, SameLeaves(params)),
+            partition=None if partition is None or partition.mesh.size == 1 else partition,
         )
 
 
@@ -210,28 +221,31 @@ def load_params(
     checkpoint: TensorSource,
     config: ModelConfig,
     *,
-    mesh: jax.sharding.Mesh | None = None,
+    partition: Partition | None = None,
     progress: Progress | None = None,
     by_layer: bool | None = None,
 ) -> Params:
     """Loads the weights leaf by leaf: each is filled on the host, cast, and moved to the device before the next.
+
+    On a mesh, so is each share of a leaf, and a process reads but those of its own devices.
 
     Args:
         by_layer: each layer's weights as arrays of their own, projections of the same rows joined where there is no
             mesh; `None`: on a GPU.
     """
     if by_layer is None:
-        by_layer = suits_by_layer(current_target().platform if mesh is None else mesh.devices.flat[0].platform)
+        first: Any = None if partition is None else partition.mesh.devices.flat[0]
+        by_layer = suits_by_layer(current_target().platform if first is None else first.platform)
     checkpoint = separate_experts(separate(separate_gpt_oss(checkpoint, config), config), config)
     wanted = abstract_params(config)
     names = jax.tree.map(lambda name: stored_name(name, checkpoint.tensor_files()), tensor_names(wanted, config))
     check_tensors(checkpoint, config, names, wanted)
-    joined = by_layer and mesh is None
-    specs = partition_specs(config)
+    joined = by_layer and partition is None
+    axes = axis_names(config)
     parts = jax.tree.map(lambda name, leaf: (Part(name, leaf.shape[-1]),), names, wanted)
     if joined:
         parts = replace(parts, layers=join(parts.layers, lambda of: tuple(part for each in of for part in each)))
-        specs = replace(specs, layers=join(specs.layers, lambda of: of[0]))
+        axes = replace(axes, layers=join(axes.layers, lambda of: of[0]))
     total, loaded = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)), 0
 
     def advance(num_bytes: int) -> None:
@@ -240,39 +254,52 @@ def load_params(
         if progress is not None:
             progress(loaded, total)
 
-    def load(parts: tuple[Part, ...], leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array | tuple[jax.Array, ...]:
+    def load(parts: tuple[Part, ...], leaf: jax.ShapeDtypeStruct, names: jax.P) -> jax.Array | tuple[jax.Array, ...]:
         if by_layer and parts[0].stacked:
-            at_layer = _sharding(mesh, jax.P(*spec[1:]), leaf.shape[1:])
-            on_device = _load_by_layer(checkpoint, parts, leaf, at_layer, advance)
-        else:
-            on_device = jax.device_put(read_leaf(checkpoint, parts, leaf, advance), _sharding(mesh, spec, leaf.shape))
-        return jax.block_until_ready(on_device)
+            sharding = None if partition is None else partition.sharding(*names[1:])
+            return jax.block_until_ready(_load_by_layer(checkpoint, parts, leaf, sharding, advance))
+        sharding = None if partition is None else partition.sharding(*names)
+        read = partial(read_leaf, checkpoint, parts, leaf, advance)
+        return jax.block_until_ready(_on_devices(lambda share: read(share=share), leaf.shape, sharding))
 
-    return jax.tree.map(load, parts, abstract_params(config, joined=joined), specs, is_leaf=is_by_layer)
+    return jax.tree.map(load, parts, abstract_params(config, joined=joined), axes, is_leaf=is_by_layer)
 
 
 def _load_by_layer(
     checkpoint: TensorSource,
     parts: tuple[Part, ...],
     leaf: jax.ShapeDtypeStruct,
-    sharding: Any,
+    sharding: jax.sharding.NamedSharding | None,
     advance: Callable[[int], None],
 ) -> tuple[jax.Array, ...]:
     """Loads each layer's share of a stacked leaf: one is read while the one before moves to the device."""
+    of_layer = jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
     on_device: list[jax.Array] = []
-    for layer in range(leaf.shape[0]):
-        of_layer = jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
-        array = read_leaf(checkpoint, parts, of_layer, advance, first=layer)
+
+    def read(share: Share | None) -> np.ndarray:
+        of_stack = None if share is None else (slice(0, 1), *share)
+        array = read_leaf(checkpoint, parts, of_layer, advance, first=len(on_device), share=of_stack)
         jax.block_until_ready(on_device)
-        on_device.append(jax.device_put(array[0], sharding))
+        return array[0]
+
+    for _ in range(leaf.shape[0]):
+        on_device.append(_on_devices(read, leaf.shape[1:], sharding))
     return tuple(on_device)
 
 
-def _sharding(mesh: jax.sharding.Mesh | None, spec: jax.P, shape: tuple[int, ...]) -> Any:
-    if mesh is None:
-        return None
-    if "model" not in mesh.shape:
-        raise CheckpointError(f"mesh must have an axis named 'model', got {mesh.axis_names}")
-    ways = mesh.shape["model"]
-    fits = all(axis is None or size % ways == 0 for axis, size in zip(spec, shape, strict=False))
-    return jax.sharding.NamedSharding(mesh, spec if fits else jax.P())
+def _on_devices(
+    read: Callable[[Share | None], np.ndarray], shape: tuple[int, ...], sharding: jax.sharding.NamedSharding | None
+) -> jax.Array:
+    """Puts an array on the device, or shares of it on the devices that hold them: one is read while another moves."""
+    if sharding is None:
+        return jax.device_put(read(None))
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(each.indices(size)[:2] for each, size in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    arrays: list[jax.Array] = []
+    for bounds, devices in holders.items():
+        share = read(tuple(slice(*each) for each in bounds))
+        jax.block_until_ready(arrays)
+        arrays += [jax.device_put(share, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

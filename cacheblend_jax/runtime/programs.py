@@ -19,6 +19,7 @@ import numpy as np
 
 from cacheblend_jax.runtime.exit_hook import to_its_end
 from pallas_kernels.dispatch import kernels_in_force
+from pallas_kernels.partition import Partition, splitting
 from pallas_kernels.target import compiling
 
 logger = logging.getLogger(__name__)
@@ -68,21 +69,29 @@ class Runner:
     compiled once.
 
     Args:
-        placement: where results go on a mesh: replicated or split as this sharding says. On a single device they stay
-            where they are.
+        placement: where results go on a mesh, and arrays that come from the host. On a single device they stay where
+            they are.
         platform: `"cpu"`, `"gpu"` or `"tpu"`, which the programs run on. A program for a CPU maps up to a thousand
             regions of memory, and Linux lets a process map 65,530 of them. So, on a CPU, the least recently used
             programs of the process, from any of its runners, are dropped to make room for new ones.
         kernels: the implementation that the kernels in its programs are to have where they can; `None`: what the
             environment prefers, or else what was proven on the device.
+        partition: how programs split their arrays over the mesh.
+        results: returns where results go that do not all go to `placement`, given their shapes.
     """
 
     def __init__(
-        self, platform: str, placement: jax.sharding.Sharding | None = None, *, kernels: str | None = None
+        self,
+        platform: str,
+        placement: jax.sharding.Sharding | None = None,
+        *,
+        kernels: str | None = None,
+        partition: Partition | None = None,
+        results: Callable[[Any], Any] | None = None,
     ) -> None:
         self._compiler_options = compiler_options(platform)
         self._device = None if placement is None else next(iter(placement.device_set))
-        self._kernels = kernels
+        self._kernels, self._partition, self._results = kernels, partition, results
         self._out_shardings = placement if isinstance(placement, jax.sharding.NamedSharding) else None
         self._entries: dict[Hashable, _Entry] = {}
         self._prepared: dict[Hashable, tuple[Prepared, int]] = {}
@@ -169,9 +178,8 @@ class Runner:
         try:
             if self._evicts:
                 _make_room()
-            jitted = jax.jit(function, donate_argnames=donate, out_shardings=self._out_shardings)
-            with compiling(self._device, self._kernels):
-                lowered = jitted.lower(*arrays)
+            with compiling(self._device, self._kernels), splitting(self._partition):
+                lowered = self._lowered(function, arrays, donate)
             compiled = to_its_end(partial(lowered.compile, compiler_options=self._compiler_options))
             with _lock:
                 self._count += 1
@@ -181,6 +189,14 @@ class Runner:
             with _lock:
                 self._entries.pop(entry.key, None)  # the next caller tries again
             entry.program.set_exception(error)
+
+    def _lowered(self, function: Callable[..., Any], arrays: tuple[Any, ...], donate: tuple[str, ...]) -> Any:
+        if self._results is None:
+            return jax.jit(function, donate_argnames=donate, out_shardings=self._out_shardings).lower(*arrays)
+        # Left to itself, the compiler may split arrays of the host over the mesh.
+        arrays = jax.tree.map(lambda leaf: _shape_at(leaf, self._out_shardings), arrays)
+        shardings = self._results(jax.eval_shape(function, *arrays))
+        return jax.jit(function, donate_argnames=donate, out_shardings=shardings).lower(*arrays)
 
 
 class _Recorder:
@@ -214,8 +230,19 @@ class _Entry:
 
 
 def shapes_of(tree: Any, placement: jax.sharding.Sharding | None = None) -> Any:
-    """Returns a tree of arrays as `jax.ShapeDtypeStruct`s with that placement."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement), tree)
+    """Returns a tree of arrays as `jax.ShapeDtypeStruct`s with that placement, or with each array's own."""
+
+    def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement or leaf.sharding)
+
+    return jax.tree.map(shape_of, tree)
+
+
+def _shape_at(leaf: Any, placement: jax.sharding.Sharding | None) -> Any:
+    """Returns an array on the host as its shape, which is to be placed so; others as they are."""
+    if not isinstance(leaf, np.ndarray | np.generic):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
 
 
 def _shape_of(leaf: Any) -> Hashable:

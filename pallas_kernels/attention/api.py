@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.xla import attend_xla
 from pallas_kernels.dispatch import UnsupportedReasons, choose_backend, current_target, unsupported_reasons
+from pallas_kernels.partition import by_shares
 from pallas_kernels.target import follows_its_arrays
 from pallas_kernels.tuning import AttentionBlocks, attention_blocks
 from pallas_kernels.verdicts import Call, class_of
@@ -76,6 +77,8 @@ def selective_attention(
             `"xla"` (blockwise; memory O(queries x block)), `"pallas"` (the platform's Pallas kernel; on a CPU
             interpreted, for tests), or a Pallas kernel by name: `"mosaic_gpu"`, `"triton"`, `"tpu"`.
 
+    In a program whose heads are split over a mesh (`partition.splitting`), each device attends with its own.
+
     Work is proportional to the visible keys: a tile of queries starts at its first visible key block and stops at its
     last. Accumulation is in float32; the result has the dtype of `q`.
 
@@ -88,11 +91,34 @@ def selective_attention(
     _validate(q, k, v, q_positions, layer, q_starts, kv_length, window)
     _validate_scores(q, soft_cap, sinks)
     num_keys, head_dim = k.shape[-3], q.shape[2]
-    call = Call("selective_attention", str(q.dtype), head_dim, class_of(q.shape[0], num_keys))
-    backend = choose_backend(implementation, call, unsupported(q, k))
     kv_length = jnp.minimum(jnp.asarray(num_keys if kv_length is None else kv_length, jnp.int32), num_keys)
     starts = first_visible(q_positions, q_starts, window)
     scale = head_dim**-0.5 if scale is None else scale
+    attend = partial(_attend, scale=scale, soft_cap=soft_cap, implementation=implementation)
+    keys = (None, "kv_heads") if layer is None else (None, None, "kv_heads")
+    axes = [(None, "heads"), keys, keys, (), (), (), (), ("heads",)]
+    arrays = q, k, v, q_positions, layer, starts, kv_length, sinks
+    out, lse = by_shares(attend, axes, [(None, "heads"), (None, "heads")])(*arrays)
+    return (out, lse) if return_lse else out
+
+
+def _attend(
+    q: Float[Array, "queries heads head_dim"],
+    k: Float[Array, "*layers keys kv_heads head_dim"],
+    v: Float[Array, "*layers keys kv_heads head_dim"],
+    q_positions: Int[Array, " queries"],
+    layer: Int[Array, ""] | int | None,
+    starts: Int[Array, " queries"] | None,
+    kv_length: Int[Array, ""],
+    sinks: Float[Array, " heads"] | None,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    implementation: str | None,
+) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
+    num_keys, head_dim = k.shape[-3], q.shape[2]
+    call = Call("selective_attention", str(q.dtype), head_dim, class_of(q.shape[0], num_keys))
+    backend = choose_backend(implementation, call, unsupported(q, k))
     if 0 in (q.shape[0], num_keys):
         out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf)
     elif backend == "xla":
@@ -103,9 +129,7 @@ def selective_attention(
         k, v = (k[None], v[None]) if layer is None else (k, v)
         at = jnp.asarray(0 if layer is None else layer, jnp.int32)
         out, lse = _attend_pallas(backend, q, k, v, at, q_positions, starts, kv_length, scale, soft_cap)
-    if sinks is not None:
-        out, lse = _with_sinks(out, lse, sinks)
-    return (out, lse) if return_lse else out
+    return (out, lse) if sinks is None else _with_sinks(out, lse, sinks)
 
 
 def _with_sinks(

@@ -16,6 +16,7 @@ from pallas_kernels import tuning
 from pallas_kernels.blending.quantised import QuantisedKV
 from pallas_kernels.blending.xla import blend_xla
 from pallas_kernels.dispatch import UnsupportedReasons, choose_backend, current_target, unsupported_reasons
+from pallas_kernels.partition import by_shares
 from pallas_kernels.target import follows_its_arrays
 from pallas_kernels.tuning import BlendBlocks
 from pallas_kernels.verdicts import Call, class_of
@@ -47,6 +48,8 @@ def blend_kv(
     `k_cached` and `k_fresh` are before RoPE; `cos` and `sin` (float32) hold every key's angles. `indices` must ascend;
     an index of `keys` or more is padding and writes nothing.
 
+    In a program whose KV heads are split over a mesh (`partition.splitting`), each device blends its own.
+
     The Pallas kernels work in place: where `k_cached` and `v_cached` are donated or no longer needed, the layer's keys
     pass through once and only the fresh rows of its values move; otherwise XLA copies the cached arrays first.
 
@@ -69,15 +72,21 @@ def blend_kv(
     _validate(k_cached, v_cached, k_fresh, v_fresh, indices, cos, sin, layer)
     if stored is not None:
         _validate_stored(k_cached, stored, k_offset)
-    num_keys, _, head_dim = k_cached.shape[-3:]
-    call = Call("blend_kv", _kind(k_cached, stored), head_dim, class_of(k_fresh.shape[0], num_keys))
-    backend = choose_backend(implementation, call, unsupported(k_cached, k_fresh, stored))
     stacks = (k_cached, v_cached) if layer is not None else (k_cached[None], v_cached[None])
     at = jnp.asarray(0 if layer is None else layer, jnp.int32)
     arguments = *stacks, k_fresh, v_fresh, indices, cos, sin, at, stored, k_offset
-    with jax.named_scope("blend_kv"):
-        k, v = blend_xla(*arguments) if backend == "xla" else _blend_pallas(backend, arguments)
+    keys, rows = (None, None, "kv_heads"), (None, "kv_heads")
+    axes = [keys, keys, rows, rows, (), (), (), (), rows, ("kv_heads",)]
+    k, v = by_shares(partial(_blend, implementation=implementation), axes, [keys, keys])(*arguments)
     return (k[0], v[0]) if layer is None else (k, v)
+
+
+def _blend(*arguments: Any, implementation: str | None) -> tuple[jax.Array, jax.Array]:
+    k_cached, _, k_fresh, *_, stored, _ = arguments
+    call = Call("blend_kv", _kind(k_cached, stored), k_cached.shape[-1], class_of(k_fresh.shape[0], k_cached.shape[-3]))
+    backend = choose_backend(implementation, call, unsupported(k_cached, k_fresh, stored))
+    with jax.named_scope("blend_kv"):
+        return blend_xla(*arguments) if backend == "xla" else _blend_pallas(backend, arguments)
 
 
 def _kind(k_cached: jax.Array, stored: QuantisedKV | None) -> str:
