@@ -1,6 +1,7 @@
 """Errors that users can fix: the command line prints them on one line and exits with code 2."""
 
 import errno
+from collections.abc import Callable
 from typing import TypeGuard
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -28,6 +29,18 @@ class QueueFull(CacheBlendError):
 
 class SchedulerClosed(CacheBlendError):
     """A scheduler takes no more requests: it was closed, or its thread has failed."""
+
+
+class NotReadyError(CacheBlendError):
+    """A prefill that was not to wait has something to wait for: the compiler, say.
+
+    Attributes:
+        work: does it; in any thread. After that, try again.
+    """
+
+    def __init__(self, message: str, work: Callable[[], object]) -> None:
+        super().__init__(message)
+        self.work = work
 
 
 class DamagedEntryError(CacheBlendError):

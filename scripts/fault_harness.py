@@ -27,6 +27,7 @@ from faults import WrongAnswerError
 from faults.directory import flips, hammer, index_flips, kills, quantised_flips
 from faults.interrupts import interrupts
 from faults.prefills import fuzz, threads
+from faults.serving import requests
 
 KINDS: dict[str, Callable[..., dict[str, int]]] = {
     "flips": flips,
@@ -37,6 +38,7 @@ KINDS: dict[str, Callable[..., dict[str, int]]] = {
     "fuzz": fuzz,
     "threads": threads,
     "interrupts": interrupts,
+    "requests": requests,
 }
 
 

@@ -11,6 +11,7 @@ from faults import WrongAnswerError
 from faults.interrupts import interrupts
 from faults.prefills import fuzz, threads
 from faults.reference import Reference
+from faults.serving import Resources, _leaks, requests
 
 from scripts import fault_harness
 
@@ -40,6 +41,20 @@ def test_threads_get_what_a_serial_run_does(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
 def test_an_interrupted_command_ends_cleanly_even_while_it_compiles(tmp_path):
     assert interrupts(tmp_path, [1, 3], quickly=True)["interrupts"] == 2
+
+
+def test_a_server_leaks_nothing_and_answers_as_the_engine_alone_whatever_happens_to_it(tmp_path):
+    counts = requests(tmp_path, range(24), modes=["blend"], temperatures=[0], groups=1, executor="resident")
+    assert min(counts["answers"], counts["hits"], counts["left"], counts["damaged files"]) > 0
+    assert counts["servers"] == 6
+
+
+def test_what_a_server_leaks_is_found():
+    flat = [Resources(1000, 30, 6, 26)] * 6
+    assert _leaks([Resources(500, 30, 6, 20), *flat])["servers after the last program"] == 6
+    for last, what in ((Resources(1060, 30, 6, 26), "rss_bytes"), (Resources(1000, 30, 9, 26), "descriptors")):
+        with pytest.raises(WrongAnswerError, match=f"{what} grew from"):
+            _leaks([*flat, last])
 
 
 def test_the_script_sums_up_what_it_did(tmp_path, capsys, monkeypatch):

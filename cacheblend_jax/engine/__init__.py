@@ -10,7 +10,8 @@ from cacheblend_jax.engine.generation import TokenStream
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.engine.results import Generation, PrefillResult, PrefillStats
-from cacheblend_jax.engine.scheduler import Scheduler, SchedulerStats
+from cacheblend_jax.engine.scheduler import Scheduler
+from cacheblend_jax.engine.scheduling import SchedulerStats
 
 __all__ = [
     "Answer",

@@ -110,14 +110,14 @@ class Background:
         if message and is_first:
             logger.warning(message, *args)
 
-    def wait_for_next(self, keys: Sequence[str]) -> None:
-        """Waits for those of the chunks that are at the head of the queue.
+    def next_of(self, keys: Sequence[str]) -> list[Future]:
+        """Returns those of the chunks that are at the head of the queue: what a prefill that wants them waits for.
 
         It does not wait for a chunk queued behind those of other requests: computing it anew is faster.
         """
         ours = set(keys)
         waiting = list(self._pending.items()) if ours & self._pending.keys() else []
-        wait([future for _, future in itertools.takewhile(lambda each: each[0] in ours, waiting)])
+        return [future for _, future in itertools.takewhile(lambda each: each[0] in ours, waiting)]
 
     def wait_for(self, keys: Sequence[str]) -> None:
         """Waits for those of the chunks that are queued to be stored."""

@@ -14,7 +14,8 @@ from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prefilling import Prefiller
 from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt
 from cacheblend_jax.engine.results import Generation, PrefillResult
-from cacheblend_jax.engine.scheduler import Prefills, Scheduler
+from cacheblend_jax.engine.scheduler import Scheduler
+from cacheblend_jax.engine.scheduling import Prefills
 from cacheblend_jax.engine.shared_reads import Opens, SharedReads
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.sampling import Sampling
@@ -55,7 +56,9 @@ def sharing_reads(
     placed = [prefiller.place(engine.check(prompt, mode, blend), mode) for prompt in prompts]
     with SharedReads(store, Counter(chunk.key for chunks in placed for chunk in chunks)) as reads:
 
-        def prefill(prompt: Prompt, mode: str, *, blend: BlendConfig | str | None) -> PrefillResult:
+        def prefill(
+            prompt: Prompt, mode: str, *, blend: BlendConfig | str | None, only_if_ready: bool = False
+        ) -> PrefillResult:  # all prompts are this call's: it waits for all of them, in whatever order
             return prefiller.prefill(prefiller.tokenize(prompt), mode, planner_for(blend), reads=reads)
 
         yield BatchOfPrompts(engine.model, engine.buckets, engine.check, prefill)

@@ -165,6 +165,7 @@ class Engine:
         *,
         blend: BlendConfig | str | None = None,
         trace: Trace | None = None,
+        only_if_ready: bool = False,
     ) -> PrefillResult:
         """Prefills a prompt; chunks that the store lacks are computed in place, and stored after the first token.
 
@@ -173,12 +174,15 @@ class Engine:
                 or `"blend"`.
             blend: for this request, in place of the engine's.
             trace: collects what happened when: reading, transfer, and the computation of each layer.
+            only_if_ready: do not wait for the compiler, nor for a chunk that is being stored.
 
         Raises:
             PromptError: an unknown mode, or an invalid prompt (see `tokenize_prompt`).
+            NotReadyError: there is something to wait for, with `only_if_ready`.
             CacheBlendError: a check layer the model does not have.
         """
-        return self._prefiller.prefill(self._prefiller.tokenize(prompt), mode, self._planner_for(blend), trace)
+        asked = self._prefiller.tokenize(prompt), mode, self._planner_for(blend)
+        return self._prefiller.prefill(*asked, trace, only_if_ready=only_if_ready)
 
     def check(self, prompt: Prompt, mode: str = "blend", blend: BlendConfig | str | None = None) -> TokenizedPrompt:
         """Returns a prompt's token ids, without prefilling it; raises what `prefill` would for these arguments."""

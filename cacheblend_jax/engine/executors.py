@@ -116,12 +116,19 @@ class Executors:
 
     def prepare(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> Prepared:
         """Compiles the programs that a plan needs to run with these chunks, except those that are ready."""
+        return self.preparation(plan, chunks)()
+
+    def preparation(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> Callable[[], Prepared]:
+        """Returns what `prepare` does, for any thread and any time: it needs the chunks no more."""
         executor, kv_dtype = self._executor(plan, chunks), self.delivery.kv_dtype(chunks)
-        prepared = self._prepare_plan(plan, executor, kv_dtype)
-        placing = []
-        if executor == "resident":
-            placing = self._prepare_placing(plan, rows_to_place(chunks, kv_dtype), kv_dtype)
-        return Prepared(prepared.compile_s + sum(each.compile_s for each in placing), prepared.peak_memory_bytes)
+        rows = rows_to_place(chunks, kv_dtype) if executor == "resident" else set()
+
+        def prepare() -> Prepared:
+            prepared = self._prepare_plan(plan, executor, kv_dtype)
+            placing = self._prepare_placing(plan, rows, kv_dtype)
+            return Prepared(prepared.compile_s + sum(each.compile_s for each in placing), prepared.peak_memory_bytes)
+
+        return prepare
 
     def is_prepared(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> bool:
         """Returns whether a plan can run with these chunks without compiling, wherever they come from."""

@@ -9,8 +9,10 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -31,6 +33,7 @@ from cacheblend_jax.engine.profile import Profile, profile_for
 from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt, tokenize_prompt
 from cacheblend_jax.engine.results import PrefillResult, PrefillStats
 from cacheblend_jax.engine.shared_reads import Opens
+from cacheblend_jax.errors import NotReadyError
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.quantised_kv import cache_values
 from cacheblend_jax.model.rope import rope_tables
@@ -95,13 +98,17 @@ class Prefiller:
         planner: Planner,
         trace: Trace | None = None,
         reads: Opens | None = None,
+        only_if_ready: bool = False,
     ) -> PrefillResult:
         """Prefills a prompt in a mode; see `Engine.prefill`. `reads` opens entries in the store's place."""
         self._model.compute_fingerprint()  # once per model, and not part of a request's time
-        call = _Call(tokenized, mode, planner, trace)
+        call = _Call(tokenized, mode, planner, trace, only_if_ready)
         chunks = self.place(tokenized, mode)
         placed_s = call.timer.elapsed_s()
-        self._background.wait_for_next([chunk.key for chunk in chunks])
+        storing = self._background.next_of([chunk.key for chunk in chunks])
+        if storing and only_if_ready:
+            raise NotReadyError("chunks of the prompt are being stored", partial(wait, storing))
+        wait(storing)
         with self._lock, ExitStack() as handles:
             call.timer.wait_s = call.timer.elapsed_s() - placed_s
             chunks, unusable = look_up(chunks, reads or self._store, handles, self._model.config)
@@ -138,14 +145,21 @@ class Prefiller:
         """
         planned = self._plan(call, chunks)
         plan, loaded = planned.plan, planned.layout.loaded
+        if call.only_if_ready and not self._executors.is_ready(plan, loaded):
+            self._warn_of_compiling(plan)
+            raise NotReadyError("the prompt's programs are not compiled", self._executors.preparation(plan, loaded))
         with call.timer.stopped():
             prepared = self._executors.prepare(plan, loaded)
-            if self.is_warm and prepared.compile_s > 0:
-                logger.warning("a request waited for the compiler: warm-up did not cover %s", plan)
+            if prepared.compile_s > 0:
+                self._warn_of_compiling(plan)
             if plan.needs("oracle"):
                 self._add_oracle(call, planned)
         run = self._executors.run(plan, planned.request, loaded, prepared, call.trace)
         return planned.layout, self._result(call, planned, run, prepared.compile_s)
+
+    def _warn_of_compiling(self, plan: Plan) -> None:
+        if self.is_warm:
+            logger.warning("a request waits for the compiler: warm-up did not cover %s", plan)
 
     def _plan(self, call: _Call, chunks: Sequence[PlacedChunk]) -> _Planned:
         """Chooses the ratio and what is loaded, where the controller is asked, and makes the plan.
@@ -157,6 +171,8 @@ class Prefiller:
         doubted = {chunk.start for chunk in chunks if chunk.stored is not None and not call.trusts(chunk.tier)}
         if planner.blend.is_auto:
             if call.mode == "blend":
+                if call.only_if_ready and self._estimator is None:
+                    raise NotReadyError("nothing is known yet of how long prefills take", self.estimator)
                 stored = [chunk for chunk in chunks if chunk.stored is not None and chunk.start not in doubted]
                 decision = self._decide(planner, call.tokenized.token_ids.size, stored, call.timer)
             planner = planner.at(planner.blend.auto_ratios[0] if decision is None else decision.ratio)
@@ -278,6 +294,7 @@ class _Call:
     mode: str
     planner: Planner
     trace: Trace | None
+    only_if_ready: bool = False
     timer: Timer = field(default_factory=Timer)
     lost: set[str] = field(default_factory=set)
     failed_tiers: set[str] = field(default_factory=set)

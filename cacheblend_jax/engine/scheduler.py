@@ -5,95 +5,65 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Protocol, runtime_checkable
 
 from cacheblend_jax.blend import BlendConfig
-from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.engine.answer import Answer
 from cacheblend_jax.engine.generation import Decoding
-from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt, check_length
+from cacheblend_jax.engine.prompt import Prompt, check_length
 from cacheblend_jax.engine.results import PrefillResult
+from cacheblend_jax.engine.scheduling import Prefills, SchedulerStats
 from cacheblend_jax.engine.slot_batch import Ending, SlotBatch
-from cacheblend_jax.errors import CacheBlendError, QueueFull, SchedulerClosed, is_whole_number
+from cacheblend_jax.engine.waiting import WaitingRequests
+from cacheblend_jax.errors import CacheBlendError, NotReadyError, QueueFull, SchedulerClosed, is_whole_number
 from cacheblend_jax.model.decode import MOST_AT_ONCE
-from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.runtime.exit_hook import finished, flush_before_exit
+from cacheblend_jax.runtime.programs import Prepared
 
 logger = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class Prefills(Protocol):
-    """What a scheduler needs of an engine."""
-
-    @property
-    def model(self) -> Model:
-        """The model that answers."""
-
-    @property
-    def buckets(self) -> Buckets:
-        """How lengths are padded."""
-
-    def check(self, prompt: Prompt, mode: str, blend: BlendConfig | str | None) -> TokenizedPrompt:
-        """Returns the prompt's token ids.
-
-        Raises:
-            CacheBlendError: what `prefill` would raise for these arguments.
-        """
-
-    def prefill(self, prompt: Prompt, mode: str = "blend", *, blend: BlendConfig | str | None = None) -> PrefillResult:
-        """Prefills a prompt."""
-
-
-@dataclass(frozen=True)
-class SchedulerStats:
-    """A snapshot of what a scheduler does, and has done.
-
-    Attributes:
-        waiting: requests that wait for a slot.
-        running: answers in slots, and the one being prefilled.
-        slots: how many there are.
-        answered, cancelled, failed: requests that ended so.
-        tokens: decoded, and drawn from prefills, for all requests.
-    """
-
-    waiting: int
-    running: int
-    slots: int
-    answered: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    tokens: int = 0
+PREPARING = 4  # requests that something is done for at a time, beside the scheduler's thread: compiling, mostly
+MOST_ASIDE = 6  # times that one request is set aside; then it waits in the thread, lest it wait for ever
 
 
 @dataclass(eq=False)
 class _Request:
-    """A request on its way through the scheduler."""
+    """A request on its way through the scheduler.
+
+    Attributes:
+        times_aside: how often it was set aside for something that had to be done first.
+        compile_s: seconds of that which the compiler took.
+        num_tokens: of its answer, so far.
+    """
 
     answer: Answer
     prompt: Prompt
+    length: int
     mode: str
     blend: BlendConfig | str | None
     sampling: Sampling
     ending: Ending
     submitted_at: float = field(default_factory=time.perf_counter)
+    times_aside: int = 0
+    compile_s: float = 0.0
     num_tokens: int = 0
 
 
 class Scheduler:
-    """Answers many requests at once: one thread prefills them in the order they came, and decodes all together.
+    """Answers many requests at once: one thread prefills them in turn, and decodes all together.
 
     A step of decoding reads the weights once for all slots, so that eight answers take little longer than one. Greedy
     and sampled answers have the tokens that `engine.generate` gives each alone (in 16-bit floats up to roundings, which
     depend on how many rows are multiplied together).
 
-    After each prefill there is at least one step of decoding, so that a new request delays running answers by one
-    prefill at most. An answer that nobody reads delays nothing. The engine's own methods may be used beside it.
+    Tenants take turns, and each one's requests come in the order they came. After each prefill there is at least one
+    step of decoding, so that a new request delays running answers by one prefill at most. One that needs the compiler
+    first lets others pass, and delays nobody; nor does an answer that nobody reads. The engine's own methods may be
+    used beside it.
 
     Args:
         slots: how many answers are decoded together.
@@ -118,11 +88,12 @@ class Scheduler:
         self._engine, self._steps, self._most_waiting = engine, steps, waiting
         self._batch = SlotBatch(engine.model, engine.buckets, slots, max_tokens)
         self._changed = threading.Condition()  # guards what follows; the batch is the thread's, once it is warm
-        self._waiting: deque[_Request] = deque()
+        self._waiting: WaitingRequests[_Request] = WaitingRequests(lambda request: request.prompt.tenant)
         self._running: dict[int, _Request] = {}  # by slot
         self._prefilling: _Request | None = None
         self._counts: Counter[str] = Counter()  # by the names of `SchedulerStats`
         self._is_closed = self._is_warming = False
+        self._preparing = ThreadPoolExecutor(PREPARING, thread_name_prefix="cacheblend-prepare")
         self._thread = threading.Thread(target=self._work, name="cacheblend-scheduler", daemon=False)
         self._thread.start()
         flush_before_exit(self)
@@ -158,7 +129,7 @@ class Scheduler:
                 raise SchedulerClosed("the scheduler is closed; make another")
             if len(self._waiting) >= self._most_waiting:
                 raise QueueFull(f"{self._most_waiting} requests wait already; try again later, or raise `waiting`")
-            self._waiting.append(_Request(answer, ids, mode, blend, sampling or Sampling(), ending))
+            self._waiting.add(_Request(answer, ids, length, mode, blend, sampling or Sampling(), ending))
             self._changed.notify()
         return answer
 
@@ -198,6 +169,7 @@ class Scheduler:
             for answer in self._unfinished():
                 answer.cancel()
             self._thread.join()
+        self._preparing.shutdown(wait=False)
         finished(self)
 
     def flush(self) -> None:
@@ -219,9 +191,8 @@ class Scheduler:
         """Forgets a request that waits; the thread frees the slot of one that runs."""
         with self._changed:
             self._counts["cancelled"] += 1
-            kept = [request for request in self._waiting if request.answer is not answer]
-            self._waiting.clear()
-            self._waiting.extend(kept)
+            for request in [each for each in self._waiting if each.answer is answer]:
+                self._waiting.remove(request)
             self._changed.notify()
 
     # What follows runs in the scheduler's thread.
@@ -238,22 +209,31 @@ class Scheduler:
             with self._changed:
                 self._is_closed = True
                 waiting = list(self._waiting)
-                self._waiting.clear()
+                for request in waiting:
+                    self._waiting.remove(request)
             self._fail_all(error, *waiting)
 
     def _waits_for_work(self) -> bool:
         """Waits until there is something to do; returns whether there ever will be."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._is_warming and (self._waiting or self._running or self._is_closed))
-            return bool(self._waiting or self._running)
+            self._changed.wait_for(lambda: not self._is_warming and (self._has_work or self._has_done_all))
+            return self._has_work
+
+    @property
+    def _has_work(self) -> bool:
+        return self._waiting.has_next or bool(self._running)
+
+    @property
+    def _has_done_all(self) -> bool:
+        return self._is_closed and not self._waiting
 
     def _next_request(self) -> _Request | None:
-        """Takes the request that has waited longest, where a slot is free."""
+        """Takes the request whose turn it is, where a slot is free."""
         with self._changed:
             self._drop_ended()
-            if not self._waiting or len(self._running) == self._batch.num_slots:
+            if not self._waiting.has_next or len(self._running) == self._batch.num_slots:
                 return None
-            self._prefilling = self._waiting.popleft()
+            self._prefilling = self._waiting.next()
             return self._prefilling
 
     def _drop_ended(self) -> None:
@@ -261,19 +241,57 @@ class Scheduler:
 
     def _prefill(self, request: _Request) -> None:
         """Prefills a request, hands its first token out, and puts it into a free slot unless it ends there."""
-        waited = time.perf_counter() - request.submitted_at
+        waited = time.perf_counter() - request.submitted_at - request.compile_s
         try:
-            out = self._engine.prefill(request.prompt, request.mode, blend=request.blend)
+            out = self._prefilled(request)
             token = self._batch.first_token(out, request.sampling)
-            stats = replace(out.stats, ttft_s=out.stats.ttft_s + waited, wait_s=out.stats.wait_s + waited)
-            request.answer.prefilled(stats)
+            took = {name: getattr(out.stats, name) + waited for name in ("ttft_s", "wait_s")}
+            compile_s = out.stats.compile_s + request.compile_s
+            request.answer.prefilled(replace(out.stats, **took, compile_s=compile_s))
             if self._hand_out(request, [token]):
                 self._insert(request, out, token)
+        except NotReadyError as needed:
+            self._set_aside(request, needed.work)
         except BaseException as error:  # this request's alone
             self._fail(request, error)
         finally:
             with self._changed:
                 self._prefilling = None
+
+    def _prefilled(self, request: _Request) -> PrefillResult:
+        """Prefills a request's prompt.
+
+        Raises:
+            NotReadyError: something must be done first, beside the answers that run.
+        """
+        only_if_ready = request.times_aside < MOST_ASIDE
+        if only_if_ready and (work := self._batch.preparation(request.length)) is not None:
+            raise NotReadyError("the programs of the slots are not compiled", work)
+        return self._engine.prefill(request.prompt, request.mode, blend=request.blend, only_if_ready=only_if_ready)
+
+    def _set_aside(self, request: _Request, work: Callable[[], object]) -> None:
+        """Has `work` done beside what this thread does, and the request taken after it."""
+        request.times_aside += 1
+
+        def prepare() -> None:
+            try:
+                done = work()
+                request.compile_s += done.compile_s if isinstance(done, Prepared) else 0.0
+            except BaseException as error:  # this request's alone
+                self._fail(request, error)
+            with self._changed:
+                if request.answer.has_ended:
+                    self._waiting.remove(request)
+                else:
+                    self._waiting.put_back(request)
+                self._changed.notify()
+
+        with self._changed:
+            self._waiting.set_aside(request)
+        try:
+            self._preparing.submit(prepare)
+        except RuntimeError:  # no more threads
+            prepare()
 
     def _insert(self, request: _Request, out: PrefillResult, token: int) -> None:
         slot = next(slot for slot in range(self._batch.num_slots) if slot not in self._running)
@@ -290,7 +308,7 @@ class Scheduler:
         with self._changed:
             self._drop_ended()
             running = dict(self._running)
-            is_wanted = bool(self._waiting) and len(running) < self._batch.num_slots
+            is_wanted = self._waiting.has_next and len(running) < self._batch.num_slots
         if not running:
             return
         try:

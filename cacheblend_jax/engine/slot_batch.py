@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets, buckets_up_to
 from cacheblend_jax.engine.generation import angles_of
 from cacheblend_jax.engine.results import PrefillResult
-from cacheblend_jax.model.kv_cache import abstract_cache
+from cacheblend_jax.model.kv_cache import KVCache, abstract_cache
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.sampling import Draw, Sampling, next_token
-from cacheblend_jax.model.slots import NONE, Slots, Turn, decode_slots, empty_slots, insert
-from cacheblend_jax.runtime.programs import shapes_of
+from cacheblend_jax.model.slots import NONE, DecodedSlots, Slots, Turn, decode_slots, empty_slots, insert
+from cacheblend_jax.runtime.programs import Prepared, shapes_of
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,30 @@ class SlotBatch:
 
     def warm_up(self) -> None:
         """Compiles what inserts prompts of every padded length, and what decodes; allocates the slots."""
-        run, model = self._model.runner, self._model
-        run(next_token, np.zeros(model.config.vocab_size, np.float32), Draw.by(Sampling()), np.int32(0))
-        slots, turn = shapes_of(self._state()), self._turn(0, 0, Ending(frozenset(), 1), Sampling())
         for size in buckets_up_to(self._buckets.length, self.capacity):
-            run(
-                insert,
-                slots,
-                abstract_cache(model.config, size, model.cache_placement),
-                turn,
-                np.int32(0),
-                donate=("slots",),
-            )
+            self._prepare(size)
         self.decode({}, 1)
+
+    def preparation(self, length: int) -> Callable[[], Prepared] | None:
+        """Returns what compiles the programs for a prompt of `length` tokens, in any thread; `None`: they are ready."""
+        size = self._buckets.length(length)
+        return None if self._model.runner.is_prepared(self._name(size)) else partial(self._prepare, size)
+
+    def _prepare(self, size: int) -> Prepared:
+        return self._model.runner.prepare(self._name(size), partial(self._run_over_shapes, size))
+
+    def _name(self, size: int) -> Hashable:
+        return insert, self.num_slots, self.capacity, size
+
+    def _run_over_shapes(self, size: int, run: Callable[..., Any]) -> None:
+        """Does what the methods below do, with `run` in the runner's place."""
+        model = self._model
+        run(next_token, np.zeros(model.config.vocab_size, np.float32), Draw.by(Sampling()), np.int32(0))
+        angles = shapes_of(self._angles)
+        slots = run(empty_slots, angles, config=model.config, num_slots=self.num_slots)
+        cache = abstract_cache(model.config, size, model.cache_placement)
+        self._insert(run, slots, cache, self._turn(0, 0, Ending(frozenset(), 1), Sampling()), 0)
+        self._decode(run, slots, np.zeros(self.num_slots, bool), 1)
 
     def first_token(self, out: PrefillResult, sampling: Sampling) -> int:
         """Returns the token that a prefill's logits give."""
@@ -71,17 +84,24 @@ class SlotBatch:
         """Puts a prefilled prompt whose answer goes on after its first token into a slot."""
         turn, cache = self._turn(token, out.token_ids.size, ending, sampling), out.padded_cache
         slots, self._slots = self._state(), None  # lost where the program fails
-        self._slots = self._model.runner(insert, slots, cache, turn, np.int32(slot), donate=("slots",))
+        self._slots = self._insert(self._model.runner, slots, cache, turn, slot)
 
     def decode(self, running: Collection[int], steps: int) -> list[list[int]]:
         """Decodes up to `steps` tokens of the slots that run; returns each slot's."""
         goes_on = np.isin(np.arange(self.num_slots), list(running))
         slots, self._slots = self._state(), None
-        arrays = self._model.params, slots, goes_on, np.int32(steps), self._angles
-        decoded = self._model.runner(decode_slots, *arrays, donate=("slots",), config=self._model.config)
+        decoded = self._decode(self._model.runner, slots, goes_on, steps)
         token_ids = np.asarray(decoded.token_ids)
         self._slots = decoded.slots
         return [[int(token) for token in column if token != NONE] for column in token_ids.T]
+
+    @staticmethod
+    def _insert(run: Callable[..., Any], slots: Slots, cache: KVCache, turn: Turn, slot: int) -> Slots:
+        return run(insert, slots, cache, turn, np.int32(slot), donate=("slots",))
+
+    def _decode(self, run: Callable[..., Any], slots: Slots, goes_on: np.ndarray, steps: int) -> DecodedSlots:
+        arrays = self._model.params, slots, goes_on, np.int32(steps), self._angles
+        return run(decode_slots, *arrays, donate=("slots",), config=self._model.config)
 
     def _state(self) -> Slots:
         """Returns the slots; empty ones at first, and after a program that failed has taken their buffers."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cacheblend_jax.engine.chat_template import check_template, render
@@ -14,6 +15,7 @@ from cacheblend_jax.errors import PromptError
 from cacheblend_jax.model.encoding import encode, encode_opened
 
 MARK = re.compile(r"\[\[cacheblend:([a-z]+) (\d+)\]\]")
+TextEncoder = Callable[[str], list[int]]  # from what users wrote to token ids: it stays text
 
 
 @dataclass(frozen=True)
@@ -62,32 +64,39 @@ def prompt_of(
     separator: str = "\n\n",
     template_arguments: Mapping[str, Any] | None = None,
     tenant: str = "",
+    encode_text: TextEncoder | None = None,
 ) -> Prompt:
     """Returns the prompt that has a conversation answered: by the tokenizer's chat template, where it has one.
 
     What the template prints before the chunks is the prefix, what it prints after them the suffix. Control tokens come
     from it alone. Documents are given to a template that prints them; others stand before the message's own chunks.
 
+    Args:
+        encode_text: returns what `encode` does for a text, or knows it already.
+
     Raises:
         PromptError: no message is a user's, or the template refuses the conversation or does not print it in order.
     """
+    texts = encode_text or partial(encode, tokenizer)
     if not getattr(tokenizer, "chat_template", None):
-        return _plain_prompt(conversation, tokenizer, separator, tenant)
+        return _plain_prompt(conversation, tokenizer, texts, separator, tenant)
     arguments = template_arguments or {}
     check_template(tokenizer, arguments)
     pieces = _rendered_with_documents(conversation, tokenizer, arguments)
     if pieces is None:
         pieces = _rendered(conversation, tokenizer, arguments)
-    return _cut(conversation, tokenizer, pieces, separator, tenant)
+    return _cut(conversation, tokenizer, texts, pieces, separator, tenant)
 
 
-def _plain_prompt(conversation: Conversation, tokenizer: Any, separator: str, tenant: str) -> Prompt:
+def _plain_prompt(
+    conversation: Conversation, tokenizer: Any, encode_text: TextEncoder, separator: str, tenant: str
+) -> Prompt:
     """Builds the prompt as `Prompt.to_answer` does without a template, with what was said before and after."""
     place, messages = conversation.place, conversation.messages
     system = separator.join(_texts(messages, "system")) or default_system(tokenizer)
     before, after = _spoken(messages[:place], separator), _spoken(messages[place + 1 :], separator)
     question = PLAIN_QUESTION.format(messages[place].parts[-1])
-    chunks = [encode(tokenizer, text + separator) for text in (*conversation.documents, *conversation.part_chunks)]
+    chunks = [encode_text(text + separator) for text in (*conversation.documents, *conversation.part_chunks)]
     prefix = encode_opened(tokenizer, system + separator + before)
     return Prompt(prefix, chunks, encode(tokenizer, (question + after).rstrip(" ")), tenant=tenant)
 
@@ -182,38 +191,57 @@ def _mark(kind: str, number: int) -> str:
     return f"[[cacheblend:{kind} {number}]]"
 
 
-def _cut(conversation: Conversation, tokenizer: Any, pieces: Sequence[_Piece], separator: str, tenant: str) -> Prompt:
+def _cut(
+    conversation: Conversation,
+    tokenizer: Any,
+    encode_text: TextEncoder,
+    pieces: Sequence[_Piece],
+    separator: str,
+    tenant: str,
+) -> Prompt:
     """Cuts what was rendered into prefix, chunks and suffix, and encodes each."""
     kinds = [(piece.kind, piece.number) for piece in pieces]
     place = kinds.index(("message", conversation.place))
     documents = [at for at, piece in enumerate(pieces) if piece.kind == "document"]
-    parts = [encode(tokenizer, text + separator) for text in conversation.part_chunks]
+    parts = [encode_text(text + separator) for text in conversation.part_chunks]
+
+    def encoded(some: Sequence[_Piece]) -> list[int]:
+        return _encoded(conversation, tokenizer, encode_text, some, separator)
+
     if documents:
-        start, chunks = documents[0], _document_chunks(conversation, tokenizer, pieces, documents)
+        start, chunks = documents[0], _document_chunks(conversation, tokenizer, encode_text, pieces, documents)
         # What the template prints between the last document and the message's own chunks goes with the first of these.
-        between = _encoded(conversation, tokenizer, pieces[documents[-1] + 1 : place], separator)
-        chunks[-1] += between
+        chunks[-1] += encoded(pieces[documents[-1] + 1 : place])
     else:
-        start, chunks = place, [encode(tokenizer, text + separator) for text in conversation.documents]
-    prefix = _encoded(conversation, tokenizer, pieces[:start], separator)
+        start, chunks = place, [encode_text(text + separator) for text in conversation.documents]
     question = encode(tokenizer, conversation.messages[conversation.place].parts[-1])
-    suffix = question + _encoded(conversation, tokenizer, pieces[place + 1 :], separator)
-    return Prompt(prefix, [*chunks, *parts], suffix, tenant=tenant)
+    suffix = question + encoded(pieces[place + 1 :])
+    return Prompt(encoded(pieces[:start]), [*chunks, *parts], suffix, tenant=tenant)
 
 
 def _document_chunks(
-    conversation: Conversation, tokenizer: Any, pieces: Sequence[_Piece], places: Sequence[int]
+    conversation: Conversation,
+    tokenizer: Any,
+    encode_text: TextEncoder,
+    pieces: Sequence[_Piece],
+    places: Sequence[int],
 ) -> list[list[int]]:
     """Returns the documents' ids, each with what the template prints between it and the one before."""
     chunks = []
     for before, at in zip([None, *places[:-1]], places, strict=True):
         printed = "" if before is None else "".join(piece.text for piece in pieces[before + 1 : at])
         text = conversation.documents[pieces[at].number]
-        chunks.append(encode(tokenizer, printed, control_tokens=True) + encode(tokenizer, text))
+        chunks.append(encode(tokenizer, printed, control_tokens=True) + encode_text(text))
     return chunks
 
 
-def _encoded(conversation: Conversation, tokenizer: Any, pieces: Sequence[_Piece], separator: str) -> list[int]:
+def _encoded(
+    conversation: Conversation,
+    tokenizer: Any,
+    encode_text: TextEncoder,
+    pieces: Sequence[_Piece],
+    separator: str,
+) -> list[int]:
     """Encodes pieces: the template's with control tokens, the messages' texts without.
 
     A system text is encoded together with what the template prints around it, as `Prompt.from_chat_template` does, so
@@ -227,10 +255,10 @@ def _encoded(conversation: Conversation, tokenizer: Any, pieces: Sequence[_Piece
             continue
         message = conversation.messages[piece.number]
         text = separator.join(message.parts)
-        is_plain = encode(tokenizer, text) == encode(tokenizer, text, control_tokens=True)
-        if message.role == "system" and is_plain:
+        in_text = encode_text(text)
+        if message.role == "system" and in_text == encode(tokenizer, text, control_tokens=True):
             joined += text
             continue
-        ids += encode(tokenizer, joined, control_tokens=True) + encode(tokenizer, text)
+        ids += encode(tokenizer, joined, control_tokens=True) + in_text
         joined = ""
     return ids + encode(tokenizer, joined, control_tokens=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cacheblend_jax.blend import SELECTORS, BlendConfig
@@ -15,6 +16,7 @@ from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.serving.conversation import Conversation, Message, prompt_of
 from cacheblend_jax.serving.errors import TOO_LONG, ApiError, invalid, unsupported
 from cacheblend_jax.serving.fields import Fields, checked_text, fields_of, kind_of
+from cacheblend_jax.serving.known_texts import KnownTexts
 from cacheblend_jax.serving.options import MAX_TEMPERATURE, ServingOptions
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -76,6 +78,7 @@ class RequestReader:
 
     def __init__(self, options: ServingOptions, tokenizer: Any, default_blend: BlendConfig) -> None:
         self._options, self._tokenizer, self._blend = options, tokenizer, default_blend
+        self._texts = KnownTexts(tokenizer)
 
     def chat(self, body: dict[str, Any], tenant: str) -> AnswerRequest:
         """Reads a request of `/v1/chat/completions`.
@@ -97,7 +100,7 @@ class RequestReader:
         if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str | list):
             (given,) = given
         tokenizer, separator = self._tokenizer, self._options.separator
-        documents = [encode(tokenizer, text + separator) for text in self._documents(fields)]
+        documents = [self._texts.encode(tenant, text + separator) for text in self._documents(fields)]
         if isinstance(given, str):
             opening = encode_opened(tokenizer, "")
             prompt = Prompt(opening, documents, encode(tokenizer, checked_text(given, "prompt")), tenant=tenant)
@@ -164,6 +167,7 @@ class RequestReader:
             separator=self._options.separator,
             template_arguments=self._options.template_arguments,
             tenant=tenant,
+            encode_text=partial(self._texts.encode, tenant),
         )
 
     def _chunks(self, fields: Fields) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import pytest
 from conftest import FAMILIES, HF, TWO_STAGES, family_model, random_prompt
 
 import cacheblend_jax as cb
+from cacheblend_jax.errors import NotReadyError
 
 
 @pytest.fixture
@@ -42,8 +43,10 @@ def test_waiting_for_ones_own_chunks_counts_and_keeps_nobody_else_waiting(slow_s
     engine, go_on = slow_storing
     prompt, other = random_prompt(22), random_prompt(23, (20,))
     engine.prefill(prompt)
-    wait, waits = engine._background.wait_for_next, threading.Event()
-    monkeypatch.setattr(engine._background, "wait_for_next", lambda keys: (waits.set(), wait(keys)))
+    next_of, waits = engine._background.next_of, threading.Event()
+    with pytest.raises(NotReadyError, match="being stored") as refused:
+        engine.prefill(prompt, only_if_ready=True)
+    monkeypatch.setattr(engine._background, "next_of", lambda keys: (waits.set(), next_of(keys))[1])
     found = []
     thread = threading.Thread(target=lambda: found.append(engine.prefill(prompt)))
     thread.start()
@@ -52,6 +55,8 @@ def test_waiting_for_ones_own_chunks_counts_and_keeps_nobody_else_waiting(slow_s
     assert not found
     go_on.set()
     thread.join()
+    refused.value.work()
+    engine.prefill(prompt, only_if_ready=True)
     (out,) = found
     assert (out.stats.hits, out.stats.misses) == (4, 0)
     assert out.stats.wait_s > 0

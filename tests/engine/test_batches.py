@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 from collections import Counter
 
 import jax
@@ -20,6 +21,7 @@ from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.model.slots import decode_slots, empty_slots
 from cacheblend_jax.model.transformer import abstract_params
+from cacheblend_jax.runtime.programs import Runner
 from cacheblend_jax.store.disk_chunk import DiskChunk
 
 SAMPLINGS = [None, cb.Sampling(temperature=1.5, seed=3), cb.Sampling(temperature=0.7, top_k=9, top_p=0.8, seed=5)]
@@ -108,6 +110,21 @@ def test_once_warm_nothing_compiles_whatever_the_slots_are_filled_with():
             with pytest.raises(cb.CacheBlendError, match="before the first request"):
                 scheduler.submit(cb.Prompt([1]), mode="full") and scheduler.warmup()
     assert names == []
+
+
+def test_nothing_that_a_request_needs_compiles_in_the_schedulers_thread(monkeypatch):
+    engine = cb.Engine(cb.model.random_model(small("float32")), length_buckets=(16, 32))
+    threads, compile_program = set(), Runner._compile
+    monkeypatch.setattr(
+        Runner, "_compile", lambda *of: (threads.add(threading.current_thread().name), compile_program(*of))[1]
+    )
+    with cb.Scheduler(engine, slots=2, max_tokens=32) as scheduler:
+        for prompt in (cb.Prompt(np.arange(5)), random_prompt(0, (4, 4), 2, 7)):
+            got = scheduler.submit(prompt, max_new_tokens=3, sampling=SAMPLINGS[1], blend=TWO_STAGES).result()
+            assert got.stats.prefill.compile_s > 0
+    names = {name.rpartition("_")[0] for name in threads if name != "cacheblend-scheduler"}
+    assert names == {"cacheblend-prepare", "cacheblend-store"}
+    assert "cacheblend-scheduler" not in threads
 
 
 @pytest.mark.once

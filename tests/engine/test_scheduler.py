@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -18,14 +19,17 @@ from cacheblend_jax.blend.buckets import FINE_BUCKETS
 from cacheblend_jax.engine import scheduler as scheduler_module
 from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.engine.results import PrefillStats
+from cacheblend_jax.engine.scheduler import MOST_ASIDE
+from cacheblend_jax.errors import NotReadyError
+from cacheblend_jax.runtime.programs import Prepared
 
 NOTHING = np.zeros(0, np.int32)
 STATS = PrefillStats("full", 1, 0.5, 0.1, 0.0, 0.0, 0, 0, 0, 0, 1, 0.0, 1, 1, wait_s=0.25)
 
 
-def prompt(number: int, length: int = 1) -> cb.Prompt:
+def prompt(number: int, length: int = 1, tenant: str = "") -> cb.Prompt:
     """A prompt whose answer is 100 · number, 100 · number + 1, …"""
-    return cb.Prompt([number] * length)
+    return cb.Prompt([number] * length, tenant=tenant)
 
 
 def tokens(number: int, count: int) -> list[int]:
@@ -40,6 +44,7 @@ class CountingEngine:
     gate: threading.Event = field(default_factory=threading.Event)
     began: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     failing: dict[int, Exception] = field(default_factory=dict)
+    compiling: dict[int, Callable[[], object]] = field(default_factory=dict)
     model: object = field(
         default_factory=lambda: SimpleNamespace(
             config=SimpleNamespace(max_positions=4096), tokenizer=None, stop_token_ids=(7,)
@@ -53,10 +58,13 @@ class CountingEngine:
     def check(self, prompt, mode, blend):
         if mode != "blend":
             raise cb.PromptError(f"unknown mode {mode!r}")
-        return TokenizedPrompt(np.asarray(prompt.prefix, np.int32), (), NOTHING)
+        return TokenizedPrompt(np.asarray(prompt.prefix, np.int32), (), NOTHING, tenant=prompt.tenant)
 
-    def prefill(self, prompt, mode, *, blend):
+    def prefill(self, prompt, mode, *, blend, only_if_ready):
         number = int(prompt.prefix[0])
+        if only_if_ready and number in self.compiling:
+            self.log.append(("waits", number))
+            raise NotReadyError("not compiled", self.compiling[number])
         self.log.append(("prefill", number))
         self.began.release()
         self.gate.wait()
@@ -72,6 +80,9 @@ class CountingBatch:
         self.num_slots, self.capacity = num_slots, capacity
         self.last: dict[int, int] = {}
         self.log = CURRENT.log
+
+    def preparation(self, length):
+        return None
 
     def first_token(self, out, sampling):
         return out.next_token
@@ -124,6 +135,74 @@ def test_between_two_prefills_answers_that_run_get_a_token(engine):
         *(("prefill", 2), ("decode", 1, [1, 2])),
         *(("prefill", 3), ("decode", 4, [1, 2, 3])),
     ]
+
+
+def test_while_one_request_is_compiled_for_others_go_on_and_pass_it(engine):
+    compiled = threading.Event()
+
+    def compile_slowly() -> Prepared:
+        assert compiled.wait(60)
+        del engine.compiling[2]
+        return Prepared(100.0, 0)
+
+    engine.compiling[2] = compile_slowly
+    with cb.Scheduler(engine, slots=2, steps=1) as scheduler:
+        running = scheduler.submit(prompt(1), max_new_tokens=4000)
+        waits = scheduler.submit(prompt(2), max_new_tokens=2)
+        after = scheduler.submit(prompt(3), max_new_tokens=2)
+        assert after.result().token_ids == tokens(3, 2)
+        streamed = [next(running)[0] for _ in range(200)]  # more than there were when it began to wait
+        assert streamed == tokens(1, 200)
+        assert (waits.has_ended, waits.prefill_stats, scheduler.stats.waiting) == (False, None, 1)
+        compiled.set()
+        stats = waits.result().stats.prefill
+        assert waits.result().token_ids == tokens(2, 2)
+        running.cancel()
+    assert (stats.compile_s, stats.ttft_s < 0) == (100.0, True)  # the compiler's time is left out, as ever
+    assert engine.log.count(("waits", 2)) == 1
+
+
+def test_a_request_that_waits_for_the_compiler_can_be_cancelled_and_fails_alone(engine):
+    compiled, failed = threading.Event(), cb.CacheBlendError("no such program")
+
+    def fail() -> None:
+        raise failed
+
+    engine.compiling |= {1: lambda: compiled.wait(60), 2: fail}
+    scheduler = cb.Scheduler(engine, slots=2)
+    cancelled, fails = (scheduler.submit(prompt(n), max_new_tokens=2) for n in (1, 2))
+    with pytest.raises(cb.CacheBlendError, match="no such program"):
+        fails.result()
+    cancelled.cancel()
+    assert scheduler.stats == cb.SchedulerStats(0, 0, 2, cancelled=1, failed=1)
+    late = scheduler.submit(prompt(3), max_new_tokens=2)
+    compiled.set()
+    scheduler.close()
+    assert late.result().token_ids == tokens(3, 2)
+    assert [what for what in engine.log if what[0] == "prefill"] == [("prefill", 3)]
+
+
+def test_what_is_never_ready_is_prefilled_all_the_same_and_closing_waits_for_it(engine):
+    engine.compiling[1] = lambda: None
+    scheduler = cb.Scheduler(engine, slots=1)
+    answer = scheduler.submit(prompt(1), max_new_tokens=2)
+    scheduler.close()
+    assert answer.result().token_ids == tokens(1, 2)
+    assert engine.log[: MOST_ASIDE + 1] == [*[("waits", 1)] * MOST_ASIDE, ("prefill", 1)]
+
+
+def test_tenants_take_turns_and_each_ones_requests_come_in_order(engine):
+    engine.gate.clear()
+    with cb.Scheduler(engine, slots=1) as scheduler:
+        first = scheduler.submit(prompt(9), max_new_tokens=1)
+        engine.began.acquire()
+        many = [scheduler.submit(prompt(n, tenant="ada"), max_new_tokens=1) for n in (1, 2, 3)]
+        few = [scheduler.submit(prompt(n, tenant="bob"), max_new_tokens=1) for n in (4, 5)]
+        many[1].cancel()
+        engine.gate.set()
+        for answer in (first, many[0], many[2], *few):
+            answer.result()
+    assert [what[1] for what in engine.log if what[0] == "prefill"] == [9, 1, 4, 3, 5]
 
 
 def test_an_answer_ends_before_a_stop_token_and_with_its_budget(engine):

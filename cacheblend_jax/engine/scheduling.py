@@ -1,0 +1,67 @@
+"""What a scheduler needs of an engine, and what it tells of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.blend.buckets import Buckets
+from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt
+from cacheblend_jax.engine.results import PrefillResult
+from cacheblend_jax.model.model import Model
+
+
+@runtime_checkable
+class Prefills(Protocol):
+    """What a scheduler needs of an engine."""
+
+    @property
+    def model(self) -> Model:
+        """The model that answers."""
+
+    @property
+    def buckets(self) -> Buckets:
+        """How lengths are padded."""
+
+    def check(self, prompt: Prompt, mode: str, blend: BlendConfig | str | None) -> TokenizedPrompt:
+        """Returns the prompt's token ids.
+
+        Raises:
+            CacheBlendError: what `prefill` would raise for these arguments.
+        """
+
+    def prefill(
+        self,
+        prompt: Prompt,
+        mode: str = "blend",
+        *,
+        blend: BlendConfig | str | None = None,
+        only_if_ready: bool = False,
+    ) -> PrefillResult:
+        """Prefills a prompt.
+
+        Raises:
+            NotReadyError: it would wait for something else first, with `only_if_ready`.
+        """
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    """A snapshot of what a scheduler does, and has done.
+
+    Attributes:
+        waiting: requests that wait for a slot, or for the compiler.
+        running: answers in slots, and the one being prefilled.
+        slots: how many there are.
+        answered, cancelled, failed: requests that ended so.
+        tokens: decoded, and drawn from prefills, for all requests.
+    """
+
+    waiting: int
+    running: int
+    slots: int
+    answered: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    tokens: int = 0

@@ -1,0 +1,46 @@
+"""Token ids of texts that came lately: chunks come again and again, and encoding them would be part of each TTFT."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from cacheblend_jax.model.encoding import encode
+
+MAX_CHARACTERS = 16 * 2**20
+
+
+class KnownTexts:
+    """What `encode` gives each text, remembered for those used last. Safe to use from several threads.
+
+    Tenants share nothing: how long an answer takes would tell one what texts another has.
+
+    Args:
+        most_characters: of the texts that are remembered, together.
+    """
+
+    def __init__(self, tokenizer: Any, most_characters: int = MAX_CHARACTERS) -> None:
+        self._tokenizer, self._most = tokenizer, most_characters
+        self._lock = threading.Lock()  # guards what follows
+        self._known: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
+        self._characters = 0
+
+    def encode(self, tenant: str, text: str) -> list[int]:
+        """Returns a text's ids; errors as `encode`."""
+        key = tenant, text
+        with self._lock:
+            if (known := self._known.get(key)) is not None:
+                self._known.move_to_end(key)
+                return known.tolist()
+        ids = encode(self._tokenizer, text)
+        with self._lock:
+            if key not in self._known and len(text) <= self._most:
+                self._known[key] = np.asarray(ids, np.int32)
+                self._characters += len(text)
+                while self._characters > self._most:
+                    (_, oldest), _ = self._known.popitem(last=False)
+                    self._characters -= len(oldest)
+        return ids

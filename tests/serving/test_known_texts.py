@@ -1,0 +1,36 @@
+"""Texts that are encoded once, for each tenant."""
+
+from __future__ import annotations
+
+import pytest
+
+import cacheblend_jax as cb
+from cacheblend_jax.serving.known_texts import KnownTexts
+
+
+class CountingTokenizer:
+    def __init__(self):
+        self.encoded: list[str] = []
+
+    def encode(self, text, **options):
+        self.encoded.append(text)
+        return [ord(letter) for letter in text]
+
+
+def test_a_text_is_encoded_once_for_each_tenant():
+    tokenizer = CountingTokenizer()
+    texts = KnownTexts(tokenizer)
+    first = texts.encode("ada", "ab")
+    first.append(0)  # its caller's own
+    assert texts.encode("ada", "ab") == texts.encode("bob", "ab") == [97, 98]
+    assert tokenizer.encoded == ["ab", "ab"]
+    with pytest.raises(cb.PromptError, match="valid Unicode"):
+        texts.encode("ada", "\ud800")
+
+
+def test_the_texts_used_last_are_kept():
+    tokenizer = CountingTokenizer()
+    texts = KnownTexts(tokenizer, most_characters=6)
+    for text in ("aa", "bb", "aa", "cccc", "aa", "too long", "aa", "bb"):
+        texts.encode("", text)
+    assert tokenizer.encoded == ["aa", "bb", "cccc", "too long", "bb"]
