@@ -12,6 +12,7 @@ import numpy as np
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.blend.config import blend_config
+from cacheblend_jax.engine.agreement import agreement_of
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.batches import BatchOfPrompts, generate_all, prefill_all, sharing_reads
 from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
@@ -70,6 +71,8 @@ class Engine:
         kept_bytes: device memory for stored KV that stays there after a streamed prefill, for prompts with the same
             chunks at the same places; `None`: on a GPU or TPU, a quarter of what is free. It gives way where a prefill
             lacks memory.
+        hosts_timeout_s: where the model's mesh spans several processes, how long one waits for another, the compiling
+            of programs included. Each process makes the same engine, and calls the same methods in the same order.
 
     Raises:
         CacheBlendError: unknown kernels, a check layer the model does not have, or another invalid argument.
@@ -90,6 +93,7 @@ class Engine:
         kernels: str = "auto",
         link: Link | None = None,
         kept_bytes: int | None = None,
+        hosts_timeout_s: float = 300.0,
     ) -> None:
         if context_tokens is not None and not is_whole_number(context_tokens, least=0):
             raise CacheBlendError(
@@ -116,10 +120,10 @@ class Engine:
             kept_bytes=kept_bytes,
         )
         to_device = self._executors.to_device if self._executors.uses_device_tier else None
-        self._background = Background(self.store, self._executors.standalone, to_device)
-        self._prefiller = Prefiller(
-            model, self.store, self._executors, self._background, context=self._context, profile=profile
-        )
+        self._agreement = agreement_of(model.placement, self.store, hosts_timeout_s)
+        self._background = Background(self.store, self._executors.standalone, to_device, self._agreement)
+        collaborators = model, self.store, self._executors, self._background
+        self._prefiller = Prefiller(*collaborators, context=self._context, profile=profile, agreement=self._agreement)
         prove_kernels(model)  # last: it may take a minute, and wrong arguments are said at once
 
     def precompute(
@@ -139,7 +143,8 @@ class Engine:
             PromptError: as for `prefill`, before anything is computed.
         """
         chunks = self._place(prompt, prefix)
-        return store_ahead(chunks, self.store, self._executors.standalone, self._background, progress)
+        storing = self.store, self._executors.standalone, self._background, progress, self._agreement
+        return store_ahead(chunks, *storing)
 
     def look_up(self, prompt: Prompt | Sequence[TextOrIds], *, prefix: TextOrIds = "") -> list[ChunkLookup]:
         """Returns what the store holds of what `precompute` would store; computes nothing and counts no use.

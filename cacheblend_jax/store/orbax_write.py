@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.experimental.v1._src.saving import execution
 
 from cacheblend_jax.store.head_groups import head_axis, num_groups
 from cacheblend_jax.store.kvstore import KvStoreSpec, base_spec
@@ -26,7 +29,7 @@ def save_tree(path: epath.Path, tree: dict[str, Any]) -> None:
 
     Each layer is a storage chunk of its own, in which one KV head comes after the other, so that some of them are a
     range of its bytes. Nothing is compressed: KV hardly shrinks, and a layer should be readable in a fraction of a
-    millisecond. Nothing is synced to the disk.
+    millisecond. Nothing is synced to the disk. Of a program's processes, each writes by itself.
 
     Args:
         path: must not exist; on a file system it appears by a rename, once it is complete.
@@ -44,8 +47,28 @@ def save_tree(path: epath.Path, tree: dict[str, Any]) -> None:
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     registry = ocp.handlers.local_registry(include_global_registry=False)
     context.checkpointables.registry = registry.add(_TreeHandler, checkpointable_name=TREE)
-    with context:
+    with _by_itself(context), context:
         ocp.save(path, tree)
+
+
+@contextmanager
+def _by_itself(context: Any) -> Iterator[None]:
+    """Has this process write without the others of the program, if `jax.distributed` connected it to any.
+
+    Orbax's saves are the work of all processes, which it has meet at barriers; it knows of some that write by
+    themselves, but has even those compare the path with all others', by a program that all must run.
+    """
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    this, processes = jax.process_index(), context.multiprocessing
+    processes.primary_host, processes.active_processes = this, {this}
+    processes.barrier_sync_key_prefix = f"cacheblend_{this}"
+    compare, execution._check_directory_consistency = execution._check_directory_consistency, lambda _: None
+    try:
+        yield
+    finally:
+        execution._check_directory_consistency = compare
 
 
 class _TreeHandler:
