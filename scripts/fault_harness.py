@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import conftest  # noqa: F401  (annotations are checked here as in the tests, and programs compiled as quickly)
 from faults import WrongAnswerError
-from faults.directory import flips, hammer, index_flips, kills, quantised_flips
+from faults.directory import flips, hammer, head_flips, index_flips, kills, quantised_flips
 from faults.interrupts import interrupts
 from faults.prefills import fuzz, threads
 from faults.serving import requests
@@ -32,6 +32,7 @@ from faults.serving import requests
 KINDS: dict[str, Callable[..., dict[str, int]]] = {
     "flips": flips,
     "quantised-flips": quantised_flips,
+    "head-flips": head_flips,
     "index-flips": index_flips,
     "kills": kills,
     "hammer": hammer,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
+from cacheblend_jax.engine.agreement import Alone, Together
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.results import BackgroundStats
 from cacheblend_jax.runtime.exit_hook import finished, flush_before_exit
@@ -26,6 +27,8 @@ class Background:
         store: where chunks go.
         standalone: computes a chunk's stand-alone KV.
         to_device: copies an entry to the device, where the store keeps entries there.
+        agreement: what all hosts decide together. On several, chunks are computed in the thread that asks for them, for
+            each host to run the same programs in the same order.
     """
 
     def __init__(
@@ -33,8 +36,10 @@ class Background:
         store: Store,
         standalone: Callable[[PlacedChunk], ChunkEntry],
         to_device: Callable[[ChunkEntry], DeviceEntry] | None,
+        agreement: Alone | Together | None = None,
     ) -> None:
         self._store, self._standalone, self._to_device = store, standalone, to_device
+        self._agreement = Alone() if agreement is None else agreement
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-store")
         self._pending: dict[str, Future] = {}  # in the order in which they are computed
         self._promoting: set[str] = set()
@@ -44,6 +49,9 @@ class Background:
 
     def store_later(self, chunk: PlacedChunk, *, again: bool = False) -> None:
         """Computes and stores a chunk that the store lacks, or, with `again`, one that it has but cannot read."""
+        if not self._agreement.is_alone:
+            self._store_now(chunk, again)
+            return
         if chunk.key in self._pending:
             return
         if len(self._pending) >= MAX_PENDING:
@@ -68,6 +76,12 @@ class Background:
             self._count("dropped", "chunks are not stored: %s", error)
         finally:
             added.set()
+
+    def _store_now(self, chunk: PlacedChunk, again: bool) -> None:
+        with self._agreement.request():
+            entry = self._standalone(chunk)
+            if self._agreement.writes and (again or chunk.key not in self._store):
+                self._store.put(chunk.key, entry)
 
     def promote_later(self, key: str, num_bytes: int) -> None:
         """Copies a chunk of `num_bytes` into a faster tier than it was read from, for later requests."""
@@ -129,6 +143,7 @@ class Background:
         with suppress(RuntimeError):  # closed: nothing is left to wait for
             self._thread.submit(lambda: None).result()  # one thread: everything queued earlier is then done
         self._store.flush()
+        self._agreement.meet()
 
     def close(self) -> None:
         """Finishes the queued work and accepts no more."""

@@ -159,7 +159,7 @@ class Delivery:
 
     def _layers_kept(self, plan: Plan, chunks: Sequence[PlacedChunk], needed: int) -> PlacedLayers:
         if self._kept is None:
-            devices = list(self._model.placement.device_set)
+            devices = list(self._model.placement.addressable_devices)
             self._kept = DeviceLayers(free_share(devices, needed) if self._kept_bytes is None else self._kept_bytes)
         config, length, kv_dtype = self._model.config, plan.cache_length, self.kv_dtype(chunks)
         name = placement_name(chunks, length, kv_dtype)

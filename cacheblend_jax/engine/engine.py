@@ -12,6 +12,7 @@ import numpy as np
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.blend.config import blend_config
+from cacheblend_jax.engine.agreement import agreement_of
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.batches import BatchOfPrompts, generate_all, prefill_all, sharing_reads
 from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
@@ -72,6 +73,8 @@ class Engine:
             lacks memory.
         store_missing: whether chunks that a request lacked are computed alone and stored, in the background, after its
             first token. Without it only `precompute` stores.
+        hosts_timeout_s: where the model's mesh spans several processes, how long one waits for another, the compiling
+            of programs included. Each process makes the same engine, and calls the same methods in the same order.
 
     Raises:
         CacheBlendError: unknown kernels, a check layer the model does not have, or another invalid argument.
@@ -93,6 +96,7 @@ class Engine:
         link: Link | None = None,
         kept_bytes: int | None = None,
         store_missing: bool = True,
+        hosts_timeout_s: float = 300.0,
     ) -> None:
         if context_tokens is not None and not is_whole_number(context_tokens, least=0):
             raise CacheBlendError(
@@ -119,14 +123,14 @@ class Engine:
             kept_bytes=kept_bytes,
         )
         to_device = self._executors.to_device if self._executors.uses_device_tier else None
-        self._background = Background(self.store, self._executors.standalone, to_device)
+        self._agreement = agreement_of(model.placement, self.store, hosts_timeout_s)
+        self._background = Background(self.store, self._executors.standalone, to_device, self._agreement)
+        collaborators = model, self.store, self._executors, self._background
         self._prefiller = Prefiller(
-            model,
-            self.store,
-            self._executors,
-            self._background,
+            *collaborators,
             context=self._context,
             profile=profile,
+            agreement=self._agreement,
             store_missing=store_missing,
         )
         prove_kernels(model)  # last: it may take a minute, and wrong arguments are said at once
@@ -148,7 +152,8 @@ class Engine:
             PromptError: as for `prefill`, before anything is computed.
         """
         chunks = self._place(prompt, prefix)
-        return store_ahead(chunks, self.store, self._executors.standalone, self._background, progress)
+        storing = self.store, self._executors.standalone, self._background, progress, self._agreement
+        return store_ahead(chunks, *storing)
 
     def look_up(self, prompt: Prompt | Sequence[TextOrIds], *, prefix: TextOrIds = "") -> list[ChunkLookup]:
         """Returns what the store holds of what `precompute` would store; computes nothing and counts no use.

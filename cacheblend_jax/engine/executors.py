@@ -32,6 +32,7 @@ from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.quantised_kv import StoredCache, abstract_stored, key_biases, stored_layer
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.runtime.link import Link
+from cacheblend_jax.runtime.placing import put
 from cacheblend_jax.runtime.programs import Prepared, shapes_of
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkEntry, DeviceEntry, Store
@@ -99,7 +100,7 @@ class Executors:
             raise CacheBlendError(f"unknown executor {setting!r}; expected one of {', '.join(EXECUTORS)}")
         self.setting = setting
         self.delivery = Delivery(model, prefetch_layers, link, kept_bytes)
-        self.uses_device_tier = "device" in tiers and setting != "streamed"
+        self.uses_device_tier = "device" in tiers and setting != "streamed" and not model.spans_hosts
         self._model, self._buckets, self._tiers = model, buckets, tiers
         self._context_embeddings, self._drop_device = context_embeddings, drop_device
         self._shared_context: tuple[Hashable, KVCache] | None = None
@@ -294,6 +295,8 @@ class Executors:
         try:
             return work()
         except jax.errors.JaxRuntimeError as error:
+            if self._model.spans_hosts:  # the others would not begin anew
+                raise
             if not is_exhausted(error) or not any([self.delivery.give_way(), self._drop_device()]):
                 raise
             logger.warning(
@@ -400,7 +403,7 @@ class Executors:
         return PromptSequence(length, self._put(rope_tables(self._model.config, num_keys)))
 
     def _put(self, tree: Any) -> Any:
-        return jax.device_put(tree, self._model.placement)
+        return put(tree, self._model.placement)
 
     def _put_kv(self, tree: Any) -> Any:
         return jax.device_put(tree, self._model.cache_placement)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from cacheblend_jax.engine.agreement import Alone, Together
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.layout import ChunkContext, PlacedChunk
 from cacheblend_jax.engine.prefilling import Prefiller
@@ -46,15 +47,21 @@ def store_ahead(
     standalone: Callable[[PlacedChunk], ChunkEntry],
     background: Background,
     progress: Callable[[int, int], None] | None,
+    agreement: Alone | Together,
 ) -> StoredKeys:
     """Computes and stores those chunks that are not stored; see `Engine.precompute`."""
     for done, chunk in enumerate(chunks):
         background.wait_for([chunk.key])
-        if chunk.key not in store:
-            # No request has used it yet: it is evicted before entries that were used.
-            store.put(chunk.key, standalone(chunk), wait=True, uses=0)
+        with agreement.request():
+            if agreement.lack(chunk.key, store):
+                entry = standalone(chunk)
+                if agreement.writes and chunk.key not in store:
+                    # No request has used it yet: it is evicted before entries that were used.
+                    store.put(chunk.key, entry, wait=True, uses=0)
         if progress is not None:
             progress(done + 1, len(chunks))
+    if not agreement.is_alone:
+        background.flush()  # for hosts that share a directory to find them there
     keys = [chunk.key for chunk in chunks if not chunk.is_prefix]
     stored = StoredKeys(keys, [key in store for key in keys])
     if stored.unstored:

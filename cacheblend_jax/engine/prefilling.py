@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +22,7 @@ from cacheblend_jax.blend.deviation import total_deviation
 from cacheblend_jax.blend.flops import prefill_flops
 from cacheblend_jax.blend.schedule import Plan, computed_positions
 from cacheblend_jax.blend.steps import Request
+from cacheblend_jax.engine.agreement import Alone, Choice, Together
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.controller import Decision, decide
 from cacheblend_jax.engine.delays import Estimator
@@ -49,6 +50,7 @@ class Prefiller:
     Args:
         context: what chunks are precomputed after.
         profile: see `Engine`.
+        agreement: what all hosts decide together.
 
     Attributes:
         is_warm: whether programs were compiled in advance. Then a request that waits for the compiler is logged, and
@@ -64,11 +66,12 @@ class Prefiller:
         *,
         context: ChunkContext,
         profile: Profile | Path | str | None,
+        agreement: Alone | Together,
         store_missing: bool,
     ) -> None:
         self._store_missing = store_missing
         self._model, self._store, self._executors, self._background = model, store, executors, background
-        self._context, self._profile = context, profile
+        self._context, self._profile, self._agreement = context, profile, agreement
         self._tiers = store.tiers
         executors.agree_on_kv_dtype(store)
         self._estimator: Estimator | None = None
@@ -103,16 +106,17 @@ class Prefiller:
         """Prefills a prompt in a mode; see `Engine.prefill`. `reads` opens entries in the store's place."""
         self._model.compute_fingerprint()  # once per model, and not part of a request's time
         call = _Call(tokenized, mode, planner, trace, only_if_ready)
-        chunks = self.place(tokenized, mode)
+        chunks: Sequence[PlacedChunk] = self.place(tokenized, mode)
         placed_s = call.timer.elapsed_s()
         storing = self._background.next_of([chunk.key for chunk in chunks])
         if storing and only_if_ready:
             raise NotReadyError("chunks of the prompt are being stored", partial(wait, storing))
         wait(storing)
-        with self._lock, ExitStack() as handles:
+        with self._lock, self._agreement.request(), ExitStack() as handles:
             call.timer.wait_s = call.timer.elapsed_s() - placed_s
             chunks, unusable = look_up(chunks, reads or self._store, handles, self._model.config)
             call.lost.update(unusable)
+            chunks = self._agreement.opened([tokenized.token_ids.tolist(), mode, planner], chunks)
             layout, result = self._attempt_until_read(call, chunks)
         for chunk in layout.missing if self._store_missing else ():
             self._background.store_later(chunk, again=chunk.key in call.lost)
@@ -155,6 +159,7 @@ class Prefiller:
             if plan.needs("oracle"):
                 self._add_oracle(call, planned)
         run = self._executors.run(plan, planned.request, loaded, prepared, call.trace)
+        self._agreement.check_read(loaded)
         return planned.layout, self._result(call, planned, run, prepared.compile_s)
 
     def _warn_of_compiling(self, plan: Plan) -> None:
@@ -162,33 +167,41 @@ class Prefiller:
             logger.warning("a request waits for the compiler: warm-up did not cover %s", plan)
 
     def _plan(self, call: _Call, chunks: Sequence[PlacedChunk]) -> _Planned:
-        """Chooses the ratio and what is loaded, where the controller is asked, and makes the plan.
+        """Makes the plan of what was chosen: on several hosts, by the first."""
+        return self._planned(call, chunks, self._agreement.choice(lambda: self._choose(call, chunks)))
+
+    def _choose(self, call: _Call, chunks: Sequence[PlacedChunk]) -> Choice:
+        """Chooses the ratio and what is loaded, where the controller is asked.
 
         Where chunks are missing since a tier fails, no request is to wait for the compiler: all is computed, if the
         program for that is ready and the plan's are not.
         """
-        planner, decision = call.planner, None
-        doubted = {chunk.start for chunk in chunks if chunk.stored is not None and not call.trusts(chunk.tier)}
+        planner, ratio, decision = call.planner, None, None
+        computed = {chunk.start for chunk in chunks if chunk.stored is not None and not call.trusts(chunk.tier)}
         if planner.blend.is_auto:
             if call.mode == "blend":
                 if call.only_if_ready and self._estimator is None:
                     raise NotReadyError("nothing is known yet of how long prefills take", self.estimator)
-                stored = [chunk for chunk in chunks if chunk.stored is not None and chunk.start not in doubted]
+                stored = [chunk for chunk in chunks if chunk.stored is not None and chunk.start not in computed]
                 decision = self._decide(planner, call.tokenized.token_ids.size, stored, call.timer)
-            planner = planner.at(planner.blend.auto_ratios[0] if decision is None else decision.ratio)
-
-        def planned(compute: Collection[int]) -> _Planned:
-            context = self._context.shared_with(call.tokenized.prefix)
-            layout = lay_out(call.tokenized, chunks, context_length=context.size, compute=compute)
-            return _Planned(planner, layout, *planner.plan_layout(layout, call.mode), decision)
-
-        wanted = planned(doubted if decision is None else {*doubted, *decision.computed_starts})
+                computed.update(decision.computed_starts)
+            ratio = planner.blend.auto_ratios[0] if decision is None else decision.ratio
+        choice = Choice(ratio, frozenset(computed), decision)
         is_failing = bool(call.lost) or not set(self._tiers) <= set(self._store.tiers)
-        if is_failing and not self._executors.is_ready(wanted.plan, wanted.layout.loaded):
-            in_full = planned({chunk.start for chunk in chunks})
-            if self._executors.is_ready(in_full.plan, []):
+        if is_failing and not self._is_ready(self._planned(call, chunks, choice)):
+            in_full = replace(choice, computed_starts=frozenset(chunk.start for chunk in chunks))
+            if self._is_ready(self._planned(call, chunks, in_full)):
                 return in_full
-        return wanted
+        return choice
+
+    def _is_ready(self, planned: _Planned) -> bool:
+        return self._executors.is_ready(planned.plan, planned.layout.loaded)
+
+    def _planned(self, call: _Call, chunks: Sequence[PlacedChunk], choice: Choice) -> _Planned:
+        planner = call.planner if choice.ratio is None else call.planner.at(choice.ratio)
+        context = self._context.shared_with(call.tokenized.prefix)
+        layout = lay_out(call.tokenized, chunks, context_length=context.size, compute=choice.computed_starts)
+        return _Planned(planner, layout, *planner.plan_layout(layout, call.mode), choice.decision)
 
     def _decide(self, planner: Planner, length: int, stored: Sequence[PlacedChunk], timer: Timer) -> Decision:
         """Asks the controller for a request's ratio, and for which of the stored chunks to load."""

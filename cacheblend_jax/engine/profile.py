@@ -141,7 +141,16 @@ def profile_for(model: Model, directory: Any, given: Profile | Path | str | None
 
 
 def quick_profile(model: Model, directory: Any) -> Profile:
-    """Estimates the delays from a matrix product and a copy, in about a second; right within a small factor."""
+    """Estimates the delays from a matrix product and a copy, in about a second; right within a small factor.
+
+    Raises:
+        CacheBlendError: the model is on several hosts.
+    """
+    if model.spans_hosts:
+        raise CacheBlendError(
+            "a quick estimate of delays takes one host, and the model is on several; pass Engine(profile=…) one of "
+            "this model, devices and store, which `calibrate` saves"
+        )
     config = model.config
     size = 1024
     matrix = jax.device_put(jnp.ones((size, size), jnp.dtype(config.dtype)), model.placement)

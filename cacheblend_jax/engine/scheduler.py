@@ -85,6 +85,11 @@ class Scheduler:
         for name, (value, largest) in (limits | {"steps": (steps, MOST_AT_ONCE)}).items():
             if not is_whole_number(value, least=1, below=largest + 1):
                 raise CacheBlendError(f"{name} must be a whole number in [1, {largest}], got {value!r}")
+        if engine.model.spans_hosts:
+            raise CacheBlendError(
+                "a scheduler decodes what has arrived, which differs between hosts, and the model is on several; use "
+                "Engine.generate, or a replica of the model on each host"
+            )
         self._engine, self._steps, self._most_waiting = engine, steps, waiting
         self._batch = SlotBatch(engine.model, engine.buckets, slots, max_tokens)
         self._changed = threading.Condition()  # guards what follows; the batch is the thread's, once it is warm

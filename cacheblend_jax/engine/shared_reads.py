@@ -73,22 +73,22 @@ class _KeptChunk(WrappedChunk):
     def __init__(self, stored: StoredChunk, closed: Callable[[_KeptChunk], None]) -> None:
         super().__init__(stored)
         self._closed = closed
-        self._layers: dict[int, tuple[StoredRows, StoredRows]] = {}
+        self._layers: dict[tuple[int, range | None], tuple[StoredRows, StoredRows]] = {}
         self.users = 0
         self.keeps_layers = self.has_failed = False
 
-    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
+    def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """See `StoredChunk`."""
-        if layer in self._layers:
-            return self._layers[layer]
+        if (layer, heads) in self._layers:
+            return self._layers[layer, heads]
         try:
-            read = super().read_layer(layer)
+            read = super().read_layer(layer, heads)
         except Exception:
             self.has_failed = True
             raise
         if self.keeps_layers and is_slow(self.wrapped.tier):
-            self._layers[layer] = read
-            if len(self._layers) == self.num_layers:
+            self._layers[layer, heads] = read
+            if sum(kept == heads for _, kept in self._layers) == self.num_layers:
                 self.tier = "host"  # all are in memory
         return read
 

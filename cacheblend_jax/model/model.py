@@ -153,6 +153,11 @@ class Model:
         return 1 if self.partition is None else self.partition.ways("kv_heads")
 
     @property
+    def spans_hosts(self) -> bool:
+        """Whether some of its devices are other processes'."""
+        return not self.placement.is_fully_addressable
+
+    @property
     def platform(self) -> str:
         """The platform that the parameters are on: `"cpu"`, `"gpu"` or `"tpu"`."""
         device: Any = next(iter(self.placement.device_set))

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from cacheblend_jax.runtime.placing import put
 from cacheblend_jax.runtime.throttle import Throttle
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class DeviceLink:
 
     def put(self, tree: Any, placement: jax.sharding.Sharding) -> Any:
         """See `Link`."""
-        return jax.device_put(tree, placement)
+        return put(tree, placement)
 
     def page_lock(self, buffer: np.ndarray) -> PageLock | None:
         """See `Link`. A CPU device takes buffers over as they are."""
@@ -93,7 +94,7 @@ class SimulatedLink:
     def put(self, tree: Any, placement: jax.sharding.Sharding) -> Any:
         """See `Link`; returns after the time that the bytes take. What arrives is a copy, as on a device."""
         self._throttle.wait_for(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
-        return jax.device_put(jax.tree.map(np.copy, tree), placement)
+        return put(jax.tree.map(np.copy, tree), placement)
 
     def page_lock(self, buffer: np.ndarray) -> PageLock | None:
         """See `Link`: nothing would read it."""

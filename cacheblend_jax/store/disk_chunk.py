@@ -12,6 +12,7 @@ import numpy as np
 from cacheblend_jax.errors import DamagedEntryError
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry
 from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
+from cacheblend_jax.store.head_groups import check_heads
 from cacheblend_jax.store.open_packs import HeldPack
 from cacheblend_jax.store.read_health import ReadHealth
 from cacheblend_jax.store.stored_chunk import StoredRows, check_layer
@@ -49,10 +50,12 @@ class DiskChunk:
         self.num_layers, self.num_tokens = self.shape[:2]
         self.num_bytes = reader.record.num_bytes
 
-    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
+    def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """See `StoredChunk`."""
         check_layer(layer, self.num_layers)
-        return self._reported(lambda: self._reader.read_layer(layer))
+        if heads is not None:
+            check_heads(heads, self.shape[2])
+        return self._reported(lambda: self._reader.read_layer(layer, heads))
 
     def read(self) -> ChunkEntry:
         """Returns the whole entry; errors as `read_layer`."""

@@ -1,8 +1,10 @@
-"""Reads entries out of packs through TensorStore, a layer at a time or whole, and checks every byte."""
+"""Reads entries out of packs through TensorStore: whole, a layer at a time or some of its heads. Checks every byte."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections import deque
 from functools import cache
 from typing import Any
 
@@ -11,10 +13,13 @@ import tensorstore as ts
 
 from cacheblend_jax.errors import DamagedEntryError
 from cacheblend_jax.store.entry import ChunkEntry
+from cacheblend_jax.store.head_groups import cut, head_axis
 from cacheblend_jax.store.kvstore import KvStoreSpec, base_spec
 from cacheblend_jax.store.quantise import Scales
 from cacheblend_jax.store.record import EntryRecord, checksum
 from cacheblend_jax.store.stored_chunk import StoredRows
+
+LAYERS_AHEAD = 4  # that are being read while one is checked
 
 # TensorStore's names of errors that are not damage: the entry may be readable later.
 TRANSIENT_ERRORS = (
@@ -50,36 +55,81 @@ class EntryReader:
             name: ts.open(_array_spec(base, prefix + name), context=tensorstore_context(), read=True)
             for name in record.arrays()
         }
+        self._stored = record.arrays()
         self._arrays = {name: self._checked(name, _result(future)) for name, future in opening.items()}
+        self._opened = time.time()
 
-    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
+    def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """Returns K and V of one layer, as `StoredChunk.read_layer` does.
 
         Raises:
             DamagedEntryError: a checksum is wrong, or data is missing.
             UnreadableError: the layer cannot be read now.
         """
-        stored = self.record.arrays()
-        reading = {name: array[layer].read() for name, array in self._arrays.items()}
-        read = {name: np.asarray(_result(future)) for name, future in reading.items()}
-        if any(checksum(array) != stored[name].crcs[layer] for name, array in read.items()):
-            raise DamagedEntryError(f"layer {layer} of entry {self.record.key} has a wrong checksum")
+        num_groups, kv_heads = self.record.groups, self.record.shape[2]
+        each = kv_heads // num_groups
+        groups = range(num_groups) if heads is None else range(heads.start // each, -(-heads.stop // each))
+        read = self._finish(layer, groups, self._begin(layer, groups))
+        if heads is not None:
+            among = range(heads.start - groups.start * each, heads.stop - groups.start * each)
+            read = {name: cut(array, name, among) for name, array in read.items()}
         return self._entry({name: array[None] for name, array in read.items()}).layer(0)
 
     def read(self) -> ChunkEntry:
         """Returns the whole entry; errors as `read_layer`."""
-        record, stored = self.record, self.record.arrays()
-        read = {name: np.empty(array.shape, array.dtype) for name, array in stored.items()}
-        reading = {
-            name: [ts.array(out[layer]).write(self._arrays[name][layer]) for layer in range(record.shape[0])]
-            for name, out in read.items()
-        }
-        for name, futures in reading.items():
-            for layer, (future, crc) in enumerate(zip(futures, stored[name].crcs, strict=True)):
-                _result(future)  # later layers are still being read while this one is checked
-                if checksum(read[name][layer]) != crc:
-                    raise DamagedEntryError(f"layer {layer} of entry {record.key} has a wrong checksum")
-        return self._entry(read)
+        num_layers, groups = self.record.shape[0], range(self.record.groups)
+        whole = {name: np.empty(array.shape, array.dtype) for name, array in self._stored.items()}
+        reading = deque(self._begin(layer, groups) for layer in range(min(LAYERS_AHEAD, num_layers)))
+        for layer in range(num_layers):
+            begun = reading.popleft()
+            if layer + LAYERS_AHEAD < num_layers:
+                reading.append(self._begin(layer + LAYERS_AHEAD, groups))
+            for name, array in self._finish(layer, groups, begun).items():
+                whole[name][layer] = array
+        return self._entry(whole)
+
+    def _begin(self, layer: int, groups: range) -> dict[str, Any]:
+        """Begins to read some groups of a layer's heads: all by the array, others as a range of bytes."""
+        if len(groups) == self.record.groups:
+            return {name: self._heads_first(name, array[layer]).read() for name, array in self._arrays.items()}
+        return {name: self._begin_range(name, array, layer, groups) for name, array in self._arrays.items()}
+
+    def _begin_range(self, name: str, array: ts.TensorStore, layer: int, groups: range) -> Any:
+        size = self._stored[name].group_bytes
+        chunk = "/".join(["c", str(layer), *["0"] * (array.rank - 1)])  # of the array's storage; see `orbax_write`
+        wanted = slice(groups.start * size, groups.stop * size)
+        kvstore: Any = array.kvstore  # the array's own, so that it has the nodes in memory already
+        return kvstore.read(chunk, byte_range=wanted, staleness_bound=self._opened)
+
+    def _heads_first(self, name: str, layer: ts.TensorStore) -> ts.TensorStore:
+        """Returns a layer with its axes as they are stored, so that reading it is one copy."""
+        axis = head_axis(name) if self.record.groups > 1 else 0
+        return layer.transpose([axis, *(other for other in range(layer.rank) if other != axis)]) if axis else layer
+
+    def _finish(self, layer: int, groups: range, begun: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Returns what was read of a layer, with the array's axes, once it is there and checked."""
+        read = {name: self._bytes_of(name, _result(future), len(groups)) for name, future in begun.items()}
+        for name, array in read.items():
+            stored = self._stored[name]
+            parts = array.reshape(len(groups), -1)
+            first = layer * stored.groups
+            crcs = stored.crcs[first + groups.start : first + groups.stop]
+            if any(checksum(part) != crc for part, crc in zip(parts, crcs, strict=True)):
+                raise DamagedEntryError(f"layer {layer} of entry {self.record.key} has a wrong checksum")
+        if self.record.groups == 1:
+            return read
+        return {name: array.swapaxes(0, head_axis(name)) for name, array in read.items()}
+
+    def _bytes_of(self, name: str, result: Any, num_groups: int) -> np.ndarray:
+        """Returns an array, heads first, of what TensorStore read: an array already, or a range of bytes."""
+        if not isinstance(result, ts.KvStore.ReadResult):
+            return np.asarray(result)
+        stored, value = self._stored[name], result.value  # a copy each time
+        if len(value) != num_groups * stored.group_bytes:
+            raise DamagedEntryError(f"{name} of entry {self.record.key} lacks data")
+        (_, *shape), axis = stored.shape, head_axis(name)
+        heads = shape.pop(axis) // stored.groups * num_groups
+        return np.frombuffer(value, stored.dtype).reshape(heads, *shape)
 
     def _entry(self, read: dict[str, np.ndarray]) -> ChunkEntry:
         record, (k, v) = self.record, (read["k"], read["v"])

@@ -55,6 +55,15 @@ def read_marker(root: epath.Path) -> Marker | None:
         return None
 
 
+def directory_id(root: epath.Path) -> str | None:
+    """Returns what a store's directory is known by, wherever it is mounted; `None` where it has no intact marker."""
+    try:
+        marker = read_marker(root)
+    except OSError:
+        return None
+    return None if marker is None else marker.id
+
+
 def write_marker(root: epath.Path, marker: Marker, *, local: bool) -> None:
     """Writes or replaces a directory's marker, which is whole whenever it is there."""
     body: dict[str, Any] = {"format": MARKER_FORMAT, "version": marker.version, "id": marker.id}

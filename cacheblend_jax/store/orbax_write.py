@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.experimental.v1._src.saving import execution
 
+from cacheblend_jax.store.head_groups import head_axis, num_groups
 from cacheblend_jax.store.kvstore import KvStoreSpec, base_spec
 from cacheblend_jax.store.places import is_local
 
@@ -23,8 +27,9 @@ DATA_FILE_BYTES = 2**25  # larger packs are split into files of this size, which
 def save_tree(path: epath.Path, tree: dict[str, Any]) -> None:
     """Writes nested dicts of arrays, `[layers, tokens, kv_heads, head_dim]` or less an axis, as an Orbax checkpoint.
 
-    Each layer is a storage chunk of its own. Nothing is compressed: KV hardly shrinks, and a layer should be readable
-    in a fraction of a millisecond. Nothing is synced to the disk.
+    Each layer is a storage chunk of its own, in which one KV head comes after the other, so that some of them are a
+    range of its bytes. Nothing is compressed: KV hardly shrinks, and a layer should be readable in a fraction of a
+    millisecond. Nothing is synced to the disk. Of a program's processes, each writes by itself.
 
     Args:
         path: must not exist; on a file system it appears by a rename, once it is complete.
@@ -42,8 +47,28 @@ def save_tree(path: epath.Path, tree: dict[str, Any]) -> None:
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     registry = ocp.handlers.local_registry(include_global_registry=False)
     context.checkpointables.registry = registry.add(_TreeHandler, checkpointable_name=TREE)
-    with context:
+    with _by_itself(context), context:
         ocp.save(path, tree)
+
+
+@contextmanager
+def _by_itself(context: Any) -> Iterator[None]:
+    """Has this process write without the others of the program, if `jax.distributed` connected it to any.
+
+    Orbax's saves are the work of all processes, which it has meet at barriers; it knows of some that write by
+    themselves, but has even those compare the path with all others', by a program that all must run.
+    """
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    this, processes = jax.process_index(), context.multiprocessing
+    processes.primary_host, processes.active_processes = this, {this}
+    processes.barrier_sync_key_prefix = f"cacheblend_{this}"
+    compare, execution._check_directory_consistency = execution._check_directory_consistency, lambda _: None
+    try:
+        yield
+    finally:
+        execution._check_directory_consistency = compare
 
 
 class _TreeHandler:
@@ -100,25 +125,47 @@ class _OneTransaction:
 
 
 def _array_spec(base: KvStoreSpec, name: str, array: np.ndarray) -> dict[str, Any]:
-    return _spec(base, name, array.dtype, array.shape, (1, *array.shape[1:])) | {"create": True}
+    return _layers_spec(base, name, array) | {"create": True}
+
+
+def _layers_spec(base: KvStoreSpec, name: str, array: np.ndarray) -> dict[str, Any]:
+    axes = _stored_axes(name, array)
+    reordered = [] if axes == sorted(axes) else [{"name": "transpose", "configuration": {"order": axes}}]
+    return _spec(base, name, array.dtype, array.shape, (1, *array.shape[1:]), reordered)
+
+
+def _stored_axes(name: str, array: np.ndarray) -> list[int]:
+    """Returns the order of an array's axes in its storage chunks: that of KV heads first, where they are in groups."""
+    axis = head_axis(name.rpartition(".")[2]) + 1
+    if num_groups(array.shape[axis]) == 1:
+        return list(range(array.ndim))
+    return [0, axis, *(other for other in range(1, array.ndim) if other != axis)]
 
 
 def _data_spec(base: KvStoreSpec, name: str, array: np.ndarray) -> dict[str, Any]:
-    """Describes the same chunks, of the same bytes, by axes that spare TensorStore a copy.
+    """Describes the same chunks, of the same bytes; without groups of heads, by axes that spare TensorStore a copy.
 
     TensorStore takes a chunk with an axis of length 1 for scattered data, since that axis has stride 0, and copies it.
     Without such an axis it writes the array's own memory.
     """
+    keep_metadata = {"open": True, "assume_metadata": True}  # that `_array_spec` wrote
+    axes = _stored_axes(name, array)
+    if axes != sorted(axes):
+        return _layers_spec(base, name, array) | keep_metadata
     layers, tokens, *token = array.shape
     size = math.prod(token)
     twos = len(token)  # the axes are as many as the array's, for a chunk's name has a number for each
     block = (tokens, size // 2**twos, *[2] * twos) if size % 2**twos == 0 else (tokens, size, *[1] * twos)
-    spec = _spec(base, name, array.dtype, (layers * tokens, *block[1:]), block)
-    return spec | {"open": True, "assume_metadata": True}  # keep the metadata that `_array_spec` wrote
+    return _spec(base, name, array.dtype, (layers * tokens, *block[1:]), block) | keep_metadata
 
 
 def _spec(
-    base: KvStoreSpec, name: str, dtype: np.dtype, shape: Sequence[int], chunk_shape: Sequence[int]
+    base: KvStoreSpec,
+    name: str,
+    dtype: np.dtype,
+    shape: Sequence[int],
+    chunk_shape: Sequence[int],
+    reordered: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     return {
         "driver": "zarr3",
@@ -127,7 +174,7 @@ def _spec(
             "shape": list(shape),
             "data_type": dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            "codecs": [*reordered, {"name": "bytes", "configuration": {"endian": "little"}}],
         },
         "store_data_equal_to_fill_value": True,  # a missing layer is damage, not zeros
     }

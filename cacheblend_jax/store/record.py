@@ -1,4 +1,7 @@
-"""What is known of an entry on disk: shape, dtype, origin and the checksum of every layer, under one of its own."""
+"""What is known of an entry on disk: shape, dtype, origin and checksums, of every layer's groups of KV heads.
+
+The record has a checksum of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ import numpy as np
 from google_crc32c import value as crc32c_of_bytes
 
 from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
+from cacheblend_jax.store.head_groups import heads_first, num_groups
 from cacheblend_jax.store.label import UNKNOWN, Label
 from cacheblend_jax.store.quantise import FLOAT8, LARGEST_CODES, SCALES
 
 FORMAT_VERSION = 1
 QUANTISED_VERSION = 2  # of records of quantised entries, and of packs that hold one: version 1 knows no codes
-READABLE_VERSIONS = (FORMAT_VERSION, QUANTISED_VERSION)
+GROUPED_VERSION = 3  # of records whose layers are stored in groups of KV heads, quantised or not, and of their packs
+READABLE_VERSIONS = (FORMAT_VERSION, QUANTISED_VERSION, GROUPED_VERSION)
 DTYPES = ("float32", "bfloat16", "float16")
 MORE_ARRAYS = ("k_scales", "v_scales", "k_offset")  # of a quantised entry
 _HEX_KEY = re.compile("[0-9a-f]{64}")
@@ -36,11 +41,21 @@ class OtherVersionError(Exception):
 
 
 class StoredArray(NamedTuple):
-    """An array of an entry as it is stored, and the CRC32C of each of its layers."""
+    """An array of an entry as it is stored, and the CRC32C of each group of heads of its layers, layer by layer."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
     crcs: tuple[int, ...]
+
+    @property
+    def groups(self) -> int:
+        """Groups of heads in a layer; 0 where the checksums are not as many in each."""
+        return _groups(self.crcs, self.shape)
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of one group of a layer."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize // self.groups
 
 
 @dataclass(frozen=True)
@@ -51,12 +66,13 @@ class EntryRecord:
         key: the store finds the entry by it.
         tree: the entry's name in the checkpoint's tree; empty where the checkpoint holds this entry alone.
         dtype, shape: of K and of V, `[layers, tokens, kv_heads, head_dim]`.
-        crc_k, crc_v: CRC32C of each layer's bytes (C order, little endian).
+        crc_k, crc_v: CRC32C of the bytes of each group of heads of each layer, little endian: heads first (see
+            `heads_first`), or, where a layer is one group, in C order.
         created: seconds since 1970.
         fingerprint, context_ids, label: see `ChunkEntry`.
         salt: of the store that the entry belongs to, as `salt_hash` gives it.
         kv_dtype: of the codes that K and V are stored as; empty where their values are.
-        crc_k_scales, crc_v_scales, crc_k_offset: of each layer of the other arrays of a quantised entry.
+        crc_k_scales, crc_v_scales, crc_k_offset: the same of the other arrays of a quantised entry.
     """
 
     key: str
@@ -77,8 +93,15 @@ class EntryRecord:
 
     @property
     def version(self) -> int:
-        """Of the format that the entry needs."""
+        """Of the format that the entry needs: the lowest, so that older code reads what it can."""
+        if self.groups > 1:
+            return GROUPED_VERSION
         return QUANTISED_VERSION if self.kv_dtype else FORMAT_VERSION
+
+    @property
+    def groups(self) -> int:
+        """Groups of KV heads that each layer is stored and checked in."""
+        return _groups(self.crc_k, self.shape)
 
     @property
     def name(self) -> str:
@@ -103,6 +126,11 @@ class EntryRecord:
         return arrays
 
 
+def _groups(crcs: Sequence[int], shape: Sequence[int]) -> int:
+    num_layers = shape[0] if shape else 0
+    return 0 if not num_layers or len(crcs) % num_layers else len(crcs) // num_layers
+
+
 def record_of(queued: QueuedEntry, tree: str, created: float, salt: str = "") -> EntryRecord:
     """Describes an entry, with its checksums."""
     entry = queued.entry
@@ -125,8 +153,16 @@ def record_of(queued: QueuedEntry, tree: str, created: float, salt: str = "") ->
 
 
 def checksums_of(entry: ChunkEntry) -> dict[str, tuple[int, ...]]:
-    """Returns the checksums of the layers of each array that is stored."""
-    return {name: layer_checksums(array) for name, array in entry.arrays().items()}
+    """Returns the checksums of each array that is stored: of each group of heads, layer by layer."""
+    groups = num_groups(entry.k.shape[2])
+    return {name: _group_checksums(name, array, groups) for name, array in entry.arrays().items()}
+
+
+def _group_checksums(name: str, array: np.ndarray, groups: int) -> tuple[int, ...]:
+    if groups == 1:
+        return layer_checksums(array)
+    layers = (np.ascontiguousarray(heads_first(layer, name)).reshape(groups, -1) for layer in array)
+    return tuple(checksum(group) for layer in layers for group in layer)
 
 
 def layer_checksums(array: np.ndarray) -> tuple[int, ...]:
@@ -224,7 +260,9 @@ def record_from_json(value: Any) -> EntryRecord:
             and bool(record.kv_dtype) == bool(record.crc_k_scales)
             and record.dtype in DTYPES
             and len(record.shape) == 4
-            and all(len(array.crcs) == record.shape[0] for array in record.arrays().values())
+            and record.groups > 0
+            and record.shape[2] % record.groups == 0
+            and all(array.groups == record.groups for array in record.arrays().values())
             and record.tree in ("", record.name)
             and all(isinstance(text, str) for text in asdict(record.label).values())
             and (not salt or (_HEX_KEY.fullmatch(salt) is not None and value["key"] == record.name))
@@ -243,8 +281,8 @@ def check_version(version: object) -> None:
         OtherVersionError: it is not.
     """
     if isinstance(version, int) and version not in READABLE_VERSIONS:
-        known = " and ".join(map(str, READABLE_VERSIONS))
-        raise OtherVersionError(f"format version {version}; this code reads versions {known}")
+        first, last = READABLE_VERSIONS[0], READABLE_VERSIONS[-1]
+        raise OtherVersionError(f"format version {version}; this code reads versions {first} to {last}")
 
 
 def dump_record(record: EntryRecord) -> tuple[bytes, int]:

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from cacheblend_jax.store.entry import ChunkEntry, DeviceEntry, Rows
+from cacheblend_jax.store.head_groups import check_heads
 from cacheblend_jax.store.quantise import QuantisedRows
 
 StoredRows = Rows | QuantisedRows
@@ -40,13 +41,17 @@ class StoredChunk(Protocol):
     tier: str
     device_entry: DeviceEntry | None
 
-    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
+    def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """Returns K before RoPE and V of one layer, each `[tokens, kv_heads, head_dim]`, as they are stored.
+
+        Args:
+            heads: the KV heads to return, consecutive; a tier on disk reads, and checks, little more than their bytes.
+                `None`: all.
 
         Raises:
             DamagedEntryError: the bytes on disk are not those that were written; the store has quarantined the entry
                 and counted it.
-            IndexError: there is no such layer.
+            IndexError: there is no such layer, or there are no such heads.
         """
 
     def close(self) -> None:
@@ -75,10 +80,14 @@ class HostChunk:
         self.num_layers, self.num_tokens = self.shape[:2]
         self.num_bytes = entry.num_bytes
 
-    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
+    def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """See `StoredChunk`."""
         check_layer(layer, self.num_layers)
-        return self._entry.layer(layer)
+        k, v = self._entry.layer(layer)
+        if heads is None:
+            return k, v
+        check_heads(heads, self.shape[2])
+        return of_heads(k, heads), of_heads(v, heads)
 
     def close(self) -> None:
         """See `StoredChunk`."""
@@ -112,9 +121,9 @@ class DeviceChunk:
         self.num_layers, self.num_tokens = self.shape[:2]
         self.num_bytes = entry.num_bytes * entry.num_tokens // entry.k.shape[1]
 
-    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
+    def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """See `StoredChunk`. The first call copies all layers to the host."""
-        return self._on_host.read_layer(layer)
+        return self._on_host.read_layer(layer, heads)
 
     @cached_property
     def _on_host(self) -> HostChunk:
@@ -131,6 +140,15 @@ class DeviceChunk:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def of_heads(rows: np.ndarray | QuantisedRows, heads: range) -> np.ndarray | QuantisedRows:
+    """Returns some consecutive heads of a layer's rows, as views."""
+    chosen = slice(heads.start, heads.stop)
+    if not isinstance(rows, QuantisedRows):
+        return rows[:, chosen]
+    offset = None if rows.offset is None else rows.offset[chosen]
+    return QuantisedRows(rows.codes[:, chosen], rows.scales[:, chosen], offset)
 
 
 def is_slow(tier: str) -> bool:

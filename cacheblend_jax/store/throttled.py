@@ -82,7 +82,8 @@ class ThrottledChunk(WrappedChunk):
         super().__init__(chunk)
         self._store, self.tier, self.device_entry = store, store.tier, None
 
-    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
+    def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """As `StoredChunk.read_layer`, after the time that it takes on the throttled tier."""
-        self._store.wait_for(self.num_bytes // self.num_layers)
-        return super().read_layer(layer)
+        layer_bytes, kv_heads = self.num_bytes // self.num_layers, self.shape[2]
+        self._store.wait_for(layer_bytes if heads is None else layer_bytes * len(heads) // kv_heads)
+        return super().read_layer(layer, heads)

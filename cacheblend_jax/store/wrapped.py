@@ -133,9 +133,9 @@ class WrappedChunk:
         self.num_tokens, self.num_layers = chunk.num_tokens, chunk.num_layers
         self.tier, self.device_entry = chunk.tier, chunk.device_entry
 
-    def read_layer(self, layer: int) -> tuple[StoredRows, StoredRows]:
+    def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """See `StoredChunk`."""
-        return self.wrapped.read_layer(layer)
+        return self.wrapped.read_layer(layer, heads)
 
     def close(self) -> None:
         """See `StoredChunk`."""

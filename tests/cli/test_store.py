@@ -99,7 +99,7 @@ def test_days_that_make_no_sense_remove_nothing(capsys, tmp_path, days):
 def test_prune_removes_packs_of_another_version_that_the_index_does_not_know(capsys, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         for module in ("record", "pack"):
-            patch.setattr(f"cacheblend_jax.store.{module}.FORMAT_VERSION", 3)
+            patch.setattr(f"cacheblend_jax.store.{module}.FORMAT_VERSION", 4)
         fill(tmp_path / "kv", range(2), one_by_one=True)
     (tmp_path / "kv" / "index.sqlite").unlink()
     fill(tmp_path / "kv", [5])

@@ -160,9 +160,9 @@ def test_a_chunk_that_prompts_share_is_read_once(tmp_path, monkeypatch):
     reads: Counter = Counter()
     read_layer = DiskChunk.read_layer
 
-    def counted(self, layer):
+    def counted(self, layer, heads=None):
         reads[self.num_tokens] += 1
-        return read_layer(self, layer)
+        return read_layer(self, layer, heads)
 
     monkeypatch.setattr(DiskChunk, "read_layer", counted)
     shared, own = random_prompt(1, (21,)).chunks[0], random_prompt(2, (13,)).chunks[0]
@@ -192,7 +192,7 @@ class Chunk:
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.closed = error, 0
 
-    def read_layer(self, layer):
+    def read_layer(self, layer, heads=None):
         if self.error is not None:
             raise self.error
         return np.ones((2, 1, 4), np.float32), np.ones((2, 1, 4), np.float32)

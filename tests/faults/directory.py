@@ -10,10 +10,11 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from store_cases import check_all, fill, key_of, make_entry, packs, report_of, same, start_python
+from store_cases import HEADS, LAYERS, check_all, fill, key_of, make_entry, packs, report_of, same, start_python
 
 import cacheblend_jax as cb
 from cacheblend_jax.store.disk import DiskTier
+from cacheblend_jax.store.stored_chunk import of_heads
 from faults import require
 
 Counts = dict[str, int]
@@ -48,6 +49,35 @@ def flips(
             _check_entries(store, entries, f"round {trial}: a flip in {victim}", kv_dtype)
             counts.update(flips=1, found_by_lookups=store.stats.damaged > 0)
     return dict(counts)
+
+
+def head_flips(directory: Path, rounds: Iterable[int], seed: int = 0, kv_dtype: str | None = None) -> Counts:
+    """As `flips`, for two hosts that read half of the heads each: what they read is what was put, or damage."""
+    fill(directory / "whole", [1], kv_dtype=kv_dtype)
+    (pack,) = packs(directory / "whole")
+    files = sorted(path.relative_to(pack) for path in (pack / "state" / "d").iterdir())
+    rng, counts = random.Random(seed), collections.Counter(flips=0, found_by_reads=0)
+    wanted = make_entry(1).quantised(kv_dtype)
+    for trial in rounds:
+        _copy(directory)
+        victim = directory / "kv" / "packs" / pack.name / files[trial % len(files)]
+        flip(victim, rng.randrange(victim.stat().st_size), rng.randrange(8))
+        for half in (range(HEADS // 2), range(HEADS // 2, HEADS)):
+            with cb.ChunkStore(directory / "kv") as store:
+                _check_heads(store, wanted, half, f"round {trial}: a flip in {victim}")
+                counts.update(found_by_reads=store.stats.damaged)
+        counts.update(flips=1)
+    return dict(counts)
+
+
+def _check_heads(store: cb.ChunkStore, wanted: cb.ChunkEntry, heads: range, where: str) -> None:
+    with store.open(key_of(1)) or contextlib.nullcontext() as chunk, contextlib.suppress(cb.DamagedEntryError):
+        for layer in range(LAYERS if chunk is not None else 0):
+            for read, whole in zip(chunk.read_layer(layer, heads), wanted.layer(layer), strict=True):
+                right = of_heads(whole, heads)
+                arrays = zip(read, right, strict=True) if isinstance(read, tuple) else [(read, right)]
+                same_bits = all(a is b is None or a.tobytes() == b.tobytes() for a, b in arrays)
+                require(same_bits, where, f"layer {layer} of {heads} is wrong")
 
 
 def index_flips(directory: Path, rounds: Iterable[int], seed: int = 0, bits: int = 20) -> Counts:

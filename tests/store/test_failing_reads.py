@@ -38,11 +38,11 @@ def failing(monkeypatch) -> list[int]:
     """While it holds anything, reads of layers fail; counts those tried."""
     read, tried = EntryReader.read_layer, []
 
-    def read_layer(self, layer):
+    def read_layer(self, layer, heads=None):
         if tried:
             tried.append(layer)
             raise UnreadableError("UNAVAILABLE: the mount is gone")
-        return read(self, layer)
+        return read(self, layer, heads)
 
     monkeypatch.setattr(EntryReader, "read_layer", read_layer)
     monkeypatch.setattr(EntryReader, "read", whole)

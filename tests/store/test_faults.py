@@ -112,7 +112,7 @@ def test_lost_and_swapped_files_are_misses(tmp_path, case, caplog):
 def test_a_damaged_layer_raises_and_leaves_the_others_of_its_pack(tmp_path):
     fill(tmp_path, range(3), tokens=BIG)
     (pack,) = packs(tmp_path)
-    layer = make_entry(1, BIG).v[2].tobytes()
+    layer = make_entry(1, BIG).v[2].swapaxes(0, 1).tobytes()
     data = next(path for path in pack.rglob("*") if path.is_file() and layer in path.read_bytes())
     flip(data, data.read_bytes().index(layer) + 1000, 3)
     with cb.ChunkStore(tmp_path) as store:

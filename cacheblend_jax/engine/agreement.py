@@ -1,0 +1,238 @@
+"""What the hosts of a mesh agree on, so that each runs the same programs: the first one decides, the others follow.
+
+On one host, the same calls decide at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from cacheblend_jax.engine.controller import Decision
+from cacheblend_jax.engine.layout import PlacedChunk
+from cacheblend_jax.engine.loading import LostChunkError
+from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
+from cacheblend_jax.model.kv_cache import SCALES
+from cacheblend_jax.runtime.hosts import Hosts, HostsError, connected_hosts
+from cacheblend_jax.store import Store, StoredChunk, is_slow
+from cacheblend_jax.store.quantise import QuantisedRows
+from cacheblend_jax.store.stored_chunk import StoredRows
+from cacheblend_jax.store.wrapped import WrappedChunk
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a request computes: the ratio, and the positions of stored chunks that are not worth loading.
+
+    Attributes:
+        ratio: where the controller or the blend's floor set one.
+        decision: the controller's, if it was asked.
+    """
+
+    ratio: float | None
+    computed_starts: frozenset[int]
+    decision: Decision | None = None
+
+
+class Alone:
+    """One process makes all decisions by itself.
+
+    Attributes:
+        is_alone: whether there is but one host.
+        writes: whether this host writes what is computed for the store.
+    """
+
+    is_alone = writes = True
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Wraps one request."""
+        yield
+
+    def opened(self, asked: Sequence[object], chunks: Sequence[PlacedChunk]) -> Sequence[PlacedChunk]:
+        """Returns the chunks with the handles that are used.
+
+        Args:
+            asked: what the request is, beside its chunks.
+        """
+        return chunks
+
+    def choice(self, choose: Callable[[], Choice]) -> Choice:
+        """Returns what the request computes."""
+        return choose()
+
+    def check_read(self, chunks: Sequence[PlacedChunk]) -> None:
+        """Checks, once a prefill's programs have run, that all that they were given was read.
+
+        Raises:
+            LostChunkError: a chunk could not be read.
+        """
+
+    def lack(self, key: str, store: Store) -> bool:
+        """Whether a chunk's KV has to be computed for the store."""
+        return key not in store
+
+    def meet(self) -> None:
+        """Waits for all hosts to come here."""
+
+
+class Together:
+    """Several processes, each with some of a mesh's devices and a store of its own or one that they share.
+
+    All run the same programs in the same order; what one of them alone knows must not decide what runs. So they agree,
+    three times in a request: on the chunks that all could open, on what the first host chose, and, when the programs
+    have run, on what any of them could not read. A chunk that one host lacks is a miss on all.
+
+    Args:
+        hosts: the processes.
+        store: this one's.
+
+    Attributes:
+        writes: of hosts that share a directory, the first one writes there.
+    """
+
+    is_alone = False
+
+    def __init__(self, hosts: Hosts, store: Store) -> None:
+        from cacheblend_jax.store.marker import directory_id  # takes what a store in memory need not import
+
+        self._hosts = hosts
+        own = None if store.directory is None else directory_id(store.directory)
+        ids = self._hosts.agree(own, lambda reports: reports)
+        self.writes = own is None or ids.index(own) == self._hosts.index
+        self._told: BaseException | None = None
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Tells the other hosts where the body fails, which they would wait for.
+
+        Raises:
+            HostsError: a program failed that all of them run.
+        """
+        try:
+            yield
+        except HostsError:
+            raise
+        except BaseException as error:
+            if error is not self._told:  # by a request inside this one
+                self._hosts.give_up(error)
+                self._told = error
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                self._told = HostsError(
+                    f"a program that all hosts run has failed, as where one of them has ended: {error}"
+                )
+                raise self._told from error
+            raise
+
+    def opened(self, asked: Sequence[object], chunks: Sequence[PlacedChunk]) -> Sequence[PlacedChunk]:
+        """See `Alone`. The chunks that all hosts could open, as KV of one kind; the others count as missing.
+
+        Raises:
+            HostsError: the hosts do not ask for the same.
+        """
+        digest = hashlib.sha256(repr((asked, [chunk.key for chunk in chunks])).encode()).hexdigest()
+        kinds = [None if chunk.stored is None else _kind(chunk.stored) for chunk in chunks]
+        agreed = self._hosts.agree([digest, kinds], _agreed_kinds)
+        return [
+            replace(chunk, stored=None if kind is None else AgreedChunk(chunk.handle, kind[0]))
+            for chunk, kind in zip(chunks, agreed, strict=True)
+        ]
+
+    def choice(self, choose: Callable[[], Choice]) -> Choice:
+        """See `Alone`: the first host's."""
+
+        def chosen(_: list[Any]) -> list[Any]:
+            choice = choose()
+            decision = None if choice.decision is None else asdict(choice.decision)
+            return [choice.ratio, sorted(choice.computed_starts), decision]
+
+        ratio, starts, decision = self._hosts.agree(None, chosen)
+        if decision is not None:
+            decision = Decision(**decision | {"computed_starts": tuple(decision["computed_starts"])})
+        return Choice(ratio, frozenset(starts), decision)
+
+    def check_read(self, chunks: Sequence[PlacedChunk]) -> None:
+        """See `Alone`: on any host."""
+        failures = [chunk.handle.failure if isinstance(chunk.handle, AgreedChunk) else None for chunk in chunks]
+        own = [number for number, failure in enumerate(failures) if failure is not None]
+        lost = self._hosts.agree(own, lambda reports: sorted({number for each in reports for number in each}))
+        if lost:
+            elsewhere = DamagedEntryError("another host could not read it")
+            raise LostChunkError(chunks[lost[0]], failures[lost[0]] or elsewhere)
+
+    def lack(self, key: str, store: Store) -> bool:
+        """See `Alone`: whether any host that would write it has none."""
+        return self._hosts.agree(self.writes and key not in store, any)
+
+    def meet(self) -> None:
+        """See `Alone`."""
+        self._hosts.agree(None, lambda _: None)
+
+
+class AgreedChunk(WrappedChunk):
+    """A handle that all hosts opened. What it cannot read it gives as zeros, and says so when all programs have run.
+
+    A host that stopped there would leave the others waiting for it in a program that they run together.
+
+    Attributes:
+        failure: why it could not be read.
+    """
+
+    def __init__(self, chunk: StoredChunk, tier: str) -> None:
+        super().__init__(chunk)
+        self.tier, self.device_entry = tier, None  # some hosts may have it on their devices, and others not
+        self.failure: Exception | None = None
+
+    def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
+        """See `StoredChunk`."""
+        try:
+            read = super().read_layer(layer, heads)
+        except (DamagedEntryError, OSError, IndexError) as error:
+            self.failure = error
+            return self._zeros(heads), self._zeros(heads)
+        return read
+
+    def _zeros(self, heads: range | None) -> StoredRows:
+        _, tokens, kv_heads, head_dim = self.shape
+        shape = tokens, kv_heads if heads is None else len(heads), head_dim
+        if self.kv_dtype is None:
+            return np.zeros(shape, self.dtype)
+        return QuantisedRows(np.zeros(shape, self.kv_dtype), np.zeros(shape[:-1], SCALES))
+
+
+def agreement_of(placement: jax.sharding.Sharding, store: Store, timeout_s: float) -> Alone | Together:
+    """Returns how the processes agree whose devices a model is on.
+
+    Raises:
+        HostsError: another host does not answer.
+    """
+    return Alone() if placement.is_fully_addressable else Together(connected_hosts(timeout_s), store)
+
+
+def _kind(chunk: StoredChunk) -> list[Any]:
+    return ["host" if chunk.tier == "device" else chunk.tier, chunk.kv_dtype, chunk.has_k_offset]
+
+
+def _agreed_kinds(reports: list[list[Any]]) -> list[list[Any] | None]:
+    """Returns the kind of each chunk that all hosts opened as KV of one kind, from the slowest tier of any."""
+    digests, kinds = zip(*reports, strict=True)
+    if len(set(digests)) > 1:
+        raise CacheBlendError(
+            "the hosts do not ask for the same: prompt, mode, blend, model, context, salt and the engine's arguments "
+            "must be alike on all, and calls in the same order"
+        )
+    return [_agreed_kind(of_hosts) for of_hosts in zip(*kinds, strict=True)]
+
+
+def _agreed_kind(of_hosts: Sequence[list[Any] | None]) -> list[Any] | None:
+    there = [kind for kind in of_hosts if kind is not None]
+    if len(there) < len(of_hosts) or any(kind[1:] != there[0][1:] for kind in there):
+        return None
+    slow = [kind for kind in there if is_slow(kind[0])]
+    return (slow or there)[0]

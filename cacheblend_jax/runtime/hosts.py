@@ -1,0 +1,113 @@
+"""What the processes of a program on several hosts tell each other, so that each of them runs the same programs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from cacheblend_jax.errors import CacheBlendError
+
+_numbers = itertools.count()  # each process makes the same ones in the same order
+
+
+class HostsError(CacheBlendError):
+    """Another host failed, has ended, or does something else than this one."""
+
+
+class Hosts:
+    """The processes that `jax.distributed.initialize` connected, as one of them sees the others.
+
+    They talk through JAX's coordination service, not by a collective, so that no failure leaves one waiting for ever.
+    Each process calls the same methods in the same order.
+
+    Args:
+        client: of the coordination service.
+        index: which of the processes this is; the first one, 0, decides.
+        count: how many there are.
+        timeout_s: how long one waits for another.
+        name: what they call this among themselves.
+    """
+
+    def __init__(self, client: Any, index: int, count: int, timeout_s: float, name: str) -> None:
+        self._client, self.index, self.count, self._timeout_s = client, index, count, timeout_s
+        self._name, self._round = f"cacheblend/{name}", 0
+        self._failed: str | None = None
+
+    def agree(self, report: Any, decide: Callable[[list[Any]], Any]) -> Any:
+        """Returns what the first host decides, given all hosts' reports; every host calls this.
+
+        Args:
+            report: what this host says, as JSON holds it.
+            decide: called on the first host with the reports in order; returns what JSON holds.
+
+        Raises:
+            HostsError: a host did not answer in time, has given up, or could not decide.
+        """
+        if self._failed is not None:
+            raise HostsError(self._failed)
+        try:
+            answer = self._decided(report, decide) if self.index == 0 else self._told(report)
+        except jax.errors.JaxRuntimeError as error:
+            raise self._broken(str(error).splitlines()[0]) from error
+        self._round += 1
+        if "error" in answer:
+            raise HostsError(answer["error"])
+        return answer["decision"]
+
+    def give_up(self, error: BaseException) -> None:
+        """Has the other hosts' next `agree`, which this one will not take part in, raise what has failed here."""
+        if self._failed is not None:
+            return
+        try:
+            answer = "decision" if self.index == 0 else str(self.index)
+            self._client.key_value_set(self._key(answer), json.dumps(self._error(error)))
+        except jax.errors.JaxRuntimeError as lost:
+            self._broken(str(lost).splitlines()[0])
+        self._round += 1
+
+    def _decided(self, report: Any, decide: Callable[[list[Any]], Any]) -> dict[str, Any]:
+        """As the first host: hears the others, and tells them what it decides."""
+        reports = [{"report": report}, *(self._get(str(index)) for index in range(1, self.count))]
+        answer: dict[str, Any] | None = next((each for each in reports if "error" in each), None)
+        if answer is None:
+            try:
+                answer = {"decision": decide([each["report"] for each in reports])}
+            except Exception as error:
+                answer = self._error(error)
+        text = json.dumps(answer)
+        self._client.key_value_set(self._key("decision"), text)
+        if self._round:  # all hosts have read what was decided then: they have reported since
+            self._client.key_value_delete(f"{self._name}/{self._round - 1}/")
+        return json.loads(text)  # what the others get: lists in the place of tuples, say
+
+    def _told(self, report: Any) -> dict[str, Any]:
+        self._client.key_value_set(self._key(str(self.index)), json.dumps({"report": report}))
+        return self._get("decision")
+
+    def _error(self, error: BaseException) -> dict[str, Any]:
+        return {"error": f"host {self.index} of {self.count} failed: {type(error).__name__}: {error}"}
+
+    def _get(self, name: str) -> dict[str, Any]:
+        return json.loads(self._client.blocking_key_value_get(self._key(name), int(self._timeout_s * 1e3)))
+
+    def _key(self, name: str) -> str:
+        return f"{self._name}/{self._round}/{name}"
+
+    def _broken(self, reason: str) -> HostsError:
+        self._failed = (
+            f"the hosts no longer agree: one of {self.count} did not answer within {self._timeout_s:g} s ({reason}); "
+            "it has ended, or made other calls than this one: start them all anew"
+        )
+        return HostsError(self._failed)
+
+
+def connected_hosts(timeout_s: float) -> Hosts:
+    """Returns the processes that the program has; each of them calls this as often, and in the same order."""
+    from jax._src import distributed  # `jax.distributed` does not hand out the client that it has connected
+
+    client = distributed.global_state.client
+    return Hosts(client, jax.process_index(), jax.process_count(), timeout_s, str(next(_numbers)))
