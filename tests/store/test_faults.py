@@ -44,7 +44,7 @@ with cb.ChunkStore(sys.argv[1]) as store:
 
 
 def test_killed_writers_lose_only_what_they_were_writing(tmp_path):
-    assert kills(tmp_path, range(50))["entries_found"] > 10
+    assert kills(tmp_path, range(30))["entries_found"] > 10
 
 
 def test_what_was_flushed_survives_a_kill(tmp_path):
@@ -59,11 +59,11 @@ def test_what_was_flushed_survives_a_kill(tmp_path):
 @pytest.mark.parametrize("entries", [(1,), (1, 2, 3)])
 def test_flipped_bits_are_found_and_never_served(tmp_path, entries):
     # Most of the files serve others than the store's reader.
-    assert flips(tmp_path, range(120), len(entries), entries)["found_by_lookups"] > 10
+    assert flips(tmp_path, range(80), len(entries), entries)["found_by_lookups"] > 10
 
 
 def test_flipped_bits_in_the_index_are_never_served(tmp_path):
-    assert index_flips(tmp_path, range(40))["flips"] == 800
+    assert index_flips(tmp_path, range(20))["flips"] == 400
 
 
 def damage_cases(pack: Path, other: Path) -> dict:
