@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import jax
 
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.model.quantised_kv import StoredLayer
@@ -37,7 +36,8 @@ class PlacedLayers:
 class DeviceLayers:
     """The placements whose layers stay on the device, bounded in bytes; those of one prompt go before those of two.
 
-    A placement is its chunks and where each stands. Layers are read where they are: a hit copies nothing.
+    A placement is its chunks and where each stands. Layers are read where they are: a hit copies nothing. Safe to use
+    from several threads: what a prefill reads stays until it is done, whoever drops it.
 
     Args:
         capacity: bytes.
@@ -46,6 +46,7 @@ class DeviceLayers:
     def __init__(self, capacity: int) -> None:
         self._tier: MemoryTier[PlacedLayers] = MemoryTier(capacity)
         self._is_paused = False
+        self._lock = threading.Lock()
 
     @property
     def num_bytes(self) -> int:
@@ -54,29 +55,32 @@ class DeviceLayers:
 
     def num_kept(self, name: str) -> int:
         """Returns how many layers of a placement are on the device."""
-        placed = self._tier.peek(name)
+        with self._lock:
+            placed = self._tier.peek(name)
         return 0 if placed is None else len(placed.layers)
 
     def of(self, name: str, layer_bytes: int, num_layers: int) -> PlacedLayers:
         """Returns a placement's layers, with room for those that are not there yet, as far as the capacity goes."""
-        if (placed := self._tier.get(name)) is not None:
+        with self._lock:
+            if (placed := self._tier.get(name)) is not None:
+                return placed
+            room = 0 if self._is_paused else min(num_layers, self._tier.capacity // layer_bytes)
+            self._is_paused = False
+            placed = PlacedLayers(room, room * layer_bytes)
+            if room:
+                self._tier.put(name, placed, uses=1)
             return placed
-        room = 0 if self._is_paused else min(num_layers, self._tier.capacity // layer_bytes)
-        self._is_paused = False
-        placed = PlacedLayers(room, room * layer_bytes)
-        if room:
-            self._tier.put(name, placed, uses=1)
-        return placed
 
     def drop(self) -> bool:
         """Gives all memory back; returns whether there was any.
 
         The next prefill keeps nothing, and later ones half as much as until now.
         """
-        had_any = self._tier.drop()
-        self._tier.capacity //= 2
-        self._is_paused = True
-        return had_any
+        with self._lock:
+            had_any = self._tier.drop()
+            self._tier.capacity //= 2
+            self._is_paused = True
+            return had_any
 
 
 def placement_name(chunks: Sequence[PlacedChunk], num_keys: int, kv_dtype: str | None = None) -> str:
@@ -95,8 +99,3 @@ def free_share(devices: Sequence[Any], needed: int) -> int:
     stats = [device.memory_stats() or {} for device in devices]
     free = min(each.get("bytes_limit", 0) - max(each.get("bytes_in_use", 0), needed) for each in stats)
     return max(0, int(FREE_SHARE * free))
-
-
-def is_exhausted(error: BaseException) -> bool:
-    """Whether an error says that the device has no memory left."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

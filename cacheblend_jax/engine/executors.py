@@ -22,7 +22,6 @@ from cacheblend_jax.choices import EXECUTORS
 from cacheblend_jax.engine.chunk_lookup import label_for
 from cacheblend_jax.engine.delivery import Delivery
 from cacheblend_jax.engine.device_entries import kv_of, on_device, placeable, rows_to_place
-from cacheblend_jax.engine.device_layers import is_exhausted
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import place_chunk
 from cacheblend_jax.engine.planner import choose_executor, empty_request
@@ -33,7 +32,7 @@ from cacheblend_jax.model.quantised_kv import StoredCache, abstract_stored, key_
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.runtime.link import Link
 from cacheblend_jax.runtime.placing import put
-from cacheblend_jax.runtime.programs import Prepared, shapes_of
+from cacheblend_jax.runtime.programs import Prepared, is_exhausted, shapes_of
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkEntry, DeviceEntry, Store
 from cacheblend_jax.store.quantise import FLOAT8, INT8
@@ -105,6 +104,8 @@ class Executors:
         self._context_embeddings, self._drop_device = context_embeddings, drop_device
         self._shared_context: tuple[Hashable, KVCache] | None = None
         self.kv_dtype: str | None = None
+        if not model.spans_hosts:  # the others would not begin anew
+            model.runner.add_yielding(self._give_way)
 
     def agree_on_kv_dtype(self, store: Store) -> None:
         """Has a store quantise to int8 where it would to float8, which the device lacks; says so."""
@@ -295,14 +296,18 @@ class Executors:
         try:
             return work()
         except jax.errors.JaxRuntimeError as error:
-            if self._model.spans_hosts:  # the others would not begin anew
+            if self._model.spans_hosts or not is_exhausted(error) or not self._give_way():
                 raise
-            if not is_exhausted(error) or not any([self.delivery.give_way(), self._drop_device()]):
-                raise
+        return work()
+
+    def _give_way(self) -> bool:
+        """Gives back the memory that stored KV has on the device; returns whether there was any."""
+        had_any = any([self.delivery.give_way(), self._drop_device()])
+        if had_any:
             logger.warning(
                 "the device ran out of memory: the KV of earlier prompts gives way, and the work begins anew"
             )
-        return work()
+        return had_any
 
     def _run_resident(
         self, plan: Plan, request: Request, chunks: Sequence[PlacedChunk], prepared: Prepared, trace: Trace | None

@@ -95,6 +95,7 @@ class Runner:
         self._out_shardings = placement if isinstance(placement, jax.sharding.NamedSharding) else None
         self._entries: dict[Hashable, _Entry] = {}
         self._prepared: dict[Hashable, tuple[Prepared, int]] = {}
+        self._yielding: list[weakref.WeakMethod[Callable[[], bool]]] = []
         self._count = 0
         self._evicts = platform == "cpu"
         if self._evicts:
@@ -112,7 +113,29 @@ class Runner:
             static: keyword arguments that programs are compiled for.
         """
         program, _, over_shapes = self._program(function, arrays, donate, static)
-        return program.result_shapes if over_shapes else program.run(*arrays)
+        if over_shapes:
+            return program.result_shapes
+        try:
+            return program.run(*arrays)
+        except jax.errors.JaxRuntimeError as error:
+            # What was donated may be gone: such a program cannot run again.
+            if donate or not is_exhausted(error) or not self._others_yield():
+                raise
+        return program.run(*arrays)
+
+    def add_yielding(self, give_way: Callable[[], bool]) -> None:
+        """Has a program that lacks memory on the device run once more, if a method frees some that can be spared.
+
+        Args:
+            give_way: a bound method, known as long as its object lives; returns whether it freed any.
+        """
+        self._yielding.append(weakref.WeakMethod(give_way))
+
+    def _others_yield(self) -> bool:
+        self._yielding = [known for known in self._yielding if known() is not None]
+        methods = [method for known in self._yielding if (method := known()) is not None]
+        freed = [give_way() for give_way in methods]
+        return any(freed)
 
     @property
     def count(self) -> int:
@@ -227,6 +250,11 @@ class _Entry:
     key: Hashable
     program: Future[_Program] = field(default_factory=Future)
     used: int = 0  # its last use, numbered by `_uses`
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Returns whether an error says that the device has no memory left."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def shapes_of(tree: Any, placement: jax.sharding.Sharding | None = None) -> Any:

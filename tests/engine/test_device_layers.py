@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +14,7 @@ from conftest import TWO_STAGES, family_model, random_prompt, relative_error
 import cacheblend_jax as cb
 from cacheblend_jax.engine.device_layers import DeviceLayers, free_share
 from cacheblend_jax.model import LayerKV
+from cacheblend_jax.model.kv_cache import with_room
 from cacheblend_jax.runtime.link import SimulatedLink
 
 LAYERS, LAYER_BYTES = 6, 2 * 128 * 2 * 8 * 4  # K and V of a prompt of 97 to 128 tokens
@@ -143,6 +146,24 @@ def test_what_stays_gives_way_to_storing_a_chunk(monkeypatch):
         monkeypatch.setattr(executors, "_kv_of", exhausted(1)(executors._kv_of))
         assert engine.precompute(random_prompt(6)).unstored == []
         assert not executors.delivery._kept.num_bytes
+
+
+def test_what_stays_gives_way_to_decoding(monkeypatch, caplog):
+    engine, link = engine_with(100)
+    prompt = random_prompt(5)
+    with engine:
+        engine.precompute(prompt)
+        wanted = engine.generate(prompt, max_new_tokens=3).token_ids
+        out = engine.prefill(prompt)
+        for entry in [each for each in engine.model.runner._entries.values() if each.key[0] is with_room]:
+            failing, program = Future(), entry.program.result()
+            failing.set_result(replace(program, run=exhausted(1)(program.run)))
+            monkeypatch.setattr(entry, "program", failing)
+        assert engine.complete(out, max_new_tokens=3).token_ids == wanted
+        assert caplog.text.count("ran out of memory") == 1
+        link.sent()
+        engine.prefill(prompt)
+        assert link.sent() == LAYERS
 
 
 def test_a_closed_engine_keeps_nothing():
