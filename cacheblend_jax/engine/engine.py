@@ -69,8 +69,8 @@ class Engine:
         link: the way from host memory to the model's devices: a `SimulatedLink` for planning with a machine that is not
             at hand; `None`: the devices' own.
         kept_bytes: device memory for stored KV that stays there after a streamed prefill, for prompts with the same
-            chunks at the same places; `None`: on a GPU or TPU, a quarter of what is free. It gives way where a prefill, or
-            an answer's cache, lacks memory.
+            chunks at the same places; `None`: on a GPU or TPU, a quarter of what is free. It gives way where a prefill,
+            or an answer's cache, lacks memory.
         store_missing: whether chunks that a request lacked are computed alone and stored, in the background, after its
             first token. Without it only `precompute` stores.
         hosts_timeout_s: where the model's mesh spans several processes, how long one waits for another, the compiling
