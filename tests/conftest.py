@@ -17,10 +17,12 @@ CACHE = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# These flags save two thirds of compiling. From jax 0.11 on there are no other emitters to choose.
+# These flags save three quarters of compiling: among them, not to cut small programs up for several threads. From jax
+# 0.11 on there are no other emitters to choose, and cutting costs nothing.
 QUICKLY, AS_USERS = {"xla_backend_optimization_level": 0}, {"xla_backend_optimization_level": 3}
 if importlib.metadata.version("jax") < "0.11":
-    QUICKLY["xla_cpu_use_fusion_emitters"], AS_USERS["xla_cpu_use_fusion_emitters"] = False, True
+    QUICKLY |= {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+    AS_USERS |= {"xla_cpu_use_fusion_emitters": True, "xla_cpu_parallel_codegen_split_count": 32}
 FLAGS = [f"--{name}={str(value).lower()}" for name, value in QUICKLY.items()]
 FLAGS.append("--xla_force_host_platform_device_count=8")  # meshes need devices
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
@@ -232,6 +234,13 @@ ON_EVERY_VERSION = (
     *("pallas_kernels/test_hopper", "pallas_kernels/test_selective_attention"),
     *("store/test_chunk_store.py", "store/test_disk.py", "store/test_object_storage.py", "store/test_threads.py"),
 )
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector what was imported, and most of its rounds: tracing makes very many objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):
