@@ -21,11 +21,10 @@ from cacheblend_jax.model import LayerKV
 from cacheblend_jax.runtime.host_buffers import HostBuffers
 from cacheblend_jax.runtime.link import SimulatedLink
 
-SELECTORS = sorted(set(cb.SELECTORS) - {"oracle"})
-CASES = [(family, "hkvd", 0.1) for family in FAMILIES]
-CASES += [("llama3", "hkvd", 0.0), ("llama3", "hkvd", 0.4), ("qwen2", "hkvd", 1.0)]
-CASES += [("qwen2", "cross", 0.3), ("qwen2", "query", 0.3)]
-CASES += [("qwen3", selector, 0.2) for selector in SELECTORS if selector != "hkvd"] + [("qwen3", "oracle", 0.2)]
+# Every family, every selector (those that read attention with sliding windows), and ratios from 0 to 1.
+CASES = [("llama2", "random", 0.2), ("llama3", "hkvd", 0.4), ("mistral", "cross", 0.3), ("qwen2", "query", 0.3)]
+CASES += [("qwen3", "oracle", 0.2), ("gemma3", "hkvd", 0.1), ("every_option", "hkvd", 0.1)]
+CASES += [("llama2", "hkvd", 0.0), ("llama2", "hkvd", 1.0), ("llama2", "epic", 0.2)]
 
 
 def engines(model, blend=TWO_STAGES, store=None, **options):
@@ -42,6 +41,12 @@ def assert_same(out, wanted, tolerance=2e-6):
     assert relative_error(out.cache.v, wanted.cache.v) < tolerance
     assert out.next_token == wanted.next_token
     assert out.stats.flops == wanted.stats.flops
+
+
+def test_every_selector_and_family_has_a_case():
+    families, selectors, _ = zip(*CASES, strict=True)
+    assert set(families) == set(FAMILIES)
+    assert set(selectors) == set(cb.SELECTORS)
 
 
 @pytest.mark.parametrize(("family", "selector", "ratio"), CASES)
@@ -215,9 +220,11 @@ class FaultyStore(cb.store.ThrottledStore):
         chunk.read_layer = fail
 
 
+DAMAGED, STALE = cb.DamagedEntryError("chunk: layer 4 is damaged"), OSError("stale file handle")
+
+
 @pytest.mark.parametrize("executor", ["resident", "streamed"])
-@pytest.mark.parametrize("layer", [0, 4])
-@pytest.mark.parametrize("error", [cb.DamagedEntryError("chunk: layer 4 is damaged"), OSError("stale file handle")])
+@pytest.mark.parametrize(("layer", "error"), [(0, DAMAGED), (4, STALE)])
 def test_a_lost_chunk_becomes_a_miss_and_the_answer_is_right(executor, layer, error, caplog):
     model, store, prompt = family_model("qwen2"), cb.ChunkStore(), random_prompt(10)
     blend = cb.BlendConfig(0.3, num_stages=1)
@@ -235,17 +242,19 @@ def test_a_lost_chunk_becomes_a_miss_and_the_answer_is_right(executor, layer, er
     assert (again.stats.damaged, again.stats.hits) == (0, 4)
 
 
-@pytest.mark.parametrize("executor", ["resident", "streamed"])
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
+    ("shape", "dtype", "executor", "tier"),
     [
-        ((6, 1, 2, 8), np.float32),  # one token would be broadcast to all
-        ((6, 40, 2, 8), np.float16),  # another dtype would be cast
-        ((3, 40, 2, 8), np.float32),
-        ((6, 40, 4, 4), np.float32),
+        ((6, 1, 2, 8), np.float32, "resident", "host"),  # one token would be broadcast to all
+        ((6, 1, 2, 8), np.float32, "streamed", "device"),
+        ((6, 40, 2, 8), np.float16, "resident", "device"),  # another dtype would be cast
+        ((6, 40, 2, 8), np.float16, "streamed", "host"),
+        ((3, 40, 2, 8), np.float32, "resident", "host"),
+        ((3, 40, 2, 8), np.float32, "streamed", "device"),
+        ((6, 40, 4, 4), np.float32, "resident", "device"),
+        ((6, 40, 4, 4), np.float32, "streamed", "host"),
     ],
 )
-@pytest.mark.parametrize("tier", ["host", "device"])
 def test_an_entry_that_is_not_the_chunks_is_a_miss(executor, shape, dtype, tier):
     model, prompt = family_model("qwen2"), random_prompt(12)
     store = cb.ChunkStore(device_bytes=2**24 if tier == "device" else 0)
