@@ -124,9 +124,9 @@ def test_full_prefill_is_one_stage():
     ("mode", "most", "prefix", "chunk", "lengths"),
     [
         *((mode, 300, 9, 0, None) for mode in ("full", "prefix", "reuse")),
-        *(("blend", most, 9, chunk, None) for most, chunk in ((1, 0), (130, 0), (300, 0), (300, 20))),
-        *((mode, 150, 0, 20, None) for mode in ("prefix", "reuse", "blend")),
-        ("blend", 300, 9, 20, (100, 290)),
+        *(("blend", most, 9, chunk, None) for most, chunk in ((1, 0), (130, 0), (300, 0), (300, 5))),
+        *((mode, 150, 0, 5, None) for mode in ("prefix", "reuse", "blend")),
+        ("blend", 300, 9, 5, (100, 290)),
     ],
 )
 def test_warmup_plans_are_all_there_are(mode, most, prefix, chunk, lengths):
