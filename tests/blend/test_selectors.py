@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ each_family = pytest.mark.parametrize("family", ["llama3", "gemma3_capped"])
 
 
 def blend_engine(selector: str, ratio: float = 0.2, family: str = "llama3", **options) -> cb.Engine:
-    blend = cb.BlendConfig(ratio, selector=selector, check_layer=CHECK, **{"num_stages": 2} | options)
+    blend = cb.BlendConfig(ratio, selector=selector, check_layer=CHECK, **{"num_stages": 1} | options)
     return cb.Engine(family_model(family), blend=blend)
 
 
@@ -56,8 +58,11 @@ def weights_of(layer, config, scores: jnp.ndarray, visible: np.ndarray) -> jnp.n
     return jax.nn.softmax(scores, axis=-1)[..., : visible.shape[1]]
 
 
-def forward(model: cb.Model, token_ids: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """A dense full prefill in plain jnp: each layer's k (before RoPE), v, and attention weights [heads, q, k]."""
+@functools.cache  # operation by operation it is slow to compile
+def forward(family: str) -> list[dict[str, np.ndarray]]:
+    """A dense full prefill of the prompt in plain jnp: each layer's k (before RoPE), v, and weights [heads, q, k]."""
+    model, prompt = family_model(family), the_prompt()
+    token_ids = np.concatenate([prompt.prefix, *prompt.chunks, prompt.suffix])
     config, params = model.config, model.params
     hidden = embedder(params, config).embed(jnp.asarray(token_ids))
     angles, scale = rope_tables(config, token_ids.size), config.attention_scale or config.head_dim**-0.5
@@ -94,7 +99,7 @@ def test_hkvd_picks_the_highest_kv_deviation_at_the_check_layer(part):
     engine, prompt = blend_engine("hkvd", deviation=part), the_prompt()
     chosen = chosen_after_check(engine, prompt)
     k, v = stored(engine, prompt)
-    full = forward(engine.model, np.concatenate([prompt.prefix, *prompt.chunks, prompt.suffix]))[CHECK]
+    full = forward("llama3")[CHECK]
     scores = np.zeros(TOTAL)
     active = np.arange(TOTAL) >= PREFIX
     for name, fresh, cached in (("k", full["k"], k[CHECK]), ("v", full["v"], v[CHECK])):
@@ -109,10 +114,7 @@ def test_hkvd_picks_the_highest_kv_deviation_at_the_check_layer(part):
 def test_cross_picks_what_looked_at_other_chunks_in_the_layer_before_the_check(family):
     engine, prompt = blend_engine("cross", family=family), the_prompt()
     chosen = chosen_after_check(engine, prompt)
-    weights = forward(engine.model, np.concatenate([prompt.prefix, *prompt.chunks, prompt.suffix]))[CHECK - 1][
-        "weights"
-    ]
-    mean_weights = weights.mean(0)
+    mean_weights = forward(family)[CHECK - 1]["weights"].mean(0)
     scores = np.zeros(TOTAL)
     start = PREFIX
     for length in LENGTHS:
@@ -128,7 +130,7 @@ def test_cross_picks_what_looked_at_other_chunks_in_the_layer_before_the_check(f
 def test_query_picks_first_tokens_then_by_the_questions_attention_over_cached_kv_times_deviation(family):
     engine, prompt = blend_engine("query", family=family), the_prompt()
     chosen = chosen_after_check(engine, prompt)
-    full = forward(engine.model, np.concatenate([prompt.prefix, *prompt.chunks, prompt.suffix]))[CHECK]
+    full = forward(family)[CHECK]
     k, v = stored(engine, prompt)
     deviation = np.zeros(TOTAL)
     active = np.arange(TOTAL) >= PREFIX
@@ -169,7 +171,7 @@ def question_attention(engine: cb.Engine, prompt: cb.Prompt) -> np.ndarray:
 def test_oracle_picks_the_true_deviation_over_all_layers(family):
     engine, prompt = blend_engine("oracle", family=family), the_prompt()
     chosen = chosen_after_check(engine, prompt)
-    layers = forward(engine.model, np.concatenate([prompt.prefix, *prompt.chunks, prompt.suffix]))
+    layers = forward(family)
     k, v = stored(engine, prompt)
     # Forced tokens have no stored KV, and the prefix's is exact: only the candidates are compared.
     scores = np.zeros(TOTAL)
@@ -225,16 +227,20 @@ def test_a_selector_of_ones_own():
         cb.register_selector("other", lambda evidence: evidence.index, frozenset({"logits"}))
 
 
+SIZES = (1, 2, 7, 30)  # few, since each is compiled
+highest_of = jax.jit(highest, static_argnums=4)
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**16))
+@given(st.sampled_from(SIZES), st.sampled_from(SIZES), st.integers(0, 2**16))
 def test_highest_keeps_forced_rows_then_the_best_in_order(size, room, seed):
     rng = np.random.default_rng(seed)
     scores = rng.choice([0.0, 1.0, 2.0, np.nan, np.inf], size).astype(np.float32)
     valid = rng.random(size) < 0.8
     forced = (rng.random(size) < 0.2) & valid
-    room = min(max(room, forced.sum(), 1), size)  # forced rows always fit
+    room = min(next(each for each in SIZES if each >= max(room, forced.sum())), size)  # forced rows always fit
     keep = int(rng.integers(forced.sum(), room + 1))
-    survivors = highest(jnp.asarray(scores), jnp.asarray(forced), jnp.asarray(valid), jnp.asarray(keep), int(room))
+    survivors = highest_of(scores, forced, valid, np.int32(keep), room)
     kept = np.asarray(survivors.indices)[np.asarray(survivors.valid)]
     clean = np.nan_to_num(scores, nan=0.0, posinf=1e30)
     order = sorted(np.flatnonzero(valid), key=lambda i: (not forced[i], -clean[i], i))
