@@ -22,6 +22,8 @@ os.environ.setdefault("MOSAIC_GPU_DUMP_PTXAS", "1")  # registers and spills, rea
 INSTALL = "pip install --no-deps jax-cuda13-plugin=={0} jax-cuda13-pjrt=={0} nvidia-cuda-nvcc nvidia-nvvm libtpu"
 AUTO = (AxisType.Auto,)  # from jax 0.12 on meshes are explicit by default
 NO_SPILL = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+# For blends of whole models on a TPU: a quarter of the time. Programs then have the same kernels, and 6 % more memory.
+LITTLE_EFFORT = {"exec_time_optimization_effort": -1.0}
 
 
 class Gpu(NamedTuple):

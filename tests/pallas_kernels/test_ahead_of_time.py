@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import NO_SPILL, compiler
+from ahead_of_time import LITTLE_EFFORT, NO_SPILL, compiler
 
 from cacheblend_jax.blend.layer_step import PromptSequence
 from cacheblend_jax.blend.resident import Request, prefill
@@ -291,7 +291,8 @@ def test_decoding_for_an_h200_copies_no_weights_and_no_cache(options, monkeypatc
 def test_a_whole_blend_compiles_for_a_tpu(monkeypatch):
     # As many layers of Llama 3 8B as a v5e holds weights, KV and embeddings of.
     monkeypatch.setenv(OVERRIDE, "pallas")
-    compiled = compiler("tpu")(*_blend_arguments(replace(LLAMA3_8B, num_layers=12, windows=(None,) * 12), 1))
+    arguments = _blend_arguments(_with_layers(12), 1)
+    compiled = compiler("tpu")(*arguments, options=LITTLE_EFFORT)
     text = compiled.as_text()
     assert "selective_attention_tpu" in text
     assert "blend_kv_tpu" in text

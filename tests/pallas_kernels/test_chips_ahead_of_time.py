@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import GPUS, NO_SPILL, TPUS, compiler
+from ahead_of_time import GPUS, LITTLE_EFFORT, NO_SPILL, TPUS, compiler
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_ahead_of_time import _attention, _blend_arguments, _decode_arguments, _with_layers
 
@@ -171,7 +171,7 @@ def test_a_blend_and_a_decode_step_of_llama_3_8b_compile(chip, kernel, monkeypat
     monkeypatch.setenv(OVERRIDE, "pallas")
     by_layer, config = chip in GPUS, _with_layers(4)
     options = COMPILER_OPTIONS["gpu"] | NO_SPILL if chip in GPUS else None
-    blend = compiler(chip)(*_blend_arguments(config, 1, by_layer=by_layer), options=options)
+    blend = compiler(chip)(*_blend_arguments(config, 1, by_layer=by_layer), options=options or LITTLE_EFFORT)
     decode = compiler(chip)(*_decode_arguments(config, by_layer=by_layer), donate=(1,), options=options)
     assert f"blend_kv_{kernel}" in blend.as_text()
     for program in (blend, decode):
