@@ -174,6 +174,12 @@ def as_users_run_it(monkeypatch):
     compiler_options.cache_clear()
 
 
+@pytest.fixture
+def one_length(monkeypatch):
+    """Evaluations pad all prompts to one length: compiling for three takes most of the time."""
+    monkeypatch.setattr("cacheblend_jax.evaluation.evaluator.NUM_BUCKETS", 1)
+
+
 @pytest.fixture(autouse=True)
 def own_user_cache(monkeypatch, tmp_path_factory) -> Path:
     """Gives each test a user cache and a configuration of its own, not those of whoever runs the tests."""

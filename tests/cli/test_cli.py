@@ -377,18 +377,19 @@ def test_evaluate_names_what_makes_no_sense_before_any_work(capsys, monkeypatch,
 
 
 @pytest.mark.once
+@pytest.mark.usefixtures("one_length")
 def test_check_layers_are_measured_and_saved(tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(demo_directory(), model)
     (model / "cacheblend.json").unlink()
     assert cb.load_model(model).config.check_layer == 1
-    assert evaluate("--model", str(model), "--check-layers", "--limit", "2") == 0
+    assert evaluate("--model", str(model), "--check-layers", "--limit", "1") == 0
     assert "check layer: " in capsys.readouterr().out
     assert cb.load_model(model).config.check_layer == cb.load_model("demo").config.check_layer > 1
 
 
 @pytest.mark.once
-@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.usefixtures("as_users_run_it", "one_length")
 def test_demo_shows_that_reuse_fails_and_blend_does_not(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     # Each selector and ratio has programs of its own to compile.

@@ -29,10 +29,9 @@ def demo():
 
 
 @pytest.mark.once
-@pytest.mark.usefixtures("as_users_run_it")
-def test_i8_blend_restores_what_reuse_loses_and_random_choice_does_not(monkeypatch):
+@pytest.mark.usefixtures("as_users_run_it", "one_length")
+def test_i8_blend_restores_what_reuse_loses_and_random_choice_does_not():
     """The point of it all, in small: fails where blend's advantage over reuse or over random is gone."""
-    monkeypatch.setattr("cacheblend_jax.evaluation.evaluator.NUM_BUCKETS", 1)  # compiling takes most of the time
     less = Setting("blend", "hkvd", 0.1)
     settings = [Setting("full"), Setting("reuse"), HKVD, less, RANDOM]
     difficulty = Difficulty(num_chunks=(7, 7), chunk_words=(48, 56))
