@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import cacheblend_jax as cb
+from cacheblend_jax.engine.answer import AnswerToken
 from cacheblend_jax.engine.prompt import tokenize_prompt
 from cacheblend_jax.engine.results import PrefillStats
 from cacheblend_jax.errors import QueueFull
@@ -50,13 +51,16 @@ class ScriptedAnswer:
         if self._scheduler.fails is not None:
             raise self._scheduler.fails
         self.prefill_stats = self._stats
-        for number, text in enumerate(self._scheduler.script[: self._most]):
+        for number, text in enumerate(self._scheduler.script[: self._most]):  # its place is its id
             await asyncio.to_thread(self._scheduler.gate.wait)
             if self.cancelled.is_set():
                 self.finish_reason = "cancelled"
                 return
             yield number, text
         self.finish_reason = "length" if len(self._scheduler.script) > self._most else "stop"
+
+    def token(self, number: int) -> AnswerToken:
+        return self._scheduler.tokens[number]
 
     def cancel(self) -> None:
         if not self.cancelled.is_set():
@@ -75,9 +79,20 @@ class ScriptedScheduler:
         self.fails: Exception | None = None
         self.is_full = self.is_closed = False
         self.submitted: list[dict[str, Any]] = []
+        self.tokens = [AnswerToken(0.25, None)] * len(script)
         self.answers: queue.SimpleQueue[ScriptedAnswer] = queue.SimpleQueue()
 
-    def submit(self, prompt, *, mode="blend", blend=None, max_new_tokens=256, sampling=None, stop_token_ids=None):
+    def submit(
+        self,
+        prompt,
+        *,
+        mode="blend",
+        blend=None,
+        max_new_tokens=256,
+        sampling=None,
+        stop_token_ids=None,
+        logprobs=False,
+    ):
         if self.is_full:
             raise QueueFull("64 requests wait already; try again later")
         config = self.engine.model.config
@@ -85,7 +100,7 @@ class ScriptedScheduler:
             prompt, self.engine.model.tokenizer, vocab_size=config.vocab_size, max_tokens=config.max_positions
         )
         how = {"prompt": prompt, "mode": mode, "blend": blend, "max_new_tokens": max_new_tokens, "sampling": sampling}
-        self.submitted.append(how)
+        self.submitted.append({**how, "logprobs": logprobs})
         loaded = tuple(each.is_stored for each in self.engine.look_up(prompt)) if mode != "full" else ()
         reused = sum(ids.size for ids, stored in zip(tokenized.chunks, loaded, strict=False) if stored)
         total = tokenized.token_ids.size

@@ -6,12 +6,28 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cacheblend_jax.engine.growing_text import GrowingText
 from cacheblend_jax.engine.results import GenerateStats, Generation, PrefillStats
 from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model.logprobs import TokenLogprobs
+
+
+@dataclass(frozen=True)
+class AnswerToken:
+    """What is known of an answer's token.
+
+    Attributes:
+        seconds: since the one before it, or, of the first, since the request. Of tokens that were decoded together,
+            each has an equal share.
+        logprobs: where they were asked for.
+    """
+
+    seconds: float
+    logprobs: TokenLogprobs | None
 
 
 class Answer:
@@ -30,6 +46,7 @@ class Answer:
         self._on_cancel = on_cancel
         self._changed = threading.Condition()  # guards what follows
         self._token_ids: list[int] = []
+        self._tokens: list[AnswerToken] = []
         self._texts: list[str] = []
         self._growing_text = GrowingText(tokenizer)
         self._num_read = 0
@@ -37,7 +54,7 @@ class Answer:
         self._prefill_stats: PrefillStats | None = None
         self._finish_reason: str | None = None
         self._error: BaseException | None = None
-        self._first_at = self._last_at = 0.0
+        self._first_at = self._last_at = time.perf_counter()
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return self
@@ -99,6 +116,10 @@ class Answer:
         """Why the answer has ended: `"stop"`, `"length"` or `"cancelled"`; `None` before, and after errors."""
         return self._finish_reason
 
+    def token(self, number: int) -> AnswerToken:
+        """Returns what is known of a token that has come, counted from 0."""
+        return self._tokens[number]
+
     @property
     def has_ended(self) -> bool:
         """Whether no more tokens come."""
@@ -108,15 +129,21 @@ class Answer:
         """Takes the prefill's statistics (the scheduler's to call, as the methods below)."""
         self._prefill_stats = stats
 
-    def add(self, token_id: int) -> bool:
-        """Takes the next token, unless the answer has ended; returns whether it has not."""
+    def add(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> bool:
+        """Takes the next tokens, which were decoded together, unless it has ended; returns whether it has not.
+
+        Args:
+            logprobs: of each, or none.
+        """
         with self._changed:
             if self._has_ended:
                 return False
-            self._last_at = time.perf_counter()
+            before, self._last_at = self._last_at, time.perf_counter()
             if not self._token_ids:
                 self._first_at = self._last_at
-            self._token_ids.append(token_id)
+            seconds = (self._last_at - before) / len(token_ids)
+            self._tokens += [AnswerToken(seconds, logprobs[at] if logprobs else None) for at in range(len(token_ids))]
+            self._token_ids += token_ids
             self._wake()
             return True
 

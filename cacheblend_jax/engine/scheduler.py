@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -17,7 +17,7 @@ from cacheblend_jax.engine.generation import Decoding
 from cacheblend_jax.engine.prompt import Prompt, check_length
 from cacheblend_jax.engine.results import PrefillResult
 from cacheblend_jax.engine.scheduling import Prefills, SchedulerStats
-from cacheblend_jax.engine.slot_batch import Ending, SlotBatch
+from cacheblend_jax.engine.slot_batch import Block, Ending, SlotBatch
 from cacheblend_jax.engine.waiting import WaitingRequests
 from cacheblend_jax.errors import CacheBlendError, NotReadyError, QueueFull, SchedulerClosed, is_whole_number
 from cacheblend_jax.model.decode import MOST_AT_ONCE
@@ -36,6 +36,7 @@ class _Request:
 
     Attributes:
         times_aside: how often it was set aside for something that had to be done first.
+        logprobs: whether its tokens come with log-probabilities.
         compile_s: seconds of that which the compiler took.
         num_tokens: of its answer, so far.
     """
@@ -47,6 +48,7 @@ class _Request:
     blend: BlendConfig | str | None
     sampling: Sampling
     ending: Ending
+    logprobs: bool = False
     submitted_at: float = field(default_factory=time.perf_counter)
     times_aside: int = 0
     compile_s: float = 0.0
@@ -112,8 +114,13 @@ class Scheduler:
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         stop_token_ids: Collection[int] | None = None,
+        logprobs: bool = False,
     ) -> Answer:
         """Queues a request, whose arguments are those of `Engine.generate`, and returns its answer to be.
+
+        Args:
+            logprobs: whether log-probabilities come with each token (`Answer.token`). Decoding takes longer with them,
+                for all answers that run at the time.
 
         Raises:
             QueueFull: as many requests wait as may.
@@ -134,7 +141,8 @@ class Scheduler:
                 raise SchedulerClosed("the scheduler is closed; make another")
             if len(self._waiting) >= self._most_waiting:
                 raise QueueFull(f"{self._most_waiting} requests wait already; try again later, or raise `waiting`")
-            self._waiting.add(_Request(answer, ids, length, mode, blend, sampling or Sampling(), ending))
+            how = mode, blend, sampling or Sampling(), ending, logprobs
+            self._waiting.add(_Request(answer, ids, length, *how))
             self._changed.notify()
         return answer
 
@@ -249,12 +257,12 @@ class Scheduler:
         waited = time.perf_counter() - request.submitted_at - request.compile_s
         try:
             out = self._prefilled(request)
-            token = self._batch.first_token(out, request.sampling)
+            first = self._batch.first_token(out, request.sampling, with_logprobs=request.logprobs)
             took = {name: getattr(out.stats, name) + waited for name in ("ttft_s", "wait_s")}
             compile_s = out.stats.compile_s + request.compile_s
             request.answer.prefilled(replace(out.stats, **took, compile_s=compile_s))
-            if self._hand_out(request, [token]):
-                self._insert(request, out, token)
+            if self._hand_out(request, first):
+                self._insert(request, out, first.token_ids[0])
         except NotReadyError as needed:
             self._set_aside(request, needed.work)
         except BaseException as error:  # this request's alone
@@ -270,7 +278,8 @@ class Scheduler:
             NotReadyError: something must be done first, beside the answers that run.
         """
         only_if_ready = request.times_aside < MOST_ASIDE
-        if only_if_ready and (work := self._batch.preparation(request.length)) is not None:
+        work = self._batch.preparation(request.length, with_logprobs=request.logprobs)
+        if only_if_ready and work is not None:
             raise NotReadyError("the programs of the slots are not compiled", work)
         return self._engine.prefill(request.prompt, request.mode, blend=request.blend, only_if_ready=only_if_ready)
 
@@ -292,6 +301,7 @@ class Scheduler:
                 self._changed.notify()
 
         with self._changed:
+            self._prefilling = None
             self._waiting.set_aside(request)
         try:
             self._preparing.submit(prepare)
@@ -317,7 +327,8 @@ class Scheduler:
         if not running:
             return
         try:
-            decoded = self._batch.decode(running, 1 if is_wanted else self._steps)
+            with_logprobs = any(request.logprobs for request in running.values())
+            decoded = self._batch.decode(running, 1 if is_wanted else self._steps, with_logprobs=with_logprobs)
         except BaseException as error:
             self._fail_all(error)
             return
@@ -326,18 +337,23 @@ class Scheduler:
                 with self._changed:
                     self._running.pop(slot, None)
 
-    def _hand_out(self, request: _Request, token_ids: Sequence[int]) -> bool:
+    def _hand_out(self, request: _Request, block: Block) -> bool:
         """Gives an answer its next tokens; returns whether it goes on after them."""
-        for token in token_ids:
+        reason, token_ids = None, []
+        for token in block.token_ids:
             request.num_tokens += 1
             reason = request.ending.reason(token, request.num_tokens)
-            if reason != "stop" and not request.answer.add(token):
-                return False
-            with self._changed:
-                self._counts["tokens"] += reason != "stop"
+            if reason != "stop":
+                token_ids.append(token)
             if reason is not None:
-                self._count("answered", request.answer.finish(reason))
-                return False
+                break
+        logprobs = block.logprobs[: len(token_ids)] if request.logprobs else ()
+        if token_ids and not request.answer.add(token_ids, logprobs):
+            return False
+        with self._changed:
+            self._counts["tokens"] += len(token_ids)
+        if reason is not None:
+            self._count("answered", request.answer.finish(reason))
         return not request.answer.has_ended
 
     def _fail_all(self, error: BaseException, *others: _Request) -> None:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets, buckets_up_to
 from cacheblend_jax.engine.generation import angles_of
 from cacheblend_jax.engine.results import PrefillResult
 from cacheblend_jax.model.kv_cache import KVCache, abstract_cache
+from cacheblend_jax.model.logprobs import TokenLogprobs, logprobs_of
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.sampling import Draw, Sampling, next_token
 from cacheblend_jax.model.slots import NONE, DecodedSlots, Slots, Turn, decode_slots, empty_slots, insert
@@ -33,6 +35,14 @@ class Ending:
         return "length" if number >= self.most else None
 
 
+@dataclass(frozen=True)
+class Block:
+    """Tokens of one answer that were decoded together, with the log-probabilities of each, or without any."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+
+
 class SlotBatch:
     """The slots of one scheduler; used by its thread alone.
 
@@ -50,21 +60,24 @@ class SlotBatch:
     def warm_up(self) -> None:
         """Compiles what inserts prompts of every padded length, and what decodes; allocates the slots."""
         for size in buckets_up_to(self._buckets.length, self.capacity):
-            self._prepare(size)
+            self._prepare(size, with_logprobs=False)
         self.decode({}, 1)
 
-    def preparation(self, length: int) -> Callable[[], Prepared] | None:
+    def preparation(self, length: int, *, with_logprobs: bool = False) -> Callable[[], Prepared] | None:
         """Returns what compiles the programs for a prompt of `length` tokens, in any thread; `None`: they are ready."""
         size = self._buckets.length(length)
-        return None if self._model.runner.is_prepared(self._name(size)) else partial(self._prepare, size)
+        if self._model.runner.is_prepared(self._name(size, with_logprobs)):
+            return None
+        return partial(self._prepare, size, with_logprobs)
 
-    def _prepare(self, size: int) -> Prepared:
-        return self._model.runner.prepare(self._name(size), partial(self._run_over_shapes, size))
+    def _prepare(self, size: int, with_logprobs: bool) -> Prepared:
+        over_shapes = partial(self._run_over_shapes, size, with_logprobs)
+        return self._model.runner.prepare(self._name(size, with_logprobs), over_shapes)
 
-    def _name(self, size: int) -> Hashable:
-        return insert, self.num_slots, self.capacity, size
+    def _name(self, size: int, with_logprobs: bool) -> Hashable:
+        return insert, self.num_slots, self.capacity, size, with_logprobs
 
-    def _run_over_shapes(self, size: int, run: Callable[..., Any]) -> None:
+    def _run_over_shapes(self, size: int, with_logprobs: bool, run: Callable[..., Any]) -> None:
         """Does what the methods below do, with `run` in the runner's place."""
         model = self._model
         run(next_token, np.zeros(model.config.vocab_size, np.float32), Draw.by(Sampling()), np.int32(0))
@@ -72,13 +85,14 @@ class SlotBatch:
         slots = run(empty_slots, angles, config=model.config, num_slots=self.num_slots)
         cache = abstract_cache(model.config, size, model.cache_placement)
         self._insert(run, slots, cache, self._turn(0, 0, Ending(frozenset(), 1), Sampling()), 0)
-        self._decode(run, slots, np.zeros(self.num_slots, bool), 1)
+        self._decode(run, slots, np.zeros(self.num_slots, bool), 1, with_logprobs)
 
-    def first_token(self, out: PrefillResult, sampling: Sampling) -> int:
+    def first_token(self, out: PrefillResult, sampling: Sampling, *, with_logprobs: bool = False) -> Block:
         """Returns the token that a prefill's logits give."""
-        if sampling.temperature == 0:
-            return out.next_token
-        return int(self._model.runner(next_token, out.logits, Draw.by(sampling), np.int32(0)))
+        token = out.next_token
+        if sampling.temperature > 0:
+            token = int(self._model.runner(next_token, out.logits, Draw.by(sampling), np.int32(0)))
+        return Block([token], [logprobs_of(out.logits, token)] if with_logprobs else [])
 
     def insert(self, slot: int, out: PrefillResult, token: int, ending: Ending, sampling: Sampling) -> None:
         """Puts a prefilled prompt whose answer goes on after its first token into a slot."""
@@ -86,22 +100,29 @@ class SlotBatch:
         slots, self._slots = self._state(), None  # lost where the program fails
         self._slots = self._insert(self._model.runner, slots, cache, turn, slot)
 
-    def decode(self, running: Collection[int], steps: int) -> list[list[int]]:
+    def decode(self, running: Collection[int], steps: int, *, with_logprobs: bool = False) -> list[Block]:
         """Decodes up to `steps` tokens of the slots that run; returns each slot's."""
         goes_on = np.isin(np.arange(self.num_slots), list(running))
         slots, self._slots = self._state(), None
-        decoded = self._decode(self._model.runner, slots, goes_on, steps)
-        token_ids = np.asarray(decoded.token_ids)
+        decoded = self._decode(self._model.runner, slots, goes_on, steps, with_logprobs)
+        token_ids, rows = jax.device_get((decoded.token_ids, decoded.logprobs))
         self._slots = decoded.slots
-        return [[int(token) for token in column if token != NONE] for column in token_ids.T]
+        blocks = []
+        for slot, column in enumerate(token_ids.T):
+            tokens = [int(token) for token in column if token != NONE]
+            blocks.append(Block(tokens, [rows.of_token(step, slot) for step in range(len(tokens))] if rows else []))
+        return blocks
 
     @staticmethod
     def _insert(run: Callable[..., Any], slots: Slots, cache: KVCache, turn: Turn, slot: int) -> Slots:
         return run(insert, slots, cache, turn, np.int32(slot), donate=("slots",))
 
-    def _decode(self, run: Callable[..., Any], slots: Slots, goes_on: np.ndarray, steps: int) -> DecodedSlots:
+    def _decode(
+        self, run: Callable[..., Any], slots: Slots, goes_on: np.ndarray, steps: int, with_logprobs: bool
+    ) -> DecodedSlots:
         arrays = self._model.params, slots, goes_on, np.int32(steps), self._angles
-        return run(decode_slots, *arrays, donate=("slots",), config=self._model.config)
+        static = {"config": self._model.config, "with_logprobs": with_logprobs}
+        return run(decode_slots, *arrays, donate=("slots",), **static)
 
     def _state(self) -> Slots:
         """Returns the slots; empty ones at first, and after a program that failed has taken their buffers."""

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.decode import MOST_AT_ONCE, run_rows
 from cacheblend_jax.model.kv_cache import KVCache
+from cacheblend_jax.model.logprobs import LogprobRows
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.sampling import Draw, HostOrDevice, Sampling, next_tokens
@@ -61,6 +62,7 @@ class DecodedSlots(NamedTuple):
     """What `decode_slots` returns: each step's tokens, `NONE` for slots that were idle and after the last step."""
 
     token_ids: Int[Array, "most_at_once slots"]
+    logprobs: LogprobRows | None
     slots: Slots
 
 
@@ -91,10 +93,14 @@ def decode_slots(
     angles: Angles,
     *,
     config: ModelConfig,
+    with_logprobs: bool = False,
 ) -> DecodedSlots:
     """Decodes up to `limit` tokens of each slot, at most `MOST_AT_ONCE` (traceable); callers donate `slots`.
 
     An answer that has met a stop token, or has all its tokens, is idle from then on; so is one that doesn't go on.
+
+    Args:
+        with_logprobs: whether log-probabilities come with the tokens. They take time in every step.
     """
 
     def is_busy(state: tuple[Int[Array, ""], DecodedSlots]) -> Bool[Array, ""]:
@@ -102,25 +108,31 @@ def decode_slots(
         return (count < jnp.minimum(limit, MOST_AT_ONCE)) & (decoded.slots.turn.left > 0).any()
 
     def step(state: tuple[Int[Array, ""], DecodedSlots]) -> tuple[Int[Array, ""], DecodedSlots]:
-        count, (token_ids, slots) = state
-        token, slots = _one_step(params, slots, angles, config)
-        return count + 1, DecodedSlots(token_ids.at[count].set(token), slots)
+        count, (token_ids, logprobs, slots) = state
+        token, logits, slots = _one_step(params, slots, angles, config)
+        if logprobs is not None:
+            row = LogprobRows.of(logits, jnp.maximum(token, 0))
+            logprobs = logprobs.with_row(count, jax.tree.map(constrained, row))
+        return count + 1, DecodedSlots(token_ids.at[count].set(token), logprobs, slots)
 
     turn = slots.turn
     slots = replace(slots, turn=replace(turn, left=jnp.where(goes_on, turn.left, 0)))
     none = jnp.full((MOST_AT_ONCE, goes_on.shape[0]), NONE, jnp.int32)
-    return lax.while_loop(is_busy, step, (jnp.int32(0), DecodedSlots(none, slots)))[1]
+    rows = LogprobRows.empty(MOST_AT_ONCE, goes_on.shape[0], config.vocab_size) if with_logprobs else None
+    return lax.while_loop(is_busy, step, (jnp.int32(0), DecodedSlots(none, rows, slots)))[1]
 
 
-def _one_step(params: Params, slots: Slots, angles: Angles, config: ModelConfig) -> tuple[Int[Array, " slots"], Slots]:
-    """Returns each slot's next token, `NONE` where it is idle, and the slots after it."""
+def _one_step(
+    params: Params, slots: Slots, angles: Angles, config: ModelConfig
+) -> tuple[Int[Array, " slots"], Float[Array, "slots vocab"], Slots]:
+    """Returns each slot's next token, `NONE` where it is idle, the logits that it was drawn from, and the slots."""
     with rows_called(slots.cache.rows_axis(current_partition())):
         return _step_of_rows(params, slots, angles, config)
 
 
 def _step_of_rows(
     params: Params, slots: Slots, angles: Angles, config: ModelConfig
-) -> tuple[Int[Array, " slots"], Slots]:
+) -> tuple[Int[Array, " slots"], Float[Array, "slots vocab"], Slots]:
     turn = slots.turn
     runs = turn.left > 0
     positions = jnp.where(runs, turn.position, slots.cache.capacity)  # idle slots write nothing and see nothing
@@ -137,4 +149,4 @@ def _step_of_rows(
         number=turn.number + runs,
         left=jnp.where(runs & ~ends, turn.left - 1, 0),
     )
-    return jnp.where(runs, token, NONE), Slots(cache, after)
+    return jnp.where(runs, token, NONE), logits, Slots(cache, after)

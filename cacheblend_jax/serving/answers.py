@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from cacheblend_jax.engine.results import PrefillStats
@@ -14,6 +15,20 @@ from cacheblend_jax.serving.requests import AnswerRequest
 from cacheblend_jax.serving.scheduling import Answer
 from cacheblend_jax.serving.service import Service
 from cacheblend_jax.serving.stop_strings import StopStrings
+from cacheblend_jax.serving.token_logprobs import ShownToken
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What an answer gains at a time: text, and the tokens whose text it is, where log-probabilities were asked for.
+
+    Attributes:
+        offset: characters of the answer before it.
+    """
+
+    text: str
+    tokens: tuple[ShownToken, ...]
+    offset: int
 
 
 class RunningAnswer:
@@ -21,16 +36,18 @@ class RunningAnswer:
 
     Attributes:
         request: what was asked for.
+        tokenizer: the model's.
         num_tokens: of the answer, so far.
         finish_reason: `"stop"` or `"length"`, once it has ended.
     """
 
     def __init__(self, service: Service, request: AnswerRequest, answer: Answer, began: float) -> None:
         self.request, self._answer, self._metrics = request, answer, service.metrics
+        self.tokenizer = service.engine.model.tokenizer
         self._tokens = aiter(answer)
         self._stops = StopStrings(request.stops)
         self._first: tuple[int, str] | None = None
-        self._latest = began
+        self._began, self._unshown, self._shown = began, list[ShownToken](), 0
         self.num_tokens = 0
         self.finish_reason: str | None = None
 
@@ -52,6 +69,7 @@ class RunningAnswer:
                 blend=request.blend,
                 max_new_tokens=request.max_tokens,
                 sampling=request.sampling,
+                logprobs=request.logprobs is not None,
             )
 
         request, answer = await service.in_thread(submit, lambda submitted: submitted[1].cancel())
@@ -66,9 +84,7 @@ class RunningAnswer:
     async def _begin(self) -> None:
         self._first = await self._next()
         mode, stats = self.request.mode, self.prefill
-        now = time.perf_counter()
-        self._metrics.ttft.labels(mode).observe(now - self._latest)
-        self._latest = now
+        self._metrics.ttft.labels(mode).observe(time.perf_counter() - self._began)
         self._metrics.prefilled(stats, self._missed_tokens(stats))
 
     async def _next(self) -> tuple[int, str] | None:
@@ -93,8 +109,8 @@ class RunningAnswer:
             raise ended()
         return stats
 
-    async def pieces(self) -> AsyncGenerator[str, None]:
-        """Yields the answer's text as it comes, and frees its slot, however this ends.
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Yields the answer as it comes, and frees its slot, however this ends.
 
         Raises:
             ApiError: the server ended the answer.
@@ -103,11 +119,12 @@ class RunningAnswer:
         try:
             async for token in self._all_tokens():
                 if shown := self._stops.add(token):
-                    yield shown
+                    yield self._piece(shown)
                 if self._stops.found:
                     break
-            if rest := self._stops.rest():
-                yield rest
+            rest = self._stops.rest()
+            if rest or (self._unshown and not self._stops.found):
+                yield self._piece(rest)
             reason = "stop" if self._stops.found else self._answer.finish_reason
             if reason not in ("stop", "length"):
                 raise ended()
@@ -116,26 +133,34 @@ class RunningAnswer:
             self._metrics.answer_tokens.inc(self.num_tokens)
             self._answer.cancel()
 
-    async def text(self) -> str:
+    async def whole(self) -> Piece:
         """Returns the whole answer; errors as `pieces`."""
         async with aclosing(self.pieces()) as pieces:
-            return "".join([piece async for piece in pieces])
+            all_of_them = [piece async for piece in pieces]
+        tokens = (token for piece in all_of_them for token in piece.tokens)
+        return Piece("".join(piece.text for piece in all_of_them), tuple(tokens), 0)
+
+    def _piece(self, text: str) -> Piece:
+        piece = Piece(text, tuple(self._unshown), self._shown)
+        self._unshown, self._shown = [], self._shown + len(text)
+        return piece
 
     def cancel(self) -> None:
         """Ends the answer and frees its slot."""
         self._answer.cancel()
 
     async def _all_tokens(self) -> AsyncGenerator[str, None]:
-        if self._first is None:
-            return
-        self.num_tokens = 1
-        yield self._first[1]
-        while (token := await self._next()) is not None:
-            now = time.perf_counter()
-            self._metrics.per_token.labels(self.request.mode).observe(now - self._latest)
-            self._latest = now
+        per_token, token = self._metrics.per_token.labels(self.request.mode), self._first
+        while token is not None:
+            token_id, text = token
+            known = self._answer.token(self.num_tokens)
+            if known.logprobs is not None:
+                self._unshown.append(ShownToken(token_id, known.logprobs))
+            if self.num_tokens:
+                per_token.observe(known.seconds)
             self.num_tokens += 1
-            yield token[1]
+            yield text
+            token = await self._next()
 
     def _missed_tokens(self, stats: PrefillStats) -> int:
         if stats.mode == "full":

@@ -10,7 +10,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from cacheblend_jax.serving.answers import RunningAnswer
+from cacheblend_jax.serving.answers import Piece, RunningAnswer
+from cacheblend_jax.serving.token_logprobs import chat_logprobs, completion_logprobs
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,28 @@ class Form:
     part: str
     is_chat: bool
 
-    def choice(self, text: str, finish_reason: str) -> dict[str, Any]:
+    def choice(self, text: str, logprobs: dict[str, Any] | None, finish_reason: str) -> dict[str, Any]:
         """Returns the whole answer's one choice."""
         said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
-        return {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
+        return {"index": 0, **said, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def delta(self, text: str | None, finish_reason: str | None = None, *, first: bool = False) -> dict[str, Any]:
+    def logprobs(self, running: RunningAnswer, piece: Piece) -> dict[str, Any] | None:
+        """Returns what a choice has of its tokens' log-probabilities; `None` where none were asked for."""
+        alternatives = running.request.logprobs
+        if alternatives is None:
+            return None
+        if self.is_chat:
+            return chat_logprobs(piece.tokens, alternatives, running.tokenizer)
+        return completion_logprobs(piece.tokens, alternatives, running.tokenizer, piece.offset)
+
+    def delta(
+        self,
+        text: str | None,
+        finish_reason: str | None = None,
+        *,
+        logprobs: dict[str, Any] | None = None,
+        first: bool = False,
+    ) -> dict[str, Any]:
         """Returns an event's choice: text that the answer gains, or, without any, its end."""
         if self.is_chat:
             said: dict[str, Any] = {"delta": {} if text is None else {"content": text}}
@@ -41,7 +58,7 @@ class Form:
                 said["delta"]["role"] = "assistant"
         else:
             said = {"text": text or ""}
-        return {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
+        return {"index": 0, **said, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 CHAT = Form("chatcmpl-", "chat.completion", "chat.completion.chunk", True)
@@ -54,8 +71,8 @@ def _head(form: Form, kind: str, model: str) -> dict[str, Any]:
 
 async def whole_answer(form: Form, running: RunningAnswer, model: str) -> dict[str, Any]:
     """Returns an answer once it has ended; errors as `RunningAnswer.pieces`."""
-    text = await running.text()
-    choices = [form.choice(text, running.finish_reason or "stop")]
+    whole = await running.whole()
+    choices = [form.choice(whole.text, form.logprobs(running, whole), running.finish_reason or "stop")]
     return {**_head(form, form.whole, model), "choices": choices, "usage": running.usage, "cacheblend": running.report}
 
 
@@ -68,7 +85,7 @@ async def answer_events(form: Form, running: RunningAnswer, model: str) -> Async
         yield event({**head, "choices": [form.delta("", first=True)]})
     async with aclosing(running.pieces()) as pieces:
         async for piece in pieces:
-            yield event({**head, "choices": [form.delta(piece)]})
+            yield event({**head, "choices": [form.delta(piece.text, logprobs=form.logprobs(running, piece))]})
     last = form.delta(None, running.finish_reason)
     yield event({**head, "choices": [last], "cacheblend": running.report})
     if running.request.include_usage:

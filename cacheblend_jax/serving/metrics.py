@@ -28,7 +28,11 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self.per_token = Histogram(
-            "cacheblend_token_seconds", "From a token to the next", ("mode",), buckets=TOKEN_BUCKETS, registry=registry
+            "cacheblend_token_seconds",
+            "From a token to the next; tokens decoded together share their time equally",
+            ("mode",),
+            buckets=TOKEN_BUCKETS,
+            registry=registry,
         )
         self.prompt_tokens = Counter(
             "cacheblend_prompt_tokens", "Tokens of prompts: hit (KV from the store), of these recomputed, and missed",

@@ -12,6 +12,7 @@ from cacheblend_jax.blend import SELECTORS, BlendConfig
 from cacheblend_jax.choices import MODES
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.model.encoding import encode, encode_opened
+from cacheblend_jax.model.logprobs import MOST_ALTERNATIVES
 from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.serving.conversation import Conversation, Message, prompt_of
 from cacheblend_jax.serving.errors import TOO_LONG, ApiError, invalid, unsupported
@@ -26,8 +27,6 @@ RATIO_STEP = 0.05
 STUDIED = ("oracle",)  # selectors that take a full prefill to blend
 # What would change an answer and is not there, with the values that change nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "tools": (None, []),
     "functions": (None, []),
     "tool_choice": (None, "none"),
@@ -54,6 +53,7 @@ class AnswerRequest:
         prompt: what to answer, all its parts token ids.
         mode, blend, max_tokens, sampling: see `Engine.generate`.
         stops: texts that the answer ends before.
+        logprobs: how many of the likeliest tokens come with each token and its log-probability; `None`: neither.
         stream: whether the answer is sent as it comes.
         include_usage: whether a last event then says what it took.
     """
@@ -64,6 +64,7 @@ class AnswerRequest:
     max_tokens: int
     sampling: Sampling
     stops: tuple[str, ...]
+    logprobs: int | None
     stream: bool
     include_usage: bool
 
@@ -88,7 +89,11 @@ class RequestReader:
             CacheBlendError: its conversation cannot be made into a prompt.
         """
         fields = self._checked(body)
-        return self._request(fields, self._prompt(self.conversation(fields), tenant), "max_completion_tokens")
+        prompt = self._prompt(self.conversation(fields), tenant)
+        alternatives = fields.whole("top_logprobs", 0, least=0, most=MOST_ALTERNATIVES)
+        if alternatives and not fields.flag("logprobs"):
+            raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+        return self._request(fields, prompt, "max_completion_tokens", alternatives if fields.flag("logprobs") else None)
 
     def completion(self, body: dict[str, Any], tenant: str) -> AnswerRequest:
         """Reads a request of `/v1/completions`; errors as `chat`.
@@ -108,7 +113,9 @@ class RequestReader:
             prompt = Prompt([], documents, given, tenant=tenant)
         else:
             raise invalid(f"prompt must be one string or one array of token ids, got {kind_of(given)}", "prompt")
-        return self._request(fields, prompt, "max_tokens")
+        asks = fields.get("logprobs") is not None
+        alternatives = fields.whole("logprobs", 0, least=0, most=MOST_ALTERNATIVES) if asks else None
+        return self._request(fields, prompt, "max_tokens", alternatives)
 
     def chunks(self, body: dict[str, Any], tenant: str) -> Prompt:
         """Reads a request of `/v1/chunks`: the prompt whose chunks are meant, after a system text.
@@ -180,7 +187,7 @@ class RequestReader:
         texts = [_document(value, f"documents[{number}]") for number, value in enumerate(given)]
         return tuple(text for text in texts if text)
 
-    def _request(self, fields: Fields, prompt: Prompt, length: str) -> AnswerRequest:
+    def _request(self, fields: Fields, prompt: Prompt, length: str, logprobs: int | None) -> AnswerRequest:
         options, own = self._options, fields.fields("cacheblend")
         self._check_length(prompt)
         most = options.bounds.answer_tokens
@@ -195,6 +202,7 @@ class RequestReader:
             fields.whole(length, max_tokens, least=1, most=most),
             self._sampling(fields),
             _stops(fields.get("stop")),
+            logprobs,
             fields.flag("stream"),
             fields.fields("stream_options").flag("include_usage"),
         )

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.engine.answer import AnswerToken
 from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.engine.results import Generation, PrefillStats
 from cacheblend_jax.model.sampling import Sampling
@@ -44,6 +45,9 @@ class Answer(Protocol):
 
     def __aiter__(self) -> AsyncIterator[tuple[int, str]]: ...
 
+    def token(self, number: int) -> AnswerToken:
+        """Returns what is known of a token that has come, counted from 0."""
+
     def cancel(self) -> None:
         """Ends the answer and frees its slot. Calling it again does nothing."""
 
@@ -68,6 +72,7 @@ class Scheduling(Protocol):
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         stop_token_ids: Sequence[int] | None = None,
+        logprobs: bool = False,
     ) -> Answer:
         """Queues a prompt.
 

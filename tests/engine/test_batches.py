@@ -122,9 +122,15 @@ def test_nothing_that_a_request_needs_compiles_in_the_schedulers_thread(monkeypa
         for prompt in (cb.Prompt(np.arange(5)), random_prompt(0, (4, 4), 2, 7)):
             got = scheduler.submit(prompt, max_new_tokens=3, sampling=SAMPLINGS[1], blend=TWO_STAGES).result()
             assert got.stats.prefill.compile_s > 0
-    names = {name.rpartition("_")[0] for name in threads if name != "cacheblend-scheduler"}
-    assert names == {"cacheblend-prepare", "cacheblend-store"}
-    assert "cacheblend-scheduler" not in threads
+        answer = scheduler.submit(prompt, mode="full", max_new_tokens=3, stop_token_ids=(), logprobs=True)
+        token_ids = answer.result().token_ids
+    assert {name.rpartition("_")[0] for name in threads} == {"cacheblend-prepare", "cacheblend-store"}
+    wanted = jax.nn.log_softmax(engine.continuation_logits(engine.prefill(prompt, "full"), token_ids))
+    for number, (token, logprobs) in enumerate(zip(token_ids, np.asarray(wanted), strict=True)):
+        got = answer.token(number).logprobs
+        assert got.logprob == pytest.approx(logprobs[token], abs=1e-5)
+        assert [each for each, _ in got.likeliest] == np.argsort(-logprobs, kind="stable")[:20].tolist()
+        assert [each for _, each in got.likeliest] == pytest.approx(np.sort(logprobs)[::-1][:20], abs=1e-5)
 
 
 @pytest.mark.once

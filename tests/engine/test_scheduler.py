@@ -20,7 +20,9 @@ from cacheblend_jax.engine import scheduler as scheduler_module
 from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.engine.results import PrefillStats
 from cacheblend_jax.engine.scheduler import MOST_ASIDE
+from cacheblend_jax.engine.slot_batch import Block
 from cacheblend_jax.errors import NotReadyError
+from cacheblend_jax.model.logprobs import TokenLogprobs
 from cacheblend_jax.runtime.programs import Prepared
 
 NOTHING = np.zeros(0, np.int32)
@@ -81,22 +83,23 @@ class CountingBatch:
         self.last: dict[int, int] = {}
         self.log = CURRENT.log
 
-    def preparation(self, length):
+    def preparation(self, length, *, with_logprobs):
         return None
 
-    def first_token(self, out, sampling):
-        return out.next_token
+    def first_token(self, out, sampling, *, with_logprobs):
+        return Block([out.next_token], [TokenLogprobs(-0.5, ())] * with_logprobs)
 
     def insert(self, slot, out, token, ending, sampling):
         self.last[slot] = token
 
-    def decode(self, running, steps):
+    def decode(self, running, steps, *, with_logprobs):
         self.log.append(("decode", steps, [self.last[slot] // 100 for slot in sorted(running)]))
         if self.failing:
             raise self.failing.pop()
-        decoded = [[] for _ in range(self.num_slots)]
+        decoded = [Block([], []) for _ in range(self.num_slots)]
         for slot in running:
-            decoded[slot] = [self.last[slot] + 1 + i for i in range(steps)]
+            tokens = [self.last[slot] + 1 + i for i in range(steps)]
+            decoded[slot] = Block(tokens, [TokenLogprobs(float(-token), ()) for token in tokens] * with_logprobs)
             self.last[slot] += steps
         return decoded
 
@@ -174,12 +177,12 @@ def test_a_request_that_waits_for_the_compiler_can_be_cancelled_and_fails_alone(
     with pytest.raises(cb.CacheBlendError, match="no such program"):
         fails.result()
     cancelled.cancel()
-    assert scheduler.stats == cb.SchedulerStats(0, 0, 2, cancelled=1, failed=1)
     late = scheduler.submit(prompt(3), max_new_tokens=2)
     compiled.set()
     scheduler.close()
     assert late.result().token_ids == tokens(3, 2)
     assert [what for what in engine.log if what[0] == "prefill"] == [("prefill", 3)]
+    assert scheduler.stats == cb.SchedulerStats(0, 0, 2, answered=1, cancelled=1, failed=1, tokens=2)
 
 
 def test_what_is_never_ready_is_prefilled_all_the_same_and_closing_waits_for_it(engine):
@@ -227,6 +230,20 @@ def test_time_to_first_token_has_the_time_that_a_request_waited_for_its_prefill(
     assert stats.prefill.wait_s > STATS.wait_s
     assert stats.ttft_s - STATS.ttft_s == pytest.approx(stats.prefill.wait_s - STATS.wait_s)
     assert stats.decoded == 1
+
+
+def test_tokens_that_come_together_share_their_time_and_have_logprobs_where_these_were_asked_for(engine):
+    with cb.Scheduler(engine, slots=2, steps=4) as scheduler:
+        plain, with_logprobs = (
+            scheduler.submit(prompt(n), max_new_tokens=9, logprobs=asked) for n, asked in ((1, False), (2, True))
+        )
+        assert with_logprobs.result().token_ids == tokens(2, 9)
+        assert plain.result().token_ids == tokens(1, 9)
+    assert [with_logprobs.token(n).logprobs.logprob for n in range(9)] == [-0.5, *map(float, range(-201, -209, -1))]
+    assert {plain.token(n).logprobs for n in range(9)} == {None}
+    seconds = [plain.token(n).seconds for n in range(9)]
+    assert min(seconds) > 0
+    assert len(set(seconds[-3:])) == 1
 
 
 def test_a_full_queue_refuses_and_what_cannot_be_served_is_refused_before_it_waits(engine):
@@ -321,7 +338,7 @@ def test_decoding_that_raises_fails_what_runs_and_nothing_later(engine, monkeypa
 
 def test_a_thread_that_fails_leaves_nobody_waiting(engine, monkeypatch, caplog):
     engine.gate.clear()
-    monkeypatch.setattr(CountingBatch, "decode", lambda *_: [])  # no slot's tokens
+    monkeypatch.setattr(CountingBatch, "decode", lambda *_, **__: [])  # no slot's tokens
     scheduler = cb.Scheduler(engine, slots=1)
     answers = [scheduler.submit(prompt(n), max_new_tokens=9) for n in (1, 2)]
     engine.gate.set()

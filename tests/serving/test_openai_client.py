@@ -9,7 +9,10 @@ import pytest
 from serving_cases import CHUNKS, QUESTION, running
 
 import cacheblend_jax as cb
+from cacheblend_jax.engine.answer import AnswerToken
 from cacheblend_jax.engine.prompt import Prompt
+from cacheblend_jax.model.logprobs import TokenLogprobs
+from cacheblend_jax.serving.token_logprobs import token_text
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,48 @@ def test_a_chat_is_answered(client):
     assert answer.usage.completion_tokens == 5
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 5
     assert answer.usage.prompt_tokens_details.cached_tokens == 0
+
+
+@pytest.fixture
+def with_logprobs(server):
+    """Tokens 0 … 4, with log-probabilities -0.5 and less, and an alternative of each."""
+    likeliest = [((number, -0.5 - number), (number + 5, -4.0)) for number in range(5)]
+    known = [AnswerToken(0.25, TokenLogprobs(-0.5 - n, each)) for n, each in enumerate(likeliest)]
+    before, server.scheduler.tokens = server.scheduler.tokens, known
+    yield [token_text(server.engine.model.tokenizer, number) for number in range(5)]
+    server.scheduler.tokens = before
+
+
+def test_a_chat_has_log_probabilities_where_it_asks_for_them(client, server, with_logprobs):
+    whole = ask(client, logprobs=True, top_logprobs=1).choices[0].logprobs
+    assert [each.token for each in whole.content] == with_logprobs
+    assert [each.logprob for each in whole.content] == [-0.5, -1.5, -2.5, -3.5, -4.5]
+    assert [[(top.token, top.logprob) for top in each.top_logprobs] for each in whole.content] == [
+        [(token, -0.5 - number)] for number, token in enumerate(with_logprobs)
+    ]
+    assert all(each.bytes is None or bytes(each.bytes).decode() == each.token for each in whole.content)
+    assert server.scheduler.submitted[-1]["logprobs"] is True
+    chunks = [chunk.choices[0].logprobs for chunk in ask(client, logprobs=True, stream=True)]
+    streamed = [each for chunk in chunks if chunk is not None for each in chunk.content]
+    assert [(each.token, each.logprob, each.top_logprobs) for each in streamed] == [
+        (each.token, each.logprob, []) for each in whole.content
+    ]
+    assert ask(client).choices[0].logprobs is None
+    assert server.scheduler.submitted[-1]["logprobs"] is False
+    stopped = ask(client, logprobs=True, stop="is in").choices[0]
+    assert stopped.message.content == "The office "
+    assert [each.token for each in stopped.logprobs.content] == with_logprobs[:2]
+
+
+def test_a_completion_has_log_probabilities_with_their_places_in_the_text(client, with_logprobs):
+    got = client.completions.create(model="demo", prompt="In", logprobs=2, max_tokens=4).choices[0].logprobs
+    lengths = [len(text) for text in with_logprobs]
+    assert (got.tokens, got.token_logprobs) == (with_logprobs[:4], [-0.5, -1.5, -2.5, -3.5])
+    assert got.text_offset == [sum(lengths[:number]) for number in range(4)]
+    assert next(iter(got.top_logprobs[1].items())) == (with_logprobs[1], -1.5)
+    assert list(got.top_logprobs[1].values()) == [-1.5, -4.0]
+    with pytest.raises(openai.BadRequestError, match=r"logprobs must be in \[0, 20\], got 21"):
+        client.completions.create(model="demo", prompt="In", logprobs=21)
 
 
 def test_parts_and_documents_are_chunks_and_the_last_part_is_the_question(client, server):

@@ -54,6 +54,7 @@ def test_requests_their_times_and_tokens_are_counted(server):
     assert gained('cacheblend_requests_total{endpoint="/v1/chat/completions",status="400"}') == 1
     assert gained('cacheblend_ttft_seconds_count{mode="reuse"}') == 1
     assert gained('cacheblend_token_seconds_count{mode="reuse"}') == 4
+    assert gained('cacheblend_token_seconds_sum{mode="reuse"}') == 1.0  # as the answer says, however it is read
     assert gained('cacheblend_chunks_total{found="hit"}') == gained('cacheblend_chunks_total{found="miss"}') == 1
     assert gained('cacheblend_prompt_tokens_total{kind="hit"}') == answer["cacheblend"]["reused_tokens"] > 0
     assert gained('cacheblend_prompt_tokens_total{kind="missed"}') > 0
