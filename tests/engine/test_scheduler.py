@@ -47,7 +47,7 @@ class CountingEngine:
     compiling: dict[int, Callable[[], object]] = field(default_factory=dict)
     model: object = field(
         default_factory=lambda: SimpleNamespace(
-            config=SimpleNamespace(max_positions=4096), tokenizer=None, stop_token_ids=(7,)
+            config=SimpleNamespace(max_positions=4096), tokenizer=None, stop_token_ids=(7,), spans_hosts=False
         )
     )
     buckets: object = FINE_BUCKETS

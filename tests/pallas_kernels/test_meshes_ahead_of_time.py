@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ahead_of_time import AUTO, GPUS, compiler, no_compilation_cache
+from ahead_of_time import AUTO, GPUS, LITTLE_EFFORT, compiler, no_compilation_cache
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
 from mesh_cases import collectives
@@ -39,7 +39,8 @@ def test_a_blend_on_eight_tpus_splits_weights_and_kv_and_runs_kernels_on_each_sh
     cached = KVCache(*(placed(x, *CACHE_AXES) for x in (cached.k, cached.v)))
     request, angles = jax.tree.map(placed, (request, angles))
     with jax.sharding.use_abstract_mesh(partition.mesh.abstract_mesh), splitting(partition), no_compilation_cache():
-        compiled = jax.jit(blend, donate_argnums=2).lower(params, request, cached, angles).compile()
+        lowered = jax.jit(blend, donate_argnums=2).lower(params, request, cached, angles)
+        compiled = lowered.compile(compiler_options=LITTLE_EFFORT)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert "selective_attention_tpu" in text
     assert "blend_kv_tpu" in text
