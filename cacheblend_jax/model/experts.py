@@ -113,16 +113,21 @@ class Experts(nnx.Module):
             if partition is not None:
                 weighted = _by_shares(partition, rows, router_logits, choose, valid, kernels, gated)
             else:
-                weighted = _weighted_sum(rows, choose(router_logits), valid, kernels, gated)
+                routing = choose(router_logits)
+                computed = _computed(rows, routing.experts, valid, kernels, gated)
+                weighted = (computed * routing.weights[..., None]).sum(axis=1)
             return jnp.where(valid[:, None], weighted, 0).astype(rows.dtype)
 
 
-def _weighted_sum(
-    rows: Float[Array, "tokens hidden"], routing: Routing, valid: Bool[Array, " tokens"], kernels: Kernels, gated: Gated
-) -> Float[Array, "tokens hidden"]:
-    groups = sorted_by_expert(routing.experts, valid, num_experts=kernels.gate.stack.shape[1])
-    computed = _product(groups)(rows[groups.tokens], groups, kernels, gated)[groups.places]
-    return (computed * routing.weights[..., None]).sum(axis=1)
+def _computed(
+    rows: Float[Array, "tokens hidden"],
+    experts: Int[Array, "tokens chosen"],
+    valid: Bool[Array, " tokens"],
+    kernels: Kernels,
+    gated: Gated,
+) -> Float[Array, "tokens chosen hidden"]:
+    groups = sorted_by_expert(experts, valid, num_experts=kernels.gate.stack.shape[1])
+    return _product(groups)(rows[groups.tokens], groups, kernels, gated)[groups.places]
 
 
 def _by_shares(
@@ -134,21 +139,21 @@ def _by_shares(
     kernels: Kernels,
     gated: Gated,
 ) -> Float[Array, "tokens hidden"]:
-    """As `_weighted_sum`: each device computes with its share of the experts, or of each, and one sum adds all up."""
+    """Returns the weighted sums, to which each device adds what its experts make of tokens, or its share of each."""
 
-    def of_share(rows: jax.Array, logits: jax.Array, valid: jax.Array, *stacks: jax.Array | None) -> jax.Array:
+    def of_share(rows: jax.Array, logits: jax.Array, valid: jax.Array, *stacks: Any) -> jax.Array:
         *arrays, down_bias, layer = stacks
         routing = choose(logits)
         if down_bias is not None:  # one share of each expert adds it
             down_bias = jnp.where(partition.share("expert_mlp") == 0, down_bias, 0)
-        here = Kernels(*(None if each is None else OfLayer(each, layer) for each in (*arrays, down_bias)))
+        own: list[Any] = [None if each is None else OfLayer(each, layer) for each in (*arrays, down_bias)]
+        here = Kernels(*own)
         count = here.gate.stack.shape[1]
         number = routing.experts - partition.share("experts") * count
         is_here = (number >= 0) & (number < count)
-        weights = jnp.where(is_here, routing.weights, 0)
         # An expert that is elsewhere stands for padding, of which products may be anything.
-        own = Routing(jnp.where(is_here, number, count), weights)
-        weighted = _weighted_sum(rows, own, valid, here, gated)
+        computed = _computed(rows, jnp.where(is_here, number, count), valid, here, gated)
+        weighted = jnp.where(is_here[..., None], computed * routing.weights[..., None], 0).sum(axis=1)
         return partition.summed(weighted, "expert_mlp", "experts")
 
     inner = (None, "experts", None, "expert_mlp")

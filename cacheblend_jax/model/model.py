@@ -102,8 +102,10 @@ class Model:
         """Runs this model's programs; shared by all its engines that want the same kernels."""
         if self.kernels not in self._runners:
             results = None if self.partition is None else partial(result_shardings, self.partition)
-            options = {"kernels": self.kernels, "partition": self.partition, "results": results}
-            self._runners.setdefault(self.kernels, Runner(self.platform, self.placement, **options))
+            runner = Runner(
+                self.platform, self.placement, kernels=self.kernels, partition=self.partition, results=results
+            )
+            self._runners.setdefault(self.kernels, runner)
         return self._runners[self.kernels]
 
     @cached_property

@@ -14,6 +14,7 @@ from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import SCALES, KVCache, LayerKV, abstract_cache, cache_shape
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.transformer import layer_at
+from cacheblend_jax.runtime.placing import fetched
 from pallas_kernels import QuantisedKV, dequantised
 
 StoredCache = KVCache | QuantisedKV
@@ -52,8 +53,10 @@ def key_biases(params: Params, config: ModelConfig) -> Float[np.ndarray, "layers
     """
     if not config.has_key_bias:
         return None
-    biases = np.stack([np.asarray(bias) for bias in params.separated().layers["k_proj"]["bias"]])
-    return biases.reshape(config.num_layers, config.num_kv_heads, config.head_dim)
+    biases = params.separated().layers["k_proj"]["bias"]
+    read = np.asarray if params.joined else fetched
+    parts = [read(bias) for bias in (biases if isinstance(biases, tuple) else (biases,))]  # of a layer each, or of all
+    return np.concatenate([part.reshape(-1, config.num_kv_heads, config.head_dim) for part in parts])
 
 
 def abstract_stored(

@@ -13,10 +13,10 @@ from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import GrowingCache, KVCache, LayerKV
 from cacheblend_jax.model.slot_cache import SlotCache
 from pallas_kernels import QuantisedKV
-from pallas_kernels.partition import Partition
+from pallas_kernels.partition import Axes, Partition
 
-CACHE_AXES = None, None, "kv_heads"  # of `[layers, keys, kv_heads, …]`
-LAYER_AXES = CACHE_AXES[1:]
+CACHE_AXES: Axes = None, None, "kv_heads"  # of `[layers, keys, kv_heads, …]`
+LAYER_AXES: Axes = CACHE_AXES[1:]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _with_copies(
     if axis in parts and 1 < groups < mesh.shape[axis]:
         at = mesh.axis_names.index(axis)
         shape[at : at + 1] = [(axis, groups), (f"{axis}_copies", mesh.shape[axis] // groups)]
-        parts[axis] = axis, f"{axis}_copies"
+        parts[axis] = str(axis), f"{axis}_copies"
     names, sizes = zip(*shape, strict=True)
     automatic = (jax.sharding.AxisType.Auto,) * len(names)  # from jax 0.12 on meshes are explicit by default
     return jax.sharding.Mesh(mesh.devices.reshape(sizes), names, axis_types=automatic), parts

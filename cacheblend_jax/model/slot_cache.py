@@ -182,7 +182,7 @@ class LayerOfSlots:
         """See `AttendedLayer`. A slot whose position is beyond its capacity yields zeros."""
         rows = self.cache.rows_axis(current_partition())
 
-        def of_share(k: jax.Array, v: jax.Array, index: Int[Array, ""] | int, *arrays: jax.Array | None) -> AttendedLse:
+        def of_share(k: jax.Array, v: jax.Array, index: Int[Array, ""] | int, *arrays: Any) -> AttendedLse:
             layer = LayerOfSlots(SlotCache(k, v, self.cache.orders, self.cache.dtype), index)
             return layer._attended(*arrays, scores=scores)
 

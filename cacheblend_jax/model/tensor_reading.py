@@ -151,7 +151,8 @@ def _copy_tensor(file: Path, tensors: Any, name: str, place: np.ndarray, wanted:
 def _read_rows(view: Any, rows: slice, columns: list[slice]) -> np.ndarray:
     if all(of.stop - of.start == size for of, size in zip(columns, view.get_shape()[1:], strict=True)):
         return view[rows]
-    return view[rows][:, *columns] if isinstance(view, RowsAlone) else view[rows, *columns]
+    reads_columns = not isinstance(view, RowsAlone)
+    return view[rows, *columns] if reads_columns else view[rows][:, *columns]
 
 
 def _write_rows(place: np.ndarray, rows: np.ndarray) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -294,7 +294,8 @@ def _on_devices(
     if sharding is None:
         return jax.device_put(read(None))
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
+    indices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(shape)
+    for device, index in indices.items():
         bounds = tuple(each.indices(size)[:2] for each, size in zip(index, shape, strict=True))
         holders.setdefault(bounds, []).append(device)
     arrays: list[jax.Array] = []

@@ -22,3 +22,15 @@ def put(tree: Any, placement: jax.sharding.Sharding) -> Any:
         return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
 
     return jax.tree.map(put_parts, tree)
+
+
+def fetched(array: jax.Array) -> np.ndarray:
+    """Returns an array on the host, whole. Processes that hold parts of it exchange them: all must ask together."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        sharding: Any = array.sharding
+        array = jax.jit(_same, out_shardings=jax.sharding.NamedSharding(sharding.mesh, jax.P()))(array)
+    return np.asarray(array)
+
+
+def _same(array: jax.Array) -> jax.Array:
+    return array

@@ -268,7 +268,7 @@ def shapes_of(tree: Any, placement: jax.sharding.Sharding | None = None) -> Any:
 
 def _shape_at(leaf: Any, placement: jax.sharding.Sharding | None) -> Any:
     """Returns an array on the host as its shape, which is to be placed so; others as they are."""
-    if not isinstance(leaf, np.ndarray | np.generic):
+    if not isinstance(leaf, np.ndarray | np.generic) and leaf.sharding is not None:
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
 

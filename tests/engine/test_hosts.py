@@ -276,7 +276,8 @@ def test_two_processes_answer_as_one_and_one_that_is_killed_ends_the_other(tmp_p
         port = str(probe.getsockname()[1])
     ids = np.random.default_rng(0).integers(5, 90, 40).tolist()
     prompt = [ids[:5], [ids[5:19], ids[19:32]], ids[32:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(FLAGS)}  # two devices each
+    flags = " ".join([*FLAGS, "--xla_force_host_platform_device_count=2"])  # the last one holds
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, port, str(index), tmp_path / "kv", HF / "qwen3", json.dumps(prompt)],

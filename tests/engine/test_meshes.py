@@ -12,18 +12,15 @@ from mesh_cases import BLEND, BY_EXPERT, CONFIGS, PROMPT, SHAPE, collectives, mo
 import cacheblend_jax as cb
 from cacheblend_jax.engine.slot_batch import SlotBatch
 
-# Each mesh with each executor and two families or more; each family with both executors, and each mode with both.
+# Each mesh, each family with each executor or mesh, and each mode: all pairs would compile for minutes.
 CASES = [
-    ("8 KV heads", "1x8", "resident", ("full", "reuse", "blend"), None),
-    ("8 KV heads", "4x2", "streamed", ("prefix",), None),
+    ("8 KV heads", "1x8", "resident", ("reuse", "blend"), None),
     ("2 KV heads", "1x8", "streamed", ("blend",), None),
-    ("2 KV heads", "2x4", "resident", ("reuse",), None),
     ("1 KV head", "2x4", "streamed", ("reuse",), None),
     ("1 KV head", "4x2", "resident", ("blend",), None),
-    ("1 KV head", "8x1", "streamed", ("blend",), None),
     ("experts", "2x4", "resident", ("prefix", "blend"), BY_EXPERT),
-    ("experts", "8x1", "resident", ("full",), None),
-    ("experts", "4x2", "streamed", ("full", "blend"), None),
+    ("1 KV head", "8x1", "resident", ("full",), None),
+    ("experts", "4x2", "streamed", ("blend",), None),
 ]
 HIDDEN, LAYERS = SHAPE["hidden_size"], SHAPE["num_layers"]
 
@@ -51,8 +48,8 @@ def programs(model: cb.Model) -> dict[str, list[list[tuple[str, str]]]]:
 
 
 def test_devices_exchange_hidden_states_twice_a_layer_and_no_kv():
-    model = model_on("8 KV heads", "1x8")
-    with cb.Engine(model, store_of("8 KV heads"), BLEND, executor="streamed") as engine:
+    model = model_on("2 KV heads", "1x8")
+    with cb.Engine(model, store_of("2 KV heads"), BLEND, executor="streamed") as engine:
         out = engine.prefill(PROMPT)
         engine.complete(out, max_new_tokens=2, stop_token_ids=[])
     rows, kept = (stage.rows for stage in out.plan.stages)
@@ -73,7 +70,7 @@ def test_devices_exchange_hidden_states_twice_a_layer_and_no_kv():
 
 
 def test_answers_decoded_together_are_split_over_data():
-    model, prompts = model_on("experts", "4x2", BY_EXPERT), [random_prompt(n, (9, n), 3, 2) for n in range(1, 5)]
+    model, prompts = model_on("experts", "4x2"), [random_prompt(n, (9, n), 3, 2) for n in range(1, 5)]
     answers = []
     for each in (model, whole_model("experts")):
         with cb.Engine(each, cb.ChunkStore(), BLEND) as engine:
@@ -109,9 +106,9 @@ def test_what_is_kept_on_the_devices_is_split():
 
 
 def test_quantised_kv_is_split_as_codes():
-    answers = []
-    for model in (whole_model("2 KV heads"), model_on("2 KV heads", "1x8")):
-        with cb.Engine(model, cb.ChunkStore(kv_dtype="int8"), BLEND, executor="streamed") as engine:
+    answers, store = [], cb.ChunkStore(kv_dtype="int8")
+    for model in (whole_model("2 KV heads"), model_on("2 KV heads", "2x4")):
+        with cb.Engine(model, store, BLEND, executor="streamed") as engine:
             engine.precompute(PROMPT)
             answers.append(engine.prefill(PROMPT))
     assert relative_error(answers[1].logits, answers[0].logits) < 1e-5
