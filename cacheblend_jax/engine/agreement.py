@@ -210,8 +210,10 @@ def agreement_of(placement: jax.sharding.Sharding, store: Store, timeout_s: floa
     """Returns how the processes agree whose devices a model is on.
 
     Raises:
-        HostsError: another host does not answer.
+        CacheBlendError: the timeout is not positive, or another host does not answer.
     """
+    if not timeout_s > 0:
+        raise CacheBlendError(f"hosts_timeout_s must be a positive number, got {timeout_s!r}")
     return Alone() if placement.is_fully_addressable else Together(connected_hosts(timeout_s), store)
 
 

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import SCALES, KVCache, LayerKV, abstract_cache, cache_shape
-from cacheblend_jax.model.params import Params
+from cacheblend_jax.model.params import Params, is_by_layer
 from cacheblend_jax.model.transformer import layer_at
+from cacheblend_jax.runtime.placing import on_host
 from pallas_kernels import QuantisedKV, dequantised
 
 StoredCache = KVCache | QuantisedKV
@@ -52,7 +53,8 @@ def key_biases(params: Params, config: ModelConfig) -> Float[np.ndarray, "layers
     """
     if not config.has_key_bias:
         return None
-    biases = np.stack([np.asarray(bias) for bias in params.separated().layers["k_proj"]["bias"]])
+    leaf = params.separated().layers["k_proj"]["bias"]
+    biases = np.stack([on_host(bias) for bias in leaf]) if is_by_layer(leaf) else on_host(leaf)
     return biases.reshape(config.num_layers, config.num_kv_heads, config.head_dim)
 
 

@@ -22,3 +22,12 @@ def put(tree: Any, placement: jax.sharding.Sharding) -> Any:
         return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
 
     return jax.tree.map(put_parts, tree)
+
+
+def on_host(array: Any) -> np.ndarray:
+    """Returns an array's values; where other processes hold some of them, by a program that all run."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(array, tiled=True))

@@ -279,7 +279,7 @@ def test_two_processes_answer_as_one_and_one_that_is_killed_ends_the_other(tmp_p
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(FLAGS)}  # two devices each
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, port, str(index), tmp_path / "kv", HF / "qwen3", json.dumps(prompt)],
+            [sys.executable, "-c", WORKER, port, str(index), tmp_path / "kv", HF / "qwen2", json.dumps(prompt)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -292,7 +292,7 @@ def test_two_processes_answer_as_one_and_one_that_is_killed_ends_the_other(tmp_p
     with (
         cb.ChunkStore(tmp_path / "kv") as store,
         cb.Engine(
-            cb.load_model(HF / "qwen3", dtype="float32"), store, cb.BlendConfig(num_stages=1), executor="resident"
+            cb.load_model(HF / "qwen2", dtype="float32"), store, cb.BlendConfig(num_stages=1), executor="resident"
         ) as engine,
     ):
         gen = engine.generate(cb.Prompt(*prompt), max_new_tokens=3)
@@ -302,3 +302,8 @@ def test_two_processes_answer_as_one_and_one_that_is_killed_ends_the_other(tmp_p
     ((error, message),) = said[0][1:]
     assert (error, "one of them has ended" in message) == ("HostsError", True)
     assert [worker.returncode for worker in workers] == [0, -9]
+
+
+def test_a_timeout_must_be_positive():
+    with pytest.raises(cb.CacheBlendError, match="hosts_timeout_s must be a positive number, got 0"):
+        cb.Engine(family_model("llama3"), hosts_timeout_s=0)
