@@ -411,7 +411,7 @@ class Executors:
         return put(tree, self._model.placement)
 
     def _put_kv(self, tree: Any) -> Any:
-        return jax.device_put(tree, self._model.cache_placement)
+        return put(tree, self._model.cache_placement)
 
 
 def _is_shared(context_tokens: int) -> bool:

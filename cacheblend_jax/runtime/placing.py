@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,12 @@ def put(tree: Any, placement: jax.sharding.Sharding) -> Any:
         return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
 
     return jax.tree.map(put_parts, tree)
+
+
+def own_range(placement: Any, shape: Sequence[int], axis: int) -> range:
+    """Returns the range of an axis that this process's devices hold of an array of this shape."""
+    held = [index[axis].indices(shape[axis]) for index in placement.addressable_devices_indices_map(shape).values()]
+    return range(min(start for start, _, _ in held), max(stop for _, stop, _ in held))
 
 
 def on_host(array: Any) -> np.ndarray:
