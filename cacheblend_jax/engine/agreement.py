@@ -19,7 +19,9 @@ from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import LostChunkError
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
 from cacheblend_jax.model.kv_cache import SCALES
+from cacheblend_jax.model.model import Model
 from cacheblend_jax.runtime.hosts import Hosts, HostsError, connected_hosts
+from cacheblend_jax.runtime.placing import own_range
 from cacheblend_jax.store import Store, StoredChunk, is_slow
 from cacheblend_jax.store.quantise import QuantisedRows
 from cacheblend_jax.store.stored_chunk import StoredRows
@@ -92,6 +94,7 @@ class Together:
     Args:
         hosts: the processes.
         store: this one's.
+        heads: the KV heads that its devices hold, which it reads of stored chunks; `None`: all.
 
     Attributes:
         writes: of hosts that share a directory, the first one writes there.
@@ -99,10 +102,10 @@ class Together:
 
     is_alone = False
 
-    def __init__(self, hosts: Hosts, store: Store) -> None:
+    def __init__(self, hosts: Hosts, store: Store, heads: range | None = None) -> None:
         from cacheblend_jax.store.marker import directory_id  # takes what a store in memory need not import
 
-        self._hosts = hosts
+        self._hosts, self._heads = hosts, heads
         own = None if store.directory is None else directory_id(store.directory)
         ids = self._hosts.agree(own, lambda reports: reports)
         self.writes = own is None or ids.index(own) == self._hosts.index
@@ -140,7 +143,7 @@ class Together:
         kinds = [None if chunk.stored is None else _kind(chunk.stored) for chunk in chunks]
         agreed = self._hosts.agree([digest, kinds], _agreed_kinds)
         return [
-            replace(chunk, stored=None if kind is None else AgreedChunk(chunk.handle, kind[0]))
+            replace(chunk, stored=None if kind is None else AgreedChunk(chunk.handle, kind[0]), heads=self._heads)
             for chunk, kind in zip(chunks, agreed, strict=True)
         ]
 
@@ -206,13 +209,18 @@ class AgreedChunk(WrappedChunk):
         return QuantisedRows(np.zeros(shape, self.kv_dtype), np.zeros(shape[:-1], SCALES))
 
 
-def agreement_of(placement: jax.sharding.Sharding, store: Store, timeout_s: float) -> Alone | Together:
+def agreement_of(model: Model, store: Store, timeout_s: float) -> Alone | Together:
     """Returns how the processes agree whose devices a model is on.
 
     Raises:
-        HostsError: another host does not answer.
+        CacheBlendError: the timeout is not positive, or another host does not answer.
     """
-    return Alone() if placement.is_fully_addressable else Together(connected_hosts(timeout_s), store)
+    if not timeout_s > 0:
+        raise CacheBlendError(f"hosts_timeout_s must be a positive number, got {timeout_s!r}")
+    if not model.spans_hosts:
+        return Alone()
+    heads = own_range(model.layer_placement, (1, model.config.num_kv_heads, 1), axis=1)
+    return Together(connected_hosts(timeout_s), store, heads)
 
 
 def _kind(chunk: StoredChunk) -> list[Any]:

@@ -123,7 +123,7 @@ class Engine:
             kept_bytes=kept_bytes,
         )
         to_device = self._executors.to_device if self._executors.uses_device_tier else None
-        self._agreement = agreement_of(model.placement, self.store, hosts_timeout_s)
+        self._agreement = agreement_of(model, self.store, hosts_timeout_s)
         self._background = Background(self.store, self._executors.standalone, to_device, self._agreement)
         collaborators = model, self.store, self._executors, self._background
         self._prefiller = Prefiller(

@@ -31,7 +31,7 @@ from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.quantised_kv import StoredCache, abstract_stored, key_biases, stored_layer
 from cacheblend_jax.model.rope import rope_tables
 from cacheblend_jax.runtime.link import Link
-from cacheblend_jax.runtime.placing import fetched, put
+from cacheblend_jax.runtime.placing import on_host, put
 from cacheblend_jax.runtime.programs import Prepared, is_exhausted, shapes_of
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkEntry, DeviceEntry, Store
@@ -385,7 +385,7 @@ class Executors:
         else:
             begin = context_ids.size
             kv = self._kv_of(np.concatenate([context_ids, chunk.token_ids]))
-        k, v = (np.ascontiguousarray(fetched(x)[:, begin : begin + chunk.num_tokens]) for x in (kv.k, kv.v))
+        k, v = (np.ascontiguousarray(on_host(x)[:, begin : begin + chunk.num_tokens]) for x in (kv.k, kv.v))
         if model.fingerprint != chunk.fingerprint:
             raise CacheBlendError("the model's weights changed while a chunk waited to be stored; it is not stored")
         origin = chunk.fingerprint, tuple(context_ids.tolist()), label_for(model, chunk)

@@ -23,8 +23,10 @@ def with_kernels(model: Model, kernels: str) -> Model:
     if kernels != "auto":
         return model.with_kernels(kernels)
     is_split = len(model.placement.device_set) > 1
-    if is_split and model.partition is None and model.kernels is None and implementation_override() is None:
-        return model.with_kernels("xla")  # only by a model's partition are the Pallas kernels partitioned over a mesh
+    # Only a model's partition splits the Pallas kernels; and hosts may have found different ones to be the best.
+    takes_xla = is_split and (model.partition is None or model.spans_hosts)
+    if takes_xla and model.kernels is None and implementation_override() is None:
+        return model.with_kernels("xla")
     return model
 
 

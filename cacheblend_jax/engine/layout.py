@@ -34,6 +34,7 @@ class PlacedChunk:
         exact: whether the context is precisely what stands before it, so that stored KV needs no recomputing.
         is_prefix: whether it is the prompt's prefix.
         stored: the open handle on its KV; `None` where the store has none, or was not asked yet.
+        heads: the KV heads of it that are loaded: on several hosts, those of the host's own devices; `None`: all.
     """
 
     key: str
@@ -44,6 +45,7 @@ class PlacedChunk:
     exact: bool = False
     is_prefix: bool = False
     stored: StoredChunk | None = None
+    heads: range | None = None
 
     @property
     def num_tokens(self) -> int:

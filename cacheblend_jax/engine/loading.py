@@ -145,12 +145,14 @@ def _read_piece(piece: Piece, layer: int, k: HostRows, v: HostRows, trace: Trace
 
     try:
         with span(chunk.tier) if is_slow(chunk.tier) else nullcontext():
-            k_layer, v_layer = chunk.handle.read_layer(layer)
+            k_layer, v_layer = chunk.handle.read_layer(layer, chunk.heads)
     except (DamagedEntryError, OSError, IndexError) as error:
         raise LostChunkError(chunk, error) from error
     with span("host"):
         for rows, stored in _pairs(k, k_layer, first, stop) + _pairs(v, v_layer, first, stop):
             place = rows[chunk.start + first : chunk.start + stop]
+            if chunk.heads is not None:
+                place = place[:, chunk.heads.start : chunk.heads.stop]
             if (stored.shape, stored.dtype) != (place.shape, place.dtype):  # numpy would broadcast or cast it
                 wrong = f"stored as {stored.dtype}{list(stored.shape)}, expected {place.dtype}{list(place.shape)}"
                 raise LostChunkError(chunk, ValueError(wrong))

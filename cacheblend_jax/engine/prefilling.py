@@ -38,6 +38,7 @@ from cacheblend_jax.errors import NotReadyError
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.quantised_kv import cache_values
 from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.runtime.placing import on_host
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import Store, is_slow
 
@@ -241,7 +242,7 @@ class Prefiller:
             full.first(rows), plain.first(rows), rope_tables(config, rows), layout.token_ids.size, config=config
         )
         count = int(np.sum(request.positions < plan.cache_length))
-        request.oracle[:count] = np.asarray(scores)[request.positions[:count]]
+        request.oracle[:count] = on_host(scores)[request.positions[:count]]
 
     def _result(self, call: _Call, planned: _Planned, run: PrefillRun, compile_s: float) -> PrefillResult:
         layout, ttft_s = planned.layout, call.timer.elapsed_s()

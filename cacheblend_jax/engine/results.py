@@ -12,7 +12,7 @@ import numpy as np
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.engine.controller import Decision
 from cacheblend_jax.model.kv_cache import GrowingCache, KVCache
-from cacheblend_jax.runtime.placing import fetched, put
+from cacheblend_jax.runtime.placing import on_host, put
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class PrefillResult:
         length = self.token_ids.size
         if self.padded_cache.k.shape[1] == length:
             return self.padded_cache
-        return jax.tree.map(lambda x: put(fetched(x)[:, :length], x.sharding), self.padded_cache)
+        return jax.tree.map(lambda x: put(on_host(x)[:, :length], x.sharding), self.padded_cache)
 
     @property
     def context(self) -> Context:

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import SCALES, KVCache, LayerKV, abstract_cache, cache_shape
-from cacheblend_jax.model.params import Params
+from cacheblend_jax.model.params import Params, is_by_layer
 from cacheblend_jax.model.transformer import layer_at
-from cacheblend_jax.runtime.placing import fetched
+from cacheblend_jax.runtime.placing import on_host
 from pallas_kernels import QuantisedKV, dequantised
 
 StoredCache = KVCache | QuantisedKV
@@ -53,10 +53,9 @@ def key_biases(params: Params, config: ModelConfig) -> Float[np.ndarray, "layers
     """
     if not config.has_key_bias:
         return None
-    biases = params.separated().layers["k_proj"]["bias"]
-    read = np.asarray if params.joined else fetched
-    parts = [read(bias) for bias in (biases if isinstance(biases, tuple) else (biases,))]  # of a layer each, or of all
-    return np.concatenate([part.reshape(-1, config.num_kv_heads, config.head_dim) for part in parts])
+    leaf = params.separated().layers["k_proj"]["bias"]
+    biases = np.stack([on_host(bias) for bias in leaf]) if is_by_layer(leaf) else on_host(leaf)
+    return biases.reshape(config.num_layers, config.num_kv_heads, config.head_dim)
 
 
 def abstract_stored(

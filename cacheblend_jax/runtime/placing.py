@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,13 +25,16 @@ def put(tree: Any, placement: jax.sharding.Sharding) -> Any:
     return jax.tree.map(put_parts, tree)
 
 
-def fetched(array: jax.Array) -> np.ndarray:
-    """Returns an array on the host, whole. Processes that hold parts of it exchange them: all must ask together."""
-    if not (array.is_fully_addressable or array.is_fully_replicated):
-        sharding: Any = array.sharding
-        array = jax.jit(_same, out_shardings=jax.sharding.NamedSharding(sharding.mesh, jax.P()))(array)
-    return np.asarray(array)
+def own_range(placement: Any, shape: Sequence[int], axis: int) -> range:
+    """Returns the range of an axis that this process's devices hold of an array of this shape."""
+    held = [index[axis].indices(shape[axis]) for index in placement.addressable_devices_indices_map(shape).values()]
+    return range(min(start for start, _, _ in held), max(stop for _, stop, _ in held))
 
 
-def _same(array: jax.Array) -> jax.Array:
-    return array
+def on_host(array: Any) -> np.ndarray:
+    """Returns an array's values; where other processes hold some of them, by a program that all run."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(array, tiled=True))

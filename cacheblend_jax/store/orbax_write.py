@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -55,7 +56,7 @@ def save_tree(path: epath.Path, tree: dict[str, Any]) -> None:
 def _by_itself(context: Any) -> Iterator[None]:
     """Has this process write without the others of the program, if `jax.distributed` connected it to any.
 
-    Orbax's saves are the work of all processes, which it has meet at barriers; it knows of some that write by
+    Orbax's saves are the work of all processes, which it has meet at barriers. It knows of some that write by
     themselves, but has even those compare the path with all others', by a program that all must run.
     """
     if not jax.distributed.is_initialized():
@@ -64,11 +65,27 @@ def _by_itself(context: Any) -> Iterator[None]:
     this, processes = jax.process_index(), context.multiprocessing
     processes.primary_host, processes.active_processes = this, {this}
     processes.barrier_sync_key_prefix = f"cacheblend_{this}"
-    compare, execution._check_directory_consistency = execution._check_directory_consistency, lambda _: None
+    _compare_paths_of_others_alone()
+    _thread.writes_by_itself = True
     try:
         yield
     finally:
-        execution._check_directory_consistency = compare
+        _thread.writes_by_itself = False
+
+
+_thread = threading.local()
+
+
+@cache
+def _compare_paths_of_others_alone() -> None:
+    """Has Orbax compare the paths of other saves in the program, which may be all processes' work, but not of ours."""
+    compare = execution._check_directory_consistency
+
+    def compare_others(directory: Any) -> None:
+        if not getattr(_thread, "writes_by_itself", False):
+            compare(directory)
+
+    execution._check_directory_consistency = compare_others
 
 
 class _TreeHandler:

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,9 +23,11 @@ from store_cases import key_of, make_entry
 import cacheblend_jax as cb
 from cacheblend_jax.engine.agreement import AgreedChunk, Alone, Choice, Together
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import LostChunkError
+from cacheblend_jax.engine.loading import LostChunkError, load_all
 from cacheblend_jax.runtime.hosts import Hosts, HostsError
+from cacheblend_jax.runtime.placing import own_range
 from cacheblend_jax.store.disk_chunk import DiskChunk
+from cacheblend_jax.store.quantise import QuantisedRows
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +70,12 @@ def on_each(work, count: int = 2, service: Service | None = None) -> list:
 
     with ThreadPoolExecutor(count) as threads:
         return list(threads.map(run, range(count)))
+
+
+def rows_of(entry: cb.ChunkEntry) -> tuple:
+    if entry.scales is None:
+        return entry.k, entry.v
+    return QuantisedRows(entry.k, entry.scales.k), QuantisedRows(entry.v, entry.scales.v)
 
 
 def placed(seed: int, stored=None) -> PlacedChunk:
@@ -201,6 +211,29 @@ def test_of_hosts_that_share_a_directory_the_first_one_writes(tmp_path):
     assert on_each(work, 3) == [(True, True, True), (False, True, True), (True, True, True)]
 
 
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_a_host_fills_in_the_heads_that_its_devices_hold_alone(kv_dtype):
+    entry = make_entry(1).quantised(kv_dtype)
+    store = cb.ChunkStore()
+    store.put(key_of(1), entry)
+    chunk = replace(placed(1, store.open(key_of(1))), heads=range(1, 2))
+    k, v = jax.tree.map(lambda array: np.full((3, 15, *array.shape[2:]), 7, array.dtype), rows_of(entry))
+    with ThreadPoolExecutor(1) as readers:
+        load_all([chunk], k, v, readers)
+    for rows, whole in zip(jax.tree.leaves((k, v)), jax.tree.leaves(rows_of(entry)), strict=True):
+        assert (rows[:, :, 0] == 7).all()
+        assert (rows[:, 6:12, 1] == whole[:, :, 1]).all()
+
+
+def test_the_heads_of_a_host_are_those_of_its_devices():
+    def own(*heads: slice) -> range:
+        held = {device: (slice(None), each) for device, each in enumerate(heads)}
+        return own_range(SimpleNamespace(addressable_devices_indices_map=lambda _: held), (1, 8), axis=1)
+
+    assert own(slice(2, 4), slice(4, 6)) == range(2, 6)
+    assert own(slice(None), slice(None)) == range(8)
+
+
 @pytest.mark.parametrize("fault", ["evicted", "damaged"])
 @pytest.mark.parametrize("executor", ["resident", "streamed"])
 def test_an_entry_lost_on_one_host_is_computed_by_all(tmp_path, monkeypatch, fault, executor):
@@ -254,11 +287,13 @@ from cacheblend_jax.engine.agreement import AgreedChunk
 mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
 model = cb.load_model(checkpoint, dtype="float32", mesh=mesh)
 prompt = cb.Prompt(*json.loads(prompt))
+read, heads = AgreedChunk.read_layer, set()
+AgreedChunk.read_layer = lambda chunk, layer, own: heads.add((own.start, own.stop)) or read(chunk, layer, own)
 with cb.ChunkStore(directory) as store:
     engine = cb.Engine(model, store, cb.BlendConfig(num_stages=1), executor="resident", hosts_timeout_s=60)
     engine.precompute(prompt)
     gen = engine.generate(prompt, max_new_tokens=3, tokens_at_once=2)
-    print(json.dumps([gen.token_ids, gen.stats.prefill.hits, gen.stats.prefill.misses]), flush=True)
+    print(json.dumps([gen.token_ids, gen.stats.prefill.hits, gen.stats.prefill.misses, *heads]), flush=True)
     if index == 1:  # killed in the middle of a request
         AgreedChunk.read_layer = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     try:
@@ -276,11 +311,12 @@ def test_two_processes_answer_as_one_and_one_that_is_killed_ends_the_other(tmp_p
         port = str(probe.getsockname()[1])
     ids = np.random.default_rng(0).integers(5, 90, 40).tolist()
     prompt = [ids[:5], [ids[5:19], ids[19:32]], ids[32:]]
-    flags = " ".join([*FLAGS, "--xla_force_host_platform_device_count=2"])  # the last one holds
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    flags = [flag for flag in FLAGS if "device_count" not in flag]
+    flags.append("--xla_force_host_platform_device_count=2")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags)}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, port, str(index), tmp_path / "kv", HF / "qwen3", json.dumps(prompt)],
+            [sys.executable, "-c", WORKER, port, str(index), tmp_path / "kv", HF / "qwen2", json.dumps(prompt)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -290,16 +326,18 @@ def test_two_processes_answer_as_one_and_one_that_is_killed_ends_the_other(tmp_p
     ]
     answers = [worker.communicate(timeout=300) for worker in workers]
     said = [[json.loads(line) for line in out.splitlines() if line[:2] in ("[[", '["')] for out, _ in answers]
-    with (
-        cb.ChunkStore(tmp_path / "kv") as store,
-        cb.Engine(
-            cb.load_model(HF / "qwen3", dtype="float32"), store, cb.BlendConfig(num_stages=1), executor="resident"
-        ) as engine,
-    ):
+    assert all(said), [errors[-3000:] for _, errors in answers]
+    model, blend = cb.load_model(HF / "qwen2", dtype="float32"), cb.BlendConfig(num_stages=1)
+    with cb.ChunkStore(tmp_path / "kv") as store, cb.Engine(model, store, blend, executor="resident") as engine:
         gen = engine.generate(cb.Prompt(*prompt), max_new_tokens=3)
         assert gen.stats.prefill.hits == 2  # what they stored serves one process, and is intact
         assert store.stats.damaged == 0
-    assert [each[0] for each in said] == [[gen.token_ids, 2, 0]] * 2, answers
+    assert [each[0] for each in said] == [[gen.token_ids, 2, 0, own] for own in ([0, 1], [1, 2])], answers
     ((error, message),) = said[0][1:]
     assert (error, "one of them has ended" in message) == ("HostsError", True)
     assert [worker.returncode for worker in workers] == [0, -9]
+
+
+def test_a_timeout_must_be_positive():
+    with pytest.raises(cb.CacheBlendError, match="hosts_timeout_s must be a positive number, got 0"):
+        cb.Engine(family_model("llama3"), hosts_timeout_s=0)

@@ -210,7 +210,7 @@ class FaultyStore(cb.store.ThrottledStore):
     def _fail(self, key, chunk) -> None:
         read_layer = chunk.read_layer
 
-        def fail(layer):
+        def fail(layer, heads=None):
             if layer == self.layer:
                 if isinstance(self.error, cb.DamagedEntryError):
                     self.wrapped.remove(key)
@@ -282,7 +282,7 @@ class Unreadable(cb.store.ThrottledStore):
             chunk.read_layer = self.fail
         return chunk
 
-    def fail(self, layer):
+    def fail(self, layer, heads=None):
         raise OSError("the mount is gone")
 
 
@@ -334,7 +334,7 @@ class Rows:
         self.num_tokens, self.fail_at = tokens, fail_at
         self.shape, self.dtype = (7, tokens, 1, 2), np.dtype(np.float32)
 
-    def read_layer(self, layer):
+    def read_layer(self, layer, heads=None):
         if layer == self.fail_at:
             raise cb.DamagedEntryError("damaged")
         return np.full((self.num_tokens, 1, 2), layer, np.float32), np.full((self.num_tokens, 1, 2), -layer, np.float32)
@@ -413,7 +413,7 @@ def test_a_buffer_is_not_filled_again_before_its_step_is_done(readers):
 def test_a_layer_that_its_buffer_still_holds_is_not_read_again(readers):
     rows, read = Rows(4), []
     read_layer = rows.read_layer
-    rows.read_layer = lambda layer: read.append(layer) or read_layer(layer)
+    rows.read_layer = lambda layer, heads=None: read.append(layer) or read_layer(layer)
     with stream_of(rows, [*range(5), *range(5)], readers, host_layers=5) as stream:
         for layer in [*range(5), *range(5)]:
             kv = stream.next()
@@ -427,7 +427,7 @@ def test_a_layer_that_its_buffer_still_holds_is_not_read_again(readers):
 def test_layers_that_stay_are_neither_read_nor_sent_and_the_others_once(readers, room):
     rows, read, sent = Rows(4), [], []
     read_layer = rows.read_layer
-    rows.read_layer = lambda layer: read.append(layer) or read_layer(layer)
+    rows.read_layer = lambda layer, heads=None: read.append(layer) or read_layer(layer)
 
     def put(pair):
         sent.append(int(pair[0][2, 0, 0]))
@@ -516,7 +516,7 @@ def test_a_slow_tiers_next_layer_is_not_waited_for(readers):
     chunk, arrived = Rows(4), threading.Event()
     chunk.tier, read = "disk", chunk.read_layer
 
-    def read_layer(layer):
+    def read_layer(layer, heads=None):
         if layer == 1:
             assert arrived.wait(60)
         return read(layer)
