@@ -125,7 +125,7 @@ class Deployment:
             return Estimator("the profile given", profile.compute, profile.tiers | own, profile.transfer, *ahead)
         compute = datasheet_compute(self.config, self.device, self.num_devices)
         link = datasheet_link(self.config, self.device, self.num_devices)
-        return Estimator(MEASURED_ON, compute, own, link, *ahead, host_streams=True)
+        return Estimator(MEASURED_ON, compute, {"host": TIERS["host"]} | own, link, *ahead, host_streams=True)
 
 
 @dataclass(frozen=True)
