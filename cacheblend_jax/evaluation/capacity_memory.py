@@ -19,8 +19,8 @@ class ProgramMemory:
         kv: the blended cache, which it returns.
         staging: stored KV beside that. Of a resident prefill: none where stored KV becomes blended KV in place. Of a
             streamed one: the layers that may be on the device at a time.
-        temporaries: hidden states, what a layer makes of them, and copies of weights. An estimate, of what XLA makes
-            of the program.
+        temporaries: hidden states, what a layer makes of them, and copies of weights. An estimate of what XLA makes of
+            the program.
     """
 
     weights: int
@@ -63,16 +63,15 @@ def program_memory(
 
 
 def _temporaries(config: ModelConfig, plan: Plan, split: Split, platform: str) -> int:
-    """Returns the most of what is in use at a time: in a stage's layers, or where the last layer's logits are computed.
+    """Returns the most of what is in use at a time, in the layers of a stage.
 
-    A row has its hidden state, what a part of the layer adds to it, and its queries. A GPU multiplies by weights where
-    they lie; others copy the projection to logits, and a CPU a layer's weights out of their stack.
+    Of a row: its hidden state, what the device adds to it, the sum of that over devices, and its queries. A CPU copies
+    a layer's weights out of their stack; others multiply by them where they lie.
     """
     hidden = config.hidden_size * split.itemsize
-    queries = config.num_heads * config.head_dim * split.itemsize // split.num_devices
-    of_layers = max(stage.rows for stage in plan.stages) * (2 * hidden + queries)
-    at_the_end = plan.stages[-1].rows * hidden + (0 if platform == "gpu" else split.logits_weight_bytes)
-    return max(of_layers, at_the_end) + (split.layer_weight_bytes if platform == "cpu" else 0)
+    queries = config.num_heads * config.head_dim * split.itemsize // split.query_ways
+    of_layers = max(stage.rows for stage in plan.stages) * (3 * hidden + queries)
+    return of_layers + (split.layer_weight_bytes if platform == "cpu" else 0)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ def scale_figure(lines: Sequence[dict[str, Any]]) -> Figure:
         axis.set_xlabel("replicas")
         axis.set_title(title)
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0)
+        if axis is ttft:
+            axis.set_yscale("log")  # beyond what the shared store delivers, seconds
+        else:
+            axis.set_ylim(bottom=0)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=9)
     return figure

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.transformer import abstract_params, partition_specs
-from cacheblend_jax.model.weights import weight_sharding
+from cacheblend_jax.model.sharding import ways_of
+from cacheblend_jax.model.transformer import abstract_params, axis_names
 
 
 @dataclass(frozen=True)
@@ -19,40 +19,34 @@ class Split:
     """What one of several devices holds.
 
     Attributes:
-        num_devices: over which heads and the MLP are split.
         weight_bytes: of the weights, on each device.
         layer_weight_bytes: of these, those of one layer.
-        logits_weight_bytes: of these, those of the projection to logits, where it is not the embedding itself.
         kv_ways: into how many parts KV is split; 1 where every device has all of it.
+        query_ways: the same of queries.
         itemsize: bytes of a value.
     """
 
-    num_devices: int
     weight_bytes: int
     layer_weight_bytes: int
-    logits_weight_bytes: int
     kv_ways: int
+    query_ways: int
     itemsize: int
 
 
 @cache
 def split_over(config: ModelConfig, num_devices: int) -> Split:
-    """Returns the split of a model over a mesh axis `model` of so many devices; KV is whole on each of them."""
-    mesh = jax.sharding.AbstractMesh((num_devices,), ("model",))
+    """Returns the split of a model over a mesh axis `model` of so many devices, by the rules that hold by default."""
+    ways = ways_of({"model": num_devices}, config)
 
-    def num_bytes(leaf: jax.ShapeDtypeStruct, spec: jax.P) -> int:
-        sharding = weight_sharding(mesh, spec, leaf.shape)
-        assert sharding is not None  # there is a mesh
-        return prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    def num_bytes(leaf: jax.ShapeDtypeStruct, names: jax.P) -> int:
+        return leaf.size * leaf.dtype.itemsize // prod(ways.get(name, 1) for name in names)
 
-    sizes = jax.tree.map(num_bytes, abstract_params(config), partition_specs(config))
-    embedder, layers = sum(jax.tree.leaves(sizes.embedder)), sum(jax.tree.leaves(sizes.layers))
-    logits = sizes.embedder.get("lm_head", {})
+    sizes = jax.tree.map(num_bytes, abstract_params(config), axis_names(config))
+    layers = sum(jax.tree.leaves(sizes.layers))
     return Split(
-        num_devices=num_devices,
-        weight_bytes=embedder + layers,
+        weight_bytes=sum(jax.tree.leaves(sizes.embedder)) + layers,
         layer_weight_bytes=layers // config.num_layers,
-        logits_weight_bytes=sum(jax.tree.leaves(logits)),
-        kv_ways=1,
+        kv_ways=ways["kv_heads"],
+        query_ways=ways["heads"],
         itemsize=jnp.dtype(config.dtype).itemsize,
     )

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, FLAGS, unchecked
+from conftest import FAMILIES, unchecked
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -23,6 +20,7 @@ from cacheblend_jax.blend.layer_step import PromptSequence
 from cacheblend_jax.blend.resident import prefill
 from cacheblend_jax.engine.controller import decide
 from cacheblend_jax.engine.delays import ComputeModel, Tier
+from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.planner import Planner, empty_request
 from cacheblend_jax.engine.profile import Profile
@@ -41,10 +39,11 @@ from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.evaluation.whole_prefills import kernels
 from cacheblend_jax.model.kv_cache import abstract_cache
 from cacheblend_jax.model.rope import Angles
-from cacheblend_jax.model.transformer import abstract_params, partition_specs
-from cacheblend_jax.model.weights import weight_sharding
+from cacheblend_jax.model.sharding import partition_of, result_shardings
+from cacheblend_jax.model.transformer import abstract_params, axis_names
 from cacheblend_jax.runtime.programs import _peak_memory_bytes, shapes_of
 from cacheblend_jax.store import ChunkEntry
+from pallas_kernels.partition import splitting
 
 LLAMA3_8B = dataclasses.replace(SHAPES["llama-3-8b"], max_positions=16384)  # longer prompts take longer to plan
 H100 = Deployment(LLAMA3_8B, DEVICES["H100"])
@@ -163,40 +162,35 @@ def test_wrong_numbers_are_named(make, message):
     assert str(raised.value).startswith(message)
 
 
-# Compiles what an engine would run on a mesh of eight, over shapes: no weights are made.
-ON_EIGHT = """if True:
-    import json, sys
-    import jax, numpy as np
-    from dataclasses import replace
-    from cacheblend_jax.blend import BlendConfig
-    from cacheblend_jax.engine.executors import Executors
-    from cacheblend_jax.engine.planner import Planner
-    from cacheblend_jax.evaluation.shapes import SHAPES
-    from cacheblend_jax.model.model import Model
-    from cacheblend_jax.model.transformer import abstract_params, partition_specs
-    from cacheblend_jax.model.weights import weight_sharding
-
-    automatic = (jax.sharding.AxisType.Auto,)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("model",), axis_types=automatic)
-    config = replace(SHAPES["llama-3-8b"], num_layers=8, windows=(None,) * 8, dtype="float32")
-    params = jax.tree.map(
-        lambda leaf, spec: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=weight_sharding(mesh, spec, leaf.shape)
-        ),
-        abstract_params(config), partition_specs(config),
-    )
-    executors = Executors(Model(config, params, kernels="xla"), "resident", 4)
-    planner, found = Planner(config, BlendConfig(0.15, selector="hkvd", num_stages=1)), {}
-    for mode, length, kv_dtype in json.loads(sys.argv[1]):
-        plan = planner.plan(mode, length + 64, 0, 0 if mode == "full" else length)
-        print(executors._prepare_plan(plan, "resident", kv_dtype).peak_memory_bytes, flush=True)
-"""
-CASES = [("full", 8128, None), ("reuse", 8128, None), ("blend", 8128, None), ("reuse", 8128, "int8")]
-
-
 def plan_of(config, mode: str, length: int):
     planner = Planner(config, BlendConfig(0.15, selector="hkvd", num_stages=1))
     return planner.plan(mode, length + 64, 0, 0 if mode == "full" else length)
+
+
+def outline_on(mesh: jax.sharding.Mesh, config) -> cb.Model:
+    """The model on a mesh, with shapes in the place of its weights."""
+    partition = partition_of(mesh, config)
+    params = jax.tree.map(
+        lambda leaf, names: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=partition.sharding(*names)),
+        abstract_params(config),
+        axis_names(config),
+    )
+    return cb.Model(config, params, kernels="xla", partition=partition)
+
+
+def mesh_of(devices) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(devices), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def test_memory_is_what_xla_takes_for_eight_devices():
+    """What an engine compiles, over shapes: no weights are made."""
+    config = dataclasses.replace(LLAMA3_8B, num_layers=8, windows=(None,) * 8, dtype="float32")
+    executors = Executors(outline_on(mesh_of(jax.devices()[:8]), config), "resident", 4)
+    for mode, kv_dtype in (("full", None), ("reuse", None), ("blend", None), ("reuse", "int8")):
+        plan = plan_of(config, mode, 8128)
+        peak = executors._prepare_plan(plan, "resident", kv_dtype).peak_memory_bytes
+        planned = program_memory(config, plan, 8, "cpu", kv_dtype)
+        assert planned.peak == pytest.approx(peak, rel=0.05), (mode, kv_dtype, planned)
 
 
 @pytest.mark.aot
@@ -204,45 +198,22 @@ def test_memory_is_what_xla_takes_for_a_tpu_of_eight_chips():
     """A v5e of 2 x 4."""
     if find_spec("libtpu") is None:
         pytest.skip("needs libtpu: see docs/kernels.md")
-    mesh, abstract = tpu_mesh("v5e:2x4")
-    plan, whole = plan_of(LLAMA3_8B, "reuse", 1984), jax.sharding.NamedSharding(mesh, jax.P())
-    request, table = shapes_of(empty_request(plan), whole), (1, plan.cache_length, LLAMA3_8B.head_dim // 2)
-    angles = Angles(*[jax.ShapeDtypeStruct(table, jnp.float32, sharding=whole)] * 2)
-    params = jax.tree.map(
-        lambda leaf, spec: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=weight_sharding(mesh, spec, leaf.shape)
-        ),
-        abstract_params(LLAMA3_8B),
-        partition_specs(LLAMA3_8B),
-    )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    chips = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+    model, plan = outline_on(mesh_of(chips), LLAMA3_8B), plan_of(LLAMA3_8B, "reuse", 8128)
+    request, whole = shapes_of(empty_request(plan), model.placement), model.placement
+    table = jax.ShapeDtypeStruct((1, plan.cache_length, LLAMA3_8B.head_dim // 2), jnp.float32, sharding=whole)
+    cached = abstract_cache(LLAMA3_8B, plan.cache_length, model.cache_placement)
 
     def blend(params, request, cached, angles):
         return prefill(params, request, cached, PromptSequence(request.length, angles), config=LLAMA3_8B, plan=plan)
 
-    arguments = params, request, abstract_cache(LLAMA3_8B, plan.cache_length, whole), angles
-    with jax.sharding.use_abstract_mesh(abstract), kernels("xla"):
-        compiled = jax.jit(blend, out_shardings=whole, donate_argnums=2).lower(*arguments).compile()
-    assert program_memory(LLAMA3_8B, plan, 8, "tpu").peak == pytest.approx(_peak_memory_bytes(compiled), rel=0.05)
-
-
-def tpu_mesh(topology: str):
-    """A mesh of chips that are not there, and what programs are traced under to be compiled for it."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    arguments = model.params, request, cached, Angles(table, table)
+    chip = AbstractDevice(device_kind=chips[0].device_kind, num_cores=1, platform="tpu")
     automatic = (jax.sharding.AxisType.Auto,)
-    mesh = jax.sharding.Mesh(np.array(devices), ("model",), axis_types=automatic)
-    chip = AbstractDevice(device_kind=devices[0].device_kind, num_cores=1, platform="tpu")
-    return mesh, AbstractMesh((len(devices),), ("model",), axis_types=automatic, abstract_device=chip)
-
-
-def test_memory_is_what_xla_takes_for_eight_devices():
-    flags = [flag for flag in FLAGS if "device_count" not in flag]
-    own = {"XLA_FLAGS": " ".join([*flags, "--xla_force_host_platform_device_count=8"]), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", ON_EIGHT, json.dumps(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | own)
-    taken = [int(line) for line in done.stdout.split()]
-    assert len(taken) == len(CASES), done.stderr
-    config = dataclasses.replace(LLAMA3_8B, num_layers=8, windows=(None,) * 8, dtype="float32")
-    for (mode, length, kv_dtype), peak in zip(CASES, taken, strict=True):
-        planned = program_memory(config, plan_of(config, mode, length), 8, "cpu", kv_dtype)
-        assert planned.peak == pytest.approx(peak, rel=0.05), (mode, kv_dtype)
+    abstract = AbstractMesh((len(chips),), ("model",), axis_types=automatic, abstract_device=chip)
+    with jax.sharding.use_abstract_mesh(abstract), kernels("xla"), splitting(model.partition):
+        results = result_shardings(model.partition, jax.eval_shape(blend, *arguments))
+        compiled = jax.jit(blend, out_shardings=results, donate_argnums=2).lower(*arguments).compile()
+    planned = program_memory(LLAMA3_8B, plan, 8, "tpu")
+    assert planned.peak == pytest.approx(_peak_memory_bytes(compiled), rel=0.05), planned
