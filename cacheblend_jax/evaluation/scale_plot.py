@@ -33,10 +33,8 @@ def scale_figure(lines: Sequence[dict[str, Any]]) -> Figure:
             values = [1000 * line["ttft_s"][percent] for line in own]
             ttft.plot(replicas, values, linestyle=dashes, label=label, **style)
         cost.plot(replicas, [line["usd_per_million"] for line in own], label=NAMES[routing], **style)
-    own = [line for line in lines if line["asked"]["routing"] == "chunks"]
-    own = sorted(own, key=lambda line: line["asked"]["replicas"])
-    anywhere = [100 * (1 - line["found"]["none"]) for line in own]
-    found.plot([line["asked"]["replicas"] for line in own], anywhere, color=GREY, marker="^", label="anywhere")
+    anywhere = {line["asked"]["replicas"]: 100 * (1 - line["found"]["none"]) for line in lines}
+    found.plot(*zip(*sorted(anywhere.items()), strict=True), color=GREY, marker="^", label="anywhere")
     for percent, dots in (("50", ":"), ("99", "-.")):
         label = f"{'median' if percent == '50' else '99 of 100'}, full recompute"
         ttft.axhline(1000 * lines[0]["full_ttft_s"][percent], color=BLACK, linestyle=dots, label=label)
@@ -45,9 +43,6 @@ def scale_figure(lines: Sequence[dict[str, Any]]) -> Figure:
         axis.set_xlabel("replicas")
         axis.set_title(title)
         axis.grid(alpha=0.3)
-        if axis is ttft:
-            axis.set_yscale("log")  # beyond what the shared store delivers, seconds
-        else:
-            axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=0)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=9)
     return figure
