@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from cacheblend_jax.model.config import ModelConfig
+
+
+class LayerFlops(NamedTuple):
+    """What one layer costs: FLOPs of each thing that it does once for every row, or pair of a row and a key.
+
+    Attributes:
+        projected: a row whose K, V are computed.
+        attending: a row that goes on: its queries, output projection and MLP.
+        visible: a query's product with a key, over all heads, that it sees; its attention takes two.
+    """
+
+    projected: int
+    attending: int
+    visible: int
+
+
+def layer_flops(config: ModelConfig) -> LayerFlops:
+    """Returns what a layer of the model costs."""
+    hidden, q_size = config.hidden_size, config.num_heads * config.head_dim
+    projected = 2 * hidden * 2 * config.num_kv_heads * config.head_dim
+    return LayerFlops(projected, 2 * (2 * hidden * q_size + config.weights_per_token), 2 * q_size)
 
 
 def prefill_flops(
@@ -38,9 +60,7 @@ def _layer_flops(
     config: ModelConfig, layer: int, num_projected: int, attending: np.ndarray, *, products: int = 2
 ) -> int:
     """Returns a layer's FLOPs; attention is `products` products of queries with all keys that they see."""
-    hidden, q_size = config.hidden_size, config.num_heads * config.head_dim
     window = config.windows[layer]
     visible = attending + 1 if window is None else np.minimum(attending + 1, window)
-    projections = 2 * num_projected * hidden * 2 * config.num_kv_heads * config.head_dim
-    rest = 2 * len(attending) * (2 * hidden * q_size + config.weights_per_token)
-    return projections + rest + 2 * products * q_size * int(visible.sum())
+    of = layer_flops(config)
+    return num_projected * of.projected + len(attending) * of.attending + products * int(visible.sum()) * of.visible

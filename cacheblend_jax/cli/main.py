@@ -33,6 +33,7 @@ COMMANDS = {
     "evaluate": "measure quality on a data set, by mode, selector and ratio",
     "bench": "time the modes against each other",
     "calibrate": "measure what --ratio auto decides by: layer steps and tiers",
+    "plan": "estimate memory, TTFT, throughput and cost of a service",
     "completion": "print a script that completes commands and options in a shell",
     "doctor": "show devices, versions, and which kernels are used and why",
 }

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from cacheblend_jax.blend.schedule import Plan
-from cacheblend_jax.engine.delays import Estimator
-from cacheblend_jax.engine.layout import PlacedChunk
+from cacheblend_jax.engine.delays import Estimator, Loadable
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.model.kv_cache import layer_bytes
 
+Chunk = TypeVar("Chunk", bound=Loadable)
 WORTHWHILE_SHARE = 0.95  # of the TTFT that loading all chunks takes: a smaller saving may be an error of the estimates
 
 
@@ -49,10 +50,10 @@ def decide(
     estimator: Estimator,
     planner: Planner,
     length: int,
-    chunks: Sequence[PlacedChunk],
-    is_prepared: Callable[[Plan, Sequence[PlacedChunk]], bool] | None = None,
-    num_kept: Callable[[Plan, Sequence[PlacedChunk]], int] = lambda *_: 0,
-    kv_dtype: Callable[[Sequence[PlacedChunk]], str | None] = lambda _: None,
+    chunks: Sequence[Chunk],
+    is_prepared: Callable[[Plan, Sequence[Chunk]], bool] | None = None,
+    num_kept: Callable[[Plan, Sequence[Chunk]], int] = lambda *_: 0,
+    kv_dtype: Callable[[Sequence[Chunk]], str | None] = lambda _: None,
 ) -> Decision:
     """Chooses the ratio of a request of `length` tokens, and which of its stored chunks to recompute.
 
@@ -62,7 +63,7 @@ def decide(
     loaded first, or a pass of the question takes all layers first, nothing is hidden, and the ratio is the floor.
 
     Args:
-        chunks: the stored ones, with open handles.
+        chunks: the stored ones; of an engine, with open handles.
         is_prepared: whether a plan can run with some chunks without compiling; others would cost more than they save.
             `None`: all are considered. The plan that loads all chunks always is.
         num_kept: how many layers of some chunks' KV are on the device, so that a streamed prefill loads the others.
@@ -85,8 +86,8 @@ def _best_ratio(
     estimator: Estimator,
     planner: Planner,
     length: int,
-    chunks: Sequence[PlacedChunk],
-    num_kept: Callable[[Plan, Sequence[PlacedChunk]], int],
+    chunks: Sequence[Chunk],
+    num_kept: Callable[[Plan, Sequence[Chunk]], int],
     kv_dtype: str | None,
 ) -> tuple[Decision, Plan]:
     config = planner.config

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
+from cacheblend_jax.blend.flops import layer_flops
 from cacheblend_jax.blend.schedule import Plan
-from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import READERS
 from cacheblend_jax.engine.planner import choose_executor
 from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.kv_cache import layer_bytes
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,7 @@ class ComputeModel:
 
     def layer_seconds(self, plan: Plan) -> list[float]:
         """T_recompute of each layer of a plan."""
-        coefficients = (self.layer_s, self.key_s, self.projected_s, self.attending_s, self.visible_s)
-        return [sum(c * x for c, x in zip(coefficients, sizes, strict=True)) for sizes in layer_sizes(plan)]
+        return list(_layer_seconds(self, plan))
 
     def question_seconds(self, plan: Plan) -> list[float]:
         """Seconds of each layer of the pass of the question alone, which some selectors need; else none."""
@@ -48,6 +51,41 @@ class ComputeModel:
         rows, keys = plan.forced, plan.cache_length
         seconds = self.layer_s + (self.projected_s + self.attending_s) * rows + self.visible_s * rows * keys
         return [seconds] * (plan.stages[-1].border + 1)
+
+
+def compute_model(
+    config: ModelConfig,
+    *,
+    flops_per_s: float,
+    attention_flops_per_s: float,
+    bytes_per_s: float,
+    layer_s: float,
+    attending_s: float = 0.0,
+    request_s: float = 1e-3,
+) -> ComputeModel:
+    """Returns the coefficients that follow from a device's rates, where no profile has measured them.
+
+    Args:
+        flops_per_s: of products with weights.
+        bytes_per_s: at which KV is read, rotated and written.
+        attending_s: what a row that goes on takes besides: its share of the traffic between devices.
+    """
+    flops = layer_flops(config)
+    return ComputeModel(
+        layer_s=layer_s,
+        key_s=4 * layer_bytes(config, 1) / bytes_per_s,  # read and written, by rotation and by the blend
+        projected_s=flops.projected / flops_per_s,
+        attending_s=flops.attending / flops_per_s + attending_s,
+        visible_s=2 * flops.visible / attention_flops_per_s,
+        request_s=request_s,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _layer_seconds(model: ComputeModel, plan: Plan) -> tuple[float, ...]:
+    """Remembered: of one request, the controller looks at plans for each number of chunks and each ratio."""
+    coefficients = (model.layer_s, model.key_s, model.projected_s, model.attending_s, model.visible_s)
+    return tuple(sum(c * x for c, x in zip(coefficients, sizes, strict=True)) for sizes in layer_sizes(plan))
 
 
 def layer_sizes(plan: Plan) -> list[tuple[float, float, float, float, float]]:
@@ -62,6 +100,31 @@ def layer_sizes(plan: Plan) -> list[tuple[float, float, float, float, float]]:
             attending = stage.rows if layer < stage.border else 1 if after is None else after.rows
             sizes.append((1.0, plan.cache_length, stage.rows, attending, attending * plan.cache_length / 2))
     return sizes
+
+
+@runtime_checkable
+class Loadable(Protocol):
+    """A stored chunk at its place in a prompt, as far as delays depend on it; the engine's is a `PlacedChunk`."""
+
+    @property
+    def tier(self) -> str:
+        """Where its KV is."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its KV as it is stored, all layers together."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Its own tokens."""
+
+    @property
+    def start(self) -> int:
+        """Position of its first token in the prompt."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is never recomputed."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +181,15 @@ def pipeline_s(
     return done[-1]
 
 
+def layers_read_ahead(num_layers: int, prefetch_layers: int) -> int:
+    """Returns how many layers are read ahead into host memory: half of the model's, or `prefetch_layers` if more.
+
+    While the layers up to the check layer compute all tokens, a tier about as fast as the whole recompute delivers
+    several more layers; without room for them it would stand idle.
+    """
+    return max(prefetch_layers, -(-num_layers // 2))
+
+
 @dataclass(frozen=True)
 class Estimator:
     """Everything that delays are estimated from.
@@ -140,23 +212,23 @@ class Estimator:
     executor: str = "auto"
     host_streams: bool = False
 
-    def load_s(self, chunks: Sequence[PlacedChunk], num_layers: int) -> float:
+    def load_s(self, chunks: Sequence[Loadable], num_layers: int) -> float:
         """T_load of one layer of stored chunks."""
         total = 0.0
         for name in dict.fromkeys(chunk.tier for chunk in chunks if chunk.tier != "device"):
             own = [chunk for chunk in chunks if chunk.tier == name]
-            total += self.tier(name).load_s(sum(chunk.handle.num_bytes for chunk in own) / num_layers, len(own))
+            total += self.tier(name).load_s(sum(chunk.num_bytes for chunk in own) / num_layers, len(own))
         return total
 
     def tier(self, name: str) -> Tier:
         """Returns the tier of that name; one that was not measured counts as the slowest measured one."""
         return self.tiers.get(name) or min(self.tiers.values(), key=lambda tier: tier.bytes_per_s)
 
-    def executor_of(self, chunks: Sequence[PlacedChunk]) -> str:
+    def executor_of(self, chunks: Sequence[Loadable]) -> str:
         """Returns the executor of a prefill with these chunks; only a streamed one hides loading."""
         return choose_executor(self.executor, [chunk.tier for chunk in chunks], host_streams=self.host_streams)
 
-    def delivery_s(self, chunks: Sequence[PlacedChunk], num_layers: int, layer_bytes: float) -> float:
+    def delivery_s(self, chunks: Sequence[Loadable], num_layers: int, layer_bytes: float) -> float:
         """T_load of one layer that takes `layer_bytes` (K and V, padded) on the device: the way there is part of it.
 
         While layers are streamed, one is read as another is transferred; else one follows the other.
@@ -166,7 +238,7 @@ class Estimator:
         load, transfer = self.load_s(chunks, num_layers), self.transfer.load_s(layer_bytes)
         return max(load, transfer) if self.executor_of(chunks) == "streamed" else load + transfer
 
-    def ttft_s(self, plan: Plan, chunks: Sequence[PlacedChunk], layer_bytes: int, kept: int = 0) -> float:
+    def ttft_s(self, plan: Plan, chunks: Sequence[Loadable], layer_bytes: int, kept: int = 0) -> float:
         """Predicts the TTFT of a plan whose padded layers take `layer_bytes`, and `kept` of which the device has."""
         compute, question = self.compute.layer_seconds(plan), self.compute.question_seconds(plan)
         request = self.compute.request_s

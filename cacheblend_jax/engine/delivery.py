@@ -16,7 +16,7 @@ import numpy as np
 
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.streamed import layers_wanted
-from cacheblend_jax.engine.delays import Tier
+from cacheblend_jax.engine.delays import Tier, layers_read_ahead
 from cacheblend_jax.engine.device_layers import DeviceLayers, PlacedLayers, free_share, placement_name
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
@@ -85,13 +85,11 @@ class Delivery:
 
     @property
     def host_layers(self) -> int:
-        """Layers that are read ahead into host memory: half of the model's, or `prefetch_layers` if that is more.
+        """Layers that are read ahead into host memory.
 
-        While the layers up to the check layer compute all tokens, a tier about as fast as the whole recompute delivers
-        several more layers; without room for them it would stand idle. (All layers are, where a pass of the question
-        takes them all first.)
+        (All layers are, where a pass of the question takes them all first.)
         """
-        return max(self.prefetch_layers, -(-self._model.config.num_layers // 2))
+        return layers_read_ahead(self._model.config.num_layers, self.prefetch_layers)
 
     def kv_dtype(self, chunks: Sequence[PlacedChunk]) -> str | None:
         """Returns what the chunks' KV is on its way to the device, and there: see `kv_dtype_of`."""

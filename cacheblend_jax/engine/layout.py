@@ -67,6 +67,11 @@ class PlacedChunk:
         return self.handle.tier
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of its KV as it is stored; raises as `tier`."""
+        return self.handle.num_bytes
+
+    @property
     def handle(self) -> StoredChunk:
         """The open handle on its stored KV.
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from platformdirs import user_cache_path
 
-from cacheblend_jax.engine.delays import ComputeModel, Tier
+from cacheblend_jax.engine.delays import ComputeModel, Tier, compute_model
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.runtime.host_buffers import aligned_empty
@@ -163,16 +163,9 @@ def quick_profile(model: Model, directory: Any) -> Profile:
     if (lock := link.page_lock(target)) is not None:
         moved = _bytes_per_s(link, target, model)
         lock.release()
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    key_bytes = 2 * kv_size * jnp.dtype(config.dtype).itemsize
-    compute = ComputeModel(
-        layer_s=2e-4,
-        key_s=4 * key_bytes / copied,  # read, rotated and written; too much for an accelerator, but small there
-        projected_s=4 * config.hidden_size * kv_size / flops,
-        attending_s=2 * (2 * config.hidden_size * q_size + config.weights_per_token) / flops,
-        visible_s=4 * q_size / flops,
-        request_s=1e-3,
-    )
+    # At the speed of a copy, keys take too much for an accelerator, but small there.
+    rates = {"flops_per_s": flops, "attention_flops_per_s": flops, "bytes_per_s": copied}
+    compute = compute_model(config, **rates, layer_s=2e-4)
     tiers = {"host": Tier("host", copied), "disk": ASSUMED_DISK}
     other = None if lock is None else Tier("pageable", pageable)
     own = model.fingerprint, device_kind(model), store_name(directory)

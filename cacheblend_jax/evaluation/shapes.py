@@ -1,4 +1,4 @@
-"""Shapes of models that are timed with random weights, by name."""
+"""Shapes of models that are timed with random weights, or planned for, by name."""
 
 from __future__ import annotations
 
@@ -43,6 +43,20 @@ SHAPES = {
         head_dim=128,
         max_positions=131072,
         rope=RopeConfig("llama3", 500000.0, 8.0, 8192, 1.0, 4.0),
+        dtype="bfloat16",
+    ),
+    "llama-3-70b": ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        max_positions=131072,
+        rope=RopeConfig("llama3", 500000.0, 8.0, 8192, 1.0, 4.0),
+        rms_norm_eps=1e-5,
         dtype="bfloat16",
     ),
     "qwen3-4b": ModelConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,54 +60,73 @@ def partition_of(mesh: jax.sharding.Mesh, config: ModelConfig, rules: ShardingRu
     Raises:
         CheckpointError: the rules name no axis of the mesh.
     """
-    rules = ShardingRules() if rules is None else rules
+    shape, axes = _split(dict(mesh.shape), config, ShardingRules() if rules is None else rules)
+    automatic = (jax.sharding.AxisType.Auto,) * len(shape)  # from jax 0.12 on meshes are explicit by default
+    devices = mesh.devices.reshape(tuple(shape.values()))
+    return Partition(jax.sharding.Mesh(devices, tuple(shape), axis_types=automatic), tuple(sorted(axes.items())))
+
+
+def ways_of(shape: Mapping[str, int], config: ModelConfig, rules: ShardingRules | None = None) -> dict[str, int]:
+    """Returns into how many shares a mesh of that shape splits each axis that `ShardingRules` names, without devices.
+
+    Raises:
+        CheckpointError: the rules name no axis of the mesh.
+    """
+    shape, axes = _split(dict(shape), config, ShardingRules() if rules is None else rules)
+    return {name: _ways(shape, over) for name, over in axes.items()}
+
+
+def _split(
+    shape: dict[str, int], config: ModelConfig, rules: ShardingRules
+) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
+    """Returns the mesh's shape, an axis of it in two where it must be, and which of its axes split each array axis."""
     wanted = asdict(rules)
     named = sorted({axis for axis in wanted.values() if axis is not None})
-    if not set(named) & set(mesh.axis_names):
+    if not set(named) & set(shape):
         raise CheckpointError(
-            f"mesh must have an axis named {' or '.join(map(repr, named))}, got {mesh.axis_names}; or pass rules="
+            f"mesh must have an axis named {' or '.join(map(repr, named))}, got {tuple(shape)}; or pass rules="
         )
-    groups = math.gcd(config.num_kv_heads, mesh.shape.get(rules.kv_heads, 1))
-    mesh, parts = _with_copies(mesh, rules.kv_heads, groups)
+    groups = math.gcd(config.num_kv_heads, shape.get(rules.kv_heads or "", 1))
+    shape, parts = _with_copies(shape, rules.kv_heads, groups)
     sizes = {"mlp": config.intermediate_size, "expert_mlp": config.expert_size}
     sizes |= {"experts": config.num_experts, "vocab": config.vocab_size}
     axes = {"slots": parts.get(rules.slots, ()), "kv_heads": parts.get(rules.kv_heads, ())[:1] if groups > 1 else ()}
     for name, size in sizes.items():
         over = parts.get(wanted[name], ())
-        axes[name] = over if size and size % _ways(mesh, over) == 0 else ()
-    axes["heads"] = _heads_axes(mesh, config, parts.get(rules.heads, ()), axes["kv_heads"])
-    return Partition(mesh, tuple(sorted(axes.items())))
+        axes[name] = over if size and size % _ways(shape, over) == 0 else ()
+    axes["heads"] = _heads_axes(shape, config, parts.get(rules.heads, ()), axes["kv_heads"])
+    return shape, axes
 
 
 def _with_copies(
-    mesh: jax.sharding.Mesh, axis: str | None, groups: int
-) -> tuple[jax.sharding.Mesh, dict[str | None, tuple[str, ...]]]:
-    """Returns the mesh with one axis as groups and copies, where it must be, and what each axis has become."""
-    parts: dict[str | None, tuple[str, ...]] = {name: (name,) for name in mesh.axis_names}
-    shape = [(name, mesh.shape[name]) for name in mesh.axis_names]
-    if axis in parts and 1 < groups < mesh.shape[axis]:
-        at = mesh.axis_names.index(axis)
-        shape[at : at + 1] = [(axis, groups), (f"{axis}_copies", mesh.shape[axis] // groups)]
-        parts[axis] = str(axis), f"{axis}_copies"
-    names, sizes = zip(*shape, strict=True)
-    automatic = (jax.sharding.AxisType.Auto,) * len(names)  # from jax 0.12 on meshes are explicit by default
-    return jax.sharding.Mesh(mesh.devices.reshape(sizes), names, axis_types=automatic), parts
+    shape: dict[str, int], axis: str | None, groups: int
+) -> tuple[dict[str, int], dict[str | None, tuple[str, ...]]]:
+    """Returns a mesh's shape with one axis as groups and copies, where it must be, and what each axis has become."""
+    parts: dict[str | None, tuple[str, ...]] = {name: (name,) for name in shape}
+    divided: dict[str, int] = {}
+    for name, size in shape.items():
+        if name == axis and 1 < groups < size:
+            divided |= {name: groups, f"{name}_copies": size // groups}
+            parts[name] = name, f"{name}_copies"
+        else:
+            divided[name] = size
+    return divided, parts
 
 
 def _heads_axes(
-    mesh: jax.sharding.Mesh, config: ModelConfig, wanted: tuple[str, ...], of_kv: tuple[str, ...]
+    shape: dict[str, int], config: ModelConfig, wanted: tuple[str, ...], of_kv: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Returns what splits query heads: `wanted` where each device's queries then read all of its KV heads alike."""
-    kv_ways = _ways(mesh, of_kv)
+    kv_ways = _ways(shape, of_kv)
     if wanted[: len(of_kv)] != of_kv:
         return of_kv
-    copies = _ways(mesh, wanted) // kv_ways
+    copies = _ways(shape, wanted) // kv_ways
     shares_one = config.num_kv_heads == kv_ways and config.num_heads // config.num_kv_heads % copies == 0
     return wanted if copies == 1 or shares_one else of_kv
 
 
-def _ways(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
+def _ways(shape: Mapping[str, int], axes: tuple[str, ...]) -> int:
+    return math.prod(shape[axis] for axis in axes)
 
 
 def result_shardings(partition: Partition, results: Any) -> Any:

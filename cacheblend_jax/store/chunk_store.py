@@ -19,6 +19,7 @@ from cacheblend_jax.store.quantise import check_kv_dtype
 from cacheblend_jax.store.record import EntryRecord
 from cacheblend_jax.store.stats import DiskStats, StoreStats, TierStats
 from cacheblend_jax.store.stored_chunk import HostChunk, StoredChunk
+from cacheblend_jax.store.tiered_memory import HasRoom
 
 if TYPE_CHECKING:
     from cacheblend_jax.store.persistent import PersistentTier
@@ -155,26 +156,8 @@ class ChunkStore:
             to_device: copies an entry to the device, where it is kept too as far as `device_bytes` allow.
         """
         check_text("key", key)
-        host, device, has_room = self._memory.host, self._memory.device, self._memory.has_room
         with self._loads.begin(key) as load:
-            with self._lock:
-                entry, uses = host.peek(key), host.uses(key)
-                if device.peek(key) is not None:
-                    return
-            if entry is None and (disk := self._disk) is not None:
-                tiers = (host,) if to_device is None else (host, device)
-                loaded = disk.load(key, lambda size: any(has_room(tier, key, size) for tier in tiers))
-                if loaded is not None:
-                    entry, uses = loaded
-                    if has_room(host, key, entry.num_bytes):
-                        with self._lock:
-                            self._keep_loaded(load, entry, uses)
-            if entry is None or to_device is None or not has_room(device, key, entry.num_bytes):
-                return
-            copy = to_device(entry)
-            with self._lock:
-                if not load.outdated:
-                    device.put(key, copy, uses)
+            self._memory.promote(key, self._read, to_device, lambda: not load.outdated)
 
     def drop_device(self) -> bool:
         """Gives the device the memory back of the entries there that nobody uses; returns whether there were any."""
@@ -199,8 +182,7 @@ class ChunkStore:
         entry = entry.quantised(self.kv_dtype).kept()
         with self._lock:
             self._loads.outdate(key)
-            self._memory.device.remove(key)
-            kept = self._memory.host.put(key, entry, uses)
+            kept = self._memory.put(key, entry, uses)
         queued = False
         disk = self._disk
         if disk is not None and not disk.writable:
@@ -364,12 +346,17 @@ class ChunkStore:
             return HostChunk(entry, lambda: None)
         return None if disk is None else disk.open(key)
 
+    def _read(self, key: str, has_room: HasRoom) -> tuple[ChunkEntry, int] | None:
+        """Reads an entry from disk, for which there is room, with its uses."""
+        disk = self._disk
+        loaded = None if disk is None else disk.load(key, has_room)
+        return None if loaded is None else (loaded[0].hand_over(), loaded[1])
+
     def _from_memory(self, load: Load) -> ChunkEntry | None:
         """Returns an entry that is in host memory, on the device, or queued for the disk, and counts a use."""
         key, disk = load.key, self._disk
         with self._lock:
-            entry = self._memory.host.get(key)
-            on_device = self._memory.device.get(key)
+            entry, on_device = self._memory.use(key)
             if entry is not None:
                 self._hits["host"] += 1
         if entry is None and on_device is not None:

@@ -1,0 +1,62 @@
+"""The command `plan`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import unchecked
+
+from cacheblend_jax.cli.main import main
+
+WORKLOAD = ["plan", "--shape", "gemma-2-9b", "--context", "4096", "--devices", "2", "--requests-per-s", "3"]
+
+
+@pytest.fixture(autouse=True)
+def _quickly():
+    with unchecked():
+        yield
+
+
+def test_plan_prints_tables_and_writes_json(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    assert main([*WORKLOAD, "--tier", "raid:2GB:0.0001:0.5", "--stored-chunks", "1000", "--json", str(out)]) == 0
+    printed, plan = capsys.readouterr().out, json.loads(out.read_text())
+    chunk = 2 * 42 * 8 * 256 * 512 * 2
+    assert plan["chunk_bytes"]["bfloat16"] == chunk
+    assert plan["stored_bytes"] == 1000 * chunk
+    assert plan["storage_cost"] == pytest.approx(1000 * chunk / 1e9 * 0.5)
+    assert plan["tier"] == {"name": "raid", "bytes_per_s": 2e9, "latency_s": 0.0001, "price_per_gb_month": 0.5}
+    for mode in ("full", "prefix", "reuse", "blend"):
+        assert plan["modes"][mode]["binds"] in printed
+        assert f"{plan['modes'][mode]['ttft_s']:.3f}" in printed
+    assert "2 x NVIDIA H100 SXM a replica; 3 requests/s of 4,096 tokens: 7 chunks of 512, 6 of them stored" in printed
+
+
+def test_plan_takes_prices(capsys):
+    prices = ["--price-per-device-hour", "0", "--price-per-gb-month", "0", "--ratio", "0.15", "--json", "-"]
+    assert main([*WORKLOAD, *prices]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["device_cost"], plan["storage_cost"]) == (0, 0)
+    assert plan["modes"]["blend"]["ratio"] == 0.15
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tier", "tape"], "unknown tier 'tape'; expected one of device, host, nvme, network, object, or NAME:"),
+        (["--tier", "raid:fast"], "--tier 'raid:fast' is not NAME:BYTES_PER_S[:LATENCY_S[:USD]], such as raid:12GB:"),
+        (["--tier", "raid:1GB:1:2:3"], "--tier 'raid:1GB:1:2:3' is not NAME:BYTES_PER_S[:LATENCY_S[:USD]]"),
+        (["--ratio", "half"], "--ratio must be auto or a number in [0, 1], got 'half'"),
+        (["--device", "H900"], "unknown device 'H900'; expected one of H100, H200, A100, L4, T4, v5e, v6e"),
+        (["--context", "100"], "context must hold a chunk and the question, 512 + 64 tokens, got 100"),
+        (["--context", "9000"], "context must be at most 8192 tokens, which the model takes, got 9000: --context N"),
+        (["--profile", "missing.json"], "cannot read the profile missing.json: "),
+        (["--price-per-gb-month", "-1"], "tier 'nvme': price_per_gb_month must be at least 0 and finite, got -1.0"),
+    ],
+)
+def test_plan_names_what_makes_no_sense(capsys, options, message):
+    assert main([*WORKLOAD, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"cacheblend-jax: error: {message}")
+    assert error.count("\n") == 1

@@ -1,0 +1,219 @@
+"""The capacity planner: held to what was measured, to what the controller decides, and to XLA's account of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES, unchecked
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import cacheblend_jax as cb
+from cacheblend_jax.blend import BlendConfig
+from cacheblend_jax.blend.layer_step import PromptSequence
+from cacheblend_jax.blend.resident import prefill
+from cacheblend_jax.engine.controller import decide
+from cacheblend_jax.engine.delays import ComputeModel, Tier
+from cacheblend_jax.engine.executors import Executors
+from cacheblend_jax.engine.layout import PlacedChunk
+from cacheblend_jax.engine.planner import Planner, empty_request
+from cacheblend_jax.engine.profile import Profile
+from cacheblend_jax.evaluation.capacity import (
+    TIERS,
+    Deployment,
+    Workload,
+    chunk_bytes,
+    plan_capacity,
+    stored_chunks,
+    timed_prefill,
+)
+from cacheblend_jax.evaluation.capacity_memory import program_memory
+from cacheblend_jax.evaluation.devices import DEVICES, device_named
+from cacheblend_jax.evaluation.shapes import SHAPES
+from cacheblend_jax.evaluation.whole_prefills import kernels
+from cacheblend_jax.model.kv_cache import abstract_cache
+from cacheblend_jax.model.rope import Angles
+from cacheblend_jax.model.sharding import partition_of, result_shardings
+from cacheblend_jax.model.transformer import abstract_params, axis_names
+from cacheblend_jax.runtime.programs import _peak_memory_bytes, shapes_of
+from cacheblend_jax.store import ChunkEntry
+from pallas_kernels.partition import splitting
+
+LLAMA3_8B = dataclasses.replace(SHAPES["llama-3-8b"], max_positions=16384)  # longer prompts take longer to plan
+H100 = Deployment(LLAMA3_8B, DEVICES["H100"])
+
+
+@pytest.fixture(autouse=True)
+def _quickly():
+    with unchecked():
+        yield
+
+
+def with_tier(bytes_per_s: float, **more) -> Deployment:
+    return dataclasses.replace(H100, tier=Tier("disk", bytes_per_s), **more)
+
+
+def test_rates_of_the_data_sheet_come_to_what_an_h100_took():
+    """docs/results.md: 8,192 tokens in chunks of 512 and a question of 64, all KV on the device."""
+    blend = BlendConfig(0.15, selector="hkvd")
+    there = dataclasses.replace(H100, tier=TIERS["device"], blend=blend)
+    modes = plan_capacity(Workload(8256, reuse=1.0), there).modes
+    for mode, measured_s in (("full", 0.1957), ("blend", 0.0427), ("reuse", 0.0093)):
+        assert modes[mode].ttft_s == pytest.approx(measured_s, rel=0.1), mode
+
+
+class Handle:
+    """A stored chunk of a size and a tier, as an engine's layout has it, but no KV."""
+
+    def __init__(self, num_bytes: int, tier: str):
+        self.num_bytes, self.tier = num_bytes, tier
+
+
+@pytest.mark.parametrize("tier", ["host", "nvme", "network"])
+def test_a_blend_is_planned_as_the_controller_would_decide_it(tier):
+    workload, deployment = Workload(8256, reuse=1.0), dataclasses.replace(H100, tier=TIERS[tier])
+    estimator, chunks = deployment.estimator(), []
+    for number in range(workload.num_chunks):
+        ids, handle = np.zeros(512, np.int32), Handle(chunk_bytes(LLAMA3_8B, 512, None), tier)
+        chunks.append(PlacedChunk("", "", ids[:0], ids, number * 512, stored=handle))
+    decision = decide(estimator, deployment.planner, workload.context, chunks)
+    planned = plan_capacity(workload, deployment).modes["blend"]
+    assert planned.ttft_s == pytest.approx(decision.predicted_ttft_s)
+    assert planned.ratio == decision.ratio
+    assert planned.loaded_bytes == decision.loaded_chunks * chunk_bytes(LLAMA3_8B, 512, None)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "float8_e4m3fn"])
+def test_a_chunk_takes_the_bytes_that_a_stored_entry_has(kv_dtype):
+    config = FAMILIES["llama3"]
+    kv = np.ones((config.num_layers, 30, config.num_kv_heads, config.head_dim), np.float32)
+    assert ChunkEntry(kv, kv).quantised(kv_dtype).num_bytes == chunk_bytes(config, 30, kv_dtype)
+
+
+@pytest.mark.parametrize(
+    ("deployment", "answer_s", "binds"),
+    [
+        (with_tier(1e12), 0.0, "compute"),
+        (with_tier(1e9), 0.0, "reading from disk"),
+        (with_tier(1e12, device=dataclasses.replace(DEVICES["H100"], link_bytes_per_s=2e9)), 0.0, "link"),
+        (with_tier(1e12, device=dataclasses.replace(DEVICES["H100"], memory_bytes=22e9)), 9.0, "memory"),
+    ],
+)
+def test_the_resource_that_is_short_binds_and_sets_the_number_of_replicas(deployment, answer_s, binds):
+    deployment = dataclasses.replace(deployment, blend=BlendConfig(0.15, selector="hkvd"))
+    plan = plan_capacity(Workload(8256, requests_per_s=100.0, answer_s=answer_s), deployment).modes["blend"]
+    assert plan.binds == binds
+    assert (plan.replicas - 1) * plan.requests_per_s < 100 <= plan.replicas * plan.requests_per_s
+
+
+def test_what_does_not_fit_is_said_and_has_no_replicas():
+    too_large = dataclasses.replace(SHAPES["llama-3-70b"], max_positions=16384)
+    plan = plan_capacity(Workload(8256), dataclasses.replace(H100, config=too_large))
+    assert {(mode.binds, mode.requests_per_s, mode.replicas) for mode in plan.modes.values()} == {("memory", 0.0, 0)}
+
+
+def test_where_blending_pays_is_where_it_is_faster():
+    workload = Workload(8256, reuse=1.0)
+    deployment = dataclasses.replace(H100, blend=BlendConfig(0.15, selector="hkvd"))
+    plan, estimator = plan_capacity(workload, deployment), deployment.estimator()
+    full = timed_prefill(estimator, deployment.planner, "full", workload.context, []).ttft_s
+    assert plan.worth.stored > 1
+    for count, is_faster in ((plan.worth.stored, True), (plan.worth.stored - 1, False)):
+        chunks = stored_chunks(workload, deployment, count)
+        blend = timed_prefill(estimator, deployment.planner, "blend", workload.context, chunks).ttft_s
+        assert (blend < full) == is_faster
+    assert plan_capacity(workload, with_tier(1e7)).worth.stored is None
+
+
+def test_a_profile_takes_the_place_of_the_data_sheet():
+    slow = ComputeModel(1.0, 0.0, 0.0, 0.0, 0.0)
+    profile = Profile("", "", "", slow, {"host": Tier("host", 1e9)}, Tier("transfer", 1e9), {})
+    plan = plan_capacity(Workload(1088), dataclasses.replace(H100, profile=profile))
+    assert plan.modes["full"].ttft_s == LLAMA3_8B.num_layers
+    assert plan.estimated_by == "the profile given"
+
+
+def test_the_cheapest_tier_that_hides_is_taken():
+    workload, tiers = Workload(8256), [TIERS[name] for name in ("host", "nvme", "object")]
+    assert H100.with_cheapest(tiers, workload).tier.name == "host"  # the others are slower than recomputing
+    many = dataclasses.replace(H100, device=dataclasses.replace(DEVICES["H100"], flops_per_s=1e14))
+    assert many.with_cheapest(tiers, workload).tier.name == "nvme"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Workload(8192, reuse=1.5), "reuse must be in [0, 1], got 1.5"),
+        (lambda: Workload(8192, requests_per_s=0.0), "requests_per_s must be positive and finite, got 0.0"),
+        (lambda: Workload(100), "context must hold a chunk and the question, 512 + 64 tokens, got 100"),
+        (lambda: plan_capacity(Workload(10**6), H100), "context must be at most 16384 tokens"),
+        (lambda: device_named("H900"), "unknown device 'H900'; expected one of H100, "),
+    ],
+)
+def test_wrong_numbers_are_named(make, message):
+    with pytest.raises(cb.CacheBlendError) as raised:
+        make()
+    assert str(raised.value).startswith(message)
+
+
+def plan_of(config, mode: str, length: int):
+    planner = Planner(config, BlendConfig(0.15, selector="hkvd", num_stages=1))
+    return planner.plan(mode, length + 64, 0, 0 if mode == "full" else length)
+
+
+def outline_on(mesh: jax.sharding.Mesh, config) -> cb.Model:
+    """The model on a mesh, with shapes in the place of its weights."""
+    partition = partition_of(mesh, config)
+    params = jax.tree.map(
+        lambda leaf, names: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=partition.sharding(*names)),
+        abstract_params(config),
+        axis_names(config),
+    )
+    return cb.Model(config, params, kernels="xla", partition=partition)
+
+
+def mesh_of(devices) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(devices), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def test_memory_is_what_xla_takes_for_eight_devices():
+    """What an engine compiles, over shapes: no weights are made."""
+    config = dataclasses.replace(LLAMA3_8B, num_layers=8, windows=(None,) * 8, dtype="float32")
+    executors = Executors(outline_on(mesh_of(jax.devices()[:8]), config), "resident", 4)
+    for mode, kv_dtype in (("full", None), ("reuse", None), ("blend", None), ("reuse", "int8")):
+        plan = plan_of(config, mode, 8128)
+        peak = executors._prepare_plan(plan, "resident", kv_dtype).peak_memory_bytes
+        planned = program_memory(config, plan, 8, "cpu", kv_dtype)
+        assert planned.peak == pytest.approx(peak, rel=0.05), (mode, kv_dtype, planned)
+
+
+@pytest.mark.aot
+def test_memory_is_what_xla_takes_for_a_tpu_of_eight_chips():
+    """A v5e of 2 x 4."""
+    if find_spec("libtpu") is None:
+        pytest.skip("needs libtpu: see docs/kernels.md")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    chips = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+    model, plan = outline_on(mesh_of(chips), LLAMA3_8B), plan_of(LLAMA3_8B, "reuse", 8128)
+    request, whole = shapes_of(empty_request(plan), model.placement), model.placement
+    table = jax.ShapeDtypeStruct((1, plan.cache_length, LLAMA3_8B.head_dim // 2), jnp.float32, sharding=whole)
+    cached = abstract_cache(LLAMA3_8B, plan.cache_length, model.cache_placement)
+
+    def blend(params, request, cached, angles):
+        return prefill(params, request, cached, PromptSequence(request.length, angles), config=LLAMA3_8B, plan=plan)
+
+    arguments = model.params, request, cached, Angles(table, table)
+    chip = AbstractDevice(device_kind=chips[0].device_kind, num_cores=1, platform="tpu")
+    automatic = (jax.sharding.AxisType.Auto,)
+    abstract = AbstractMesh((len(chips),), ("model",), axis_types=automatic, abstract_device=chip)
+    with jax.sharding.use_abstract_mesh(abstract), kernels("xla"), splitting(model.partition):
+        results = result_shardings(model.partition, jax.eval_shape(blend, *arguments))
+        compiled = jax.jit(blend, out_shardings=results, donate_argnums=2).lower(*arguments).compile()
+    planned = program_memory(LLAMA3_8B, plan, 8, "tpu")
+    assert planned.peak == pytest.approx(_peak_memory_bytes(compiled), rel=0.05), planned
