@@ -113,12 +113,12 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
             stream = engine.stream(out, max_new_tokens=parsed.max_new_tokens, sampling=sampling)
             answers = {parsed.mode: print_as_it_comes(stream)}
         _print_about(parsed, answers)
+        if trace is not None:
+            _save_trace(trace, parsed.trace)
         if parsed.store is not None and not _precomputes_first(parsed):
             with progress_of_parts() as shown:
                 report = store_missing(engine, prompt, looked_up, shown)
     (print_status if parsed.compare else print)(report.line(parsed.store))  # a table stands alone on stdout
-    if trace is not None:
-        _save_trace(trace, parsed.trace)
     return {
         "question": question,
         "model": model.name,

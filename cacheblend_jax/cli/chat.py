@@ -181,7 +181,7 @@ class Chat:
             self._last = answer, report
             self.turns.append({"question": question, "answer": answer_report(answer)})
             print_dim(cost_line(out, report, self._engine.model.config))
-        self._store_missing()
+        self._last = answer, self._store_missing() or report
 
     def _prefilled(self, question: str) -> tuple[PrefillResult, StoreReport | None]:
         """Prefills a question after what was said, if the model has room for it; else its chunks, too."""
@@ -203,12 +203,13 @@ class Chat:
                 self._to_store = prompt, looked_up
             return prefill_shown(engine, prompt, self._mode, shown), report or StoreReport(looked_up)
 
-    def _store_missing(self) -> None:
+    def _store_missing(self) -> StoreReport | None:
         """Stores what an answer's prompt lacked, for the next conversation."""
         to_store, self._to_store = self._to_store, None
-        if to_store is not None:
-            with progress_of_parts() as shown:
-                store_missing(self._engine, *to_store, shown)
+        if to_store is None:
+            return None
+        with progress_of_parts() as shown:
+            return store_missing(self._engine, *to_store, shown)
 
     def _extended(self, said: TokenStream, question: str) -> PrefillResult | None:
         from cacheblend_jax.engine.prompt import Prompt

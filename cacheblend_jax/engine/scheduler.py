@@ -139,10 +139,10 @@ class Scheduler:
         with self._changed:
             if self._is_closed:
                 raise SchedulerClosed("the scheduler is closed; make another")
-            if len(self._waiting) >= self._most_waiting:
-                raise QueueFull(f"{self._most_waiting} requests wait already; try again later, or raise `waiting`")
-            how = mode, blend, sampling or Sampling(), ending, logprobs
-            self._waiting.add(_Request(answer, ids, length, *how))
+            request = _Request(answer, ids, length, mode, blend, sampling or Sampling(), ending, logprobs)
+            if not self._waiting.has_room_for(request, self._most_waiting):
+                raise QueueFull(f"{len(self._waiting)} requests wait already; try again later, or raise `waiting`")
+            self._waiting.add(request)
             self._changed.notify()
         return answer
 

@@ -28,6 +28,17 @@ class WaitingRequests(Generic[Request]):
         """Adds a request behind its tenant's others; a tenant who has none comes after all others."""
         self._by_tenant.setdefault(self._tenant_of(request), deque()).append(request)
 
+    def has_room_for(self, request: Request, most: int) -> bool:
+        """Whether one more may wait: where `most` do, a tenant with less than an equal share of them still has room.
+
+        So no tenant's requests keep those of others out.
+        """
+        if len(self) < most:
+            return True
+        tenants = [self._tenant_of(each) for each in self]
+        tenant = self._tenant_of(request)
+        return tenants.count(tenant) < most // len({*tenants, tenant})
+
     def next(self) -> Request:
         """Takes the next request.
 

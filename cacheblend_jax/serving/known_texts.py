@@ -11,6 +11,7 @@ import numpy as np
 from cacheblend_jax.model.encoding import encode
 
 MAX_CHARACTERS = 16 * 2**20
+ENTRY_CHARACTERS = 256  # what a text counts for besides its own: many short ones take memory, too
 
 
 class KnownTexts:
@@ -19,7 +20,7 @@ class KnownTexts:
     Tenants share nothing: how long an answer takes would tell one what texts another has.
 
     Args:
-        most_characters: of the texts that are remembered, together.
+        most_characters: of the texts that are remembered, together, and `ENTRY_CHARACTERS` more for each.
     """
 
     def __init__(self, tokenizer: Any, most_characters: int = MAX_CHARACTERS) -> None:
@@ -37,10 +38,14 @@ class KnownTexts:
                 return known.tolist()
         ids = encode(self._tokenizer, text)
         with self._lock:
-            if key not in self._known and len(text) <= self._most:
+            if key not in self._known and _size(text) <= self._most:
                 self._known[key] = np.asarray(ids, np.int32)
-                self._characters += len(text)
+                self._characters += _size(text)
                 while self._characters > self._most:
                     (_, oldest), _ = self._known.popitem(last=False)
-                    self._characters -= len(oldest)
+                    self._characters -= _size(oldest)
         return ids
+
+
+def _size(text: str) -> int:
+    return len(text) + ENTRY_CHARACTERS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import cacheblend_jax as cb
-from cacheblend_jax.serving.known_texts import KnownTexts
+from cacheblend_jax.serving.known_texts import ENTRY_CHARACTERS, KnownTexts
 
 
 class CountingTokenizer:
@@ -30,7 +30,7 @@ def test_a_text_is_encoded_once_for_each_tenant():
 
 def test_the_texts_used_last_are_kept():
     tokenizer = CountingTokenizer()
-    texts = KnownTexts(tokenizer, most_characters=6)
-    for text in ("aa", "bb", "aa", "cccc", "aa", "too long", "aa", "bb"):
+    texts, too_long = KnownTexts(tokenizer, most_characters=2 * ENTRY_CHARACTERS + 6), "x" * (ENTRY_CHARACTERS + 7)
+    for text in ("aa", "bb", "aa", "cccc", "aa", too_long, "aa", "bb"):
         texts.encode("", text)
-    assert tokenizer.encoded == ["aa", "bb", "cccc", "too long", "bb"]
+    assert tokenizer.encoded == ["aa", "bb", "cccc", too_long, "bb"]
