@@ -23,6 +23,7 @@ CONFIGS = {
     "experts": ModelConfig(num_kv_heads=4, **SHAPE, **EXPERTS),
 }
 BLEND = cb.BlendConfig(selector="hkvd", num_stages=1)
+BY_QUESTION = cb.BlendConfig(selector="query", num_stages=1)
 PROMPT = random_prompt(3, (30, 25), prefix=5, suffix=4)
 BY_EXPERT = ShardingRules(experts="model", expert_mlp=None)
 
@@ -54,9 +55,9 @@ def store_of(name: str) -> cb.ChunkStore:
 
 
 @cache
-def wanted(name: str, mode: str) -> cb.PrefillResult:
+def wanted(name: str, mode: str, blend: cb.BlendConfig = BLEND) -> cb.PrefillResult:
     """What one device gives, by the resident executor."""
-    with cb.Engine(whole_model(name), store_of(name), BLEND) as engine:
+    with cb.Engine(whole_model(name), store_of(name), blend) as engine:
         out = engine.prefill(PROMPT, mode)
         engine.flush()
         return engine.prefill(PROMPT, mode) if mode == "prefix" else out  # stored after its first use

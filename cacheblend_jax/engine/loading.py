@@ -145,7 +145,8 @@ def _read_piece(piece: Piece, layer: int, k: HostRows, v: HostRows, trace: Trace
 
     try:
         with span(chunk.tier) if is_slow(chunk.tier) else nullcontext():
-            k_layer, v_layer = chunk.handle.read_layer(layer, chunk.heads)
+            read = chunk.handle.read_layer
+            k_layer, v_layer = read(layer) if chunk.heads is None else read(layer, chunk.heads)
     except (DamagedEntryError, OSError, IndexError) as error:
         raise LostChunkError(chunk, error) from error
     with span("host"):

@@ -106,10 +106,8 @@ class Experts(nnx.Module):
         with jax.named_scope("experts"):
             stacks = [each.stacks for each in (self.gate_proj, self.up_proj, self.down_proj)]
             kernels = Kernels(*(kernel for kernel, _ in stacks), *(bias for _, bias in stacks))
-            partition, choose = (
-                current_partition(),
-                partial(route, per_token=self.per_token, sum_to_one=self.sum_to_one),
-            )
+            partition = current_partition()
+            choose = partial(route, per_token=self.per_token, sum_to_one=self.sum_to_one)
             if partition is not None:
                 weighted = _by_shares(partition, rows, router_logits, choose, valid, kernels, gated)
             else:

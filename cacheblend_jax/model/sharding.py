@@ -24,6 +24,9 @@ LAYER_AXES: Axes = CACHE_AXES[1:]
 class ShardingRules:
     """Which axis of the mesh splits each axis of a model's arrays; `None`, or an axis that the mesh lacks: none does.
 
+    Query heads follow their KV heads, whatever `heads` says: the same axis splits them, and they are split further only
+    where a device's queries read one KV head alone.
+
     Each device has its heads of queries, its KV heads and its part of the MLP, of weights and KV alike: of stored KV on
     its way, of what stays on the device, and of caches that decoding extends. Where an axis is no multiple of the
     mesh's, it stays whole on each device.
@@ -39,7 +42,8 @@ class ShardingRules:
         expert_mlp: that of each expert.
         experts: the experts; each device then computes its own, so that its work depends on the tokens.
         vocab: of the embedding, and of the projection to logits.
-        slots: answers that are decoded together (data parallelism).
+        slots: answers that are decoded together (data parallelism); not split by an axis that splits anything else,
+            over which devices add up what they have of the same rows.
     """
 
     heads: str | None = "model"
@@ -58,7 +62,7 @@ def partition_of(mesh: jax.sharding.Mesh, config: ModelConfig, rules: ShardingRu
     name, and the `…_copies` of each.
 
     Raises:
-        CheckpointError: the rules name no axis of the mesh.
+        CheckpointError: the rules name no axis of the mesh, or one twice for the same array.
     """
     shape, axes = _split(dict(mesh.shape), config, ShardingRules() if rules is None else rules)
     automatic = (jax.sharding.AxisType.Auto,) * len(shape)  # from jax 0.12 on meshes are explicit by default
@@ -70,7 +74,7 @@ def ways_of(shape: Mapping[str, int], config: ModelConfig, rules: ShardingRules 
     """Returns into how many shares a mesh of that shape splits each axis that `ShardingRules` names, without devices.
 
     Raises:
-        CheckpointError: the rules name no axis of the mesh.
+        CheckpointError: as `partition_of`.
     """
     shape, axes = _split(dict(shape), config, ShardingRules() if rules is None else rules)
     return {name: _ways(shape, over) for name, over in axes.items()}
@@ -94,7 +98,14 @@ def _split(
     for name, size in sizes.items():
         over = parts.get(wanted[name], ())
         axes[name] = over if size and size % _ways(shape, over) == 0 else ()
+    if set(axes["experts"]) & set(axes["expert_mlp"]):
+        raise CheckpointError(
+            f"rules split the experts and the inside of each by one axis, {rules.experts!r}; set one of experts and "
+            "expert_mlp to None, or to another axis"
+        )
     axes["heads"] = _heads_axes(shape, config, parts.get(rules.heads, ()), axes["kv_heads"])
+    if set(axes["slots"]) & {axis for name, over in axes.items() if name != "slots" for axis in over}:
+        axes["slots"] = ()
     return shape, axes
 
 

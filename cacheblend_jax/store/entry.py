@@ -176,7 +176,7 @@ class DeviceEntry:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that K and V take on the device, padding included (on each device, where a mesh has copies)."""
+        """Bytes that K and V take on the device, padding included; on a mesh, of all devices that split them."""
         scales = () if self.scales is None else (self.scales.k, self.scales.v)
         return sum(x.nbytes for x in (self.k, self.v, *scales))
 

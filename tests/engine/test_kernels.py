@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import FAMILIES, family_model, random_prompt
+from mesh_cases import mesh_of
 
 import cacheblend_jax as cb
 from cacheblend_jax.blend.layer_step import PromptSequence
@@ -20,6 +21,7 @@ from cacheblend_jax.evaluation.whole_prefills import request_of
 from cacheblend_jax.model.kv_cache import KVCache, cache_shape
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.model.sharding import partition_of
 from cacheblend_jax.model.transformer import random_params
 from pallas_kernels.attention import api as attention
 from pallas_kernels.blending import api as blending
@@ -90,11 +92,13 @@ def test_no_kernels_are_proven_on_a_cpu_or_for_wrong_arguments(model, proven_on,
     assert not proven_on
 
 
-def test_on_a_mesh_kernels_are_xlas(model, proven_on, monkeypatch):
-    mesh = SimpleNamespace(device_set=frozenset(jax.devices()[:2]))
-    monkeypatch.setattr(Model, "placement", mesh)
+def test_on_several_devices_kernels_are_xlas_unless_a_partition_splits_them(model, proven_on, monkeypatch):
+    devices = SimpleNamespace(device_set=frozenset(jax.devices()[:2]), is_fully_addressable=True)
+    monkeypatch.setattr(Model, "placement", devices)
     assert kernels.with_kernels(model, "auto").kernels == "xla"
     assert kernels.with_kernels(model, "pallas").kernels == "pallas"
+    split = replace(model, partition=partition_of(mesh_of("1x2"), model.config))
+    assert kernels.with_kernels(split, "auto").kernels is None
 
 
 def test_other_kernels_are_other_programs_of_the_same_model(model):

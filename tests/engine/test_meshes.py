@@ -7,30 +7,42 @@ from math import gcd
 import numpy as np
 import pytest
 from conftest import random_prompt, relative_error
-from mesh_cases import BLEND, BY_EXPERT, CONFIGS, PROMPT, SHAPE, collectives, model_on, store_of, wanted, whole_model
+from mesh_cases import (
+    BLEND,
+    BY_EXPERT,
+    BY_QUESTION,
+    CONFIGS,
+    PROMPT,
+    SHAPE,
+    collectives,
+    model_on,
+    store_of,
+    wanted,
+    whole_model,
+)
 
 import cacheblend_jax as cb
 from cacheblend_jax.engine.slot_batch import SlotBatch
 
 # Each mesh, each family with each executor or mesh, and each mode: all pairs would compile for minutes.
 CASES = [
-    ("8 KV heads", "1x8", "resident", ("reuse", "blend"), None),
-    ("2 KV heads", "1x8", "streamed", ("blend",), None),
-    ("1 KV head", "2x4", "streamed", ("reuse",), None),
-    ("1 KV head", "4x2", "resident", ("blend",), None),
-    ("experts", "2x4", "resident", ("prefix", "blend"), BY_EXPERT),
-    ("1 KV head", "8x1", "resident", ("full",), None),
-    ("experts", "4x2", "streamed", ("blend",), None),
+    ("8 KV heads", "1x8", "resident", ("reuse", "blend"), None, BLEND),
+    ("2 KV heads", "1x8", "streamed", ("blend",), None, BLEND),
+    ("1 KV head", "2x4", "streamed", ("reuse",), None, BLEND),
+    ("1 KV head", "4x2", "resident", ("blend",), None, BY_QUESTION),
+    ("experts", "2x4", "resident", ("prefix", "blend"), BY_EXPERT, BLEND),
+    ("1 KV head", "8x1", "resident", ("full",), None, BLEND),
+    ("experts", "4x2", "streamed", ("blend",), None, BLEND),
 ]
 HIDDEN, LAYERS = SHAPE["hidden_size"], SHAPE["num_layers"]
 
 
-@pytest.mark.parametrize(("name", "shape", "executor", "modes", "rules"), CASES)
-def test_i6_a_mesh_gives_what_one_device_gives(name, shape, executor, modes, rules):
+@pytest.mark.parametrize(("name", "shape", "executor", "modes", "rules", "blend"), CASES)
+def test_i6_a_mesh_gives_what_one_device_gives(name, shape, executor, modes, rules, blend):
     heads = CONFIGS[name].num_kv_heads
-    with cb.Engine(model_on(name, shape, rules), store_of(name), BLEND, executor=executor) as engine:
+    with cb.Engine(model_on(name, shape, rules), store_of(name), blend, executor=executor) as engine:
         for mode in modes:
-            out, one = engine.prefill(PROMPT, mode), wanted(name, mode)
+            out, one = engine.prefill(PROMPT, mode), wanted(name, mode, blend)
             assert (out.stats.executor, out.stats.hits) == (executor, one.stats.hits)
             assert relative_error(out.logits, one.logits) < 1e-5
             np.testing.assert_array_equal(out.recomputed, one.recomputed)

@@ -57,6 +57,14 @@ def test_rules_are_the_users():
         partition_of(mesh, CONFIGS["experts"])
 
 
+def test_no_axis_splits_both_rows_and_what_is_added_up_over_them():
+    by_data = ShardingRules(experts="data")  # devices add up what each makes of the same rows
+    partition = partition_of(mesh_of("2x4"), CONFIGS["experts"], by_data)
+    assert (partition.over("experts"), partition.over("slots")) == (("data",), ())
+    with pytest.raises(cb.CheckpointError, match="the experts and the inside of each by one axis, 'model'; set one"):
+        partition_of(mesh_of("2x4"), CONFIGS["experts"], ShardingRules(experts="model"))
+
+
 def test_of_each_parameter_one_share_at_a_time_is_read_into_host_memory(monkeypatch):
     checkpoint, read, allocated = open_checkpoint(HF / "mixtral"), [], []
     plain = cb.load_model(HF / "mixtral", dtype="float32")
