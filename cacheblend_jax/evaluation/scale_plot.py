@@ -15,7 +15,9 @@ NAMES = {"chunks": "routed by chunk", "random": "routed at random"}
 
 
 def scale_figure(lines: Sequence[dict[str, Any]]) -> Figure:
-    """Draws services side by side, by their number of replicas and their routing.
+    """Draws services side by side, by their number of replicas and their routing; else they are alike.
+
+    A TTFT that grows without bound is left out.
 
     Args:
         lines: as `scripts/simulate_scale.py service --out` writes them.
@@ -28,18 +30,24 @@ def scale_figure(lines: Sequence[dict[str, Any]]) -> Figure:
         replicas = [line["asked"]["replicas"] for line in own]
         memory = [100 * (line["found"]["device"] + line["found"]["host"]) for line in own]
         found.plot(replicas, memory, label=f"in memory, {NAMES[routing]}", **style)
+        stable = [line for line in own if line["ttft_s"] is not None]
         for percent, dashes in (("50", "-"), ("99", "--")):
             label = f"{'median' if percent == '50' else '99 of 100'}, {NAMES[routing]}"
-            values = [1000 * line["ttft_s"][percent] for line in own]
-            ttft.plot(replicas, values, linestyle=dashes, label=label, **style)
+            values = [1000 * line["ttft_s"][percent] for line in stable]
+            ttft.plot([line["asked"]["replicas"] for line in stable], values, linestyle=dashes, label=label, **style)
         cost.plot(replicas, [line["usd_per_million"] for line in own], label=NAMES[routing], **style)
     anywhere = {line["asked"]["replicas"]: 100 * (1 - line["found"]["none"]) for line in lines}
     found.plot(*zip(*sorted(anywhere.items()), strict=True), color=GREY, marker="^", label="anywhere")
-    for percent, dots in (("50", ":"), ("99", "-.")):
-        label = f"{'median' if percent == '50' else '99 of 100'}, full recompute"
-        ttft.axhline(1000 * lines[0]["full_ttft_s"][percent], color=BLACK, linestyle=dots, label=label)
+    if (full_ttft := lines[0]["full_ttft_s"]) is not None:
+        for percent, dots in (("50", ":"), ("99", "-.")):
+            label = f"{'median' if percent == '50' else '99 of 100'}, full recompute"
+            ttft.axhline(1000 * full_ttft[percent], color=BLACK, linestyle=dots, label=label)
+    cost.axhline(lines[0]["full_usd_per_million"], color=BLACK, linestyle=":", label="full recompute")
+    counts = sorted(anywhere)
     for axis, title in ((found, "look-ups found, %"), (ttft, "TTFT, ms"), (cost, "US dollars a million requests")):
         axis.set_xscale("log")
+        axis.set_xticks(counts, [f"{count:,}" for count in counts])
+        axis.set_xticks([], minor=True)
         axis.set_xlabel("replicas")
         axis.set_title(title)
         axis.grid(alpha=0.3)

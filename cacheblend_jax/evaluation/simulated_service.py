@@ -1,7 +1,8 @@
 """A service of many replicas, simulated request by request over the store's own eviction, admission and routing.
 
 Each replica has tiers in memory (`store.tiered_memory`) and prefills one request at a time; all share one store, which
-evicts as the tiers do. How long a prefill takes is what the loading controller would estimate.
+evicts as the tiers do. How long a prefill takes is what the loading controller would estimate. Missing chunks are
+computed by themselves and stored while no request waits.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from math import inf
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from cacheblend_jax.engine.background import MAX_PENDING
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
+from cacheblend_jax.evaluation.cache_policies import SizedEntry
 from cacheblend_jax.evaluation.capacity import (
     HOURS_A_MONTH,
     Deployment,
@@ -32,6 +36,7 @@ from cacheblend_jax.store.tiered_memory import HasRoom, TieredMemory
 
 PLACES = ("device", "host", "store", "none")  # where a chunk is found, nearest first
 ROUTINGS = ("chunks", "random")
+PRICED_LOAD = 0.7  # of the time, how much replicas are busy where requests are priced
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Service:
         for name, least in (("replicas", 1), ("slots", 1), ("host_bytes", 1), ("device_bytes", 0), ("store_bytes", 0)):
             if not is_whole_number(getattr(self, name), least=least):
                 raise CacheBlendError(f"{name} must be a whole number of at least {least}, got {getattr(self, name)!r}")
+        if not 0 < self.store_bytes_per_s < inf:
+            raise CacheBlendError(f"store_bytes_per_s must be positive and finite, got {self.store_bytes_per_s!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +83,16 @@ class Outcome:
     Attributes:
         ttft_s: of each, from its arrival to its first token.
         found: how many of its chunks were in each of `PLACES`.
-        busy_share: of the replicas' time, how much they spent prefilling.
+        busy_share: of the replicas' time, how much they spent prefilling, for requests and to store chunks.
         busiest_share: the same of the busiest replica.
+        reads: how many chunks a request reads from the store that all share, a mean.
     """
 
     ttft_s: Float[np.ndarray, " requests"]
     found: Int[np.ndarray, "requests tiers"]
     busy_share: float
     busiest_share: float
+    reads: float
 
     def share(self, *tiers: str) -> float:
         """Returns the share of all look-ups that found their chunk in one of these tiers."""
@@ -95,30 +104,42 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class SimulatedChunk:
-    """An entry without KV."""
-
-    num_bytes: int
-
-
-@dataclass(frozen=True)
 class Costs:
-    """What a request takes of a replica: until its first token, and thereafter for each chunk that it stores."""
+    """What a request takes of a replica.
+
+    Attributes:
+        ttft_s: until its first token.
+        storing_s: thereafter, for each chunk that is stored.
+        recomputed: how many of its stored chunks are not worth loading: the farthest ones.
+    """
 
     ttft_s: float
     storing_s: float = 0.0
+    recomputed: int = 0
 
 
 @dataclass(eq=False)
 class _Replica:
-    memory: TieredMemory[SimulatedChunk, SimulatedChunk]
+    """A replica, and what it does at the moment: a request, or else a chunk to store, or nothing."""
+
+    memory: TieredMemory[SizedEntry, SizedEntry]
     waiting: deque[int] = field(default_factory=deque)
-    is_busy: bool = False
-    busy_s: float = 0.0
+    to_store: dict[str, float] = field(default_factory=dict)  # seconds of each, in the order in which they are computed
+    request: int | None = None
+    chunk: str | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        return self.request is not None or self.chunk is not None
 
     @property
     def num_requests(self) -> int:
-        return len(self.waiting) + self.is_busy
+        return len(self.waiting) + (self.request is not None)
+
+    def store_later(self, key: str, seconds: float) -> None:
+        """Queues a chunk as the engine does: once, and not beyond a bound."""
+        if key not in self.to_store and len(self.to_store) < MAX_PENDING:
+            self.to_store[key] = seconds
 
 
 class Simulation:
@@ -131,44 +152,60 @@ class Simulation:
 
     def __init__(self, service: Service, costs: Callable[[tuple[int, ...]], Costs], num_bytes: int) -> None:
         self._service, self._costs = service, costs
-        self._entry = SimulatedChunk(num_bytes)
-        self._store: MemoryTier[SimulatedChunk] = MemoryTier(service.store_bytes)
+        self._entry = SizedEntry(num_bytes)
+        self._store: MemoryTier[SizedEntry] = MemoryTier(service.store_bytes)
         self._store_free_at, self._missed = 0.0, Counter[str]()
         lock = threading.Lock()
         memory = service.host_bytes, service.device_bytes, lock
         self._replicas = [_Replica(TieredMemory(*memory)) for _ in range(service.replicas)]
         self._random = np.random.default_rng(service.seed)
 
+    def fill_store(self, chunks: Int[np.ndarray, " uses"]) -> None:
+        """Uses chunks of the store, and stores those that it lacks: what earlier requests left there."""
+        for key in map(str, chunks.tolist()):
+            if self._store.get(key) is None:
+                self._store.put(key, self._entry, 1)
+
     def run(self, trace: Trace, warm_up: float = 0.5) -> Outcome:
         """Runs all requests; what is returned leaves out the first `warm_up` of them, which fill the tiers."""
-        wanted = trace.chunks.tolist()
-        ttft_s, found = np.zeros(trace.num_requests), np.zeros((trace.num_requests, len(PLACES)), np.int64)
+        arrivals, wanted = trace.arrivals.tolist(), trace.chunks.tolist()
+        ttft_s, reads = np.zeros(trace.num_requests), np.zeros(trace.num_requests, np.int64)
+        found = np.zeros((trace.num_requests, len(PLACES)), np.int64)
         first = int(warm_up * trace.num_requests)
-        began = float(trace.arrivals[first])
-        ends: list[tuple[float, int, int]] = []  # when which replica finishes which request
-        stored: dict[int, list[str]] = {}  # the chunks that each running request will store
-        measured = np.zeros(len(self._replicas))
+        began, busy_s = arrivals[first], np.zeros(len(self._replicas))
+        ends: list[tuple[float, int]] = []  # when which replica is done with what it does
+
+        def occupy(number: int, seconds: float, now: float) -> None:
+            busy_s[number] += max(0.0, now + seconds - max(now, began))
+            heapq.heappush(ends, (now + seconds, number))
 
         def start(number: int, request: int, now: float) -> None:
             replica = self._replicas[number]
-            replica.is_busy = True
-            counts, stored[request] = self._look_up(replica, wanted[request])
-            costs, wait = self._costs(counts), self._wait_for_store(counts[PLACES.index("store")], now)
-            found[request] = counts
-            ttft_s[request] = now + wait + costs.ttft_s - arrivals[request]
-            end = now + wait + costs.ttft_s + len(stored[request]) * costs.storing_s
-            measured[number] += max(0.0, end - max(now, began))
-            heapq.heappush(ends, (end, number, request))
+            replica.request = request
+            counts, missing = self._look_up(replica, wanted[request])
+            costs = self._costs(counts)
+            read = max(0, counts[PLACES.index("store")] - costs.recomputed)
+            seconds = self._wait_for_store(read, now) + costs.ttft_s
+            found[request], reads[request], ttft_s[request] = counts, read, now + seconds - arrivals[request]
+            for key in missing:
+                replica.store_later(key, costs.storing_s)
+            occupy(number, seconds, now)
 
-        def finish() -> None:
-            now, number, request = heapq.heappop(ends)
+        def finish() -> float:
+            now, number = heapq.heappop(ends)
             replica = self._replicas[number]
-            self._keep(replica, wanted[request], stored.pop(request))
-            replica.is_busy = False
+            if replica.request is not None:
+                self._promote(replica, wanted[replica.request])
+            elif replica.chunk is not None:
+                self._keep(replica, replica.chunk)
+            replica.request = replica.chunk = None
             if replica.waiting:
                 start(number, replica.waiting.popleft(), now)
+            elif (chunk := self._next_to_store(replica)) is not None:
+                replica.chunk = chunk
+                occupy(number, replica.to_store.pop(chunk), now)
+            return now
 
-        arrivals = trace.arrivals.tolist()
         for request, arrival in enumerate(arrivals):
             while ends and ends[0][0] <= arrival:
                 finish()
@@ -178,11 +215,12 @@ class Simulation:
             else:
                 start(number, request, arrival)
         last = arrivals[-1]
-        while ends:
-            last = ends[0][0]
-            finish()
-        shares = measured / (last - began)
-        return Outcome(ttft_s[first:], found[first:], float(shares.mean()), float(shares.max()))
+        while any(replica.num_requests for replica in self._replicas):
+            last = finish()
+        for end, number in ends:  # chunks that are stored after the last request
+            busy_s[number] -= end - last
+        shares = busy_s / (last - began)
+        return Outcome(ttft_s[first:], found[first:], float(shares.mean()), float(shares.max()), reads[first:].mean())
 
     def _look_up(self, replica: _Replica, chunks: list[int]) -> tuple[tuple[int, ...], list[str]]:
         """Looks a request's chunks up; returns how many are in each place, and which missing ones are to be stored."""
@@ -212,18 +250,27 @@ class Simulation:
         self._store_free_at = began + num_chunks * self._entry.num_bytes / self._service.store_bytes_per_s
         return began - now
 
-    def _keep(self, replica: _Replica, chunks: list[int], stored: list[str]) -> None:
-        """Stores the chunks that a request computed for that, and promotes those that it found in a slower place."""
-        for key in stored:
-            replica.memory.put(key, self._entry, 1)
-            if self._service.store_bytes:
-                self._store.put(key, self._entry, 1)
+    def _next_to_store(self, replica: _Replica) -> str | None:
+        """Returns the next chunk to compute by itself; those that are stored by now are dropped."""
+        for key in list(replica.to_store):
+            if replica.memory.host.peek(key) is None and self._store.peek(key) is None:
+                return key
+            del replica.to_store[key]
+        return None
+
+    def _keep(self, replica: _Replica, key: str) -> None:
+        """Stores a chunk that was computed by itself."""
+        replica.memory.put(key, self._entry, 1)
+        if self._service.store_bytes:
+            self._store.put(key, self._entry, 1)
+
+    def _promote(self, replica: _Replica, chunks: list[int]) -> None:
+        """Copies the chunks that a request found into faster tiers, as far as these admit them."""
         to_device = (lambda entry: entry) if self._service.device_bytes else None
         for key in dict.fromkeys(map(str, chunks)):
-            if key not in stored:
-                replica.memory.promote(key, self._read, to_device)
+            replica.memory.promote(key, self._read, to_device)
 
-    def _read(self, key: str, has_room: HasRoom) -> tuple[SimulatedChunk, int] | None:
+    def _read(self, key: str, has_room: HasRoom) -> tuple[SizedEntry, int] | None:
         """Reads an entry from the store for which there is room, with its uses."""
         stored = self._store.peek(key)
         return (stored, self._store.uses(key)) if stored is not None and has_room(stored.num_bytes) else None
@@ -270,24 +317,24 @@ def estimated_costs(workload: Workload, deployment: Deployment) -> Callable[[tup
         length = sum(found) * tokens + workload.question_tokens
         mode = "blend" if chunks else "full"
         timed = timed_prefill(estimator, planner, mode, length, chunks, deployment.kv_dtype)
-        return Costs(timed.ttft_s, standalone_s)
+        return Costs(timed.ttft_s, standalone_s, len(chunks) - timed.loaded)
 
     return costs
 
 
 def million_requests_cost(
-    outcome: Outcome, service: Service, deployment: Deployment, requests_per_s: float, load: float = 0.7
+    outcome: Outcome, service: Service, deployment: Deployment, requests_per_s: float, load: float = PRICED_LOAD
 ) -> float:
     """Returns US dollars a million requests, where replicas take as many as keep them busy for a share of the time.
 
-    Devices by the hour, and the store that all share by the month; the replicas' own memory comes with them.
+    Devices by the hour, and the store that all share by the month; the replicas' own memory comes with them. Routed by
+    chunk, it is the busiest replica that is busy for that share: no other can take its requests.
 
     Args:
         requests_per_s: of the trace.
     """
-    busy_s = outcome.busy_share * service.replicas / requests_per_s  # for each request
-    hourly = deployment.device.price_per_hour * deployment.num_devices
-    devices = busy_s / load * hourly / 3600
+    busy_share = outcome.busiest_share if service.routing == "chunks" else outcome.busy_share
+    most_requests_per_s = requests_per_s * load / busy_share
+    hourly = deployment.device.price_per_hour * deployment.num_devices * service.replicas
     monthly = service.store_bytes / 1e9 * (deployment.tier.price_per_gb_month or 0.0)
-    requests_a_month = service.replicas * load / busy_s * HOURS_A_MONTH * 3600
-    return 1e6 * (devices + monthly / requests_a_month)
+    return 1e6 * (hourly + monthly / HOURS_A_MONTH) / (3600 * most_requests_per_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 
@@ -44,6 +44,7 @@ def zipf_trace(
 
     Args:
         exponent: the chunk of rank n is wanted in proportion to n ** -exponent.
+        chunks_per_request: different ones: what a request has already is drawn again.
         same_document: the probability of each chunk but a request's first to be of the first one's document: one of 16
             chunks of neighbouring ranks. Otherwise it is drawn as the first is.
 
@@ -53,23 +54,48 @@ def zipf_trace(
     for name, value in (("requests", num_requests), ("chunks", num_chunks), ("chunks a request", chunks_per_request)):
         if not is_whole_number(value, least=1):
             raise CacheBlendError(f"{name} must be a whole number of at least 1, got {value!r}")
+    document_chunks = min(DOCUMENT_CHUNKS, num_chunks)
+    if chunks_per_request > document_chunks:
+        raise CacheBlendError(
+            f"chunks a request must be at most {document_chunks}, which a document has, got {chunks_per_request}"
+        )
     if not 0 <= same_document <= 1:
         raise CacheBlendError(f"same_document must be a probability, got {same_document!r}")
     if not 0 < requests_per_s < np.inf:
         raise CacheBlendError(f"requests_per_s must be positive and finite, got {requests_per_s!r}")
     random = np.random.default_rng(seed)
     arrivals = np.cumsum(random.exponential(1 / requests_per_s, num_requests))
-    chunks = zipf_keys(random, num_requests * chunks_per_request, num_chunks, exponent)
-    chunks = chunks.reshape(num_requests, chunks_per_request)
-    of_first = chunks[:, :1] // DOCUMENT_CHUNKS * DOCUMENT_CHUNKS + random.integers(0, DOCUMENT_CHUNKS, chunks.shape)
-    together = random.random(chunks.shape) < same_document
-    together[:, 0] = False
-    return Trace(arrivals, np.where(together, np.minimum(of_first, num_chunks - 1), chunks))
+    shares = _zipf_shares(num_chunks, exponent)
+    chunks = np.full((num_requests, chunks_per_request), -1, np.int64)
+    chunks[:, 0] = _drawn(random, shares, num_requests)
+    missing = np.argwhere(chunks < 0)
+    while missing.size:
+        rows, places = missing.T
+        drawn = _drawn(random, shares, rows.size)
+        start = np.minimum(chunks[rows, 0] // DOCUMENT_CHUNKS * DOCUMENT_CHUNKS, num_chunks - document_chunks)
+        of_first = start + random.integers(0, document_chunks, rows.size)
+        chunks[rows, places] = np.where(random.random(rows.size) < same_document, of_first, drawn)
+        missing = np.argwhere(_is_repeated(chunks))
+    return Trace(arrivals, chunks)
+
+
+def _is_repeated(chunks: Int[np.ndarray, "requests chunks"]) -> Bool[np.ndarray, "requests chunks"]:
+    """Returns which chunks their request has at an earlier place."""
+    equal = chunks[:, :, None] == chunks[:, None, :]
+    return np.tril(equal, -1).any(axis=2)
 
 
 def zipf_keys(random: np.random.Generator, count: int, num_keys: int, exponent: float) -> Int[np.ndarray, " count"]:
     """Draws `count` of the numbers 0 … `num_keys` − 1, number n in proportion to (n + 1) ** -exponent."""
-    shares = np.cumsum(np.arange(1, num_keys + 1, dtype=np.float64) ** -exponent)
+    return _drawn(random, _zipf_shares(num_keys, exponent), count)
+
+
+def _zipf_shares(num_keys: int, exponent: float) -> Float[np.ndarray, " keys"]:
+    """Returns how often any of the first keys is wanted, up to a factor."""
+    return np.cumsum(np.arange(1, num_keys + 1, dtype=np.float64) ** -exponent)
+
+
+def _drawn(random: np.random.Generator, shares: Float[np.ndarray, " keys"], count: int) -> Int[np.ndarray, " count"]:
     return np.searchsorted(shares, random.random(count) * shares[-1]).astype(np.int64)
 
 

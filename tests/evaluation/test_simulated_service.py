@@ -13,12 +13,21 @@ from hypothesis import strategies as st
 from store_cases import key_of, make_entry
 
 import cacheblend_jax as cb
+from cacheblend_jax.engine.background import MAX_PENDING
 from cacheblend_jax.evaluation.cache_policies import belady_hits, lru_hits, most_hits, stored_hits
-from cacheblend_jax.evaluation.capacity import Deployment, Workload
+from cacheblend_jax.evaluation.capacity import TIERS, Deployment, Workload
 from cacheblend_jax.evaluation.devices import DEVICES
 from cacheblend_jax.evaluation.scale_plot import scale_figure
 from cacheblend_jax.evaluation.shapes import SHAPES
-from cacheblend_jax.evaluation.simulated_service import PLACES, Costs, Service, Simulation, estimated_costs
+from cacheblend_jax.evaluation.simulated_service import (
+    PLACES,
+    Costs,
+    Outcome,
+    Service,
+    Simulation,
+    estimated_costs,
+    million_requests_cost,
+)
 from cacheblend_jax.evaluation.traces import Trace, with_scans, zipf_keys, zipf_trace
 from cacheblend_jax.store.index import Index
 from cacheblend_jax.store.keys import chunk_key
@@ -42,19 +51,26 @@ def zipf(count: int = 4000, num_keys: int = 300, exponent: float = 0.9) -> np.nd
 
 
 def test_a_trace_is_the_seeds_and_has_the_popularity_and_the_rate_asked_for():
-    trace = zipf_trace(20_000, num_chunks=1000, exponent=1.0, same_document=0.0, requests_per_s=50.0, seed=4)
-    again = zipf_trace(20_000, num_chunks=1000, exponent=1.0, same_document=0.0, requests_per_s=50.0, seed=4)
+    options = {"num_chunks": 1000, "exponent": 1.0, "chunks_per_request": 1, "requests_per_s": 50.0, "seed": 4}
+    trace, again = zipf_trace(100_000, **options), zipf_trace(100_000, **options)
     assert (trace.arrivals == again.arrivals).all()
     assert (trace.chunks == again.chunks).all()
     counts = np.bincount(trace.chunks.ravel(), minlength=1000)
     assert counts[0] / counts[9] == pytest.approx(10, rel=0.1)
-    assert trace.arrivals[-1] == pytest.approx(20_000 / 50, rel=0.03)
+    assert trace.arrivals[-1] == pytest.approx(100_000 / 50, rel=0.03)
 
 
 def test_chunks_of_a_document_come_together():
     trace = zipf_trace(2000, num_chunks=10_000, same_document=1.0)
     documents = trace.chunks // 16
     assert (documents == documents[:, :1]).all()
+
+
+def test_a_request_wants_each_chunk_once():
+    for options in ({"exponent": 2.0}, {"num_chunks": 5}, {"num_chunks": 33, "same_document": 1.0}):
+        chunks = np.sort(zipf_trace(3000, **options).chunks, axis=1)
+        assert (np.diff(chunks, axis=1) > 0).all()
+        assert chunks.min() >= 0
 
 
 def test_scans_are_a_share_of_keys_used_once():
@@ -174,10 +190,53 @@ def test_one_replica_is_a_queue():
     assert outcome.busy_share == pytest.approx(200 * 0.5 / (free_at - trace.arrivals[0]))
 
 
-def test_what_a_request_leaves_to_do_delays_the_next_one_alone():
-    trace = Trace(np.array([0.0, 0.1]), np.array([[1], [2]]))
+def test_a_request_waits_for_one_chunk_that_is_stored_at_most():
+    """The first leaves three to store; the second comes during the second of them, the third finds all of them."""
+    trace = Trace(np.array([0.0, 0.8, 9.0]), np.array([[1, 2, 3], [4, 5, 6], [1, 2, 3]]))
     outcome = run(trace, lambda found: Costs(0.5, 0.25))
-    np.testing.assert_allclose(outcome.ttft_s, [0.5, 0.5 + 0.25 + 0.5 - 0.1])
+    np.testing.assert_allclose(outcome.ttft_s, [0.5, 0.2 + 0.5, 0.5])
+    assert outcome.found[2].tolist() == [0, 3, 0, 0]
+    assert outcome.busy_share == pytest.approx((3 * 0.5 + 6 * 0.25) / 9.5)
+
+
+def test_requests_that_wait_come_before_what_is_to_be_stored():
+    trace = Trace(np.array([0.0, 0.1, 0.2]), np.array([[1], [1], [1]]))
+    outcome = run(trace, lambda found: Costs(0.5, 0.25))
+    np.testing.assert_allclose(outcome.ttft_s, [0.5, 0.9, 1.3])
+    assert outcome.found[:, PLACES.index("none")].tolist() == [1, 1, 1]
+
+
+def test_as_many_chunks_wait_to_be_stored_as_an_engine_keeps_waiting():
+    trace = Trace(np.array([0.0, 900.0]), np.array([np.arange(300), np.arange(300)]))
+    outcome = run(trace, lambda found: Costs(0.5, 0.25), store_bytes=10**6, host_bytes=10**6)
+    assert outcome.found[1].tolist() == [0, MAX_PENDING, 0, 300 - MAX_PENDING]
+
+
+def test_the_store_may_be_full_at_first():
+    trace = Trace(np.arange(2.0), np.array([[1, 2], [1, 3]]))
+    simulation = Simulation(service(), by_place, CHUNK)
+    simulation.fill_store(np.array([1, 2, 1]))
+    outcome = simulation.run(trace, 0.0)
+    assert outcome.found.tolist() == [[0, 0, 2, 0], [1, 0, 0, 1]]
+    assert outcome.reads == 1.0
+
+
+def test_what_is_not_worth_loading_is_not_read_from_the_store():
+    simulation = Simulation(service(), lambda found: Costs(0.5, recomputed=found[2]), CHUNK)
+    simulation.fill_store(np.array([1, 2]))
+    assert simulation.run(Trace(np.zeros(1), np.array([[1, 2]])), 0.0).reads == 0.0
+
+
+def test_prices_are_those_of_the_load_that_the_busiest_replica_bears():
+    deployment = Deployment(SHAPES["llama-3-8b"], DEVICES["H100"])
+    outcome = Outcome(np.ones(1), np.ones((1, 4), np.int64), 0.35, 0.7, 0.0)
+    even, uneven = (
+        million_requests_cost(outcome, service(replicas=10, store_bytes=0, routing=routing), deployment, 100.0)
+        for routing in ("random", "chunks")
+    )
+    hourly = 10 * DEVICES["H100"].price_per_hour
+    assert uneven == pytest.approx(1e6 * hourly / (100 * 3600))
+    assert even == pytest.approx(uneven / 2)
 
 
 def test_chunks_may_be_stored_only_when_they_are_missed_again():
@@ -230,6 +289,9 @@ def test_costs_are_the_controllers_and_grow_with_the_distance():
     seconds = [costs(tuple(np.eye(4, dtype=int)[place] * 5)).ttft_s for place in range(4)]
     assert seconds == sorted(seconds)
     alone = estimated_costs(Workload(640, question_tokens=1), Deployment(config, DEVICES["H100"]))
+    assert costs((5, 0, 0, 0)).recomputed == 0
+    far = Deployment(config, DEVICES["H100"], tier=TIERS["object"], kv_dtype="int8")
+    assert estimated_costs(Workload(2624), far)((1, 0, 4, 0)).recomputed >= 4
     assert costs((5, 0, 0, 0)).storing_s == pytest.approx(alone((0, 0, 0, 1)).ttft_s, rel=0.3)
 
 
@@ -241,13 +303,18 @@ def test_services_are_drawn_with_a_line_for_each_routing(tmp_path):
             "ttft_s": {"50": 0.02, "99": 0.2},
             "full_ttft_s": {"50": 0.05, "99": 0.3},
             "usd_per_million": 40.0,
+            "full_usd_per_million": 60.0,
         }
-        for replicas, routing in ((1, "chunks"), (10, "random"), (10, "chunks"))
+        for replicas, routing in ((1, "chunks"), (1000, "random"), (1000, "chunks"))
     ]
+    lines[1]["ttft_s"] = None  # grows without bound
     figure = scale_figure(lines)
     found, ttft, cost = figure.axes
-    assert [len(line.get_xdata()) for line in (*found.lines, *cost.lines)] == [2] * 5
+    assert [len(line.get_xdata()) for line in (*found.lines, *cost.lines[:-1])] == [2] * 5
+    assert [len(line.get_xdata()) for line in ttft.lines[:4]] == [2, 2, 1, 1]
     assert len(ttft.lines) == 6
+    assert cost.lines[-1].get_ydata()[0] == 60.0
+    assert [label.get_text() for label in cost.get_xticklabels()] == ["1", "1,000"]
     figure.savefig(tmp_path / "scale.png")
 
 
@@ -255,6 +322,8 @@ def test_services_are_drawn_with_a_line_for_each_routing(tmp_path):
     ("make", "message"),
     [
         (lambda: Service(routing="nearest"), "unknown routing 'nearest'; expected one of chunks, random"),
+        (lambda: Service(store_bytes_per_s=0.0), "store_bytes_per_s must be positive and finite, got 0.0"),
+        (lambda: zipf_trace(1, chunks_per_request=17), "chunks a request must be at most 16, which a document has, "),
         (lambda: Service(replicas=0), "replicas must be a whole number of at least 1, got 0"),
         (lambda: zipf_trace(0), "requests must be a whole number of at least 1, got 0"),
         (lambda: zipf_trace(1, same_document=2.0), "same_document must be a probability, got 2.0"),
