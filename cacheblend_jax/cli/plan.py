@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cacheblend_jax.choices import DEVICES, TIERS
 from cacheblend_jax.cli.options import (
     add_kv_dtype_option,
     add_output_options,
@@ -28,7 +29,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--shape", choices=sorted(SHAPES), default="llama-3-8b", help="of the model (default: %(default)s)"
     )
-    parser.add_argument("--device", default="H100", help="H100, H200, A100, L4, T4, v5e or v6e (default: H100)")
+    parser.add_argument("--device", default="H100", help=f"{', '.join(DEVICES)} (default: H100)")
     parser.add_argument("--devices", type=at_least_one, default=1, metavar="N", help="of a replica (default: 1)")
     parser.add_argument(
         "--profile", type=Path, metavar="FILE", help="of `calibrate`, in place of the data sheet's rates"
@@ -68,7 +69,7 @@ def _add_storage_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["nvme"],
         metavar="TIER",
-        help="where stored chunks are: device, host, nvme, network, object, or NAME:BYTES_PER_S[:LATENCY_S[:USD]], as "
+        help=f"where stored chunks are: {', '.join(TIERS)}, or NAME:BYTES_PER_S[:LATENCY_S[:USD]], as "
         "in raid:12GB:0.0001:0.1; of several, the cheapest that hides behind recomputing (default: nvme)",
     )
     parser.add_argument(
@@ -83,6 +84,13 @@ def _add_storage_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="SIZE",
         help="for stored chunks on each device (default: 0)",
+    )
+    parser.add_argument(
+        "--host-bytes",
+        type=size_of_at_least_zero,
+        default=0,
+        metavar="SIZE",
+        help="for stored chunks in host memory of each replica (default: 0)",
     )
     add_kv_dtype_option(parser)
 
@@ -111,6 +119,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         blend=_blend(parsed.ratio, parsed.selector),
         kv_dtype=parsed.kv_dtype,
         device_tier_bytes=parsed.device_bytes,
+        host_bytes=parsed.host_bytes,
         profile=None if parsed.profile is None else Profile.read(parsed.profile),
         price_per_device_hour=parsed.price_per_device_hour,
     ).with_cheapest([tier_of(text, parsed.price_per_gb_month) for text in parsed.tier], workload)
@@ -128,7 +137,7 @@ def tier_of(text: str, price: float | None = None) -> Tier:
         CacheBlendError: it is neither.
     """
     from cacheblend_jax.engine.delays import Tier
-    from cacheblend_jax.evaluation.capacity import TIERS
+    from cacheblend_jax.evaluation import capacity
 
     name, *fields = text.split(":")
     if not fields:
@@ -137,7 +146,7 @@ def tier_of(text: str, price: float | None = None) -> Tier:
             raise CacheBlendError(
                 f"unknown tier {text!r}; expected one of {known}, or NAME:BYTES_PER_S[:LATENCY_S[:USD]]"
             )
-        tier = TIERS[name]
+        tier = capacity.TIERS[name]
     else:
         try:
             speed = size_of_at_least_one(fields[0])

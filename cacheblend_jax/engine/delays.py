@@ -19,6 +19,8 @@ from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import layer_bytes
 
+PREFETCH_LAYERS = 4  # while streaming, how many layers of stored KV may be on the device at a time, by default
+
 
 @dataclass(frozen=True)
 class ComputeModel:

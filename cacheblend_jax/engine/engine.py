@@ -17,7 +17,7 @@ from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.batches import BatchOfPrompts, generate_all, prefill_all, sharing_reads
 from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
 from cacheblend_jax.engine.contexts import chunk_context, default_context
-from cacheblend_jax.engine.delays import Estimator
+from cacheblend_jax.engine.delays import PREFETCH_LAYERS, Estimator
 from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.extending import extend_context
 from cacheblend_jax.engine.fitted_context import FittedContext
@@ -90,7 +90,7 @@ class Engine:
         context: TextOrIds | FittedContext | None = None,
         length_buckets: Sequence[int] | None = None,
         executor: str = "auto",
-        prefetch_layers: int = 4,
+        prefetch_layers: int = PREFETCH_LAYERS,
         profile: Profile | Path | str | None = None,
         kernels: str = "auto",
         link: Link | None = None,

@@ -11,19 +11,18 @@ from math import ceil, inf
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.schedule import Plan
+from cacheblend_jax.choices import MODES
 from cacheblend_jax.engine.controller import decide
-from cacheblend_jax.engine.delays import Estimator, Tier, cheapest_tier, layers_read_ahead
+from cacheblend_jax.engine.delays import PREFETCH_LAYERS, Estimator, Tier, cheapest_tier, layers_read_ahead
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.errors import CacheBlendError, PromptTooLongError, is_whole_number
 from cacheblend_jax.evaluation.capacity_memory import DeviceMemory, device_memory, program_memory
 from cacheblend_jax.evaluation.devices import MEASURED_ON, Device, datasheet_compute, datasheet_link
-from cacheblend_jax.evaluation.split import split_over
+from cacheblend_jax.evaluation.split import product_ways, split_over
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import layer_bytes
 
-MODES = ("full", "prefix", "reuse", "blend")
-PREFETCH_LAYERS = 4  # the engine's default
 HOURS_A_MONTH = 730
 # Assumed, where none is measured: what one process reads with its checksums, latency, and a round price in US dollars a
 # GB and month. Host memory is what an H100's host delivered (docs/results.md).
@@ -34,6 +33,7 @@ TIERS = {
     "network": Tier("network", 1.2e9, 1e-3, 0.08),
     "object": Tier("object", 0.3e9, 3e-2, 0.02),
 }
+OF_EACH_REPLICA = ("device", "host", "nvme")  # others keep one copy, which all share
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,12 @@ class Deployment:
         num_devices: of a replica.
         kv_dtype: what stored KV is quantised to.
         device_tier_bytes: on each device, for stored chunks.
+        host_bytes: of a replica's host memory, for stored chunks.
         profile: of `calibrate`, for this model on these devices; `None`: rates of the data sheet.
         price_per_device_hour: `None`: the device's.
+
+    Raises:
+        CacheBlendError: the price is negative or not finite.
     """
 
     config: ModelConfig
@@ -99,8 +103,14 @@ class Deployment:
     blend: BlendConfig = field(default_factory=lambda: BlendConfig("auto"))
     kv_dtype: str | None = None
     device_tier_bytes: int = 0
+    host_bytes: int = 0
     profile: Profile | None = None
     price_per_device_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        price = self.price_per_device_hour
+        if price is not None and not 0 <= price < inf:
+            raise CacheBlendError(f"price_per_device_hour must be at least 0 and finite, got {price!r}")
 
     @property
     def planner(self) -> Planner:
@@ -108,21 +118,43 @@ class Deployment:
         return Planner(self.config, self.blend)
 
     def with_cheapest(self, tiers: Sequence[Tier], workload: Workload) -> Deployment:
-        """Returns it with the cheapest of these tiers that hides behind recomputing, or else the fastest."""
+        """Returns it with the cheapest of these tiers that hides behind recomputing, or else the fastest.
+
+        Those whose room is too small for the stored chunks are left out.
+
+        Raises:
+            CacheBlendError: all of them are.
+        """
+        stored = stored_bytes(workload, self)
+        roomy = [tier for tier in tiers if stored <= self.room_of(tier)]
+        if not roomy:
+            least = max(tiers, key=self.room_of)
+            raise CacheBlendError(
+                f"{workload.stored_chunks:,} stored chunks take {stored / 1e9:.1f} GB, and tier {least.name!r} has "
+                f"{self.room_of(least) / 1e9:.1f}; keep fewer, give it more, or choose another tier"
+            )
         planner = self.planner.at(self.blend.auto_ratios[0]) if self.blend.is_auto else self.planner
         found = round(workload.reuse * workload.num_chunks)
         candidates = min(found * workload.chunk_tokens, workload.context - 1)
         seconds = self.estimator().compute.layer_seconds(planner.plan("blend", workload.context, 0, candidates))
         layer = layer_bytes(self.config, candidates, self.kv_dtype)
-        tier, _ = cheapest_tier(tiers, layer, sum(seconds) / len(seconds), reads=max(found, 1))
+        tier, _ = cheapest_tier(roomy, layer, sum(seconds) / len(seconds), reads=max(found, 1))
         return replace(self, tier=tier)
+
+    def room_of(self, tier: Tier) -> float:
+        """Returns the bytes that a tier has for stored chunks, each of which the devices split as they split KV."""
+        ways = split_over(self.config, self.num_devices).kv_ways
+        return {"device": self.device_tier_bytes * ways, "host": self.host_bytes}.get(tier.name, inf)
 
     def estimator(self) -> Estimator:
         """Returns what the controller of a replica would estimate delays from."""
         own = {self.tier.name: self.tier}
         ahead = layers_read_ahead(self.config.num_layers, PREFETCH_LAYERS), PREFETCH_LAYERS
         if (profile := self.profile) is not None:
-            return Estimator("the profile given", profile.compute, profile.tiers | own, profile.transfer, *ahead)
+            # A CPU is the one device whose own memory is the host's: see `runtime.link`.
+            streams, tiers = profile.device.lower() != "cpu", profile.tiers | own
+            name = "the profile given"
+            return Estimator(name, profile.compute, tiers, profile.transfer, *ahead, host_streams=streams)
         compute = datasheet_compute(self.config, self.device, self.num_devices)
         link = datasheet_link(self.config, self.device, self.num_devices)
         return Estimator(MEASURED_ON, compute, {"host": TIERS["host"]} | own, link, *ahead, host_streams=True)
@@ -194,19 +226,24 @@ class CapacityPlan:
 
     Attributes:
         kv_ways: into how many parts a replica's devices split KV.
+        product_ways: the same of a layer's products, which replicated weights make a little less.
         chunk_bytes: of a chunk's KV by how it is stored: as computed, or by `kv_dtype`.
-        stored_bytes: of all stored chunks.
-        storage_cost, device_cost: US dollars a month, of all replicas, in the mode `blend`.
+        stored_bytes: of all stored chunks, once.
+        copies: how often they are stored.
+        storage_cost, device_cost: US dollars a month, of all replicas, in the mode `blend`; `None` where it does not
+            fit.
     """
 
     estimated_by: str
     kv_ways: int
+    product_ways: float
     chunk_bytes: dict[str, int]
     stored_bytes: int
+    copies: int
     modes: dict[str, ModePlan]
     worth: Worth
-    storage_cost: float
-    device_cost: float
+    storage_cost: float | None
+    device_cost: float | None
 
 
 def plan_capacity(workload: Workload, deployment: Deployment) -> CapacityPlan:
@@ -226,24 +263,32 @@ def plan_capacity(workload: Workload, deployment: Deployment) -> CapacityPlan:
     modes = {mode: _plan_mode(mode, workload, deployment, estimator) for mode in MODES}
     dtypes = (None, "int8", "float8_e4m3fn")
     of_chunk = {str(dtype or config.dtype): chunk_bytes(config, workload.chunk_tokens, dtype) for dtype in dtypes}
-    stored_bytes = workload.stored_chunks * chunk_bytes(config, workload.chunk_tokens, deployment.kv_dtype)
+    stored, replicas = stored_bytes(workload, deployment), modes["blend"].replicas
+    copies = replicas if tier.name in OF_EACH_REPLICA else 1
     price = deployment.price_per_device_hour
     hourly = (deployment.device.price_per_hour if price is None else price) * deployment.num_devices
     return CapacityPlan(
         estimator.name,
         split_over(config, deployment.num_devices).kv_ways,
+        product_ways(config, deployment.num_devices),
         of_chunk,
-        stored_bytes,
+        stored,
+        copies,
         modes,
         _worth(workload, deployment, estimator),
-        storage_cost=stored_bytes / 1e9 * (tier.price_per_gb_month or 0.0),
-        device_cost=modes["blend"].replicas * hourly * HOURS_A_MONTH,
+        storage_cost=copies * stored / 1e9 * (tier.price_per_gb_month or 0.0) if replicas else None,
+        device_cost=replicas * hourly * HOURS_A_MONTH if replicas else None,
     )
 
 
 def chunk_bytes(config: ModelConfig, num_tokens: int, kv_dtype: str | None) -> int:
     """Returns the bytes of a chunk's KV, as it is stored."""
     return config.num_layers * layer_bytes(config, num_tokens, kv_dtype)
+
+
+def stored_bytes(workload: Workload, deployment: Deployment) -> int:
+    """Returns the bytes of all stored chunks, once."""
+    return workload.stored_chunks * chunk_bytes(deployment.config, workload.chunk_tokens, deployment.kv_dtype)
 
 
 def stored_chunks(workload: Workload, deployment: Deployment, count: int, *, exact: bool = False) -> list[PlannedChunk]:
@@ -278,9 +323,11 @@ def _plan_mode(mode: str, workload: Workload, deployment: Deployment, estimator:
     resident_s = timed.ttft_s + workload.answer_s
     usable = {"device_tier": deployment.device_tier_bytes, "usable": deployment.device.usable_bytes}
     room = device_memory(program, in_flight=1.0, **usable).most_in_flight
-    moved = config.num_layers * layer_bytes(config, timed.plan.cache_length, deployment.kv_dtype) if loaded else 0
     most = {"compute": 1 / compute_s, "memory": room / resident_s if room >= 1 else 0.0}
-    if loaded and deployment.tier.name != "device":
+    if loaded and deployment.tier.name != "device":  # else a request takes its devices' time alone
+        passes = 2 if streams and timed.plan.needs("question_mass") else 1
+        moved = passes * config.num_layers * layer_bytes(config, timed.plan.cache_length, deployment.kv_dtype)
+        most |= {"prefills in turn": 1 / timed.ttft_s}  # an engine begins one after the other's first token
         most |= {"link": estimator.transfer.bytes_per_s / moved}
         most |= {f"reading from {deployment.tier.name}": estimator.tier(deployment.tier.name).bytes_per_s / loaded}
     able = min(most.values())

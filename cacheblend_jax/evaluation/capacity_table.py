@@ -15,20 +15,37 @@ def capacity_table(name: str, workload: Workload, deployment: Deployment, plan: 
         f"requests/s of {workload.context:,} tokens: {workload.num_chunks} chunks of {workload.chunk_tokens}, "
         f"{found} of them stored ({tier.name}: {tier.bytes_per_s / 1e9:g} GB/s)",
         f"estimated by {plan.estimated_by}",
+        *_unsplit(deployment, plan),
         "",
         *_modes(plan),
         "",
-        f"memory of each device, GB (weights split over {deployment.num_devices}, KV "
+        f"memory of each device, GB (weights in {plan.product_ways:.3g} parts, KV "
         f"{'whole on each' if plan.kv_ways == 1 else f'in {plan.kv_ways} parts'})",
         *_memory(plan),
         "",
         f"a chunk's KV: {', '.join(f'{size / 1e6:.1f} MB in {dtype}' for dtype, size in plan.chunk_bytes.items())}",
-        f"{workload.stored_chunks:,} stored chunks: {plan.stored_bytes / 1e12:.2f} TB in {tier.name}, "
-        f"${plan.storage_cost:,.0f} a month; devices for blend: ${plan.device_cost:,.0f} a month",
+        f"{workload.stored_chunks:,} stored chunks: {plan.stored_bytes / 1e12:.2f} TB in {tier.name}, {_costs(plan)}",
         *_worth(workload, plan),
         f"not in it: {NOT_PLANNED}",
     ]
     return "\n".join(lines)
+
+
+def _unsplit(deployment: Deployment, plan: CapacityPlan) -> list[str]:
+    """A warning where devices repeat each other's work; weights that each device has anyway are less than a tenth."""
+    if plan.product_ways > 0.9 * deployment.num_devices:
+        return []
+    return [
+        f"warning: {deployment.num_devices} devices split a layer's products into {plan.product_ways:.3g} parts alone: "
+        "its heads and MLP do not divide by more; choose another number of devices"
+    ]
+
+
+def _costs(plan: CapacityPlan) -> str:
+    if plan.storage_cost is None or plan.device_cost is None:
+        return "no costs, for a blend does not fit"
+    copies = "one copy that all replicas share" if plan.copies == 1 else f"a copy in each of {plan.copies} replicas"
+    return f"{copies}: ${plan.storage_cost:,.0f} a month; devices for blend: ${plan.device_cost:,.0f} a month"
 
 
 def _modes(plan: CapacityPlan) -> list[str]:

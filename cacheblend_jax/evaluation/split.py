@@ -50,3 +50,9 @@ def split_over(config: ModelConfig, num_devices: int) -> Split:
         query_ways=ways["heads"],
         itemsize=jnp.dtype(config.dtype).itemsize,
     )
+
+
+def product_ways(config: ModelConfig, num_devices: int) -> float:
+    """Returns into how many parts a layer's products are split: fewer than devices where its sizes do not divide."""
+    whole, split = split_over(config, 1), split_over(config, num_devices)
+    return whole.layer_weight_bytes / split.layer_weight_bytes

@@ -17,6 +17,8 @@ import cacheblend_jax as cb
 from cacheblend_jax import choices
 from cacheblend_jax.cli import main as main_module
 from cacheblend_jax.cli.main import COMMANDS, main, module_of, parser_of
+from cacheblend_jax.evaluation.capacity import TIERS
+from cacheblend_jax.evaluation.devices import DEVICES
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
 PACKAGE = Path(cacheblend_jax.__file__).parent
@@ -89,6 +91,8 @@ def test_compiled_programs_on_disk_have_a_bound(monkeypatch, own_user_cache):
 
 def test_names_that_stand_apart_are_those_of_what_they_name():
     assert set(choices.KERNELS) == {"auto", *IMPLEMENTATIONS}
+    assert tuple(DEVICES) == choices.DEVICES
+    assert tuple(TIERS) == choices.TIERS
     built_in = {
         name for name, each in cb.SELECTORS.items() if each.score.__module__ == "cacheblend_jax.blend.selectors"
     }

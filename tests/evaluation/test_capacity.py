@@ -99,10 +99,9 @@ def test_a_chunk_takes_the_bytes_that_a_stored_entry_has(kv_dtype):
 @pytest.mark.parametrize(
     ("deployment", "answer_s", "binds"),
     [
-        (with_tier(1e12), 0.0, "compute"),
-        (with_tier(1e9), 0.0, "reading from disk"),
-        (with_tier(1e12, device=dataclasses.replace(DEVICES["H100"], link_bytes_per_s=2e9)), 0.0, "link"),
-        (with_tier(1e12, device=dataclasses.replace(DEVICES["H100"], memory_bytes=22e9)), 9.0, "memory"),
+        (dataclasses.replace(H100, tier=TIERS["device"]), 0.0, "compute"),
+        (with_tier(1e9), 0.0, "prefills in turn"),
+        (with_tier(1e12, device=dataclasses.replace(DEVICES["H100"], memory_bytes=28e9)), 9.0, "memory"),
     ],
 )
 def test_the_resource_that_is_short_binds_and_sets_the_number_of_replicas(deployment, answer_s, binds):
@@ -112,10 +111,72 @@ def test_the_resource_that_is_short_binds_and_sets_the_number_of_replicas(deploy
     assert (plan.replicas - 1) * plan.requests_per_s < 100 <= plan.replicas * plan.requests_per_s
 
 
+@pytest.mark.parametrize("tier", ["device", "host", "nvme", "network"])
+@pytest.mark.parametrize("selector", ["hkvd", "query"])
+def test_no_replica_does_more_than_prefills_in_turn(tier, selector):
+    deployment = dataclasses.replace(H100, tier=TIERS[tier], blend=BlendConfig(0.15, selector=selector))
+    for mode in plan_capacity(Workload(8256, answer_s=0.0), deployment).modes.values():
+        assert mode.requests_per_s * mode.ttft_s <= 1 + 1e-9
+
+
+def test_kv_comes_over_the_link_twice_where_the_question_is_asked_first():
+    plans = [
+        plan_capacity(Workload(8256), with_tier(1e12, blend=BlendConfig(0.15, selector=selector))).modes["blend"]
+        for selector in ("hkvd", "query")
+    ]
+    once, twice = (plan.most_requests_per_s["link"] for plan in plans)
+    assert once == pytest.approx(2 * twice)
+
+
+def test_devices_that_repeat_each_others_work_are_no_faster():
+    """Gemma 2 9B has 16 heads, 8 of K and V, and an MLP of 14336: nothing of it divides by 3."""
+    gemma = dataclasses.replace(SHAPES["gemma-2-9b"], max_positions=8192)
+    one, two, three = (
+        plan_capacity(Workload(4096), dataclasses.replace(H100, config=gemma, num_devices=number))
+        for number in (1, 2, 3)
+    )
+    assert three.modes["full"].ttft_s == pytest.approx(one.modes["full"].ttft_s)
+    assert two.modes["full"].ttft_s < 0.6 * one.modes["full"].ttft_s
+    assert [plan.product_ways for plan in (one, two, three)] == pytest.approx([1, 2, 1], rel=0.01)
+
+
+def test_a_tier_without_room_for_what_is_stored_is_passed_over():
+    workload, tiers = Workload(8256, stored_chunks=1000), [TIERS["device"], TIERS["host"], TIERS["nvme"]]
+    assert H100.with_cheapest(tiers, workload).tier.name == "nvme"
+    assert dataclasses.replace(H100, host_bytes=10**11).with_cheapest(tiers, workload).tier.name == "host"
+    assert dataclasses.replace(H100, device_tier_bytes=10**11).with_cheapest(tiers, workload).tier.name == "device"
+    with pytest.raises(cb.CacheBlendError, match=r"^1,000 stored chunks take 67.1 GB, and tier 'host' has 0.0; "):
+        H100.with_cheapest([TIERS["host"]], workload)
+
+
+def test_each_replica_has_a_copy_in_its_own_tiers_and_all_share_the_others():
+    workload = Workload(8256, requests_per_s=100.0)
+    local, shared = (
+        plan_capacity(workload, dataclasses.replace(H100, tier=TIERS[name])) for name in ("nvme", "network")
+    )
+    assert local.copies == local.modes["blend"].replicas > 1
+    assert local.storage_cost == pytest.approx(local.copies * local.stored_bytes / 1e9 * 0.1)
+    assert shared.storage_cost == pytest.approx(shared.stored_bytes / 1e9 * 0.08)
+
+
+@pytest.mark.parametrize(("device", "executor"), [("NVIDIA H100 80GB HBM3", "streamed"), ("cpu", "resident")])
+def test_a_profile_plans_the_executor_that_its_device_has(device, executor):
+    compute = ComputeModel(1e-3, 0.0, 0.0, 0.0, 0.0)
+    profile = Profile("", device, "", compute, {"host": Tier("host", 1e10)}, Tier("transfer", 1e10), {})
+    deployment = dataclasses.replace(H100, profile=profile, tier=TIERS["host"])
+    assert deployment.estimator().executor_of(stored_chunks(Workload(1088), deployment, 2)) == executor
+
+
+def test_jax_leaves_a_quarter_of_a_gpu_and_memory_is_as_devices_report_it():
+    assert DEVICES["H100"].usable_bytes == pytest.approx(0.75 * 79.65 * 2**30, rel=1e-3)
+    assert DEVICES["v5e"].usable_bytes == int(0.95 * 16 * 2**30)
+
+
 def test_what_does_not_fit_is_said_and_has_no_replicas():
     too_large = dataclasses.replace(SHAPES["llama-3-70b"], max_positions=16384)
     plan = plan_capacity(Workload(8256), dataclasses.replace(H100, config=too_large))
     assert {(mode.binds, mode.requests_per_s, mode.replicas) for mode in plan.modes.values()} == {("memory", 0.0, 0)}
+    assert plan.device_cost is plan.storage_cost is None
 
 
 def test_where_blending_pays_is_where_it_is_faster():
@@ -141,8 +202,9 @@ def test_a_profile_takes_the_place_of_the_data_sheet():
 
 def test_the_cheapest_tier_that_hides_is_taken():
     workload, tiers = Workload(8256), [TIERS[name] for name in ("host", "nvme", "object")]
-    assert H100.with_cheapest(tiers, workload).tier.name == "host"  # the others are slower than recomputing
-    many = dataclasses.replace(H100, device=dataclasses.replace(DEVICES["H100"], flops_per_s=1e14))
+    roomy = dataclasses.replace(H100, host_bytes=10**13)
+    assert roomy.with_cheapest(tiers, workload).tier.name == "host"  # the others are slower than recomputing
+    many = dataclasses.replace(roomy, device=dataclasses.replace(DEVICES["H100"], flops_per_s=1e14))
     assert many.with_cheapest(tiers, workload).tier.name == "nvme"
 
 
@@ -151,6 +213,14 @@ def test_the_cheapest_tier_that_hides_is_taken():
     [
         (lambda: Workload(8192, reuse=1.5), "reuse must be in [0, 1], got 1.5"),
         (lambda: Workload(8192, requests_per_s=0.0), "requests_per_s must be positive and finite, got 0.0"),
+        (
+            lambda: dataclasses.replace(H100, price_per_device_hour=-3.0),
+            "price_per_device_hour must be at least 0 and ",
+        ),
+        (
+            lambda: dataclasses.replace(H100, price_per_device_hour=float("nan")),
+            "price_per_device_hour must be at least",
+        ),
         (lambda: Workload(100), "context must hold a chunk and the question, 512 + 64 tokens, got 100"),
         (lambda: plan_capacity(Workload(10**6), H100), "context must be at most 16384 tokens"),
         (lambda: device_named("H900"), "unknown device 'H900'; expected one of H100, "),
