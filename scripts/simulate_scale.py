@@ -36,10 +36,11 @@ from cacheblend_jax.evaluation.simulated_service import (
 from cacheblend_jax.evaluation.traces import with_scans, zipf_keys, zipf_trace
 
 CHUNKS = 10**6
+SETTINGS = "requests_per_replica earlier_requests sample exponent requests_per_s shape device tier".split()
 VARIED = ("replicas", "routing")  # what services that are drawn together differ in
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     service = kinds.add_parser("service")
@@ -67,7 +68,7 @@ def main() -> None:
     policies.add_argument("--uses", type=int, default=300_000)
     policies.add_argument("--capacities", type=int, nargs="+", default=[1000, 10_000, 100_000])
     policies.add_argument("--seed", type=int, default=0)
-    parsed = parser.parse_args()
+    parsed = parser.parse_args(arguments)
     (simulate_services if parsed.kind == "service" else compare_policies)(parsed)
 
 
@@ -82,22 +83,12 @@ def simulate_services(parsed: argparse.Namespace) -> None:
         store_after=parsed.store_after,
         seed=parsed.seed,
     )
-    names = (
-        "requests_per_replica",
-        "earlier_requests",
-        "sample",
-        "exponent",
-        "requests_per_s",
-        "shape",
-        "device",
-        "tier",
-    )
     known = [] if parsed.out is None or not parsed.out.exists() else parsed.out.read_text().splitlines()
     lines = [json.loads(line) for line in known]
     for replicas in parsed.replicas:
         for routing in parsed.routing if replicas > 1 else parsed.routing[:1]:
             service = replace(base, replicas=replicas, routing=routing)
-            asked = asdict(service) | {name: getattr(parsed, name) for name in names}
+            asked = asdict(service) | {name: getattr(parsed, name) for name in SETTINGS}
             if any(line["asked"] == asked for line in lines):
                 continue
             line = json.dumps({"asked": asked} | simulate(parsed, service, workload, deployment))

@@ -328,7 +328,7 @@ def million_requests_cost(
     """Returns US dollars a million requests, where replicas take as many as keep them busy for a share of the time.
 
     Devices by the hour, and the store that all share by the month; the replicas' own memory comes with them. Routed by
-    chunk, it is the busiest replica that is busy for that share: no other can take its requests.
+    chunk, it is the busiest replica that is busy for that share: beyond it, requests wait or go elsewhere.
 
     Args:
         requests_per_s: of the trace.
