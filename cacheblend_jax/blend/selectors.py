@@ -75,6 +75,10 @@ class Selector:
         if unknown := sorted(self.needs - set(COSTLY_EVIDENCE)):
             raise CacheBlendError(f"unknown evidence {unknown[0]!r}; known: {', '.join(COSTLY_EVIDENCE)}")
 
+    def __repr__(self) -> str:
+        """The same in each process: hosts compare what they are asked by it."""
+        return f"Selector({self.name!r}, needs={sorted(self.needs)})"
+
     def scores(self, evidence: Evidence) -> Float[Array, " tokens"]:
         """Returns one score per token.
 

@@ -6,6 +6,7 @@ On one host, the same calls decide at once.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,8 @@ from cacheblend_jax.store import Store, StoredChunk, is_slow
 from cacheblend_jax.store.quantise import QuantisedRows
 from cacheblend_jax.store.stored_chunk import StoredRows
 from cacheblend_jax.store.wrapped import WrappedChunk
+
+LONGEST_SAID = 200  # characters of what the hosts compare; for longer text and for arrays its hash stands
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,18 @@ class Alone:
         """Wraps one request."""
         yield
 
-    def opened(self, asked: Sequence[object], chunks: Sequence[PlacedChunk]) -> Sequence[PlacedChunk]:
+    def alike(self, call: str, said: Callable[[], dict[str, object]]) -> None:
+        """Checks that all hosts say the same in a call: values by their names.
+
+        Raises:
+            HostsError: they do not, or they are in different calls.
+        """
+
+    def opened(self, chunks: Sequence[PlacedChunk], asked: Callable[[], dict[str, object]]) -> Sequence[PlacedChunk]:
         """Returns the chunks with the handles that are used.
 
         Args:
-            asked: what the request is, beside its chunks.
+            asked: returns what the request is, beside its chunks.
         """
         return chunks
 
@@ -80,15 +90,15 @@ class Alone:
         """Whether a chunk's KV has to be computed for the store."""
         return key not in store
 
-    def meet(self) -> None:
-        """Waits for all hosts to come here."""
+    def meet(self, call: str) -> None:
+        """Waits for all hosts to come here, in the same call."""
 
 
 class Together:
     """Several processes, each with some of a mesh's devices and a store of its own or one that they share.
 
     All run the same programs in the same order; what one of them alone knows must not decide what runs. So they agree,
-    three times in a request: on the chunks that all could open, on what the first host chose, and, when the programs
+    three times in a prefill: on the chunks that all could open, on what the first host chose, and, when the programs
     have run, on what any of them could not read. A chunk that one host lacks is a miss on all.
 
     Args:
@@ -107,9 +117,9 @@ class Together:
 
         self._hosts, self._heads = hosts, heads
         own = None if store.directory is None else directory_id(store.directory)
-        ids = self._hosts.agree(own, lambda reports: reports)
+        ids = self._hosts.agree("Engine", own, lambda reports: reports)
         self.writes = own is None or ids.index(own) == self._hosts.index
-        self._told: BaseException | None = None
+        self._within = threading.local()  # how many requests, one inside another, this thread is in
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -118,30 +128,35 @@ class Together:
         Raises:
             HostsError: a program failed that all of them run.
         """
+        depth = getattr(self._within, "depth", 0)
+        self._within.depth = depth + 1
         try:
             yield
-        except HostsError:
-            raise
         except BaseException as error:
-            if error is not self._told:  # by a request inside this one
-                self._hosts.give_up(error)
-                self._told = error
+            if depth or isinstance(error, HostsError):  # the outermost request tells them, or all know
+                raise
+            self._hosts.give_up(error)
             if isinstance(error, jax.errors.JaxRuntimeError):
-                self._told = HostsError(
+                raise HostsError(
                     f"a program that all hosts run has failed, as where one of them has ended: {error}"
-                )
-                raise self._told from error
+                ) from error
             raise
+        finally:
+            self._within.depth = depth
 
-    def opened(self, asked: Sequence[object], chunks: Sequence[PlacedChunk]) -> Sequence[PlacedChunk]:
+    def alike(self, call: str, said: Callable[[], dict[str, object]]) -> None:
+        """See `Alone`."""
+        self._hosts.agree(call, _brief(said()), _check_alike)
+
+    def opened(self, chunks: Sequence[PlacedChunk], asked: Callable[[], dict[str, object]]) -> Sequence[PlacedChunk]:
         """See `Alone`. The chunks that all hosts could open, as KV of one kind; the others count as missing.
 
         Raises:
             HostsError: the hosts do not ask for the same.
         """
-        digest = hashlib.sha256(repr((asked, [chunk.key for chunk in chunks])).encode()).hexdigest()
+        said = _brief(asked() | {"chunks": [chunk.key for chunk in chunks]})
         kinds = [None if chunk.stored is None else _kind(chunk.stored) for chunk in chunks]
-        agreed = self._hosts.agree([digest, kinds], _agreed_kinds)
+        agreed = self._hosts.agree("prefill", [said, kinds], _agreed_kinds)
         return [
             replace(chunk, stored=None if kind is None else AgreedChunk(chunk.handle, kind[0]), heads=self._heads)
             for chunk, kind in zip(chunks, agreed, strict=True)
@@ -155,7 +170,7 @@ class Together:
             decision = None if choice.decision is None else asdict(choice.decision)
             return [choice.ratio, sorted(choice.computed_starts), decision]
 
-        ratio, starts, decision = self._hosts.agree(None, chosen)
+        ratio, starts, decision = self._hosts.agree("a prefill's choice", None, chosen)
         if decision is not None:
             decision = Decision(**decision | {"computed_starts": tuple(decision["computed_starts"])})
         return Choice(ratio, frozenset(starts), decision)
@@ -164,18 +179,18 @@ class Together:
         """See `Alone`: on any host."""
         failures = [chunk.handle.failure if isinstance(chunk.handle, AgreedChunk) else None for chunk in chunks]
         own = [number for number, failure in enumerate(failures) if failure is not None]
-        lost = self._hosts.agree(own, lambda reports: sorted({number for each in reports for number in each}))
+        lost = self._hosts.agree("a prefill's reads", own, lambda reports: sorted(set().union(*reports)))
         if lost:
             elsewhere = DamagedEntryError("another host could not read it")
             raise LostChunkError(chunks[lost[0]], failures[lost[0]] or elsewhere)
 
     def lack(self, key: str, store: Store) -> bool:
         """See `Alone`: whether any host that would write it has none."""
-        return self._hosts.agree(self.writes and key not in store, any)
+        return self._hosts.agree(f"precompute, of chunk {key[:12]}", self.writes and key not in store, any)
 
-    def meet(self) -> None:
+    def meet(self, call: str) -> None:
         """See `Alone`."""
-        self._hosts.agree(None, lambda _: None)
+        self._hosts.agree(call, None, lambda _: None)
 
 
 class AgreedChunk(WrappedChunk):
@@ -223,18 +238,38 @@ def agreement_of(model: Model, store: Store, timeout_s: float) -> Alone | Togeth
     return Together(connected_hosts(timeout_s), store, heads)
 
 
+def _brief(said: dict[str, object]) -> dict[str, str]:
+    """Returns what stands for each value: itself where it is short, else a hash."""
+    texts = {name: value.tobytes() if isinstance(value, np.ndarray) else repr(value) for name, value in said.items()}
+    return {
+        name: text if isinstance(text, str) and len(text) <= LONGEST_SAID else _hashed(text)
+        for name, text in texts.items()
+    }
+
+
+def _hashed(text: str | bytes) -> str:
+    return "sha256:" + hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+
+
+def _check_alike(reports: Sequence[dict[str, str]]) -> None:
+    """Raises an error that names what two hosts say differently, if they do."""
+    for index, said in enumerate(reports):
+        for name, value in reports[0].items():
+            if said[name] != value:
+                raise CacheBlendError(
+                    f"the hosts do not ask for the same: {name} is {value} on host 0 of {len(reports)}, {said[name]} "
+                    f"on host {index}; prompts, the engine's arguments and the model must be alike on all"
+                )
+
+
 def _kind(chunk: StoredChunk) -> list[Any]:
     return ["host" if chunk.tier == "device" else chunk.tier, chunk.kv_dtype, chunk.has_k_offset]
 
 
 def _agreed_kinds(reports: list[list[Any]]) -> list[list[Any] | None]:
     """Returns the kind of each chunk that all hosts opened as KV of one kind, from the slowest tier of any."""
-    digests, kinds = zip(*reports, strict=True)
-    if len(set(digests)) > 1:
-        raise CacheBlendError(
-            "the hosts do not ask for the same: prompt, mode, blend, model, context, salt and the engine's arguments "
-            "must be alike on all, and calls in the same order"
-        )
+    said, kinds = zip(*reports, strict=True)
+    _check_alike(said)
     return [_agreed_kind(of_hosts) for of_hosts in zip(*kinds, strict=True)]
 
 

@@ -65,8 +65,7 @@ class Background:
                 if again or chunk.key not in self._store:
                     self._store.put(chunk.key, self._standalone(chunk))
             except Exception:  # costs a later request its hit, never an answer
-                logger.exception("a chunk of %d tokens could not be stored", chunk.num_tokens)
-                self._count("failed")
+                self._failed_to_store(chunk)
             finally:
                 self._pending.pop(chunk.key, None)
 
@@ -78,10 +77,19 @@ class Background:
             added.set()
 
     def _store_now(self, chunk: PlacedChunk, again: bool) -> None:
+        """Computes a chunk with all hosts, which fail in the same call where one cannot, and stores it."""
         with self._agreement.request():
             entry = self._standalone(chunk)
+            self._agreement.meet("a prefill's storing")
+        try:
             if self._agreement.writes and (again or chunk.key not in self._store):
                 self._store.put(chunk.key, entry)
+        except Exception:  # of this host alone: costs a later request its hit, never an answer
+            self._failed_to_store(chunk)
+
+    def _failed_to_store(self, chunk: PlacedChunk) -> None:
+        logger.exception("a chunk of %d tokens could not be stored", chunk.num_tokens)
+        self._count("failed")
 
     def promote_later(self, key: str, num_bytes: int) -> None:
         """Copies a chunk of `num_bytes` into a faster tier than it was read from, for later requests."""
@@ -138,12 +146,20 @@ class Background:
         wait([future for key in keys if (future := self._pending.get(key)) is not None])
 
     def flush(self) -> None:
-        """Waits until all work is done, and written to disk where the store has a directory."""
+        """Waits until this host's work is done, and written to disk where the store has a directory."""
         self.wait_for(list(self._pending))
         with suppress(RuntimeError):  # closed: nothing is left to wait for
             self._thread.submit(lambda: None).result()  # one thread: everything queued earlier is then done
         self._store.flush()
-        self._agreement.meet()
+
+    def flush_on_all(self) -> None:
+        """Waits until all hosts' work is done and written.
+
+        Not at exit: a host that has failed is not to wait for the others.
+        """
+        with self._agreement.request():
+            self.flush()
+            self._agreement.meet("flush")
 
     def close(self) -> None:
         """Finishes the queued work and accepts no more."""

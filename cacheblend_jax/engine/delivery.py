@@ -145,6 +145,11 @@ class Delivery:
         name = placement_name(chunks, plan.cache_length, self.kv_dtype(chunks))
         return 0 if self._kept is None else self._kept.num_kept(name)
 
+    def forget(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> None:
+        """Drops what a streamed prefill of the chunks has left on the device, if it has left anything."""
+        if self._kept is not None:
+            self._kept.forget(placement_name(chunks, plan.cache_length, self.kv_dtype(chunks)))
+
     def give_way(self) -> bool:
         """Drops the layers that stayed on the device; returns whether there were any."""
         return self._kept is not None and self._kept.drop()

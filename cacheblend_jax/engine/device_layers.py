@@ -71,6 +71,11 @@ class DeviceLayers:
                 self._tier.put(name, placed, uses=1)
             return placed
 
+    def forget(self, name: str) -> None:
+        """Drops a placement's layers, if there are any."""
+        with self._lock:
+            self._tier.remove(name)
+
     def drop(self) -> bool:
         """Gives all memory back; returns whether there was any.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.extending import extend_context
 from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.generation import Decoding, TokenStream, continuation_logits
-from cacheblend_jax.engine.kernels import prove_kernels, with_kernels
+from cacheblend_jax.engine.kernels import asked_kernels, prove_kernels, with_kernels
 from cacheblend_jax.engine.layout import PlacedChunk, check_mode
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.precomputing import place_ahead, store_ahead
@@ -124,6 +125,8 @@ class Engine:
         )
         to_device = self._executors.to_device if self._executors.uses_device_tier else None
         self._agreement = agreement_of(model, self.store, hosts_timeout_s)
+        own = {"store_missing": store_missing, "check_layer": self._planner.check_layer}
+        self._agreement.alike("Engine", lambda: self._executors.settings() | own | {"kernels": asked_kernels(model)})
         self._background = Background(self.store, self._executors.standalone, to_device, self._agreement)
         collaborators = model, self.store, self._executors, self._background
         self._prefiller = Prefiller(
@@ -220,7 +223,7 @@ class Engine:
         Raises:
             PromptError: as for `prefill`, or `max_new_tokens` or `tokens_at_once` is no such whole number.
         """
-        how = Decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
+        how = self._decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
         out = self.prefill(prompt, mode, blend=blend)
         return TokenStream(self.model, self._buckets, out, how).to_its_end(on_token)
 
@@ -267,7 +270,7 @@ class Engine:
         The prefill has run when this returns; a result in the prompt's place needs none. The iterator's `generation` is
         the answer so far.
         """
-        how = Decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
+        how = self._decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
         out = prompt if isinstance(prompt, PrefillResult) else self.prefill(prompt, mode, blend=blend)
         return TokenStream(self.model, self._buckets, out, how)
 
@@ -282,7 +285,7 @@ class Engine:
         tokens_at_once: int | None = None,
     ) -> Generation:
         """Decodes from a prefill, as `generate` does after its own, with the same arguments; `out` is not changed."""
-        how = Decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
+        how = self._decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
         return TokenStream(self.model, self._buckets, out, how).to_its_end(on_token)
 
     def extend(self, before: PrefillResult | TokenStream, more: TextOrIds) -> PrefillResult:
@@ -387,7 +390,7 @@ class Engine:
 
     def flush(self) -> None:
         """Waits until every chunk missed so far is stored, and written to disk where the store has a directory."""
-        self._background.flush()
+        self._background.flush_on_all()
 
     def close(self) -> None:
         """Finishes storing, ends the engine's threads and gives the device's memory back that layers stayed in.
@@ -412,6 +415,12 @@ class Engine:
     ) -> AbstractContextManager[BatchOfPrompts]:
         opened_by = self._prefiller, self._planner_for, self.store
         return sharing_reads(self, *opened_by, prompts=prompts, mode=mode, blend=blend)
+
+    def _decoding(self, *arguments: Any) -> Decoding:
+        with self._agreement.request():
+            how = Decoding(*arguments)
+            self._agreement.alike("generate", how.asked)
+        return how
 
     def _planner_for(self, blend: BlendConfig | str | None) -> Planner:
         return self._planner if blend is None else replace(self._planner, blend=blend_config(blend))

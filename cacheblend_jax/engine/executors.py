@@ -107,6 +107,17 @@ class Executors:
         if not model.spans_hosts:  # the others would not begin anew
             model.runner.add_yielding(self._give_way)
 
+    def settings(self) -> dict[str, object]:
+        """Returns what decides, beside a plan, which programs run: the same on all hosts."""
+        delivery = self.delivery
+        return {
+            "executor": self.setting,
+            "prefetch_layers": delivery.prefetch_layers,
+            "length_buckets": self._buckets,
+            "streaming from host memory": delivery.host_streams,
+            "quantised KV on the device": delivery.kv_dtypes,
+        }
+
     def agree_on_kv_dtype(self, store: Store) -> None:
         """Has a store quantise to int8 where it would to float8, which the device lacks; says so."""
         if store.kv_dtype == FLOAT8 and FLOAT8 not in self.delivery.kv_dtypes:

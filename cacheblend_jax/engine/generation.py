@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import numpy as np
@@ -44,6 +44,11 @@ class Decoding:
             raise PromptError(f"max_new_tokens must be a whole number of at least 1, got {most!r}")
         if at_once is not None and not is_whole_number(at_once, least=1, below=MOST_AT_ONCE + 1):
             raise PromptError(f"tokens_at_once must be None or a whole number in [1, {MOST_AT_ONCE}], got {at_once!r}")
+
+    def asked(self) -> dict[str, object]:
+        """Returns the arguments, which must be the same on all hosts."""
+        stops = None if self.stop_token_ids is None else sorted(map(int, self.stop_token_ids))
+        return asdict(self) | {"stop_token_ids": stops}
 
 
 class TokenStream:

@@ -30,6 +30,11 @@ def with_kernels(model: Model, kernels: str) -> Model:
     return model
 
 
+def asked_kernels(model: Model) -> str:
+    """Returns what a model's programs are to have: the name of kernels, or `"auto"`."""
+    return model.kernels or implementation_override() or "auto"
+
+
 def prove_kernels(model: Model) -> None:
     """Proves the kernels for the model on its GPU or TPU, where its programs are to have the best ones.
 

@@ -61,7 +61,7 @@ def store_ahead(
         if progress is not None:
             progress(done + 1, len(chunks))
     if not agreement.is_alone:
-        background.flush()  # for hosts that share a directory to find them there
+        background.flush_on_all()  # for hosts that share a directory to find them there
     keys = [chunk.key for chunk in chunks if not chunk.is_prefix]
     stored = StoredKeys(keys, [key in store for key in keys])
     if stored.unstored:

@@ -105,19 +105,24 @@ class Prefiller:
         only_if_ready: bool = False,
     ) -> PrefillResult:
         """Prefills a prompt in a mode; see `Engine.prefill`. `reads` opens entries in the store's place."""
-        self._model.compute_fingerprint()  # once per model, and not part of a request's time
         call = _Call(tokenized, mode, planner, trace, only_if_ready)
-        chunks: Sequence[PlacedChunk] = self.place(tokenized, mode)
+        with self._agreement.request():
+            return self._prefill(call, reads)
+
+    def _prefill(self, call: _Call, reads: Opens | None) -> PrefillResult:
+        self._model.compute_fingerprint()  # once per model, and not part of a request's time
+        call.timer = Timer()
+        chunks: Sequence[PlacedChunk] = self.place(call.tokenized, call.mode)
         placed_s = call.timer.elapsed_s()
         storing = self._background.next_of([chunk.key for chunk in chunks])
-        if storing and only_if_ready:
+        if storing and call.only_if_ready:
             raise NotReadyError("chunks of the prompt are being stored", partial(wait, storing))
         wait(storing)
-        with self._lock, self._agreement.request(), ExitStack() as handles:
+        with self._lock, ExitStack() as handles:
             call.timer.wait_s = call.timer.elapsed_s() - placed_s
             chunks, unusable = look_up(chunks, reads or self._store, handles, self._model.config)
             call.lost.update(unusable)
-            chunks = self._agreement.opened([tokenized.token_ids.tolist(), mode, planner], chunks)
+            chunks = self._agreement.opened(chunks, call.asked)
             layout, result = self._attempt_until_read(call, chunks)
         for chunk in layout.missing if self._store_missing else ():
             self._background.store_later(chunk, again=chunk.key in call.lost)
@@ -159,8 +164,13 @@ class Prefiller:
                 self._warn_of_compiling(plan)
             if plan.needs("oracle"):
                 self._add_oracle(call, planned)
-        run = self._executors.run(plan, planned.request, loaded, prepared, call.trace)
-        self._agreement.check_read(loaded)
+        try:
+            run = self._executors.run(plan, planned.request, loaded, prepared, call.trace)
+            self._agreement.check_read(loaded)
+        except BaseException:
+            if not self._agreement.is_alone:  # what it has left on the device may be zeros
+                self._executors.delivery.forget(plan, loaded)
+            raise
         return planned.layout, self._result(call, planned, run, prepared.compile_s)
 
     def _warn_of_compiling(self, plan: Plan) -> None:
@@ -312,6 +322,18 @@ class _Call:
     timer: Timer = field(default_factory=Timer)
     lost: set[str] = field(default_factory=set)
     failed_tiers: set[str] = field(default_factory=set)
+
+    def asked(self) -> dict[str, object]:
+        """Returns what the request is, beside its chunks: the same on all hosts."""
+        planner = self.planner
+        return {
+            "mode": self.mode,
+            "blend": planner.blend,
+            "check_layer": planner.check_layer,  # the model's may be what this host has measured
+            "buckets": planner.buckets,
+            "model": planner.config,
+            "token_ids": self.tokenized.token_ids,
+        }
 
     def trusts(self, tier: str) -> bool:
         """Whether chunks of a tier are loaded: after a failure, only from memory, so that there is only one."""

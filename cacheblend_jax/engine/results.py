@@ -107,7 +107,8 @@ class PrefillResult:
     def cache(self) -> KVCache:
         """The blended KV of exactly the prompt's tokens; `padded_cache` is not copied.
 
-        It is cut on the host, once: a device would need a program for every length.
+        It is cut on the host, once: a device would need a program for every length. Where several hosts share the mesh,
+        all must read it, since they gather it together.
         """
         length = self.token_ids.size
         if self.padded_cache.k.shape[1] == length:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -242,11 +243,12 @@ def load_params(
     check_tensors(checkpoint, config, names, wanted)
     joined = by_layer and partition is None
     axes = axis_names(config)
+    own = jax.tree.map(lambda leaf, names: _own_bytes(leaf, names, partition), wanted, axes)
     parts = jax.tree.map(lambda name, leaf: (Part(name, leaf.shape[-1]),), names, wanted)
     if joined:
         parts = replace(parts, layers=join(parts.layers, lambda of: tuple(part for each in of for part in each)))
         axes = replace(axes, layers=join(axes.layers, lambda of: of[0]))
-    total, loaded = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)), 0
+    total, loaded = sum(jax.tree.leaves(own)), 0
 
     def advance(num_bytes: int) -> None:
         nonlocal loaded
@@ -293,14 +295,29 @@ def _on_devices(
     """Puts an array on the device, or shares of it on the devices that hold them: one is read while another moves."""
     if sharding is None:
         return jax.device_put(read(None))
+    arrays: list[jax.Array] = []
+    for bounds, devices in _holders(shape, sharding).items():
+        share = read(tuple(slice(*each) for each in bounds))
+        jax.block_until_ready(arrays)
+        arrays += [jax.device_put(share, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _holders(
+    shape: tuple[int, ...], sharding: jax.sharding.NamedSharding
+) -> dict[tuple[tuple[int, int], ...], list[jax.Device]]:
+    """Returns this process's devices by the share of an array that they hold."""
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     indices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(shape)
     for device, index in indices.items():
         bounds = tuple(each.indices(size)[:2] for each, size in zip(index, shape, strict=True))
         holders.setdefault(bounds, []).append(device)
-    arrays: list[jax.Array] = []
-    for bounds, devices in holders.items():
-        share = read(tuple(slice(*each) for each in bounds))
-        jax.block_until_ready(arrays)
-        arrays += [jax.device_put(share, device) for device in devices]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    return holders
+
+
+def _own_bytes(leaf: jax.ShapeDtypeStruct, names: jax.P, partition: Partition | None) -> int:
+    """Returns the bytes of an array that this process reads, each share once."""
+    if partition is None:
+        return leaf.size * leaf.dtype.itemsize
+    shares = _holders(leaf.shape, partition.sharding(*names))
+    return leaf.dtype.itemsize * sum(math.prod(stop - start for start, stop in bounds) for bounds in shares)

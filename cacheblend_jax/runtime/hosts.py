@@ -15,7 +15,7 @@ _numbers = itertools.count()  # each process makes the same ones in the same ord
 
 
 class HostsError(CacheBlendError):
-    """Another host failed, has ended, or does something else than this one."""
+    """Another host failed, has ended, or is doing something else."""
 
 
 class Hosts:
@@ -37,25 +37,30 @@ class Hosts:
         self._name, self._round = f"cacheblend/{name}", 0
         self._failed: str | None = None
 
-    def agree(self, report: Any, decide: Callable[[list[Any]], Any]) -> Any:
+    def agree(self, call: str, report: Any, decide: Callable[[list[Any]], Any]) -> Any:
         """Returns what the first host decides, given all hosts' reports; every host calls this.
 
         Args:
+            call: what this host is doing, which all must be.
             report: what this host says, as JSON holds it.
             decide: called on the first host with the reports in order; returns what JSON holds.
 
         Raises:
-            HostsError: a host did not answer in time, has given up, or could not decide.
+            HostsError: a host did not answer in time, is in another call, has given up, or could not decide.
         """
         if self._failed is not None:
             raise HostsError(self._failed)
+        cause: Exception | None = None
         try:
-            answer = self._decided(report, decide) if self.index == 0 else self._told(report)
+            if self.index == 0:
+                answer, cause = self._decided({"call": call, "report": report}, decide)
+            else:
+                answer = self._told({"call": call, "report": report})
         except jax.errors.JaxRuntimeError as error:
             raise self._broken(str(error).splitlines()[0]) from error
         self._round += 1
         if "error" in answer:
-            raise HostsError(answer["error"])
+            raise HostsError(answer["error"]) from cause
         return answer["decision"]
 
     def give_up(self, error: BaseException) -> None:
@@ -69,23 +74,26 @@ class Hosts:
             self._broken(str(lost).splitlines()[0])
         self._round += 1
 
-    def _decided(self, report: Any, decide: Callable[[list[Any]], Any]) -> dict[str, Any]:
-        """As the first host: hears the others, and tells them what it decides."""
-        reports = [{"report": report}, *(self._get(str(index)) for index in range(1, self.count))]
-        answer: dict[str, Any] | None = next((each for each in reports if "error" in each), None)
+    def _decided(
+        self, own: dict[str, Any], decide: Callable[[list[Any]], Any]
+    ) -> tuple[dict[str, Any], Exception | None]:
+        """As the first host: hears the others, and tells them what it decides; also returns why it could not."""
+        heard = [own, *(self._get(str(index)) for index in range(1, self.count))]
+        answer = next((each for each in heard if "error" in each), None) or _other_calls(heard)
+        cause: Exception | None = None
         if answer is None:
             try:
-                answer = {"decision": decide([each["report"] for each in reports])}
+                answer = {"decision": decide([each["report"] for each in heard])}
             except Exception as error:
-                answer = self._error(error)
+                answer, cause = self._error(error), error
         text = json.dumps(answer)
         self._client.key_value_set(self._key("decision"), text)
         if self._round:  # all hosts have read what was decided then: they have reported since
             self._client.key_value_delete(f"{self._name}/{self._round - 1}/")
-        return json.loads(text)  # what the others get: lists in the place of tuples, say
+        return json.loads(text), cause  # what the others get: lists in the place of tuples, say
 
-    def _told(self, report: Any) -> dict[str, Any]:
-        self._client.key_value_set(self._key(str(self.index)), json.dumps({"report": report}))
+    def _told(self, own: dict[str, Any]) -> dict[str, Any]:
+        self._client.key_value_set(self._key(str(self.index)), json.dumps(own))
         return self._get("decision")
 
     def _error(self, error: BaseException) -> dict[str, Any]:
@@ -100,13 +108,25 @@ class Hosts:
     def _broken(self, reason: str) -> HostsError:
         self._failed = (
             f"the hosts no longer agree: one of {self.count} did not answer within {self._timeout_s:g} s ({reason}); "
-            "it has ended, or made other calls than this one: start them all anew"
+            "it has ended, or made other calls than this one: restart all of them"
         )
         return HostsError(self._failed)
 
 
+def _other_calls(heard: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns the error that two hosts' calls differ, if they do."""
+    own = heard[0]["call"]
+    for index, each in enumerate(heard):
+        if each["call"] != own:
+            return {
+                "error": f"the hosts make different calls: host 0 of {len(heard)} is in {own!r}, host {index} in "
+                f"{each['call']!r}; all must call the same methods in the same order"
+            }
+    return None
+
+
 def connected_hosts(timeout_s: float) -> Hosts:
-    """Returns the processes that the program has; each of them calls this as often, and in the same order."""
+    """Returns the processes that the program has; each of them calls this the same number of times."""
     from jax._src import distributed  # `jax.distributed` does not hand out the client that it has connected
 
     client = distributed.global_state.client

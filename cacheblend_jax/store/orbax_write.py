@@ -15,7 +15,6 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint.experimental.v1._src.saving import execution
 
 from cacheblend_jax.store.head_groups import head_axis, num_groups
 from cacheblend_jax.store.kvstore import KvStoreSpec, base_spec
@@ -79,6 +78,8 @@ _thread = threading.local()
 @cache
 def _compare_paths_of_others_alone() -> None:
     """Has Orbax compare the paths of other saves in the program, which may be all processes' work, but not of ours."""
+    from orbax.checkpoint.experimental.v1._src.saving import execution  # private: only several processes need it
+
     compare = execution._check_directory_consistency
 
     def compare_others(directory: Any) -> None:

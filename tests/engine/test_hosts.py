@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import socket
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from cacheblend_jax.engine.agreement import AgreedChunk, Alone, Choice, Together
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import LostChunkError, load_all
 from cacheblend_jax.runtime.hosts import Hosts, HostsError
+from cacheblend_jax.runtime.link import SimulatedLink
 from cacheblend_jax.runtime.placing import own_range
 from cacheblend_jax.store.disk_chunk import DiskChunk
 from cacheblend_jax.store.quantise import QuantisedRows
@@ -90,7 +93,7 @@ def test_the_first_host_decides_and_little_stays_in_the_service():
     service = Service()
 
     def work(hosts: Hosts):
-        return [hosts.agree([hosts.index, number], lambda reports: reports) for number in range(5)]
+        return [hosts.agree("a call", [hosts.index, number], lambda reports: reports) for number in range(5)]
 
     for told in on_each(work, 3, service):
         assert told == [[[0, number], [1, number], [2, number]] for number in range(5)]
@@ -103,7 +106,7 @@ def test_a_host_that_fails_ends_the_others_requests():
         with agreement.request():
             if hosts.index == failing:
                 raise cb.CacheBlendError("no memory left")
-            agreement.meet()
+            agreement.meet("a call")
         return None
 
     for failing in (0, 1):
@@ -118,7 +121,7 @@ def test_after_a_failure_the_hosts_go_on():
         with contextlib.suppress(cb.CacheBlendError), agreement.request():
             if hosts.index == 1:
                 raise cb.CacheBlendError("a prompt too long")
-            agreement.meet()
+            agreement.meet("a call")
         return agreement.lack("a", cb.ChunkStore())
 
     assert on_each(work) == [True, True]
@@ -129,8 +132,8 @@ def test_a_host_that_has_ended_costs_the_others_a_timeout_and_then_nothing():
     service.has_ended = True
     hosts = Hosts(service, 0, 2, 30.0, "test")
     for _ in range(2):
-        with pytest.raises(HostsError, match=r"one of 2 did not answer within 30 s .* start them all anew"):
-            hosts.agree(None, lambda reports: reports)
+        with pytest.raises(HostsError, match=r"one of 2 did not answer within 30 s .* restart all of them"):
+            hosts.agree("a call", None, lambda reports: reports)
         service.blocking_key_value_get = None  # it is not asked again
 
 
@@ -141,8 +144,8 @@ def test_what_one_host_lacks_is_a_miss_on_all_and_the_slowest_tier_counts(tmp_pa
             for seed in (0, 1, 2) if hosts.index == 0 else (0, 2):
                 store.put(key_of(seed), make_entry(seed).quantised("int8" if seed == 2 == 2 * hosts.index else None))
         with cb.ChunkStore(tmp_path) if hosts.index else contextlib.nullcontext(store) as store:
-            opened = agreement.opened(["a request"], chunks_of(store, (0, 1, 2)))
-            agreement.meet()
+            opened = agreement.opened(chunks_of(store, (0, 1, 2)), dict)
+            agreement.meet("a call")
             return [None if chunk.stored is None else chunk.tier for chunk in opened]
 
     assert on_each(work) == [["disk", None, None]] * 2
@@ -152,7 +155,7 @@ def test_entries_of_different_kinds_are_misses():
     def work(hosts: Hosts):
         store = cb.ChunkStore(kv_dtype="int8" if hosts.index else None)
         store.put(key_of(1), make_entry(1))
-        (opened,) = Together(hosts, store).opened([], chunks_of(store, [1]))
+        (opened,) = Together(hosts, store).opened(chunks_of(store, [1]), dict)
         return opened.stored
 
     assert on_each(work) == [None, None]
@@ -160,10 +163,69 @@ def test_entries_of_different_kinds_are_misses():
 
 def test_hosts_that_are_asked_different_things_say_so():
     def work(hosts: Hosts):
-        return Together(hosts, cb.ChunkStore()).opened([hosts.index], [])
+        said = (
+            {"token_ids": np.full(1000, hosts.index)} if is_long else {"check_layer": 1 + hosts.index, "mode": "full"}
+        )
+        return Together(hosts, cb.ChunkStore()).opened([], lambda: said)
 
+    is_long = False
     for error in on_each(work):
-        assert "the hosts do not ask for the same" in str(error)
+        assert "do not ask for the same: check_layer is 1 on host 0 of 2, 2 on host 1; prompts, the" in str(error)
+    is_long = True
+    for error in on_each(work):
+        assert "do not ask for the same: token_ids is sha256:" in str(error)
+
+
+def test_hosts_in_different_calls_say_so_and_go_on():
+    def work(hosts: Hosts):
+        agreement, store = Together(hosts, cb.ChunkStore()), cb.ChunkStore()
+        with contextlib.suppress(HostsError):
+            return agreement.lack("a", store) if hosts.index == 0 else agreement.opened([], dict)
+        with pytest.raises(HostsError, match=r"host 0 of 2 is in 'precompute, of chunk a', host 1 in '.* of chunk b'"):
+            agreement.lack("ab"[hosts.index], store)
+        return agreement.lack("a", store)
+
+    assert on_each(work) == [True, True]
+
+
+def test_what_the_first_host_cannot_decide_says_where():
+    def work(hosts: Hosts):
+        try:
+            hosts.agree("a call", None, lambda reports: reports[2])
+        except HostsError as error:
+            return str(error), type(error.__cause__)
+
+    first, second = on_each(work)
+    assert first[0] == second[0] == "host 0 of 2 failed: IndexError: list index out of range"
+    assert (first[1], second[1]) == (IndexError, type(None))
+
+
+def test_the_outermost_request_tells_the_others_and_keeps_nothing():
+    held = []
+
+    def fail(agreement: Together):
+        array = np.zeros(1)
+        held.append(weakref.ref(array))
+        with agreement.request():
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    def work(hosts: Hosts):
+        agreement = Together(hosts, cb.ChunkStore())
+        with contextlib.suppress(HostsError), agreement.request():
+            if hosts.index == 1:
+                fail(agreement)
+            agreement.meet("a call")
+        gc.collect()
+        return [each() for each in held], agreement.lack("a", cb.ChunkStore())
+
+    assert on_each(work) == [([None], True)] * 2
+
+
+def test_a_selector_is_the_same_in_each_process():
+    needs = "oracle", "cross_mass"
+    blends = [cb.BlendConfig(selector=cb.Selector("mine", lambda e: e.valid, needs)) for _ in range(2)]
+    assert repr(blends[0]) == repr(blends[1])
+    assert "Selector('mine', needs=['cross_mass', 'oracle'])" in repr(blends[0])
 
 
 def test_all_follow_the_first_hosts_choice():
@@ -178,7 +240,7 @@ def test_a_read_that_fails_on_one_host_lets_the_programs_run_and_is_lost_on_all(
         store = cb.ChunkStore()
         store.put(key_of(1), make_entry(1))
         agreement = Together(hosts, store)
-        opened = agreement.opened([], chunks_of(store, [1]))
+        opened = agreement.opened(chunks_of(store, [1]), dict)
         handle = opened[0].handle
         assert isinstance(handle, AgreedChunk)
         if hosts.index == 1:
@@ -241,9 +303,11 @@ def test_an_entry_lost_on_one_host_is_computed_by_all(tmp_path, monkeypatch, fau
     model, prompt = family_model("llama3"), random_prompt(3)
     with cb.Engine(model, blend=TWO_STAGES) as engine:
         keys = engine.precompute(prompt)
+        whole = engine.prefill(prompt)
         entries = {key: engine.store.get(key) for key in engine.store.keys()}  # noqa: SIM118 (a `Store`)
     read_layer, made = DiskChunk.read_layer, {}
     bad: list[DiskChunk] = []
+    kept = {"link": SimulatedLink(1e12), "kept_bytes": 2**26}  # layers stay on the device, as on a GPU
 
     def damaged(self, layer, heads=None):
         if layer == 3 and self in bad:
@@ -265,15 +329,126 @@ def test_an_entry_lost_on_one_host_is_computed_by_all(tmp_path, monkeypatch, fau
                 opened = store.open
                 store.open = lambda key: bad.append(opened(key)) or bad[-1] if key == keys[1] else opened(key)
             made[id(store)] = Together(hosts, store)
-            with cb.Engine(model, store, TWO_STAGES, executor=executor) as engine:
-                outs = [engine.prefill(prompt) for _ in range(2)]
+            with cb.Engine(model, store, TWO_STAGES, executor=executor, **kept) as engine:
+                outs = [engine.prefill(prompt) for _ in range(3)]
                 return [(out.stats.hits, out.stats.misses, out.logits.tobytes()) for out in outs]
 
     first, second = on_each(work)
     assert first == second
-    lost, again = first
+    lost, *again = first
     assert lost[:2] == (len(keys) - 1, 1)
-    assert again[:2] == (len(keys), 0)  # each has stored it anew
+    for out in again:  # each has stored it anew, and none finds the zeros that it read
+        assert out[:2] == (len(keys), 0)
+        np.testing.assert_allclose(np.frombuffer(out[2], np.float32), whole.logits, atol=1e-4)
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Makes a host's engine, of a whole model; hosts are threads."""
+    made = {}
+    monkeypatch.setattr("cacheblend_jax.engine.engine.agreement_of", lambda _, store, __: made[id(store)])
+
+    def engine_of(hosts: Hosts, **options) -> cb.Engine:
+        store = cb.ChunkStore()
+        made[id(store)] = Together(hosts, store)
+        return cb.Engine(family_model("llama3"), store, options.pop("blend", TWO_STAGES), **options)
+
+    return engine_of
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("store_missing", (True, False)), ("executor", ("resident", "auto")), ("check_layer", (1, 2))]
+)
+def test_engines_that_differ_say_in_what(engines, name, values):
+    def work(hosts: Hosts):
+        own = values[hosts.index]
+        engines(hosts, **({"blend": replace(TWO_STAGES, check_layer=own)} if name == "check_layer" else {name: own}))
+
+    for error in on_each(work):
+        assert f"the hosts do not ask for the same: {name} is " in str(error)
+
+
+def test_answers_that_are_decoded_otherwise_are_refused(engines):
+    def work(hosts: Hosts):
+        with engines(hosts) as engine:
+            with pytest.raises(HostsError, match="max_new_tokens is 1 on host 0 of 2, 2 on host 1"):
+                engine.generate(random_prompt(3), max_new_tokens=1 + hosts.index)
+            with pytest.raises(cb.CacheBlendError, match="max_new_tokens must be a whole number"):
+                engine.generate(random_prompt(3), max_new_tokens=0 if hosts.index else 1)
+
+    assert on_each(work) == [None, None]
+
+
+def test_what_fails_before_the_chunks_are_opened_ends_the_others_requests(engines):
+    def work(hosts: Hosts):
+        with engines(hosts) as engine:
+            if hosts.index:
+                engine._prefiller.place = fail
+            engine.prefill(random_prompt(3))
+
+    def fail(*_):
+        raise cb.CacheBlendError("no fingerprint")
+
+    assert [str(error) for error in on_each(work)] == [
+        "host 1 of 2 failed: CacheBlendError: no fingerprint",
+        "no fingerprint",
+    ]
+
+
+def test_an_entry_that_one_host_cannot_store_costs_no_answer(engines):
+    def work(hosts: Hosts):
+        with engines(hosts) as engine:
+            if hosts.index:
+                engine.store.put = fail
+            outs = [engine.prefill(random_prompt(3)) for _ in range(2)]
+            return [out.stats.misses for out in outs], engine.background_stats.failed
+
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    (first, _), (second, failed) = on_each(work)
+    assert first == second == [4, 4]
+    assert failed == 10  # the prefix is stored, too
+
+
+def test_a_chunk_that_one_host_cannot_compute_for_the_store_ends_the_same_request_on_all(engines):
+    def work(hosts: Hosts):
+        with engines(hosts) as engine:
+            if hosts.index:
+                engine._background._standalone = fail
+            with pytest.raises(cb.CacheBlendError, match="no memory left"):
+                engine.prefill(random_prompt(3))
+            return engine._agreement.lack("a", engine.store)  # the next call is in step
+
+    def fail(_):
+        raise cb.CacheBlendError("no memory left")
+
+    assert on_each(work) == [True, True]
+
+
+def test_a_host_that_ends_does_not_wait_for_the_others(engines):
+    def work(hosts: Hosts):
+        engine = engines(hosts)
+        if hosts.index == 0:
+            engine._background.flush()  # as the exit hook does
+        return engine.flush()
+
+    assert on_each(work) == [None, None]
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
+def test_what_cannot_be_read_is_zero_in_the_entrys_own_kind(kv_dtype):
+    entry = replace(make_entry(1), k_offset=np.ones((3, 2, 8), np.float32)).quantised(kv_dtype)
+    store = cb.ChunkStore()
+    store.put(key_of(1), entry)
+    chunk = AgreedChunk(store.open(key_of(1)), "host")
+    read = chunk.read_layer(0, range(1, 2))
+    chunk.wrapped.read_layer = lambda *_: (_ for _ in ()).throw(OSError("gone"))
+    for zeros, rows in zip(chunk.read_layer(0, range(1, 2)), read, strict=True):
+        assert [each.shape for each in zeros[:2]] == [each.shape for each in rows[:2]]
+        assert [each.dtype for each in zeros[:2]] == [each.dtype for each in rows[:2]]
+        assert not zeros.dequantised(np.float32).any()
+    assert isinstance(chunk.failure, OSError)
 
 
 WORKER = """

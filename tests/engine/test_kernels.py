@@ -99,6 +99,9 @@ def test_on_several_devices_kernels_are_xlas_unless_a_partition_splits_them(mode
     assert kernels.with_kernels(model, "pallas").kernels == "pallas"
     split = replace(model, partition=partition_of(mesh_of("1x2"), model.config))
     assert kernels.with_kernels(split, "auto").kernels is None
+    devices.is_fully_addressable = False  # several hosts, which may have found different kernels to be the best
+    assert kernels.with_kernels(split, "auto").kernels == "xla"
+    assert kernels.with_kernels(split, "pallas").kernels == "pallas"
 
 
 def test_other_kernels_are_other_programs_of_the_same_model(model):

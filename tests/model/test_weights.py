@@ -20,8 +20,10 @@ from cacheblend_jax.model import save_check_layer
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.rope import inverse_frequencies, rope_tables
 from cacheblend_jax.model.rope_config import NO_ROPE
+from cacheblend_jax.model.sharding import partition_of
 from cacheblend_jax.model.tensor_names import hugging_face_tensors
 from cacheblend_jax.model.tensor_reading import all_finite
+from cacheblend_jax.model.weights import load_params, open_model
 
 
 @pytest.fixture
@@ -107,6 +109,28 @@ def test_progress_ends_at_the_total():
     cb.load_model(HF / "llama3", progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] == max(seen)[0]
     assert len(seen) > 5
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("own", [range(8), range(2, 6)])  # devices: all, and those of one of two hosts
+def test_progress_ends_at_the_total_of_a_hosts_own_shares(monkeypatch, own, by_layer):
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    held, made = jax.sharding.NamedSharding.addressable_devices_indices_map, []
+
+    def own_indices(sharding, shape):
+        return {device: index for device, index in held(sharding, shape).items() if device.id in own}
+
+    def of_some(shape, sharding, arrays):
+        made.extend(arrays)
+        return arrays[0]
+
+    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", own_indices)
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", of_some)
+    opened, seen = open_model(HF / "llama3"), []
+    split = {"partition": partition_of(mesh, opened.config), "by_layer": by_layer}
+    load_params(opened.checkpoint, opened.config, progress=lambda *counts: seen.append(counts), **split)
+    assert seen[-1][0] == seen[-1][1]
+    assert {array.device.id for array in made} == set(own)
 
 
 TENSOR = "model.layers.2.mlp.up_proj.weight"
