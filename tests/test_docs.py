@@ -89,7 +89,7 @@ def test_the_notebook_shows_a_whole_run():
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
     assert not any(output["output_type"] == "error" for output in outputs)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     printed = "".join("".join(output.get("text", "")) for output in outputs)
     assert "error" not in printed
     assert re.search(r"/(home|root|tmp|Users)/", printed) is None  # of whoever ran it

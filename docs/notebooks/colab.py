@@ -130,36 +130,21 @@ for mode in ("full", "prefix", "reuse", "blend"):
     print(f"{mode:7} {answer.text:6} {stats.reused} tokens reused, {stats.recompute_ratio:.0%} of them recomputed")
 
 # %% [markdown]
-# Without the first chunk, the second one's KV does not know who Cobalt is. The heat map below has a column for each
-# token of the chunks and a row for each layer. Bright: the stored KV is far from what full recompute has there. Few
-# columns are bright, and the same ones in all later layers: hence few tokens need to be recomputed, and one early
-# layer tells which. A dot marks what the blend computed afresh; the white line is between the chunks.
+# Without the first chunk, the second one's KV does not know who Cobalt is. The first picture has a column for each
+# token of the chunks and a row for each layer: how far the stored KV is from what full recompute has there. Few columns
+# stand out, and the same ones in all later layers: hence few tokens need to be recomputed, and one early layer tells
+# which. Layers up to the check layer compute all tokens: there the deviation is measured, and the tokens to go on with
+# are chosen. The second picture shows the attention between the chunks: `reuse` has lost it, the blend restores it.
 
 # %%
-import numpy as np
-from matplotlib import pyplot as plt
+# %matplotlib inline
+from IPython.display import display
 
-from cacheblend_jax.evaluation.insights import standalone_deviation
+from cacheblend_jax.evaluation.inspection import inspect
+from cacheblend_jax.evaluation.inspection_plots import inspection_figures
 
-deviation = standalone_deviation(engine, prompt)  # [layers, tokens of the chunks]
-reuse, blend = engine.prefill(prompt, "reuse"), engine.prefill(prompt, "blend")
-chunk_tokens = np.flatnonzero(~reuse.recomputed[-1])[reuse.stats.exact :]
-words = [model.tokenizer.decode([token]).strip() or "¶" for token in blend.token_ids[chunk_tokens].tolist()]
-
-figure, axis = plt.subplots(figsize=(13, 4), layout="constrained")
-image = axis.imshow(np.sqrt(deviation), aspect="auto", cmap="viridis")
-layers, columns = np.nonzero(blend.recomputed[:, chunk_tokens])
-axis.plot(columns, layers, "o", color="white", markeredgecolor="black", markersize=5)
-border = len(model.tokenizer(prompt.chunks[0], add_special_tokens=False).input_ids)
-axis.axvline(border - 0.5, color="white", linewidth=2)
-axis.set_xticks(range(len(words)), words, rotation=90)
-axis.set(ylabel="layer", title="Stored KV against full recompute; dots: computed afresh")
-figure.colorbar(image, label="square root of the deviation")
-plt.show()
-
-# %% [markdown]
-# Layers up to the check layer compute all tokens: there the deviation is measured, and the tokens to go on with are
-# chosen.
+figures = inspection_figures(inspect(engine, prompt))
+display(figures["deviation"], figures["attention"])
 
 # %% [markdown]
 # ## 4. A real model and your own files
