@@ -129,12 +129,11 @@ class Runner:
         Args:
             give_way: a bound method, known as long as its object lives; returns whether it freed any.
         """
-        self._yielding.append(weakref.WeakMethod(give_way))
+        alive = [known for known in self._yielding if known() is not None]
+        self._yielding = [*alive, weakref.WeakMethod(give_way)]
 
     def _others_yield(self) -> bool:
-        self._yielding = [known for known in self._yielding if known() is not None]
-        methods = [method for known in self._yielding if (method := known()) is not None]
-        freed = [give_way() for give_way in methods]
+        freed = [give_way() for known in self._yielding if (give_way := known()) is not None]
         return any(freed)
 
     @property
