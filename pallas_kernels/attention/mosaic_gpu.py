@@ -112,14 +112,15 @@ def attend_mosaic_gpu(
         layer = jnp.zeros_like(layer)
     first_key, first_group = layer * k.shape[1], layer * (k.shape[1] // GROUP)
     k, v = (x.reshape(-1, num_kv_heads, head_dim) for x in (k, v))  # all layers' keys in a row
-    tails = jnp.stack([_tail_block(x, first_key, tail, kv_length, blocks.keys) for x in (k, v)])  # in one kernel
+    tails = [_tail_block(x, first_key, tail, kv_length, blocks.keys).swapaxes(0, 1) for x in (k, v)]
+    rows_and_tails = jnp.concatenate([tiles.rows, *tails], axis=1)  # one array: XLA makes it by one kernel
     options: dict[str, Any] = {}
     if interpret:
         options["interpret"] = vars(plgpu)["InterpretGPUParams"](detect_races=True)
     if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:  # from jax 0.11 on
         options["cost_estimate"] = cost(q, of_layer, tile_rows=tile_rows, block_keys=blocks.keys)
     out, lse = plgpu.kernel(
-        _kernel(shape, grid),
+        _kernel(shape, grid, num_rows),
         out_type=[
             jax.ShapeDtypeStruct((grid.num_splits, num_kv_heads, num_rows, head_dim), q.dtype),
             jax.ShapeDtypeStruct((grid.num_splits, num_kv_heads, num_rows), jnp.float32),
@@ -136,12 +137,10 @@ def attend_mosaic_gpu(
         *tiles.blocks[:4],
         tail.reshape(1),
         first_group.reshape(1),  # by itself: a constant, where the layer is one
-        tiles.first_visible,
-        tiles.last_visible,
-        tiles.rows,
+        *tiles.row_bounds(has_starts=shape.has_starts),
+        rows_and_tails,
         k,
         v,
-        tails,
     )
     return merge_splits(out, lse, num_queries, num_heads)
 
@@ -171,9 +170,9 @@ def _tail_block(
     return jnp.where((at < kv_length)[:, None, None], x[jnp.minimum(first_key + at, x.shape[0] - 1)], 0)
 
 
-def _kernel(shape: Shape, grid: Grid) -> Callable[..., None]:
-    def kernel(begin, inner_begin, inner_end, end, tail, first_group, first_visible, last_visible, q, *rest):
-        k, v, tails, out, lse, *scratch = rest
+def _kernel(shape: Shape, grid: Grid, num_rows: int) -> Callable[..., None]:
+    def kernel(begin, inner_begin, inner_end, end, tail, first_group, first_visible, last_visible, rows_and_tails, *rest):
+        k, v, out, lse, *scratch = rest
         shared = Shared(*scratch)
         tile, split, kv_head = grid.place(lax.axis_index("block"))
         warpgroup = lax.axis_index("warpgroup")
@@ -186,7 +185,7 @@ def _kernel(shape: Shape, grid: Grid) -> Callable[..., None]:
             if shape.computing == COMPUTING:
                 plgpu.set_max_registers(232, action="increase")
             rows = pl.ds((tile * shape.computing + warpgroup) * shape.rows, shape.rows)
-            plgpu.copy_gmem_to_smem(q.at[kv_head, rows], shared.q.at[warpgroup], shared.q_loaded.at[warpgroup])
+            plgpu.copy_gmem_to_smem(rows_and_tails.at[kv_head, rows], shared.q.at[warpgroup], shared.q_loaded.at[warpgroup])
             row_first, row_last = (_load_rows(x, rows) for x in (first_visible, last_visible))
             plgpu.barrier_wait(shared.q_loaded.at[warpgroup])
             _compute(shape, shared, blocks, warpgroup, row_first, row_last)
@@ -199,6 +198,9 @@ def _kernel(shape: Shape, grid: Grid) -> Callable[..., None]:
         def _():
             if shape.computing == COMPUTING:
                 plgpu.set_max_registers(40, action="decrease")
+            tails = [
+                rows_and_tails.at[kv_head, pl.ds(num_rows + part * shape.keys, shape.keys)] for part in range(2)
+            ]
             _load(shape, shared, blocks, kv_head, first_group[0], (k, v), tails)
 
     return kernel
@@ -253,8 +255,8 @@ def _load(
     """Keeps `stages` blocks in flight, from the first needed one to the last."""
     count = blocks.end - blocks.begin
     streams = (
-        (stored[0], tails.at[0], shared.k, shared.k_loaded, shared.k_read),
-        (stored[1], tails.at[1], shared.v, shared.v_loaded, shared.v_read),
+        (stored[0], tails[0], shared.k, shared.k_loaded, shared.k_read),
+        (stored[1], tails[1], shared.v, shared.v_loaded, shared.v_read),
     )
 
     def slot_of(step: jax.Array) -> jax.Array:
@@ -273,7 +275,7 @@ def _load(
 
             @pl.when(block == blocks.last)
             def _from_tail(tail=tail, destination=destination):
-                plgpu.copy_gmem_to_smem(tail.at[:, kv_head], *destination)
+                plgpu.copy_gmem_to_smem(tail, *destination)
 
             @pl.when(block != blocks.last)
             def _from_stored(source=source, destination=destination):

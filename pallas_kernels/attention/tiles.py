@@ -43,6 +43,13 @@ class QueryTiles(NamedTuple):
     first_visible: Int[Array, " rows"]
     blocks: KeyBlocks
 
+    def row_bounds(self, *, has_starts: bool) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
+        """Returns each row's first and last visible key, for kernels that read the first only where it `has_starts`.
+
+        Elsewhere any array takes its place: to fill one with zeros would take a kernel of its own.
+        """
+        return self.first_visible if has_starts else self.last_visible, self.last_visible
+
 
 class Grid(NamedTuple):
     """The blocks of a kernel's grid: one for each tile, range of the tile's keys, and KV head."""

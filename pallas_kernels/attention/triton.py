@@ -90,7 +90,7 @@ def attend_triton(
         cost_estimate=cost(q, of_layer, tile_rows=blocks.rows, block_keys=blocks.keys),
         interpret=interpret,
         name="selective_attention_triton",
-    )(first_key, *tiles.blocks, tiles.first_visible, tiles.last_visible, tiles.rows, k, v)
+    )(first_key, *tiles.blocks, *tiles.row_bounds(has_starts=starts is not None), tiles.rows, k, v)
     out, lse = merge_splits(out, lse, num_queries, num_heads)
     return out[..., :head_dim].astype(q.dtype), lse
 
