@@ -14,8 +14,9 @@ from typing import Any
 import jax
 
 from cacheblend_jax.engine.device_layers import PlacedLayers
+from cacheblend_jax.engine.host_copies import HostRows
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import HostRows, abandon, layer_of, read_share, shares, submit_or_run
+from cacheblend_jax.engine.loading import LayerReads, abandon, batches, layer_of
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.kv_cache import LayerKV
 from cacheblend_jax.model.quantised_kv import StoredLayer
@@ -45,8 +46,8 @@ class LayerStream:
         buffers: K and V on the host, each `[host_layers, keys, kv_heads, head_dim]`, quantised or not.
         device_layers: how many layers of cached KV may be on the device.
         put: puts arrays on the device; they may still be on their way when it returns.
-        readers: the pool of reader threads.
-        threads: how many of them copy within host memory at a time.
+        readers: the pool of reader threads, which read slow tiers.
+        threads: how many copy within host memory at a time.
         sent_ahead: how many layers more are sent before one is handed over; less than `device_layers`.
         kept: the layers that are on the device already, which are not loaded; those that it has room for stay there.
 
@@ -77,10 +78,11 @@ class LayerStream:
         self._places = {turn: place for place, turn in enumerate(self._loaded)}
         # No more than there are layers to load: one that comes twice finds itself in the buffer then.
         self._slots = min(len(jax.tree.leaves(buffers)[0]), len({layers[turn] for turn in self._loaded}))
-        self._shares = shares(chunks, threads)
-        self._put, self._trace, self._readers = put, trace, readers
+        self._reader = LayerReads(chunks, buffers, readers, trace, threads)
+        self._batches = {batch[-1]: batch for batch in self._batches_of(device_layers)}
+        self._put, self._trace = put, trace
         self._room = threading.Semaphore(device_layers)
-        self._reads: dict[int, list[Future]] = {}
+        self._reads: dict[int, list[Future]] = {}  # by turn; those of a batch have one list
         self._arrived: queue.SimpleQueue[StoredLayer | BaseException] = queue.SimpleQueue()
         self._in_use: queue.SimpleQueue[tuple[int, StoredLayer, jax.Array, float] | None] = queue.SimpleQueue()
         self._on_the_way: queue.SimpleQueue[_Sent | None] = queue.SimpleQueue()
@@ -90,8 +92,8 @@ class LayerStream:
         self._turn = -1
         self._lanes: list[threading.Thread] = []
         try:
-            for place in range(self._slots):
-                self._read(place)
+            for last in range(self._slots):
+                self._read(last)
             for lane in (self._transfer, self._release, *(() if trace is None else (self._watch,))):
                 thread = threading.Thread(target=lane, name="cacheblend-lane")
                 thread.start()
@@ -155,12 +157,32 @@ class LayerStream:
         slot = self._places[turn] % self._slots
         return jax.tree.map(lambda buffer: buffer[slot], self._buffers)
 
-    def _read(self, place: int) -> None:
-        turn = self._loaded[place]
-        (k, v), layer = self._slot(turn), self._layers[turn]
-        reads = self._reads[turn] = list[Future]()
-        for share in self._shares:
-            reads.append(submit_or_run(self._readers, read_share, share, layer, k, v, self._trace))
+    def _batches_of(self, device_layers: int) -> list[range]:
+        """Returns the places of loaded turns that are read together.
+
+        Those whose buffers are free from the first on; and later ones, which are read when the last of their buffers
+        is free. That must be no later than there is room on the device for the first of them.
+        """
+        at_first = batches(self._slots, self._reader.most_layers)
+        size = max(1, min(max(map(len, at_first), default=1), self._slots - device_layers + 1))
+        later = range(self._slots, len(self._loaded))
+        return at_first + [later[first : first + size] for first in range(0, len(later), size)]
+
+    def _read(self, last: int) -> None:
+        """Begins to read the batch of which this is the last place, if it is one's, but for what is there already."""
+        turns = [self._loaded[place] for place in self._batches.get(last, ()) if not self._is_held(place)]
+        tasks: list[Future] = []
+        self._reads.update(dict.fromkeys(turns, tasks))
+        while turns:
+            first, slot = self._layers[turns[0]], self._places[turns[0]] % self._slots
+            count = 1
+            while count < len(turns) and self._follows(turns[count], first + count, slot + count):
+                count += 1
+            tasks += self._reader.begin(range(first, first + count), slot)
+            turns = turns[count:]
+
+    def _follows(self, turn: int, layer: int, slot: int) -> bool:
+        return self._layers[turn] == layer and self._places[turn] % self._slots == slot
 
     def _transfer(self) -> None:
         sent: deque[StoredLayer] = deque()  # and not handed over yet
@@ -243,7 +265,7 @@ class LayerStream:
         if not was_kept and not self._kept.keep(layer, kv):
             _delete(kv)
         again = self._places.get(turn, len(self._loaded)) + self._slots
-        if again < len(self._loaded) and not self._is_held(again) and not self._closed:
+        if not self._closed:
             self._read(again)
         if not was_kept:
             self._room.release()

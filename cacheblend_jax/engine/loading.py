@@ -12,13 +12,14 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from cacheblend_jax.engine.host_copies import HostCopies, HostRows, is_copied
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.errors import DamagedEntryError
 from cacheblend_jax.model.kv_cache import KVCache, LayerKV
@@ -30,8 +31,8 @@ from cacheblend_jax.store.stored_chunk import StoredRows
 from pallas_kernels import QuantisedKV
 
 READERS = 4  # reads at a time; a reader mostly waits for its tier
-MOST_COPIERS = 8  # threads that copy within memory: a few reach its bandwidth
-SHARE_BYTES = 2**20  # of a layer, at least, for each thread: handing over less costs more than it saves
+MOST_COPIERS = 14  # threads that copy within memory: more don't gain
+LAYERS_TOGETHER = 4  # that are copied by one task, at most: of Llama 3 8B and 8,192 tokens, 134 MB
 
 
 class LostChunkError(Exception):
@@ -43,11 +44,8 @@ class LostChunkError(Exception):
 
 
 def copiers() -> int:
-    """Returns how many threads copy KV within host memory at a time: half of the processors, up to eight."""
-    return max(1, min(MOST_COPIERS, (os.cpu_count() or 1) // 2))
-
-
-HostRows = np.ndarray | QuantisedRows  # K's rows on the host, or V's; on the device, the same of JAX arrays
+    """Returns how many threads copy KV within host memory at a time: all processors but two, up to fourteen."""
+    return max(1, min(MOST_COPIERS, (os.cpu_count() or 1) - 2))
 
 
 def kv_dtype_of(chunks: Sequence[PlacedChunk], readable: Collection[str], *, has_key_bias: bool) -> str | None:
@@ -81,67 +79,78 @@ def _codes_of(k: Any, v: Any) -> QuantisedKV:
     return QuantisedKV(k.codes, v.codes, k.scales, v.scales)
 
 
-class Piece(NamedTuple):
-    """Some of a chunk's rows: `first` to `stop`, counted from the chunk's first."""
+class LayerReads:
+    """Reads layers of chunks' KV to their places in host buffers, by reader threads.
 
-    chunk: PlacedChunk
-    first: int
-    stop: int
+    What lies in host memory is copied, several layers at a time where there is nothing else to read. From a slow tier,
+    or where KV must be dequantised, each layer of a chunk is a task.
 
+    Args:
+        buffers: K and V, each `[host_layers, keys, kv_heads, head_dim]`, quantised or not.
+        threads: how many copy within host memory at a time. 1: the reader threads copy, a layer of a chunk each.
 
-def shares(chunks: Sequence[PlacedChunk], threads: int) -> list[list[Piece]]:
-    """Divides the reading of a layer into tasks.
-
-    A chunk of a slow tier is a task of its own. Those in memory are cut into as many equal shares as there are threads
-    to copy them, or fewer where a share would be small.
+    Attributes:
+        most_layers: how many are worth reading together.
     """
-    tasks, in_memory = [], []
-    for chunk in chunks:
-        whole = Piece(chunk, 0, chunk.num_tokens)
-        if is_slow(chunk.tier) or threads == 1:
-            tasks.append([whole])
-        else:
-            in_memory.append(whole)
-    if not in_memory:
+
+    def __init__(
+        self,
+        chunks: Sequence[PlacedChunk],
+        buffers: tuple[HostRows, HostRows],
+        readers: Executor,
+        trace: Trace | None,
+        threads: int,
+    ) -> None:
+        copied = [chunk for chunk in chunks if is_copied(chunk, buffers)] if threads > 1 else []
+        self._read = [chunk for chunk in chunks if chunk not in copied]
+        self._copies = HostCopies(copied, buffers, threads) if copied else None
+        self._buffers, self._readers, self._trace = buffers, readers, trace
+        self.most_layers = 1 if self._read else LAYERS_TOGETHER
+
+    def begin(self, layers: range, slot: int) -> list[Future]:
+        """Begins to read some layers, consecutive ones, into the buffers' layers from `slot` on.
+
+        Raises (from the futures):
+            LostChunkError: a chunk is damaged, its tier failed, or what is stored is not its KV for this model.
+        """
+        tasks: list[Future] = []
+        if self._copies is not None:
+            tasks.append(submit_or_run(self._readers, self._copy, self._copies, layers, slot))
+        for place, layer in enumerate(layers, slot):
+            k, v = jax.tree.map(operator.itemgetter(place), self._buffers)
+            for chunk in self._read:
+                tasks.append(submit_or_run(self._readers, read_chunk, chunk, layer, k, v, self._trace))
         return tasks
-    rows = sum(piece.stop for piece in in_memory)
-    layer_bytes = sum(piece.chunk.handle.num_bytes // piece.chunk.handle.num_layers for piece in in_memory)
-    count = max(1, min(threads, layer_bytes // SHARE_BYTES))
-    return tasks + _cut(in_memory, -(-rows // count))
+
+    def _copy(self, copies: HostCopies, layers: range, slot: int) -> None:
+        name = f"layers {layers.start} to {layers.stop - 1}"
+        with nullcontext() if self._trace is None else self._trace.span("host", name, layers.start):
+            copies.copy(layers, slot)
 
 
-def _cut(pieces: Sequence[Piece], rows: int) -> list[list[Piece]]:
-    """Cuts pieces, in order, into lists of so many rows each; the last may have fewer."""
-    lists: list[list[Piece]] = [[]]
-    room = rows
-    for chunk, first, stop in pieces:
-        while first < stop:
-            if not room:
-                lists.append([])
-                room = rows
-            taken = min(room, stop - first)
-            lists[-1].append(Piece(chunk, first, first + taken))
-            first, room = first + taken, room - taken
-    return lists
+def batches(num_layers: int, most: int) -> list[range]:
+    """Divides so many layers, in order, into those that are read together, at most so many.
+
+    The first ones are few: a prefill waits for them.
+    """
+    found, first = list[range](), 0
+    while first < num_layers:
+        found.append(range(first, min(num_layers, first + max(1, min(most, first)))))
+        first = found[-1].stop
+    return found
 
 
-def read_share(share: Sequence[Piece], layer: int, k: HostRows, v: HostRows, trace: Trace | None) -> None:
-    """Reads one layer of some pieces into their rows of `k` and `v`, each `[keys, kv_heads, head_dim]`.
+def read_chunk(chunk: PlacedChunk, layer: int, k: HostRows, v: HostRows, trace: Trace | None) -> None:
+    """Reads one layer of a chunk into its rows of `k` and `v`, each `[keys, kv_heads, head_dim]`.
 
-    They are dequantised where `k` and `v` are not quantised.
+    It is dequantised where `k` and `v` are not quantised.
 
     Raises:
-        LostChunkError: a chunk is damaged, its tier failed, or what is stored is not its KV for this model.
+        LostChunkError: the chunk is damaged, its tier failed, or what is stored is not its KV for this model.
     """
-    for piece in share:
-        _read_piece(piece, layer, k, v, trace)
-
-
-def _read_piece(piece: Piece, layer: int, k: HostRows, v: HostRows, trace: Trace | None) -> None:
-    chunk, first, stop = piece
 
     def span(lane: str) -> AbstractContextManager[None]:
-        return nullcontext() if trace is None else trace.span(lane, f"layer {layer} at {chunk.start + first}", layer)
+        return nullcontext() if trace is None else trace.span(lane, f"layer {layer} at {chunk.start}", layer)
 
     try:
         with span(chunk.tier) if is_slow(chunk.tier) else nullcontext():
@@ -150,8 +159,8 @@ def _read_piece(piece: Piece, layer: int, k: HostRows, v: HostRows, trace: Trace
     except (DamagedEntryError, OSError, IndexError) as error:
         raise LostChunkError(chunk, error) from error
     with span("host"):
-        for rows, stored in _pairs(k, k_layer, first, stop) + _pairs(v, v_layer, first, stop):
-            place = rows[chunk.start + first : chunk.start + stop]
+        for rows, stored in _pairs(k, k_layer) + _pairs(v, v_layer):
+            place = rows[chunk.start : chunk.stop]
             if chunk.heads is not None:
                 place = place[:, chunk.heads.start : chunk.heads.stop]
             if (stored.shape, stored.dtype) != (place.shape, place.dtype):  # numpy would broadcast or cast it
@@ -160,15 +169,12 @@ def _read_piece(piece: Piece, layer: int, k: HostRows, v: HostRows, trace: Trace
             place[:] = stored
 
 
-def _pairs(rows: HostRows, stored: StoredRows, first: int, stop: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns the arrays to write, with what some of a chunk's rows are to be there."""
+def _pairs(rows: HostRows, stored: StoredRows) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the arrays to write, with what a chunk's rows are to be there."""
     if isinstance(rows, QuantisedRows):
         assert isinstance(stored, QuantisedRows)  # `kv_dtype_of`
-        return [(rows.codes, stored.codes[first:stop]), (rows.scales, stored.scales[first:stop])]
-    if isinstance(stored, QuantisedRows):
-        part = QuantisedRows(stored.codes[first:stop], stored.scales[first:stop], stored.offset)
-        return [(rows, part.dequantised(rows.dtype))]
-    return [(rows, stored[first:stop])]
+        return [(rows.codes, stored.codes), (rows.scales, stored.scales)]
+    return [(rows, stored.dequantised(rows.dtype) if isinstance(stored, QuantisedRows) else stored)]
 
 
 def load_all(
@@ -183,23 +189,22 @@ def load_all(
     """Reads every layer of the chunks into `k` and `v`, each `[layers, keys, kv_heads, head_dim]`.
 
     Args:
-        threads: how many of the readers copy within memory at a time.
+        threads: how many copy within host memory at a time.
 
     Raises:
         LostChunkError: a chunk is damaged or its tier failed.
     """
-    tasks = shares(chunks, threads)
     num_layers = len(jax.tree.leaves(k)[0])
-    layers = [jax.tree.map(operator.itemgetter(layer), (k, v)) for layer in range(num_layers)]
-    reads = [(share, layer, *rows, trace) for layer, rows in enumerate(layers) for share in tasks]
     if threads == 1 and not any(is_slow(chunk.tier) for chunk in chunks):
-        for read in reads:
-            read_share(*read)
+        for layer in range(num_layers):
+            of_layer = jax.tree.map(operator.itemgetter(layer), (k, v))
+            for chunk in chunks:
+                read_chunk(chunk, layer, *of_layer, trace)
         return
-    futures: list[Future] = []
+    reads, futures = LayerReads(chunks, (k, v), readers, trace, threads), list[Future]()
     try:
-        for read in reads:
-            futures.append(submit_or_run(readers, read_share, *read))
+        for layers in batches(num_layers, reads.most_layers):
+            futures += reads.begin(layers, layers.start)
         for future in futures:
             future.result()
     finally:

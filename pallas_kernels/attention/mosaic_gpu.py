@@ -171,7 +171,7 @@ def _tail_block(
 
 
 def _kernel(shape: Shape, grid: Grid, num_rows: int) -> Callable[..., None]:
-    def kernel(begin, inner_begin, inner_end, end, tail, first_group, first_visible, last_visible, rows_and_tails, *rest):
+    def kernel(begin, inner_begin, inner_end, end, tail, first_group, first_visible, last_visible, packed, *rest):
         k, v, out, lse, *scratch = rest
         shared = Shared(*scratch)
         tile, split, kv_head = grid.place(lax.axis_index("block"))
@@ -185,7 +185,7 @@ def _kernel(shape: Shape, grid: Grid, num_rows: int) -> Callable[..., None]:
             if shape.computing == COMPUTING:
                 plgpu.set_max_registers(232, action="increase")
             rows = pl.ds((tile * shape.computing + warpgroup) * shape.rows, shape.rows)
-            plgpu.copy_gmem_to_smem(rows_and_tails.at[kv_head, rows], shared.q.at[warpgroup], shared.q_loaded.at[warpgroup])
+            plgpu.copy_gmem_to_smem(packed.at[kv_head, rows], shared.q.at[warpgroup], shared.q_loaded.at[warpgroup])
             row_first, row_last = (_load_rows(x, rows) for x in (first_visible, last_visible))
             plgpu.barrier_wait(shared.q_loaded.at[warpgroup])
             _compute(shape, shared, blocks, warpgroup, row_first, row_last)
@@ -198,9 +198,7 @@ def _kernel(shape: Shape, grid: Grid, num_rows: int) -> Callable[..., None]:
         def _():
             if shape.computing == COMPUTING:
                 plgpu.set_max_registers(40, action="decrease")
-            tails = [
-                rows_and_tails.at[kv_head, pl.ds(num_rows + part * shape.keys, shape.keys)] for part in range(2)
-            ]
+            tails = [packed.at[kv_head, pl.ds(num_rows + part * shape.keys, shape.keys)] for part in range(2)]
             _load(shape, shared, blocks, kv_head, first_group[0], (k, v), tails)
 
     return kernel
