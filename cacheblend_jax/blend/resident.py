@@ -82,9 +82,8 @@ def prefill(
         layer = None if cached is None or in_place else stored_layer(cached, index)
         return step(params, active, layer, blended, sequence, index, *more, **static)
 
-    stage_positions, state = [], (active, cached if isinstance(cached, KVCache) and in_place else empty)
+    later_positions, state = [], (active, cached if isinstance(cached, KVCache) and in_place else empty)
     for number, stage in enumerate(plan.stages):
-        stage_positions.append(state[0].rows.positions)
         measured = number == 0 and plan.needs("cross_mass")
         with jax.named_scope(f"stage_{number}"):  # profiles tell stages apart by it
             layers = range(stage.first, stage.border - measured)
@@ -101,7 +100,8 @@ def prefill(
                 room, choice = plan.stages[number + 1].rows, {"selector": plan.selector, "deviation": plan.deviation}
                 keep = request.keep[number]
                 state = at_layer(border_layer, state, stage.border, signals, keep, room=room, **choice)
-    return Prefilled(logits, next_token, blended, tuple(stage_positions))
+                later_positions.append(state[0].rows.positions)
+    return Prefilled(logits, next_token, blended, tuple(later_positions))
 
 
 def _question_mass(

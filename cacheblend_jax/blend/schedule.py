@@ -142,10 +142,15 @@ def survivor_counts(plan: Plan, ratio: float, candidates: int, forced: int) -> l
     return [min(count, stage.rows) for count, stage in zip(counts, plan.stages[1:], strict=True)]
 
 
-def computed_positions(plan: Plan, stage_positions: Sequence[jax.Array]) -> list[np.ndarray]:
-    """Returns, for each layer, the positions whose K, V it computed; `stage_positions` holds each stage's, padded."""
+def computed_positions(plan: Plan, first: np.ndarray, later: Sequence[jax.Array]) -> list[np.ndarray]:
+    """Returns, for each layer, the positions whose K, V it computed.
+
+    Args:
+        first: of the first stage's tokens, padded.
+        later: of each later stage's.
+    """
     computed = []
-    for stage, padded in zip(plan.stages, stage_positions, strict=True):
+    for stage, padded in zip(plan.stages, (first, *later), strict=True):
         positions = np.asarray(padded)
         positions = positions[positions < plan.cache_length]
         computed += [positions] * (stage.border - stage.first + 1)

@@ -66,12 +66,15 @@ class Request:
 
 @struct.dataclass
 class Prefilled:
-    """What a prefill returns: logits, the greedy next token, the blended cache, and each stage's tokens."""
+    """What a prefill returns: logits, the greedy next token, the blended cache, and which tokens later stages had.
+
+    (The first stage has the request's; returning what it was given, a program would copy it.)
+    """
 
     logits: Float[Array, " vocab"]
     next_token: Int[Array, ""]
     cache: KVCache
-    stage_positions: tuple[Int[Array, " _"], ...]
+    later_positions: tuple[Int[Array, " _"], ...]
 
 
 @struct.dataclass

@@ -101,9 +101,8 @@ def prefill_streamed(
     if plan.needs("question_mass"):
         mass = _question_mass(run, params, request, active, sequence, stream, indices, config)
     signals = run(token_signals, request, mass)
-    stage_positions = []
+    later_positions = []
     for number, stage in enumerate(plan.stages):
-        stage_positions.append(active.rows.positions)
         for layer in range(stage.first, stage.border):
             at_layer = (params.only_layer(layer), active, stream.next(), blended, sequence, indices[layer])
             if number == 0 and layer == stage.border - 1 and plan.needs("cross_mass"):
@@ -120,7 +119,8 @@ def prefill_streamed(
             room, choice = plan.stages[number + 1].rows, {"selector": plan.selector, "deviation": plan.deviation}
             active, blended = in_place(border_layer, *at_border, signals, keep[number], room=room, **choice)
             stream.used_until(active.rows.hidden)
-    return Prefilled(logits, next_token, blended, tuple(stage_positions))
+            later_positions.append(active.rows.positions)
+    return Prefilled(logits, next_token, blended, tuple(later_positions))
 
 
 def _question_mass(

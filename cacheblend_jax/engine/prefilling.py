@@ -256,7 +256,7 @@ class Prefiller:
 
     def _result(self, call: _Call, planned: _Planned, run: PrefillRun, compile_s: float) -> PrefillResult:
         layout, ttft_s = planned.layout, call.timer.elapsed_s()
-        computed = computed_positions(planned.plan, run.out.stage_positions)
+        computed = computed_positions(planned.plan, planned.request.positions, run.out.later_positions)
         is_forced = ~layout.exact & ~layout.candidate
         question_pass = np.flatnonzero(is_forced) if planned.plan.needs("question_mass") else None
         stats = PrefillStats(

@@ -60,9 +60,10 @@ def request_of(plan: Plan, length: int, vocab_size: int, ratio: float) -> Reques
 
 
 class Mode(NamedTuple):
-    """A prefill's plan, its compiled program, a call of it, and the seconds that compiling took."""
+    """A prefill's plan, its tokens' positions, its compiled program, a call of it, and the seconds of compiling."""
 
     plan: Plan
+    positions: np.ndarray
     program: Any
     run: Callable
     compile_s: float
@@ -112,7 +113,7 @@ def prefills(
         jitted = jax.jit(partial(prefill, config=config, plan=plan), donate_argnames="cached" if in_place else ())
         program = jitted.lower(*arguments).compile(compiler_options=of_compiler)
         run = _rerun(program, *arguments) if in_place else partial(program, *arguments)
-        return Mode(plan, program, run, time.perf_counter() - begin)
+        return Mode(plan, np.asarray(request.positions), program, run, time.perf_counter() - begin)
 
     with ThreadPoolExecutor(len(names)) as pool:
         return dict(zip(names, pool.map(compiled, names), strict=True))

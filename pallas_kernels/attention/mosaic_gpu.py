@@ -134,8 +134,7 @@ def attend_mosaic_gpu(
         kernel_name="selective_attention_mosaic_gpu",
         **options,
     )(
-        *tiles.blocks[:4],
-        tail.reshape(1),
+        jnp.stack([*tiles.blocks[:4], jnp.full_like(tiles.blocks.begin, tail)]),  # one array: by one kernel
         first_group.reshape(1),  # by itself: a constant, where the layer is one
         *tiles.row_bounds(has_starts=shape.has_starts),
         rows_and_tails,
@@ -166,18 +165,18 @@ def _tail_block(
     size: int,
 ) -> Float[Array, "size kv_heads head_dim"]:
     """Returns the block that holds the last valid key, with zeros after it: zero times NaN is NaN."""
-    at = tail * size + jnp.arange(size, dtype=jnp.int32)
-    return jnp.where((at < kv_length)[:, None, None], x[jnp.minimum(first_key + at, x.shape[0] - 1)], 0)
+    at = first_key + tail * size + jnp.arange(size, dtype=jnp.int32)
+    return jnp.where((at < first_key + kv_length)[:, None, None], x[jnp.minimum(at, x.shape[0] - 1)], 0)
 
 
 def _kernel(shape: Shape, grid: Grid, num_rows: int) -> Callable[..., None]:
-    def kernel(begin, inner_begin, inner_end, end, tail, first_group, first_visible, last_visible, packed, *rest):
+    def kernel(bounds, first_group, first_visible, last_visible, packed, *rest):
         k, v, out, lse, *scratch = rest
         shared = Shared(*scratch)
         tile, split, kv_head = grid.place(lax.axis_index("block"))
         warpgroup = lax.axis_index("warpgroup")
         # Here `last` names the block that comes from the tail arrays, whose padding is zero: no mask needs it.
-        blocks = KeyBlocks(begin[tile], inner_begin[tile], inner_end[tile], end[tile], tail[0])
+        blocks = KeyBlocks(*(bounds[bound, tile] for bound in range(5)))
         blocks = blocks.part(split, grid.num_splits)
 
         @pl.when(warpgroup < shape.computing)

@@ -79,7 +79,7 @@ def model(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def flops_of(config: ModelConfig, mode: Mode) -> int:
-    return prefill_flops(config, computed_positions(mode.plan, mode.run().stage_positions))
+    return prefill_flops(config, computed_positions(mode.plan, mode.positions, mode.run().later_positions))
 
 
 def keep(path: Path, text: str) -> None:
