@@ -14,9 +14,8 @@ from typing import Any
 import jax
 
 from cacheblend_jax.engine.device_layers import PlacedLayers
-from cacheblend_jax.engine.host_copies import HostRows
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import LayerReads, abandon, batches, layer_of
+from cacheblend_jax.engine.loading import HostRows, LayerReads, abandon, batches, layer_of
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.kv_cache import LayerKV
 from cacheblend_jax.model.quantised_kv import StoredLayer
@@ -46,7 +45,7 @@ class LayerStream:
         buffers: K and V on the host, each `[host_layers, keys, kv_heads, head_dim]`, quantised or not.
         device_layers: how many layers of cached KV may be on the device.
         put: puts arrays on the device; they may still be on their way when it returns.
-        readers: the pool of reader threads, which read slow tiers.
+        readers: the pool of reader threads.
         threads: how many copy within host memory at a time.
         sent_ahead: how many layers more are sent before one is handed over; less than `device_layers`.
         kept: the layers that are on the device already, which are not loaded; those that it has room for stay there.

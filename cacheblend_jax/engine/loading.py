@@ -12,14 +12,13 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from cacheblend_jax.engine.host_copies import HostCopies, HostRows, is_copied
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.errors import DamagedEntryError
 from cacheblend_jax.model.kv_cache import KVCache, LayerKV
@@ -31,8 +30,9 @@ from cacheblend_jax.store.stored_chunk import StoredRows
 from pallas_kernels import QuantisedKV
 
 READERS = 4  # reads at a time; a reader mostly waits for its tier
-MOST_COPIERS = 14  # threads that copy within memory: more don't gain
-LAYERS_TOGETHER = 4  # that are copied by one task, at most: of Llama 3 8B and 8,192 tokens, 134 MB
+MOST_COPIERS = 6  # threads that copy within memory: more are slower (docs/results.md)
+SHARE_BYTES = 2**20  # of a layer, at least, for each thread: handing over less costs more than it saves
+LAYERS_TOGETHER = 4  # that a thread copies before it is given more
 
 
 class LostChunkError(Exception):
@@ -44,8 +44,11 @@ class LostChunkError(Exception):
 
 
 def copiers() -> int:
-    """Returns how many threads copy KV within host memory at a time: all processors but two, up to fourteen."""
-    return max(1, min(MOST_COPIERS, (os.cpu_count() or 1) - 2))
+    """Returns how many threads copy KV within host memory at a time: half of the processors, up to six."""
+    return max(1, min(MOST_COPIERS, (os.cpu_count() or 1) // 2))
+
+
+HostRows = np.ndarray | QuantisedRows  # K's rows on the host, or V's; on the device, the same of JAX arrays
 
 
 def kv_dtype_of(chunks: Sequence[PlacedChunk], readable: Collection[str], *, has_key_bias: bool) -> str | None:
@@ -79,18 +82,68 @@ def _codes_of(k: Any, v: Any) -> QuantisedKV:
     return QuantisedKV(k.codes, v.codes, k.scales, v.scales)
 
 
+class Piece(NamedTuple):
+    """Some of a chunk's rows: `first` to `stop`, counted from the chunk's first."""
+
+    chunk: PlacedChunk
+    first: int
+    stop: int
+
+
+def shares(chunks: Sequence[PlacedChunk], threads: int) -> list[list[Piece]]:
+    """Divides the reading of a layer into tasks.
+
+    A chunk of a slow tier is a task of its own. Those in memory are cut into as many equal shares as there are threads
+    to copy them, or fewer where a share would be small.
+    """
+    tasks, in_memory = [], []
+    for chunk in chunks:
+        whole = Piece(chunk, 0, chunk.num_tokens)
+        if is_slow(chunk.tier) or threads == 1:
+            tasks.append([whole])
+        else:
+            in_memory.append(whole)
+    if not in_memory:
+        return tasks
+    rows = sum(piece.stop for piece in in_memory)
+    layer_bytes = sum(piece.chunk.handle.num_bytes // piece.chunk.handle.num_layers for piece in in_memory)
+    count = max(1, min(threads, layer_bytes // SHARE_BYTES))
+    return tasks + _cut(in_memory, -(-rows // count))
+
+
+def _cut(pieces: Sequence[Piece], rows: int) -> list[list[Piece]]:
+    """Cuts pieces, in order, into lists of so many rows each; the last may have fewer."""
+    lists: list[list[Piece]] = [[]]
+    room = rows
+    for chunk, first, stop in pieces:
+        while first < stop:
+            if not room:
+                lists.append([])
+                room = rows
+            taken = min(room, stop - first)
+            lists[-1].append(Piece(chunk, first, first + taken))
+            first, room = first + taken, room - taken
+    return lists
+
+
+class LayerRows(NamedTuple):
+    """Where a layer's KV goes on the host: K and V, each `[keys, kv_heads, head_dim]`, quantised or not."""
+
+    layer: int
+    k: HostRows
+    v: HostRows
+
+
 class LayerReads:
     """Reads layers of chunks' KV to their places in host buffers, by reader threads.
 
-    What lies in host memory is copied, several layers at a time where there is nothing else to read. From a slow tier,
-    or where KV must be dequantised, each layer of a chunk is a task.
-
     Args:
         buffers: K and V, each `[host_layers, keys, kv_heads, head_dim]`, quantised or not.
-        threads: how many copy within host memory at a time. 1: the reader threads copy, a layer of a chunk each.
+        threads: how many copy within host memory at a time.
 
     Attributes:
-        most_layers: how many are worth reading together.
+        most_layers: how many are worth reading together. Threads that copy within memory wait for each other to be
+            given work, and it takes as long as copying a layer's share. From a slow tier, layers come one by one.
     """
 
     def __init__(
@@ -101,11 +154,10 @@ class LayerReads:
         trace: Trace | None,
         threads: int,
     ) -> None:
-        copied = [chunk for chunk in chunks if is_copied(chunk, buffers)] if threads > 1 else []
-        self._read = [chunk for chunk in chunks if chunk not in copied]
-        self._copies = HostCopies(copied, buffers, threads) if copied else None
+        self._shares = shares(chunks, threads)
         self._buffers, self._readers, self._trace = buffers, readers, trace
-        self.most_layers = 1 if self._read else LAYERS_TOGETHER
+        is_copied = threads > 1 and not any(is_slow(chunk.tier) for chunk in chunks)
+        self.most_layers = LAYERS_TOGETHER if is_copied else 1
 
     def begin(self, layers: range, slot: int) -> list[Future]:
         """Begins to read some layers, consecutive ones, into the buffers' layers from `slot` on.
@@ -113,19 +165,19 @@ class LayerReads:
         Raises (from the futures):
             LostChunkError: a chunk is damaged, its tier failed, or what is stored is not its KV for this model.
         """
-        tasks: list[Future] = []
-        if self._copies is not None:
-            tasks.append(submit_or_run(self._readers, self._copy, self._copies, layers, slot))
-        for place, layer in enumerate(layers, slot):
-            k, v = jax.tree.map(operator.itemgetter(place), self._buffers)
-            for chunk in self._read:
-                tasks.append(submit_or_run(self._readers, read_chunk, chunk, layer, k, v, self._trace))
-        return tasks
+        rows = self._rows(layers, slot)
+        return [submit_or_run(self._readers, read_share, share, rows, self._trace) for share in self._shares]
 
-    def _copy(self, copies: HostCopies, layers: range, slot: int) -> None:
-        name = f"layers {layers.start} to {layers.stop - 1}"
-        with nullcontext() if self._trace is None else self._trace.span("host", name, layers.start):
-            copies.copy(layers, slot)
+    def read(self, layers: range) -> None:
+        """Reads some layers, in this thread, into the buffers' layers of the same numbers."""
+        for share in self._shares:
+            read_share(share, self._rows(layers, layers.start), self._trace)
+
+    def _rows(self, layers: range, slot: int) -> list[LayerRows]:
+        return [
+            LayerRows(layer, *jax.tree.map(operator.itemgetter(place), self._buffers))
+            for place, layer in enumerate(layers, slot)
+        ]
 
 
 def batches(num_layers: int, most: int) -> list[range]:
@@ -140,17 +192,24 @@ def batches(num_layers: int, most: int) -> list[range]:
     return found
 
 
-def read_chunk(chunk: PlacedChunk, layer: int, k: HostRows, v: HostRows, trace: Trace | None) -> None:
-    """Reads one layer of a chunk into its rows of `k` and `v`, each `[keys, kv_heads, head_dim]`.
+def read_share(share: Sequence[Piece], layers: Sequence[LayerRows], trace: Trace | None) -> None:
+    """Reads some layers of some pieces into their rows of each layer's `k` and `v`.
 
-    It is dequantised where `k` and `v` are not quantised.
+    They are dequantised where `k` and `v` are not quantised.
 
     Raises:
-        LostChunkError: the chunk is damaged, its tier failed, or what is stored is not its KV for this model.
+        LostChunkError: a chunk is damaged, its tier failed, or what is stored is not its KV for this model.
     """
+    for rows in layers:
+        for piece in share:
+            _read_piece(piece, *rows, trace)
+
+
+def _read_piece(piece: Piece, layer: int, k: HostRows, v: HostRows, trace: Trace | None) -> None:
+    chunk, first, stop = piece
 
     def span(lane: str) -> AbstractContextManager[None]:
-        return nullcontext() if trace is None else trace.span(lane, f"layer {layer} at {chunk.start}", layer)
+        return nullcontext() if trace is None else trace.span(lane, f"layer {layer} at {chunk.start + first}", layer)
 
     try:
         with span(chunk.tier) if is_slow(chunk.tier) else nullcontext():
@@ -159,8 +218,8 @@ def read_chunk(chunk: PlacedChunk, layer: int, k: HostRows, v: HostRows, trace: 
     except (DamagedEntryError, OSError, IndexError) as error:
         raise LostChunkError(chunk, error) from error
     with span("host"):
-        for rows, stored in _pairs(k, k_layer) + _pairs(v, v_layer):
-            place = rows[chunk.start : chunk.stop]
+        for rows, stored in _pairs(k, k_layer, first, stop) + _pairs(v, v_layer, first, stop):
+            place = rows[chunk.start + first : chunk.start + stop]
             if chunk.heads is not None:
                 place = place[:, chunk.heads.start : chunk.heads.stop]
             if (stored.shape, stored.dtype) != (place.shape, place.dtype):  # numpy would broadcast or cast it
@@ -169,12 +228,15 @@ def read_chunk(chunk: PlacedChunk, layer: int, k: HostRows, v: HostRows, trace: 
             place[:] = stored
 
 
-def _pairs(rows: HostRows, stored: StoredRows) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns the arrays to write, with what a chunk's rows are to be there."""
+def _pairs(rows: HostRows, stored: StoredRows, first: int, stop: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the arrays to write, with what some of a chunk's rows are to be there."""
     if isinstance(rows, QuantisedRows):
         assert isinstance(stored, QuantisedRows)  # `kv_dtype_of`
-        return [(rows.codes, stored.codes), (rows.scales, stored.scales)]
-    return [(rows, stored.dequantised(rows.dtype) if isinstance(stored, QuantisedRows) else stored)]
+        return [(rows.codes, stored.codes[first:stop]), (rows.scales, stored.scales[first:stop])]
+    if isinstance(stored, QuantisedRows):
+        part = QuantisedRows(stored.codes[first:stop], stored.scales[first:stop], stored.offset)
+        return [(rows, part.dequantised(rows.dtype))]
+    return [(rows, stored[first:stop])]
 
 
 def load_all(
@@ -194,14 +256,11 @@ def load_all(
     Raises:
         LostChunkError: a chunk is damaged or its tier failed.
     """
+    reads, futures = LayerReads(chunks, (k, v), readers, trace, threads), list[Future]()
     num_layers = len(jax.tree.leaves(k)[0])
     if threads == 1 and not any(is_slow(chunk.tier) for chunk in chunks):
-        for layer in range(num_layers):
-            of_layer = jax.tree.map(operator.itemgetter(layer), (k, v))
-            for chunk in chunks:
-                read_chunk(chunk, layer, *of_layer, trace)
+        reads.read(range(num_layers))
         return
-    reads, futures = LayerReads(chunks, (k, v), readers, trace, threads), list[Future]()
     try:
         for layers in batches(num_layers, reads.most_layers):
             futures += reads.begin(layers, layers.start)

@@ -29,7 +29,6 @@ class StoredChunk(Protocol):
         num_bytes: of K and V as they are stored, all layers together.
         tier: where it is read from: `"device"`, `"host"` or `"disk"`.
         device_entry: the entry itself where it is in the device's memory, so that nothing need be read.
-        host_entry: the entry itself where it is in host memory, so that many layers can be copied at a time.
     """
 
     shape: tuple[int, ...]
@@ -41,7 +40,6 @@ class StoredChunk(Protocol):
     num_bytes: int
     tier: str
     device_entry: DeviceEntry | None
-    host_entry: ChunkEntry | None
 
     def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """Returns K before RoPE and V of one layer, each `[tokens, kv_heads, head_dim]`, as they are stored.
@@ -75,7 +73,6 @@ class HostChunk:
     device_entry: DeviceEntry | None = None
 
     def __init__(self, entry: ChunkEntry, unpin: Callable[[], None]) -> None:
-        self.host_entry: ChunkEntry | None = entry
         self._entry = entry
         self._unpin: Callable[[], None] | None = unpin
         self.shape, self.dtype, self.kv_dtype = entry.k.shape, entry.dtype, entry.kv_dtype
@@ -113,7 +110,6 @@ class DeviceChunk:
     """
 
     tier = "device"
-    host_entry: ChunkEntry | None = None
 
     def __init__(self, entry: DeviceEntry, unpin: Callable[[], None]) -> None:
         self.entry = entry

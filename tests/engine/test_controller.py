@@ -37,7 +37,6 @@ class Handle:
     tier: str
     num_layers: int = CONFIG.num_layers
     device_entry: None = None
-    host_entry: None = None
     kv_dtype: str | None = None
     has_k_offset: bool = False
     dtype = np.dtype(np.float32)

@@ -16,7 +16,7 @@ import cacheblend_jax as cb
 from cacheblend_jax.engine.device_layers import PlacedLayers
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import LostChunkError, load_all
+from cacheblend_jax.engine.loading import LostChunkError, load_all, shares
 from cacheblend_jax.model import LayerKV
 from cacheblend_jax.runtime.host_buffers import HostBuffers
 from cacheblend_jax.runtime.link import SimulatedLink
@@ -328,8 +328,7 @@ def test_a_tier_that_is_left_alone_makes_no_request_compile(tmp_path):
 class Rows:
     """A chunk whose layer l holds the value l."""
 
-    tier, kv_dtype, has_k_offset, num_layers, num_bytes = "host", None, False, 7, 0
-    device_entry = host_entry = None
+    tier, device_entry, kv_dtype, has_k_offset, num_layers, num_bytes = "host", None, None, False, 7, 0
 
     def __init__(self, tokens: int, fail_at: int | None = None) -> None:
         self.num_tokens, self.fail_at = tokens, fail_at
@@ -353,6 +352,39 @@ class Rows:
 def placed(chunk, start):
     ids = np.zeros(chunk.num_tokens, np.int32)
     return PlacedChunk("key", "", ids[:0], ids, start, stored=chunk)
+
+
+def in_memory(tokens, megabytes, tier="host"):
+    chunk = Rows(tokens)
+    chunk.tier, chunk.num_bytes = tier, chunk.num_layers * megabytes * 2**20
+    return chunk
+
+
+def test_what_is_in_memory_is_cut_into_equal_shares_and_every_row_is_in_one():
+    chunks = [placed(in_memory(tokens, tokens), start) for tokens, start in ((3, 0), (10, 3), (4, 13))]
+    parts = shares(chunks, 4)
+    assert [sum(piece.stop - piece.first for piece in part) for part in parts] == [5, 5, 5, 2]
+    rows = [piece.chunk.start + row for part in parts for piece in part for row in range(piece.first, piece.stop)]
+    assert rows == list(range(17))
+
+
+def test_little_is_not_cut_and_a_slow_tiers_chunk_is_read_at_once():
+    small, slow = placed(in_memory(9, 1), 0), placed(in_memory(9, 50, "disk"), 9)
+    parts = shares([slow, small, small], 8)
+    assert [[(piece.first, piece.stop) for piece in part] for part in parts] == [[(0, 9)], [(0, 9)], [(0, 9)]]
+    assert parts[0][0].chunk is slow
+    few = shares([placed(in_memory(9, 1), 0), placed(in_memory(2, 0), 9)], 8)
+    assert [[(piece.first, piece.stop) for piece in part] for part in few] == [[(0, 9), (0, 2)]]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_shares_copy_what_one_thread_would(readers, threads):
+    k = np.zeros((7, 16, 1, 2), np.float32)
+    v = k.copy()
+    load_all([placed(in_memory(4, 40), 2), placed(in_memory(7, 40), 8)], k, v, readers, threads=threads)
+    np.testing.assert_array_equal(k[:, 2:6], np.broadcast_to(np.arange(7)[:, None, None, None], (7, 4, 1, 2)))
+    np.testing.assert_array_equal(v[:, 8:15], -np.broadcast_to(np.arange(7)[:, None, None, None], (7, 7, 1, 2)))
+    assert not k[:, [0, 1, 6, 7, 15]].any()
 
 
 @pytest.fixture

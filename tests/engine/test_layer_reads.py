@@ -1,4 +1,4 @@
-"""KV in host memory is copied to its places many layers at a time, and arrives as one thread would have read it."""
+"""KV in host memory is copied to its places several layers at a time, and arrives as one thread would have read it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import cacheblend_jax as cb
 from cacheblend_jax.engine.device_layers import PlacedLayers
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import LostChunkError, batches, load_all
+from cacheblend_jax.engine.loading import SHARE_BYTES, LostChunkError, batches, load_all
 from cacheblend_jax.model import LayerKV
 from cacheblend_jax.store.quantise import SCALES, QuantisedRows
 from cacheblend_jax.store.stored_chunk import HostChunk
@@ -22,17 +22,25 @@ from cacheblend_jax.store.stored_chunk import HostChunk
 LAYERS, KEYS, HEADS, HEAD_DIM = 7, 24, 2, 4
 
 
+class Chunk(HostChunk):
+    """An entry in host memory, of the size at which copying it is worth several threads."""
+
+    def __init__(self, entry: cb.ChunkEntry) -> None:
+        super().__init__(entry, lambda: None)
+        self.entry, self.num_bytes = entry, self.num_layers * 3 * SHARE_BYTES
+
+
 def placed(tokens: int, start: int, *, kv_dtype: str | None = None, heads: range | None = None, layers: int = LAYERS):
     rng = np.random.default_rng(start)
     k, v = (rng.standard_normal((layers, tokens, HEADS, HEAD_DIM), np.float32) for _ in "kv")
     entry = cb.ChunkEntry(k, v).quantised(kv_dtype).hand_over()
     ids = np.zeros(tokens, np.int32)
-    return PlacedChunk(f"key {start}", "", ids[:0], ids, start, stored=HostChunk(entry, lambda: None), heads=heads)
+    return PlacedChunk(f"key {start}", "", ids[:0], ids, start, stored=Chunk(entry), heads=heads)
 
 
-def unlike_host(chunk: PlacedChunk) -> PlacedChunk:
-    """The same chunk from a tier whose layers have to be asked for, one by one."""
-    chunk.handle.host_entry = None
+def from_disk(chunk: PlacedChunk) -> PlacedChunk:
+    """The same chunk from a tier that delivers each layer by itself."""
+    chunk.handle.tier = "disk"
     return chunk
 
 
@@ -60,7 +68,7 @@ def test_the_first_layers_are_read_alone_and_later_ones_together():
 @pytest.mark.parametrize("heads", [None, range(1, 2)])
 def test_copying_gives_what_reading_layer_by_layer_does(readers, kv_dtype, heads):
     found = []
-    for threads, change in ((3, lambda chunk: chunk), (1, lambda chunk: chunk), (3, unlike_host)):
+    for threads, change in ((3, lambda chunk: chunk), (1, lambda chunk: chunk), (3, from_disk)):
         buffers = empty(kv_dtype)
         chunks = [placed(5, 2, kv_dtype=kv_dtype, heads=heads), placed(9, 7, kv_dtype=kv_dtype, heads=heads)]
         load_all([change(chunks[0]), chunks[1]], *buffers, readers, threads=threads)
@@ -71,13 +79,13 @@ def test_copying_gives_what_reading_layer_by_layer_does(readers, kv_dtype, heads
     assert np.isnan(found[0][-1][:, 16:].astype(np.float32)).all()  # scales or values of rows that are nobody's
 
 
-def test_what_has_to_be_dequantised_is_read(readers):
+def test_what_has_to_be_dequantised_is_dequantised(readers):
     quantised, values = placed(5, 2, kv_dtype="int8"), placed(5, 9)
     k, v = empty()
     load_all([quantised, values], k, v, readers, threads=3)
-    entry = quantised.handle.host_entry.dequantised()
+    entry = quantised.handle.entry.dequantised()
     assert k[:, 2:7].tobytes() == entry.k.tobytes()
-    assert v[:, 9:14].tobytes() == values.handle.host_entry.v.tobytes()
+    assert v[:, 9:14].tobytes() == values.handle.entry.v.tobytes()
 
 
 def test_an_entry_of_another_shape_is_lost(readers):
@@ -102,7 +110,7 @@ def test_every_layer_arrives_whole_however_few_buffers_there_are(
 ):
     host_layers = layers if twice else max(host_layers, min(device_layers, layers))  # as `Delivery` has them
     chunks = [placed(5, 2, layers=layers), placed(9, 7, layers=layers)]
-    entries = [chunk.handle.host_entry for chunk in chunks]
+    entries = [chunk.handle.entry for chunk in chunks]
     there = {layer: LayerKV(*(np.full((KEYS, HEADS, HEAD_DIM), 1.0 + layer) for _ in "kv")) for layer in range(kept)}
     wanted, buffers = list(range(layers)) * (2 if twice else 1), empty(layers=host_layers)
 
