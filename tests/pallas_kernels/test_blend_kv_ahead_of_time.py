@@ -11,7 +11,7 @@ from ahead_of_time import compiler
 from test_ahead_of_time import NO_SPILL, _outside_fusions, blend_by_cublas
 
 from pallas_kernels import QuantisedKV, blend_kv, selective_attention
-from scripts.count_kernels import count_kernels
+from scripts.count_kernels import count_bytes, count_kernels
 
 pytestmark = pytest.mark.aot
 LAYERS, KEYS, ROWS = 4, 8192, 1293
@@ -122,11 +122,17 @@ def _made_of_kv(text: str, layers: int) -> list[str]:
 
 
 def test_a_blend_for_an_h200_turns_stored_kv_into_blended_kv_in_place_in_few_kernels():
-    counts = []
+    counts, moved = [], []
     for layers in (6, 8):  # one more in either stage
         compiled = blend_by_cublas(layers)
         assert _made_of_kv(compiled.as_text(), layers) == []
         cache = 2 * layers * KEYS * 8 * 128 * 2
         assert compiled.memory_analysis().alias_size_in_bytes >= cache
-        counts.append(sum(count_kernels(compiled.as_text()).values()))
+        counts.append(count_kernels(compiled.as_text()).total())
+        moved.append(count_bytes(compiled.as_text()))
     assert counts[1] - counts[0] <= 2 * 13
+    moved[1].subtract(moved[0])
+    rows = 1472 + 1120
+    assert moved[1]["activations and sums"] == rows * 3 * 14336 * 2  # gate, up and their product
+    assert moved[1]["blending"] == pytest.approx(2 * 46e6, rel=0.03)
+    assert moved[1].total() < rows * 200e3
