@@ -315,7 +315,7 @@ def test_an_entry_lost_on_one_host_is_computed_by_all(tmp_path, monkeypatch, fau
         return read_layer(self, layer, heads)
 
     monkeypatch.setattr(DiskChunk, "read_layer", damaged)
-    monkeypatch.setattr("cacheblend_jax.engine.engine.agreement_of", lambda _, store, __: made[id(store)])
+    monkeypatch.setattr("cacheblend_jax.engine.assembly.agreement_of", lambda _, store, __: made[id(store)])
 
     def work(hosts: Hosts):
         directory = tmp_path / str(hosts.index)
@@ -346,7 +346,7 @@ def test_an_entry_lost_on_one_host_is_computed_by_all(tmp_path, monkeypatch, fau
 def engines(monkeypatch):
     """Makes a host's engine, of a whole model; hosts are threads."""
     made = {}
-    monkeypatch.setattr("cacheblend_jax.engine.engine.agreement_of", lambda _, store, __: made[id(store)])
+    monkeypatch.setattr("cacheblend_jax.engine.assembly.agreement_of", lambda _, store, __: made[id(store)])
 
     def engine_of(hosts: Hosts, **options) -> cb.Engine:
         store = cb.ChunkStore()
