@@ -397,7 +397,7 @@ class Engine:
         return sharing_reads(self, *opened_by, prompts=prompts, mode=mode, blend=blend)
 
     def _stream(self, out: PrefillResult, how: Decoding) -> TokenStream:
-        return TokenStream(self._groups.model_of(out.padded_cache), self.buckets, out, how)
+        return TokenStream(self._groups.model_of(out.padded_cache), self.buckets, out, how, self._agreement)
 
     def _decoding(self, *arguments: Any) -> Decoding:
         with self._agreement.request():

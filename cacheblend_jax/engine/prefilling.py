@@ -166,7 +166,8 @@ class Prefiller:
             if plan.needs("oracle"):
                 self._add_oracle(call, planned)
         try:
-            run = executors.run(plan, planned.request, loaded, prepared, call.trace)
+            arguments = plan, planned.request, loaded, prepared, call.trace
+            run = self._agreement.run(lambda: executors.run(*arguments))
             self._agreement.check_read(loaded)
         except BaseException:
             if not self._agreement.is_alone:  # what it has left on the device may be zeros
