@@ -54,6 +54,16 @@ class Partition:
         """Returns `spec` with the mesh."""
         return jax.sharding.NamedSharding(self.mesh, self.spec(*names))
 
+    def groups(self, name: str) -> list[Partition]:
+        """Returns how each group of devices splits its arrays that has one share of an axis, which no other shares."""
+        over, mesh = self.over(name), self.mesh
+        within = [axis for axis in mesh.axis_names if axis not in over]
+        order = [mesh.axis_names.index(axis) for axis in (*over, *within)]
+        devices = mesh.devices.transpose(order).reshape(self.ways(name), *(mesh.shape[axis] for axis in within))
+        types = (jax.sharding.AxisType.Auto,) * len(within)
+        axes = tuple(each for each in self.axes if each[0] != name)
+        return [Partition(jax.sharding.Mesh(own, within, axis_types=types), axes) for own in devices]
+
     def summed(self, x: jax.Array, *names: str) -> jax.Array:
         """Within `by_shares`: sums over the devices that hold different shares of axes of these names."""
         axes = tuple(dict.fromkeys(axis for name in names for axis in self.over(name)))

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,12 +22,12 @@ from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
 from cacheblend_jax.model.kv_cache import SCALES
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.runtime.hosts import Hosts, HostsError, connected_hosts
-from cacheblend_jax.runtime.placing import own_range
 from cacheblend_jax.store import Store, StoredChunk, is_slow
 from cacheblend_jax.store.quantise import QuantisedRows
 from cacheblend_jax.store.stored_chunk import StoredRows
 from cacheblend_jax.store.wrapped import WrappedChunk
 
+Result = TypeVar("Result")
 LONGEST_SAID = 200  # characters of what the hosts compare; for longer text and for arrays its hash stands
 
 
@@ -92,6 +92,10 @@ class Alone:
 
     def meet(self, call: str) -> None:
         """Waits for all hosts to come here, in the same call."""
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Returns what `work` returns, which waits for programs that all hosts run."""
+        return work()
 
 
 class Together:
@@ -192,6 +196,14 @@ class Together:
         """See `Alone`."""
         self._hosts.agree(call, None, lambda _: None)
 
+    def run(self, work: Callable[[], Result]) -> Result:
+        """See `Alone`.
+
+        Raises:
+            HostsError: it takes longer than hosts wait for each other: one of them does not run these programs.
+        """
+        return self._hosts.in_time(work)
+
 
 class AgreedChunk(WrappedChunk):
     """A handle that all hosts opened. What it cannot read it gives as zeros, and says so when all programs have run.
@@ -234,8 +246,7 @@ def agreement_of(model: Model, store: Store, timeout_s: float) -> Alone | Togeth
         raise CacheBlendError(f"hosts_timeout_s must be a positive number, got {timeout_s!r}")
     if not model.spans_hosts:
         return Alone()
-    heads = own_range(model.layer_placement, (1, model.config.num_kv_heads, 1), axis=1)
-    return Together(connected_hosts(timeout_s), store, heads)
+    return Together(connected_hosts(timeout_s), store, model.own_kv_heads)
 
 
 def _brief(said: dict[str, object]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Several prompts in one call: prefilled one after another with shared reads, answered together."""
+"""Several prompts in one call: prefilled with shared reads, answered together."""
 
 from __future__ import annotations
 
@@ -57,18 +57,16 @@ def sharing_reads(
     with SharedReads(store, Counter(chunk.key for chunks in placed for chunk in chunks)) as reads:
 
         def prefill(
-            prompt: Prompt, mode: str, *, blend: BlendConfig | str | None, only_if_ready: bool = False
+            prompt: Prompt,
+            mode: str,
+            *,
+            blend: BlendConfig | str | None,
+            only_if_ready: bool = False,
+            group: int | None = None,
         ) -> PrefillResult:  # all prompts are this call's: it waits for all of them, in whatever order
-            return prefiller.prefill(prefiller.tokenize(prompt), mode, planner_for(blend), reads=reads)
+            return prefiller.prefill(prefiller.tokenize(prompt), mode, planner_for(blend), reads=reads, group=group)
 
         yield BatchOfPrompts(engine.model, engine.buckets, engine.check, prefill)
-
-
-def prefill_all(
-    batch: BatchOfPrompts, prompts: Sequence[Prompt], mode: str, blend: BlendConfig | str | None
-) -> list[PrefillResult]:
-    """Prefills prompts in order; see `Engine.prefill_batch`."""
-    return [batch.prefill(prompt, mode, blend=blend) for prompt in prompts]
 
 
 def generate_all(
@@ -86,7 +84,9 @@ def generate_all(
     longest = max(batch.check(prompt, mode, blend).token_ids.size for prompt in prompts)
     most = batch.model.config.max_positions
     room = min(batch.buckets.length(min(longest + max(max_new_tokens, 1) - 1, most)), most)
-    with Scheduler(batch, slots=min(len(prompts), MOST_SLOTS), max_tokens=room, waiting=len(prompts)) as scheduler:
+    groups = len(batch.model.groups)
+    slots = groups * -(-min(len(prompts), MOST_SLOTS) // groups)  # as many for each
+    with Scheduler(batch, slots=slots, max_tokens=room, waiting=len(prompts)) as scheduler:
         submit = partial(scheduler.submit, mode=mode, blend=blend, max_new_tokens=max_new_tokens)
         answers = [submit(prompt, sampling=sampling, stop_token_ids=stop_token_ids) for prompt in prompts]
         return [answer.result() for answer in answers]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,12 @@ from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import READERS, HostRows, cache_of, copiers, kv_dtype_of, load_all
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
-from cacheblend_jax.model.kv_cache import SCALES, cache_shape, layer_bytes
+from cacheblend_jax.model.kv_cache import SCALES, layer_bytes
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.quantised_kv import StoredCache
 from cacheblend_jax.runtime.host_buffers import ALIGNMENT, HostBuffers, aligned_empty
 from cacheblend_jax.runtime.link import DeviceLink, Link
+from cacheblend_jax.runtime.placing import OwnPart
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store.quantise import FLOAT8, LARGEST_CODES, QuantisedRows
 from pallas_kernels.target import target_of
@@ -107,10 +109,10 @@ class Delivery:
         Raises:
             LostChunkError: a chunk could not be read.
         """
-        k, v = self._host_rows(cache_shape(self._model.config, num_keys), kv_dtype)
+        k, v = self._host_rows(self._model.config.num_layers, num_keys, kv_dtype)
         load_all(chunks, k, v, self._readers, trace, threads=self._copiers)
         began = time.perf_counter()
-        cached = jax.block_until_ready(cache_of(self._link.put((k, v), self._model.cache_placement)))
+        cached = jax.block_until_ready(cache_of(self._put((k, v), self._model.cache_placement, heads_axis=2)))
         if trace is not None:
             trace.add("transfer", "all layers", -1, began, time.perf_counter())
         return cached
@@ -129,9 +131,9 @@ class Delivery:
         return LayerStream(
             chunks,
             layers_wanted(plan, config.num_layers),
-            self._host_rows((host_layers, *cache_shape(config, plan.cache_length)[1:]), kv_dtype),
+            self._host_rows(host_layers, plan.cache_length, kv_dtype),
             on_device,
-            lambda pair: self._link.put(pair, self._model.layer_placement),
+            partial(self._put, placement=self._model.layer_placement, heads_axis=1),
             self._readers,
             trace,
             threads=self._copiers,
@@ -168,13 +170,22 @@ class Delivery:
         name = placement_name(chunks, length, kv_dtype)
         return self._kept.of(name, self.layer_bytes(length, kv_dtype), config.num_layers)
 
-    def _host_rows(self, shape: tuple[int, ...], kv_dtype: str | None) -> tuple[HostRows, HostRows]:
-        """Returns buffers for K and V of that shape, as codes and scales if there is a `kv_dtype`."""
+    def _host_rows(self, num_layers: int, num_keys: int, kv_dtype: str | None) -> tuple[HostRows, HostRows]:
+        """Returns buffers for K and V, of the heads that this host reads; with a `kv_dtype`, for codes and scales."""
+        config = self._model.config
+        shape = num_layers, num_keys, len(self._model.own_kv_heads), config.head_dim
         if kv_dtype is None:
-            return self._pair(self._model.config.dtype, shape)
+            return self._pair(config.dtype, shape)
         k, v = self._pair(kv_dtype, shape)
         k_scales, v_scales = self._pair(SCALES.name, shape[:-1])
         return QuantisedRows(k, k_scales), QuantisedRows(v, v_scales)
+
+    def _put(self, rows: tuple[HostRows, HostRows], placement: jax.sharding.Sharding, heads_axis: int) -> Any:
+        """Puts what `_host_rows` gave, or a layer of it, on the devices."""
+        if not self._model.spans_hosts:
+            return self._link.put(rows, placement)
+        own = OwnPart(heads_axis, self._model.own_kv_heads, self._model.config.num_kv_heads)
+        return self._link.put(rows, placement, own)
 
     def _pair(self, dtype: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         if dtype not in self._buffers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,21 @@ import numpy as np
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.blend.config import blend_config
-from cacheblend_jax.engine.agreement import agreement_of
-from cacheblend_jax.engine.background import Background
-from cacheblend_jax.engine.batches import BatchOfPrompts, generate_all, prefill_all, sharing_reads
+from cacheblend_jax.engine.assembly import assemble
+from cacheblend_jax.engine.batches import BatchOfPrompts, generate_all, sharing_reads
 from cacheblend_jax.engine.chunk_lookup import ChunkLookup, look_up_chunks
-from cacheblend_jax.engine.contexts import chunk_context, default_context
 from cacheblend_jax.engine.delays import PREFETCH_LAYERS, Estimator
-from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.extending import extend_context
 from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.generation import Decoding, TokenStream, continuation_logits
-from cacheblend_jax.engine.kernels import asked_kernels, prove_kernels, with_kernels
+from cacheblend_jax.engine.kernels import prove_kernels, with_kernels
 from cacheblend_jax.engine.layout import PlacedChunk, check_mode
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.precomputing import place_ahead, store_ahead
-from cacheblend_jax.engine.prefilling import Prefiller
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.engine.prompt import Prompt, TextOrIds, TokenizedPrompt
 from cacheblend_jax.engine.results import BackgroundStats, Generation, PrefillResult, StoredKeys
-from cacheblend_jax.engine.warmup import Sizes, compile_tasks, prompt_tasks, run_tasks
-from cacheblend_jax.errors import CacheBlendError, is_whole_number
+from cacheblend_jax.engine.warmup import Sizes, prompt_tasks, run_tasks, warm_up
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.runtime.link import Link
@@ -99,43 +95,27 @@ class Engine:
         store_missing: bool = True,
         hosts_timeout_s: float = 300.0,
     ) -> None:
-        if context_tokens is not None and not is_whole_number(context_tokens, least=0):
-            raise CacheBlendError(
-                f"context_tokens must be None or a whole number of at least 0, got {context_tokens!r}"
-            )
         self.model = model = with_kernels(model, kernels)
         self.store: Store = ChunkStore() if store is None else store
         self.blend = blend_config(blend)
         self.context_tokens = context_tokens
-        if context is None:
-            context = "" if context_tokens is None else default_context(model, self.store)
-        self._context = chunk_context(context, context_tokens, model)
-        self._buckets = Buckets(None if length_buckets is None else tuple(length_buckets))
-        self._planner = Planner(model.config, self.blend, self._buckets)
-        self._executors = Executors(
+        parts = assemble(
             model,
-            executor,
-            prefetch_layers,
-            buckets=self._buckets,
-            tiers=self.store.tiers,
-            context_embeddings=self._context.embeddings,
-            drop_device=self.store.drop_device,
+            self.store,
+            self.blend,
+            context_tokens=context_tokens,
+            context=context,
+            length_buckets=length_buckets,
+            executor=executor,
+            prefetch_layers=prefetch_layers,
+            profile=profile,
             link=link,
             kept_bytes=kept_bytes,
-        )
-        to_device = self._executors.to_device if self._executors.uses_device_tier else None
-        self._agreement = agreement_of(model, self.store, hosts_timeout_s)
-        own = {"store_missing": store_missing, "check_layer": self._planner.check_layer}
-        self._agreement.alike("Engine", lambda: self._executors.settings() | own | {"kernels": asked_kernels(model)})
-        self._background = Background(self.store, self._executors.standalone, to_device, self._agreement)
-        collaborators = model, self.store, self._executors, self._background
-        self._prefiller = Prefiller(
-            *collaborators,
-            context=self._context,
-            profile=profile,
-            agreement=self._agreement,
             store_missing=store_missing,
+            hosts_timeout_s=hosts_timeout_s,
         )
+        self._context, self._planner, self._groups = parts.context, parts.planner, parts.groups
+        self._agreement, self._background, self._prefiller = parts.agreement, parts.background, parts.prefiller
         prove_kernels(model)  # last: it may take a minute, and wrong arguments are said at once
 
     def precompute(
@@ -155,7 +135,7 @@ class Engine:
             PromptError: as for `prefill`, before anything is computed.
         """
         chunks = self._place(prompt, prefix)
-        storing = self.store, self._executors.standalone, self._background, progress, self._agreement
+        storing = self.store, self._groups, self._background, progress, self._agreement
         return store_ahead(chunks, *storing)
 
     def look_up(self, prompt: Prompt | Sequence[TextOrIds], *, prefix: TextOrIds = "") -> list[ChunkLookup]:
@@ -174,6 +154,7 @@ class Engine:
         blend: BlendConfig | str | None = None,
         trace: Trace | None = None,
         only_if_ready: bool = False,
+        group: int | None = None,
     ) -> PrefillResult:
         """Prefills a prompt; chunks that the store lacks are computed in place, and stored after the first token.
 
@@ -183,6 +164,7 @@ class Engine:
             blend: for this request, in place of the engine's.
             trace: collects what happened when: reading, transfer, and the computation of each layer.
             only_if_ready: do not wait for the compiler, nor for a chunk that is being stored.
+            group: on a mesh with `data`, the number of the group of devices that computes it; `None`: the least busy.
 
         Raises:
             PromptError: an unknown mode, or an invalid prompt (see `tokenize_prompt`).
@@ -190,7 +172,7 @@ class Engine:
             CacheBlendError: a check layer the model does not have.
         """
         asked = self._prefiller.tokenize(prompt), mode, self._planner_for(blend)
-        return self._prefiller.prefill(*asked, trace, only_if_ready=only_if_ready)
+        return self._prefiller.prefill(*asked, trace, only_if_ready=only_if_ready, group=group)
 
     def check(self, prompt: Prompt, mode: str = "blend", blend: BlendConfig | str | None = None) -> TokenizedPrompt:
         """Returns a prompt's token ids, without prefilling it; raises what `prefill` would for these arguments."""
@@ -225,17 +207,18 @@ class Engine:
         """
         how = self._decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
         out = self.prefill(prompt, mode, blend=blend)
-        return TokenStream(self.model, self._buckets, out, how).to_its_end(on_token)
+        return self._stream(out, how).to_its_end(on_token)
 
     def prefill_batch(
         self, prompts: Sequence[Prompt], mode: str = "blend", *, blend: BlendConfig | str | None = None
     ) -> list[PrefillResult]:
         """As `prefill`, of several prompts: a chunk that they share is read once from a tier slower than host memory.
 
-        All prompts are checked before the first is prefilled.
+        All prompts are checked before the first is prefilled. On a mesh with `data`, groups of devices prefill
+        different prompts at the same time.
         """
         with self._batch_of(prompts, mode, blend) as batch:
-            return prefill_all(batch, prompts, mode, blend)
+            return self._groups.each(partial(batch.prefill, mode=mode, blend=blend), prompts)
 
     def generate_batch(
         self,
@@ -272,7 +255,7 @@ class Engine:
         """
         how = self._decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
         out = prompt if isinstance(prompt, PrefillResult) else self.prefill(prompt, mode, blend=blend)
-        return TokenStream(self.model, self._buckets, out, how)
+        return self._stream(out, how)
 
     def complete(
         self,
@@ -286,7 +269,7 @@ class Engine:
     ) -> Generation:
         """Decodes from a prefill, as `generate` does after its own, with the same arguments; `out` is not changed."""
         how = self._decoding(max_new_tokens, sampling, stop_token_ids, tokens_at_once)
-        return TokenStream(self.model, self._buckets, out, how).to_its_end(on_token)
+        return self._stream(out, how).to_its_end(on_token)
 
     def extend(self, before: PrefillResult | TokenStream, more: TextOrIds) -> PrefillResult:
         """Goes on after a prefill, or after an answer as far as its stream was read: a conversation's next turn.
@@ -300,7 +283,8 @@ class Engine:
         Raises:
             PromptError: `more` is empty or invalid, or the whole is longer than the model takes.
         """
-        return extend_context(self.model, self._buckets, before.context, more)
+        context = before.context
+        return extend_context(self._groups.model_of(context.cache), self.buckets, context, more)
 
     def continuation_logits(self, out: PrefillResult, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns float32 logits `[tokens, vocab]`: what each token of a given continuation would be drawn from.
@@ -311,7 +295,7 @@ class Engine:
         Raises:
             PromptError: no tokens, ids out of range, or more than the model's maximum length has room for.
         """
-        return continuation_logits(self.model, self._buckets, out, token_ids)
+        return continuation_logits(self._groups.model_of(out.padded_cache), self.buckets, out, token_ids)
 
     def warmup(
         self,
@@ -344,14 +328,10 @@ class Engine:
         Raises:
             CacheBlendError: `max_tokens` is beyond the model's maximum, or another argument is invalid.
         """
-        modes = (*modes, "full")  # for prompts none of whose chunks is stored, or can be read
-        sizes = Sizes(max_tokens, modes, prefix_tokens, suffix_tokens, chunk_tokens, max_new_tokens)
-        planners = [replace(self._planner, blend=blend) for blend in self.blend.fixed()]
-        tasks = compile_tasks(sizes, self.model, planners, self._executors, self._buckets, self._context)
-        before = self.model.runner.count
-        run_tasks(tasks, progress)
+        sizes = Sizes(max_tokens, tuple(modes), prefix_tokens, suffix_tokens, chunk_tokens, max_new_tokens)
+        compiled = warm_up(sizes, self._planner, self._groups, self._context, progress)
         self._prefiller.is_warm = True
-        return self.model.runner.count - before
+        return compiled
 
     def prepare(
         self,
@@ -371,13 +351,13 @@ class Engine:
         tokenized = self._prefiller.tokenize(prompt)
         chunks = self._prefiller.place(tokenized, "blend")
         placed = {mode: self._prefiller.place(tokenized, mode) for mode in modes}
-        compiled_by = self.model, self._planner, self._executors, self.store
+        compiled_by = self._planner, self._groups, self.store
         run_tasks(prompt_tasks(tokenized, chunks, placed, max_new_tokens, precomputed, *compiled_by), progress)
 
     @property
     def buckets(self) -> Buckets:
         """How lengths are padded."""
-        return self._buckets
+        return self._planner.buckets
 
     def estimator(self) -> Estimator:
         """Returns what the controller estimates delays from: the profile, or else a quick estimate."""
@@ -415,6 +395,9 @@ class Engine:
     ) -> AbstractContextManager[BatchOfPrompts]:
         opened_by = self._prefiller, self._planner_for, self.store
         return sharing_reads(self, *opened_by, prompts=prompts, mode=mode, blend=blend)
+
+    def _stream(self, out: PrefillResult, how: Decoding) -> TokenStream:
+        return TokenStream(self._groups.model_of(out.padded_cache), self.buckets, out, how, self._agreement)
 
     def _decoding(self, *arguments: Any) -> Decoding:
         with self._agreement.request():

@@ -14,24 +14,24 @@ import numpy as np
 
 from cacheblend_jax.blend.buckets import FINE_BUCKETS, Buckets, buckets_up_to, small_bucket
 from cacheblend_jax.blend.layer_step import PromptSequence, blends_in_place
-from cacheblend_jax.blend.resident import prefill, standalone
+from cacheblend_jax.blend.resident import prefill
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import Prefilled, Request
 from cacheblend_jax.blend.streamed import LayerSource, ShapeSource, prefill_streamed
 from cacheblend_jax.choices import EXECUTORS
-from cacheblend_jax.engine.chunk_lookup import label_for
 from cacheblend_jax.engine.delivery import Delivery
 from cacheblend_jax.engine.device_entries import kv_of, on_device, placeable, rows_to_place
+from cacheblend_jax.engine.generation import angles_of
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import place_chunk
 from cacheblend_jax.engine.planner import choose_executor, empty_request
+from cacheblend_jax.engine.standalone import Standalone
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.model.kv_cache import KVCache, abstract_cache
+from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.model import Model
-from cacheblend_jax.model.quantised_kv import StoredCache, abstract_stored, key_biases, stored_layer
-from cacheblend_jax.model.rope import rope_tables
+from cacheblend_jax.model.quantised_kv import StoredCache, abstract_stored, stored_layer
 from cacheblend_jax.runtime.link import Link
-from cacheblend_jax.runtime.placing import on_host, put
+from cacheblend_jax.runtime.placing import placed, put
 from cacheblend_jax.runtime.programs import Prepared, is_exhausted, shapes_of
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkEntry, DeviceEntry, Store
@@ -39,8 +39,6 @@ from cacheblend_jax.store.quantise import FLOAT8, INT8
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-# Tokens. A shorter context is computed anew with each chunk: that is faster than blending its KV in.
-SHARED_CONTEXT = 64
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class PrefillRun:
 
 
 class Executors:
-    """Runs the prefills of one model, one at a time.
+    """Runs the prefills of one model, one at a time: on a mesh, those of one group of devices.
 
     Args:
         setting: `"resident"` (all cached KV on the device, one program), `"streamed"` (each layer's KV arrives
@@ -76,6 +74,7 @@ class Executors:
         drop_device: has the store give the device memory back; returns whether it had any.
 
     Attributes:
+        alone: computes chunks' stand-alone KV.
         kv_dtype: how the store keeps what is put into it from now on; warm-up compiles for that.
 
     Raises:
@@ -101,11 +100,13 @@ class Executors:
         self.delivery = Delivery(model, prefetch_layers, link, kept_bytes)
         self.uses_device_tier = "device" in tiers and setting != "streamed" and not model.spans_hosts
         self._model, self._buckets, self._tiers = model, buckets, tiers
-        self._context_embeddings, self._drop_device = context_embeddings, drop_device
-        self._shared_context: tuple[Hashable, KVCache] | None = None
+        self._whole = model if model.whole is None else model.whole
+        self.alone = Standalone(model, buckets, context_embeddings)
+        self._drop_device = drop_device
         self.kv_dtype: str | None = None
         if not model.spans_hosts:  # the others would not begin anew
-            model.runner.add_yielding(self._give_way)
+            for runner in {model.runner, self._whole.runner}:
+                runner.add_yielding(self._give_way)
 
     def settings(self) -> dict[str, object]:
         """Returns what decides, beside a plan, which programs run: the same on all hosts."""
@@ -166,38 +167,6 @@ class Executors:
             self._prepare_plan(plan, executor, self.kv_dtype)
         if self.uses_device_tier and loads:
             self._prepare_placing(plan, buckets_up_to(small_bucket, plan.cache_length), self.kv_dtype)
-
-    def standalone_sizes(self, context_tokens: int, chunk_tokens: int) -> set[tuple[int, int]]:
-        """Returns what `warm_up_standalone` takes for chunks of up to `chunk_tokens` tokens after such a context."""
-        length, most = self._buckets.length, self._model.config.max_positions
-        if not _is_shared(context_tokens):
-            return {(0, size) for size in buckets_up_to(length, min(context_tokens + chunk_tokens, most))}
-        sizes = buckets_up_to(length, min(chunk_tokens, most - context_tokens))
-        return {(0, length(context_tokens)), *((context_tokens, size) for size in sizes)}
-
-    def standalone_sizes_of(self, chunks: Iterable[PlacedChunk]) -> set[tuple[int, int]]:
-        """Returns what `warm_up_standalone` takes for these chunks."""
-        length, sizes = self._buckets.length, set()
-        for chunk in chunks:
-            context = chunk.context_ids.size
-            if _is_shared(context):
-                sizes |= {(0, length(context)), (context, length(chunk.num_tokens))}
-            else:
-                sizes.add((0, length(context + chunk.num_tokens)))
-        return sizes
-
-    def warm_up_standalone(self, shared_tokens: int, size: int) -> None:
-        """Compiles the program that computes stand-alone KV, padded to `size` tokens.
-
-        Args:
-            shared_tokens: tokens of a context whose own KV is there already; 0 for none.
-        """
-        no_tokens, context, rows = np.zeros(size, np.int32), None, 0
-        if shared_tokens:
-            rows = self._buckets.length(shared_tokens)
-            context = abstract_cache(self._model.config, rows, self._model.cache_placement)
-        name = (standalone, rows, size, self._context_embeddings is None)  # engines of one model share a runner
-        self._model.runner.prepare(name, lambda run: self._standalone(run, no_tokens, 0, context, shared_tokens))
 
     def _executor(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> str:
         return self._choose([] if plan.nothing_cached else [chunk.tier for chunk in chunks])
@@ -264,30 +233,6 @@ class Executors:
     @cached_property
     def _layer_indices(self) -> list[jax.Array]:
         return self._put([np.int32(layer) for layer in range(self._model.config.num_layers)])
-
-    def _standalone(
-        self,
-        run: Callable[..., Any],
-        padded_ids: np.ndarray,
-        length: int,
-        context: KVCache | None = None,
-        context_length: int = 0,
-    ) -> KVCache:
-        rows = 0 if context is None else context.k.shape[1]
-        sequence = self._sequence(np.asarray(context_length + length, np.int32), rows + padded_ids.size)
-        start = np.asarray(context_length, np.int32)
-        embeddings = self._embeddings_of(padded_ids) if context is None else None
-        arrays = (self._model.params, padded_ids, context, start, sequence, embeddings)
-        return run(standalone, *arrays, config=self._model.config)
-
-    def _embeddings_of(self, padded_ids: np.ndarray) -> np.ndarray | None:
-        """Returns what stands for the negative ids among a context's: its fitted embeddings, which come in a row."""
-        if self._context_embeddings is None:
-            return None
-        rows = np.zeros((padded_ids.size, self._model.config.hidden_size), np.float32)
-        if (fitted := padded_ids < 0).any():
-            rows[fitted] = self._context_embeddings
-        return rows
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -364,7 +309,7 @@ class Executors:
         began = time.perf_counter()
         for chunk in chunks:
             if (entry := placeable(chunk, kv_dtype)) is not None:
-                kv = self._put_kv(kv_of(entry))  # another engine may have put it on another device
+                kv = placed(kv_of(entry), self._model.cache_placement)  # another engine's may be on another device
                 run = self._model.runner
                 cached = place_chunk(run, cached, kv, chunk.start, entry.num_tokens, plan.cache_length)
         jax.block_until_ready(cached)
@@ -376,54 +321,17 @@ class Executors:
     def to_device(self, entry: ChunkEntry) -> DeviceEntry:
         """Copies an entry to the device, padded so that chunks of many lengths share programs.
 
-        Codes that the device does not read are dequantised first.
+        On a mesh, it goes to the devices of all groups. Codes that the device does not read are dequantised first.
         """
-        return on_device(entry if entry.kv_dtype in self.delivery.kv_dtypes else entry.dequantised(), self._put_kv)
+        there = partial(put, placement=self._whole.cache_placement)
+        return on_device(entry if entry.kv_dtype in self.delivery.kv_dtypes else entry.dequantised(), there)
 
     def standalone(self, chunk: PlacedChunk) -> ChunkEntry:
-        """Computes a chunk's KV after its context alone.
-
-        Raises:
-            CacheBlendError: the weights are no longer those that the chunk's key was made with.
-        """
-        return self._giving_way(lambda: self._standalone_entry(chunk))
-
-    def _standalone_entry(self, chunk: PlacedChunk) -> ChunkEntry:
-        model, context_ids = self._model, chunk.context_ids
-        if _is_shared(context_ids.size):
-            begin = 0
-            kv = self._kv_of(chunk.token_ids, self._context_kv(context_ids, chunk.fingerprint), context_ids.size)
-        else:
-            begin = context_ids.size
-            kv = self._kv_of(np.concatenate([context_ids, chunk.token_ids]))
-        k, v = (np.ascontiguousarray(on_host(x)[:, begin : begin + chunk.num_tokens]) for x in (kv.k, kv.v))
-        if model.fingerprint != chunk.fingerprint:
-            raise CacheBlendError("the model's weights changed while a chunk waited to be stored; it is not stored")
-        origin = chunk.fingerprint, tuple(context_ids.tolist()), label_for(model, chunk)
-        k_offset = key_biases(model.params, model.config)
-        return ChunkEntry(k, v, *origin, k_offset=k_offset).hand_over()
-
-    def _kv_of(self, token_ids: np.ndarray, context: KVCache | None = None, context_length: int = 0) -> KVCache:
-        padded = np.zeros(self._buckets.length(token_ids.size), np.int32)
-        padded[: token_ids.size] = token_ids
-        return self._standalone(self._model.runner, padded, token_ids.size, context, context_length)
-
-    def _context_kv(self, context_ids: np.ndarray, fingerprint: str) -> KVCache:
-        """Returns a context's own KV, on the device; the one used last is kept, since most chunks have the same."""
-        name, shared = (fingerprint, context_ids.tobytes()), self._shared_context
-        if shared is None or shared[0] != name:
-            shared = self._shared_context = (name, self._kv_of(context_ids))
-        return shared[1]
+        """Computes a chunk's KV after its context alone; see `Standalone.entry`."""
+        return self._giving_way(lambda: self.alone.entry(chunk))
 
     def _sequence(self, length: Any, num_keys: int) -> PromptSequence:
-        return PromptSequence(length, self._put(rope_tables(self._model.config, num_keys)))
+        return PromptSequence(length, angles_of(self._model, num_keys))
 
     def _put(self, tree: Any) -> Any:
         return put(tree, self._model.placement)
-
-    def _put_kv(self, tree: Any) -> Any:
-        return put(tree, self._model.cache_placement)
-
-
-def _is_shared(context_tokens: int) -> bool:
-    return context_tokens >= SHARED_CONTEXT

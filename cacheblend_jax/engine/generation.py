@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets
+from cacheblend_jax.engine.agreement import Alone, Together
 from cacheblend_jax.engine.growing_text import GrowingText
 from cacheblend_jax.engine.prompt import check_length, checked_ids
 from cacheblend_jax.engine.results import Context, GenerateStats, Generation, PrefillResult
@@ -57,8 +59,11 @@ class TokenStream:
     A character may span tokens: its text comes with the token that completes it.
     """
 
-    def __init__(self, model: Model, buckets: Buckets, prefill: PrefillResult, how: Decoding) -> None:
+    def __init__(
+        self, model: Model, buckets: Buckets, prefill: PrefillResult, how: Decoding, agreement: Alone | Together
+    ) -> None:
         self._model, self._buckets, self._prefill, self._how = model, buckets, prefill, how
+        self._agreement = agreement
         self._stops = frozenset(model.stop_token_ids if how.stop_token_ids is None else how.stop_token_ids)
         self._tokens = self._decode()
         self._token_ids: list[int] = []
@@ -125,9 +130,7 @@ class TokenStream:
         while number < room:
             began = time.perf_counter()
             place, limit = length + number - 1, min(limit, room - number)
-            block = _decode_block(model, self._cache, token, place, number, limit, is_stop, draw, angles)
-            self._cache = block.cache
-            token_ids = np.asarray(block.token_ids)[: int(block.num_tokens)].tolist()
+            token_ids = self._decode_block(self._cache, token, place, number, limit, is_stop, draw, angles)
             number += len(token_ids)
             self._num_cached = length + number - 1  # the last token has not run yet
             seconds = (time.perf_counter() - began) / len(token_ids)
@@ -135,6 +138,18 @@ class TokenStream:
                 yield token, seconds
             in_time = BLOCK_OF_HOSTS if model.spans_hosts else max(int(BLOCK_SECONDS / seconds), 1)
             limit = how.tokens_at_once or in_time
+
+    def _decode_block(self, cache: GrowingCache, *arguments: Any) -> list[int]:
+        """Decodes the next tokens, up to a limit, where all hosts do."""
+        with self._agreement.request():
+            self._agreement.meet("an answer's next tokens")
+
+            def run() -> Decoded:
+                return jax.block_until_ready(_decode_block(self._model, cache, *arguments))
+
+            block = self._agreement.run(run)
+            self._cache = block.cache
+            return np.asarray(block.token_ids)[: int(block.num_tokens)].tolist()
 
 
 def continuation_logits(

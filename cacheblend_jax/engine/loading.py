@@ -195,7 +195,8 @@ def batches(num_layers: int, most: int) -> list[range]:
 def read_share(share: Sequence[Piece], layers: Sequence[LayerRows], trace: Trace | None) -> None:
     """Reads some layers of some pieces into their rows of each layer's `k` and `v`.
 
-    They are dequantised where `k` and `v` are not quantised.
+    Where a chunk says which of its heads are loaded (`PlacedChunk.heads`), `k` and `v` have these alone. They are
+    dequantised where `k` and `v` are not quantised.
 
     Raises:
         LostChunkError: a chunk is damaged, its tier failed, or what is stored is not its KV for this model.
@@ -220,8 +221,6 @@ def _read_piece(piece: Piece, layer: int, k: HostRows, v: HostRows, trace: Trace
     with span("host"):
         for rows, stored in _pairs(k, k_layer, first, stop) + _pairs(v, v_layer, first, stop):
             place = rows[chunk.start + first : chunk.start + stop]
-            if chunk.heads is not None:
-                place = place[:, chunk.heads.start : chunk.heads.stop]
             if (stored.shape, stored.dtype) != (place.shape, place.dtype):  # numpy would broadcast or cast it
                 wrong = f"stored as {stored.dtype}{list(stored.shape)}, expected {place.dtype}{list(place.shape)}"
                 raise LostChunkError(chunk, ValueError(wrong))

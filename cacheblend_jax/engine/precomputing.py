@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from cacheblend_jax.engine.agreement import Alone, Together
 from cacheblend_jax.engine.background import Background
+from cacheblend_jax.engine.groups import Groups
 from cacheblend_jax.engine.layout import ChunkContext, PlacedChunk
 from cacheblend_jax.engine.prefilling import Prefiller
 from cacheblend_jax.engine.prompt import Prompt, TextOrIds, check_length, tokenize_parts
 from cacheblend_jax.engine.results import StoredKeys
 from cacheblend_jax.model.model import Model
-from cacheblend_jax.store import ChunkEntry, Store
+from cacheblend_jax.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -44,22 +47,32 @@ def place_ahead(
 def store_ahead(
     chunks: Sequence[PlacedChunk],
     store: Store,
-    standalone: Callable[[PlacedChunk], ChunkEntry],
+    groups: Groups,
     background: Background,
     progress: Callable[[int, int], None] | None,
     agreement: Alone | Together,
 ) -> StoredKeys:
     """Computes and stores those chunks that are not stored; see `Engine.precompute`."""
-    for done, chunk in enumerate(chunks):
+    done, counting = itertools.count(1), threading.Lock()
+
+    def store_alike(alike: Sequence[PlacedChunk]) -> None:
+        chunk = alike[0]
         background.wait_for([chunk.key])
         with agreement.request():
             if agreement.lack(chunk.key, store):
-                entry = standalone(chunk)
+                entry = groups.standalone(chunk)
                 if agreement.writes and chunk.key not in store:
                     # No request has used it yet: it is evicted before entries that were used.
                     store.put(chunk.key, entry, wait=True, uses=0)
         if progress is not None:
-            progress(done + 1, len(chunks))
+            with counting:
+                for _ in alike:
+                    progress(next(done), len(chunks))
+
+    by_key: dict[str, list[PlacedChunk]] = {}
+    for chunk in chunks:
+        by_key.setdefault(chunk.key, []).append(chunk)
+    groups.each(store_alike, list(by_key.values()))
     if not agreement.is_alone:
         background.flush_on_all()  # for hosts that share a directory to find them there
     keys = [chunk.key for chunk in chunks if not chunk.is_prefix]

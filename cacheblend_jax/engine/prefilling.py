@@ -27,6 +27,7 @@ from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.controller import Decision, decide
 from cacheblend_jax.engine.delays import Estimator
 from cacheblend_jax.engine.executors import Executors, PrefillRun
+from cacheblend_jax.engine.groups import Groups
 from cacheblend_jax.engine.layout import ChunkContext, Layout, PlacedChunk, lay_out, look_up, place_chunks
 from cacheblend_jax.engine.loading import LostChunkError
 from cacheblend_jax.engine.planner import Planner
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class Prefiller:
-    """Prefills prompts, one at a time.
+    """Prefills prompts, as many at a time as there are groups of devices.
 
     Args:
         context: what chunks are precomputed after.
@@ -62,7 +63,7 @@ class Prefiller:
         self,
         model: Model,
         store: Store,
-        executors: Executors,
+        groups: Groups,
         background: Background,
         *,
         context: ChunkContext,
@@ -71,12 +72,12 @@ class Prefiller:
         store_missing: bool,
     ) -> None:
         self._store_missing = store_missing
-        self._model, self._store, self._executors, self._background = model, store, executors, background
+        self._model, self._store, self._groups, self._background = model, store, groups, background
         self._context, self._profile, self._agreement = context, profile, agreement
         self._tiers = store.tiers
-        executors.agree_on_kv_dtype(store)
+        groups.agree_on_kv_dtype(store)
         self._estimator: Estimator | None = None
-        self._lock = threading.RLock()  # reentrant: the oracle's full prefill is part of a prefill
+        self._estimating = threading.Lock()
         self.is_warm = False
 
     def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
@@ -103,13 +104,14 @@ class Prefiller:
         trace: Trace | None = None,
         reads: Opens | None = None,
         only_if_ready: bool = False,
+        group: int | None = None,
     ) -> PrefillResult:
         """Prefills a prompt in a mode; see `Engine.prefill`. `reads` opens entries in the store's place."""
         call = _Call(tokenized, mode, planner, trace, only_if_ready)
         with self._agreement.request():
-            return self._prefill(call, reads)
+            return self._prefill(call, reads, group)
 
-    def _prefill(self, call: _Call, reads: Opens | None) -> PrefillResult:
+    def _prefill(self, call: _Call, reads: Opens | None, group: int | None) -> PrefillResult:
         self._model.compute_fingerprint()  # once per model, and not part of a request's time
         call.timer = Timer()
         chunks: Sequence[PlacedChunk] = self.place(call.tokenized, call.mode)
@@ -118,7 +120,7 @@ class Prefiller:
         if storing and call.only_if_ready:
             raise NotReadyError("chunks of the prompt are being stored", partial(wait, storing))
         wait(storing)
-        with self._lock, ExitStack() as handles:
+        with self._groups.turn(group) as call.group, ExitStack() as handles:
             call.timer.wait_s = call.timer.elapsed_s() - placed_s
             chunks, unusable = look_up(chunks, reads or self._store, handles, self._model.config)
             call.lost.update(unusable)
@@ -127,14 +129,13 @@ class Prefiller:
         for chunk in layout.missing if self._store_missing else ():
             self._background.store_later(chunk, again=chunk.key in call.lost)
         for chunk in layout.loaded:
-            if is_slow(chunk.tier) or (chunk.tier == "host" and self._executors.uses_device_tier):
+            if is_slow(chunk.tier) or (chunk.tier == "host" and self._groups.first.uses_device_tier):
                 self._background.promote_later(chunk.key, chunk.handle.num_bytes)
         return result
 
     def close(self) -> None:
-        """Ends the executors' threads, after the prefill that is running."""
-        with self._lock:
-            self._executors.close()
+        """Ends the executors' threads, after the prefills that are running."""
+        self._groups.close()
 
     def _attempt_until_read(self, call: _Call, chunks: Sequence[PlacedChunk]) -> tuple[Layout, PrefillResult]:
         """Runs a prefill, and once more if a chunk cannot be read, with what is surely in memory."""
@@ -154,24 +155,28 @@ class Prefiller:
             LostChunkError: a chunk could not be read.
         """
         planned = self._plan(call, chunks)
-        plan, loaded = planned.plan, planned.layout.loaded
-        if call.only_if_ready and not self._executors.is_ready(plan, loaded):
+        plan, loaded, executors = planned.plan, planned.layout.loaded, self._executors(call)
+        if call.only_if_ready and not executors.is_ready(plan, loaded):
             self._warn_of_compiling(plan)
-            raise NotReadyError("the prompt's programs are not compiled", self._executors.preparation(plan, loaded))
+            raise NotReadyError("the prompt's programs are not compiled", self._groups.preparation(plan, loaded))
         with call.timer.stopped():
-            prepared = self._executors.prepare(plan, loaded)
+            prepared = executors.prepare(plan, loaded)
             if prepared.compile_s > 0:
                 self._warn_of_compiling(plan)
             if plan.needs("oracle"):
                 self._add_oracle(call, planned)
         try:
-            run = self._executors.run(plan, planned.request, loaded, prepared, call.trace)
+            arguments = plan, planned.request, loaded, prepared, call.trace
+            run = self._agreement.run(lambda: executors.run(*arguments))
             self._agreement.check_read(loaded)
         except BaseException:
             if not self._agreement.is_alone:  # what it has left on the device may be zeros
-                self._executors.delivery.forget(plan, loaded)
+                executors.delivery.forget(plan, loaded)
             raise
         return planned.layout, self._result(call, planned, run, prepared.compile_s)
+
+    def _executors(self, call: _Call) -> Executors:
+        return self._groups.executors[call.group]
 
     def _warn_of_compiling(self, plan: Plan) -> None:
         if self.is_warm:
@@ -194,19 +199,19 @@ class Prefiller:
                 if call.only_if_ready and self._estimator is None:
                     raise NotReadyError("nothing is known yet of how long prefills take", self.estimator)
                 stored = [chunk for chunk in chunks if chunk.stored is not None and chunk.start not in computed]
-                decision = self._decide(planner, call.tokenized.token_ids.size, stored, call.timer)
+                decision = self._decide(call, stored)
                 computed.update(decision.computed_starts)
             ratio = planner.blend.auto_ratios[0] if decision is None else decision.ratio
         choice = Choice(ratio, frozenset(computed), decision)
         is_failing = bool(call.lost) or not set(self._tiers) <= set(self._store.tiers)
-        if is_failing and not self._is_ready(self._planned(call, chunks, choice)):
+        if is_failing and not self._is_ready(call, self._planned(call, chunks, choice)):
             in_full = replace(choice, computed_starts=frozenset(chunk.start for chunk in chunks))
-            if self._is_ready(self._planned(call, chunks, in_full)):
+            if self._is_ready(call, self._planned(call, chunks, in_full)):
                 return in_full
         return choice
 
-    def _is_ready(self, planned: _Planned) -> bool:
-        return self._executors.is_ready(planned.plan, planned.layout.loaded)
+    def _is_ready(self, call: _Call, planned: _Planned) -> bool:
+        return self._executors(call).is_ready(planned.plan, planned.layout.loaded)
 
     def _planned(self, call: _Call, chunks: Sequence[PlacedChunk], choice: Choice) -> _Planned:
         planner = call.planner if choice.ratio is None else call.planner.at(choice.ratio)
@@ -214,39 +219,42 @@ class Prefiller:
         layout = lay_out(call.tokenized, chunks, context_length=context.size, compute=choice.computed_starts)
         return _Planned(planner, layout, *planner.plan_layout(layout, call.mode), choice.decision)
 
-    def _decide(self, planner: Planner, length: int, stored: Sequence[PlacedChunk], timer: Timer) -> Decision:
+    def _decide(self, call: _Call, stored: Sequence[PlacedChunk]) -> Decision:
         """Asks the controller for a request's ratio, and for which of the stored chunks to load."""
-        with timer.stopped():  # a quick estimate is not part of the request's time
+        with call.timer.stopped():  # a quick estimate is not part of the request's time
             estimator = self.estimator()
-        is_prepared = self._executors.is_prepared if self.is_warm else None
-        delivery = self._executors.delivery
-        return decide(estimator, planner, length, stored, is_prepared, delivery.num_kept, delivery.kv_dtype)
+        executors, length = self._executors(call), call.tokenized.token_ids.size
+        is_prepared = executors.is_prepared if self.is_warm else None
+        delivery = executors.delivery
+        return decide(estimator, call.planner, length, stored, is_prepared, delivery.num_kept, delivery.kv_dtype)
 
     def estimator(self) -> Estimator:
         """Returns what the controller estimates delays from; made once, from the profile or a quick estimate."""
-        if self._estimator is None:
-            profile, name = profile_for(self._model, self._store.directory, self._profile)
-            delivery = self._executors.delivery
-            ahead = (delivery.host_layers, delivery.prefetch_layers)
-            self._estimator = Estimator(
-                name,
-                profile.compute,
-                profile.tiers,
-                delivery.transfer(profile),
-                *ahead,
-                executor=self._executors.setting,
-                host_streams=delivery.host_streams,
-            )
-        return self._estimator
+        with self._estimating:
+            if self._estimator is None:
+                profile, name = profile_for(self._model, self._store.directory, self._profile)
+                delivery = self._groups.first.delivery
+                self._estimator = Estimator(
+                    name,
+                    profile.compute,
+                    profile.tiers,
+                    delivery.transfer(profile),
+                    delivery.host_layers,
+                    delivery.prefetch_layers,
+                    executor=self._groups.first.setting,
+                    host_streams=delivery.host_streams,
+                )
+            return self._estimator
 
     def _add_oracle(self, call: _Call, planned: _Planned) -> None:
         """Fills in the oracle's scores from a full prefill."""
         plan, layout, request = planned.plan, planned.layout, planned.request
-        full = self.prefill(call.tokenized, "full", planned.planner).padded_cache
+        full = self.prefill(call.tokenized, "full", planned.planner, group=call.group).padded_cache
         rows = min(full.k.shape[1], plan.cache_length)
         config = self._model.config
+        params = self._groups.models[call.group].params
         plain = jax.jit(cache_values, static_argnames="config")(
-            self._model.params, self._executors.load(plan, layout.loaded), config=config
+            params, self._executors(call).load(plan, layout.loaded), config=config
         )
         scores = jax.jit(total_deviation, static_argnames="config")(
             full.first(rows), plain.first(rows), rope_tables(config, rows), layout.token_ids.size, config=config
@@ -312,6 +320,7 @@ class _Call:
     Attributes:
         lost: keys of the chunks that are stored and cannot be used: they are computed, and stored anew.
         failed_tiers: those that a chunk could not be read from.
+        group: the group of devices that runs it, once it has one.
     """
 
     tokenized: TokenizedPrompt
@@ -322,6 +331,7 @@ class _Call:
     timer: Timer = field(default_factory=Timer)
     lost: set[str] = field(default_factory=set)
     failed_tiers: set[str] = field(default_factory=set)
+    group: int = 0
 
     def asked(self) -> dict[str, object]:
         """Returns what the request is, beside its chunks: the same on all hosts."""

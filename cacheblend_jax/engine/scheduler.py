@@ -7,13 +7,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.engine.answer import Answer
 from cacheblend_jax.engine.generation import Decoding
+from cacheblend_jax.engine.loading import submit_or_run
 from cacheblend_jax.engine.prompt import Prompt, check_length
 from cacheblend_jax.engine.results import PrefillResult
 from cacheblend_jax.engine.scheduling import Prefills, SchedulerStats
@@ -38,6 +39,7 @@ class _Request:
         times_aside: how often it was set aside for something that had to be done first.
         logprobs: whether its tokens come with log-probabilities.
         compile_s: seconds of that which the compiler took.
+        waited_s: seconds from its submission until it was prefilled, without those.
         num_tokens: of its answer, so far.
     """
 
@@ -52,18 +54,23 @@ class _Request:
     submitted_at: float = field(default_factory=time.perf_counter)
     times_aside: int = 0
     compile_s: float = 0.0
+    waited_s: float = 0.0
     num_tokens: int = 0
 
 
 class Scheduler:
     """Answers many requests at once: one thread prefills them in turn, and decodes all together.
 
+    On a mesh with `data`, each group of devices has its slots, and prefills the requests that it puts there: as many at
+    the same time as there are groups, where `slots` is a multiple of them.
+
     A step of decoding reads the weights once for all slots, so that eight answers take little longer than one. Greedy
     and sampled answers have the tokens that `engine.generate` gives each alone (in 16-bit floats up to roundings, which
     depend on how many rows are multiplied together).
 
-    Tenants take turns, and each one's requests come in the order they came. After each prefill there is at least one
-    step of decoding, so that a new request delays running answers by one prefill at most. One that needs the compiler
+    Tenants take turns, and each one's requests come in the order they came. After each prefill, or
+    those of several groups, there is at least one step of decoding, so that new requests delay running answers by one
+    prefill at most. One that needs the compiler
     first lets others pass, and delays nobody; nor does an answer that nobody reads. The engine's own methods may be
     used beside it.
 
@@ -97,10 +104,11 @@ class Scheduler:
         self._changed = threading.Condition()  # guards what follows; the batch is the thread's, once it is warm
         self._waiting: WaitingRequests[_Request] = WaitingRequests(lambda request: request.prompt.tenant)
         self._running: dict[int, _Request] = {}  # by slot
-        self._prefilling: _Request | None = None
+        self._prefilling: list[_Request] = []
         self._counts: Counter[str] = Counter()  # by the names of `SchedulerStats`
         self._is_closed = self._is_warming = False
         self._preparing = ThreadPoolExecutor(PREPARING, thread_name_prefix="cacheblend-prepare")
+        self._prefillers = ThreadPoolExecutor(self._batch.num_groups, thread_name_prefix="cacheblend-prefill")
         self._thread = threading.Thread(target=self._work, name="cacheblend-scheduler", daemon=False)
         self._thread.start()
         flush_before_exit(self)
@@ -169,7 +177,7 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """A snapshot of the counts."""
         with self._changed:
-            running = len(self._running) + (self._prefilling is not None)
+            running = len(self._running) + len(self._prefilling)
             return SchedulerStats(len(self._waiting), running, self._batch.num_slots, **self._counts)
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -182,6 +190,7 @@ class Scheduler:
             for answer in self._unfinished():
                 answer.cancel()
             self._thread.join()
+        self._prefillers.shutdown()
         self._preparing.shutdown(wait=False)
         finished(self)
 
@@ -197,8 +206,7 @@ class Scheduler:
 
     def _unfinished(self) -> list[Answer]:
         with self._changed:
-            prefilling = [] if self._prefilling is None else [self._prefilling]
-            return [request.answer for request in (*self._waiting, *prefilling, *self._running.values())]
+            return [request.answer for request in (*self._waiting, *self._prefilling, *self._running.values())]
 
     def _cancelled(self, answer: Answer) -> None:
         """Forgets a request that waits; the thread frees the slot of one that runs."""
@@ -213,9 +221,7 @@ class Scheduler:
     def _work(self) -> None:
         try:
             while self._waits_for_work():
-                request = self._next_request()
-                if request is not None:
-                    self._prefill(request)
+                self._prefill(self._next_requests())
                 self._decode()
         except BaseException as error:  # whatever it is, nobody is to wait for ever
             logger.exception("the scheduler ends: its thread has failed")
@@ -240,48 +246,63 @@ class Scheduler:
     def _has_done_all(self) -> bool:
         return self._is_closed and not self._waiting
 
-    def _next_request(self) -> _Request | None:
-        """Takes the request whose turn it is, where a slot is free."""
+    def _next_requests(self) -> dict[int, _Request]:
+        """Takes the request whose turn it is, for a slot that is free: one for each group of devices that has such."""
         with self._changed:
             self._drop_ended()
-            if not self._waiting.has_next or len(self._running) == self._batch.num_slots:
-                return None
-            self._prefilling = self._waiting.next()
-            return self._prefilling
+            free = [slot for slot in range(self._batch.num_slots) if slot not in self._running]
+            of_groups = {self._batch.group_of(slot): slot for slot in reversed(free)}
+            taken = {slot: self._waiting.next() for slot in sorted(of_groups.values()) if self._waiting.has_next}
+            self._prefilling = [*taken.values()]
+            return taken
 
     def _drop_ended(self) -> None:
         self._running = {slot: each for slot, each in self._running.items() if not each.answer.has_ended}
 
-    def _prefill(self, request: _Request) -> None:
-        """Prefills a request, hands its first token out, and puts it into a free slot unless it ends there."""
-        waited = time.perf_counter() - request.submitted_at - request.compile_s
+    def _prefill(self, taken: dict[int, _Request]) -> None:
+        """Prefills requests, each on the devices that have its slot; those of several groups at the same time."""
+        if len(taken) == 1:
+            ((slot, request),) = taken.items()
+            self._begin(slot, request, lambda: self._prefilled(slot, request))
+            return
+        running = {submit_or_run(self._prefillers, self._prefilled, *each): each for each in taken.items()}
+        for future in as_completed(running):
+            self._begin(*running[future], future.result)
+
+    def _begin(self, slot: int, request: _Request, prefilled: Callable[[], PrefillResult]) -> None:
+        """Hands the first token of a prefilled request out, and puts it into its slot unless it ends there."""
         try:
-            out = self._prefilled(request)
+            out = prefilled()
             first = self._batch.first_token(out, request.sampling, with_logprobs=request.logprobs)
-            took = {name: getattr(out.stats, name) + waited for name in ("ttft_s", "wait_s")}
+            took = {name: getattr(out.stats, name) + request.waited_s for name in ("ttft_s", "wait_s")}
             compile_s = out.stats.compile_s + request.compile_s
             request.answer.prefilled(replace(out.stats, **took, compile_s=compile_s))
             if self._hand_out(request, first):
-                self._insert(request, out, first.token_ids[0])
+                self._insert(slot, request, out, first.token_ids[0])
         except NotReadyError as needed:
             self._set_aside(request, needed.work)
         except BaseException as error:  # this request's alone
             self._fail(request, error)
         finally:
-            with self._changed:
-                self._prefilling = None
+            self._has_prefilled(request)
 
-    def _prefilled(self, request: _Request) -> PrefillResult:
-        """Prefills a request's prompt.
+    def _has_prefilled(self, request: _Request) -> None:
+        with self._changed:
+            self._prefilling = [each for each in self._prefilling if each is not request]
+
+    def _prefilled(self, slot: int, request: _Request) -> PrefillResult:
+        """Prefills a request's prompt, for a slot.
 
         Raises:
             NotReadyError: something must be done first, beside the answers that run.
         """
+        request.waited_s = time.perf_counter() - request.submitted_at - request.compile_s
         only_if_ready = request.times_aside < MOST_ASIDE
         work = self._batch.preparation(request.length, with_logprobs=request.logprobs)
         if only_if_ready and work is not None:
             raise NotReadyError("the programs of the slots are not compiled", work)
-        return self._engine.prefill(request.prompt, request.mode, blend=request.blend, only_if_ready=only_if_ready)
+        group, asked = self._batch.group_of(slot), (request.prompt, request.mode)
+        return self._engine.prefill(*asked, blend=request.blend, only_if_ready=only_if_ready, group=group)
 
     def _set_aside(self, request: _Request, work: Callable[[], object]) -> None:
         """Has `work` done beside what this thread does, and the request taken after it."""
@@ -301,15 +322,14 @@ class Scheduler:
                 self._changed.notify()
 
         with self._changed:
-            self._prefilling = None
+            self._has_prefilled(request)
             self._waiting.set_aside(request)
         try:
             self._preparing.submit(prepare)
         except RuntimeError:  # no more threads
             prepare()
 
-    def _insert(self, request: _Request, out: PrefillResult, token: int) -> None:
-        slot = next(slot for slot in range(self._batch.num_slots) if slot not in self._running)
+    def _insert(self, slot: int, request: _Request, out: PrefillResult, token: int) -> None:
         try:
             self._batch.insert(slot, out, token, request.ending, request.sampling)
         except BaseException as error:  # the program may have taken the other answers' cache

@@ -38,8 +38,9 @@ class Prefills(Protocol):
         *,
         blend: BlendConfig | str | None = None,
         only_if_ready: bool = False,
+        group: int | None = None,
     ) -> PrefillResult:
-        """Prefills a prompt.
+        """Prefills a prompt, on one group of the model's devices (`Model.groups`). Several threads may call it.
 
         Raises:
             NotReadyError: it would wait for something else first, with `only_if_ready`.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 from typing import Protocol, runtime_checkable
@@ -24,9 +26,10 @@ class Opens(Protocol):
 
 
 class SharedReads:
-    """Opens entries for prefills that follow each other, and keeps open those that a later one wants, too.
+    """Opens entries for several prefills, and keeps open those that a later one wants, too.
 
-    Layers of a slow tier stay in host memory as long, so that the next prefill with the same chunk finds them there.
+    Layers of a slow tier stay in host memory as long, so that the next prefill with the same chunk finds them there; or
+    waits for them, where another thread is reading them for its own.
 
     Args:
         wanted: how often each key is going to be opened.
@@ -35,25 +38,32 @@ class SharedReads:
     def __init__(self, store: Opens, wanted: Mapping[str, int]) -> None:
         self._store, self._left = store, Counter(wanted)
         self._kept: dict[str, _KeptChunk] = {}
+        self._lock = threading.RLock()
 
     def open(self, key: str) -> StoredChunk | None:
         """See `Store.open`; an entry that could not be read is opened anew."""
-        self._left[key] -= 1
-        kept = self._kept.get(key)
-        if kept is None or kept.has_failed:
-            stored = self._store.open(key)
-            if stored is None:
-                return None
-            kept = self._kept[key] = _KeptChunk(stored, partial(self._closed, key))
-        kept.users += 1
-        kept.keeps_layers = self._left[key] > 0
-        return kept
+        with self._lock:
+            self._left[key] -= 1
+            kept = self._kept.get(key)
+            if kept is None or kept.has_failed:
+                stored = self._store.open(key)
+                if stored is None:
+                    return None
+                kept = self._kept[key] = _KeptChunk(stored, partial(self._closed, key))
+            kept.users += 1
+            kept.keeps_layers = self._left[key] > 0 or kept.users > 1
+            return kept
 
     def _closed(self, key: str, chunk: _KeptChunk) -> None:
-        if self._left[key] <= 0 or chunk.has_failed or len(self._kept) > MOST_KEPT:
-            if self._kept.get(key) is chunk:
-                del self._kept[key]
-            chunk.wrapped.close()
+        with self._lock:
+            chunk.users -= 1
+            chunk.settle_tier()
+            if chunk.users:
+                return
+            if self._left[key] <= 0 or chunk.has_failed or len(self._kept) > MOST_KEPT:
+                if self._kept.get(key) is chunk:
+                    del self._kept[key]
+                chunk.wrapped.close()
 
     def __enter__(self) -> SharedReads:
         return self
@@ -67,33 +77,42 @@ class _KeptChunk(WrappedChunk):
     """A `StoredChunk` that several use; it keeps the layers it has read from a slow tier while others will want them.
 
     Args:
-        closed: called with it when all its users have closed it.
+        closed: called with it when one of its users has closed it.
     """
 
     def __init__(self, stored: StoredChunk, closed: Callable[[_KeptChunk], None]) -> None:
         super().__init__(stored)
         self._closed = closed
-        self._layers: dict[tuple[int, range | None], tuple[StoredRows, StoredRows]] = {}
+        self._layers: dict[tuple[int, range | None], Future[tuple[StoredRows, StoredRows]]] = {}
+        self._lock = threading.Lock()
         self.users = 0
         self.keeps_layers = self.has_failed = False
 
     def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """See `StoredChunk`."""
-        if (layer, heads) in self._layers:
-            return self._layers[layer, heads]
+        with self._lock:
+            known = self._layers.get((layer, heads))
+            if known is None:
+                read: Future[tuple[StoredRows, StoredRows]] = Future()
+                if self.keeps_layers and is_slow(self.wrapped.tier):
+                    self._layers[layer, heads] = read
+        if known is not None:
+            return known.result()
         try:
-            read = super().read_layer(layer, heads)
-        except Exception:
+            read.set_result(super().read_layer(layer, heads))
+        except Exception as error:
             self.has_failed = True
-            raise
-        if self.keeps_layers and is_slow(self.wrapped.tier):
-            self._layers[layer, heads] = read
-            if sum(kept == heads for _, kept in self._layers) == self.num_layers:
-                self.tier = "host"  # all are in memory
-        return read
+            read.set_exception(error)
+        self.settle_tier()
+        return read.result()
+
+    def settle_tier(self) -> None:
+        """Counts the entry as one in host memory, if all layers are there, and no other prefill relies on its tier."""
+        with self._lock:
+            there = Counter(heads for (_, heads), read in self._layers.items() if read.done())
+            if self.users <= 1 and self.num_layers in there.values():
+                self.tier = "host"
 
     def close(self) -> None:
         """Closes the entry, unless others use it or will."""
-        self.users -= 1
-        if not self.users:
-            self._closed(self)
+        self._closed(self)

@@ -18,6 +18,7 @@ from cacheblend_jax.model.logprobs import TokenLogprobs, logprobs_of
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.sampling import Draw, Sampling, next_token
 from cacheblend_jax.model.slots import NONE, DecodedSlots, Slots, Turn, decode_slots, empty_slots, insert
+from cacheblend_jax.runtime.placing import changed_part, placed
 from cacheblend_jax.runtime.programs import Prepared, shapes_of
 
 
@@ -49,13 +50,23 @@ class SlotBatch:
     Args:
         num_slots: how many answers are decoded together.
         capacity: how many tokens, of prompt and answer, a slot has room for.
+
+    Attributes:
+        num_groups: how many groups of devices have slots of their own, as many each; else all devices have all slots.
     """
 
     def __init__(self, model: Model, buckets: Buckets, num_slots: int, capacity: int) -> None:
         self._model, self._buckets = model, buckets
         self.num_slots, self.capacity = num_slots, capacity
+        self._owners = (model,) if num_slots % len(model.groups) else model.groups
+        self.num_groups = len(self._owners)
+        self._slots_each = num_slots // self.num_groups
         self._angles = angles_of(model, capacity)
         self._slots: Slots | None = None
+
+    def group_of(self, slot: int) -> int | None:
+        """Returns the number of the group of devices that has a slot; `None` where all have it."""
+        return slot // self._slots_each if self.num_groups > 1 else None
 
     def warm_up(self) -> None:
         """Compiles what inserts prompts of every padded length, and what decodes; allocates the slots."""
@@ -81,10 +92,11 @@ class SlotBatch:
         """Does what the methods below do, with `run` in the runner's place."""
         model = self._model
         run(next_token, np.zeros(model.config.vocab_size, np.float32), Draw.by(Sampling()), np.int32(0))
-        angles = shapes_of(self._angles)
-        slots = run(empty_slots, angles, config=model.config, num_slots=self.num_slots)
-        cache = abstract_cache(model.config, size, model.cache_placement)
-        self._insert(run, slots, cache, self._turn(0, 0, Ending(frozenset(), 1), Sampling()), 0)
+        slots = run(empty_slots, shapes_of(self._angles), config=model.config, num_slots=self.num_slots)
+        for owner in self._owners:
+            cache = abstract_cache(model.config, size, owner.cache_placement)
+            turn = self._turn(0, 0, Ending(frozenset(), 1), Sampling())
+            self._insert(owner.runner, self._own_slots(owner), cache, turn, 0)
         self._decode(run, slots, np.zeros(self.num_slots, bool), 1, with_logprobs)
 
     def first_token(self, out: PrefillResult, sampling: Sampling, *, with_logprobs: bool = False) -> Block:
@@ -95,10 +107,21 @@ class SlotBatch:
         return Block([token], [logprobs_of(out.logits, token)] if with_logprobs else [])
 
     def insert(self, slot: int, out: PrefillResult, token: int, ending: Ending, sampling: Sampling) -> None:
-        """Puts a prefilled prompt whose answer goes on after its first token into a slot."""
-        turn, cache = self._turn(token, out.token_ids.size, ending, sampling), out.padded_cache
+        """Puts a prefilled prompt whose answer goes on after its first token into a slot.
+
+        No KV moves between devices where the slot is the group's that has prefilled it.
+        """
+        group, place = divmod(slot, self._slots_each)
+        owner, turn = self._owners[group], self._turn(token, out.token_ids.size, ending, sampling)
+        cache = placed(out.padded_cache, owner.cache_placement)
         slots, self._slots = self._state(), None  # lost where the program fails
-        self._slots = self._insert(self._model.runner, slots, cache, turn, slot)
+        insert_into = partial(self._insert, owner.runner, cache=cache, turn=turn, slot=place)
+        self._slots = changed_part(slots, self._own_slots(owner), insert_into)
+
+    def _own_slots(self, owner: Model) -> Slots:
+        """Returns the shapes and placements of the slots that an owner has, by themselves."""
+        angles = shapes_of(self._angles, owner.placement)
+        return owner.runner(empty_slots, angles, config=owner.config, num_slots=self._slots_each)
 
     def decode(self, running: Collection[int], steps: int, *, with_logprobs: bool = False) -> list[Block]:
         """Decodes up to `steps` tokens of the slots that run; returns each slot's."""

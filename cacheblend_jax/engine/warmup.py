@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets, buckets_up_to
 from cacheblend_jax.choices import MODES
-from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.generation import warm_up_decoding
+from cacheblend_jax.engine.groups import Groups
 from cacheblend_jax.engine.layout import ChunkContext, PlacedChunk
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
-from cacheblend_jax.model.model import Model
 from cacheblend_jax.runtime.exit_hook import several_at_a_time
 from cacheblend_jax.store import Store
 
@@ -48,36 +47,49 @@ class Sizes:
                 raise CacheBlendError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
 
 
-def compile_tasks(
+def warm_up(
     sizes: Sizes,
-    model: Model,
-    planners: Sequence[Planner],
-    executors: Executors,
-    buckets: Buckets,
+    planner: Planner,
+    groups: Groups,
     context: ChunkContext,
-) -> list[Callable[[], object]]:
-    """Returns calls that together compile all programs of those sizes; they may run at the same time.
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """Compiles all programs of those sizes, for each group of devices; returns how many; see `Engine.warmup`.
 
     Raises:
         CacheBlendError: `max_tokens` is beyond the model's maximum.
     """
-    most = model.config.max_positions
+    tasks = _compile_tasks(sizes, planner, groups, context)
+    before = groups.num_compiled
+    run_tasks(tasks, progress)
+    return groups.num_compiled - before
+
+
+def _compile_tasks(sizes: Sizes, planner: Planner, groups: Groups, context: ChunkContext) -> list[Callable[[], object]]:
+    """Returns calls that together compile all programs of those sizes; they may run at the same time."""
+    most, buckets = planner.config.max_positions, planner.buckets
     if sizes.max_tokens > most:
         raise CacheBlendError(f"max_tokens must be in [1, {most}], got {sizes.max_tokens!r}")
     prefix = np.zeros(sizes.prefix_tokens, np.int32)
     after, shared = context.after(prefix).size, context.shared_with(prefix).size
     exact_chunk = sizes.chunk_tokens if after == shared == sizes.prefix_tokens else 0
-    limits = (sizes.max_tokens, sizes.modes, sizes.prefix_tokens, sizes.suffix_tokens, exact_chunk)
+    modes = (*sizes.modes, "full")  # for prompts none of whose chunks is stored, or can be read
+    limits = (sizes.max_tokens, modes, sizes.prefix_tokens, sizes.suffix_tokens, exact_chunk)
+    planners = [replace(planner, blend=blend) for blend in planner.blend.fixed()]
     plans = dict.fromkeys(plan for planner in planners for plan in planner.plans_up_to(*limits))
-    tasks: list[Callable[[], object]] = [partial(executors.warm_up, plan) for plan in plans]
+    tasks: list[Callable[[], object]] = [partial(each.warm_up, plan) for plan in plans for each in groups.executors]
     if sizes.chunk_tokens:
         alone = {(0, buckets.length(max(sizes.prefix_tokens, 1)))}
-        alone |= executors.standalone_sizes(after, sizes.chunk_tokens)
-        tasks += [partial(executors.warm_up_standalone, *each) for each in sorted(alone)]
+        alone |= groups.first.alone.sizes(after, sizes.chunk_tokens)
+        tasks += _standalone_tasks(groups, alone)
     if sizes.max_new_tokens > 1:
         pairs = _cache_sizes(buckets, sizes.max_tokens, sizes.max_new_tokens, most)
-        tasks += [partial(warm_up_decoding, model, *pair) for pair in pairs]
+        tasks += [partial(warm_up_decoding, group, *pair) for pair in pairs for group in groups.models]
     return tasks
+
+
+def _standalone_tasks(groups: Groups, sizes: Collection[tuple[int, int]]) -> list[Callable[[], object]]:
+    return [partial(each.alone.warm_up, *size) for size in sorted(sizes) for each in groups.executors]
 
 
 def _cache_sizes(buckets: Buckets, max_tokens: int, max_new_tokens: int, most: int) -> list[tuple[int, int]]:
@@ -97,9 +109,8 @@ def prompt_tasks(
     placed: dict[str, list[PlacedChunk]],
     max_new_tokens: int,
     precomputed: bool,
-    model: Model,
     planner: Planner,
-    executors: Executors,
+    groups: Groups,
     store: Store,
 ) -> list[Callable[[], object]]:
     """Returns calls that together compile what precomputing a prompt, prefilling it and decoding need, in that order.
@@ -112,8 +123,7 @@ def prompt_tasks(
         precomputed: whether the chunks are to be precomputed; else what the store lacks is computed in the prompt.
     """
     missing = {chunk.key: chunk for chunk in chunks if chunk.key not in store}
-    sizes = sorted(executors.standalone_sizes_of(missing.values())) if precomputed else []
-    tasks: list[Callable[[], object]] = [partial(executors.warm_up_standalone, *each) for each in sizes]
+    tasks = _standalone_tasks(groups, groups.first.alone.sizes_of(missing.values())) if precomputed else []
     length = tokenized.token_ids.size
     for mode, looked_up in placed.items():
         if not precomputed:
@@ -125,10 +135,11 @@ def prompt_tasks(
             tokens[chunk.exact] += min(chunk.stop, length - 1) - chunk.start  # the last token is always computed
         plan = planner.plan(mode, length, tokens[True], tokens[False])
         tiers = {"host" if chunk.key in missing else store.tiers[-1] for chunk in looked_up}
-        tasks.append(partial(executors.warm_up, plan, tiers))
+        tasks += [partial(each.warm_up, plan, tiers) for each in groups.executors]
     if max_new_tokens > 1:
-        size = planner.buckets.length(min(length + max_new_tokens - 1, model.config.max_positions))
-        tasks.append(partial(warm_up_decoding, model, planner.buckets.length(length), size))
+        size = planner.buckets.length(min(length + max_new_tokens - 1, planner.config.max_positions))
+        before = planner.buckets.length(length)
+        tasks += [partial(warm_up_decoding, group, before, size) for group in groups.models]
     return tasks
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.encoding import tokenizer_bytes
@@ -17,6 +18,7 @@ from cacheblend_jax.model.params import Params, is_by_layer, suits_by_layer
 from cacheblend_jax.model.sharding import CACHE_AXES, LAYER_AXES, ShardingRules, partition_of, result_shardings
 from cacheblend_jax.model.transformer import axis_names, random_params
 from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, content_digest, params_digest
+from cacheblend_jax.runtime.placing import own_range, placed
 from cacheblend_jax.runtime.programs import Runner
 from pallas_kernels.partition import Partition
 
@@ -41,9 +43,10 @@ class Model:
     weight_files: WeightFiles | None = None  # the files in it that the parameters were loaded from
     kernels: str | None = None  # the implementation that its programs prefer; `None`: what is best for the device
     partition: Partition | None = None  # how it is split over a mesh
+    whole: Model | None = None  # the model that this is on one group of devices, see `groups`
 
     def __post_init__(self) -> None:
-        if suits_by_layer(self.platform):
+        if suits_by_layer(self.platform) and self.whole is None:
             self.params.take_apart(joined=len(self.placement.device_set) == 1)
 
     def __repr__(self) -> str:
@@ -58,6 +61,8 @@ class Model:
         files, or where these have changed since, by that of the parameters themselves. Computed once, and again after
         a parameter was replaced (by merging an adapter into `params.layers`, say).
         """
+        if self.whole is not None:
+            return self.whole.fingerprint
         known = self._hashed.get("fingerprint")
         if known is None or not known[0].as_in(self.params):
             known = self._hashed["fingerprint"] = (SameLeaves(self.params), self._computed_fingerprint())
@@ -109,6 +114,31 @@ class Model:
         return self._runners[self.kernels]
 
     @cached_property
+    def groups(self) -> tuple[Model, ...]:
+        """The model on each group of devices that decodes slots of its own, and prefills for them; else itself.
+
+        Their parameters are what these devices hold of this model's: no copy. Each has programs of its own, since XLA
+        compiles for given devices. Where several processes share the mesh, all of it is one group: they run the same
+        programs in the same order.
+        """
+        if self.partition is None or self.partition.ways("slots") == 1 or self.spans_hosts:
+            return (self,)
+        groups = []
+        for partition in self.partition.groups("slots"):
+            is_split = partition.mesh.size > 1
+            placement = partition.sharding() if is_split else SingleDeviceSharding(partition.mesh.devices.item())
+            params, own = _held_on(placement, self.params), partition if is_split else None
+            groups.append(replace(self, params=params, partition=own, weight_files=None, whole=self))
+        return tuple(groups)
+
+    def follow_whole(self) -> None:
+        """Has a group's parameters be what those of the whole model are now: some may have been replaced."""
+        if self.whole is not None:
+            now = _held_on(self.placement, self.whole.params)
+            self.params.embedder.update(now.embedder)
+            self.params.layers.update(now.layers)
+
+    @cached_property
     def _runners(self) -> dict[str | None, Runner]:
         return {}
 
@@ -154,6 +184,11 @@ class Model:
         """Into how many shares KV is split: a device holds one."""
         return 1 if self.partition is None else self.partition.ways("kv_heads")
 
+    @cached_property
+    def own_kv_heads(self) -> range:
+        """The KV heads that this process's devices hold: all, unless others have some of the devices."""
+        return own_range(self.layer_placement, (1, self.config.num_kv_heads, 1), axis=1)
+
     @property
     def spans_hosts(self) -> bool:
         """Whether some of its devices are other processes'."""
@@ -189,6 +224,20 @@ def split_model(model: Model, mesh: jax.sharding.Mesh, rules: ShardingRules | No
 
     params = jax.tree.map(placed, model.params, axis_names(model.config), is_leaf=is_by_layer)
     return replace(model, params=params, weight_files=None, partition=partition if mesh.size > 1 else None)
+
+
+def _held_on(placement: jax.sharding.Sharding, params: Params) -> Params:
+    """Returns parameters as the devices of a placement hold them, which are some of theirs, and hold all."""
+
+    def of(leaf: Any) -> Any:
+        where = placement
+        if isinstance(placement, jax.sharding.NamedSharding):
+            where = jax.sharding.NamedSharding(placement.mesh, leaf.sharding.spec)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        return placed(leaf, where)
+
+    return jax.tree.map(of, params)
 
 
 def _config_bytes(config: ModelConfig) -> bytes:

@@ -13,6 +13,7 @@ from cacheblend_jax.errors import CheckpointError
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import GrowingCache, KVCache, LayerKV
 from cacheblend_jax.model.slot_cache import SlotCache
+from cacheblend_jax.model.slots import Slots
 from pallas_kernels import QuantisedKV
 from pallas_kernels.partition import Axes, Partition
 
@@ -141,9 +142,15 @@ def _ways(shape: Mapping[str, int], axes: tuple[str, ...]) -> int:
 
 
 def result_shardings(partition: Partition, results: Any) -> Any:
-    """Returns how a program's results are split, given their shapes: KV by its heads, all else on every device."""
+    """Returns how a program's results are split, given their shapes: KV by its heads, slots by what splits those.
+
+    All else is on every device.
+    """
 
     def of(leaf: Any) -> Any:
+        if isinstance(leaf, Slots):
+            of_slots = partition.sharding(leaf.cache.rows_axis(partition))
+            return Slots(of(leaf.cache), jax.tree.map(lambda _: of_slots, leaf.turn))
         if isinstance(leaf, SlotCache):
             shardings = [partition.sharding(*axes) for axes in leaf.axes(partition)]
             return jax.tree.unflatten(jax.tree.structure(leaf), shardings)
@@ -153,5 +160,5 @@ def result_shardings(partition: Partition, results: Any) -> Any:
             names = CACHE_AXES if isinstance(leaf, KVCache | GrowingCache | QuantisedKV) else ()
         return jax.tree.map(lambda _: partition.sharding(*names), leaf)
 
-    records = KVCache, LayerKV, GrowingCache, QuantisedKV, SlotCache
+    records = KVCache, LayerKV, GrowingCache, QuantisedKV, SlotCache, Slots
     return jax.tree.map(of, results, is_leaf=lambda leaf: isinstance(leaf, records))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
 
 import jax
 
 from cacheblend_jax.errors import CacheBlendError
 
+Result = TypeVar("Result")
+LISTENING_S = 0.5  # a host that waits for a program hears this often whether another has given up
 _numbers = itertools.count()  # each process makes the same ones in the same order
 
 
@@ -57,7 +62,7 @@ class Hosts:
             else:
                 answer = self._told({"call": call, "report": report})
         except jax.errors.JaxRuntimeError as error:
-            raise self._broken(str(error).splitlines()[0]) from error
+            raise self.broken(str(error).splitlines()[0]) from error
         self._round += 1
         if "error" in answer:
             raise HostsError(answer["error"]) from cause
@@ -71,7 +76,7 @@ class Hosts:
             answer = "decision" if self.index == 0 else str(self.index)
             self._client.key_value_set(self._key(answer), json.dumps(self._error(error)))
         except jax.errors.JaxRuntimeError as lost:
-            self._broken(str(lost).splitlines()[0])
+            self.broken(str(lost).splitlines()[0])
         self._round += 1
 
     def _decided(
@@ -105,7 +110,40 @@ class Hosts:
     def _key(self, name: str) -> str:
         return f"{self._name}/{self._round}/{name}"
 
-    def _broken(self, reason: str) -> HostsError:
+    def in_time(self, work: Callable[[], Result]) -> Result:
+        """Returns what `work` returns, which waits for programs that all hosts run.
+
+        Raises:
+            HostsError: it has not ended in time, or another host has given up. Its thread waits on.
+        """
+        outcome: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=run, name="cacheblend-program", daemon=True).start()
+        given_up_at = time.monotonic() + self._timeout_s
+        while not wait([outcome], min(LISTENING_S, self._timeout_s)).done:
+            if (error := self._heard_error()) is not None or time.monotonic() > given_up_at:
+                raise self.broken(error or "in a program that all hosts run")
+        return outcome.result()
+
+    def _heard_error(self) -> str | None:
+        """Returns why another host has given up, if one that this one listens to has."""
+        names = ["decision"] if self.index else [str(index) for index in range(1, self.count)]
+        for name in names:
+            try:
+                if (error := json.loads(self._client.key_value_try_get(self._key(name))).get("error")) is not None:
+                    return error
+            except jax.errors.JaxRuntimeError:  # it has said nothing yet
+                continue
+        return None
+
+    def broken(self, reason: str) -> HostsError:
+        """Gives the other hosts up; returns the error that says so, as every later call does."""
         self._failed = (
             f"the hosts no longer agree: one of {self.count} did not answer within {self._timeout_s:g} s ({reason}); "
             "it has ended, or made other calls than this one: restart all of them"

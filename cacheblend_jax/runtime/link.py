@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from cacheblend_jax.runtime.placing import put
+from cacheblend_jax.runtime.placing import OwnPart, put
 from cacheblend_jax.runtime.throttle import Throttle
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,12 @@ class Link(Protocol):
     is_ordered: bool
     bytes_per_s: float | None
 
-    def put(self, tree: Any, placement: jax.sharding.Sharding) -> Any:
-        """Puts arrays on the devices; they may still be on their way when this returns."""
+    def put(self, tree: Any, placement: jax.sharding.Sharding, own: OwnPart | None = None) -> Any:
+        """Puts arrays on the devices; they may still be on their way when this returns.
+
+        Args:
+            own: where several processes share the devices, the part of the arrays that this one has.
+        """
 
     def page_lock(self, buffer: np.ndarray) -> PageLock | None:
         """Page-locks a buffer, so that devices read it by themselves; `None` where it stays pageable."""
@@ -49,9 +53,9 @@ class DeviceLink:
         self.is_hidden = self.is_ordered = device.platform != "cpu"
         self._client = device.client
 
-    def put(self, tree: Any, placement: jax.sharding.Sharding) -> Any:
+    def put(self, tree: Any, placement: jax.sharding.Sharding, own: OwnPart | None = None) -> Any:
         """See `Link`."""
-        return put(tree, placement)
+        return put(tree, placement, own)
 
     def page_lock(self, buffer: np.ndarray) -> PageLock | None:
         """See `Link`. A CPU device takes buffers over as they are."""
@@ -91,10 +95,10 @@ class SimulatedLink:
         self._throttle = Throttle(bytes_per_s, latency_s, clock=clock, sleep=sleep)
         self.bytes_per_s: float | None = bytes_per_s
 
-    def put(self, tree: Any, placement: jax.sharding.Sharding) -> Any:
+    def put(self, tree: Any, placement: jax.sharding.Sharding, own: OwnPart | None = None) -> Any:
         """See `Link`; returns after the time that the bytes take. What arrives is a copy, as on a device."""
         self._throttle.wait_for(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
-        return put(jax.tree.map(np.copy, tree), placement)
+        return put(jax.tree.map(np.copy, tree), placement, own)
 
     def page_lock(self, buffer: np.ndarray) -> PageLock | None:
         """See `Link`: nothing would read it."""

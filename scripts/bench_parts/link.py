@@ -59,7 +59,7 @@ def link(options: argparse.Namespace) -> Iterator[Row]:
         yield case | row(name, times, predicted[name], **rates) | {"of_bound": times["ms"] / bound}
     engines = {"host": host, "device": device}
     executors = {f"{name} executor": engine.prefill(prompt).stats.executor for name, engine in engines.items()}
-    yield case | {"name": "how", "page_locked": host._executors.delivery.locks_pages} | executors
+    yield case | {"name": "how", "page_locked": host._groups.first.delivery.locks_pages} | executors
     if options.profile:
         options.profile.mkdir(parents=True, exist_ok=True)
         for name, engine in engines.items():
@@ -89,7 +89,7 @@ def load_seconds(engine: Any, prompt: Any) -> float:
     from cacheblend_jax.engine.layout import look_up
 
     plan = engine.prefill(prompt).plan
-    delivery, placed = engine._executors.delivery, engine._place(prompt, "")
+    delivery, placed = engine._groups.first.delivery, engine._place(prompt, "")
     with ExitStack() as handles:
         chunks, _ = look_up(placed, engine.store, handles, engine.model.config)
         chunks = [chunk for chunk in chunks if chunk.stored is not None]

@@ -8,7 +8,7 @@ import pytest
 from conftest import FAMILIES, HF, family_model, random_prompt, relative_error
 
 import cacheblend_jax as cb
-from cacheblend_jax.engine.executors import SHARED_CONTEXT
+from cacheblend_jax.engine.standalone import SHARED_CONTEXT
 from cacheblend_jax.model.rope import rope_tables
 from pallas_kernels import apply_rope
 
@@ -38,8 +38,9 @@ def test_chunks_have_the_kv_of_a_prefill_of_their_context_and_them(family):
 
 def test_a_context_that_many_chunks_share_is_computed_once(monkeypatch):
     engine, computed = engine_with(TEXT), []
-    kv_of = engine._executors._kv_of
-    monkeypatch.setattr(engine._executors, "_kv_of", lambda ids, *more: computed.append(ids.size) or kv_of(ids, *more))
+    alone = engine._groups.first.alone
+    kv_of = alone._kv_of
+    monkeypatch.setattr(alone, "_kv_of", lambda ids, *more: computed.append(ids.size) or kv_of(ids, *more))
     engine.precompute(random_prompt(42, (30, 40, 25)))
     assert computed == [9, 4 + TEXT.size, 30, 40, 25]  # the prefix, the context, the chunks
 

@@ -92,7 +92,7 @@ def test_other_places_are_another_placement_and_the_least_recent_goes():
         link.sent()
         engine.prefill(turned)
         assert link.sent() == 0  # used last of the two
-        assert engine._executors.delivery._kept.num_bytes <= 2 * LAYERS * LAYER_BYTES
+        assert engine._groups.first.delivery._kept.num_bytes <= 2 * LAYERS * LAYER_BYTES
 
 
 def exhausted(times: int):
@@ -117,7 +117,7 @@ def test_what_stays_gives_way_to_a_prefill_once(monkeypatch, caplog):
     with engine:
         engine.precompute(prompt)
         wanted = engine.prefill(prompt)
-        executors = engine._executors
+        executors = engine._groups.first
         monkeypatch.setattr(executors, "_run_streamed", exhausted(1)(executors._run_streamed))
         link.sent()
         out = engine.prefill(prompt)
@@ -142,8 +142,8 @@ def test_what_stays_gives_way_to_storing_a_chunk(monkeypatch):
     with engine:
         engine.precompute(prompt)
         engine.prefill(prompt)
-        executors = engine._executors
-        monkeypatch.setattr(executors, "_kv_of", exhausted(1)(executors._kv_of))
+        executors = engine._groups.first
+        monkeypatch.setattr(executors.alone, "_kv_of", exhausted(1)(executors.alone._kv_of))
         assert engine.precompute(random_prompt(6)).unstored == []
         assert not executors.delivery._kept.num_bytes
 

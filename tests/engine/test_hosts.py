@@ -56,6 +56,9 @@ class Service:
                 raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: {key}")
             return self.values[key]
 
+    def key_value_try_get(self, key: str) -> str:
+        return self.blocking_key_value_get(key, 0)
+
     def key_value_delete(self, prefix: str) -> None:
         with self.changed:
             self.values = {key: value for key, value in self.values.items() if not key.startswith(prefix)}
@@ -274,17 +277,17 @@ def test_of_hosts_that_share_a_directory_the_first_one_writes(tmp_path):
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
-def test_a_host_fills_in_the_heads_that_its_devices_hold_alone(kv_dtype):
+def test_a_host_has_room_for_the_heads_that_its_devices_hold_alone(kv_dtype):
     entry = make_entry(1).quantised(kv_dtype)
     store = cb.ChunkStore()
     store.put(key_of(1), entry)
     chunk = replace(placed(1, store.open(key_of(1))), heads=range(1, 2))
-    k, v = jax.tree.map(lambda array: np.full((3, 15, *array.shape[2:]), 7, array.dtype), rows_of(entry))
+    k, v = jax.tree.map(lambda array: np.full((3, 15, 1, *array.shape[3:]), 7, array.dtype), rows_of(entry))
     with ThreadPoolExecutor(1) as readers:
         load_all([chunk], k, v, readers)
     for rows, whole in zip(jax.tree.leaves((k, v)), jax.tree.leaves(rows_of(entry)), strict=True):
-        assert (rows[:, :, 0] == 7).all()
-        assert (rows[:, 6:12, 1] == whole[:, :, 1]).all()
+        assert (rows[:, :6] == 7).all()
+        assert (rows[:, 6:12, 0] == whole[:, :, 1]).all()
 
 
 def test_the_heads_of_a_host_are_those_of_its_devices():
@@ -315,7 +318,7 @@ def test_an_entry_lost_on_one_host_is_computed_by_all(tmp_path, monkeypatch, fau
         return read_layer(self, layer, heads)
 
     monkeypatch.setattr(DiskChunk, "read_layer", damaged)
-    monkeypatch.setattr("cacheblend_jax.engine.engine.agreement_of", lambda _, store, __: made[id(store)])
+    monkeypatch.setattr("cacheblend_jax.engine.assembly.agreement_of", lambda _, store, __: made[id(store)])
 
     def work(hosts: Hosts):
         directory = tmp_path / str(hosts.index)
@@ -346,7 +349,7 @@ def test_an_entry_lost_on_one_host_is_computed_by_all(tmp_path, monkeypatch, fau
 def engines(monkeypatch):
     """Makes a host's engine, of a whole model; hosts are threads."""
     made = {}
-    monkeypatch.setattr("cacheblend_jax.engine.engine.agreement_of", lambda _, store, __: made[id(store)])
+    monkeypatch.setattr("cacheblend_jax.engine.assembly.agreement_of", lambda _, store, __: made[id(store)])
 
     def engine_of(hosts: Hosts, **options) -> cb.Engine:
         store = cb.ChunkStore()
@@ -377,6 +380,45 @@ def test_answers_that_are_decoded_otherwise_are_refused(engines):
                 engine.generate(random_prompt(3), max_new_tokens=0 if hosts.index else 1)
 
     assert on_each(work) == [None, None]
+
+
+def test_an_answer_that_one_host_cannot_go_on_with_ends_on_all(engines):
+    def work(hosts: Hosts):
+        with engines(hosts) as engine:
+            stream = engine.stream(random_prompt(3), max_new_tokens=8, stop_token_ids=[], tokens_at_once=2)
+            begun = [next(stream)[0] for _ in range(3)]
+            if hosts.index:
+                stream._model = None
+                with pytest.raises(AttributeError):
+                    list(stream)
+                return begun
+            with pytest.raises(HostsError, match="host 1 of 2 failed: AttributeError"):
+                list(stream)
+            return begun
+
+    first, second = on_each(work)
+    assert first == second
+
+
+def test_a_program_that_another_host_does_not_run_is_not_waited_for():
+    goes_on = threading.Event()
+
+    def work(hosts: Hosts):
+        if hosts.index == 1:
+            hosts.give_up(MemoryError("none left"))
+            return None
+        try:
+            hosts.in_time(lambda: goes_on.wait(30))
+        finally:
+            goes_on.set()
+
+    assert "(host 1 of 2 failed: MemoryError: none left)" in str(on_each(work)[0])
+    alone = Hosts(Service(), 0, 1, 0.05, "test")
+    goes_on.clear()
+    for _ in range(2):
+        with pytest.raises(HostsError, match="in a program that all hosts run"):
+            alone.in_time(lambda: goes_on.wait(30)) if not alone._failed else alone.agree("a call", None, len)
+    goes_on.set()
 
 
 def test_what_fails_before_the_chunks_are_opened_ends_the_others_requests(engines):
@@ -454,44 +496,68 @@ def test_what_cannot_be_read_is_zero_in_the_entrys_own_kind(kv_dtype):
 WORKER = """
 import json, os, signal, sys
 import jax
-port, index, directory, checkpoint, prompt = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+import jax._src.distributed
+port, index, directory, checkpoint, prompt, ending = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, index, heartbeat_timeout_seconds=20)
 import cacheblend_jax as cb
+from cacheblend_jax.engine import generation
 from cacheblend_jax.engine.agreement import AgreedChunk
 mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-model = cb.load_model(checkpoint, dtype="float32", mesh=mesh)
-prompt = cb.Prompt(*json.loads(prompt))
-read, heads = AgreedChunk.read_layer, set()
+blend, prompt = cb.BlendConfig(num_stages=1), cb.Prompt(*json.loads(prompt))
+read, heads, decode = AgreedChunk.read_layer, set(), generation._decode_block
 AgreedChunk.read_layer = lambda chunk, layer, own: heads.add((own.start, own.stop)) or read(chunk, layer, own)
-with cb.ChunkStore(directory) as store:
-    engine = cb.Engine(model, store, cb.BlendConfig(num_stages=1), executor="resident", hosts_timeout_s=60)
-    engine.precompute(prompt)
-    gen = engine.generate(prompt, max_new_tokens=3, tokens_at_once=2)
-    print(json.dumps([gen.token_ids, gen.stats.prefill.hits, gen.stats.prefill.misses, *heads]), flush=True)
-    if index == 1:  # killed in the middle of a request
-        AgreedChunk.read_layer = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+def fail(*_):
+    raise cb.CacheBlendError("no memory left")
+
+def ends(work):
     try:
-        engine.prefill(prompt)
+        work()
     except cb.CacheBlendError as error:
-        print(json.dumps([type(error).__name__, str(error)]), flush=True)
+        print(json.dumps(str(error)), flush=True)
+
+with cb.ChunkStore(directory) as store:
+    for dtype, executor in (("float32", "resident"), ("float32", "streamed"), ("bfloat16", "streamed")):
+        model = cb.load_model(checkpoint, dtype=dtype, mesh=mesh)
+        engine = cb.Engine(model, store, blend, executor=executor, hosts_timeout_s=60)
+        engine.precompute(prompt)
+        gen = engine.generate(prompt, max_new_tokens=3, tokens_at_once=2)
+        staged = engine._groups.first.delivery._buffers[dtype]._k.size
+        print(json.dumps([gen.token_ids, gen.stats.prefill.hits, *heads, staged]), flush=True)
+        if ending == "decoding":
+            break
+    if ending == "decoding":  # fails by itself, as for want of memory, and goes on
+        stream = engine.stream(prompt, max_new_tokens=9, stop_token_ids=[], tokens_at_once=1)
+        print(next(stream), next(stream))
+        if index == 1:
+            generation._decode_block = fail
+        ends(lambda: next(stream))
+    else:  # killed in the middle of a request
+        if index == 1:
+            AgreedChunk.read_layer = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        ends(lambda: engine.prefill(prompt))
+    service = jax._src.distributed.global_state.client
+    if index == 0:
+        service.key_value_set("ended", "")
+    else:  # whose end would end the other's program, too
+        service.blocking_key_value_get("ended", 120_000)
     os._exit(0)
 """
 
 
-@pytest.mark.once
-def test_two_processes_answer_as_one_and_one_that_is_killed_ends_the_other(tmp_path):
+def on_two_processes(directory: Path, prompt: list, ending: str) -> tuple[list[list], list[int]]:
+    """Runs the worker on two processes of two devices each; returns what each said, and their return codes."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    ids = np.random.default_rng(0).integers(5, 90, 40).tolist()
-    prompt = [ids[:5], [ids[5:19], ids[19:32]], ids[32:]]
     flags = [flag for flag in FLAGS if "device_count" not in flag]
     flags.append("--xla_force_host_platform_device_count=2")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags)}
+    arguments = [directory, HF / "qwen2", json.dumps(prompt), ending]
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, port, str(index), tmp_path / "kv", HF / "qwen2", json.dumps(prompt)],
+            [sys.executable, "-c", WORKER, port, str(index), *arguments],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -500,17 +566,43 @@ def test_two_processes_answer_as_one_and_one_that_is_killed_ends_the_other(tmp_p
         for index in range(2)
     ]
     answers = [worker.communicate(timeout=300) for worker in workers]
-    said = [[json.loads(line) for line in out.splitlines() if line[:2] in ("[[", '["')] for out, _ in answers]
+    said = [
+        [json.loads(line) for line in out.splitlines() if line[:2] == "[[" or line[:1] == '"'] for out, _ in answers
+    ]
     assert all(said), [errors[-3000:] for _, errors in answers]
-    model, blend = cb.load_model(HF / "qwen2", dtype="float32"), cb.BlendConfig(num_stages=1)
-    with cb.ChunkStore(tmp_path / "kv") as store, cb.Engine(model, store, blend, executor="resident") as engine:
-        gen = engine.generate(cb.Prompt(*prompt), max_new_tokens=3)
-        assert gen.stats.prefill.hits == 2  # what they stored serves one process, and is intact
-        assert store.stats.damaged == 0
-    assert [each[0] for each in said] == [[gen.token_ids, 2, 0, own] for own in ([0, 1], [1, 2])], answers
-    ((error, message),) = said[0][1:]
-    assert (error, "one of them has ended" in message) == ("HostsError", True)
-    assert [worker.returncode for worker in workers] == [0, -9]
+    return said, [worker.returncode for worker in workers]
+
+
+IDS = np.random.default_rng(0).integers(5, 90, 40).tolist()
+OF_TWO = [IDS[:5], [IDS[5:19], IDS[19:32]], IDS[32:]]
+
+
+@pytest.mark.once
+def test_two_processes_answer_as_one_and_one_that_is_killed_ends_the_other(tmp_path):
+    said, codes = on_two_processes(tmp_path / "kv", OF_TWO, "reading")
+    for number, (dtype, executor) in enumerate(
+        [("float32", "resident"), ("float32", "streamed"), ("bfloat16", "streamed")]
+    ):
+        model, blend = cb.load_model(HF / "qwen2", dtype=dtype), cb.BlendConfig(num_stages=1)
+        with cb.ChunkStore(tmp_path / "kv") as store, cb.Engine(model, store, blend, executor=executor) as engine:
+            gen = engine.generate(cb.Prompt(*OF_TWO), max_new_tokens=3)
+            assert gen.stats.prefill.hits == 2  # what they stored serves one process, and is intact
+            assert store.stats.damaged == 0
+            staged = engine._groups.first.delivery._buffers[dtype]._k.size
+        wanted = [[gen.token_ids, 2, own, staged // 2] for own in ([0, 1], [1, 2])]  # room for a head of two
+        assert [of_host[number] for of_host in said] == wanted
+    (message,) = said[0][3:]
+    assert "one of them has ended" in message
+    assert codes == [0, -9]
+
+
+@pytest.mark.once
+def test_of_two_processes_one_that_fails_while_decoding_ends_the_others_answer(tmp_path):
+    said, codes = on_two_processes(tmp_path / "kv", OF_TWO, "decoding")
+    assert "host 1 of 2 failed: CacheBlendError: no memory left" in said[0][-1]
+    assert "restart all of them" in said[0][-1]  # it waits in a program that the other does not run
+    assert said[1][-1] == "no memory left"
+    assert codes == [0, 0]
 
 
 def test_a_timeout_must_be_positive():

@@ -107,7 +107,7 @@ def test_what_is_kept_on_the_devices_is_split():
         keys = one.keys()
         for key in keys:
             engine.store.put(key, one.get(key))
-            engine.store.promote(key, engine._executors.to_device)
+            engine.store.promote(key, engine._groups.first.to_device)
             with engine.store.open(key) as chunk:
                 k = chunk.device_entry.k
                 assert k.sharding.shard_shape(k.shape)[2] == 1

@@ -166,7 +166,7 @@ def test_no_program_makes_a_copy_of_all_layers_values():
     model, store = family_model("qwen2"), filled(INT8)
     with engine_over(store, executor="resident") as engine:
         out = engine.prefill(PROMPT)
-        executors = engine._executors
+        executors = engine._groups.first
         texts, plan = [], out.plan
 
         def lowered(function, *arrays, donate=(), **static):
@@ -192,7 +192,7 @@ def test_a_device_without_float8_stores_int8_and_says_so_once(caplog, monkeypatc
     assert caplog.text.count("the device has no float8_e4m3fn: KV is stored as int8 instead") == 1
     assert store.get(key).kv_dtype == INT8
     # What others stored in float8 is dequantised on the host.
-    assert engine._executors.delivery.kv_dtypes == (INT8,)
+    assert engine._groups.first.delivery.kv_dtypes == (INT8,)
     others = filled_elsewhere(monkeypatch, device_bytes=2**24)
     wanted = engine_over(as_values(others)).prefill(PROMPT)
     with engine_over(others, executor="resident") as engine:

@@ -62,7 +62,7 @@ class CountingEngine:
             raise cb.PromptError(f"unknown mode {mode!r}")
         return TokenizedPrompt(np.asarray(prompt.prefix, np.int32), (), NOTHING, tenant=prompt.tenant)
 
-    def prefill(self, prompt, mode, *, blend, only_if_ready):
+    def prefill(self, prompt, mode, *, blend, only_if_ready, group):
         number = int(prompt.prefix[0])
         if only_if_ready and number in self.compiling:
             self.log.append(("waits", number))
@@ -77,6 +77,7 @@ class CountingEngine:
 
 class CountingBatch:
     failing: ClassVar[list[Exception]] = []
+    num_groups = 1
 
     def __init__(self, model, buckets, num_slots, capacity):
         self.num_slots, self.capacity = num_slots, capacity
@@ -84,6 +85,9 @@ class CountingBatch:
         self.log = CURRENT.log
 
     def preparation(self, length, *, with_logprobs):
+        return None
+
+    def group_of(self, slot):
         return None
 
     def first_token(self, out, sampling, *, with_logprobs):

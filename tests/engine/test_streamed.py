@@ -262,7 +262,7 @@ def test_an_entry_that_is_not_the_chunks_is_a_miss(executor, shape, dtype, tier)
         keys = engine.precompute(prompt)
         store.put(keys[1], cb.ChunkEntry(*(np.ones(shape, dtype) for _ in range(2))))
         if tier == "device":
-            store.promote(keys[1], engine._executors.to_device)
+            store.promote(keys[1], engine._groups.first.to_device)
         with store.open(keys[1]) as chunk:
             assert (chunk.tier, chunk.shape, chunk.dtype) == (tier, shape, dtype)
         out = engine.prefill(prompt)
@@ -290,8 +290,8 @@ def test_a_store_none_of_whose_chunks_can_be_read_costs_one_restart_and_no_compi
     prompt, runs = random_prompt(11), []
     model = cb.model.random_model(FAMILIES["llama3"], seed=7)  # of its own: its programs are no other test's
     with cb.Engine(model, Unreadable(cb.ChunkStore(), 1e12), cb.BlendConfig(num_stages=1)) as engine:
-        run = engine._executors.run
-        monkeypatch.setattr(engine._executors, "run", lambda plan, *rest: (runs.append(plan), run(plan, *rest))[1])
+        run = engine._groups.first.run
+        monkeypatch.setattr(engine._groups.first, "run", lambda plan, *rest: (runs.append(plan), run(plan, *rest))[1])
         engine.precompute(prompt)
         engine.warmup(128, prefix_tokens=9, suffix_tokens=7)
         count = model.runner.count

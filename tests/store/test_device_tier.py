@@ -159,14 +159,17 @@ def test_a_prefill_without_memory_begins_anew_without_the_tier(monkeypatch, capl
             engine.prefill(each)
             engine.flush()
         wanted, entries = engine.prefill(prompt), engine.store.stats.device.entries
-        run, failures = engine._executors._run_resident, [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")]
+        run, failures = (
+            engine._groups.first._run_resident,
+            [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")],
+        )
 
         def fail_once(*args):
             if failures:
                 raise failures.pop()
             return run(*args)
 
-        monkeypatch.setattr(engine._executors, "_run_resident", fail_once)
+        monkeypatch.setattr(engine._groups.first, "_run_resident", fail_once)
         out = engine.prefill(prompt)
         assert out.logits.tobytes() == wanted.logits.tobytes()
         assert 0 < engine.store.stats.device.entries < entries  # but those that it uses
@@ -208,7 +211,7 @@ def test_some_on_the_device_and_some_not_is_the_same_answer():
         wanted = plain.prefill(prompt)
         keys = engine.precompute(prompt)
         for key in keys[1:3]:
-            engine.store.promote(key, engine._executors.to_device)
+            engine.store.promote(key, engine._groups.first.to_device)
         out = engine.prefill(prompt)
         assert engine.store.stats.device.hits == 2
         assert out.logits.tobytes() == wanted.logits.tobytes()
