@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -103,9 +103,10 @@ class Prefiller:
         trace: Trace | None = None,
         reads: Opens | None = None,
         only_if_ready: bool = False,
+        between: Callable[[], object] | None = None,
     ) -> PrefillResult:
         """Prefills a prompt in a mode; see `Engine.prefill`. `reads` opens entries in the store's place."""
-        call = _Call(tokenized, mode, planner, trace, only_if_ready)
+        call = _Call(tokenized, mode, planner, trace, only_if_ready, between if self._agreement.is_alone else None)
         with self._agreement.request():
             return self._prefill(call, reads)
 
@@ -155,17 +156,19 @@ class Prefiller:
         """
         planned = self._plan(call, chunks)
         plan, loaded = planned.plan, planned.layout.loaded
-        if call.only_if_ready and not self._executors.is_ready(plan, loaded):
+        pausing = call.between is not None
+        if call.only_if_ready and not self._executors.is_ready(plan, loaded, pausing=pausing):
             self._warn_of_compiling(plan)
-            raise NotReadyError("the prompt's programs are not compiled", self._executors.preparation(plan, loaded))
+            preparation = self._executors.preparation(plan, loaded, pausing=pausing)
+            raise NotReadyError("the prompt's programs are not compiled", preparation)
         with call.timer.stopped():
-            prepared = self._executors.prepare(plan, loaded)
+            prepared = self._executors.prepare(plan, loaded, pausing=pausing)
             if prepared.compile_s > 0:
                 self._warn_of_compiling(plan)
             if plan.needs("oracle"):
                 self._add_oracle(call, planned)
         try:
-            run = self._executors.run(plan, planned.request, loaded, prepared, call.trace)
+            run = self._executors.run(plan, planned.request, loaded, prepared, call.trace, call.between)
             self._agreement.check_read(loaded)
         except BaseException:
             if not self._agreement.is_alone:  # what it has left on the device may be zeros
@@ -312,6 +315,7 @@ class _Call:
     Attributes:
         lost: keys of the chunks that are stored and cannot be used: they are computed, and stored anew.
         failed_tiers: those that a chunk could not be read from.
+        between: called where a long prefill pauses.
     """
 
     tokenized: TokenizedPrompt
@@ -319,6 +323,7 @@ class _Call:
     planner: Planner
     trace: Trace | None
     only_if_ready: bool = False
+    between: Callable[[], object] | None = None
     timer: Timer = field(default_factory=Timer)
     lost: set[str] = field(default_factory=set)
     failed_tiers: set[str] = field(default_factory=set)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 
 from cacheblend_jax.blend import BlendConfig
@@ -55,6 +56,10 @@ class _Request:
     num_tokens: int = 0
 
 
+class _UnwantedError(Exception):
+    """A prompt is being prefilled, and its answer was cancelled."""
+
+
 class Scheduler:
     """Answers many requests at once: one thread prefills them in turn, and decodes all together.
 
@@ -63,9 +68,9 @@ class Scheduler:
     depend on how many rows are multiplied together).
 
     Tenants take turns, and each one's requests come in the order they came. After each prefill there is at least one
-    step of decoding, so that a new request delays running answers by one prefill at most. One that needs the compiler
-    first lets others pass, and delays nobody; nor does an answer that nobody reads. The engine's own methods may be
-    used beside it.
+    step of decoding, and a prefill that takes longer than 100 ms pauses for one about as often, so that a new request
+    delays running answers by no more than that, or by a layer. One that needs the compiler first lets others pass, and
+    delays nobody; nor does an answer that nobody reads. The engine's own methods may be used beside it.
 
     Args:
         slots: how many answers are decoded together.
@@ -265,6 +270,8 @@ class Scheduler:
                 self._insert(request, out, first.token_ids[0])
         except NotReadyError as needed:
             self._set_aside(request, needed.work)
+        except _UnwantedError:
+            pass
         except BaseException as error:  # this request's alone
             self._fail(request, error)
         finally:
@@ -278,10 +285,23 @@ class Scheduler:
             NotReadyError: something must be done first, beside the answers that run.
         """
         only_if_ready = request.times_aside < MOST_ASIDE
+        between = partial(self._between_layers, request) if self._running else None
         work = self._batch.preparation(request.length, with_logprobs=request.logprobs)
         if only_if_ready and work is not None:
             raise NotReadyError("the programs of the slots are not compiled", work)
-        return self._engine.prefill(request.prompt, request.mode, blend=request.blend, only_if_ready=only_if_ready)
+        return self._engine.prefill(
+            request.prompt, request.mode, blend=request.blend, only_if_ready=only_if_ready, between=between
+        )
+
+    def _between_layers(self, request: _Request) -> None:
+        """Gives each answer that runs a token, while a long prompt is being prefilled.
+
+        Raises:
+            _UnwantedError: nobody waits for the prompt's answer any more.
+        """
+        if request.answer.has_ended:
+            raise _UnwantedError
+        self._decode(most=1)
 
     def _set_aside(self, request: _Request, work: Callable[[], object]) -> None:
         """Has `work` done beside what this thread does, and the request taken after it."""
@@ -318,17 +338,18 @@ class Scheduler:
         with self._changed:
             self._running[slot] = request
 
-    def _decode(self) -> None:
+    def _decode(self, most: int = MOST_AT_ONCE) -> None:
         """Decodes the answers that run: one step where a request could be prefilled next, else several."""
         with self._changed:
             self._drop_ended()
             running = dict(self._running)
             is_wanted = self._waiting.has_next and len(running) < self._batch.num_slots
+            steps = min(most, 1 if is_wanted else self._steps)
         if not running:
             return
         try:
             with_logprobs = any(request.logprobs for request in running.values())
-            decoded = self._batch.decode(running, 1 if is_wanted else self._steps, with_logprobs=with_logprobs)
+            decoded = self._batch.decode(running, steps, with_logprobs=with_logprobs)
         except BaseException as error:
             self._fail_all(error)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -38,8 +39,12 @@ class Prefills(Protocol):
         *,
         blend: BlendConfig | str | None = None,
         only_if_ready: bool = False,
+        between: Callable[[], object] | None = None,
     ) -> PrefillResult:
         """Prefills a prompt.
+
+        Args:
+            between: called from time to time where that takes long; what it raises ends the prefill.
 
         Raises:
             NotReadyError: it would wait for something else first, with `only_if_ready`.

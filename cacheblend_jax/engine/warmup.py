@@ -12,9 +12,11 @@ import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets, buckets_up_to
 from cacheblend_jax.choices import MODES
+from cacheblend_jax.engine.delays import ComputeModel
 from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.generation import warm_up_decoding
 from cacheblend_jax.engine.layout import ChunkContext, PlacedChunk
+from cacheblend_jax.engine.pauses import may_be_long
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
@@ -55,8 +57,12 @@ def compile_tasks(
     executors: Executors,
     buckets: Buckets,
     context: ChunkContext,
+    pausing: ComputeModel | None = None,
 ) -> list[Callable[[], object]]:
     """Returns calls that together compile all programs of those sizes; they may run at the same time.
+
+    Args:
+        pausing: how long plans take, where what runs the long ones with pauses is to be compiled, too.
 
     Raises:
         CacheBlendError: `max_tokens` is beyond the model's maximum.
@@ -69,7 +75,9 @@ def compile_tasks(
     exact_chunk = sizes.chunk_tokens if after == shared == sizes.prefix_tokens else 0
     limits = (sizes.max_tokens, sizes.modes, sizes.prefix_tokens, sizes.suffix_tokens, exact_chunk)
     plans = dict.fromkeys(plan for planner in planners for plan in planner.plans_up_to(*limits))
-    tasks: list[Callable[[], object]] = [partial(executors.warm_up, plan) for plan in plans]
+    tasks: list[Callable[[], object]] = [
+        partial(executors.warm_up, plan, pausing=pausing is not None and may_be_long(plan, pausing)) for plan in plans
+    ]
     if sizes.chunk_tokens:
         alone = {(0, buckets.length(max(sizes.prefix_tokens, 1)))}
         alone |= executors.standalone_sizes(after, sizes.chunk_tokens)
