@@ -38,8 +38,8 @@ from cacheblend_jax.model.quantised_kv import StoredLayer
 class LayerSource(Protocol):
     """Where layers of cached KV come from, such as `engine.layer_stream.LayerStream`."""
 
-    def next(self) -> StoredLayer:
-        """Waits for the next layer's KV."""
+    def next(self) -> StoredLayer | None:
+        """Waits for the next layer's KV; `None` where nothing is stored."""
 
     def used_until(self, result: jax.Array) -> None:
         """Declares that the step which computes `result` reads it, and that nothing later does."""
@@ -95,7 +95,7 @@ def prefill_streamed(
         LostChunkError: a chunk's KV could not be read; nothing is left running.
     """
     step = partial(run, config=config)
-    in_place = partial(step, donate=("blended",))
+    in_place = partial(step, donate=("blended",), nothing_cached=plan.nothing_cached)
     active, blended = step(begin, params, request, sequence)
     mass = None
     if plan.needs("question_mass"):

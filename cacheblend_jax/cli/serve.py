@@ -198,5 +198,5 @@ def _warm_up(engine: Engine, scheduler: Scheduler, tokens: int) -> None:
 
     scheduler.warmup()  # first: it must come before any request
     if tokens:
-        engine.warmup(tokens)
+        engine.warmup(tokens, pausing=True)
     scheduler.submit(Prompt("", (), "a"), mode="full", max_new_tokens=2).result()

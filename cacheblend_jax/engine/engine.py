@@ -155,6 +155,7 @@ class Engine:
         trace: Trace | None = None,
         only_if_ready: bool = False,
         group: int | None = None,
+        between: Callable[[], object] | None = None,
     ) -> PrefillResult:
         """Prefills a prompt; chunks that the store lacks are computed in place, and stored after the first token.
 
@@ -165,6 +166,8 @@ class Engine:
             trace: collects what happened when: reading, transfer, and the computation of each layer.
             only_if_ready: do not wait for the compiler, nor for a chunk that is being stored.
             group: on a mesh with `data`, the number of the group of devices that computes it; `None`: the least busy.
+            between: called about every 100 ms while layers are computed, between two of them, if all of them seem to
+                take longer; what it raises ends the prefill. Never called where the model is on several hosts.
 
         Raises:
             PromptError: an unknown mode, or an invalid prompt (see `tokenize_prompt`).
@@ -172,7 +175,7 @@ class Engine:
             CacheBlendError: a check layer the model does not have.
         """
         asked = self._prefiller.tokenize(prompt), mode, self._planner_for(blend)
-        return self._prefiller.prefill(*asked, trace, only_if_ready=only_if_ready, group=group)
+        return self._prefiller.prefill(*asked, trace, only_if_ready=only_if_ready, group=group, between=between)
 
     def check(self, prompt: Prompt, mode: str = "blend", blend: BlendConfig | str | None = None) -> TokenizedPrompt:
         """Returns a prompt's token ids, without prefilling it; raises what `prefill` would for these arguments."""
@@ -306,6 +309,7 @@ class Engine:
         suffix_tokens: int = 64,
         chunk_tokens: int = 0,
         max_new_tokens: int = 1,
+        pausing: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> int:
         """Compiles the programs that prompts of up to `max_tokens` need, so that none of them waits for the compiler.
@@ -323,13 +327,16 @@ class Engine:
                 covers first chunks of up to this many tokens. That may take many times the programs; `length_buckets`
                 reduces them.
             max_new_tokens: also compiles what decodes up to this many tokens.
+            pausing: also compiles what prefills long prompts while answers of a `Scheduler` run: with pauses, in which
+                these go on. What is long, a profile or a quick estimate says.
             progress: called with the number of tasks done and their total.
 
         Raises:
             CacheBlendError: `max_tokens` is beyond the model's maximum, or another argument is invalid.
         """
         sizes = Sizes(max_tokens, tuple(modes), prefix_tokens, suffix_tokens, chunk_tokens, max_new_tokens)
-        compiled = warm_up(sizes, self._planner, self._groups, self._context, progress)
+        compute = self._prefiller.estimator().compute if pausing else None
+        compiled = warm_up(sizes, self._planner, self._groups, self._context, progress, compute)
         self._prefiller.is_warm = True
         return compiled
 

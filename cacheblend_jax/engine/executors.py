@@ -17,13 +17,14 @@ from cacheblend_jax.blend.layer_step import PromptSequence, blends_in_place
 from cacheblend_jax.blend.resident import prefill
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import Prefilled, Request
-from cacheblend_jax.blend.streamed import LayerSource, ShapeSource, prefill_streamed
+from cacheblend_jax.blend.streamed import LayerSource, ShapeSource, layers_wanted, prefill_streamed
 from cacheblend_jax.choices import EXECUTORS
 from cacheblend_jax.engine.delivery import Delivery
 from cacheblend_jax.engine.device_entries import kv_of, on_device, placeable, rows_to_place
 from cacheblend_jax.engine.generation import angles_of
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import place_chunk
+from cacheblend_jax.engine.pauses import LONGEST_S, LayersOnDevice, PausingLayers, Speed
 from cacheblend_jax.engine.planner import choose_executor, empty_request
 from cacheblend_jax.engine.standalone import Standalone
 from cacheblend_jax.errors import CacheBlendError
@@ -52,6 +53,7 @@ class PrefillRun:
         load_s: seconds of loading that nothing hid.
         run_s: seconds until the first token was on the host, loading included.
         peak_memory_bytes: device memory that its programs take, weights and KV included.
+        paused_s: seconds of the run in which others went on.
     """
 
     out: Prefilled
@@ -60,6 +62,19 @@ class PrefillRun:
     load_s: float
     run_s: float
     peak_memory_bytes: int
+    paused_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A prefill to run; `between` is `None` for one without pauses."""
+
+    plan: Plan
+    request: Request
+    chunks: Sequence[PlacedChunk]
+    prepared: Prepared
+    trace: Trace | None
+    between: Callable[[], object] | None
 
 
 class Executors:
@@ -104,6 +119,7 @@ class Executors:
         self.alone = Standalone(model, buckets, context_embeddings)
         self._drop_device = drop_device
         self.kv_dtype: str | None = None
+        self._speed = Speed(model.config)
         if not model.spans_hosts:  # the others would not begin anew
             for runner in {model.runner, self._whole.runner}:
                 runner.add_yielding(self._give_way)
@@ -128,14 +144,20 @@ class Executors:
 
     # --- compiling: the loops below, run over shapes -----------------------------------------------------------------
 
-    def prepare(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> Prepared:
-        """Compiles the programs that a plan needs to run with these chunks, except those that are ready."""
-        return self.preparation(plan, chunks)()
+    def prepare(self, plan: Plan, chunks: Sequence[PlacedChunk], *, pausing: bool = False) -> Prepared:
+        """Compiles the programs that a plan needs to run with these chunks, except those that are ready.
 
-    def preparation(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> Callable[[], Prepared]:
+        Args:
+            pausing: whether it is to pause if it takes long; see `run`.
+        """
+        return self.preparation(plan, chunks, pausing=pausing)()
+
+    def preparation(
+        self, plan: Plan, chunks: Sequence[PlacedChunk], *, pausing: bool = False
+    ) -> Callable[[], Prepared]:
         """Returns what `prepare` does, for any thread and any time: it needs the chunks no more."""
-        executor, kv_dtype = self._executor(plan, chunks), self.delivery.kv_dtype(chunks)
-        rows = rows_to_place(chunks, kv_dtype) if executor == "resident" else set()
+        executor, kv_dtype = self._executor(plan, chunks, pausing), self.delivery.kv_dtype(chunks)
+        rows = rows_to_place(chunks, kv_dtype) if executor != "streamed" else set()
 
         def prepare() -> Prepared:
             prepared = self._prepare_plan(plan, executor, kv_dtype)
@@ -149,27 +171,38 @@ class Executors:
         name = self._name(plan, self._executor(plan, chunks), self.delivery.kv_dtype(chunks))
         return self._model.runner.is_prepared(name)
 
-    def is_ready(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> bool:
-        """Returns whether a plan can run with these chunks without compiling."""
-        executor, kv_dtype = self._executor(plan, chunks), self.delivery.kv_dtype(chunks)
+    def is_ready(self, plan: Plan, chunks: Sequence[PlacedChunk], *, pausing: bool = False) -> bool:
+        """Returns whether a plan can run with these chunks without compiling; see `prepare`."""
+        executor, kv_dtype = self._executor(plan, chunks, pausing), self.delivery.kv_dtype(chunks)
         placing = [(place_chunk, plan.cache_length, rows, kv_dtype) for rows in rows_to_place(chunks, kv_dtype)]
-        names = [self._name(plan, executor, kv_dtype), *(placing if executor == "resident" else [])]
+        names = [self._name(plan, executor, kv_dtype), *(placing if executor != "streamed" else [])]
         return all(map(self._model.runner.is_prepared, names))
 
-    def warm_up(self, plan: Plan, tiers: Collection[str] = ()) -> None:
+    def warm_up(self, plan: Plan, tiers: Collection[str] = (), *, pausing: bool = False) -> None:
         """Compiles a plan for the executor that runs it where its chunks come from these tiers; for any, where none.
 
         The chunks are taken to be stored as the store does now (`kv_dtype`).
+
+        Args:
+            pausing: also for a run that pauses.
         """
         loads = not plan.nothing_cached
         sources = [tiers] if tiers else [[tier] for tier in self._tiers]
-        for executor in {self._choose(source if loads else []) for source in sources}:
+        executors = {self._choose(source if loads else []) for source in sources}
+        if pausing and "resident" in executors:
+            executors.add("by layer")
+        for executor in executors:
             self._prepare_plan(plan, executor, self.kv_dtype)
         if self.uses_device_tier and loads:
             self._prepare_placing(plan, buckets_up_to(small_bucket, plan.cache_length), self.kv_dtype)
 
-    def _executor(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> str:
-        return self._choose([] if plan.nothing_cached else [chunk.tier for chunk in chunks])
+    def _executor(self, plan: Plan, chunks: Sequence[PlacedChunk], pausing: bool = False) -> str:
+        """Returns `"resident"`, `"streamed"`, or, for a resident plan that is to pause, `"by layer"`."""
+        executor = self._choose([] if plan.nothing_cached else [chunk.tier for chunk in chunks])
+        return "by layer" if executor == "resident" and pausing and self._is_long(plan) else executor
+
+    def _is_long(self, plan: Plan) -> bool:
+        return self._speed.seconds(plan) > LONGEST_S
 
     def _choose(self, tiers: Collection[str]) -> str:
         return choose_executor(self.setting, tiers, host_streams=self.delivery.host_streams)
@@ -186,8 +219,12 @@ class Executors:
         """Does what the executor does with a request of the plan, with `run` in the runner's place."""
         request, model = empty_request(plan), self._model
         stack = abstract_stored(model.config, plan.cache_length, model.cache_placement, kv_dtype)
+        cached = None if plan.nothing_cached else stack
         if executor == "resident":
-            self._prefill_resident(run, plan, request, None if plan.nothing_cached else stack)
+            self._prefill_resident(run, plan, request, cached)
+        elif executor == "by layer":
+            layers = LayersOnDevice(run, plan, cached, self._layer_indices)
+            self._prefill_streamed(run, plan, self._streamed_inputs(plan, request), layers)
         else:
             layer = shapes_of(jax.eval_shape(lambda kv: stored_layer(kv, 0), stack), model.layer_placement)
             self._prefill_streamed(run, plan, self._streamed_inputs(plan, request), ShapeSource(layer))
@@ -237,15 +274,29 @@ class Executors:
     # --- running -----------------------------------------------------------------------------------------------------
 
     def run(
-        self, plan: Plan, request: Request, chunks: Sequence[PlacedChunk], prepared: Prepared, trace: Trace | None
+        self,
+        plan: Plan,
+        request: Request,
+        chunks: Sequence[PlacedChunk],
+        prepared: Prepared,
+        trace: Trace | None,
+        between: Callable[[], object] | None = None,
     ) -> PrefillRun:
         """Runs a prepared prefill.
+
+        Args:
+            between: where it takes longer than `pauses.LONGEST_S`, called about as often, between two layers; what it
+                raises ends the prefill. It must have been prepared for that (`pausing`).
 
         Raises:
             LostChunkError: a chunk could not be read; nothing is left running.
         """
-        run = self._run_streamed if self._executor(plan, chunks) == "streamed" else self._run_resident
-        return self._giving_way(lambda: run(plan, request, chunks, prepared, trace))
+        executor = self._executor(plan, chunks, between is not None)
+        run = self._run_streamed if executor == "streamed" else self._run_on_device
+        job = _Job(plan, request, chunks, prepared, trace, between if self._is_long(plan) else None)
+        done = self._giving_way(lambda: run(job))
+        self._speed.took(plan, done.run_s - done.paused_s)
+        return done
 
     def _giving_way(self, work: Callable[[], Result]) -> Result:
         """Does some work, and once more if it lacked memory on the device that stored KV had."""
@@ -265,33 +316,41 @@ class Executors:
             )
         return had_any
 
-    def _run_resident(
-        self, plan: Plan, request: Request, chunks: Sequence[PlacedChunk], prepared: Prepared, trace: Trace | None
-    ) -> PrefillRun:
-        began = time.perf_counter()
-        cached = None if plan.nothing_cached else self.load(plan, chunks, trace)
+    def _run_on_device(self, job: _Job) -> PrefillRun:
+        """Loads all stored KV, then runs one program, or, to pause, one for each layer."""
+        plan, began = job.plan, time.perf_counter()
+        cached = None if plan.nothing_cached else self.load(plan, job.chunks, job.trace)
         dispatched = time.perf_counter()
-        out = self._prefill_resident(self._model.runner, plan, request, cached)
+        pausing = None
+        if job.between is None:
+            out = self._prefill_resident(self._model.runner, plan, job.request, cached)
+        else:
+            pausing = self._pausing(job, LayersOnDevice(self._model.runner, plan, cached, self._layer_indices))
+            out = self._prefill_streamed(self._model.runner, plan, self._streamed_inputs(plan, job.request), pausing)
         next_token = int(out.next_token)
         ended = time.perf_counter()
-        if trace is not None:
-            trace.add("compute", "all layers", -1, dispatched, ended)
-        return PrefillRun(out, next_token, "resident", dispatched - began, ended - began, prepared.peak_memory_bytes)
+        if job.trace is not None:
+            job.trace.add("compute", "all layers", -1, dispatched, ended)
+        seconds, peak = (dispatched - began, ended - began), job.prepared.peak_memory_bytes
+        return PrefillRun(out, next_token, "resident", *seconds, peak, 0.0 if pausing is None else pausing.paused_s)
 
-    def _run_streamed(
-        self, plan: Plan, request: Request, chunks: Sequence[PlacedChunk], prepared: Prepared, trace: Trace | None
-    ) -> PrefillRun:
-        began = time.perf_counter()
-        inputs = self._streamed_inputs(plan, request)  # they would wait behind the layers
-        stream = self.delivery.stream(plan, chunks, prepared.peak_memory_bytes, trace)
+    def _run_streamed(self, job: _Job) -> PrefillRun:
+        plan, began = job.plan, time.perf_counter()
+        inputs = self._streamed_inputs(plan, job.request)  # they would wait behind the layers
+        stream = self.delivery.stream(plan, job.chunks, job.prepared.peak_memory_bytes, job.trace)
+        pausing = None if job.between is None else self._pausing(job, stream)
         with stream:
-            out = self._prefill_streamed(self._model.runner, plan, inputs, stream)
+            out = self._prefill_streamed(self._model.runner, plan, inputs, stream if pausing is None else pausing)
             next_token = int(out.next_token)
             ended = time.perf_counter()
         layers_more = self.delivery.prefetch_layers - 1
-        layer = self.delivery.layer_bytes(plan.cache_length, self.delivery.kv_dtype(chunks))
-        peak = prepared.peak_memory_bytes + layers_more * layer
-        return PrefillRun(out, next_token, "streamed", stream.waited_s, ended - began, peak)
+        layer = self.delivery.layer_bytes(plan.cache_length, self.delivery.kv_dtype(job.chunks))
+        seconds, peak = (stream.waited_s, ended - began), job.prepared.peak_memory_bytes + layers_more * layer
+        return PrefillRun(out, next_token, "streamed", *seconds, peak, 0.0 if pausing is None else pausing.paused_s)
+
+    def _pausing(self, job: _Job, layers: LayerSource) -> PausingLayers:
+        assert job.between is not None
+        return PausingLayers(layers, len(layers_wanted(job.plan, self._model.config.num_layers)), job.between)
 
     def close(self) -> None:
         """See `Delivery.close`."""

@@ -98,9 +98,11 @@ class Groups:
         for executors in self.executors:
             executors.agree_on_kv_dtype(store)
 
-    def preparation(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> Callable[[], Prepared]:
+    def preparation(
+        self, plan: Plan, chunks: Sequence[PlacedChunk], *, pausing: bool = False
+    ) -> Callable[[], Prepared]:
         """See `Executors.preparation`: whichever group is free then runs the plan."""
-        of_groups = [executors.preparation(plan, chunks) for executors in self.executors]
+        of_groups = [executors.preparation(plan, chunks, pausing=pausing) for executors in self.executors]
 
         def prepare() -> Prepared:
             prepared = self.each(lambda prepare: prepare(), of_groups)

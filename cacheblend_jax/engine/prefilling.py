@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -105,9 +105,10 @@ class Prefiller:
         reads: Opens | None = None,
         only_if_ready: bool = False,
         group: int | None = None,
+        between: Callable[[], object] | None = None,
     ) -> PrefillResult:
         """Prefills a prompt in a mode; see `Engine.prefill`. `reads` opens entries in the store's place."""
-        call = _Call(tokenized, mode, planner, trace, only_if_ready)
+        call = _Call(tokenized, mode, planner, trace, only_if_ready, between if self._agreement.is_alone else None)
         with self._agreement.request():
             return self._prefill(call, reads, group)
 
@@ -156,17 +157,19 @@ class Prefiller:
         """
         planned = self._plan(call, chunks)
         plan, loaded, executors = planned.plan, planned.layout.loaded, self._executors(call)
-        if call.only_if_ready and not executors.is_ready(plan, loaded):
+        pausing = call.between is not None
+        if call.only_if_ready and not executors.is_ready(plan, loaded, pausing=pausing):
             self._warn_of_compiling(plan)
-            raise NotReadyError("the prompt's programs are not compiled", self._groups.preparation(plan, loaded))
+            preparation = self._groups.preparation(plan, loaded, pausing=pausing)
+            raise NotReadyError("the prompt's programs are not compiled", preparation)
         with call.timer.stopped():
-            prepared = executors.prepare(plan, loaded)
+            prepared = executors.prepare(plan, loaded, pausing=pausing)
             if prepared.compile_s > 0:
                 self._warn_of_compiling(plan)
             if plan.needs("oracle"):
                 self._add_oracle(call, planned)
         try:
-            arguments = plan, planned.request, loaded, prepared, call.trace
+            arguments = plan, planned.request, loaded, prepared, call.trace, call.between
             run = self._agreement.run(lambda: executors.run(*arguments))
             self._agreement.check_read(loaded)
         except BaseException:
@@ -321,6 +324,7 @@ class _Call:
         lost: keys of the chunks that are stored and cannot be used: they are computed, and stored anew.
         failed_tiers: those that a chunk could not be read from.
         group: the group of devices that runs it, once it has one.
+        between: called where a long prefill pauses.
     """
 
     tokenized: TokenizedPrompt
@@ -328,6 +332,7 @@ class _Call:
     planner: Planner
     trace: Trace | None
     only_if_ready: bool = False
+    between: Callable[[], object] | None = None
     timer: Timer = field(default_factory=Timer)
     lost: set[str] = field(default_factory=set)
     failed_tiers: set[str] = field(default_factory=set)

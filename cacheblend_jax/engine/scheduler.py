@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 
 from cacheblend_jax.blend import BlendConfig
@@ -58,6 +59,10 @@ class _Request:
     num_tokens: int = 0
 
 
+class _UnwantedError(Exception):
+    """A prompt is being prefilled, and its answer was cancelled."""
+
+
 class Scheduler:
     """Answers many requests at once: one thread prefills them in turn, and decodes all together.
 
@@ -68,11 +73,11 @@ class Scheduler:
     and sampled answers have the tokens that `engine.generate` gives each alone (in 16-bit floats up to roundings, which
     depend on how many rows are multiplied together).
 
-    Tenants take turns, and each one's requests come in the order they came. After each prefill, or
-    those of several groups, there is at least one step of decoding, so that new requests delay running answers by one
-    prefill at most. One that needs the compiler
-    first lets others pass, and delays nobody; nor does an answer that nobody reads. The engine's own methods may be
-    used beside it.
+    Tenants take turns, and each one's requests come in the order they came. After each prefill, or those of several
+    groups, there is at least one step of decoding, and a prefill that takes longer than 100 ms pauses for one about as
+    often, so that a new request delays running answers by no more than that, or by a layer (those of several groups, at
+    the same time, don't pause). One that needs the compiler first lets others pass, and delays nobody; nor does an
+    answer that nobody reads. The engine's own methods may be used beside it.
 
     Args:
         slots: how many answers are decoded together.
@@ -263,7 +268,7 @@ class Scheduler:
         """Prefills requests, each on the devices that have its slot; those of several groups at the same time."""
         if len(taken) == 1:
             ((slot, request),) = taken.items()
-            self._begin(slot, request, lambda: self._prefilled(slot, request))
+            self._begin(slot, request, lambda: self._prefilled(slot, request, partial(self._between_layers, request)))
             return
         running = {submit_or_run(self._prefillers, self._prefilled, *each): each for each in taken.items()}
         for future in as_completed(running):
@@ -281,6 +286,8 @@ class Scheduler:
                 self._insert(slot, request, out, first.token_ids[0])
         except NotReadyError as needed:
             self._set_aside(request, needed.work)
+        except _UnwantedError:
+            pass
         except BaseException as error:  # this request's alone
             self._fail(request, error)
         finally:
@@ -290,19 +297,32 @@ class Scheduler:
         with self._changed:
             self._prefilling = [each for each in self._prefilling if each is not request]
 
-    def _prefilled(self, slot: int, request: _Request) -> PrefillResult:
-        """Prefills a request's prompt, for a slot.
+    def _prefilled(self, slot: int, request: _Request, between: Callable[[], object] | None = None) -> PrefillResult:
+        """Prefills a request's prompt, for a slot; calls `between` at its pauses, where answers run.
 
         Raises:
             NotReadyError: something must be done first, beside the answers that run.
         """
         request.waited_s = time.perf_counter() - request.submitted_at - request.compile_s
         only_if_ready = request.times_aside < MOST_ASIDE
+        between = between if self._running else None
         work = self._batch.preparation(request.length, with_logprobs=request.logprobs)
         if only_if_ready and work is not None:
             raise NotReadyError("the programs of the slots are not compiled", work)
         group, asked = self._batch.group_of(slot), (request.prompt, request.mode)
-        return self._engine.prefill(*asked, blend=request.blend, only_if_ready=only_if_ready, group=group)
+        return self._engine.prefill(
+            *asked, blend=request.blend, only_if_ready=only_if_ready, group=group, between=between
+        )
+
+    def _between_layers(self, request: _Request) -> None:
+        """Gives each answer that runs a token, while a long prompt is being prefilled.
+
+        Raises:
+            _UnwantedError: nobody waits for the prompt's answer any more.
+        """
+        if request.answer.has_ended:
+            raise _UnwantedError
+        self._decode(most=1)
 
     def _set_aside(self, request: _Request, work: Callable[[], object]) -> None:
         """Has `work` done beside what this thread does, and the request taken after it."""
@@ -338,17 +358,18 @@ class Scheduler:
         with self._changed:
             self._running[slot] = request
 
-    def _decode(self) -> None:
+    def _decode(self, most: int = MOST_AT_ONCE) -> None:
         """Decodes the answers that run: one step where a request could be prefilled next, else several."""
         with self._changed:
             self._drop_ended()
             running = dict(self._running)
             is_wanted = self._waiting.has_next and len(running) < self._batch.num_slots
+            steps = min(most, 1 if is_wanted else self._steps)
         if not running:
             return
         try:
             with_logprobs = any(request.logprobs for request in running.values())
-            decoded = self._batch.decode(running, 1 if is_wanted else self._steps, with_logprobs=with_logprobs)
+            decoded = self._batch.decode(running, steps, with_logprobs=with_logprobs)
         except BaseException as error:
             self._fail_all(error)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -39,8 +40,12 @@ class Prefills(Protocol):
         blend: BlendConfig | str | None = None,
         only_if_ready: bool = False,
         group: int | None = None,
+        between: Callable[[], object] | None = None,
     ) -> PrefillResult:
         """Prefills a prompt, on one group of the model's devices (`Model.groups`). Several threads may call it.
+
+        Args:
+            between: called from time to time where that takes long; what it raises ends the prefill.
 
         Raises:
             NotReadyError: it would wait for something else first, with `only_if_ready`.

@@ -12,9 +12,11 @@ import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets, buckets_up_to
 from cacheblend_jax.choices import MODES
+from cacheblend_jax.engine.delays import ComputeModel
 from cacheblend_jax.engine.generation import warm_up_decoding
 from cacheblend_jax.engine.groups import Groups
 from cacheblend_jax.engine.layout import ChunkContext, PlacedChunk
+from cacheblend_jax.engine.pauses import may_be_long
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
@@ -53,19 +55,25 @@ def warm_up(
     groups: Groups,
     context: ChunkContext,
     progress: Callable[[int, int], None] | None,
+    pausing: ComputeModel | None = None,
 ) -> int:
     """Compiles all programs of those sizes, for each group of devices; returns how many; see `Engine.warmup`.
+
+    Args:
+        pausing: how long plans take, where what runs the long ones with pauses is to be compiled, too.
 
     Raises:
         CacheBlendError: `max_tokens` is beyond the model's maximum.
     """
-    tasks = _compile_tasks(sizes, planner, groups, context)
+    tasks = _compile_tasks(sizes, planner, groups, context, pausing)
     before = groups.num_compiled
     run_tasks(tasks, progress)
     return groups.num_compiled - before
 
 
-def _compile_tasks(sizes: Sizes, planner: Planner, groups: Groups, context: ChunkContext) -> list[Callable[[], object]]:
+def _compile_tasks(
+    sizes: Sizes, planner: Planner, groups: Groups, context: ChunkContext, pausing: ComputeModel | None
+) -> list[Callable[[], object]]:
     """Returns calls that together compile all programs of those sizes; they may run at the same time."""
     most, buckets = planner.config.max_positions, planner.buckets
     if sizes.max_tokens > most:
@@ -77,7 +85,11 @@ def _compile_tasks(sizes: Sizes, planner: Planner, groups: Groups, context: Chun
     limits = (sizes.max_tokens, modes, sizes.prefix_tokens, sizes.suffix_tokens, exact_chunk)
     planners = [replace(planner, blend=blend) for blend in planner.blend.fixed()]
     plans = dict.fromkeys(plan for planner in planners for plan in planner.plans_up_to(*limits))
-    tasks: list[Callable[[], object]] = [partial(each.warm_up, plan) for plan in plans for each in groups.executors]
+    tasks: list[Callable[[], object]] = [
+        partial(each.warm_up, plan, pausing=pausing is not None and may_be_long(plan, pausing))
+        for plan in plans
+        for each in groups.executors
+    ]
     if sizes.chunk_tokens:
         alone = {(0, buckets.length(max(sizes.prefix_tokens, 1)))}
         alone |= groups.first.alone.sizes(after, sizes.chunk_tokens)

@@ -47,6 +47,7 @@ class CountingEngine:
     began: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     failing: dict[int, Exception] = field(default_factory=dict)
     compiling: dict[int, Callable[[], object]] = field(default_factory=dict)
+    pauses: dict[int, Callable[[Callable[[], object]], None]] = field(default_factory=dict)
     model: object = field(
         default_factory=lambda: SimpleNamespace(
             config=SimpleNamespace(max_positions=4096), tokenizer=None, stop_token_ids=(7,), spans_hosts=False
@@ -62,7 +63,7 @@ class CountingEngine:
             raise cb.PromptError(f"unknown mode {mode!r}")
         return TokenizedPrompt(np.asarray(prompt.prefix, np.int32), (), NOTHING, tenant=prompt.tenant)
 
-    def prefill(self, prompt, mode, *, blend, only_if_ready, group):
+    def prefill(self, prompt, mode, *, blend, only_if_ready, group, between):
         number = int(prompt.prefix[0])
         if only_if_ready and number in self.compiling:
             self.log.append(("waits", number))
@@ -70,6 +71,8 @@ class CountingEngine:
         self.log.append(("prefill", number))
         self.began.release()
         self.gate.wait()
+        if number in self.pauses and between is not None:
+            self.pauses[number](between)
         if number in self.failing:
             raise self.failing[number]
         return SimpleNamespace(token_ids=prompt.prefix, next_token=100 * number, stats=STATS)
@@ -142,6 +145,67 @@ def test_between_two_prefills_answers_that_run_get_a_token(engine):
         *(("prefill", 2), ("decode", 1, [1, 2])),
         *(("prefill", 3), ("decode", 4, [1, 2, 3])),
     ]
+
+
+def test_while_a_long_prompt_is_prefilled_answers_that_run_go_on_by_single_steps(engine):
+    def pauses(between):
+        for _ in range(3):
+            between()
+            engine.log.append("layers")
+
+    engine.pauses = {1: pauses, 2: pauses}
+    engine.gate.clear()
+    with cb.Scheduler(engine, slots=2, steps=4) as scheduler:
+        answers = [scheduler.submit(prompt(n), max_new_tokens=9) for n in (1, 2)]
+        engine.gate.set()
+        assert [answer.result().token_ids for answer in answers] == [tokens(n, 9) for n in (1, 2)]
+    assert engine.log[:10] == [
+        *(("prefill", 1), ("decode", 1, [1])),  # nobody was there to go on in a pause
+        ("prefill", 2),
+        *[("decode", 1, [1]), "layers"] * 3,
+        ("decode", 4, [1, 2]),
+    ]
+
+
+def test_a_long_prefill_ends_at_its_next_pause_when_nobody_wants_it(engine):
+    paused, cancelled = threading.Event(), threading.Event()
+
+    def pauses(between):
+        between()
+        paused.set()
+        assert cancelled.wait(60)
+        between()
+        engine.log.append("not ended")
+
+    engine.pauses[2] = pauses
+    with cb.Scheduler(engine, slots=2, steps=1) as scheduler:
+        running = scheduler.submit(prompt(1), max_new_tokens=2000)
+        next(running)
+        unwanted = scheduler.submit(prompt(2), max_new_tokens=2)
+        assert paused.wait(60)
+        unwanted.cancel()
+        cancelled.set()
+        assert scheduler.submit(prompt(3), max_new_tokens=2).result().token_ids == tokens(3, 2)
+        running.cancel()
+    assert "not ended" not in engine.log
+    assert unwanted.prefill_stats is None
+    assert (scheduler.stats.cancelled, scheduler.stats.failed, scheduler.stats.running) == (2, 0, 0)
+
+
+def test_what_fails_in_a_pause_is_not_the_new_prompts_and_it_goes_on(engine, monkeypatch):
+    def pauses(between):
+        monkeypatch.setattr(CountingBatch, "failing", [MemoryError("the device is full")])
+        between()
+        between()
+
+    engine.pauses[2] = pauses
+    with cb.Scheduler(engine, slots=2, steps=1) as scheduler:
+        running = scheduler.submit(prompt(1), max_new_tokens=2000)
+        after = scheduler.submit(prompt(2), max_new_tokens=9)
+        with pytest.raises(MemoryError, match="the device is full"):
+            running.result()
+        assert after.result().token_ids == tokens(2, 9)
+    assert (scheduler.stats.answered, scheduler.stats.failed) == (1, 1)
 
 
 def test_while_one_request_is_compiled_for_others_go_on_and_pass_it(engine):

@@ -1,0 +1,113 @@
+"""Pauses of a long prefill, between two layers: the answers that run go on meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from cacheblend_jax.blend.flops import layer_flops
+from cacheblend_jax.blend.schedule import Plan
+from cacheblend_jax.blend.streamed import LayerSource, layers_wanted
+from cacheblend_jax.engine.delays import ComputeModel, layer_sizes
+from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.quantised_kv import StoredCache, StoredLayer, stored_layer
+
+LONGEST_S = 0.1  # that a prefill keeps others waiting at a time, unless a single layer takes longer
+RUNS = 8  # the last ones, that speed is taken from
+DOUBT = 4  # a quick estimate has been this much too small
+
+
+class PausingLayers:
+    """Hands layers on, waits for each one's step, and pauses where the next step would make it `LONGEST_S`.
+
+    Args:
+        layers: where they come from.
+        count: how many are taken: after the last one there is no pause.
+        between: called at each pause; what it raises ends the prefill.
+
+    Attributes:
+        paused_s: seconds of all pauses.
+    """
+
+    def __init__(self, layers: LayerSource, count: int, between: Callable[[], object]) -> None:
+        self._layers, self._left, self._between = layers, count, between
+        self._resumed = self._layer_began = time.perf_counter()
+        self.paused_s = 0.0
+
+    def next(self) -> StoredLayer | None:
+        """Waits for the next layer's KV."""
+        return self._layers.next()
+
+    def used_until(self, result: jax.Array) -> None:
+        """Waits for the step that computes `result`, the last one to read the layer taken last; perhaps pauses."""
+        self._layers.used_until(result)
+        jax.block_until_ready(result)
+        self._left -= 1
+        now = time.perf_counter()
+        layer_s, since = now - self._layer_began, now - self._resumed
+        self._layer_began = now
+        if self._left and since + layer_s > LONGEST_S:
+            self._between()
+            self._resumed = self._layer_began = time.perf_counter()
+            self.paused_s += self._resumed - now
+
+
+class LayersOnDevice:
+    """Layers of stored KV that is on the device, one after another; `None` for each where nothing is stored.
+
+    Args:
+        run: runs what cuts a layer out, or compiles it where `cached` is shapes.
+        indices: the layers' numbers, each an array by itself.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], plan: Plan, cached: StoredCache | None, indices: Sequence[jax.Array]
+    ) -> None:
+        self._run, self._cached = run, cached
+        self._wanted: Iterator[jax.Array] = iter([indices[layer] for layer in layers_wanted(plan, len(indices))])
+
+    def next(self) -> StoredLayer | None:
+        """Returns the next layer's KV."""
+        return None if self._cached is None else self._run(stored_layer, self._cached, next(self._wanted))
+
+    def used_until(self, result: Any) -> None:
+        """Does nothing: what was cut out goes with its last reader."""
+
+
+@dataclass
+class Speed:
+    """How fast prefills were, to tell how long one would take; the fastest of the last ones, which nothing held up."""
+
+    config: ModelConfig
+    _s_per_flop: deque[float] = field(default_factory=lambda: deque(maxlen=RUNS))
+
+    def took(self, plan: Plan, seconds: float) -> None:
+        """Takes note of a prefill's seconds, without its pauses."""
+        self._s_per_flop.append(seconds / plan_flops(self.config, plan))
+
+    def seconds(self, plan: Plan) -> float:
+        """Returns how long a plan would take; 0 before the first prefill."""
+        return min(self._s_per_flop, default=0.0) * plan_flops(self.config, plan)
+
+
+def may_be_long(plan: Plan, compute: ComputeModel) -> bool:
+    """Returns whether a plan may take longer than `LONGEST_S`, by an estimate."""
+    return sum(compute.layer_seconds(plan) + compute.question_seconds(plan)) > LONGEST_S / DOUBT
+
+
+def plan_flops(config: ModelConfig, plan: Plan) -> float:
+    """Returns the FLOPs of a plan's rows, padding included, where each sees half of the keys."""
+    of = layer_flops(config)
+    flops = sum(
+        projected * of.projected + attending * of.attending + 2 * visible * of.visible
+        for _, _, projected, attending, visible in layer_sizes(plan)
+    )
+    if plan.needs("question_mass"):
+        question = plan.forced * (of.projected + of.attending + 3 * plan.cache_length * of.visible)
+        flops += question * config.num_layers
+    return flops
