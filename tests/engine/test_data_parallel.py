@@ -14,10 +14,13 @@ from mesh_cases import BLEND, PROMPT, collectives, mesh_of, model_on, store_of, 
 
 import cacheblend_jax as cb
 from cacheblend_jax.engine import engine as engine_module
+from cacheblend_jax.engine import warmup
 from cacheblend_jax.engine.executors import Executors
+from cacheblend_jax.engine.profile import _factors, quick_profile
 from cacheblend_jax.engine.slot_batch import Ending, SlotBatch
 from cacheblend_jax.model.model import split_model
 from cacheblend_jax.model.sampling import Sampling
+from cacheblend_jax.runtime.link import DeviceLink
 
 # All of one plan, whose programs each group compiles once.
 PROMPTS = [replace(PROMPT, chunks=PROMPT.chunks[:: 1 - 2 * (i % 2)], suffix=PROMPT.suffix + i) for i in range(4)]
@@ -139,9 +142,21 @@ def test_what_follows_a_prefill_runs_where_its_kv_is():
             np.testing.assert_array_equal(*map(follow, outs))
 
 
+def test_a_quick_estimate_is_of_one_groups_devices_each_with_its_share(monkeypatch):
+    group = model_on("8 KV heads", "2x4").groups[0]
+    put, where = DeviceLink.put, []
+    monkeypatch.setattr(DeviceLink, "put", lambda link, tree, at: where.append(at) or put(link, tree, at))
+    quick_profile(model_on("8 KV heads", "2x4"), None)
+    assert set(where) == {group.layer_placement}
+    assert group.layer_placement.shard_shape((16, 8)) == (16, 2)
+    rows, weights = _factors(group)
+    assert [x.sharding.shard_shape(x.shape) for x in (rows, weights)] == [(1024, 1024), (1024, 256)]
+
+
 def test_each_group_is_warmed_up(monkeypatch):
     counted = []
-    monkeypatch.setattr(engine_module, "run_tasks", lambda tasks, progress: counted.append(len(tasks)))
+    for module in (engine_module, warmup):
+        monkeypatch.setattr(module, "run_tasks", lambda tasks, progress: counted.append(len(tasks)))
     for model in (whole_model("2 KV heads"), model_on("2 KV heads", "2x4"), model_on("2 KV heads", "4x2")):
         with cb.Engine(model) as engine:
             engine.warmup(64, chunk_tokens=32, max_new_tokens=8)
