@@ -94,8 +94,8 @@ class Profile:
 
 
 def device_kind(model: Model) -> str:
-    """Returns the kind of device that the model is on, as JAX names it, and how many there are."""
-    devices: list[Any] = list(model.placement.device_set)
+    """Returns the kind of device that the model is on, as JAX names it, and how many of them run a prefill."""
+    devices: list[Any] = list(model.groups[0].placement.device_set)
     return f"{devices[0].device_kind} x {len(devices)}"
 
 

@@ -186,7 +186,7 @@ class DeviceEntry:
         return sum(x.nbytes for x in self._arrays)
 
     @property
-    def _arrays(self) -> tuple[Array, ...]:
+    def _arrays(self) -> tuple[Any, ...]:
         return (self.k, self.v) if self.scales is None else (self.k, self.v, self.scales.k, self.scales.v)
 
     @property
