@@ -147,7 +147,7 @@ class Deployment:
         if stored > room:
             raise CacheBlendError(
                 f"{workload.stored_chunks:,} stored chunks take {stored / 1e9:.1f} GB, and tier {self.tier.name!r} has "
-                f"{room / 1e9:.1f}; keep fewer, give it more (host_bytes, device_tier_bytes), or choose another tier"
+                f"{room / 1e9:.1f}; keep fewer, give it more, or choose another tier"
             )
 
     def room_of(self, tier: Tier) -> float:

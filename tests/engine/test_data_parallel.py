@@ -146,6 +146,17 @@ def test_what_follows_a_prefill_runs_where_its_kv_is():
             np.testing.assert_array_equal(*map(follow, outs))
 
 
+def test_groups_precompute_different_chunks_at_the_same_time(monkeypatch):
+    store, barrier, counted = store_of("2 KV heads"), threading.Barrier(2), []
+    entry = store.get(store.keys()[0])
+    monkeypatch.setattr(Executors, "standalone", lambda *_: (barrier.wait(30), entry)[1])
+    with cb.Engine(model_on("2 KV heads", "2x4")) as engine:
+        chunks = [PROMPT.chunks[0], PROMPT.chunks[1], PROMPT.chunks[0]]
+        keys = engine.precompute(chunks, progress=lambda *count: counted.append(count))
+    assert len(keys) == 3
+    assert counted == [(1, 3), (2, 3), (3, 3)]
+
+
 def test_a_quick_estimate_is_of_one_groups_devices_each_with_its_share(monkeypatch):
     group = model_on("8 KV heads", "2x4").groups[0]
     put, where = DeviceLink.put, []
