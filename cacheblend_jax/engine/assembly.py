@@ -24,6 +24,7 @@ from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.runtime.link import Link
 from cacheblend_jax.store import Store
+from cacheblend_jax.store.tiered_memory import SplitCopy
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ def assemble(
     agreement = agreement_of(model, store, hosts_timeout_s)
     own = {"store_missing": store_missing, "check_layer": planner.check_layer, "kernels": asked_kernels(model)}
     agreement.alike("Engine", lambda: groups.first.settings() | own)
-    to_device = groups.first.to_device if groups.first.uses_device_tier else None
+    to_device = SplitCopy(groups.first.to_device, model.kv_shares) if groups.first.uses_device_tier else None
     background = Background(store, groups.standalone, to_device, agreement)
     prefiller = Prefiller(
         model,

@@ -15,6 +15,7 @@ from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.results import BackgroundStats
 from cacheblend_jax.runtime.exit_hook import finished, flush_before_exit
 from cacheblend_jax.store import ChunkEntry, DeviceEntry, Store
+from cacheblend_jax.store.tiered_memory import shares_of
 
 logger = logging.getLogger(__name__)
 MAX_PENDING = 256  # chunks that may wait to be computed and stored, and that may wait to be promoted
@@ -94,7 +95,8 @@ class Background:
     def promote_later(self, key: str, num_bytes: int) -> None:
         """Copies a chunk of `num_bytes` into a faster tier than it was read from, for later requests."""
 
-        if num_bytes > max(self._store.host_bytes, self._store.device_bytes if self._to_device else 0):
+        on_device = self._store.device_bytes * shares_of(self._to_device) if self._to_device else 0
+        if num_bytes > max(self._store.host_bytes, on_device):
             return
         if key in self._promoting:
             return

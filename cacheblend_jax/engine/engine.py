@@ -172,7 +172,7 @@ class Engine:
         Raises:
             PromptError: an unknown mode, or an invalid prompt (see `tokenize_prompt`).
             NotReadyError: there is something to wait for, with `only_if_ready`.
-            CacheBlendError: a check layer the model does not have.
+            CacheBlendError: a check layer the model does not have, or a group that the mesh does not have.
         """
         asked = self._prefiller.tokenize(prompt), mode, self._planner_for(blend)
         return self._prefiller.prefill(*asked, trace, only_if_ready=only_if_ready, group=group, between=between)

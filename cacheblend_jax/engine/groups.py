@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.layout import PlacedChunk
+from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.weights_digest import SameLeaves
 from cacheblend_jax.runtime.programs import Prepared
@@ -54,7 +55,13 @@ class Groups:
 
     @contextmanager
     def turn(self, number: int | None = None) -> Iterator[int]:
-        """Waits for a group to be free, and keeps it: the one of that number, or the least busy. Yields its number."""
+        """Waits for a group to be free, and keeps it: the one of that number, or the least busy. Yields its number.
+
+        Raises:
+            CacheBlendError: there is no group of that number.
+        """
+        if number is not None and not is_whole_number(number, least=0, below=len(self.executors)):
+            raise CacheBlendError(f"group must be None or a whole number in [0, {len(self.executors)}), got {number!r}")
         with self._using(number) as chosen, self._turns[chosen]:
             yield chosen
 
@@ -63,7 +70,7 @@ class Groups:
         with self._choosing:
             chosen = self._users.index(min(self._users)) if number is None else number
             self._users[chosen] += 1
-            if not self._params.as_in(self._model.params):
+            if len(self.models) > 1 and not self._params.as_in(self._model.params):
                 self._follow_whole()
         try:
             yield chosen

@@ -25,6 +25,7 @@ from cacheblend_jax.store import located
 
 logger = logging.getLogger(__name__)
 VERSION = 1
+MATRIX = 1024  # rows and columns of the product that a quick estimate times
 ASSUMED_DISK = Tier("disk", 1e9, 1e-4)  # a solid-state disk, checksums included
 
 
@@ -93,8 +94,8 @@ class Profile:
 
 
 def device_kind(model: Model) -> str:
-    """Returns the kind of device that the model is on, as JAX names it, and how many there are."""
-    devices: list[Any] = list(model.placement.device_set)
+    """Returns the kind of device that the model is on, as JAX names it, and how many of them run a prefill."""
+    devices: list[Any] = list(model.groups[0].placement.device_set)
     return f"{devices[0].device_kind} x {len(devices)}"
 
 
@@ -152,16 +153,16 @@ def quick_profile(model: Model, directory: Any) -> Profile:
             "this model, devices and store, which `calibrate` saves"
         )
     config = model.config
-    size = 1024
-    matrix = jax.device_put(jnp.ones((size, size), jnp.dtype(config.dtype)), model.placement)
+    group = model.groups[0]
+    rows, weights = _factors(group)
     product = jax.jit(jnp.matmul)
-    flops = 2 * size**3 / _seconds_of(lambda: product(matrix, matrix).block_until_ready())
+    flops = 2 * rows.size * weights.shape[1] / _seconds_of(lambda: product(rows, weights).block_until_ready())
     host, link = np.ones(2**24, np.uint8), DeviceLink(model.placement)
     target = aligned_empty(host.shape, host.dtype)
     copied = host.nbytes / _seconds_of(lambda: np.copyto(target, host))
-    pageable = moved = _bytes_per_s(link, target, model)
+    pageable = moved = _bytes_per_s(link, target, group)
     if (lock := link.page_lock(target)) is not None:
-        moved = _bytes_per_s(link, target, model)
+        moved = _bytes_per_s(link, target, group)
         lock.release()
     # At the speed of a copy, keys take too much for an accelerator, but small there.
     rates = {"flops_per_s": flops, "attention_flops_per_s": flops, "bytes_per_s": copied}
@@ -172,10 +173,21 @@ def quick_profile(model: Model, directory: Any) -> Profile:
     return Profile(*own, compute, tiers, Tier("transfer", moved), {}, other)
 
 
+def _factors(model: Model) -> tuple[jax.Array, jax.Array]:
+    """Returns rows, and weights that the model's devices split as they split its queries' projection."""
+    ways = 1 if model.partition is None else model.partition.ways("heads")
+    columns, dtype = MATRIX // ways * ways, jnp.dtype(model.config.dtype)
+    placement = model.placement if model.partition is None else model.partition.sharding(None, "heads")
+    rows = jax.device_put(np.ones((MATRIX, MATRIX), dtype), model.placement)
+    return rows, jax.device_put(np.ones((MATRIX, columns), dtype), placement)
+
+
 def _bytes_per_s(link: DeviceLink, host: np.ndarray, model: Model) -> float:
-    """Returns how fast a buffer goes to the device, some of it at a time as layers do."""
-    parts = np.array_split(host, 4)
-    return host.nbytes / _seconds_of(lambda: jax.block_until_ready(link.put(parts, model.placement)))
+    """Returns how fast a buffer goes to the devices, some of it at a time, and split by heads, as layers do."""
+    heads = model.config.num_kv_heads
+    parts = [part[: part.size // heads * heads].reshape(-1, heads) for part in np.array_split(host, 4)]
+    seconds = _seconds_of(lambda: jax.block_until_ready(link.put(parts, model.layer_placement)))
+    return sum(part.nbytes for part in parts) / seconds
 
 
 def _seconds_of(work: Callable[[], object], repeats: int = 3) -> float:

@@ -252,12 +252,17 @@ class Scheduler:
         return self._is_closed and not self._waiting
 
     def _next_requests(self) -> dict[int, _Request]:
-        """Takes the request whose turn it is, for a slot that is free: one for each group of devices that has such."""
+        """Takes the request whose turn it is, for a slot that is free: one for each group of devices that has such.
+
+        Groups with fewer answers come first, since a step takes as long as the group that has the most.
+        """
         with self._changed:
             self._drop_ended()
+            group_of, busy = self._batch.group_of, Counter(map(self._batch.group_of, self._running))
             free = [slot for slot in range(self._batch.num_slots) if slot not in self._running]
-            of_groups = {self._batch.group_of(slot): slot for slot in reversed(free)}
-            taken = {slot: self._waiting.next() for slot in sorted(of_groups.values()) if self._waiting.has_next}
+            slots = {group_of(slot): slot for slot in reversed(free)}
+            order = sorted(slots, key=lambda group: (busy[group], slots[group]))
+            taken = {slots[group]: self._waiting.next() for group in order if self._waiting.has_next}
             self._prefilling = [*taken.values()]
             return taken
 

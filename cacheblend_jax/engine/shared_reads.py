@@ -100,7 +100,7 @@ class _KeptChunk(WrappedChunk):
             return known.result()
         try:
             read.set_result(super().read_layer(layer, heads))
-        except Exception as error:
+        except BaseException as error:  # whatever it is, others may be waiting
             self.has_failed = True
             read.set_exception(error)
         self.settle_tier()

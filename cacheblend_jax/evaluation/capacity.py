@@ -128,11 +128,7 @@ class Deployment:
         stored = stored_bytes(workload, self)
         roomy = [tier for tier in tiers if stored <= self.room_of(tier)]
         if not roomy:
-            least = max(tiers, key=self.room_of)
-            raise CacheBlendError(
-                f"{workload.stored_chunks:,} stored chunks take {stored / 1e9:.1f} GB, and tier {least.name!r} has "
-                f"{self.room_of(least) / 1e9:.1f}; keep fewer, give it more, or choose another tier"
-            )
+            replace(self, tier=max(tiers, key=self.room_of)).check_room(workload)
         planner = self.planner.at(self.blend.auto_ratios[0]) if self.blend.is_auto else self.planner
         found = round(workload.reuse * workload.num_chunks)
         candidates = min(found * workload.chunk_tokens, workload.context - 1)
@@ -140,6 +136,19 @@ class Deployment:
         layer = layer_bytes(self.config, candidates, self.kv_dtype)
         tier, _ = cheapest_tier(roomy, layer, sum(seconds) / len(seconds), reads=max(found, 1))
         return replace(self, tier=tier)
+
+    def check_room(self, workload: Workload) -> None:
+        """Checks that the tier has room for the stored chunks.
+
+        Raises:
+            CacheBlendError: it has not.
+        """
+        stored, room = stored_bytes(workload, self), self.room_of(self.tier)
+        if stored > room:
+            raise CacheBlendError(
+                f"{workload.stored_chunks:,} stored chunks take {stored / 1e9:.1f} GB, and tier {self.tier.name!r} has "
+                f"{room / 1e9:.1f}; keep fewer, give it more, or choose another tier"
+            )
 
     def room_of(self, tier: Tier) -> float:
         """Returns the bytes that a tier has for stored chunks, each of which the devices split as they split KV."""
@@ -250,7 +259,8 @@ def plan_capacity(workload: Workload, deployment: Deployment) -> CapacityPlan:
     """Plans a service: memory, TTFT, throughput and cost by mode.
 
     Raises:
-        CacheBlendError: the prompt is longer than the model takes, or a number makes no sense.
+        CacheBlendError: the prompt is longer than the model takes, the tier has no room for the stored chunks, or a
+            number makes no sense.
     """
     config, tier = deployment.config, deployment.tier
     if workload.context > config.max_positions:
@@ -259,6 +269,7 @@ def plan_capacity(workload: Workload, deployment: Deployment) -> CapacityPlan:
         )
     if not is_whole_number(deployment.num_devices, least=1):
         raise CacheBlendError(f"devices must be a whole number of at least 1, got {deployment.num_devices!r}")
+    deployment.check_room(workload)
     estimator = deployment.estimator()
     modes = {mode: _plan_mode(mode, workload, deployment, estimator) for mode in MODES}
     dtypes = (None, "int8", "float8_e4m3fn")

@@ -135,7 +135,7 @@ def _read_probes(
 
 def _measured_transfers(model: Model, link: Link, repeats: int) -> tuple[Tier, Tier | None]:
     """Measures page-locked memory, and pageable memory; where none can be page-locked, this alone."""
-    config = model.config
+    config, placement = model.config, model.groups[0].layer_placement  # where one prefill takes them
     keys = min(config.max_positions, TRANSFER_KEYS)
     buffer = aligned_empty((TRANSFER_LAYERS, 2, keys, config.num_kv_heads, config.head_dim), np.dtype(config.dtype))
     buffer[:] = 0
@@ -144,7 +144,7 @@ def _measured_transfers(model: Model, link: Link, repeats: int) -> tuple[Tier, T
         seconds = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
-            jax.block_until_ready([link.put((layer[0], layer[1]), model.layer_placement) for layer in buffer])
+            jax.block_until_ready([link.put((layer[0], layer[1]), placement) for layer in buffer])
             seconds.append(time.perf_counter() - began)
         return Tier(name, buffer.nbytes / statistics.median(seconds[1:]))  # the first one warms up
 

@@ -113,7 +113,7 @@ class Model:
             self._runners.setdefault(self.kernels, runner)
         return self._runners[self.kernels]
 
-    @cached_property
+    @property
     def groups(self) -> tuple[Model, ...]:
         """The model on each group of devices that decodes slots of its own, and prefills for them; else itself.
 
@@ -123,6 +123,11 @@ class Model:
         """
         if self.partition is None or self.partition.ways("slots") == 1 or self.spans_hosts:
             return (self,)
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> tuple[Model, ...]:
+        assert self.partition is not None
         groups = []
         for partition in self.partition.groups("slots"):
             is_split = partition.mesh.size > 1

@@ -47,9 +47,9 @@ class ChunkStore:
         host_bytes: capacity of host memory.
         disk_bytes: capacity of the directory: all its files but the index and the quarantine. `None`: 64 GiB, or as
             much as the directory already holds if that is more.
-        device_bytes: capacity of the device, which the model and its prefills then lack (where one finds no memory, the
-            entries there go); 0: entries are copied to the device with each request. Engines that stream every layer
-            make no use of it.
+        device_bytes: capacity of the device, or of each on a mesh, which the model and its prefills then lack (where
+            one finds no memory, the entries there go); 0: entries are copied to the device with each request. Engines
+            that stream every layer make no use of it.
         salt: part of every key: stores with different salts share nothing, even over the same chunks. Over one
             directory, each sees, counts and removes its own entries only; they share the directory's capacity.
         queue_bytes: how much may wait to be written. Entries of requests beyond that stay in memory only.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -176,9 +177,17 @@ class DeviceEntry:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that K and V take on the device, padding included; on a mesh, of all devices that split them."""
-        scales = () if self.scales is None else (self.scales.k, self.scales.v)
-        return sum(x.nbytes for x in (self.k, self.v, *scales))
+        """Bytes that K and V take on the device, padding included; on a mesh, those of its share on each device."""
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in self._arrays)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of K and V, padding included, on whatever devices."""
+        return sum(x.nbytes for x in self._arrays)
+
+    @property
+    def _arrays(self) -> tuple[Any, ...]:
+        return (self.k, self.v) if self.scales is None else (self.k, self.v, self.scales.k, self.scales.v)
 
     @property
     def dtype(self) -> np.dtype:

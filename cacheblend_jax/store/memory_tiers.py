@@ -44,7 +44,11 @@ class MemoryTiers(TieredMemory[ChunkEntry, DeviceEntry]):
         """Returns the bytes of each entry, by key."""
         with self._lock:
             entries = {key: self.peek(key) for key in self.keys()}
-        return {key: entry.num_bytes for key, entry in entries.items() if entry is not None}
+        return {
+            key: entry.whole_bytes if isinstance(entry, DeviceEntry) else entry.num_bytes
+            for key, entry in entries.items()
+            if entry is not None
+        }
 
     def _unpin(self, tier: MemoryTier[Any], key: str) -> None:
         with self._lock:

@@ -39,7 +39,7 @@ class Store(Protocol):
 
     @property
     def device_bytes(self) -> int:
-        """Capacity in the device's memory; 0 where it keeps nothing there."""
+        """Capacity in the device's memory, or each device's of a mesh; 0 where it keeps nothing there."""
 
     @property
     def tiers(self) -> tuple[str, ...]:

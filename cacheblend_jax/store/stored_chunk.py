@@ -119,7 +119,7 @@ class DeviceChunk:
         self.dtype, self.kv_dtype = entry.dtype, entry.kv_dtype
         self.has_k_offset = entry.kv_dtype is not None and entry.k_offset is not None
         self.num_layers, self.num_tokens = self.shape[:2]
-        self.num_bytes = entry.num_bytes * entry.num_tokens // entry.k.shape[1]
+        self.num_bytes = entry.whole_bytes * entry.num_tokens // entry.k.shape[1]
 
     def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """See `StoredChunk`. The first call copies all layers to the host."""

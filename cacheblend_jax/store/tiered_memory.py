@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from cacheblend_jax.store.memory import MemoryTier, Sized
@@ -15,6 +16,23 @@ from cacheblend_jax.store.recent_uses import RecentUses
 Hosted = TypeVar("Hosted", bound=Sized)
 OnDevice = TypeVar("OnDevice", bound=Sized)
 HasRoom = Callable[[int], bool]
+
+
+@dataclass(frozen=True)
+class SplitCopy(Generic[Hosted, OnDevice]):
+    """Copies entries to devices that split them: each then holds one of so many equal `shares`."""
+
+    copy: Callable[[Hosted], OnDevice]
+    shares: int
+
+    def __call__(self, entry: Hosted) -> OnDevice:
+        """Copies an entry."""
+        return self.copy(entry)
+
+
+def shares_of(to_device: Callable[[Any], Any] | None) -> int:
+    """Returns into how many shares a copy of an entry is split; any function but a `SplitCopy` leaves it whole."""
+    return to_device.shares if isinstance(to_device, SplitCopy) else 1
 
 
 class TieredMemory(Generic[Hosted, OnDevice]):
@@ -66,15 +84,19 @@ class TieredMemory(Generic[Hosted, OnDevice]):
             if self.device.peek(key) is not None:
                 return
         if entry is None:
-            tiers: tuple[MemoryTier[Any], ...] = (self.host,) if to_device is None else (self.host, self.device)
-            loaded = read(key, lambda size: any(self.has_room(tier, key, size) for tier in tiers))
+            tiers: list[tuple[MemoryTier[Any], int]] = [(self.host, 1)]
+            if to_device is not None:
+                tiers.append((self.device, shares_of(to_device)))
+            loaded = read(key, lambda size: any(self.has_room(tier, key, size // each) for tier, each in tiers))
             if loaded is not None:
                 entry, uses = loaded
                 if self.has_room(self.host, key, entry.num_bytes):
                     with self._lock:
                         if is_current():
                             self.host.put(key, entry, uses)
-        if entry is None or to_device is None or not self.has_room(self.device, key, entry.num_bytes):
+        if entry is None or to_device is None:
+            return
+        if not self.has_room(self.device, key, entry.num_bytes // shares_of(to_device)):
             return
         copy = to_device(entry)
         with self._lock:

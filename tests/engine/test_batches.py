@@ -6,6 +6,7 @@ import random
 import re
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +235,21 @@ def test_an_entry_that_could_not_be_read_is_opened_anew():
         assert (reads.open("key"), again.tier, store.opened) == (again, "host", 2)
         assert reads.open("other") is None
     assert [chunk.closed for chunk in store.chunks] == [1, 1]
+
+
+def test_prefills_at_the_same_time_read_a_layer_once_and_find_its_tier_as_it_was():
+    chunk, begun, goes_on, reads = Chunk(), threading.Event(), threading.Event(), []
+    read = chunk.read_layer
+    chunk.read_layer = lambda *which: (reads.append(which), begun.set(), goes_on.wait(30), read(*which))[-1]
+    with SharedReads(Entries(chunk), {"key": 2}) as shared, ThreadPoolExecutor(2) as groups:
+        with shared.open("key") as first, shared.open("key") as second:
+            one = groups.submit(first.read_layer, 0)
+            begun.wait(30)
+            other = groups.submit(second.read_layer, 0)
+            goes_on.set()
+            assert one.result() is other.result()
+            assert (len(reads), first.tier) == (1, "disk")  # which says how a prefill that is running reads it
+        assert chunk.closed == 1
 
 
 def test_an_entry_is_kept_no_longer_than_a_prefill_wants_it(monkeypatch):

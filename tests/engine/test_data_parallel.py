@@ -14,17 +14,21 @@ from mesh_cases import BLEND, PROMPT, collectives, mesh_of, model_on, store_of, 
 
 import cacheblend_jax as cb
 from cacheblend_jax.engine import engine as engine_module
+from cacheblend_jax.engine import warmup
 from cacheblend_jax.engine.executors import Executors
+from cacheblend_jax.engine.profile import _factors, quick_profile
 from cacheblend_jax.engine.slot_batch import Ending, SlotBatch
 from cacheblend_jax.model.model import split_model
 from cacheblend_jax.model.sampling import Sampling
+from cacheblend_jax.runtime.link import DeviceLink
 
 # All of one plan, whose programs each group compiles once.
 PROMPTS = [replace(PROMPT, chunks=PROMPT.chunks[:: 1 - 2 * (i % 2)], suffix=PROMPT.suffix + i) for i in range(4)]
+BUCKETS = 64, 80
 CASES = [
     ("8 KV heads", "4x2", "resident"),
     ("2 KV heads", "2x4", "streamed"),
-    ("1 KV head", "4x2", "streamed"),
+    ("1 KV head", "2x4", "resident"),
     ("experts", "2x4", "resident"),
 ]
 
@@ -49,11 +53,11 @@ def meeting(monkeypatch):
 
 @pytest.mark.parametrize(("name", "shape", "executor"), CASES)
 def test_i6_groups_prefill_a_batch_together_as_one_device_does_in_turn(name, shape, executor, meeting):
-    with cb.Engine(whole_model(name), store_of(name), BLEND) as engine:
+    with cb.Engine(whole_model(name), store_of(name), BLEND, length_buckets=BUCKETS) as engine:
         one = engine.prefill_batch(PROMPTS)
     model, groups = model_on(name, shape), int(shape[0])
     ran = meeting(groups)
-    with cb.Engine(model, store_of(name), BLEND, executor=executor) as engine:
+    with cb.Engine(model, store_of(name), BLEND, executor=executor, length_buckets=BUCKETS) as engine:
         outs = engine.prefill_batch(PROMPTS)
     for out, wanted in zip(outs, one, strict=True):
         assert (out.stats.executor, out.stats.hits) == (executor, wanted.stats.hits)
@@ -67,9 +71,9 @@ def test_i6_groups_prefill_a_batch_together_as_one_device_does_in_turn(name, sha
 
 def test_a_scheduler_prefills_for_the_groups_slots_and_compiles_nothing_once_warm(meeting):
     name, model = "experts", model_on("experts", "2x4")
-    with cb.Engine(whole_model(name), store_of(name), BLEND) as engine:
+    with cb.Engine(whole_model(name), store_of(name), BLEND, length_buckets=BUCKETS) as engine:
         wanted = [engine.generate(each, max_new_tokens=4, stop_token_ids=[]).token_ids for each in PROMPTS]
-    with cb.Engine(model, store_of(name), BLEND, length_buckets=(64, 80)) as engine:
+    with cb.Engine(model, store_of(name), BLEND, length_buckets=BUCKETS) as engine:
         engine.prepare(PROMPTS[0])
         with cb.Scheduler(engine, slots=2, max_tokens=80) as scheduler:
             scheduler.warmup()
@@ -85,7 +89,7 @@ def test_a_scheduler_prefills_for_the_groups_slots_and_compiles_nothing_once_war
 
 def test_no_kv_moves_between_groups_where_a_prompt_goes_into_a_slot():
     model = model_on("experts", "2x4")
-    with cb.Engine(model, store_of("experts"), BLEND) as engine:
+    with cb.Engine(model, store_of("experts"), BLEND, length_buckets=BUCKETS) as engine:
         out, buckets = engine.prefill(PROMPTS[0], group=1), engine.buckets
     assert out.padded_cache.k.sharding.device_set == model.groups[1].placement.device_set
     wanted, length = np.asarray(out.padded_cache.v), out.token_ids.size
@@ -125,11 +129,14 @@ def test_groups_share_the_meshs_parameters_and_follow_a_change_of_them():
         engine.prefill(PROMPT, "full")
         model.params.embedder["embedding"] = model.params.embedder["embedding"] * 0  # the logits' weights, too
         assert not engine.prefill(PROMPT, "full", group=1).logits.any()
+        with pytest.raises(cb.CacheBlendError, match=r"group must be None or a whole number in \[0, 2\), got 2"):
+            engine.prefill(PROMPT, group=2)
     assert model.groups[1].fingerprint == model.fingerprint != before
 
 
 def test_what_follows_a_prefill_runs_where_its_kv_is():
-    with cb.Engine(model_on("2 KV heads", "2x4"), store_of("2 KV heads"), BLEND) as engine:
+    name, options = "2 KV heads", {"executor": "streamed", "length_buckets": BUCKETS}
+    with cb.Engine(model_on(name, "2x4"), store_of(name), BLEND, **options) as engine:
         outs = [engine.prefill(PROMPT, group=group) for group in range(2)]
         for follow in (
             lambda out: engine.extend(out, [7]).logits,
@@ -139,9 +146,32 @@ def test_what_follows_a_prefill_runs_where_its_kv_is():
             np.testing.assert_array_equal(*map(follow, outs))
 
 
+def test_groups_precompute_different_chunks_at_the_same_time(monkeypatch):
+    store, barrier, counted = store_of("2 KV heads"), threading.Barrier(2), []
+    entry = store.get(store.keys()[0])
+    monkeypatch.setattr(Executors, "standalone", lambda *_: (barrier.wait(30), entry)[1])
+    with cb.Engine(model_on("2 KV heads", "2x4")) as engine:
+        chunks = [PROMPT.chunks[0], PROMPT.chunks[1], PROMPT.chunks[0]]
+        keys = engine.precompute(chunks, progress=lambda *count: counted.append(count))
+    assert len(keys) == 3
+    assert counted == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_quick_estimate_is_of_one_groups_devices_each_with_its_share(monkeypatch):
+    group = model_on("8 KV heads", "2x4").groups[0]
+    put, where = DeviceLink.put, []
+    monkeypatch.setattr(DeviceLink, "put", lambda link, tree, at: where.append(at) or put(link, tree, at))
+    quick_profile(model_on("8 KV heads", "2x4"), None)
+    assert set(where) == {group.layer_placement}
+    assert group.layer_placement.shard_shape((16, 8)) == (16, 2)
+    rows, weights = _factors(group)
+    assert [x.sharding.shard_shape(x.shape) for x in (rows, weights)] == [(1024, 1024), (1024, 256)]
+
+
 def test_each_group_is_warmed_up(monkeypatch):
     counted = []
-    monkeypatch.setattr(engine_module, "run_tasks", lambda tasks, progress: counted.append(len(tasks)))
+    for module in (engine_module, warmup):
+        monkeypatch.setattr(module, "run_tasks", lambda tasks, progress: counted.append(len(tasks)))
     for model in (whole_model("2 KV heads"), model_on("2 KV heads", "2x4"), model_on("2 KV heads", "4x2")):
         with cb.Engine(model) as engine:
             engine.warmup(64, chunk_tokens=32, max_new_tokens=8)

@@ -518,12 +518,12 @@ def ends(work):
         print(json.dumps(str(error)), flush=True)
 
 with cb.ChunkStore(directory) as store:
-    for dtype, executor in (("float32", "resident"), ("float32", "streamed"), ("bfloat16", "streamed")):
-        model = cb.load_model(checkpoint, dtype=dtype, mesh=mesh)
+    model = cb.load_model(checkpoint, dtype="float32", mesh=mesh)
+    for executor in ("streamed", "resident"):
         engine = cb.Engine(model, store, blend, executor=executor, hosts_timeout_s=60)
         engine.precompute(prompt)
         gen = engine.generate(prompt, max_new_tokens=3, tokens_at_once=2)
-        staged = engine._groups.first.delivery._buffers[dtype]._k.size
+        staged = engine._groups.first.delivery._buffers["float32"]._k.size
         print(json.dumps([gen.token_ids, gen.stats.prefill.hits, *heads, staged]), flush=True)
         if ending == "decoding":
             break
@@ -580,18 +580,16 @@ OF_TWO = [IDS[:5], [IDS[5:19], IDS[19:32]], IDS[32:]]
 @pytest.mark.once
 def test_two_processes_answer_as_one_and_one_that_is_killed_ends_the_other(tmp_path):
     said, codes = on_two_processes(tmp_path / "kv", OF_TWO, "reading")
-    for number, (dtype, executor) in enumerate(
-        [("float32", "resident"), ("float32", "streamed"), ("bfloat16", "streamed")]
-    ):
-        model, blend = cb.load_model(HF / "qwen2", dtype=dtype), cb.BlendConfig(num_stages=1)
+    model, blend = cb.load_model(HF / "qwen2", dtype="float32"), cb.BlendConfig(num_stages=1)
+    for number, executor in enumerate(("streamed", "resident")):
         with cb.ChunkStore(tmp_path / "kv") as store, cb.Engine(model, store, blend, executor=executor) as engine:
             gen = engine.generate(cb.Prompt(*OF_TWO), max_new_tokens=3)
             assert gen.stats.prefill.hits == 2  # what they stored serves one process, and is intact
             assert store.stats.damaged == 0
-            staged = engine._groups.first.delivery._buffers[dtype]._k.size
+            staged = engine._groups.first.delivery._buffers["float32"]._k.size
         wanted = [[gen.token_ids, 2, own, staged // 2] for own in ([0, 1], [1, 2])]  # room for a head of two
         assert [of_host[number] for of_host in said] == wanted
-    (message,) = said[0][3:]
+    (message,) = said[0][2:]
     assert "one of them has ended" in message
     assert codes == [0, -9]
 

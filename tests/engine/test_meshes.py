@@ -102,14 +102,19 @@ def test_answers_decoded_together_are_split_over_data():
 
 
 def test_what_is_kept_on_the_devices_is_split():
-    with cb.Engine(model_on("8 KV heads", "1x8"), cb.ChunkStore(device_bytes=2**24), BLEND) as engine:
-        one = store_of("8 KV heads")
-        keys = one.keys()
+    one = store_of("8 KV heads")
+    keys = one.keys()
+    whole = sum(one.get(key).num_bytes for key in keys)
+    with cb.Engine(model_on("8 KV heads", "1x8"), cb.ChunkStore(device_bytes=whole // 4), BLEND) as engine:
         for key in keys:
             engine.store.put(key, one.get(key))
-            engine.store.promote(key, engine._groups.first.to_device)
+            engine._background.promote_later(key, one.get(key).num_bytes)
+        engine.flush()
+        assert whole // 8 <= engine.store.stats.device.bytes <= whole // 4  # of each device
+        for key in keys:
             with engine.store.open(key) as chunk:
                 k = chunk.device_entry.k
+                assert chunk.num_bytes == one.get(key).num_bytes
                 assert k.sharding.shard_shape(k.shape)[2] == 1
         out, before = engine.prefill(PROMPT, "reuse"), len(keys)
         assert engine.store.stats.device.hits > before

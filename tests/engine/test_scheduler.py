@@ -492,3 +492,18 @@ def test_requests_that_come_during_the_warm_up_wait_and_hold_nobody_up(engine, m
             is_warm.set()
         warming.result()
         assert answer.result().token_ids == tokens(1, 2)
+
+
+def test_a_request_goes_to_the_group_of_devices_that_has_the_fewest_answers(engine, monkeypatch):
+    monkeypatch.setattr(CountingBatch, "num_groups", 2)
+    monkeypatch.setattr(CountingBatch, "group_of", lambda _, slot: slot // 2)
+    running = SimpleNamespace(answer=SimpleNamespace(has_ended=False))
+    with cb.Scheduler(engine, slots=4) as scheduler, scheduler._changed:  # its thread waits for the lock
+        for busy, wanted in (({}, [0]), ({0: running}, [2]), ({0: running, 2: running}, [1])):
+            scheduler._running = dict(busy)
+            scheduler._waiting.add(SimpleNamespace(prompt=prompt(1)))
+            assert list(scheduler._next_requests()) == wanted
+        for number in range(2):
+            scheduler._waiting.add(SimpleNamespace(prompt=prompt(number)))
+        assert list(scheduler._next_requests()) == [1, 3]
+        scheduler._running, scheduler._prefilling = {}, []

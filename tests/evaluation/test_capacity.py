@@ -47,6 +47,7 @@ from pallas_kernels.partition import splitting
 
 LLAMA3_8B = dataclasses.replace(SHAPES["llama-3-8b"], max_positions=16384)  # longer prompts take longer to plan
 H100 = Deployment(LLAMA3_8B, DEVICES["H100"])
+FEW = 20  # stored chunks, 1.3 GB
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +60,15 @@ def with_tier(bytes_per_s: float, **more) -> Deployment:
     return dataclasses.replace(H100, tier=Tier("disk", bytes_per_s), **more)
 
 
+def with_few(tier: str, **more) -> Deployment:
+    """With room for `FEW` stored chunks in whatever tier they are."""
+    return dataclasses.replace(H100, tier=TIERS[tier], host_bytes=2 * 10**9, device_tier_bytes=2 * 10**9, **more)
+
+
 def test_rates_of_the_data_sheet_come_to_what_an_h100_took():
     """docs/results.md: 8,192 tokens in chunks of 512 and a question of 64, all KV on the device."""
     blend = BlendConfig(0.15, selector="hkvd")
-    there = dataclasses.replace(H100, tier=TIERS["device"], blend=blend)
-    modes = plan_capacity(Workload(8256, reuse=1.0), there).modes
+    modes = plan_capacity(Workload(8256, reuse=1.0, stored_chunks=FEW), with_few("device", blend=blend)).modes
     for mode, measured_s in (("full", 0.1957), ("blend", 0.0427), ("reuse", 0.0093)):
         assert modes[mode].ttft_s == pytest.approx(measured_s, rel=0.1), mode
 
@@ -77,7 +82,7 @@ class Handle:
 
 @pytest.mark.parametrize("tier", ["host", "nvme", "network"])
 def test_a_blend_is_planned_as_the_controller_would_decide_it(tier):
-    workload, deployment = Workload(8256, reuse=1.0), dataclasses.replace(H100, tier=TIERS[tier])
+    workload, deployment = Workload(8256, reuse=1.0, stored_chunks=FEW), with_few(tier)
     estimator, chunks = deployment.estimator(), []
     for number in range(workload.num_chunks):
         ids, handle = np.zeros(512, np.int32), Handle(chunk_bytes(LLAMA3_8B, 512, None), tier)
@@ -99,14 +104,15 @@ def test_a_chunk_takes_the_bytes_that_a_stored_entry_has(kv_dtype):
 @pytest.mark.parametrize(
     ("deployment", "answer_s", "binds"),
     [
-        (dataclasses.replace(H100, tier=TIERS["device"]), 0.0, "compute"),
+        (with_few("device"), 0.0, "compute"),
         (with_tier(1e9), 0.0, "prefills in turn"),
         (with_tier(1e12, device=dataclasses.replace(DEVICES["H100"], memory_bytes=28e9)), 9.0, "memory"),
     ],
 )
 def test_the_resource_that_is_short_binds_and_sets_the_number_of_replicas(deployment, answer_s, binds):
     deployment = dataclasses.replace(deployment, blend=BlendConfig(0.15, selector="hkvd"))
-    plan = plan_capacity(Workload(8256, requests_per_s=100.0, answer_s=answer_s), deployment).modes["blend"]
+    workload = Workload(8256, requests_per_s=100.0, answer_s=answer_s, stored_chunks=FEW)
+    plan = plan_capacity(workload, deployment).modes["blend"]
     assert plan.binds == binds
     assert (plan.replicas - 1) * plan.requests_per_s < 100 <= plan.replicas * plan.requests_per_s
 
@@ -114,8 +120,8 @@ def test_the_resource_that_is_short_binds_and_sets_the_number_of_replicas(deploy
 @pytest.mark.parametrize("tier", ["device", "host", "nvme", "network"])
 @pytest.mark.parametrize("selector", ["hkvd", "query"])
 def test_no_replica_does_more_than_prefills_in_turn(tier, selector):
-    deployment = dataclasses.replace(H100, tier=TIERS[tier], blend=BlendConfig(0.15, selector=selector))
-    for mode in plan_capacity(Workload(8256, answer_s=0.0), deployment).modes.values():
+    deployment = with_few(tier, blend=BlendConfig(0.15, selector=selector))
+    for mode in plan_capacity(Workload(8256, answer_s=0.0, stored_chunks=FEW), deployment).modes.values():
         assert mode.requests_per_s * mode.ttft_s <= 1 + 1e-9
 
 
@@ -147,6 +153,8 @@ def test_a_tier_without_room_for_what_is_stored_is_passed_over():
     assert dataclasses.replace(H100, device_tier_bytes=10**11).with_cheapest(tiers, workload).tier.name == "device"
     with pytest.raises(cb.CacheBlendError, match=r"^1,000 stored chunks take 67.1 GB, and tier 'host' has 0.0; "):
         H100.with_cheapest([TIERS["host"]], workload)
+    with pytest.raises(cb.CacheBlendError, match=r"^1,000 stored chunks take 67.1 GB, and tier 'device' has 4.0; "):
+        plan_capacity(workload, dataclasses.replace(H100, tier=TIERS["device"], device_tier_bytes=4 * 10**9))
 
 
 def test_each_replica_has_a_copy_in_its_own_tiers_and_all_share_the_others():
