@@ -264,7 +264,8 @@ async def measure(
         for number in range(3):
             await client.ask(few.request(number, mode))
             direct.ttft(few.request(number, mode))
-    await asyncio.gather(*(client.ask(load.request(number, "blend")) for number in range(2 * slots)))
+    for mode in MODES:  # together: prefills that pause have programs of their own
+        await asyncio.gather(*(client.ask(load.request(number, mode)) for number in range(2 * slots)))
     points: list[Point] = []
     summary: dict[str, dict[str, float]] = {}
 

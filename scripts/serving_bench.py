@@ -2,9 +2,12 @@
 
     python scripts/serving_bench.py --model demo
     python scripts/serving_bench.py --model smollm2 --rounds 3
+    python scripts/serving_bench.py --model bench-16l --long-prompt 4000 --rounds 3
 
 All chunks are stored and all programs compiled before the first round. Rounds are interleaved: the requests one after
-another by `Engine.generate`, then all at once by `Scheduler.submit`, a thread for each client.
+another by `Engine.generate`, then all at once by `Scheduler.submit`, a thread for each client. With `--long-prompt`:
+how long an answer that runs waits for its next token while a prompt of so many tokens is prefilled, as one program and
+with pauses, and what that costs the prompt.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,6 +98,92 @@ def at_once(scheduler: cb.Scheduler, prompts: list[cb.Prompt], load: Load) -> tu
     return _round(began, [answer for answer in answers if answer is not None])
 
 
+ALONE = 16  # tokens of an answer that are timed before a long prompt comes
+
+
+class Uncut:
+    """An engine whose prefills do not pause."""
+
+    def __init__(self, engine: cb.Engine) -> None:
+        self.model, self.buckets, self.check, self._engine = engine.model, engine.buckets, engine.check, engine
+
+    def prefill(self, prompt: cb.Prompt, mode: str, **how: Any) -> cb.PrefillResult:
+        """Prefills a prompt as one program."""
+        return self._engine.prefill(prompt, mode, **(how | {"between": None}))
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """What a long prompt did to an answer that ran, and what it took.
+
+    Attributes:
+        cpu_s: of all threads, without what the answer's tokens take where nothing else is done.
+    """
+
+    longest_gap_s: float
+    ttft_s: float
+    cpu_s: float
+    tokens_meanwhile: int
+    first_token: int
+
+
+def interrupted(scheduler: cb.Scheduler, short: cb.Prompt, long: cb.Prompt, load: Load) -> Interruption:
+    """Has a long prompt come while a short one's answer runs."""
+    running = scheduler.submit(short, mode=load.mode, max_new_tokens=load.new_tokens, stop_token_ids=())
+    next(running)
+    alone = time.process_time()
+    for _ in range(ALONE):
+        next(running)
+    times, began = [time.perf_counter()], time.process_time()
+    token_cpu_s = (began - alone) / ALONE
+    answer = scheduler.submit(long, mode=load.mode, max_new_tokens=1, stop_token_ids=())
+    while not answer.has_ended:
+        next(running)
+        times.append(time.perf_counter())
+    cpu_s = time.process_time() - began
+    running.cancel()
+    (token,), stats = answer.result().token_ids, answer.result().stats
+    meanwhile = len(times) - 1
+    return Interruption(float(max(np.diff(times))), stats.ttft_s, cpu_s - meanwhile * token_cpu_s, meanwhile, token)
+
+
+def measure_interruptions(
+    model: cb.Model, load: Load, long_tokens: int, rounds: int, log: Callable[[str], None]
+) -> dict[str, list[Interruption]]:
+    """Measures interleaved rounds, with and without pauses; the first one, which compiles, is left out."""
+    engine = cb.Engine(model)
+    short, long = (
+        load.prompts(model.config.vocab_size)[0],
+        replace(load, tokens=long_tokens).prompts(model.config.vocab_size)[0],
+    )
+    engine.precompute(short)
+    engine.precompute(long)
+    room = engine.buckets.length(max(long_tokens + 1, load.tokens + load.new_tokens))
+    measured: dict[str, list[Interruption]] = {"one program": [], "with pauses": []}
+    with (
+        cb.Scheduler(Uncut(engine), slots=2, max_tokens=room, steps=1) as uncut,
+        cb.Scheduler(engine, slots=2, max_tokens=room, steps=1) as pausing,
+    ):
+        for number in range(rounds + 1):
+            for name, scheduler in zip(measured, (uncut, pausing), strict=True):
+                one = interrupted(scheduler, short, long, load)
+                if number:
+                    measured[name].append(one)
+                    log(f"{name}: {asdict(one)}")
+    engine.close()
+    return measured
+
+
+def print_interruptions(name: str, measured: dict[str, list[Interruption]]) -> None:
+    """Prints a table of medians."""
+    print("| model | prefill | longest gap, ms | TTFT, ms | tokens meanwhile | CPU, ms |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    for kind, rounds in measured.items():
+        median = {each: statistics.median(getattr(one, each) for one in rounds) for each in asdict(rounds[0])}
+        times = " | ".join(f"{1e3 * median[each]:.0f}" for each in ("longest_gap_s", "ttft_s"))
+        print(f"| {name} | {kind} | {times} | {median['tokens_meanwhile']:.0f} | {1e3 * median['cpu_s']:.0f} |")
+
+
 def _clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
@@ -152,6 +242,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="decoding steps between returns to the host")
+    parser.add_argument("--long-prompt", type=int, metavar="TOKENS", help="measure what one does to a running answer")
     parser.add_argument("--json", type=Path)
     parsed = parser.parse_args()
     load = Load(parsed.clients, parsed.tokens, parsed.new_tokens, parsed.mode)
@@ -160,6 +251,11 @@ def main() -> None:
         model = cb.model.random_model(config if parsed.dtype is None else replace(config, dtype=parsed.dtype))
     else:
         model = cb.load_model(parsed.model, dtype=parsed.dtype)
+    if parsed.long_prompt is not None:
+        log = lambda line: print(line, flush=True)  # noqa: E731
+        measured = measure_interruptions(model, load, parsed.long_prompt, parsed.rounds, log)
+        print_interruptions(parsed.model, measured)
+        return
     report = measure(model, load, parsed.rounds, parsed.steps, lambda line: print(line, flush=True))
     one, other = report["in turn"], report["at once"]
     print("| model | in turn, tokens/s | at once, tokens/s | gain | in CPU time | prefills' share in turn | at once |")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -29,6 +29,7 @@ from cacheblend_jax.runtime.programs import Prepared
 
 logger = logging.getLogger(__name__)
 PREPARING = 4  # requests that something is done for at a time, beside the scheduler's thread: compiling, mostly
+BLOCK_S = 0.025  # that tokens are decoded for at a time: a prompt that comes meanwhile waits for the end
 MOST_ASIDE = 6  # times that one request is set aside; then it waits in the thread, lest it wait for ever
 
 
@@ -85,7 +86,7 @@ class Scheduler:
             Slots take the memory of so many tokens' KV each.
         waiting: how many requests may wait; more are refused.
         steps: how many tokens are decoded, at most 64, before they are handed out and a waiting request gets a free
-            slot.
+            slot; fewer where so many take longer than 25 ms.
 
     Raises:
         CacheBlendError: a number is out of its range.
@@ -110,6 +111,7 @@ class Scheduler:
         self._waiting: WaitingRequests[_Request] = WaitingRequests(lambda request: request.prompt.tenant)
         self._running: dict[int, _Request] = {}  # by slot
         self._prefilling: list[_Request] = []
+        self._step_s = deque[float](maxlen=4)  # of the last blocks; the shortest counts, which nothing held up
         self._counts: Counter[str] = Counter()  # by the names of `SchedulerStats`
         self._is_closed = self._is_warming = False
         self._preparing = ThreadPoolExecutor(PREPARING, thread_name_prefix="cacheblend-prepare")
@@ -369,15 +371,18 @@ class Scheduler:
             self._drop_ended()
             running = dict(self._running)
             is_wanted = self._waiting.has_next and len(running) < self._batch.num_slots
-            steps = min(most, 1 if is_wanted else self._steps)
         if not running:
             return
+        in_time = max(int(BLOCK_S / min(self._step_s, default=BLOCK_S)), 1)
+        steps, began = min(most, in_time, 1 if is_wanted else self._steps), time.perf_counter()
         try:
             with_logprobs = any(request.logprobs for request in running.values())
             decoded = self._batch.decode(running, steps, with_logprobs=with_logprobs)
         except BaseException as error:
             self._fail_all(error)
             return
+        done = max((len(block.token_ids) for block in decoded), default=0)  # fewer where all answers have ended
+        self._step_s.append(max(time.perf_counter() - began, 1e-6) / max(done, 1))
         for slot, request in running.items():
             if not self._hand_out(request, decoded[slot]):
                 with self._changed:

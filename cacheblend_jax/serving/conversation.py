@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from cacheblend_jax.engine.chat_template import check_template, render
 from cacheblend_jax.engine.prompt import PLAIN_QUESTION, Prompt, default_system
@@ -15,7 +15,14 @@ from cacheblend_jax.errors import PromptError
 from cacheblend_jax.model.encoding import encode, encode_opened
 
 MARK = re.compile(r"\[\[cacheblend:([a-z]+) (\d+)\]\]")
-TextEncoder = Callable[[str], list[int]]  # from what users wrote to token ids: it stays text
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """What `encode` is to one tokenizer."""
+
+    def __call__(self, text: str, *, control_tokens: bool = False) -> list[int]:
+        """Returns a text's ids; what users wrote stays text, what the template printed has control tokens."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def prompt_of(
     pieces = _rendered_with_documents(conversation, tokenizer, arguments)
     if pieces is None:
         pieces = _rendered(conversation, tokenizer, arguments)
-    return _cut(conversation, tokenizer, texts, pieces, separator, tenant)
+    return _cut(conversation, partial(encode, tokenizer), texts, pieces, separator, tenant)
 
 
 def _plain_prompt(
@@ -193,35 +200,38 @@ def _mark(kind: str, number: int) -> str:
 
 def _cut(
     conversation: Conversation,
-    tokenizer: Any,
+    encode_new: TextEncoder,
     encode_text: TextEncoder,
     pieces: Sequence[_Piece],
     separator: str,
     tenant: str,
 ) -> Prompt:
-    """Cuts what was rendered into prefix, chunks and suffix, and encodes each."""
+    """Cuts what was rendered into prefix, chunks and suffix, and encodes each.
+
+    Args:
+        encode_new: for the question, which is another one in each request.
+    """
     kinds = [(piece.kind, piece.number) for piece in pieces]
     place = kinds.index(("message", conversation.place))
     documents = [at for at, piece in enumerate(pieces) if piece.kind == "document"]
     parts = [encode_text(text + separator) for text in conversation.part_chunks]
 
     def encoded(some: Sequence[_Piece]) -> list[int]:
-        return _encoded(conversation, tokenizer, encode_text, some, separator)
+        return _encoded(conversation, encode_text, some, separator)
 
     if documents:
-        start, chunks = documents[0], _document_chunks(conversation, tokenizer, encode_text, pieces, documents)
+        start, chunks = documents[0], _document_chunks(conversation, encode_text, pieces, documents)
         # What the template prints between the last document and the message's own chunks goes with the first of these.
         chunks[-1] += encoded(pieces[documents[-1] + 1 : place])
     else:
         start, chunks = place, [encode_text(text + separator) for text in conversation.documents]
-    question = encode(tokenizer, conversation.messages[conversation.place].parts[-1])
+    question = encode_new(conversation.messages[conversation.place].parts[-1])
     suffix = question + encoded(pieces[place + 1 :])
     return Prompt(encoded(pieces[:start]), [*chunks, *parts], suffix, tenant=tenant)
 
 
 def _document_chunks(
     conversation: Conversation,
-    tokenizer: Any,
     encode_text: TextEncoder,
     pieces: Sequence[_Piece],
     places: Sequence[int],
@@ -231,13 +241,12 @@ def _document_chunks(
     for before, at in zip([None, *places[:-1]], places, strict=True):
         printed = "" if before is None else "".join(piece.text for piece in pieces[before + 1 : at])
         text = conversation.documents[pieces[at].number]
-        chunks.append(encode(tokenizer, printed, control_tokens=True) + encode_text(text))
+        chunks.append(encode_text(printed, control_tokens=True) + encode_text(text))
     return chunks
 
 
 def _encoded(
     conversation: Conversation,
-    tokenizer: Any,
     encode_text: TextEncoder,
     pieces: Sequence[_Piece],
     separator: str,
@@ -256,9 +265,9 @@ def _encoded(
         message = conversation.messages[piece.number]
         text = separator.join(message.parts)
         in_text = encode_text(text)
-        if message.role == "system" and in_text == encode(tokenizer, text, control_tokens=True):
+        if message.role == "system" and in_text == encode_text(text, control_tokens=True):
             joined += text
             continue
-        ids += encode(tokenizer, joined, control_tokens=True) + in_text
+        ids += encode_text(joined, control_tokens=True) + in_text
         joined = ""
-    return ids + encode(tokenizer, joined, control_tokens=True)
+    return ids + encode_text(joined, control_tokens=True)

@@ -77,20 +77,20 @@ async def whole_answer(form: Form, running: RunningAnswer, model: str) -> dict[s
 
 
 async def answer_events(form: Form, running: RunningAnswer, model: str) -> AsyncGenerator[bytes, None]:
-    """Yields an answer's events as it comes; errors as `RunningAnswer.pieces`."""
+    """Yields an answer's events as it comes, those together that come together; errors as `RunningAnswer.pieces`."""
     head = _head(form, form.part, model)
     if running.request.include_usage:
         head["usage"] = None  # on all events but the last
-    if form.is_chat:
-        yield event({**head, "choices": [form.delta("", first=True)]})
+    opening = event({**head, "choices": [form.delta("", first=True)]}) if form.is_chat else b""
     async with aclosing(running.pieces()) as pieces:
         async for piece in pieces:
-            yield event({**head, "choices": [form.delta(piece.text, logprobs=form.logprobs(running, piece))]})
-    last = form.delta(None, running.finish_reason)
-    yield event({**head, "choices": [last], "cacheblend": running.report})
+            gained = form.delta(piece.text, logprobs=form.logprobs(running, piece))
+            yield opening + event({**head, "choices": [gained]})
+            opening = b""
+    end = event({**head, "choices": [form.delta(None, running.finish_reason)], "cacheblend": running.report})
     if running.request.include_usage:
-        yield event({**head, "choices": [], "usage": running.usage})
-    yield b"data: [DONE]\n\n"
+        end += event({**head, "choices": [], "usage": running.usage})
+    yield opening + end + b"data: [DONE]\n\n"
 
 
 def event(value: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""Token ids of texts that came lately: chunks come again and again, and encoding them would be part of each TTFT."""
+"""Token ids of texts that came lately: chunks and system texts come again, and encoding them is part of each TTFT."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ class KnownTexts:
     def __init__(self, tokenizer: Any, most_characters: int = MAX_CHARACTERS) -> None:
         self._tokenizer, self._most = tokenizer, most_characters
         self._lock = threading.Lock()  # guards what follows
-        self._known: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
+        self._known: OrderedDict[tuple[str, bool, str], np.ndarray] = OrderedDict()
         self._characters = 0
 
-    def encode(self, tenant: str, text: str) -> list[int]:
-        """Returns a text's ids; errors as `encode`."""
-        key = tenant, text
+    def encode(self, tenant: str, text: str, *, control_tokens: bool = False) -> list[int]:
+        """Returns a text's ids; arguments and errors as `encode`."""
+        key = tenant, control_tokens, text
         with self._lock:
             if (known := self._known.get(key)) is not None:
                 self._known.move_to_end(key)
                 return known.tolist()
-        ids = encode(self._tokenizer, text)
+        ids = encode(self._tokenizer, text, control_tokens=control_tokens)
         with self._lock:
             if key not in self._known and _size(text) <= self._most:
                 self._known[key] = np.asarray(ids, np.int32)
                 self._characters += _size(text)
                 while self._characters > self._most:
-                    (_, oldest), _ = self._known.popitem(last=False)
+                    (*_, oldest), _ = self._known.popitem(last=False)
                     self._characters -= _size(oldest)
         return ids
 

@@ -44,9 +44,9 @@ def from_disk(chunk: PlacedChunk) -> PlacedChunk:
     return chunk
 
 
-def empty(kv_dtype: str | None = None, layers: int = LAYERS):
+def empty(kv_dtype: str | None = None, layers: int = LAYERS, heads: int = HEADS):
     """Buffers that hold what must not reach a result."""
-    shape = layers, KEYS, HEADS, HEAD_DIM
+    shape = layers, KEYS, heads, HEAD_DIM
     if kv_dtype is None:
         return tuple(np.full(shape, np.nan, np.float32) for _ in "kv")
     return tuple(QuantisedRows(np.full(shape, 77, kv_dtype), np.full(shape[:-1], np.nan, SCALES)) for _ in "kv")
@@ -69,7 +69,7 @@ def test_the_first_layers_are_read_alone_and_later_ones_together():
 def test_copying_gives_what_reading_layer_by_layer_does(readers, kv_dtype, heads):
     found = []
     for threads, change in ((3, lambda chunk: chunk), (1, lambda chunk: chunk), (3, from_disk)):
-        buffers = empty(kv_dtype)
+        buffers = empty(kv_dtype, heads=HEADS if heads is None else len(heads))
         chunks = [placed(5, 2, kv_dtype=kv_dtype, heads=heads), placed(9, 7, kv_dtype=kv_dtype, heads=heads)]
         load_all([change(chunks[0]), chunks[1]], *buffers, readers, threads=threads)
         found.append(jax.tree.leaves(buffers))

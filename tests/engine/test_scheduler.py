@@ -167,6 +167,28 @@ def test_while_a_long_prompt_is_prefilled_answers_that_run_go_on_by_single_steps
     ]
 
 
+def test_a_block_is_as_long_as_25_ms_have_room_for(engine, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+
+    class SlowBatch(CountingBatch):
+        def decode(self, running, steps, *, with_logprobs):
+            clock.now += steps * (0.002 if engine.log.count("slower") == 0 else 0.010)
+            return super().decode(running, steps, with_logprobs=with_logprobs)
+
+    monkeypatch.setattr(scheduler_module, "SlotBatch", SlowBatch)
+    monkeypatch.setattr(scheduler_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    engine.pauses[2] = lambda between: engine.log.append("slower")
+    with cb.Scheduler(engine, slots=2, steps=20) as scheduler:
+        alone = scheduler.submit(prompt(1), max_new_tokens=38)
+        assert alone.result().token_ids == tokens(1, 38)
+        with scheduler._changed:
+            answers = [scheduler.submit(prompt(n), max_new_tokens=90) for n in (3, 2)]
+        assert [answer.result().token_ids for answer in answers] == [tokens(n, 90) for n in (3, 2)]
+    blocks = [what[1] for what in engine.log if what[0] == "decode"]
+    assert blocks[:4] == [1, 12, 12, 12]  # nothing is known at first
+    assert blocks[-6:-1] == [2] * 5  # steps take 10 ms by now
+
+
 def test_a_long_prefill_ends_at_its_next_pause_when_nobody_wants_it(engine):
     paused, cancelled = threading.Event(), threading.Event()
 

@@ -24,6 +24,8 @@ def test_a_text_is_encoded_once_for_each_tenant():
     first.append(0)  # its caller's own
     assert texts.encode("ada", "ab") == texts.encode("bob", "ab") == [97, 98]
     assert tokenizer.encoded == ["ab", "ab"]
+    assert texts.encode("ada", "ab", control_tokens=True) == [97, 98]
+    assert tokenizer.encoded == ["ab"] * 3  # another question than before
     with pytest.raises(cb.PromptError, match="valid Unicode"):
         texts.encode("ada", "\ud800")
 
