@@ -21,6 +21,7 @@ from cacheblend_jax.store.kvstore import KvStoreSpec, base_spec
 from cacheblend_jax.store.places import is_local
 
 TREE = "state"  # Orbax's name of the tree in a checkpoint
+_one_at_a_time = threading.Lock()  # of two saves at the same time, Orbax may lose one ("was never awaited")
 DATA_FILE_BYTES = 2**25  # larger packs are split into files of this size, which are written in parallel
 
 
@@ -47,7 +48,7 @@ def save_tree(path: epath.Path, tree: dict[str, Any]) -> None:
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     registry = ocp.handlers.local_registry(include_global_registry=False)
     context.checkpointables.registry = registry.add(_TreeHandler, checkpointable_name=TREE)
-    with _by_itself(context), context:
+    with _one_at_a_time, _by_itself(context), context:
         ocp.save(path, tree)
 
 

@@ -7,12 +7,15 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from etils import epath
 from store_cases import fill, key_of, make_entry, same
 
 import cacheblend_jax as cb
 from cacheblend_jax.runtime import exit_hook
+from cacheblend_jax.store import orbax_write
 from cacheblend_jax.store.entry import QueuedEntry
 from cacheblend_jax.store.persistent import MAX_UNWRITTEN_SECONDS, MAX_UNWRITTEN_USES
 from cacheblend_jax.store.record import storage_name
@@ -146,3 +149,16 @@ def test_uses_of_what_is_not_written_are_forgotten(tmp_path):
             store.put(key_of(seed), make_entry(seed + 2))
         store.flush()
         assert (store.stats.written, uses(key_of(1)), uses(key_of(2))) == (3, 1, 1)
+
+
+def test_stores_of_one_process_save_one_after_the_other(tmp_path, monkeypatch):
+    """Of two saves at the same time, Orbax may lose one."""
+    meeting = threading.Barrier(2)
+
+    def save(*_):
+        with pytest.raises(threading.BrokenBarrierError):
+            meeting.wait(0.2)
+
+    monkeypatch.setattr(orbax_write.ocp, "save", save)
+    with ThreadPoolExecutor(2) as stores:
+        list(stores.map(lambda name: orbax_write.save_tree(epath.Path(tmp_path / name), {}), "ab"))
