@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
+from cacheblend_jax.documents.measuring import Span
 from cacheblend_jax.documents.records import Chunk, Document, DocumentError
 from cacheblend_jax.documents.remembered_cuts import RememberedCuts
-from cacheblend_jax.documents.splitting import Span, cut
+from cacheblend_jax.documents.splitting import cut
 from cacheblend_jax.model.encoding import count_all
+from cacheblend_jax.model.word_borders import word_borders
 
 CHUNK_TOKENS = 512
 SEPARATOR = "\n\n"
@@ -56,11 +59,12 @@ def chunk_documents(
     if tokenizer is None:
         raise DocumentError("tokenizer is None: expected a model's tokenizer, which counts a chunk's tokens; pass one")
 
-    def counts(texts: Sequence[str]) -> list[int]:
-        return count_all(tokenizer, [text + separator for text in texts])
+    borders = word_borders(tokenizer)
 
     def spans(document: Document) -> Sequence[Span]:
-        return cut(document.text, chunk_tokens, counts)
+        border = None if borders is None else borders.within(document.text, separator)
+        counts = partial(count_all, tokenizer)
+        return cut(document.text, chunk_tokens, counts, separator=separator, border=border)
 
     if sum(len(document.text) for document in documents) < REMEMBERED_CHARACTERS:
         return _chunks(documents, spans, progress)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from cacheblend_jax.documents.splitting import Span
+from cacheblend_jax.documents.measuring import Span
 from cacheblend_jax.errors import one_line
 from cacheblend_jax.model.encoding import tokenizer_digest
 from cacheblend_jax.model.user_cache import read_record, remove_all_but_newest, write_record

@@ -9,6 +9,7 @@ from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
+from cacheblend_jax.documents.measuring import CountAll, Measure, Span
 from cacheblend_jax.documents.records import DocumentError, check_at_least_one
 
 # A blank line, or the line break before a Markdown heading, which opens a paragraph even without a blank line.
@@ -23,9 +24,6 @@ SENTENCE_END = re.compile(
 WORD = re.compile(r"\S+")
 BORDER_TOKENS = 4  # two texts joined hardly ever count fewer tokens than the two apart less these
 
-Span = tuple[int, int]  # (start, end): the stretch text[start:end]
-CountAll = Callable[[Sequence[str]], Sequence[int]]  # texts -> how many tokens each has
-
 
 class Piece(NamedTuple):
     """A stretch text[start:end] that fits into a chunk, and the tokens that it counts on its own."""
@@ -33,21 +31,6 @@ class Piece(NamedTuple):
     start: int
     end: int
     tokens: int
-
-
-class Measure(NamedTuple):
-    """Counts the tokens of stretches of one text."""
-
-    text: str
-    count_all: CountAll
-
-    def all(self, spans: Sequence[Span]) -> Sequence[int]:
-        """Counts each stretch by itself."""
-        return self.count_all([self.text[start:end] for start, end in spans])
-
-    def __call__(self, start: int, end: int) -> int:
-        """Counts one stretch."""
-        return self.count_all([self.text[start:end]])[0]
 
 
 def split_into_chunks(text: str, chunk_tokens: int, count_tokens: Callable[[str], int]) -> list[str]:
@@ -60,17 +43,28 @@ def split_into_chunks(text: str, chunk_tokens: int, count_tokens: Callable[[str]
     return [text[start:end] for start, end in spans]
 
 
-def cut(text: str, chunk_tokens: int, count_all: CountAll) -> list[Span]:
+def cut(
+    text: str,
+    chunk_tokens: int,
+    count_all: CountAll,
+    *,
+    separator: str = "",
+    border: re.Pattern[str] | None = None,
+) -> list[Span]:
     """Returns where the chunks of a text begin and end.
 
     Tokens do not add up: two texts joined may count more or fewer tokens than the two apart. So the sum of the
     paragraphs' counts only suggests how many fit, and each chunk is counted again as a whole.
 
+    Args:
+        separator: is counted with each chunk.
+        border: where tokens do add up, if that is known (see `Measure`); it changes no cut, but spares counting.
+
     Raises:
         DocumentError: `chunk_tokens` is not a whole number of at least 1, or too small for one of the characters.
     """
     check_at_least_one("chunk_tokens", chunk_tokens)
-    measure = Measure(text, count_all)
+    measure = Measure(text, count_all, separator, border)
     return list(_pack(list(_fitting_pieces(measure, chunk_tokens)), chunk_tokens, measure))
 
 

@@ -68,6 +68,11 @@ def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, **options)["input_ids"]
 
 
+def is_read_as_text(tokenizer: Any, number: int, token: Any) -> bool:
+    """Returns whether `encode` leaves an added token (transformers' `AddedToken`), by its id, in pieces."""
+    return token.special or number in _controls_of(tokenizer)
+
+
 def tokenizer_bytes(tokenizer: Any) -> bytes:
     """Returns what a text's ids depend on, and the vocabulary by itself, as bytes: none without a tokenizer."""
     if tokenizer is None:

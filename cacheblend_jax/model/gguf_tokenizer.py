@@ -21,6 +21,7 @@ LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 # Mistral's since Nemo, whose files call themselves llama, too.
 UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 TEKKEN_WORDS = (
@@ -35,7 +36,7 @@ SPLITS = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), DIGITS),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), LLAMA3_WORDS),
     "tekken": TEKKEN_WORDS,
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN2_WORDS),
 }
 # Those whose texts begin with BOS and whose vocabularies hold whole words; those whose texts are composed (NFC).
 WHOLE_WORDS, COMPOSED = ("llama-bpe", "llama3", "llama-v3", "tekken"), ("qwen2", "deepseek-r1-qwen")

@@ -170,7 +170,7 @@ def remembering(monkeypatch, own_user_cache) -> Path:
 def cuts_made(monkeypatch) -> list[str]:
     """The texts that were cut, not remembered."""
     made = []
-    monkeypatch.setattr(chunking_module, "cut", lambda text, *options: made.append(text) or cut(text, *options))
+    monkeypatch.setattr(chunking_module, "cut", lambda text, *rest, **how: made.append(text) or cut(text, *rest, **how))
     return made
 
 
