@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cacheblend_jax.choices import MODES
 from cacheblend_jax.cli.bundled_model import loading_reader
+from cacheblend_jax.cli.collecting import rarely_collecting
 from cacheblend_jax.cli.conversation import (
     add_answer_options,
     answer_report,
@@ -81,6 +82,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
+@rarely_collecting()
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Answers one question; returns what `--json` writes."""
     from cacheblend_jax.engine.engine import Engine

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 from cacheblend_jax.cli.main import INTERRUPTED, interrupted, main
@@ -16,16 +18,32 @@ AGAIN_SECONDS = 0.02  # until a lost interrupt comes again
 
 def run() -> NoReturn:
     """Runs the process's command, and ends the process with its exit code."""
+    ended: list[int] = []
+    atexit.register(partial(_end_if_ended, ended))  # the first to be registered is the last to be called
     try:
         with _no_interrupt_lost():
             code = main()
     except KeyboardInterrupt:  # before `main` was ready for it, or a second one
         code = interrupted()
     if code != INTERRUPTED:
+        ended.append(code)
         sys.exit(code)
     # What was interrupted may still run in threads that nothing can stop: XLA's compiler, for up to minutes. A normal
     # exit either waits for it, or takes down what it uses and crashes. The command has closed its engine and store
     # while the interrupt went up to `main`, so nothing is left to finish but the streams.
+    _end_at_once(code)
+
+
+def _end_if_ended(codes: list[int]) -> None:
+    """Ends the process of a command that has ended, before the interpreter takes itself down.
+
+    It does so module by module, which of JAX's takes half a second.
+    """
+    if codes:  # else an error that nobody handled is still to be reported
+        _end_at_once(codes[0])
+
+
+def _end_at_once(code: int) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):  # closed, or whoever read our output is gone
         sys.stdout.flush()
         sys.stderr.flush()

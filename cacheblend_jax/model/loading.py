@@ -17,6 +17,7 @@ from cacheblend_jax.model.params import Params, suits_by_layer
 from cacheblend_jax.model.transformer import abstract_params
 from cacheblend_jax.model.weights import OpenedModel, Progress, load_params, open_model
 from cacheblend_jax.runtime.programs import shapes_of
+from cacheblend_jax.runtime.turns import short_turns
 from pallas_kernels.dispatch import current_target
 
 
@@ -67,9 +68,13 @@ def loading_model(
         if progress is not None:
             progress(done, total)
 
+    def load() -> Params:
+        with short_turns():  # the body imports and traces: without them, reading would mostly wait for it
+            return load_params(opened.checkpoint, opened.config, progress=advance)
+
     with ThreadPoolExecutor(1, thread_name_prefix="cacheblend-load") as thread:
         try:
-            weights = thread.submit(load_params, opened.checkpoint, opened.config, progress=advance)
+            weights = thread.submit(load)
             tokenizer = opened.checkpoint.tokenizer()
             yield LoadingModel(opened.model(_weight_shapes(opened), tokenizer), opened, weights)
         finally:

@@ -21,7 +21,9 @@ from cacheblend_jax.runtime.host_buffers import aligned_empty
 STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 HEAD_ROWS = 4096  # of embedding and output projection, compared at a time
 EXPONENT_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF << 52}
-COPIED_BLOCK = 2**20  # elements: what is read, dequantised and cast at a time
+# Elements: what is read, dequantised and cast at a time. So few stay in the processor's cache, in memory that is used
+# again and again; for larger blocks the system hands out new memory each time.
+COPIED_BLOCK = 2**16
 FINITE_BLOCK = 2**16  # elements, so that a block stays in the processor's cache
 STRIP = 16  # rows that are transposed at a time, so that the lines they are written to stay in the cache
 

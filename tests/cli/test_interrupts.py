@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
 
 from cacheblend_jax.cli import process as command_line
+from cacheblend_jax.cli.collecting import ALLOCATIONS, rarely_collecting
 
 
 class Ended(BaseException):
@@ -16,7 +20,15 @@ class Ended(BaseException):
 
 
 @pytest.fixture
-def ended_at_once(monkeypatch):
+def at_exit(monkeypatch):
+    """What is to be called when the process ends; it isn't called when that of the tests does."""
+    calls = []
+    monkeypatch.setattr(atexit, "register", calls.append)
+    return calls
+
+
+@pytest.fixture
+def ended_at_once(monkeypatch, at_exit):
     codes = []
 
     def end(code):
@@ -34,6 +46,71 @@ def test_a_command_ends_its_process_with_its_exit_code(monkeypatch, ended_at_onc
         command_line.run()
     assert error.value.code == code
     assert ended_at_once == []
+
+
+def test_a_command_that_has_ended_does_not_wait_for_the_interpreter_to_be_taken_down(
+    monkeypatch, ended_at_once, at_exit
+):
+    monkeypatch.setattr(command_line, "main", lambda: 2)
+    with pytest.raises(SystemExit):
+        command_line.run()
+    (end,) = at_exit
+    with pytest.raises(Ended):
+        end()
+    assert ended_at_once == [2]
+
+
+def test_an_unhandled_error_is_reported_by_the_interpreter(monkeypatch, ended_at_once, at_exit):
+    def main():
+        raise ValueError("no")
+
+    monkeypatch.setattr(command_line, "main", main)
+    with pytest.raises(ValueError, match="no"):
+        command_line.run()
+    (end,) = at_exit
+    end()
+    assert ended_at_once == []
+
+
+PROCESS = """
+import atexit, sys, threading, time
+from cacheblend_jax.cli import process
+
+def late():
+    time.sleep(0.2)
+    print("a thread,", end=" ")
+
+def main():
+    atexit.register(lambda: print("what was registered"))
+    threading.Thread(target=late).start()
+    print("an answer,", end=" ")
+    return 3
+
+class Left:
+    def __del__(self):
+        print("and what is taken down")
+
+left = Left()
+process.main = main
+process.run()
+"""
+
+
+def test_what_is_to_run_at_the_end_runs_but_nothing_is_taken_down():
+    done = subprocess.run([sys.executable, "-c", PROCESS], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == "an answer, a thread, what was registered\n"
+
+
+def test_collecting_rarely_ends_with_its_body():
+    before = gc.get_threshold()
+    gc.set_threshold(700, 11, 12)
+    try:
+        with rarely_collecting():
+            assert gc.get_threshold() == (ALLOCATIONS, 11, 12)
+        assert gc.get_threshold() == (700, 11, 12)
+    finally:
+        gc.set_threshold(*before)
 
 
 @pytest.mark.parametrize("escapes", [False, True])

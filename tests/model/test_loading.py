@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
@@ -13,6 +14,7 @@ from conftest import HF, random_prompt
 import cacheblend_jax as cb
 from cacheblend_jax.model import loading as loading_module
 from cacheblend_jax.model.loading import loading_model
+from cacheblend_jax.runtime.turns import TURN_SECONDS
 
 SECONDS = 60  # only a failing test waits that long
 
@@ -53,6 +55,20 @@ def test_what_is_compiled_without_weights_is_all_that_a_prompt_needs(gate, conte
     with cb.Engine(cb.load_model(HF / "llama3"), context=context) as alone:
         alone.precompute(prompt)
         assert alone.generate(prompt, max_new_tokens=3).token_ids == answer.token_ids
+
+
+def test_threads_take_short_turns_while_weights_are_read_and_no_longer(monkeypatch):
+    usual, turns, load = sys.getswitchinterval(), [], loading_module.load_params
+
+    def recorded_load(*args, **options):
+        turns.append(sys.getswitchinterval())
+        return load(*args, **options)
+
+    monkeypatch.setattr(loading_module, "load_params", recorded_load)
+    with loading_model(HF / "llama3") as loading:
+        loading.model()
+        assert sys.getswitchinterval() == usual
+    assert turns == [pytest.approx(TURN_SECONDS)]
 
 
 def test_what_answers_without_precomputing_is_compiled_too_and_then_nothing_is_stored():
