@@ -17,6 +17,8 @@ CACHE = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Noting where in the source each operation stands takes a twentieth of tracing and compiling, and no test reads it.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # These flags save three quarters of compiling: among them, not to cut small programs up for several threads. From jax
 # 0.11 on there are no other emitters to choose, and cutting costs nothing.
 QUICKLY, AS_USERS = {"xla_backend_optimization_level": 0}, {"xla_backend_optimization_level": 3}
@@ -29,7 +31,7 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
-from beartype import beartype  # noqa: E402
+from beartype import BeartypeConf, beartype  # noqa: E402
 from flax import struct  # noqa: E402
 from jaxtyping import install_import_hook, jaxtyped  # noqa: E402
 
@@ -56,9 +58,21 @@ def _checked_record(cls, **options):
     return record
 
 
+def checked_once_called(function):
+    """Has beartype write a function's checks at its first call: most functions are never called in a given process."""
+    check = None
+
+    def call(*args, **kwargs):
+        nonlocal check
+        if check is None:
+            check = beartype(function, conf=BeartypeConf(is_pep484_tower=True))  # an int may stand for a float
+        return check(*args, **kwargs)
+
+    return call
+
+
 struct.dataclass = _checked_record
-CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"  # an int may stand for a float
-install_import_hook(["cacheblend_jax", "pallas_kernels"], CHECKER)
+install_import_hook(["cacheblend_jax", "pallas_kernels"], "conftest.checked_once_called")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -164,14 +178,27 @@ def _raises_unchecked(*expected, **options):
 pytest.raises = _raises_unchecked
 
 
-@pytest.fixture
-def as_users_run_it(monkeypatch):
-    """Optimised programs and unchecked annotations, for tests that run far more than they compile."""
-    monkeypatch.setitem(COMPILER_OPTIONS, "cpu", COMPILER_OPTIONS["cpu"] | AS_USERS)
+def _compiled_with(options, monkeypatch):
+    monkeypatch.setitem(COMPILER_OPTIONS, "cpu", COMPILER_OPTIONS["cpu"] | options)
     compiler_options.cache_clear()
     with unchecked():
         yield
     compiler_options.cache_clear()
+
+
+@pytest.fixture
+def as_users_run_it(monkeypatch):
+    """Programs as XLA makes them for users, and unchecked annotations."""
+    yield from _compiled_with(AS_USERS, monkeypatch)
+
+
+@pytest.fixture
+def optimised(monkeypatch):
+    """Optimised programs and unchecked annotations, for tests that run far more than they compile.
+
+    With the emitters that users have, `demo` takes twice the time to compile, and wins less back.
+    """
+    yield from _compiled_with({"xla_backend_optimization_level": 2}, monkeypatch)
 
 
 @pytest.fixture

@@ -389,7 +389,7 @@ def test_check_layers_are_measured_and_saved(tmp_path, capsys):
 
 
 @pytest.mark.once
-@pytest.mark.usefixtures("as_users_run_it", "one_length")
+@pytest.mark.usefixtures("optimised", "one_length")
 def test_demo_shows_that_reuse_fails_and_blend_does_not(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     # Each selector and ratio has programs of its own to compile.

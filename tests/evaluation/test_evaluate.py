@@ -29,7 +29,7 @@ def demo():
 
 
 @pytest.mark.once
-@pytest.mark.usefixtures("as_users_run_it", "one_length")
+@pytest.mark.usefixtures("optimised", "one_length")
 def test_i8_blend_restores_what_reuse_loses_and_random_choice_does_not():
     """The point of it all, in small: fails where blend's advantage over reuse or over random is gone."""
     less = Setting("blend", "hkvd", 0.1)
