@@ -245,8 +245,8 @@ class Prefiller:
     def _add_oracle(self, call: _Call, planned: _Planned) -> None:
         """Fills in the oracle's scores from a full prefill."""
         plan, layout, request = planned.plan, planned.layout, planned.request
-        how = {"only_if_ready": call.only_if_ready, "between": call.between}
-        full = self.prefill(call.tokenized, "full", planned.planner, **how).padded_cache
+        asked = call.tokenized, "full", planned.planner
+        full = self.prefill(*asked, only_if_ready=call.only_if_ready, between=call.between).padded_cache
         rows = min(full.k.shape[1], plan.cache_length)
         config = self._model.config
         plain = jax.jit(cache_values, static_argnames="config")(
