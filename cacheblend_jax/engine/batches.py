@@ -86,7 +86,8 @@ def generate_all(
     longest = max(batch.check(prompt, mode, blend).token_ids.size for prompt in prompts)
     most = batch.model.config.max_positions
     room = min(batch.buckets.length(min(longest + max(max_new_tokens, 1) - 1, most)), most)
-    with Scheduler(batch, slots=min(len(prompts), MOST_SLOTS), max_tokens=room, waiting=len(prompts)) as scheduler:
+    slots = min(len(prompts), MOST_SLOTS)
+    with Scheduler(batch, slots=slots, max_tokens=room, waiting=len(prompts), pausing=False) as scheduler:
         submit = partial(scheduler.submit, mode=mode, blend=blend, max_new_tokens=max_new_tokens)
         answers = [submit(prompt, sampling=sampling, stop_token_ids=stop_token_ids) for prompt in prompts]
         return [answer.result() for answer in answers]
