@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -101,17 +100,6 @@ def at_once(scheduler: cb.Scheduler, prompts: list[cb.Prompt], load: Load) -> tu
 ALONE = 16  # tokens of an answer that are timed before a long prompt comes
 
 
-class Uncut:
-    """An engine whose prefills do not pause."""
-
-    def __init__(self, engine: cb.Engine) -> None:
-        self.model, self.buckets, self.check, self._engine = engine.model, engine.buckets, engine.check, engine
-
-    def prefill(self, prompt: cb.Prompt, mode: str, **how: Any) -> cb.PrefillResult:
-        """Prefills a prompt as one program."""
-        return self._engine.prefill(prompt, mode, **(how | {"between": None}))
-
-
 @dataclass(frozen=True)
 class Interruption:
     """What a long prompt did to an answer that ran, and what it took.
@@ -161,7 +149,7 @@ def measure_interruptions(
     room = engine.buckets.length(max(long_tokens + 1, load.tokens + load.new_tokens))
     measured: dict[str, list[Interruption]] = {"one program": [], "with pauses": []}
     with (
-        cb.Scheduler(Uncut(engine), slots=2, max_tokens=room, steps=1) as uncut,
+        cb.Scheduler(engine, slots=2, max_tokens=room, steps=1, pausing=False) as uncut,
         cb.Scheduler(engine, slots=2, max_tokens=room, steps=1) as pausing,
     ):
         for number in range(rounds + 1):
@@ -195,7 +183,9 @@ def _round(began: tuple[float, float], answers: list[cb.Generation]) -> tuple[Ro
     return Round(seconds, cpu_s, ttft_s, sum(map(len, token_ids))), token_ids
 
 
-def measure(model: cb.Model, load: Load, rounds: int, steps: int, log: Callable[[str], None]) -> dict:
+def measure(
+    model: cb.Model, load: Load, rounds: int, steps: int, log: Callable[[str], None], *, pausing: bool = False
+) -> dict:
     """Measures interleaved rounds; returns medians, and whether the answers were the same."""
     engine = cb.Engine(model)
     prompts = load.prompts(model.config.vocab_size)
@@ -203,7 +193,7 @@ def measure(model: cb.Model, load: Load, rounds: int, steps: int, log: Callable[
         engine.precompute(prompt)
     room = engine.buckets.length(load.tokens + load.new_tokens)
     same = []
-    with cb.Scheduler(engine, slots=load.clients, max_tokens=room, steps=steps) as scheduler:
+    with cb.Scheduler(engine, slots=load.clients, max_tokens=room, steps=steps, pausing=pausing) as scheduler:
         in_turn(engine, prompts[:1], load)
         at_once(scheduler, prompts, load)
         measured: dict[str, list[Round]] = {"in turn": [], "at once": []}
@@ -242,6 +232,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="decoding steps between returns to the host")
+    parser.add_argument("--pausing", action="store_true", help="let prefills that take longer than 100 ms pause")
     parser.add_argument("--long-prompt", type=int, metavar="TOKENS", help="measure what one does to a running answer")
     parser.add_argument("--json", type=Path)
     parsed = parser.parse_args()
@@ -251,12 +242,12 @@ def main() -> None:
         model = cb.model.random_model(config if parsed.dtype is None else replace(config, dtype=parsed.dtype))
     else:
         model = cb.load_model(parsed.model, dtype=parsed.dtype)
+    log = lambda line: print(line, flush=True)  # noqa: E731
     if parsed.long_prompt is not None:
-        log = lambda line: print(line, flush=True)  # noqa: E731
         measured = measure_interruptions(model, load, parsed.long_prompt, parsed.rounds, log)
         print_interruptions(parsed.model, measured)
         return
-    report = measure(model, load, parsed.rounds, parsed.steps, lambda line: print(line, flush=True))
+    report = measure(model, load, parsed.rounds, parsed.steps, log, pausing=parsed.pausing)
     one, other = report["in turn"], report["at once"]
     print("| model | in turn, tokens/s | at once, tokens/s | gain | in CPU time | prefills' share in turn | at once |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")

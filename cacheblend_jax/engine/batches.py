@@ -81,7 +81,7 @@ def generate_all(
     room = min(batch.buckets.length(min(longest + max(max_new_tokens, 1) - 1, most)), most)
     groups = len(batch.model.groups)
     slots = groups * -(-min(len(prompts), MOST_SLOTS) // groups)  # as many for each
-    with Scheduler(batch, slots=slots, max_tokens=room, waiting=len(prompts)) as scheduler:
+    with Scheduler(batch, slots=slots, max_tokens=room, waiting=len(prompts), pausing=False) as scheduler:
         submit = partial(scheduler.submit, mode=mode, blend=blend, max_new_tokens=max_new_tokens)
         answers = [submit(prompt, sampling=sampling, stop_token_ids=stop_token_ids) for prompt in prompts]
         return [answer.result() for answer in answers]

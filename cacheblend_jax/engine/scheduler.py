@@ -87,13 +87,22 @@ class Scheduler:
         waiting: how many requests may wait; more are refused.
         steps: how many tokens are decoded, at most 64, before they are handed out and a waiting request gets a free
             slot; fewer where so many take longer than 25 ms.
+        pausing: whether long prefills pause. Without, each one keeps running answers waiting to its end, but all
+            requests together take less: more answers are decoded at a time.
 
     Raises:
         CacheBlendError: a number is out of its range.
     """
 
     def __init__(
-        self, engine: Prefills, *, slots: int = 8, max_tokens: int = 2048, waiting: int = 64, steps: int = 8
+        self,
+        engine: Prefills,
+        *,
+        slots: int = 8,
+        max_tokens: int = 2048,
+        waiting: int = 64,
+        steps: int = 8,
+        pausing: bool = True,
     ) -> None:
         most = engine.model.config.max_positions
         limits = {"slots": (slots, 4096), "max_tokens": (max_tokens, most), "waiting": (waiting, 2**31)}
@@ -105,7 +114,7 @@ class Scheduler:
                 "a scheduler decodes what has arrived, which differs between hosts, and the model is on several; use "
                 "Engine.generate, or a replica of the model on each host"
             )
-        self._engine, self._steps, self._most_waiting = engine, steps, waiting
+        self._engine, self._steps, self._most_waiting, self._pausing = engine, steps, waiting, pausing
         self._batch = SlotBatch(engine.model, engine.buckets, slots, max_tokens)
         self._changed = threading.Condition()  # guards what follows; the batch is the thread's, once it is warm
         self._waiting: WaitingRequests[_Request] = WaitingRequests(lambda request: request.prompt.tenant)
@@ -312,7 +321,7 @@ class Scheduler:
         """
         request.waited_s = time.perf_counter() - request.submitted_at - request.compile_s
         only_if_ready = request.times_aside < MOST_ASIDE
-        between = between if self._running else None
+        between = between if self._pausing and self._running else None
         work = self._batch.preparation(request.length, with_logprobs=request.logprobs)
         if only_if_ready and work is not None:
             raise NotReadyError("the programs of the slots are not compiled", work)

@@ -167,6 +167,16 @@ def test_while_a_long_prompt_is_prefilled_answers_that_run_go_on_by_single_steps
     ]
 
 
+def test_a_scheduler_without_pauses_has_none(engine):
+    engine.pauses[2] = lambda between: engine.log.append("paused")
+    engine.gate.clear()
+    with cb.Scheduler(engine, slots=2, steps=4, pausing=False) as scheduler:
+        answers = [scheduler.submit(prompt(n), max_new_tokens=9) for n in (1, 2)]
+        engine.gate.set()
+        assert [answer.result().token_ids for answer in answers] == [tokens(n, 9) for n in (1, 2)]
+    assert "paused" not in engine.log
+
+
 def test_a_block_is_as_long_as_25_ms_have_room_for(engine, monkeypatch):
     clock = SimpleNamespace(now=0.0)
 
