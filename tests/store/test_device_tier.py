@@ -160,7 +160,7 @@ def test_a_prefill_without_memory_begins_anew_without_the_tier(monkeypatch, capl
             engine.flush()
         wanted, entries = engine.prefill(prompt), engine.store.stats.device.entries
         run, failures = (
-            engine._groups.first._run_resident,
+            engine._groups.first._run_on_device,
             [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")],
         )
 
@@ -169,7 +169,7 @@ def test_a_prefill_without_memory_begins_anew_without_the_tier(monkeypatch, capl
                 raise failures.pop()
             return run(*args)
 
-        monkeypatch.setattr(engine._groups.first, "_run_resident", fail_once)
+        monkeypatch.setattr(engine._groups.first, "_run_on_device", fail_once)
         out = engine.prefill(prompt)
         assert out.logits.tobytes() == wanted.logits.tobytes()
         assert 0 < engine.store.stats.device.entries < entries  # but those that it uses
