@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -94,8 +95,10 @@ def kind_of(line: str) -> str:
 def bytes_of(launch: Instruction, types: dict[str, str], found: dict[str, list[Instruction]]) -> int:
     """Returns the bytes that a kernel reads and writes."""
     if "blend_kv_triton" in launch.line:  # in place: of the caches it is given, a part
-        _, k, _, fresh, _, cos, *_ = (_array(types[name]) for name in launch.reads)
-        return blending_cost(k, fresh[0], cos).bytes_accessed
+        _, k, _, fresh, _, cos, *_ = (_shape(types[name]) for name in launch.reads)
+        declared: list[int] = []
+        jax.eval_shape(lambda *of: declared.append(blending_cost(of[0], of[1][0], of[2]).bytes_accessed), k, fresh, cos)
+        return declared[0]
     called = re.search(r"calls=%([^\s,]+)", launch.line)
     inside = found[called[1]] if called else []
     parameters = {
@@ -136,10 +139,9 @@ def _dtype(name: str) -> np.dtype:
     return jnp.dtype(DTYPES[letters] + bits)
 
 
-def _array(of_type: str) -> np.ndarray:
-    """Returns an array of that type, which takes no memory."""
+def _shape(of_type: str) -> jax.ShapeDtypeStruct:
     ((name, sizes),) = _shapes(of_type)
-    return np.broadcast_to(np.zeros((), _dtype(name)), sizes)
+    return jax.ShapeDtypeStruct(sizes, _dtype(name))
 
 
 def main(paths: list[str]) -> None:
