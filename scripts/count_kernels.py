@@ -126,7 +126,7 @@ def _bytes_read(given: Instruction, inside: list[Instruction]) -> int:
 
 
 def _shapes(of_type: str) -> list[tuple[str, list[int]]]:
-    found = re.findall(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]", of_type)
+    found = re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", of_type)
     return [(dtype, [int(size) for size in sizes.split(",") if size]) for dtype, sizes in found]
 
 
@@ -135,8 +135,8 @@ def _num_bytes(of_type: str) -> int:
 
 
 def _dtype(name: str) -> np.dtype:
-    letters, bits = re.fullmatch(r"([a-z]+)(\d*)", name).groups()
-    return jnp.dtype(DTYPES[letters] + bits)
+    letters, bits, form = re.fullmatch(r"([a-z]+)(\d*)(\w*)", name).groups()
+    return jnp.dtype(DTYPES[letters] + bits + (f"_{form}" if form else ""))  # float8_e4m3fn, say
 
 
 def _shape(of_type: str) -> jax.ShapeDtypeStruct:

@@ -295,7 +295,7 @@ class Executors:
         run = self._run_streamed if executor == "streamed" else self._run_on_device
         job = _Job(plan, request, chunks, prepared, trace, between if self._is_long(plan) else None)
         done = self._giving_way(lambda: run(job))
-        self._speed.took(plan, done.run_s - done.paused_s)
+        self._speed.took(plan, done.run_s - done.paused_s - done.load_s)
         return done
 
     def _giving_way(self, work: Callable[[], Result]) -> Result:

@@ -70,13 +70,17 @@ class Groups:
         with self._choosing:
             chosen = self._users.index(min(self._users)) if number is None else number
             self._users[chosen] += 1
-            if len(self.models) > 1 and not self._params.as_in(self._model.params):
-                self._follow_whole()
+            self._follow_changes()
         try:
             yield chosen
         finally:
             with self._choosing:
                 self._users[chosen] -= 1
+
+    def _follow_changes(self) -> None:
+        """Has the groups' parameters be the whole model's where some of these were replaced; with `_choosing` held."""
+        if len(self.models) > 1 and not self._params.as_in(self._model.params):
+            self._follow_whole()
 
     def _follow_whole(self) -> None:
         self._params = SameLeaves(self._model.params)
@@ -90,6 +94,8 @@ class Groups:
 
     def model_of(self, cache: Any) -> Model:
         """Returns the model on the devices that hold a cache."""
+        with self._choosing:
+            self._follow_changes()
         devices = cache.k.sharding.device_set
         return next((group for group in self.models if group.placement.device_set == devices), self._model)
 

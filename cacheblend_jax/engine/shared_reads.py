@@ -57,9 +57,9 @@ class SharedReads:
     def _closed(self, key: str, chunk: _KeptChunk) -> None:
         with self._lock:
             chunk.users -= 1
-            chunk.settle_tier()
             if chunk.users:
                 return
+            chunk.settle_tier()
             if self._left[key] <= 0 or chunk.has_failed or len(self._kept) > MOST_KEPT:
                 if self._kept.get(key) is chunk:
                     del self._kept[key]

@@ -93,6 +93,7 @@ class SlotBatch:
         model = self._model
         run(next_token, np.zeros(model.config.vocab_size, np.float32), Draw.by(Sampling()), np.int32(0))
         slots = run(empty_slots, shapes_of(self._angles), config=model.config, num_slots=self.num_slots)
+        slots = _where_it_is(model, slots)
         for owner in self._owners:
             cache = abstract_cache(model.config, size, owner.cache_placement)
             turn = self._turn(0, 0, Ending(frozenset(), 1), Sampling())
@@ -121,7 +122,8 @@ class SlotBatch:
     def _own_slots(self, owner: Model) -> Slots:
         """Returns the shapes and placements of the slots that an owner has, by themselves."""
         angles = shapes_of(self._angles, owner.placement)
-        return owner.runner(empty_slots, angles, config=owner.config, num_slots=self._slots_each)
+        slots = owner.runner(empty_slots, angles, config=owner.config, num_slots=self._slots_each)
+        return _where_it_is(owner, slots)
 
     def decode(self, running: Collection[int], steps: int, *, with_logprobs: bool = False) -> list[Block]:
         """Decodes up to `steps` tokens of the slots that run; returns each slot's."""
@@ -151,10 +153,23 @@ class SlotBatch:
         """Returns the slots; empty ones at first, and after a program that failed has taken their buffers."""
         if self._slots is None:
             model = self._model
-            self._slots = model.runner(empty_slots, self._angles, config=model.config, num_slots=self.num_slots)
+            slots = model.runner(empty_slots, self._angles, config=model.config, num_slots=self.num_slots)
+            self._slots = _where_it_is(model, slots)
         return self._slots
 
     def _turn(self, token: int, length: int, ending: Ending, sampling: Sampling) -> Turn:
         is_stop = np.isin(np.arange(self._model.config.vocab_size), list(ending.stop_token_ids))
         token_id, position, number, left = (np.int32(each) for each in (token, length, 1, ending.most - 1))
         return Turn(token_id, position, number, left, is_stop, Draw.by(sampling))
+
+
+def _where_it_is(model: Model, slots: Slots) -> Slots:
+    """Returns empty slots, or their shapes, on the model's devices.
+
+    They depend on no array's values, so that a program for one device makes them on the default one.
+    """
+    if model.partition is not None:
+        return slots
+    if isinstance(jax.tree.leaves(slots)[0], jax.ShapeDtypeStruct):
+        return shapes_of(slots, model.placement)
+    return jax.device_put(slots, model.placement)

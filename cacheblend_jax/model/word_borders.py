@@ -69,6 +69,8 @@ def _steps(pre_tokenizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _pattern_of(steps: list[dict[str, Any]]) -> re.Pattern[str] | None:
+    if not steps:
+        return None
     *splits, last = steps
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return None

@@ -133,8 +133,8 @@ class Hosts:
 
     def _heard_error(self) -> str | None:
         """Returns why another host has given up, if one that this one listens to has."""
-        names = ["decision"] if self.index else [str(index) for index in range(1, self.count)]
-        for name in names:
+        others = [str(index) for index in range(1, self.count) if index != self.index]
+        for name in others if self.index == 0 else ["decision", *others]:
             try:
                 if (error := json.loads(self._client.key_value_try_get(self._key(name))).get("error")) is not None:
                     return error

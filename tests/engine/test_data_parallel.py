@@ -126,12 +126,29 @@ def test_groups_share_the_meshs_parameters_and_follow_a_change_of_them():
         assert group.fingerprint == model.fingerprint
     before = model.fingerprint
     with cb.Engine(model) as engine:
-        engine.prefill(PROMPT, "full")
+        out = engine.prefill(PROMPT, "full")
         model.params.embedder["embedding"] = model.params.embedder["embedding"] * 0  # the logits' weights, too
+        assert not engine.extend(out, [7]).logits.any()
         assert not engine.prefill(PROMPT, "full", group=1).logits.any()
         with pytest.raises(cb.CacheBlendError, match=r"group must be None or a whole number in \[0, 2\), got 2"):
             engine.prefill(PROMPT, group=2)
     assert model.groups[1].fingerprint == model.fingerprint != before
+
+
+@pytest.mark.parametrize("device", [None, 1])
+def test_slots_of_a_single_device_are_on_that_device(device):
+    """Each group of a mesh with `data` alone is one, and a model may be on another than the first."""
+    whole, prompts = whole_model("2 KV heads"), [cb.Prompt("", (), [5, 6, 7 + i]) for i in range(2)]
+    if device is None:
+        model = model_on("2 KV heads", "2x1")
+    else:
+        model = replace(whole, params=jax.device_put(whole.params, jax.devices()[device]))
+    how = {"max_new_tokens": 3, "stop_token_ids": []}
+    with cb.Engine(whole) as one, cb.Engine(model) as engine:
+        answers = engine.generate_batch(prompts, "full", **how)
+        assert [answer.token_ids for answer in answers] == [
+            one.generate(each, "full", **how).token_ids for each in prompts
+        ]
 
 
 def test_what_follows_a_prefill_runs_where_its_kv_is():

@@ -140,6 +140,24 @@ def test_a_host_that_has_ended_costs_the_others_a_timeout_and_then_nothing():
         service.blocking_key_value_get = None  # it is not asked again
 
 
+def test_each_of_three_hosts_hears_of_one_that_fails_while_they_run_a_program():
+    service, has_run = Service(), threading.Event()
+
+    def work(index: int) -> str:
+        hosts = Hosts(service, index, 3, 30.0, "test")
+        if index == 2:
+            hosts.give_up(MemoryError("no memory"))
+            return ""
+        with pytest.raises(HostsError) as raised:
+            hosts.in_time(lambda: has_run.wait(20))
+        return str(raised.value)
+
+    with ThreadPoolExecutor(3) as threads:
+        said = list(threads.map(work, range(3)))
+    has_run.set()
+    assert all("host 2 of 3 failed: MemoryError: no memory" in each for each in said[:2])
+
+
 def test_what_one_host_lacks_is_a_miss_on_all_and_the_slowest_tier_counts(tmp_path):
     def work(hosts: Hosts):
         with cb.ChunkStore(None if hosts.index == 0 else tmp_path) as store:

@@ -133,6 +133,12 @@ def with_added(*tokens: AddedToken) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def without_steps() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -145,9 +151,10 @@ def with_added(*tokens: AddedToken) -> PreTrainedTokenizerFast:
         lambda: trained([pre_tokenizers.Punctuation()], has_gpt2_words=True),
         lambda: trained([pre_tokenizers.Digits()]),
         lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())),
+        without_steps,
         object,
     ],
-    ids="word spaced lowercase prefix pattern behaviour step no-words merging slow".split(),
+    ids="word spaced lowercase prefix pattern behaviour step no-words merging no-steps slow".split(),
 )
 def test_no_border_is_known_of_other_tokenizers(make):
     assert word_borders(make()) is None
