@@ -16,6 +16,7 @@ from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.groups import Groups
 from cacheblend_jax.engine.kernels import asked_kernels
 from cacheblend_jax.engine.layout import ChunkContext
+from cacheblend_jax.engine.pauses import Speed
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prefilling import Prefiller
 from cacheblend_jax.engine.profile import Profile
@@ -68,11 +69,12 @@ def assemble(
     buckets = Buckets(None if length_buckets is None else tuple(length_buckets))
     planner = Planner(model.config, blend, buckets)
 
-    def executors_of(group: Model) -> Executors:
+    def executors_of(group: Model, speed: Speed) -> Executors:
         return Executors(
             group,
             executor,
             prefetch_layers,
+            speed=speed,
             buckets=buckets,
             tiers=store.tiers,
             context_embeddings=after.embeddings,

@@ -33,6 +33,7 @@ class BatchOfPrompts:
 
     model: Model
     buckets: Buckets
+    lanes: int
     check: Callable[[Prompt, str, BlendConfig | str | None], TokenizedPrompt]
     prefill: Callable[..., PrefillResult]
 
@@ -61,7 +62,7 @@ def sharing_reads(
         ) -> PrefillResult:  # all prompts are this call's: it waits for all of them, in whatever order
             return prefiller.prefill(prefiller.tokenize(prompt), mode, planner_for(blend), reads=reads, group=group)
 
-        yield BatchOfPrompts(engine.model, engine.buckets, engine.check, prefill)
+        yield BatchOfPrompts(engine.model, engine.buckets, engine.lanes, engine.check, prefill)
 
 
 def generate_all(

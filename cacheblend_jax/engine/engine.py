@@ -218,7 +218,7 @@ class Engine:
         """As `prefill`, of several prompts: a chunk that they share is read once from a tier slower than host memory.
 
         All prompts are checked before the first is prefilled. On a mesh with `data`, groups of devices prefill
-        different prompts at the same time.
+        different prompts at the same time; so do the cores of a CPU.
         """
         with self._batch_of(prompts, mode, blend) as batch:
             return self._groups.each(partial(batch.prefill, mode=mode, blend=blend), prompts)
@@ -365,6 +365,11 @@ class Engine:
     def buckets(self) -> Buckets:
         """How lengths are padded."""
         return self._planner.buckets
+
+    @property
+    def lanes(self) -> int:
+        """How many prompts each group of devices prefills at a time: two on a CPU with several cores, else one."""
+        return self._groups.lanes_each
 
     def estimator(self) -> Estimator:
         """Returns what the controller estimates delays from: the profile, or else a quick estimate."""

@@ -84,6 +84,7 @@ class Executors:
         setting: `"resident"` (all cached KV on the device, one program), `"streamed"` (each layer's KV arrives
             while others compute), or `"auto"`: see `choose_executor`.
         prefetch_layers, link, kept_bytes: see `Delivery`.
+        speed: what other executors on the same devices have measured, and go on to.
         tiers: those that the store may serve entries from.
         context_embeddings: of a fitted context, see `ChunkContext`.
         drop_device: has the store give the device memory back; returns whether it had any.
@@ -102,6 +103,7 @@ class Executors:
         setting: str,
         prefetch_layers: int,
         *,
+        speed: Speed | None = None,
         buckets: Buckets = FINE_BUCKETS,
         tiers: Sequence[str] = ("host",),
         context_embeddings: np.ndarray | None = None,
@@ -119,7 +121,7 @@ class Executors:
         self.alone = Standalone(model, buckets, context_embeddings)
         self._drop_device = drop_device
         self.kv_dtype: str | None = None
-        self._speed = Speed(model.config)
+        self._speed = Speed(model.config) if speed is None else speed
         if not model.spans_hosts:  # the others would not begin anew
             for runner in {model.runner, self._whole.runner}:
                 runner.add_yielding(self._give_way)

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,8 +26,8 @@ from cacheblend_jax.engine.agreement import Alone, Choice, Together
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.controller import Decision, decide
 from cacheblend_jax.engine.delays import Estimator
-from cacheblend_jax.engine.executors import Executors, PrefillRun
-from cacheblend_jax.engine.groups import Groups
+from cacheblend_jax.engine.executors import PrefillRun
+from cacheblend_jax.engine.groups import Groups, Lane
 from cacheblend_jax.engine.layout import ChunkContext, Layout, PlacedChunk, lay_out, look_up, place_chunks
 from cacheblend_jax.engine.loading import LostChunkError
 from cacheblend_jax.engine.planner import Planner
@@ -48,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class Prefiller:
-    """Prefills prompts, as many at a time as there are groups of devices.
+    """Prefills prompts, as many at a time as there are lanes (`Groups`).
 
     Args:
         context: what chunks are precomputed after.
@@ -122,7 +121,7 @@ class Prefiller:
         if storing and call.only_if_ready:
             raise NotReadyError("chunks of the prompt are being stored", partial(wait, storing))
         wait(storing)
-        with self._groups.turn(group) as call.group, ExitStack() as handles:
+        with self._groups.turn(group) as call.lane, ExitStack() as handles:
             call.timer.wait_s = call.timer.elapsed_s() - placed_s
             chunks, unusable = look_up(chunks, reads or self._store, handles, self._model.config)
             call.lost.update(unusable)
@@ -157,7 +156,7 @@ class Prefiller:
             LostChunkError: a chunk could not be read.
         """
         planned = self._plan(call, chunks)
-        plan, loaded, executors = planned.plan, planned.layout.loaded, self._executors(call)
+        plan, loaded, executors = planned.plan, planned.layout.loaded, call.lane.executors
         pausing = call.between is not None
         if call.only_if_ready and not executors.is_ready(plan, loaded, pausing=pausing):
             self._warn_of_compiling(plan)
@@ -178,9 +177,6 @@ class Prefiller:
                 executors.delivery.forget(plan, loaded)
             raise
         return planned.layout, self._result(call, planned, run, prepared.compile_s)
-
-    def _executors(self, call: _Call) -> Executors:
-        return self._groups.executors[call.group]
 
     def _warn_of_compiling(self, plan: Plan) -> None:
         if self.is_warm:
@@ -215,7 +211,7 @@ class Prefiller:
         return choice
 
     def _is_ready(self, call: _Call, planned: _Planned) -> bool:
-        return self._executors(call).is_ready(planned.plan, planned.layout.loaded)
+        return call.lane.executors.is_ready(planned.plan, planned.layout.loaded)
 
     def _planned(self, call: _Call, chunks: Sequence[PlacedChunk], choice: Choice) -> _Planned:
         planner = call.planner if choice.ratio is None else call.planner.at(choice.ratio)
@@ -227,7 +223,7 @@ class Prefiller:
         """Asks the controller for a request's ratio, and for which of the stored chunks to load."""
         with call.timer.stopped():  # a quick estimate is not part of the request's time
             estimator = self.estimator()
-        executors, length = self._executors(call), call.tokenized.token_ids.size
+        executors, length = call.lane.executors, call.tokenized.token_ids.size
         is_prepared = executors.is_prepared if self.is_warm else None
         delivery = executors.delivery
         return decide(estimator, call.planner, length, stored, is_prepared, delivery.num_kept, delivery.kv_dtype)
@@ -253,13 +249,14 @@ class Prefiller:
     def _add_oracle(self, call: _Call, planned: _Planned) -> None:
         """Fills in the oracle's scores from a full prefill."""
         plan, layout, request = planned.plan, planned.layout, planned.request
-        how: dict[str, Any] = {"only_if_ready": call.only_if_ready, "between": call.between, "group": call.group}
-        full = self.prefill(call.tokenized, "full", planned.planner, **how).padded_cache
+        whole = _Call(call.tokenized, "full", planned.planner, None, call.only_if_ready, call.between)
+        whole.lane = call.lane
+        full = self._attempt(whole, [])[1].padded_cache
         rows = min(full.k.shape[1], plan.cache_length)
         config = self._model.config
-        params = self._groups.models[call.group].params
+        params = call.lane.model.params
         plain = jax.jit(cache_values, static_argnames="config")(
-            params, self._executors(call).load(plan, layout.loaded), config=config
+            params, call.lane.executors.load(plan, layout.loaded), config=config
         )
         scores = jax.jit(total_deviation, static_argnames="config")(
             full.first(rows), plain.first(rows), rope_tables(config, rows), layout.token_ids.size, config=config
@@ -325,7 +322,7 @@ class _Call:
     Attributes:
         lost: keys of the chunks that are stored and cannot be used: they are computed, and stored anew.
         failed_tiers: those that a chunk could not be read from.
-        group: the group of devices that runs it, once it has one.
+        lane: what runs it, once it has its turn.
         between: called where a long prefill pauses.
     """
 
@@ -338,7 +335,7 @@ class _Call:
     timer: Timer = field(default_factory=Timer)
     lost: set[str] = field(default_factory=set)
     failed_tiers: set[str] = field(default_factory=set)
-    group: int = 0
+    lane: Lane = field(init=False)
 
     def asked(self) -> dict[str, object]:
         """Returns what the request is, beside its chunks: the same on all hosts."""

@@ -1,4 +1,4 @@
-"""Continuous batching: requests wait in order, are prefilled one at a time, and are decoded together in slots."""
+"""Continuous batching: requests wait in order, are prefilled one or a few at a time, and decoded together in slots."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 
 from cacheblend_jax.blend import BlendConfig
@@ -18,6 +17,7 @@ from cacheblend_jax.engine.generation import Decoding
 from cacheblend_jax.engine.loading import submit_or_run
 from cacheblend_jax.engine.prompt import Prompt, check_length
 from cacheblend_jax.engine.results import PrefillResult
+from cacheblend_jax.engine.scheduled import ScheduledRequest, free_slot
 from cacheblend_jax.engine.scheduling import Prefills, SchedulerStats
 from cacheblend_jax.engine.slot_batch import Block, Ending, SlotBatch
 from cacheblend_jax.engine.waiting import WaitingRequests
@@ -33,42 +33,15 @@ BLOCK_S = 0.025  # that tokens are decoded for at a time: a prompt that comes me
 MOST_ASIDE = 6  # times that one request is set aside; then it waits in the thread, lest it wait for ever
 
 
-@dataclass(eq=False)
-class _Request:
-    """A request on its way through the scheduler.
-
-    Attributes:
-        times_aside: how often it was set aside for something that had to be done first.
-        logprobs: whether its tokens come with log-probabilities.
-        compile_s: seconds of that which the compiler took.
-        waited_s: seconds from its submission until it was prefilled, without those.
-        num_tokens: of its answer, so far.
-    """
-
-    answer: Answer
-    prompt: Prompt
-    length: int
-    mode: str
-    blend: BlendConfig | str | None
-    sampling: Sampling
-    ending: Ending
-    logprobs: bool = False
-    submitted_at: float = field(default_factory=time.perf_counter)
-    times_aside: int = 0
-    compile_s: float = 0.0
-    waited_s: float = 0.0
-    num_tokens: int = 0
-
-
 class _UnwantedError(Exception):
     """A prompt is being prefilled, and its answer was cancelled."""
 
 
 class Scheduler:
-    """Answers many requests at once: one thread prefills them in turn, and decodes all together.
+    """Answers many requests at once: they are prefilled in turn, and one thread decodes all together.
 
     On a mesh with `data`, each group of devices has its slots, and prefills the requests that it puts there: as many at
-    the same time as there are groups, where `slots` is a multiple of them.
+    the same time as there are groups, where `slots` is a multiple of them. A CPU with several cores prefills two.
 
     A step of decoding reads the weights once for all slots, so that eight answers take little longer than one. Greedy
     and sampled answers have the tokens that `engine.generate` gives each alone (in 16-bit floats up to roundings, which
@@ -116,15 +89,19 @@ class Scheduler:
             )
         self._engine, self._steps, self._most_waiting, self._pausing = engine, steps, waiting, pausing
         self._batch = SlotBatch(engine.model, engine.buckets, slots, max_tokens)
-        self._changed = threading.Condition()  # guards what follows; the batch is the thread's, once it is warm
-        self._waiting: WaitingRequests[_Request] = WaitingRequests(lambda request: request.prompt.tenant)
-        self._running: dict[int, _Request] = {}  # by slot
-        self._prefilling: list[_Request] = []
+        self._driving = threading.Lock()  # held by the thread that uses the batch, once it is warm
+        self._changed = threading.Condition()  # guards what follows; taken after the lock above, where both are
+        self._waiting: WaitingRequests[ScheduledRequest] = WaitingRequests(lambda request: request.prompt.tenant)
+        self._running: dict[int, ScheduledRequest] = {}  # by slot
+        self._prefilling: dict[int, ScheduledRequest] = {}  # by the slot that they will have
+        self._num_prefilled = self._num_seen = 0  # prefills that have ended, and how many of them the thread knows of
         self._step_s = deque[float](maxlen=4)  # of the last blocks; the shortest counts, which nothing held up
+        self._num_steps = 0
         self._counts: Counter[str] = Counter()  # by the names of `SchedulerStats`
         self._is_closed = self._is_warming = False
         self._preparing = ThreadPoolExecutor(PREPARING, thread_name_prefix="cacheblend-prepare")
-        self._prefillers = ThreadPoolExecutor(self._batch.num_groups, thread_name_prefix="cacheblend-prefill")
+        most_at_once = self._batch.num_groups * engine.lanes
+        self._prefillers = ThreadPoolExecutor(most_at_once, thread_name_prefix="cacheblend-prefill")
         self._thread = threading.Thread(target=self._work, name="cacheblend-scheduler", daemon=False)
         self._thread.start()
         flush_before_exit(self)
@@ -163,7 +140,7 @@ class Scheduler:
         with self._changed:
             if self._is_closed:
                 raise SchedulerClosed("the scheduler is closed; make another")
-            request = _Request(answer, ids, length, mode, blend, sampling or Sampling(), ending, logprobs)
+            request = ScheduledRequest(answer, ids, length, mode, blend, sampling or Sampling(), ending, logprobs)
             if not self._waiting.has_room_for(request, self._most_waiting):
                 raise QueueFull(f"{len(self._waiting)} requests wait already; try again later, or raise `waiting`")
             self._waiting.add(request)
@@ -222,7 +199,7 @@ class Scheduler:
 
     def _unfinished(self) -> list[Answer]:
         with self._changed:
-            return [request.answer for request in (*self._waiting, *self._prefilling, *self._running.values())]
+            return [request.answer for request in (*self._waiting, *self._prefilling.values(), *self._running.values())]
 
     def _cancelled(self, answer: Answer) -> None:
         """Forgets a request that waits; the thread frees the slot of one that runs."""
@@ -237,7 +214,9 @@ class Scheduler:
     def _work(self) -> None:
         try:
             while self._waits_for_work():
-                self._prefill(self._next_requests())
+                for slot, request in self._next_requests().items():
+                    submit_or_run(self._prefillers, self._prefill, slot, request)
+                self._wait_for_prefills()
                 self._decode()
         except BaseException as error:  # whatever it is, nobody is to wait for ever
             logger.exception("the scheduler ends: its thread has failed")
@@ -246,6 +225,7 @@ class Scheduler:
                 waiting = list(self._waiting)
                 for request in waiting:
                     self._waiting.remove(request)
+            self._prefillers.shutdown()  # what has begun comes to its end first
             self._fail_all(error, *waiting)
 
     def _waits_for_work(self) -> bool:
@@ -256,92 +236,137 @@ class Scheduler:
 
     @property
     def _has_work(self) -> bool:
-        return self._waiting.has_next or bool(self._running)
+        return self._waiting.has_next or bool(self._running or self._prefilling)
 
     @property
     def _has_done_all(self) -> bool:
         return self._is_closed and not self._waiting
 
-    def _next_requests(self) -> dict[int, _Request]:
-        """Takes the request whose turn it is, for a slot that is free: one for each group of devices that has such.
-
-        Groups with fewer answers come first, since a step takes as long as the group that has the most.
-        """
+    def _next_requests(self) -> dict[int, ScheduledRequest]:
+        """Takes the requests whose turn it is, each for a slot that is free, as many as can be prefilled."""
+        taken = {}
         with self._changed:
             self._drop_ended()
-            group_of, busy = self._batch.group_of, Counter(map(self._batch.group_of, self._running))
-            free = [slot for slot in range(self._batch.num_slots) if slot not in self._running]
-            slots = {group_of(slot): slot for slot in reversed(free)}
-            order = sorted(slots, key=lambda group: (busy[group], slots[group]))
-            taken = {slots[group]: self._waiting.next() for group in order if self._waiting.has_next}
-            self._prefilling = [*taken.values()]
-            return taken
+            while (slot := self._next_slot()) is not None:
+                taken[slot] = self._prefilling[slot] = self._waiting.next()
+                taken[slot].pauses = self._pausing and bool(self._running) and self._batch.num_groups == 1
+        return taken
+
+    def _next_slot(self) -> int | None:
+        """Returns the slot for the next request that waits; `None` while there is no such request or slot."""
+        if not self._waiting.has_next:
+            return None
+        batch, taken = self._batch, {"running": self._running, "prefilling": self._prefilling}
+        return free_slot(batch.num_slots, batch.group_of, self._engine.lanes, **taken)
 
     def _drop_ended(self) -> None:
         self._running = {slot: each for slot, each in self._running.items() if not each.answer.has_ended}
 
-    def _prefill(self, taken: dict[int, _Request]) -> None:
-        """Prefills requests, each on the devices that have its slot; those of several groups at the same time."""
-        if len(taken) == 1:
-            ((slot, request),) = taken.items()
-            self._begin(slot, request, lambda: self._prefilled(slot, request, partial(self._between_layers, request)))
-            return
-        running = {submit_or_run(self._prefillers, self._prefilled, *each): each for each in taken.items()}
-        for future in as_completed(running):
-            self._begin(*running[future], future.result)
+    def _wait_for_prefills(self) -> None:
+        """Waits for a prefill to end, if answers are to wait for one; a free lane's next request may be taken, too.
 
-    def _begin(self, slot: int, request: _Request, prefilled: Callable[[], PrefillResult]) -> None:
-        """Hands the first token of a prefilled request out, and puts it into its slot unless it ends there."""
+        Where several groups prefill, for all of them: no program for all devices may come between theirs.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._prefilling or self._may_go_on)
+            self._num_seen = self._num_prefilled
+
+    @property
+    def _may_go_on(self) -> bool:
+        if self._batch.num_groups > 1:
+            return False
+        if self._num_seen < self._num_prefilled or self._next_slot() is not None:
+            return True
+        return self._pausing and bool(self._running) and not all(each.pauses for each in self._prefilling.values())
+
+    def _decode(self, most: int = MOST_AT_ONCE) -> None:
+        """Decodes the answers that run: one step where a request is prefilled meanwhile, or could be, else several."""
+        with self._driving:
+            with self._changed:
+                self._drop_ended()
+                running = dict(self._running)
+                steps = 1 if self._prefilling or self._next_slot() is not None else self._steps
+            if not running:
+                return
+            in_time = max(int(BLOCK_S / min(self._step_s, default=BLOCK_S)), 1)
+            steps, began = min(most, in_time, steps), time.perf_counter()
+            try:
+                with_logprobs = any(request.logprobs for request in running.values())
+                decoded = self._batch.decode(running, steps, with_logprobs=with_logprobs)
+            except BaseException as error:
+                self._fail_all(error)
+                return
+            done = max((len(block.token_ids) for block in decoded), default=0)  # fewer where all answers have ended
+            self._num_steps += done
+            self._step_s.append(max(time.perf_counter() - began, 1e-6) / max(done, 1))
+            for slot, request in running.items():
+                if not self._hand_out(request, decoded[slot]):
+                    with self._changed:
+                        self._running.pop(slot, None)
+
+    # And this in those that prefill.
+
+    def _prefill(self, slot: int, request: ScheduledRequest) -> None:
+        """Prefills a request, hands its first token out, and puts it into its slot unless it ends there."""
+        needed: NotReadyError | None = None
         try:
-            out = prefilled()
+            out = self._prefilled(slot, request)
             first = self._batch.first_token(out, request.sampling, with_logprobs=request.logprobs)
             took = {name: getattr(out.stats, name) + request.waited_s for name in ("ttft_s", "wait_s")}
             compile_s = out.stats.compile_s + request.compile_s
             request.answer.prefilled(replace(out.stats, **took, compile_s=compile_s))
             if self._hand_out(request, first):
                 self._insert(slot, request, out, first.token_ids[0])
-        except NotReadyError as needed:
-            self._set_aside(request, needed.work)
+        except NotReadyError as error:
+            needed = error
         except _UnwantedError:
             pass
         except BaseException as error:  # this request's alone
             self._fail(request, error)
-        finally:
-            self._has_prefilled(request)
-
-    def _has_prefilled(self, request: _Request) -> None:
         with self._changed:
-            self._prefilling = [each for each in self._prefilling if each is not request]
+            if self._prefilling.get(slot) is request:  # else it is in the slot, or was
+                del self._prefilling[slot]
+            if needed is not None:
+                self._waiting.set_aside(request)
+            self._num_prefilled += 1
+            self._changed.notify_all()
+        if needed is not None:
+            self._do_beside(request, needed.work)
 
-    def _prefilled(self, slot: int, request: _Request, between: Callable[[], object] | None = None) -> PrefillResult:
-        """Prefills a request's prompt, for a slot; calls `between` at its pauses, where answers run.
+    def _prefilled(self, slot: int, request: ScheduledRequest) -> PrefillResult:
+        """Prefills a request's prompt, for a slot.
 
         Raises:
             NotReadyError: something must be done first, beside the answers that run.
         """
         request.waited_s = time.perf_counter() - request.submitted_at - request.compile_s
         only_if_ready = request.times_aside < MOST_ASIDE
-        between = between if self._pausing and self._running else None
         work = self._batch.preparation(request.length, with_logprobs=request.logprobs)
         if only_if_ready and work is not None:
             raise NotReadyError("the programs of the slots are not compiled", work)
-        group, asked = self._batch.group_of(slot), (request.prompt, request.mode)
+
+        num_steps = self._num_steps
+
+        def between() -> None:
+            """Gives each answer that runs a token, unless another lane's pause has, since this one's last."""
+            nonlocal num_steps
+            if request.answer.has_ended:
+                raise _UnwantedError
+            if self._num_steps == num_steps:
+                self._decode(most=1)
+            num_steps = self._num_steps
+
         return self._engine.prefill(
-            *asked, blend=request.blend, only_if_ready=only_if_ready, group=group, between=between
+            request.prompt,
+            request.mode,
+            blend=request.blend,
+            only_if_ready=only_if_ready,
+            group=self._batch.group_of(slot),
+            between=between if request.pauses else None,
         )
 
-    def _between_layers(self, request: _Request) -> None:
-        """Gives each answer that runs a token, while a long prompt is being prefilled.
-
-        Raises:
-            _UnwantedError: nobody waits for the prompt's answer any more.
-        """
-        if request.answer.has_ended:
-            raise _UnwantedError
-        self._decode(most=1)
-
-    def _set_aside(self, request: _Request, work: Callable[[], object]) -> None:
-        """Has `work` done beside what this thread does, and the request taken after it."""
+    def _do_beside(self, request: ScheduledRequest, work: Callable[[], object]) -> None:
+        """Has `work` done beside prefilling and decoding, and the request, which is set aside, taken after it."""
         request.times_aside += 1
 
         def prepare() -> None:
@@ -357,47 +382,24 @@ class Scheduler:
                     self._waiting.put_back(request)
                 self._changed.notify()
 
-        with self._changed:
-            self._has_prefilled(request)
-            self._waiting.set_aside(request)
         try:
             self._preparing.submit(prepare)
         except RuntimeError:  # no more threads
             prepare()
 
-    def _insert(self, slot: int, request: _Request, out: PrefillResult, token: int) -> None:
-        try:
-            self._batch.insert(slot, out, token, request.ending, request.sampling)
-        except BaseException as error:  # the program may have taken the other answers' cache
-            self._fail_all(error, request)
-            return
-        with self._changed:
-            self._running[slot] = request
+    def _insert(self, slot: int, request: ScheduledRequest, out: PrefillResult, token: int) -> None:
+        with self._driving:
+            try:
+                self._batch.insert(slot, out, token, request.ending, request.sampling)
+            except BaseException as error:  # the program may have taken the other answers' cache
+                self._fail_all(error, request)
+                return
+            with self._changed:
+                self._running[slot] = self._prefilling.pop(slot)
 
-    def _decode(self, most: int = MOST_AT_ONCE) -> None:
-        """Decodes the answers that run: one step where a request could be prefilled next, else several."""
-        with self._changed:
-            self._drop_ended()
-            running = dict(self._running)
-            is_wanted = self._waiting.has_next and len(running) < self._batch.num_slots
-        if not running:
-            return
-        in_time = max(int(BLOCK_S / min(self._step_s, default=BLOCK_S)), 1)
-        steps, began = min(most, in_time, 1 if is_wanted else self._steps), time.perf_counter()
-        try:
-            with_logprobs = any(request.logprobs for request in running.values())
-            decoded = self._batch.decode(running, steps, with_logprobs=with_logprobs)
-        except BaseException as error:
-            self._fail_all(error)
-            return
-        done = max((len(block.token_ids) for block in decoded), default=0)  # fewer where all answers have ended
-        self._step_s.append(max(time.perf_counter() - began, 1e-6) / max(done, 1))
-        for slot, request in running.items():
-            if not self._hand_out(request, decoded[slot]):
-                with self._changed:
-                    self._running.pop(slot, None)
+    # And this in either.
 
-    def _hand_out(self, request: _Request, block: Block) -> bool:
+    def _hand_out(self, request: ScheduledRequest, block: Block) -> bool:
         """Gives an answer its next tokens; returns whether it goes on after them."""
         reason, token_ids = None, []
         for token in block.token_ids:
@@ -416,13 +418,13 @@ class Scheduler:
             self._count("answered", request.answer.finish(reason))
         return not request.answer.has_ended
 
-    def _fail_all(self, error: BaseException, *others: _Request) -> None:
+    def _fail_all(self, error: BaseException, *others: ScheduledRequest) -> None:
         with self._changed:
             running, self._running = [*self._running.values(), *others], {}
         for request in running:
             self._fail(request, error)
 
-    def _fail(self, request: _Request, error: BaseException) -> None:
+    def _fail(self, request: ScheduledRequest, error: BaseException) -> None:
         logger.debug("a request failed", exc_info=error)
         self._count("failed", request.answer.fail(error))
 

@@ -25,6 +25,10 @@ class Prefills(Protocol):
     def buckets(self) -> Buckets:
         """How lengths are padded."""
 
+    @property
+    def lanes(self) -> int:
+        """How many prompts each group of the model's devices (`Model.groups`) prefills at a time."""
+
     def check(self, prompt: Prompt, mode: str, blend: BlendConfig | str | None) -> TokenizedPrompt:
         """Returns the prompt's token ids.
 
@@ -42,7 +46,7 @@ class Prefills(Protocol):
         group: int | None = None,
         between: Callable[[], object] | None = None,
     ) -> PrefillResult:
-        """Prefills a prompt, on one group of the model's devices (`Model.groups`). Several threads may call it.
+        """Prefills a prompt, on one group of the model's devices. Several threads may call it.
 
         Args:
             between: called from time to time where that takes long; what it raises ends the prefill.
@@ -58,7 +62,7 @@ class SchedulerStats:
 
     Attributes:
         waiting: requests that wait for a slot, or for the compiler.
-        running: answers in slots, and the one being prefilled.
+        running: answers in slots, and those being prefilled.
         slots: how many there are.
         answered, cancelled, failed: requests that ended so.
         tokens: decoded, and drawn from prefills, for all requests.

@@ -54,6 +54,8 @@ class CountingEngine:
         )
     )
     buckets: object = FINE_BUCKETS
+    lanes: int = 1
+    gates: dict[int, threading.Event] = field(default_factory=dict)
 
     def __post_init__(self):
         self.gate.set()
@@ -71,6 +73,8 @@ class CountingEngine:
         self.log.append(("prefill", number))
         self.began.release()
         self.gate.wait()
+        if number in self.gates:
+            assert self.gates[number].wait(60)
         if number in self.pauses and between is not None:
             self.pauses[number](between)
         if number in self.failing:
@@ -175,6 +179,75 @@ def test_a_scheduler_without_pauses_has_none(engine):
         engine.gate.set()
         assert [answer.result().token_ids for answer in answers] == [tokens(n, 9) for n in (1, 2)]
     assert "paused" not in engine.log
+
+
+def test_two_lanes_prefill_two_prompts_and_an_answer_does_not_wait_for_the_other_lane(engine):
+    engine.lanes, engine.gates = 2, {2: threading.Event()}
+    with cb.Scheduler(engine, slots=3, steps=4) as scheduler:
+        with scheduler._changed:  # its thread sees none before all are there
+            first, slow, third = (scheduler.submit(prompt(n), max_new_tokens=9) for n in (1, 2, 3))
+        assert first.result().token_ids == tokens(1, 9)
+        assert third.result().token_ids == tokens(3, 9)  # in the lane that the first has left
+        assert (slow.prefill_stats, scheduler.stats.running) == (None, 1)
+        engine.gates[2].set()
+        assert slow.result().token_ids == tokens(2, 9)
+    assert {what[1] for what in engine.log if what[0] == "decode"} >= {1, 4}  # one step at a time beside prefills
+
+
+def test_without_pauses_an_answer_gets_one_token_for_each_prefill_that_ends(engine):
+    engine.lanes, engine.gates = 2, {2: threading.Event(), 3: threading.Event()}
+    with cb.Scheduler(engine, slots=3, steps=4, pausing=False) as scheduler:
+        with scheduler._changed:
+            answers = [scheduler.submit(prompt(n), max_new_tokens=9) for n in (1, 2, 3)]
+        for _ in range(3):
+            engine.began.acquire()  # the third in the lane that the first has left
+        assert [next(answers[0])[0] for _ in range(2)] == tokens(1, 2)
+        assert engine.log.count(("decode", 1, [1])) == 1
+        engine.gates[3].set()
+        assert [next(answers[0])[0], next(answers[2])[0]] == [102, 300]
+        engine.gates[2].set()
+        assert [answer.result().token_ids for answer in answers] == [tokens(n, 9) for n in (1, 2, 3)]
+    decoded = [what[1:] for what in engine.log if what[0] == "decode"]
+    assert decoded[:3] == [(1, [1]), (1, [1, 3]), (4, [1, 2, 3])]
+
+
+def test_pauses_of_two_lanes_at_a_time_are_one(engine):
+    one_after_the_other, apart = threading.Lock(), threading.Barrier(2, timeout=60)
+
+    def pauses(between):
+        for _ in range(3):
+            apart.wait()
+            with one_after_the_other:
+                between()
+
+    engine.lanes, engine.pauses = 2, {2: pauses, 3: pauses}
+    with cb.Scheduler(engine, slots=3, steps=4) as scheduler:
+        first = scheduler.submit(prompt(1), max_new_tokens=2000)
+        next(first)
+        with scheduler._changed:
+            others = [scheduler.submit(prompt(n), max_new_tokens=2) for n in (2, 3)]
+        assert [other.result().token_ids for other in others] == [tokens(n, 2) for n in (2, 3)]
+        first.cancel()
+    began = max(engine.log.index(("prefill", n)) for n in (2, 3))
+    steps = [what for what in engine.log[began:] if what[:2] == ("decode", 1) and len(what[2]) == 1]
+    assert len(steps) in (3, 4)  # one may come once the first of the prefills has ended
+
+
+def test_while_groups_of_devices_prefill_nothing_is_decoded(engine, monkeypatch):
+    monkeypatch.setattr(CountingBatch, "num_groups", 2)
+    monkeypatch.setattr(CountingBatch, "group_of", lambda _, slot: slot // 2)
+    engine.gates = {3: threading.Event()}
+    with cb.Scheduler(engine, slots=4, steps=1) as scheduler:
+        running = scheduler.submit(prompt(1), max_new_tokens=2000)
+        next(running)
+        with scheduler._changed:
+            others = [scheduler.submit(prompt(n), max_new_tokens=3) for n in (2, 3, 4)]
+        assert next(others[0])[0] == 200  # has its first token before the other group ends
+        began = engine.log.index(("prefill", 3))
+        assert all(what[0] == "prefill" for what in engine.log[began:])
+        engine.gates[3].set()
+        assert [other.result().token_ids for other in others] == [tokens(n, 3) for n in (2, 3, 4)]
+        running.cancel()
 
 
 def test_a_block_is_as_long_as_25_ms_have_room_for(engine, monkeypatch):
@@ -532,10 +605,16 @@ def test_a_request_goes_to_the_group_of_devices_that_has_the_fewest_answers(engi
     running = SimpleNamespace(answer=SimpleNamespace(has_ended=False))
     with cb.Scheduler(engine, slots=4) as scheduler, scheduler._changed:  # its thread waits for the lock
         for busy, wanted in (({}, [0]), ({0: running}, [2]), ({0: running, 2: running}, [1])):
-            scheduler._running = dict(busy)
+            scheduler._running, scheduler._prefilling = dict(busy), {}
             scheduler._waiting.add(SimpleNamespace(prompt=prompt(1)))
             assert list(scheduler._next_requests()) == wanted
-        for number in range(2):
+        scheduler._prefilling = {}
+        for number in range(3):
             scheduler._waiting.add(SimpleNamespace(prompt=prompt(number)))
         assert list(scheduler._next_requests()) == [1, 3]
-        scheduler._running, scheduler._prefilling = {}, []
+        assert len(scheduler._waiting) == 1  # a group prefills one at a time
+        engine.lanes = 2
+        assert list(scheduler._next_requests()) == []  # no slot is free
+        scheduler._running = {}
+        assert list(scheduler._next_requests()) == [0]
+        scheduler._running, scheduler._prefilling = {}, {}

@@ -1,0 +1,71 @@
+"""A CPU prefills two prompts at a time: each as alone, and no third beside them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+from conftest import HF, family_model, random_prompt
+
+import cacheblend_jax as cb
+from cacheblend_jax.engine import pauses
+from cacheblend_jax.engine.groups import num_lanes
+
+
+def test_two_lanes_where_several_cores_share_one_device(monkeypatch):
+    model = family_model("llama2")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert num_lanes(model) == 2
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    assert num_lanes(cb.load_model(HF / "llama2", mesh=mesh)) == 1
+    for unknown_or_one in (None, 1):
+        monkeypatch.setattr(os, "cpu_count", lambda number=unknown_or_one: number)
+        assert num_lanes(model) == 1
+
+
+@pytest.mark.parametrize("selector", ["hkvd", "oracle"])  # the oracle's full prefill is part of a prefill
+def test_i6_two_prompts_are_prefilled_at_the_same_time_as_each_alone(monkeypatch, selector):
+    """Both stop at a barrier between two layers, which neither passes before the other is there."""
+    engine = cb.Engine(family_model("llama2"), blend=cb.BlendConfig(0.3, selector, num_stages=1))
+    prompts = [random_prompt(seed) for seed in (1, 2)]
+    for prompt in prompts:
+        engine.precompute(prompt)
+    alone = [engine.prefill(prompt) for prompt in prompts]
+    monkeypatch.setattr(pauses, "LONGEST_S", 0.0)
+    monkeypatch.setattr("cacheblend_jax.engine.executors.LONGEST_S", 0.0)
+    both = threading.Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(lambda prompt: engine.prefill(prompt, between=both.wait), prompts))
+    for out, wanted in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(out.recomputed, wanted.recomputed)
+        np.testing.assert_allclose(out.logits, wanted.logits, atol=1e-4)
+    engine.close()
+
+
+def test_a_third_prompt_waits_for_a_lane():
+    engine = cb.Engine(family_model("llama2"))
+    with ThreadPoolExecutor(1) as thread, engine._groups.turn() as one:
+        with engine._groups.turn() as other:
+            assert one.executors is not other.executors
+            third = thread.submit(engine.prefill, cb.Prompt("", (), [1, 2, 3]), "full")
+            with pytest.raises(TimeoutError):
+                third.result(timeout=0.5)
+        assert third.result(timeout=60).stats.wait_s >= 0.4  # in the lane that is free, whichever it is
+
+
+def test_batches_are_prefilled_in_two_lanes_and_shared_chunks_read_once(tmp_path):
+    engine = cb.Engine(family_model("llama2"), store=cb.ChunkStore(tmp_path, host_bytes=1))
+    prompts = [random_prompt(seed) for seed in (1, 2, 1, 2)]
+    for prompt in prompts:
+        engine.precompute(prompt)
+    engine.flush()
+    alone = [engine.generate(prompt, max_new_tokens=5, stop_token_ids=()).token_ids for prompt in prompts]
+    together = engine.generate_batch(prompts, max_new_tokens=5, stop_token_ids=())
+    assert [answer.token_ids for answer in together] == alone
+    prefilled = engine.prefill_batch(prompts)
+    assert [out.next_token for out in prefilled] == [tokens[0] for tokens in alone]
+    engine.close()
