@@ -16,7 +16,6 @@ from cacheblend_jax.engine.fitted_context import FittedContext
 from cacheblend_jax.engine.groups import Groups
 from cacheblend_jax.engine.kernels import asked_kernels
 from cacheblend_jax.engine.layout import ChunkContext
-from cacheblend_jax.engine.pauses import Speed
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.prefilling import Prefiller
 from cacheblend_jax.engine.profile import Profile
@@ -69,12 +68,12 @@ def assemble(
     buckets = Buckets(None if length_buckets is None else tuple(length_buckets))
     planner = Planner(model.config, blend, buckets)
 
-    def executors_of(group: Model, speed: Speed) -> Executors:
+    def executors_of(group: Model, beside: Executors | None) -> Executors:
         return Executors(
             group,
             executor,
             prefetch_layers,
-            speed=speed,
+            beside=beside,
             buckets=buckets,
             tiers=store.tiers,
             context_embeddings=after.embeddings,

@@ -84,7 +84,7 @@ class Executors:
         setting: `"resident"` (all cached KV on the device, one program), `"streamed"` (each layer's KV arrives
             while others compute), or `"auto"`: see `choose_executor`.
         prefetch_layers, link, kept_bytes: see `Delivery`.
-        speed: what other executors on the same devices have measured, and go on to.
+        beside: others on the same devices, which computing stand-alone KV, and what is known of speed, is shared with.
         tiers: those that the store may serve entries from.
         context_embeddings: of a fitted context, see `ChunkContext`.
         drop_device: has the store give the device memory back; returns whether it had any.
@@ -103,7 +103,7 @@ class Executors:
         setting: str,
         prefetch_layers: int,
         *,
-        speed: Speed | None = None,
+        beside: Executors | None = None,
         buckets: Buckets = FINE_BUCKETS,
         tiers: Sequence[str] = ("host",),
         context_embeddings: np.ndarray | None = None,
@@ -118,10 +118,10 @@ class Executors:
         self.uses_device_tier = "device" in tiers and setting != "streamed" and not model.spans_hosts
         self._model, self._buckets, self._tiers = model, buckets, tiers
         self._whole = model if model.whole is None else model.whole
-        self.alone = Standalone(model, buckets, context_embeddings)
+        self.alone = Standalone(model, buckets, context_embeddings) if beside is None else beside.alone
         self._drop_device = drop_device
         self.kv_dtype: str | None = None
-        self._speed = Speed(model.config) if speed is None else speed
+        self._speed = Speed(model.config) if beside is None else beside._speed
         if not model.spans_hosts:  # the others would not begin anew
             for runner in {model.runner, self._whole.runner}:
                 runner.add_yielding(self._give_way)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.pauses import Speed
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.weights_digest import SameLeaves
@@ -42,22 +41,21 @@ class Groups:
 
     Args:
         model: the model on all of them.
-        executors_of: makes the executors of a lane, given the model on its group, and how fast the group is.
+        executors_of: makes the executors of a lane, given the model on its group, and those of the group's first lane.
 
     Attributes:
         models: the model on each group, in the order of the slots that they decode.
         lanes_each: how many prefills a group runs at a time.
     """
 
-    def __init__(self, model: Model, executors_of: Callable[[Model, Speed], Executors]) -> None:
+    def __init__(self, model: Model, executors_of: Callable[[Model, Executors | None], Executors]) -> None:
         self._model, self.models, self.lanes_each = model, model.groups, num_lanes(model)
         self._follow_whole()
-        speeds = [Speed(group.config) for group in self.models]
-        self._lanes = [
-            Lane(number, group, executors_of(group, speed))
-            for number, (group, speed) in enumerate(zip(self.models, speeds, strict=True))
-            for _ in range(self.lanes_each)
-        ]
+        self._lanes: list[Lane] = []
+        for number, group in enumerate(self.models):
+            first = executors_of(group, None)
+            lanes = [first, *(executors_of(group, first) for _ in range(1, self.lanes_each))]
+            self._lanes += [Lane(number, group, executors) for executors in lanes]
         self._users = [0] * len(self._lanes)
         self._taken: set[int] = set()
         self._changed = threading.Condition()  # guards both

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -25,7 +26,7 @@ SHARED_CONTEXT = 64
 
 
 class Standalone:
-    """Computes the stand-alone KV of a model's chunks.
+    """Computes the stand-alone KV of a model's chunks, in any number of threads.
 
     Args:
         context_embeddings: of a fitted context, see `ChunkContext`.
@@ -34,6 +35,7 @@ class Standalone:
     def __init__(self, model: Model, buckets: Buckets, context_embeddings: np.ndarray | None) -> None:
         self._model, self._buckets, self._context_embeddings = model, buckets, context_embeddings
         self._shared_context: tuple[Hashable, KVCache] | None = None
+        self._sharing = threading.Lock()
 
     def entry(self, chunk: PlacedChunk) -> ChunkEntry:
         """Computes a chunk's KV after its context alone.
@@ -94,10 +96,12 @@ class Standalone:
 
     def _context_kv(self, context_ids: np.ndarray, fingerprint: str) -> KVCache:
         """Returns a context's own KV, on the device; the one used last is kept, since most chunks have the same."""
-        name, shared = (fingerprint, context_ids.tobytes()), self._shared_context
-        if shared is None or shared[0] != name:
-            shared = self._shared_context = (name, self._kv_of(context_ids))
-        return shared[1]
+        name = fingerprint, context_ids.tobytes()
+        with self._sharing:
+            shared = self._shared_context
+            if shared is None or shared[0] != name:
+                shared = self._shared_context = (name, self._kv_of(context_ids))
+            return shared[1]
 
     def _run(
         self,

@@ -42,7 +42,7 @@ def test_a_context_that_many_chunks_share_is_computed_once(monkeypatch):
     kv_of = alone._kv_of
     monkeypatch.setattr(alone, "_kv_of", lambda ids, *more: computed.append(ids.size) or kv_of(ids, *more))
     engine.precompute(random_prompt(42, (30, 40, 25)))
-    assert computed == [9, 4 + TEXT.size, 30, 40, 25]  # the prefix, the context, the chunks
+    assert sorted(computed) == sorted([9, 4 + TEXT.size, 30, 40, 25])  # the prefix, the context, the chunks
 
 
 def test_a_blend_that_recomputes_all_is_full_prefill():

@@ -507,7 +507,7 @@ def test_what_cannot_be_read_is_zero_in_the_entrys_own_kind(kv_dtype):
     for zeros, rows in zip(chunk.read_layer(0, range(1, 2)), read, strict=True):
         assert [each.shape for each in zeros[:2]] == [each.shape for each in rows[:2]]
         assert [each.dtype for each in zeros[:2]] == [each.dtype for each in rows[:2]]
-        assert not zeros.dequantised(np.float32).any()
+        assert not zeros.dequantised(np.dtype(np.float32)).any()
     assert isinstance(chunk.failure, OSError)
 
 
