@@ -215,7 +215,7 @@ class Prefiller:
         return choice
 
     def _is_ready(self, call: _Call, planned: _Planned) -> bool:
-        return self._executors(call).is_ready(planned.plan, planned.layout.loaded)
+        return self._executors(call).is_ready(planned.plan, planned.layout.loaded, pausing=call.between is not None)
 
     def _planned(self, call: _Call, chunks: Sequence[PlacedChunk], choice: Choice) -> _Planned:
         planner = call.planner if choice.ratio is None else call.planner.at(choice.ratio)
@@ -228,7 +228,7 @@ class Prefiller:
         with call.timer.stopped():  # a quick estimate is not part of the request's time
             estimator = self.estimator()
         executors, length = self._executors(call), call.tokenized.token_ids.size
-        is_prepared = executors.is_prepared if self.is_warm else None
+        is_prepared = partial(executors.is_prepared, pausing=call.between is not None) if self.is_warm else None
         delivery = executors.delivery
         return decide(estimator, call.planner, length, stored, is_prepared, delivery.num_kept, delivery.kv_dtype)
 
@@ -292,6 +292,7 @@ class Prefiller:
             decision=planned.decision,
             wait_s=call.timer.wait_s,
             loaded=layout.loaded_chunks(call.tokenized),
+            paused_s=run.paused_s,
         )
         logits = np.asarray(run.out.logits)
         return PrefillResult(logits, layout.token_ids, run.next_token, stats, run.out.cache, computed, planned.plan)

@@ -39,6 +39,7 @@ class PrefillStats:
         decision: the controller's decision, if it chose the ratio.
         wait_s: the part of `ttft_s` spent waiting for other requests of the engine, and for chunks being stored.
         loaded: of each of the prompt's chunks, in order, whether its KV came from the store.
+        paused_s: the part of `ttft_s` in which a long prefill let others go on, between its layers.
     """
 
     mode: str
@@ -60,6 +61,7 @@ class PrefillStats:
     decision: Decision | None = None
     wait_s: float = 0.0
     loaded: tuple[bool, ...] = ()
+    paused_s: float = 0.0
 
     @property
     def reused(self) -> int:
