@@ -319,7 +319,8 @@ class Executors:
         plan, began = job.plan, time.perf_counter()
         cached = None if plan.nothing_cached else self.load(plan, job.chunks, job.trace)
         dispatched = time.perf_counter()
-        peak, pauses = job.prepared.peak_memory_bytes, ()
+        peak = job.prepared.peak_memory_bytes
+        pauses: Sequence[Span] = ()
         if job.pause is None:
             out = self._prefill_resident(self._model.runner, plan, job.request, cached)
         else:
@@ -328,8 +329,9 @@ class Executors:
             peak += sum(array.nbytes for array in jax.tree.leaves(cached))  # it stays beside the blended KV
         next_token = int(out.next_token)
         ended = time.perf_counter()
-        for resumed, paused in stretches(dispatched, ended, pauses) if job.trace is not None else ():
-            job.trace.add("compute", "layers", -1, resumed, paused)
+        if job.trace is not None:
+            for resumed, paused in stretches(dispatched, ended, pauses):
+                job.trace.add("compute", "layers", -1, resumed, paused)
         return PrefillRun(out, next_token, "resident", dispatched - began, ended - began, peak, total_s(pauses))
 
     def _run_streamed(self, job: _Job) -> PrefillRun:
