@@ -26,6 +26,7 @@ from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import place_chunk
 from cacheblend_jax.engine.pauses import LayersOnDevice, PausingLayers, Remembered, Span, Speed, stretches, total_s
 from cacheblend_jax.engine.planner import choose_executor, empty_request
+from cacheblend_jax.engine.results import PrefillRun
 from cacheblend_jax.engine.standalone import Standalone
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.kv_cache import KVCache
@@ -40,29 +41,7 @@ from cacheblend_jax.store.quantise import FLOAT8, INT8
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class PrefillRun:
-    """A finished prefill: what it computed, and its cost.
-
-    Attributes:
-        out: on the device.
-        next_token: the likeliest next token, on the host.
-        executor: `"resident"` or `"streamed"`.
-        load_s: seconds of loading that nothing hid.
-        run_s: seconds until the first token was on the host, loading included.
-        peak_memory_bytes: device memory that its programs take, weights and KV included.
-        paused_s: the part of `run_s` in which others went on.
-    """
-
-    out: Prefilled
-    next_token: int
-    executor: str
-    load_s: float
-    run_s: float
-    peak_memory_bytes: int
-    paused_s: float = 0.0
+_Inputs = tuple[Request, list[jax.Array], PromptSequence]  # of a streamed prefill, on the device
 
 
 @dataclass(frozen=True)
@@ -220,8 +199,8 @@ class Executors:
         if executor == "resident":
             self._prefill_resident(run, plan, request, cached)
         elif executor == "by layer":
-            layers = LayersOnDevice(run, plan, cached, self._layer_indices)
-            self._prefill_streamed(run, plan, self._streamed_inputs(plan, request), layers)
+            inputs, layers = self._streamed_inputs(plan, request), self._layers_on_device(run, plan, cached)
+            self._prefill_streamed(run, plan, inputs, layers, self._becoming_blended(cached))
         else:
             layer = shapes_of(jax.eval_shape(lambda kv: stored_layer(kv, 0), stack), model.layer_placement)
             self._prefill_streamed(run, plan, self._streamed_inputs(plan, request), ShapeSource(layer))
@@ -245,21 +224,30 @@ class Executors:
         self, run: Callable[..., Any], plan: Plan, request: Request, cached: StoredCache | None
     ) -> Prefilled:
         model, sequence = self._model, self._sequence(request.length, plan.cache_length)
-        donate = ("cached",) if isinstance(cached, KVCache) and blends_in_place(model.platform) else ()
+        donate = () if self._becoming_blended(cached) is None else ("cached",)
         return run(prefill, model.params, request, cached, sequence, donate=donate, config=model.config, plan=plan)
+
+    def _becoming_blended(self, cached: StoredCache | None) -> KVCache | None:
+        """Returns the stored KV where it becomes the blended KV in place; else `None`."""
+        return cached if isinstance(cached, KVCache) and blends_in_place(self._model.platform) else None
+
+    def _layers_on_device(self, run: Callable[..., Any], plan: Plan, cached: StoredCache | None) -> LayersOnDevice:
+        in_place = self._becoming_blended(cached) is not None
+        return LayersOnDevice(run, plan, cached, self._layer_indices, in_place=in_place)
 
     def _prefill_streamed(
         self,
         run: Callable[..., Any],
         plan: Plan,
-        inputs: tuple[Request, list[jax.Array], PromptSequence],
+        inputs: _Inputs,
         layers: LayerSource,
+        stored: KVCache | None = None,
     ) -> Prefilled:
         model, (request, keep, sequence) = self._model, inputs
         loop = run, model.params, request, keep, sequence, layers, self._layer_indices
-        return prefill_streamed(*loop, config=model.config, plan=plan)
+        return prefill_streamed(*loop, config=model.config, plan=plan, stored=stored)
 
-    def _streamed_inputs(self, plan: Plan, request: Request) -> tuple[Request, list[jax.Array], PromptSequence]:
+    def _streamed_inputs(self, plan: Plan, request: Request) -> _Inputs:
         """Returns the request, its `keep`, and the prompt's sequence, on the device."""
         on_device, keep = self._put((request, list(np.asarray(request.keep))))
         return on_device, keep, self._sequence(on_device.length, plan.cache_length)
@@ -324,9 +312,10 @@ class Executors:
         if job.pause is None:
             out = self._prefill_resident(self._model.runner, plan, job.request, cached)
         else:
-            layers = LayersOnDevice(self._model.runner, plan, cached, self._layer_indices)
-            out, pauses = self._run_by_layer(job, self._streamed_inputs(plan, job.request), layers)
-            peak += sum(array.nbytes for array in jax.tree.leaves(cached))  # it stays beside the blended KV
+            layers, stored = self._layers_on_device(self._model.runner, plan, cached), self._becoming_blended(cached)
+            out, pauses = self._run_by_layer(job, self._streamed_inputs(plan, job.request), layers, stored)
+            if stored is None:  # what is cached stays beside the blended KV
+                peak += sum(array.nbytes for array in jax.tree.leaves(cached))
         next_token = int(out.next_token)
         ended = time.perf_counter()
         if job.trace is not None:
@@ -348,14 +337,15 @@ class Executors:
         return PrefillRun(out, next_token, "streamed", stream.waited_s, ended - began, peak, total_s(pauses))
 
     def _run_by_layer(
-        self, job: _Job, inputs: tuple[Request, list[jax.Array], PromptSequence], layers: LayerSource
+        self, job: _Job, inputs: _Inputs, layers: LayerSource, stored: KVCache | None = None
     ) -> tuple[Prefilled, Sequence[Span]]:
         """Runs a program for each layer; returns the pauses, too."""
+        run, plan = self._model.runner, job.plan
         if job.pause is None:
-            return self._prefill_streamed(self._model.runner, job.plan, inputs, layers), ()
-        count = len(layers_wanted(job.plan, self._model.config.num_layers))
+            return self._prefill_streamed(run, plan, inputs, layers, stored), ()
+        count = len(layers_wanted(plan, self._model.config.num_layers))
         pausing = PausingLayers(layers, count, job.pause, job.trace)
-        return self._prefill_streamed(self._model.runner, job.plan, inputs, pausing), pausing.pauses
+        return self._prefill_streamed(run, plan, inputs, pausing, stored), pausing.pauses
 
     def close(self) -> None:
         """See `Delivery.close`."""

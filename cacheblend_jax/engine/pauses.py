@@ -83,17 +83,28 @@ class LayersOnDevice:
     Args:
         run: runs what cuts a layer out, or compiles it where `cached` is shapes.
         indices: the layers' numbers, each an array by itself.
+        in_place: whether `cached` becomes the blended cache. Its layers are then cut out for a question pass alone, and
+            later `None` stands for each.
     """
 
     def __init__(
-        self, run: Callable[..., Any], plan: Plan, cached: StoredCache | None, indices: Sequence[jax.Array]
+        self,
+        run: Callable[..., Any],
+        plan: Plan,
+        cached: StoredCache | None,
+        indices: Sequence[jax.Array],
+        *,
+        in_place: bool,
     ) -> None:
         self._run, self._cached = run, cached
-        self._wanted: Iterator[jax.Array] = iter([indices[layer] for layer in layers_wanted(plan, len(indices))])
+        wanted = layers_wanted(plan, len(indices))
+        self._cut_out = iter([indices[layer] for layer in (wanted[len(indices) :] if in_place else wanted)])
 
     def next(self) -> StoredLayer | None:
         """Returns the next layer's KV."""
-        return None if self._cached is None else self._run(stored_layer, self._cached, next(self._wanted))
+        if self._cached is None or (index := next(self._cut_out, None)) is None:
+            return None
+        return self._run(stored_layer, self._cached, index)
 
     def used_until(self, result: Any) -> None:
         """Does nothing: what was cut out goes with its last reader."""

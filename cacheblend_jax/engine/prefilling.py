@@ -27,14 +27,14 @@ from cacheblend_jax.engine.agreement import Alone, Choice, Together
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.controller import Decision, decide
 from cacheblend_jax.engine.delays import Estimator
-from cacheblend_jax.engine.executors import Executors, PrefillRun
+from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.groups import Groups
 from cacheblend_jax.engine.layout import ChunkContext, Layout, PlacedChunk, lay_out, look_up, place_chunks
 from cacheblend_jax.engine.loading import LostChunkError
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.profile import Profile, profile_for
 from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt, tokenize_prompt
-from cacheblend_jax.engine.results import PrefillResult, PrefillStats
+from cacheblend_jax.engine.results import PrefillResult, PrefillRun, PrefillStats
 from cacheblend_jax.engine.shared_reads import Opens
 from cacheblend_jax.errors import NotReadyError
 from cacheblend_jax.model.model import Model

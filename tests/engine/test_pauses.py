@@ -11,6 +11,7 @@ from conftest import HF, family_model, random_prompt, relative_error
 
 import cacheblend_jax as cb
 from cacheblend_jax.blend import streamed
+from cacheblend_jax.blend.layer_step import blends_in_place
 from cacheblend_jax.engine import executors, pauses
 from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.layer_stream import LayerStream
@@ -127,15 +128,21 @@ def wait_for(stream: LayerStream, seconds: float) -> None:
     stream.waited_s += seconds
 
 
-def test_the_memory_of_a_resident_prefill_with_pauses_has_stored_and_blended_kv(everything_is_long):
-    engine, prompt = engine_of("llama2"), random_prompt(1)
+@pytest.mark.parametrize(("platform", "kv_dtype"), [("cpu", None), ("tpu", None), ("cpu", "int8")])
+def test_stored_kv_becomes_the_blended_or_is_counted_beside_it(everything_is_long, monkeypatch, platform, kv_dtype):
+    in_place = platform == "cpu" and kv_dtype is None
+    monkeypatch.setattr(executors, "blends_in_place", lambda _: blends_in_place(platform))
+    blend = cb.BlendConfig(0.3, "query", num_stages=1)  # the question pass reads what is blended into later
+    engine, prompt = engine_of("llama2", blend, store=cb.ChunkStore(kv_dtype=kv_dtype)), random_prompt(1)
     engine.precompute(prompt)
-    fewer, more = (engine.prefill(prompt, between=lambda: None), engine.prefill(prompt))
-    cache = sum(array.nbytes for array in jax.tree.leaves(more.padded_cache))
-    plan, by_layer = more.plan, engine._prefiller._groups.first
-    programs = by_layer._prepare_plan(plan, "by layer", None).peak_memory_bytes
-    assert fewer.stats.peak_memory_bytes == programs + cache
-    assert more.stats.peak_memory_bytes < fewer.stats.peak_memory_bytes + cache
+    wanted, load, stored = engine.prefill(prompt), Executors.load, []
+    monkeypatch.setattr(Executors, "load", lambda *of: (stored.append(load(*of)), stored[-1])[1])
+    out = engine.prefill(prompt, between=lambda: None)
+    assert_same(out, wanted)
+    assert all(array.is_deleted() == in_place for array in jax.tree.leaves(stored))
+    programs = engine._prefiller._groups.first._prepare_plan(out.plan, "by layer", kv_dtype).peak_memory_bytes
+    beside = 0 if in_place else sum(array.nbytes for array in jax.tree.leaves(stored))
+    assert out.stats.peak_memory_bytes == programs + beside
 
 
 def test_what_others_raise_in_a_pause_is_not_taken_for_the_prefills_lack_of_memory(everything_is_long, monkeypatch):
