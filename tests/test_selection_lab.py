@@ -15,6 +15,7 @@ from cacheblend_jax.engine.layout import ChunkContext
 from cacheblend_jax.engine.prompt import tokenize_prompt
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.params import Params, stacked
+from cacheblend_jax.model.transformer import joined_by_layer
 from scripts.selection_lab import REUSE, Lab, Setting, compare, first_words, main, parse, settings_of
 
 pytestmark = pytest.mark.once
@@ -126,4 +127,7 @@ def test_layers_that_are_apart_are_stacked():
     params = family_model("gemma3").params
     apart = Params(params.embedder, jax.tree.map(lambda leaf: tuple(leaf), params.layers))
     assert apart.by_layer
+    jax.tree.map(np.testing.assert_array_equal, stacked(apart), params)
+    apart.take_apart(joined_by_layer(family_model("gemma3").config))
+    assert apart.joined
     jax.tree.map(np.testing.assert_array_equal, stacked(apart), params)

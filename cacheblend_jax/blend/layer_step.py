@@ -150,7 +150,7 @@ def _projections(layer: DecoderLayer, rows: Rows, kept: int) -> tuple[jax.Array 
     Part of a joined matrix is copied before it multiplies: where most rows go on, all of their queries cost less.
     """
     num_rows = rows.positions.shape[0]
-    if kept == num_rows or (layer.joined and 2 * kept >= num_rows):
+    if kept == num_rows or (layer.has_queries_joined and 2 * kept >= num_rows):
         q, k, v = layer.queries_keys_values(rows.hidden)
         return q, LayerKV(k, v)
     return None, LayerKV(*layer.keys_values(rows.hidden))

@@ -109,6 +109,11 @@ def begin(
     return ActiveRows(rows, index), KVCache(empty, empty)
 
 
+def begin_rows(params: Params, request: Request, sequence: PromptSequence, *, config: ModelConfig) -> ActiveRows:
+    """As `begin`, where there is a cache already."""
+    return begin(params, request, sequence, config=config)[0]
+
+
 def token_signals(request: Request, question_mass: Float[Array, " keys"] | None) -> TokenSignals:
     """Returns what is known before the first layer; `question_mass` is every key's, where the selector needs it."""
     zeros = jnp.zeros(request.positions.shape[0], jnp.float32)

@@ -22,6 +22,7 @@ from cacheblend_jax.blend.steps import (
     Request,
     begin,
     begin_question_pass,
+    begin_rows,
     border_layer,
     cross_mass_layer,
     last_layer,
@@ -30,6 +31,7 @@ from cacheblend_jax.blend.steps import (
     token_signals,
 )
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.quantised_kv import StoredLayer
 
@@ -39,7 +41,7 @@ class LayerSource(Protocol):
     """Where layers of cached KV come from, such as `engine.layer_stream.LayerStream`."""
 
     def next(self) -> StoredLayer | None:
-        """Waits for the next layer's KV; `None` where nothing is stored."""
+        """Waits for the next layer's KV; `None` where nothing is stored, or it is in the cache already."""
 
     def used_until(self, result: jax.Array) -> None:
         """Declares that the step which computes `result` reads it, and that nothing later does."""
@@ -79,6 +81,7 @@ def prefill_streamed(
     *,
     config: ModelConfig,
     plan: Plan,
+    stored: KVCache | None = None,
 ) -> Prefilled:
     """Runs a planned prefill whose cached KV arrives through `stream`, in the order of `layers_wanted`.
 
@@ -88,6 +91,8 @@ def prefill_streamed(
             behind the layers on their way, and the step would wait for all of them.
         keep: the request's `keep`, int32, each by itself.
         indices: the layers' numbers, int32, each by itself.
+        stored: all stored KV, where it is on the device already: it becomes the blended cache, layer by layer, and
+            `stream` has layers for a question pass alone, `None` in the others' places.
 
     Returns what the resident executor does, to float tolerance.
 
@@ -96,7 +101,10 @@ def prefill_streamed(
     """
     step = partial(run, config=config)
     in_place = partial(step, donate=("blended",), nothing_cached=plan.nothing_cached)
-    active, blended = step(begin, params, request, sequence)
+    if stored is None:
+        active, blended = step(begin, params, request, sequence)
+    else:
+        active, blended = step(begin_rows, params, request, sequence), stored
     mass = None
     if plan.needs("question_mass"):
         mass = _question_mass(run, params, request, active, sequence, stream, indices, config)

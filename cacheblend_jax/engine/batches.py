@@ -20,7 +20,8 @@ from cacheblend_jax.engine.shared_reads import Opens, SharedReads
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.sampling import Sampling
 
-MOST_SLOTS = 8  # of a batch's scheduler, which the memory of so many answers' KV allows on most devices
+# Of a batch's scheduler, which the memory of so many answers' KV allows on most devices; rounded up on several groups.
+MOST_SLOTS = 8
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,8 @@ class Engine:
     ) -> list[Generation]:
         """As `generate`, of several prompts, up to eight of which are decoded together (`Scheduler`).
 
-        Programs are compiled for the length of the longest; a `Scheduler` that stays spares that.
+        On a mesh with groups of devices eight is rounded up to as many for each: nine, where there are three. Programs
+        are compiled for the length of the longest; a `Scheduler` that stays spares that.
         """
         with self._batch_of(prompts, mode, blend) as batch:
             return generate_all(batch, prompts, mode, blend, max_new_tokens, sampling, stop_token_ids)

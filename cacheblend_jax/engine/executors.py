@@ -24,8 +24,9 @@ from cacheblend_jax.engine.device_entries import kv_of, on_device, placeable, ro
 from cacheblend_jax.engine.generation import angles_of
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import place_chunk
-from cacheblend_jax.engine.pauses import LONGEST_S, LayersOnDevice, PausingLayers, Speed
+from cacheblend_jax.engine.pauses import LayersOnDevice, PausingLayers, Remembered, Span, Speed, stretches, total_s
 from cacheblend_jax.engine.planner import choose_executor, empty_request
+from cacheblend_jax.engine.results import PrefillRun
 from cacheblend_jax.engine.standalone import Standalone
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.kv_cache import KVCache
@@ -40,41 +41,19 @@ from cacheblend_jax.store.quantise import FLOAT8, INT8
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class PrefillRun:
-    """A finished prefill: what it computed, and its cost.
-
-    Attributes:
-        out: on the device.
-        next_token: the likeliest next token, on the host.
-        executor: `"resident"` or `"streamed"`.
-        load_s: seconds of loading that nothing hid.
-        run_s: seconds until the first token was on the host, loading included.
-        peak_memory_bytes: device memory that its programs take, weights and KV included.
-        paused_s: seconds of the run in which others went on.
-    """
-
-    out: Prefilled
-    next_token: int
-    executor: str
-    load_s: float
-    run_s: float
-    peak_memory_bytes: int
-    paused_s: float = 0.0
+_Inputs = tuple[Request, list[jax.Array], PromptSequence]  # of a streamed prefill, on the device
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A prefill to run; `between` is `None` for one without pauses."""
+    """A prefill to run; `pause` is `None` for one without pauses."""
 
     plan: Plan
     request: Request
     chunks: Sequence[PlacedChunk]
     prepared: Prepared
     trace: Trace | None
-    between: Callable[[], object] | None
+    pause: Remembered | None
 
 
 class Executors:
@@ -168,9 +147,9 @@ class Executors:
 
         return prepare
 
-    def is_prepared(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> bool:
+    def is_prepared(self, plan: Plan, chunks: Sequence[PlacedChunk], *, pausing: bool = False) -> bool:
         """Returns whether a plan can run with these chunks without compiling, wherever they come from."""
-        name = self._name(plan, self._executor(plan, chunks), self.delivery.kv_dtype(chunks))
+        name = self._name(plan, self._executor(plan, chunks, pausing), self.delivery.kv_dtype(chunks))
         return self._model.runner.is_prepared(name)
 
     def is_ready(self, plan: Plan, chunks: Sequence[PlacedChunk], *, pausing: bool = False) -> bool:
@@ -201,10 +180,7 @@ class Executors:
     def _executor(self, plan: Plan, chunks: Sequence[PlacedChunk], pausing: bool = False) -> str:
         """Returns `"resident"`, `"streamed"`, or, for a resident plan that is to pause, `"by layer"`."""
         executor = self._choose([] if plan.nothing_cached else [chunk.tier for chunk in chunks])
-        return "by layer" if executor == "resident" and pausing and self._is_long(plan) else executor
-
-    def _is_long(self, plan: Plan) -> bool:
-        return self._speed.seconds(plan) > LONGEST_S
+        return "by layer" if executor == "resident" and pausing and self._speed.is_long(plan) else executor
 
     def _choose(self, tiers: Collection[str]) -> str:
         return choose_executor(self.setting, tiers, host_streams=self.delivery.host_streams)
@@ -225,8 +201,8 @@ class Executors:
         if executor == "resident":
             self._prefill_resident(run, plan, request, cached)
         elif executor == "by layer":
-            layers = LayersOnDevice(run, plan, cached, self._layer_indices)
-            self._prefill_streamed(run, plan, self._streamed_inputs(plan, request), layers)
+            inputs, layers = self._streamed_inputs(plan, request), self._layers_on_device(run, plan, cached)
+            self._prefill_streamed(run, plan, inputs, layers, self._becoming_blended(cached))
         else:
             layer = shapes_of(jax.eval_shape(lambda kv: stored_layer(kv, 0), stack), model.layer_placement)
             self._prefill_streamed(run, plan, self._streamed_inputs(plan, request), ShapeSource(layer))
@@ -250,21 +226,30 @@ class Executors:
         self, run: Callable[..., Any], plan: Plan, request: Request, cached: StoredCache | None
     ) -> Prefilled:
         model, sequence = self._model, self._sequence(request.length, plan.cache_length)
-        donate = ("cached",) if isinstance(cached, KVCache) and blends_in_place(model.platform) else ()
+        donate = () if self._becoming_blended(cached) is None else ("cached",)
         return run(prefill, model.params, request, cached, sequence, donate=donate, config=model.config, plan=plan)
+
+    def _becoming_blended(self, cached: StoredCache | None) -> KVCache | None:
+        """Returns the stored KV where it becomes the blended KV in place; else `None`."""
+        return cached if isinstance(cached, KVCache) and blends_in_place(self._model.platform) else None
+
+    def _layers_on_device(self, run: Callable[..., Any], plan: Plan, cached: StoredCache | None) -> LayersOnDevice:
+        in_place = self._becoming_blended(cached) is not None
+        return LayersOnDevice(run, plan, cached, self._layer_indices, in_place=in_place)
 
     def _prefill_streamed(
         self,
         run: Callable[..., Any],
         plan: Plan,
-        inputs: tuple[Request, list[jax.Array], PromptSequence],
+        inputs: _Inputs,
         layers: LayerSource,
+        stored: KVCache | None = None,
     ) -> Prefilled:
         model, (request, keep, sequence) = self._model, inputs
         loop = run, model.params, request, keep, sequence, layers, self._layer_indices
-        return prefill_streamed(*loop, config=model.config, plan=plan)
+        return prefill_streamed(*loop, config=model.config, plan=plan, stored=stored)
 
-    def _streamed_inputs(self, plan: Plan, request: Request) -> tuple[Request, list[jax.Array], PromptSequence]:
+    def _streamed_inputs(self, plan: Plan, request: Request) -> _Inputs:
         """Returns the request, its `keep`, and the prompt's sequence, on the device."""
         on_device, keep = self._put((request, list(np.asarray(request.keep))))
         return on_device, keep, self._sequence(on_device.length, plan.cache_length)
@@ -293,19 +278,20 @@ class Executors:
         Raises:
             LostChunkError: a chunk could not be read; nothing is left running.
         """
-        executor = self._executor(plan, chunks, between is not None)
-        run = self._run_streamed if executor == "streamed" else self._run_on_device
-        job = _Job(plan, request, chunks, prepared, trace, between if self._is_long(plan) else None)
-        done = self._giving_way(lambda: run(job))
+        pause = None if between is None or not self._speed.is_long(plan) else Remembered(between)
+        run = self._run_streamed if self._executor(plan, chunks) == "streamed" else self._run_on_device
+        job = _Job(plan, request, chunks, prepared, trace, pause)
+        done = self._giving_way(lambda: run(job), pause)
         self._speed.took(plan, done.run_s - done.paused_s - done.load_s)
         return done
 
-    def _giving_way(self, work: Callable[[], Result]) -> Result:
-        """Does some work, and once more if it lacked memory on the device that stored KV had."""
+    def _giving_way(self, work: Callable[[], Result], pause: Remembered | None = None) -> Result:
+        """Does some work, and once more if it (not others, in a pause) lacked memory that stored KV had there."""
         try:
             return work()
         except jax.errors.JaxRuntimeError as error:
-            if self._model.spans_hosts or not is_exhausted(error) or not self._give_way():
+            is_others = pause is not None and error is pause.raised
+            if self._model.spans_hosts or is_others or not is_exhausted(error) or not self._give_way():
                 raise
         return work()
 
@@ -323,36 +309,45 @@ class Executors:
         plan, began = job.plan, time.perf_counter()
         cached = None if plan.nothing_cached else self.load(plan, job.chunks, job.trace)
         dispatched = time.perf_counter()
-        pausing = None
-        if job.between is None:
+        peak = job.prepared.peak_memory_bytes
+        pauses: Sequence[Span] = ()
+        if job.pause is None:
             out = self._prefill_resident(self._model.runner, plan, job.request, cached)
         else:
-            pausing = self._pausing(job, LayersOnDevice(self._model.runner, plan, cached, self._layer_indices))
-            out = self._prefill_streamed(self._model.runner, plan, self._streamed_inputs(plan, job.request), pausing)
+            layers, stored = self._layers_on_device(self._model.runner, plan, cached), self._becoming_blended(cached)
+            out, pauses = self._run_by_layer(job, self._streamed_inputs(plan, job.request), layers, stored)
+            if stored is None:  # what is cached stays beside the blended KV
+                peak += sum(array.nbytes for array in jax.tree.leaves(cached))
         next_token = int(out.next_token)
         ended = time.perf_counter()
         if job.trace is not None:
-            job.trace.add("compute", "all layers", -1, dispatched, ended)
-        seconds, peak = (dispatched - began, ended - began), job.prepared.peak_memory_bytes
-        return PrefillRun(out, next_token, "resident", *seconds, peak, 0.0 if pausing is None else pausing.paused_s)
+            for resumed, paused in stretches(dispatched, ended, pauses):
+                job.trace.add("compute", "layers", -1, resumed, paused)
+        return PrefillRun(out, next_token, "resident", dispatched - began, ended - began, peak, total_s(pauses))
 
     def _run_streamed(self, job: _Job) -> PrefillRun:
         plan, began = job.plan, time.perf_counter()
         inputs = self._streamed_inputs(plan, job.request)  # they would wait behind the layers
         stream = self.delivery.stream(plan, job.chunks, job.prepared.peak_memory_bytes, job.trace)
-        pausing = None if job.between is None else self._pausing(job, stream)
         with stream:
-            out = self._prefill_streamed(self._model.runner, plan, inputs, stream if pausing is None else pausing)
+            out, pauses = self._run_by_layer(job, inputs, stream)
             next_token = int(out.next_token)
             ended = time.perf_counter()
         layers_more = self.delivery.prefetch_layers - 1
         layer = self.delivery.layer_bytes(plan.cache_length, self.delivery.kv_dtype(job.chunks))
-        seconds, peak = (stream.waited_s, ended - began), job.prepared.peak_memory_bytes + layers_more * layer
-        return PrefillRun(out, next_token, "streamed", *seconds, peak, 0.0 if pausing is None else pausing.paused_s)
+        peak = job.prepared.peak_memory_bytes + layers_more * layer
+        return PrefillRun(out, next_token, "streamed", stream.waited_s, ended - began, peak, total_s(pauses))
 
-    def _pausing(self, job: _Job, layers: LayerSource) -> PausingLayers:
-        assert job.between is not None
-        return PausingLayers(layers, len(layers_wanted(job.plan, self._model.config.num_layers)), job.between)
+    def _run_by_layer(
+        self, job: _Job, inputs: _Inputs, layers: LayerSource, stored: KVCache | None = None
+    ) -> tuple[Prefilled, Sequence[Span]]:
+        """Runs a program for each layer; returns the pauses, too."""
+        run, plan = self._model.runner, job.plan
+        if job.pause is None:
+            return self._prefill_streamed(run, plan, inputs, layers, stored), ()
+        count = len(layers_wanted(plan, self._model.config.num_layers))
+        pausing = PausingLayers(layers, count, job.pause, job.trace)
+        return self._prefill_streamed(run, plan, inputs, pausing, stored), pausing.pauses
 
     def close(self) -> None:
         """See `Delivery.close`."""

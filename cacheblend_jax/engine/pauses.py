@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,12 @@ from cacheblend_jax.blend.streamed import LayerSource, layers_wanted
 from cacheblend_jax.engine.delays import ComputeModel, layer_sizes
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.quantised_kv import StoredCache, StoredLayer, stored_layer
+from cacheblend_jax.runtime.trace import PAUSE, Trace
 
 LONGEST_S = 0.1  # that a prefill keeps others waiting at a time, unless a single layer takes longer
 RUNS = 8  # the last ones, that speed is taken from
 DOUBT = 4  # a quick estimate has been this much too small
+Span = tuple[float, float]  # when something began and ended, by `time.perf_counter`
 
 
 class PausingLayers:
@@ -29,15 +31,18 @@ class PausingLayers:
         layers: where they come from.
         count: how many are taken: after the last one there is no pause.
         between: called at each pause; what it raises ends the prefill.
+        trace: records the pauses.
 
     Attributes:
-        paused_s: seconds of all pauses.
+        pauses: when they were.
     """
 
-    def __init__(self, layers: LayerSource, count: int, between: Callable[[], object]) -> None:
-        self._layers, self._left, self._between = layers, count, between
+    def __init__(
+        self, layers: LayerSource, count: int, between: Callable[[], object], trace: Trace | None = None
+    ) -> None:
+        self._layers, self._left, self._between, self._trace = layers, count, between, trace
         self._resumed = self._layer_began = time.perf_counter()
-        self.paused_s = 0.0
+        self.pauses: list[Span] = []
 
     def next(self) -> StoredLayer | None:
         """Waits for the next layer's KV."""
@@ -54,7 +59,22 @@ class PausingLayers:
         if self._left and since + layer_s > LONGEST_S:
             self._between()
             self._resumed = self._layer_began = time.perf_counter()
-            self.paused_s += self._resumed - now
+            self.pauses.append((now, self._resumed))
+            if self._trace is not None:
+                self._trace.add(PAUSE, "others go on", -1, now, self._resumed)
+
+
+def stretches(began: float, ended: float, pauses: Iterable[Span]) -> Iterator[Span]:
+    """Yields what is left of a time without its pauses."""
+    for paused, resumed in pauses:
+        yield began, paused
+        began = resumed
+    yield began, ended
+
+
+def total_s(spans: Iterable[Span]) -> float:
+    """Returns the seconds of all."""
+    return sum(ended - began for began, ended in spans)
 
 
 class LayersOnDevice:
@@ -63,17 +83,28 @@ class LayersOnDevice:
     Args:
         run: runs what cuts a layer out, or compiles it where `cached` is shapes.
         indices: the layers' numbers, each an array by itself.
+        in_place: whether `cached` becomes the blended cache. Its layers are then cut out for a question pass alone, and
+            later `None` stands for each.
     """
 
     def __init__(
-        self, run: Callable[..., Any], plan: Plan, cached: StoredCache | None, indices: Sequence[jax.Array]
+        self,
+        run: Callable[..., Any],
+        plan: Plan,
+        cached: StoredCache | None,
+        indices: Sequence[jax.Array],
+        *,
+        in_place: bool,
     ) -> None:
         self._run, self._cached = run, cached
-        self._wanted: Iterator[jax.Array] = iter([indices[layer] for layer in layers_wanted(plan, len(indices))])
+        wanted = layers_wanted(plan, len(indices))
+        self._cut_out = iter([indices[layer] for layer in (wanted[len(indices) :] if in_place else wanted)])
 
     def next(self) -> StoredLayer | None:
         """Returns the next layer's KV."""
-        return None if self._cached is None else self._run(stored_layer, self._cached, next(self._wanted))
+        if self._cached is None or (index := next(self._cut_out, None)) is None:
+            return None
+        return self._run(stored_layer, self._cached, index)
 
     def used_until(self, result: Any) -> None:
         """Does nothing: what was cut out goes with its last reader."""
@@ -93,6 +124,30 @@ class Speed:
     def seconds(self, plan: Plan) -> float:
         """Returns how long a plan would take; 0 before the first prefill."""
         return min(self._s_per_flop, default=0.0) * plan_flops(self.config, plan)
+
+    def is_long(self, plan: Plan) -> bool:
+        """Returns whether a plan would take longer than `LONGEST_S`: then it pauses, if others wait."""
+        return self.seconds(plan) > LONGEST_S
+
+
+class Remembered:
+    """A callback that remembers what it raised, so that this is not taken for a failure of what called it.
+
+    Attributes:
+        raised: what it raised last.
+    """
+
+    def __init__(self, callback: Callable[[], object]) -> None:
+        self._callback = callback
+        self.raised: BaseException | None = None
+
+    def __call__(self) -> None:
+        """Calls back."""
+        try:
+            self._callback()
+        except BaseException as error:
+            self.raised = error
+            raise
 
 
 def may_be_long(plan: Plan, compute: ComputeModel) -> bool:

@@ -26,14 +26,13 @@ from cacheblend_jax.engine.agreement import Alone, Choice, Together
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.controller import Decision, decide
 from cacheblend_jax.engine.delays import Estimator
-from cacheblend_jax.engine.executors import PrefillRun
 from cacheblend_jax.engine.groups import Groups, Lane
 from cacheblend_jax.engine.layout import ChunkContext, Layout, PlacedChunk, lay_out, look_up, place_chunks
 from cacheblend_jax.engine.loading import LostChunkError
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.profile import Profile, profile_for
 from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt, tokenize_prompt
-from cacheblend_jax.engine.results import PrefillResult, PrefillStats
+from cacheblend_jax.engine.results import PrefillResult, PrefillRun, PrefillStats
 from cacheblend_jax.engine.shared_reads import Opens
 from cacheblend_jax.errors import NotReadyError
 from cacheblend_jax.model.model import Model
@@ -211,7 +210,7 @@ class Prefiller:
         return choice
 
     def _is_ready(self, call: _Call, planned: _Planned) -> bool:
-        return call.lane.executors.is_ready(planned.plan, planned.layout.loaded)
+        return call.lane.executors.is_ready(planned.plan, planned.layout.loaded, pausing=call.between is not None)
 
     def _planned(self, call: _Call, chunks: Sequence[PlacedChunk], choice: Choice) -> _Planned:
         planner = call.planner if choice.ratio is None else call.planner.at(choice.ratio)
@@ -224,7 +223,7 @@ class Prefiller:
         with call.timer.stopped():  # a quick estimate is not part of the request's time
             estimator = self.estimator()
         executors, length = call.lane.executors, call.tokenized.token_ids.size
-        is_prepared = executors.is_prepared if self.is_warm else None
+        is_prepared = partial(executors.is_prepared, pausing=call.between is not None) if self.is_warm else None
         delivery = executors.delivery
         return decide(estimator, call.planner, length, stored, is_prepared, delivery.num_kept, delivery.kv_dtype)
 
@@ -289,6 +288,7 @@ class Prefiller:
             decision=planned.decision,
             wait_s=call.timer.wait_s,
             loaded=layout.loaded_chunks(call.tokenized),
+            paused_s=run.paused_s,
         )
         logits = np.asarray(run.out.logits)
         return PrefillResult(logits, layout.token_ids, run.next_token, stats, run.out.cache, computed, planned.plan)

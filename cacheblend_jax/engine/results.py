@@ -10,9 +10,33 @@ import jax
 import numpy as np
 
 from cacheblend_jax.blend.schedule import Plan
+from cacheblend_jax.blend.steps import Prefilled
 from cacheblend_jax.engine.controller import Decision
 from cacheblend_jax.model.kv_cache import GrowingCache, KVCache
 from cacheblend_jax.runtime.placing import on_host, put
+
+
+@dataclass(frozen=True)
+class PrefillRun:
+    """A finished prefill: what it computed, and its cost.
+
+    Attributes:
+        out: on the device.
+        next_token: the likeliest next token, on the host.
+        executor: `"resident"` or `"streamed"`.
+        load_s: seconds of loading that nothing hid.
+        run_s: seconds until the first token was on the host, loading included.
+        peak_memory_bytes: device memory that its programs take, weights and KV included.
+        paused_s: the part of `run_s` in which others went on.
+    """
+
+    out: Prefilled
+    next_token: int
+    executor: str
+    load_s: float
+    run_s: float
+    peak_memory_bytes: int
+    paused_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +63,7 @@ class PrefillStats:
         decision: the controller's decision, if it chose the ratio.
         wait_s: the part of `ttft_s` spent waiting for other requests of the engine, and for chunks being stored.
         loaded: of each of the prompt's chunks, in order, whether its KV came from the store.
+        paused_s: the part of `ttft_s` in which a long prefill let others go on, between its layers.
     """
 
     mode: str
@@ -60,6 +85,7 @@ class PrefillStats:
     decision: Decision | None = None
     wait_s: float = 0.0
     loaded: tuple[bool, ...] = ()
+    paused_s: float = 0.0
 
     @property
     def reused(self) -> int:

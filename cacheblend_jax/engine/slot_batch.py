@@ -63,6 +63,7 @@ class SlotBatch:
         self._slots_each = num_slots // self.num_groups
         self._angles = angles_of(model, capacity)
         self._slots: Slots | None = None
+        self._shapes: dict[int, Slots] = {}
 
     def group_of(self, slot: int) -> int | None:
         """Returns the number of the group of devices that has a slot; `None` where all have it."""
@@ -94,10 +95,10 @@ class SlotBatch:
         run(next_token, np.zeros(model.config.vocab_size, np.float32), Draw.by(Sampling()), np.int32(0))
         slots = run(empty_slots, shapes_of(self._angles), config=model.config, num_slots=self.num_slots)
         slots = _where_it_is(model, slots)
-        for owner in self._owners:
+        for group, owner in enumerate(self._owners):
             cache = abstract_cache(model.config, size, owner.cache_placement)
             turn = self._turn(0, 0, Ending(frozenset(), 1), Sampling())
-            self._insert(owner.runner, self._own_slots(owner), cache, turn, 0)
+            self._insert(owner.runner, self._own_slots(group), cache, turn, 0)
         self._decode(run, slots, np.zeros(self.num_slots, bool), 1, with_logprobs)
 
     def first_token(self, out: PrefillResult, sampling: Sampling, *, with_logprobs: bool = False) -> Block:
@@ -117,13 +118,16 @@ class SlotBatch:
         cache = placed(out.padded_cache, owner.cache_placement)
         slots, self._slots = self._state(), None  # lost where the program fails
         insert_into = partial(self._insert, owner.runner, cache=cache, turn=turn, slot=place)
-        self._slots = changed_part(slots, self._own_slots(owner), insert_into)
+        self._slots = changed_part(slots, self._own_slots(group), insert_into)
 
-    def _own_slots(self, owner: Model) -> Slots:
-        """Returns the shapes and placements of the slots that an owner has, by themselves."""
-        angles = shapes_of(self._angles, owner.placement)
-        slots = owner.runner(empty_slots, angles, config=owner.config, num_slots=self._slots_each)
-        return _where_it_is(owner, slots)
+    def _own_slots(self, group: int) -> Slots:
+        """Returns the shapes and placements of the slots that a group has, by themselves."""
+        if group not in self._shapes:
+            owner = self._owners[group]
+            angles = shapes_of(self._angles, owner.placement)
+            slots = owner.runner(empty_slots, angles, config=owner.config, num_slots=self._slots_each)
+            self._shapes[group] = _where_it_is(owner, slots)
+        return self._shapes[group]
 
     def decode(self, running: Collection[int], steps: int, *, with_logprobs: bool = False) -> list[Block]:
         """Decodes up to `steps` tokens of the slots that run; returns each slot's."""

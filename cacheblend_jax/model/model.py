@@ -16,7 +16,7 @@ from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.encoding import tokenizer_bytes
 from cacheblend_jax.model.params import Params, is_by_layer, suits_by_layer
 from cacheblend_jax.model.sharding import CACHE_AXES, LAYER_AXES, ShardingRules, partition_of, result_shardings
-from cacheblend_jax.model.transformer import axis_names, random_params
+from cacheblend_jax.model.transformer import axis_names, joined_by_layer, random_params
 from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, content_digest, params_digest
 from cacheblend_jax.runtime.placing import own_range, placed
 from cacheblend_jax.runtime.programs import Runner
@@ -47,7 +47,8 @@ class Model:
 
     def __post_init__(self) -> None:
         if suits_by_layer(self.platform) and self.whole is None:
-            self.params.take_apart(joined=len(self.placement.device_set) == 1)
+            alone = len(self.placement.device_set) == 1
+            self.params.take_apart(joined_by_layer(self.config) if alone else None)
 
     def __repr__(self) -> str:
         layers = f"{self.config.num_layers} layers of {self.config.hidden_size}"

@@ -7,11 +7,13 @@ which compiles in a fraction of the time.
 
 In the second form, matrices that multiply the same rows also stand side by side in one (`JOINED`), for one product
 instead of three or two; but not on a mesh, where each device's share of such a matrix would be no share of its parts.
+Nor do queries stand with keys and values where few rows have any (`queries_apart`): XLA multiplies by no part of a
+matrix, but copies it out first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,10 +24,14 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Int, Shaped
 
+from cacheblend_jax.model.config import ModelConfig
+
 # The projections that a joined matrix, or bias, holds, as columns in this order.
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
+JOINED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "kv_proj": ("k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 EXPERTS = "experts"  # the module whose matrices are `[layers, experts, …]`
 
 
@@ -50,7 +56,8 @@ class Params:
     """A model's parameters: plain nested dicts of arrays.
 
     The leaves of `layers` are stacked, `[layers, …]`, or `by_layer`: tuples of one array a layer. Then projections may
-    be `joined`; `separated` shows them as they are stored.
+    be `joined`, not in all layers the same: `None` stands where a layer has no such array. `separated` shows them as
+    they are stored.
     """
 
     embedder: dict[str, Any]
@@ -75,45 +82,49 @@ class Params:
         def uncopied(leaf: Any) -> OfLayer:
             return OfLayer(of(leaf)[None], 0) if isinstance(leaf, tuple) else OfLayer(leaf, index)
 
-        return {
+        weights = {
             name: jax.tree.map(uncopied if name == EXPERTS else of, module, is_leaf=is_by_layer)
             for name, module in self.layers.items()
         }
+        return _without_absent(weights)
 
     def only_layer(self, index: int) -> Params:
-        """Returns what a program of one layer takes: a stack whole, else that layer alone, so that it serves all."""
+        """Returns what a program of one layer takes: a stack whole, else that layer alone.
+
+        So it serves all layers, or all whose projections are joined alike.
+        """
         if not self.by_layer:
             return self
         alone = jax.tree.map(lambda leaf: (leaf[index],), self.layers, is_leaf=is_by_layer)
-        return Params(self.embedder, alone)
+        return Params(self.embedder, _without_absent(alone))
 
     @property
     def joined(self) -> bool:
         """Whether projections of the same rows are one matrix."""
-        return is_joined(self.layers)
+        return bool(joined_in(self.layers))
 
-    def take_apart(self, *, joined: bool) -> None:
+    def take_apart(self, joined: Sequence[Collection[str]] | None) -> None:
         """Replaces stacked leaves by tuples, in place and one by one: at no time is more than one held twice.
 
         Args:
-            joined: also joins projections of the same rows, layer by layer.
+            joined: for each layer, which of `JOINED` it is to have; they are made layer by layer. `None`: none has any.
         """
         _take_apart(self.layers)
-        if joined:
-            _join_in_place(self.layers)
+        if joined is not None:
+            _join_in_place(self.layers, joined)
 
     def separated(self) -> Params:
         """Returns the parameters with each projection a leaf of its own: joined ones as `Columns`, read when needed."""
         layers = {name: module for name, module in self.layers.items() if name not in JOINED}
         for name in JOINED.keys() & self.layers.keys():
             for part, columns in self._columns_of(name).items():
-                joined = self.layers[name].items()
-                layers[part] = {kind: tuple(Columns(array, columns) for array in leaf) for kind, leaf in joined}
+                cut = jax.tree.map(lambda array, columns=columns: Columns(array, columns), self.layers[name])
+                layers[part] = _either(layers[part], cut) if part in layers else cut
         return Params(self.embedder, layers)
 
     def _columns_of(self, name: str) -> dict[str, slice]:
         """Returns where the projections are in a joined one."""
-        parts, total = JOINED[name], self.layers[name]["kernel"][0].shape[1]
+        parts, total = JOINED[name], jax.tree.leaves(self.layers[name]["kernel"])[0].shape[1]
         # Queries are as many as the output projection takes; all others of a joined matrix are alike.
         first = self.layers["o_proj"]["kernel"][0].shape[0] if name == "qkv_proj" else total // len(parts)
         ends = [first + (total - first) // (len(parts) - 1) * number for number in range(len(parts))]
@@ -137,19 +148,40 @@ class Columns:
         """The matrix's dtype."""
         return self.of.dtype
 
+    def cut(self) -> jax.Array:
+        """Returns the part as an array of its own."""
+        return self.of[..., self.columns]
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.of[..., self.columns], dtype)
+        return np.asarray(self.cut(), dtype)
 
 
-def join(layers: dict[str, Any], combine: Callable[[Sequence[Any]], Any]) -> dict[str, Any]:
-    """Returns what there is of each projection with that of projections of the same rows joined, by `combine`."""
-    rest = dict(layers)
-    for name, parts in JOINED.items():
-        if parts[0] not in rest:  # the MLP's, where there are experts
-            continue
-        modules = [rest.pop(part) for part in parts]
-        rest[name] = {kind: combine([module[kind] for module in modules]) for kind in modules[0]}
-    return rest
+def queries_apart(config: ModelConfig) -> frozenset[int]:
+    """Returns the layers whose queries stand apart: few rows have queries there, and many more have keys and values.
+
+    They are the model's check layer, and the last one. A request may have another check layer than its model: part of
+    that layer's joined matrix is then copied.
+    """
+    return frozenset((config.check_layer, config.num_layers - 1))
+
+
+def join(layers: dict[str, Any], modules: Collection[str], combine: Callable[[Sequence[Any]], Any]) -> dict[str, Any]:
+    """Returns the `modules` made of each projection's: those that are `JOINED` by `combine`."""
+    made = {}
+    for name in modules:
+        parts = [layers[part] for part in JOINED.get(name, (name,))]
+        made[name] = {kind: combine([part[kind] for part in parts]) for kind in parts[0]} if parts[1:] else parts[0]
+    return made
+
+
+def as_tuples(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what each layer has in the form `by_layer`: `None` where it lacks a module that others have."""
+    absent: dict[str, Any] = {}
+    for layer in layers:
+        absent |= {name: jax.tree.map(lambda _: None, module) for name, module in layer.items()}
+    return jax.tree.map(
+        lambda _, *of_layers: of_layers, absent, *(absent | layer for layer in layers), is_leaf=_is_absent
+    )
 
 
 def side_by_side(parts: Sequence[Shaped[Array, "*rows _"]]) -> Shaped[Array, "*rows columns"]:
@@ -157,16 +189,20 @@ def side_by_side(parts: Sequence[Shaped[Array, "*rows _"]]) -> Shaped[Array, "*r
     return jnp.concatenate(parts, axis=-1)
 
 
-def is_joined(layers: dict[str, Any]) -> bool:
-    """Returns whether weights, of one layer or of all, have projections of the same rows in one matrix."""
-    return not JOINED.keys().isdisjoint(layers)
+def joined_in(layers: dict[str, Any]) -> frozenset[str]:
+    """Returns which of `JOINED` weights have, of one layer or of all."""
+    return frozenset(JOINED.keys() & layers.keys())
 
 
 def stacked(params: Params) -> Params:
-    """Returns parameters whose layers are stacked: `lax.scan` over layers takes no others."""
+    """Returns parameters with stacked layers, each projection by itself: `lax.scan` over layers takes no others."""
     if not params.by_layer:
         return params
-    return replace(params, layers=jax.tree.map(jnp.stack, params.layers, is_leaf=is_by_layer))
+
+    def stack(layers: tuple[Any, ...]) -> jax.Array:
+        return jnp.stack([layer.cut() if isinstance(layer, Columns) else layer for layer in layers])
+
+    return replace(params, layers=jax.tree.map(stack, params.separated().layers, is_leaf=is_by_layer))
 
 
 def is_by_layer(leaf: Any) -> bool:
@@ -188,19 +224,36 @@ def _take_apart(tree: dict[str, Any]) -> None:
             jax.block_until_ready(tree[name])
 
 
-def _join_in_place(layers: dict[str, Any]) -> None:
-    for name, parts in JOINED.items():
-        if name not in layers and parts[0] in layers:
-            modules = [layers.pop(part) for part in parts]
-            layers[name] = {
-                kind: _join_layers([list(module.pop(kind)) for module in modules]) for kind in [*modules[0]]
-            }
-
-
-def _join_layers(parts: list[list[jax.Array]]) -> tuple[jax.Array, ...]:
+def _join_in_place(layers: dict[str, Any], joined: Sequence[Collection[str]]) -> None:
     """Joins each layer's arrays, and lets go of them before the next layer's."""
-    made = []
-    while parts[0]:
-        made.append(side_by_side([part.pop(0) for part in parts]))
-        jax.block_until_ready(made[-1])
-    return tuple(made)
+    for name, parts in JOINED.items():
+        chosen = [index for index, names in enumerate(joined) if name in names]
+        if not chosen or parts[-1] not in layers:  # these were loaded joined
+            continue
+        modules = [layers.pop(part) for part in parts]
+        layers[name] = {}
+        for kind in [*modules[0]]:
+            rest = [list(module.pop(kind)) for module in modules]
+            made: list[jax.Array | None] = [None] * len(joined)
+            for index in chosen:
+                made[index] = side_by_side([arrays[index] for arrays in rest])
+                jax.block_until_ready(made[index])
+                for arrays in rest:
+                    arrays[index] = None
+            layers[name][kind] = tuple(made)
+            for module, arrays in zip(modules, rest, strict=True):
+                module[kind] = tuple(arrays)
+        layers |= _without_absent(dict(zip(parts, modules, strict=True)))
+
+
+def _either(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Returns leaves by layer that have each layer's array of one or of the other."""
+    return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=_is_absent)
+
+
+def _without_absent(layers: dict[str, Any]) -> dict[str, Any]:
+    return {name: module for name, module in layers.items() if jax.tree.leaves(module)}
+
+
+def _is_absent(leaf: Any) -> bool:
+    return leaf is None

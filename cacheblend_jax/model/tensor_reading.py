@@ -40,11 +40,6 @@ class Part(NamedTuple):
     name: str
     columns: int
 
-    @property
-    def stacked(self) -> bool:
-        """Whether each layer has such a tensor."""
-        return "{}" in self.name
-
 
 def check_tensors(checkpoint: TensorSource, config: ModelConfig, names: Params, wanted: Params) -> None:
     """Checks by the files' headers that they hold each tensor and no others, in the right shapes and dtypes."""

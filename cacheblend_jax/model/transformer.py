@@ -6,9 +6,10 @@ and a state (`model.params.Params`). A layer is merged again at trace time only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,16 @@ from cacheblend_jax.model.config import ModelConfig, ScoreOptions
 from cacheblend_jax.model.embedder import Embedder
 from cacheblend_jax.model.experts import Experts
 from cacheblend_jax.model.kv_cache import AttendedLayer
-from cacheblend_jax.model.params import JOINED, Params, is_joined, join, side_by_side, suits_by_layer
+from cacheblend_jax.model.params import (
+    JOINED,
+    Params,
+    as_tuples,
+    join,
+    joined_in,
+    queries_apart,
+    side_by_side,
+    suits_by_layer,
+)
 from cacheblend_jax.model.projection import linear, multiplied
 from cacheblend_jax.model.rms_norm import RMSNorm, normed
 from cacheblend_jax.model.rope import Angles
@@ -50,26 +60,22 @@ class DecoderLayer(nnx.Module):
     """A decoder layer, as the steps around attention: queries, keys and values, finish.
 
     What attention and MLP read is normalised (`pre_norms`), what they return (`post_norms`), or both.
-    Projections of the same rows are modules of their own, or `joined` (`model.params.JOINED`).
+    Projections of the same rows are modules of their own, or in those of `model.params.JOINED` that are `joined`.
     """
 
-    def __init__(self, config: ModelConfig, *, joined: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, joined: Collection[str] = (), rngs: nnx.Rngs):
         hidden, head_dim = config.hidden_size, config.head_dim
         q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
         projection = partial(linear, config, rngs=rngs)
-        self.joined, self.has_key_bias = joined, config.has_key_bias
+        self.joined, self.has_key_bias = frozenset(joined), config.has_key_bias
         self.head_dim, self.q_size, self.kv_size, self.mlp_size = head_dim, q_size, kv_size, config.intermediate_size
         self.activation = config.activation
         self.glu_alpha, self.glu_limit = config.glu_alpha, config.glu_limit
         self.attention_scale, self.residual_scale = config.attention_scale, config.residual_scale
         self.attention_soft_cap = config.attention_soft_cap
         self.input_norm = RMSNorm(config, hidden) if config.pre_norms else None
-        if joined:
-            self.qkv_proj = projection(hidden, q_size + 2 * kv_size, bias=config.qkv_bias, axes=(None, None))
-        else:
-            self.q_proj = projection(hidden, q_size, bias=config.qkv_bias, axes=(None, "heads"))
-            self.k_proj = projection(hidden, kv_size, bias=config.qkv_bias, axes=(None, "kv_heads"))
-            self.v_proj = projection(hidden, kv_size, bias=config.qkv_bias, axes=(None, "kv_heads"))
+        of_attention = {"q_proj": "heads", "k_proj": "kv_heads", "v_proj": "kv_heads"}
+        self._add_projections(of_attention, partial(projection, bias=config.qkv_bias), hidden)
         self.o_proj = projection(q_size, hidden, bias=config.output_bias, axes=("heads", None))
         self.sinks = _sinks(config, rngs) if config.attention_sinks else None
         self.norms_heads_together = config.qk_norm_over_heads
@@ -82,16 +88,17 @@ class DecoderLayer(nnx.Module):
         if self.has_experts:
             self.router = projection(hidden, config.num_experts, bias=config.expert_bias, axes=(None, None))
             self.experts = Experts(config, rngs=rngs)
-        elif joined:
-            self.gate_up_proj = projection(
-                hidden, 2 * config.intermediate_size, bias=config.mlp_bias, axes=(None, None)
-            )
         else:
-            self.gate_proj = projection(hidden, config.intermediate_size, bias=config.mlp_bias, axes=(None, "mlp"))
-            self.up_proj = projection(hidden, config.intermediate_size, bias=config.mlp_bias, axes=(None, "mlp"))
-        if not self.has_experts:
+            of_mlp = {"gate_proj": "mlp", "up_proj": "mlp"}
+            self._add_projections(of_mlp, partial(projection, bias=config.mlp_bias), hidden)
             self.down_proj = projection(config.intermediate_size, hidden, bias=config.mlp_bias, axes=("mlp", None))
         self.mlp_out_norm = RMSNorm(config, hidden) if config.post_norms else None
+
+    def _add_projections(self, axes: dict[str, str], projection: Callable[..., nnx.Linear], hidden: int) -> None:
+        """Adds projections of the same rows, whose outputs' axes are `axes`, or the joined ones that hold them."""
+        for name in dict.fromkeys(self._holder(part) for part in axes):
+            size = sum(self._size(part) for part in JOINED.get(name, (name,)))
+            setattr(self, name, projection(hidden, size, axes=(None, axes.get(name))))
 
     def queries_keys_values(
         self, hidden: Float[Array, "tokens hidden"]
@@ -118,10 +125,8 @@ class DecoderLayer(nnx.Module):
         """What is in the keys of all tokens alike; `None` where there is no such thing."""
         if not self.has_key_bias:
             return None
-        whole = self.qkv_proj if self.joined else self.k_proj
-        assert whole.bias is not None
-        bias = whole.bias[...]
-        return (bias[self.q_size : self.q_size + self.kv_size] if self.joined else bias).reshape(-1, self.head_dim)
+        bias = getattr(self, self._holder("k_proj")).bias[...]
+        return bias[self._columns("k_proj")].reshape(-1, self.head_dim)
 
     def queries(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens heads head_dim"]:
         """Returns the tokens' queries, after qk-norm and before RoPE."""
@@ -175,23 +180,43 @@ class DecoderLayer(nnx.Module):
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], -1, self.head_dim)
 
+    @property
+    def has_queries_joined(self) -> bool:
+        """Whether queries are part of a product with keys and values."""
+        return self._holder("q_proj") != "q_proj"
+
     def _projected(self, rows: Float[Array, "tokens hidden"], *names: str) -> list[Float[Array, "tokens _"]]:
-        """Returns the rows' products with projections: one product, where they are joined."""
-        if not self.joined:
-            return [multiplied(getattr(self, name), rows) for name in names]
+        """Returns the rows' products with projections: one product for those that are joined."""
+        products: list[jax.Array] = []
+        for holder, together in groupby(names, self._holder):
+            whole, parts = getattr(self, holder), list(together)
+            if holder in names:
+                products.append(multiplied(whole, rows))
+                continue
+            # Of some of its projections a copy: XLA multiplies by no part of a matrix.
+            columns = slice(self._columns(parts[0]).start, self._columns(parts[-1]).stop)
+
+            def product(rows: jax.Array, whole: nnx.Linear = whole, columns: slice = columns) -> jax.Array:
+                multiplied = rows @ whole.kernel[..., columns]
+                return multiplied if whole.bias is None else multiplied + whole.bias[columns][None]
+
+            widths = [self._size(part) for part in parts]
+            products += jnp.split(multiplied(product, rows), np.cumsum(widths)[:-1], axis=1)
+        return products
+
+    def _holder(self, name: str) -> str:
+        """Returns the module that holds a projection: it itself, unless it is joined."""
+        return next((joined for joined in self.joined if name in JOINED[joined]), name)
+
+    def _columns(self, name: str) -> slice:
+        """Returns where a projection is in the module that holds it."""
+        parts = JOINED.get(self._holder(name), (name,))
+        begin = sum(self._size(part) for part in parts[: parts.index(name)])
+        return slice(begin, begin + self._size(name))
+
+    def _size(self, name: str) -> int:
         sizes = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
-        sizes |= dict.fromkeys(("gate_proj", "up_proj"), self.mlp_size)
-        name, parts = next((name, parts) for name, parts in JOINED.items() if names[0] in parts)
-        begin = sum(sizes[part] for part in parts[: parts.index(names[0])])
-        widths = [sizes[part] for part in names]
-        whole = getattr(self, name)
-        columns = slice(begin, begin + sum(widths))  # of some, a copy: XLA multiplies by no part of a matrix
-
-        def product(rows: jax.Array) -> jax.Array:
-            multiplied = rows @ whole.kernel[..., columns]
-            return multiplied if whole.bias is None else multiplied + whole.bias[columns][None]
-
-        return jnp.split(multiplied(product, rows), np.cumsum(widths)[:-1], axis=1)
+        return sizes.get(name, self.mlp_size)
 
 
 class _Graph(NamedTuple):
@@ -201,8 +226,8 @@ class _Graph(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def _graph(module: Callable[..., nnx.Module], config: ModelConfig, **options: bool) -> _Graph:
-    definition, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), **options)))
+def _graph(module: Callable[..., nnx.Module], config: ModelConfig, **joined: frozenset[str]) -> _Graph:
+    definition, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), **joined)))
     return _Graph(definition, nnx.to_pure_dict(state), nnx.to_pure_dict(nnx.get_partition_spec(state)))
 
 
@@ -214,7 +239,7 @@ def embedder(params: Params, config: ModelConfig) -> Embedder:
 def layer_at(params: Params, config: ModelConfig, index: Int[Array, ""] | int) -> DecoderLayer:
     """Merges layer `index`, which may be traced where weights are stacked (at trace time)."""
     weights = params.layer(index)
-    return nnx.merge(_graph(DecoderLayer, config, joined=is_joined(weights)).definition, nnx.State(weights))
+    return nnx.merge(_graph(DecoderLayer, config, joined=joined_in(weights)).definition, nnx.State(weights))
 
 
 def scan_layers(
@@ -236,22 +261,28 @@ def scan_layers(
     return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *ys)
 
 
+def joined_by_layer(config: ModelConfig) -> list[frozenset[str]]:
+    """Returns which of `model.params.JOINED` each layer has, where layers have any."""
+    of_mlp = frozenset() if config.num_experts else frozenset({"gate_up_proj"})
+    apart = queries_apart(config)
+    return [of_mlp | {"kv_proj" if index in apart else "qkv_proj"} for index in range(config.num_layers)]
+
+
 def abstract_params(config: ModelConfig, *, by_layer: bool = False, joined: bool | None = None) -> Params:
     """Returns the parameters' shapes and dtypes, as `jax.ShapeDtypeStruct`.
 
     Args:
         by_layer: each layer's weights as arrays of their own.
-        joined: with projections of the same rows in one matrix; `None`: where `by_layer`.
+        joined: with projections of the same rows in one matrix; `None`: where `by_layer`, which that needs.
     """
     joined = by_layer if joined is None else joined
+    names = joined_by_layer(config) if joined else [frozenset[str]()] * config.num_layers
+    layers = [_graph(DecoderLayer, config, joined=of_layer).abstract for of_layer in names]
 
-    def of_layers(leaf: jax.ShapeDtypeStruct) -> Any:
-        if by_layer:
-            return (leaf,) * config.num_layers
+    def stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype)
 
-    layers = jax.tree.map(of_layers, _graph(DecoderLayer, config, joined=joined).abstract)
-    return Params(embedder=_graph(Embedder, config).abstract, layers=layers)
+    return Params(_graph(Embedder, config).abstract, as_tuples(layers) if by_layer else jax.tree.map(stack, layers[0]))
 
 
 def axis_names(config: ModelConfig) -> Params:
@@ -285,11 +316,16 @@ def random_params(key: jax.Array, config: ModelConfig, *, by_layer: bool | None 
     if not by_layer:
         return jax.jit(init_params, static_argnames="config")(key, config)
     embedder_key, layers_key = jax.random.split(key)
-    draw_layer = jax.jit(lambda key: join(_draw(key, module=DecoderLayer, config=config), side_by_side))
-    drawn = [draw_layer(each) for each in jax.random.split(layers_key, config.num_layers)]
+
+    @partial(jax.jit, static_argnums=1)
+    def draw_layer(key: jax.Array, joined: frozenset[str]) -> dict[str, Any]:
+        modules = _graph(DecoderLayer, config, joined=joined).abstract
+        return join(_draw(key, module=DecoderLayer, config=config), modules, side_by_side)
+
+    keys = jax.random.split(layers_key, config.num_layers)
+    drawn = [draw_layer(key, joined) for key, joined in zip(keys, joined_by_layer(config), strict=True)]
     return Params(
-        embedder=jax.jit(partial(_draw, module=Embedder, config=config))(embedder_key),
-        layers=jax.tree.map(lambda *layers: layers, *drawn),
+        embedder=jax.jit(partial(_draw, module=Embedder, config=config))(embedder_key), layers=as_tuples(drawn)
     )
 
 

@@ -245,9 +245,10 @@ def load_params(
     axes = axis_names(config)
     own = jax.tree.map(lambda leaf, names: _own_bytes(leaf, names, partition), wanted, axes)
     parts = jax.tree.map(lambda name, leaf: (Part(name, leaf.shape[-1]),), names, wanted)
+    wanted = abstract_params(config, by_layer=by_layer, joined=joined)
     if joined:
-        parts = replace(parts, layers=join(parts.layers, lambda of: tuple(part for each in of for part in each)))
-        axes = replace(axes, layers=join(axes.layers, lambda of: of[0]))
+        parts = replace(parts, layers=join(parts.layers, wanted.layers, lambda of: sum(of, ())))
+        axes = replace(axes, layers=join(axes.layers, wanted.layers, lambda of: of[0]))
     total, loaded = sum(jax.tree.leaves(own)), 0
 
     def advance(num_bytes: int) -> None:
@@ -256,36 +257,38 @@ def load_params(
         if progress is not None:
             progress(loaded, total)
 
-    def load(parts: tuple[Part, ...], leaf: jax.ShapeDtypeStruct, names: jax.P) -> jax.Array | tuple[jax.Array, ...]:
-        if by_layer and parts[0].stacked:
+    def load(parts: tuple[Part, ...], leaf: Any, names: jax.P) -> Any:
+        if is_by_layer(leaf):
             sharding = None if partition is None else partition.sharding(*names[1:])
             return jax.block_until_ready(_load_by_layer(checkpoint, parts, leaf, sharding, advance))
         sharding = None if partition is None else partition.sharding(*names)
         read = partial(read_leaf, checkpoint, parts, leaf, advance)
         return jax.block_until_ready(_on_devices(lambda share: read(share=share), leaf.shape, sharding))
 
-    return jax.tree.map(load, parts, abstract_params(config, joined=joined), axes, is_leaf=is_by_layer)
+    return jax.tree.map(load, parts, wanted, axes, is_leaf=is_by_layer)
 
 
 def _load_by_layer(
     checkpoint: TensorSource,
     parts: tuple[Part, ...],
-    leaf: jax.ShapeDtypeStruct,
+    layers: tuple[jax.ShapeDtypeStruct | None, ...],
     sharding: jax.sharding.NamedSharding | None,
     advance: Callable[[int], None],
-) -> tuple[jax.Array, ...]:
-    """Loads each layer's share of a stacked leaf: one is read while the one before moves to the device."""
-    of_layer = jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
-    on_device: list[jax.Array] = []
+) -> tuple[jax.Array | None, ...]:
+    """Loads each layer's share of a leaf, where it has one: one is read while the one before moves to the device."""
+    on_device: list[jax.Array | None] = []
 
     def read(share: Share | None) -> np.ndarray:
+        shape = layers[len(on_device)]
+        assert shape is not None
         of_stack = None if share is None else (slice(0, 1), *share)
+        of_layer = jax.ShapeDtypeStruct((1, *shape.shape), shape.dtype)
         array = read_leaf(checkpoint, parts, of_layer, advance, first=len(on_device), share=of_stack)
         jax.block_until_ready(on_device)
         return array[0]
 
-    for _ in range(leaf.shape[0]):
-        on_device.append(_on_devices(read, leaf.shape[1:], sharding))
+    for shape in layers:
+        on_device.append(None if shape is None else _on_devices(read, shape.shape, sharding))
     return tuple(on_device)
 
 

@@ -127,8 +127,10 @@ class Hosts:
         threading.Thread(target=run, name="cacheblend-program", daemon=True).start()
         given_up_at = time.monotonic() + self._timeout_s
         while not wait([outcome], min(LISTENING_S, self._timeout_s)).done:
-            if (error := self._heard_error()) is not None or time.monotonic() > given_up_at:
-                raise self.broken(error or "in a program that all hosts run")
+            if (error := self._heard_error()) is not None:
+                raise self._apart(error)
+            if time.monotonic() > given_up_at:
+                raise self.broken("in a program that all hosts run")
         return outcome.result()
 
     def _heard_error(self) -> str | None:
@@ -143,11 +145,12 @@ class Hosts:
         return None
 
     def broken(self, reason: str) -> HostsError:
-        """Gives the other hosts up; returns the error that says so, as every later call does."""
-        self._failed = (
-            f"the hosts no longer agree: one of {self.count} did not answer within {self._timeout_s:g} s ({reason}); "
-            "it has ended, or made other calls than this one: restart all of them"
-        )
+        """Gives the other hosts up, since one is silent; returns the error that says so, as every later call does."""
+        silent = f"one of {self.count} did not answer within {self._timeout_s:g} s ({reason})"
+        return self._apart(f"{silent}; it has ended, or made other calls than this one")
+
+    def _apart(self, why: str) -> HostsError:
+        self._failed = f"the hosts no longer agree: {why}; restart all of them"
         return HostsError(self._failed)
 
 

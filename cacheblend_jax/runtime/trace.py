@@ -14,7 +14,8 @@ from typing import Any
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 
 LANES = ("host", "transfer", "compute")  # they follow the lanes of tiers slower than host memory
-COLOURS = {"host": "C0", "transfer": "C1", "compute": "C2"}
+PAUSE = "pause"  # the last lane, where there were any
+COLOURS = {"host": "C0", "transfer": "C1", "compute": "C2", PAUSE: "C3"}
 SLOW_TIER_COLOUR = "C7"
 
 
@@ -32,7 +33,8 @@ class Span:
 
 @dataclass
 class Trace:
-    """Collects spans from several threads. Lanes: slower tiers by name (`disk`), then `host`, `transfer`, `compute`.
+    """Collects spans from several threads. Lanes: slower tiers by name (`disk`), then `host`, `transfer`, `compute`;
+    and `pause`, where a prefill let other work go on.
 
     Args:
         clock: returns the time in seconds; spans that are added must use the same clock.
@@ -54,7 +56,8 @@ class Trace:
 
     def lanes(self) -> list[str]:
         """Returns the lanes' names, those of slower tiers first."""
-        return [*sorted({span.lane for span in self.spans} - {*LANES}), *LANES]
+        used = {span.lane for span in self.spans}
+        return [*sorted(used - {*LANES, PAUSE}), *LANES, *({PAUSE} & used)]
 
     def lane(self, lane: str) -> list[Span]:
         """Returns the lane's spans in order of their start."""

@@ -21,6 +21,7 @@ from cacheblend_jax.engine.slot_batch import Ending, SlotBatch
 from cacheblend_jax.model.model import split_model
 from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.runtime.link import DeviceLink
+from cacheblend_jax.runtime.programs import Runner
 
 # All of one plan, whose programs each group compiles once.
 PROMPTS = [replace(PROMPT, chunks=PROMPT.chunks[:: 1 - 2 * (i % 2)], suffix=PROMPT.suffix + i) for i in range(4)]
@@ -112,6 +113,21 @@ def test_no_kv_moves_between_groups_where_a_prompt_goes_into_a_slot():
     inserting = [collectives(text) for key, text in programs if key[0].__name__ == "insert"]
     assert inserting
     assert not any(inserting)
+
+
+def test_the_shapes_of_slots_are_looked_up_once(monkeypatch):
+    model, called, run = whole_model("2 KV heads"), [], Runner.__call__
+    with cb.Engine(model, length_buckets=BUCKETS) as engine:
+        out, batch = engine.prefill(PROMPT, "full"), SlotBatch(model, engine.buckets, 2, 80)
+        batch.insert(0, out, 5, Ending(frozenset(), 9), Sampling())
+
+        def recorded(runner, function, *arrays, **static):
+            called.append(function.__name__)
+            return run(runner, function, *arrays, **static)
+
+        monkeypatch.setattr(Runner, "__call__", recorded)
+        batch.insert(1, out, 5, Ending(frozenset(), 9), Sampling())
+    assert called == ["insert"]
 
 
 def where(array: jax.Array) -> dict[object, int]:

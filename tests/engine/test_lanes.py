@@ -36,7 +36,6 @@ def test_i6_two_prompts_are_prefilled_at_the_same_time_as_each_alone(monkeypatch
         engine.precompute(prompt)
     alone = [engine.prefill(prompt) for prompt in prompts]
     monkeypatch.setattr(pauses, "LONGEST_S", 0.0)
-    monkeypatch.setattr("cacheblend_jax.engine.executors.LONGEST_S", 0.0)
     both = threading.Barrier(2, timeout=60)
     with ThreadPoolExecutor(2) as threads:
         together = list(threads.map(lambda prompt: engine.prefill(prompt, between=both.wait), prompts))

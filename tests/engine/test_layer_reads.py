@@ -96,18 +96,22 @@ def test_an_entry_of_another_shape_is_lost(readers):
 
 
 @settings(max_examples=40, deadline=None)
-@example(layers=7, host_layers=7, device_layers=4, twice=True, kept=0)
-@example(layers=13, host_layers=6, device_layers=4, twice=False, kept=3)
+@example(layers=7, host_layers=7, device_layers=4, twice=True, kept=0, room=0, sent_ahead=0)
+@example(layers=13, host_layers=6, device_layers=4, twice=False, kept=3, room=0, sent_ahead=3)
+@example(layers=7, host_layers=7, device_layers=2, twice=True, kept=1, room=5, sent_ahead=1)
 @given(
     layers=st.integers(1, 13),
     host_layers=st.integers(1, 13),
     device_layers=st.integers(1, 6),
     twice=st.booleans(),
     kept=st.integers(0, 3),
+    room=st.integers(0, 6),
+    sent_ahead=st.integers(0, 5),
 )
 def test_every_layer_arrives_whole_however_few_buffers_there_are(
-    readers, layers, host_layers, device_layers, twice, kept
+    readers, layers, host_layers, device_layers, twice, kept, room, sent_ahead
 ):
+    sent_ahead = min(sent_ahead, device_layers - 1)
     host_layers = layers if twice else max(host_layers, min(device_layers, layers))  # as `Delivery` has them
     chunks = [placed(5, 2, layers=layers), placed(9, 7, layers=layers)]
     entries = [chunk.handle.entry for chunk in chunks]
@@ -117,8 +121,9 @@ def test_every_layer_arrives_whole_however_few_buffers_there_are(
     def put(pair):
         return jax.device_put([part.copy() for part in pair])
 
+    stays = PlacedLayers(max(room, kept), 0, dict(there))
     stream = LayerStream(
-        chunks, wanted, buffers, device_layers, put, readers, threads=3, kept=PlacedLayers(kept, 0, dict(there))
+        chunks, wanted, buffers, device_layers, put, readers, threads=3, sent_ahead=sent_ahead, kept=stays
     )
     with stream:
         for layer in wanted:
@@ -131,3 +136,9 @@ def test_every_layer_arrives_whole_however_few_buffers_there_are(
                     assert k[chunk.start : chunk.stop].tobytes() == entry.k[layer].tobytes()
                     assert v[chunk.start : chunk.stop].tobytes() == entry.v[layer].tobytes()
             stream.used_until(jax.numpy.asarray(v[0, 0, 0]) * 1)
+    assert sorted(stays.layers) == [layer for layer in range(layers) if layer < max(room, kept)] + [
+        layer for layer in there if layer >= layers
+    ]
+    for layer in set(stays.layers) - set(there):  # whole, and not deleted with those that went
+        for chunk, entry in zip(chunks, entries, strict=True):
+            assert np.asarray(stays.layers[layer].k)[chunk.start : chunk.stop].tobytes() == entry.k[layer].tobytes()

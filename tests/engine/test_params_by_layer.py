@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import jax
@@ -16,7 +17,7 @@ from cacheblend_jax.model.kv_cache import cache_shape
 from cacheblend_jax.model.params import Params, is_by_layer
 from cacheblend_jax.model.quantised_kv import key_biases
 from cacheblend_jax.model.tensor_names import hugging_face_tensors
-from cacheblend_jax.model.transformer import abstract_params, embedder, layer_at
+from cacheblend_jax.model.transformer import abstract_params, embedder, joined_by_layer, layer_at
 from cacheblend_jax.model.weights import load_params, open_checkpoint
 from pallas_kernels.dispatch import Target
 
@@ -45,14 +46,39 @@ def test_prefills_and_answers_are_those_of_stacked_weights(executor):
     for engine in (stacked, by_layer):
         engine.precompute(prompt)
     for mode in MODES:
+        before = [engine.model.runner.count for engine in (by_layer, stacked)]
         out, wanted = by_layer.prefill(prompt, mode), stacked.prefill(prompt, mode)
+        compiled = [engine.model.runner.count - of for engine, of in zip((by_layer, stacked), before, strict=True)]
+        # One more where a program runs layer by layer: the layers whose queries stand apart share one of their own.
+        assert compiled[0] == compiled[1] + (executor == "streamed" and mode != "full")
         assert out.stats.executor == wanted.stats.executor
         np.testing.assert_array_equal(out.recomputed, wanted.recomputed)
         assert relative_error(out.logits, wanted.logits) < 2e-6
         assert relative_error(out.cache.k, wanted.cache.k) < 2e-6
     answers = [engine.generate(prompt, max_new_tokens=4, stop_token_ids=()) for engine in (by_layer, stacked)]
     assert answers[0].token_ids == answers[1].token_ids
-    assert by_layer.model.runner.count == stacked.model.runner.count
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # with biases, with norms of heads
+def test_each_layers_projections_are_those_of_stacked_weights(family):
+    config = replace(FAMILIES[family], num_layers=4, windows=(None,) * 4, check_layer=2)
+    stacked, by_layer = (cb.model.random_model(config, seed=3, by_layer=by_layer) for by_layer in (False, True))
+    apart = [index for index in range(4) if "q_proj" in by_layer.params.layer(index)]
+    assert apart == [2, 3]  # the check layer, and the last
+    hidden = jax.random.normal(jax.random.key(2), (5, config.hidden_size))
+
+    def computed(layer) -> tuple:
+        q, k, v = layer.queries_keys_values(hidden)
+        return q, k, v, layer.queries(hidden), *layer.keys_values(hidden), layer.finish(hidden, q)
+
+    for index in range(4):
+        wanted = computed(layer_at(stacked.params, config, index))
+        for params in (by_layer.params, by_layer.params.only_layer(index)):
+            layer = layer_at(params, config, index)
+            assert layer.has_queries_joined == (index not in apart)
+            for got, right in zip(computed(layer), wanted, strict=True):
+                assert got.shape == right.shape
+                assert relative_error(got, right) < 1e-6
 
 
 def test_attention_deviation_is_that_of_stacked_weights():
@@ -74,15 +100,16 @@ def test_the_bias_of_keys_is_that_of_stacked_weights():
             np.testing.assert_array_equal(layer_at(model.params, config, index).key_bias, wanted)
 
 
-def test_the_fingerprint_and_the_tensors_are_those_of_stacked_weights():
+@pytest.mark.parametrize("module", ["qkv_proj", "q_proj", "kv_proj"])
+def test_the_fingerprint_and_the_tensors_are_those_of_stacked_weights(module):
     stacked, by_layer = both_forms()
     assert same_leaves(by_layer.params, stacked.params)
     assert by_layer.fingerprint == stacked.fingerprint
     named, wanted = (hugging_face_tensors(model.params, model.config) for model in (by_layer, stacked))
     assert named.keys() == wanted.keys()
     assert all(np.array_equal(named[name], tensor) for name, tensor in wanted.items())
-    qkv_proj = by_layer.params.layers["qkv_proj"]
-    qkv_proj["kernel"] = tuple(kernel.at[0, -1].mul(2) for kernel in qkv_proj["kernel"])  # of the values
+    changed = by_layer.params.layers[module]
+    changed["kernel"] = jax.tree.map(lambda kernel: kernel.at[0, -1].mul(2), changed["kernel"])
     assert by_layer.fingerprint != stacked.fingerprint
 
 
@@ -95,6 +122,7 @@ def test_checkpoints_load_by_layer(case, ways):
     assert by_layer.joined == (mesh is None)
     assert same_leaves(by_layer, stacked.params)
     abstract = abstract_params(stacked.config, by_layer=True, joined=mesh is None)
+    assert jax.tree.structure(by_layer) == jax.tree.structure(abstract)
     assert [leaf.shape for leaf in jax.tree.leaves(by_layer)] == [leaf.shape for leaf in jax.tree.leaves(abstract)]
     if mesh is not None:
         kernel = by_layer.layers["q_proj"]["kernel"][1]
@@ -108,7 +136,28 @@ def test_a_model_on_a_gpu_takes_stacked_weights_apart(monkeypatch):
     model = cb.Model(CONFIG, params)
     assert model.params.by_layer
     assert model.params.joined
+    assert jax.tree.structure(model.params) == jax.tree.structure(wanted)
     assert same_leaves(model.params, wanted)
+
+
+def test_taking_weights_apart_holds_no_more_than_one_leaf_twice(monkeypatch):
+    def held() -> int:
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    stacked, sizes = both_forms()[0].params, []
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(stacked.layers))
+    gc.collect()
+    before, block_until_ready = held(), jax.block_until_ready
+
+    def recorded(arrays):
+        sizes.append(held() - before)
+        return block_until_ready(arrays)
+
+    monkeypatch.setattr(jax, "block_until_ready", recorded)
+    stacked.take_apart(joined_by_layer(CONFIG))
+    assert stacked.joined
+    assert max(sizes) <= largest
+    assert held() <= before + 1000  # indices of slices
 
 
 def test_a_single_row_is_the_same_on_a_gpu(monkeypatch):

@@ -10,7 +10,11 @@ import pytest
 from conftest import HF, family_model, random_prompt, relative_error
 
 import cacheblend_jax as cb
-from cacheblend_jax.engine import groups, pauses
+from cacheblend_jax.blend import streamed
+from cacheblend_jax.blend.layer_step import blends_in_place
+from cacheblend_jax.engine import executors, groups, pauses
+from cacheblend_jax.engine.executors import Executors
+from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.pauses import PausingLayers, Speed
 from cacheblend_jax.errors import NotReadyError
 
@@ -19,7 +23,6 @@ ONE_STAGE = cb.BlendConfig(0.3, "hkvd", num_stages=1)  # after the check layer's
 
 @pytest.fixture
 def everything_is_long(monkeypatch):
-    monkeypatch.setattr("cacheblend_jax.engine.executors.LONGEST_S", 0.0)
     monkeypatch.setattr(pauses, "LONGEST_S", 0.0)
 
 
@@ -56,6 +59,8 @@ def test_i6_a_prefill_with_pauses_is_the_one_without(everything_is_long, family,
     turns = engine.model.config.num_layers * (2 if selector == "query" else 1)
     assert len(called) == turns - 1  # none once the first token is known
     assert out.stats.executor == wanted.stats.executor == executor
+    assert 0 < out.stats.paused_s < out.stats.ttft_s
+    assert wanted.stats.paused_s == 0
 
 
 def test_i6_with_pauses_on_a_mesh(everything_is_long):
@@ -72,9 +77,88 @@ def test_short_prefills_and_the_first_one_are_one_program(monkeypatch):
     engine = cb.Engine(family_model("llama2"), blend=ONE_STAGE)
     prompt, called = random_prompt(1), []
     engine.prefill(prompt, between=lambda: called.append(1))
-    monkeypatch.setattr("cacheblend_jax.engine.executors.LONGEST_S", 1e9)
+    monkeypatch.setattr(pauses, "LONGEST_S", 1e9)
     engine.prefill(prompt, between=lambda: called.append(1))
     assert not called
+
+
+@pytest.mark.parametrize("executor", ["resident", "streamed"])
+def test_a_trace_shows_the_pauses(everything_is_long, executor):
+    engine, prompt, trace, called = engine_of("llama2", executor=executor), random_prompt(1), cb.Trace(), []
+    engine.precompute(prompt)
+    stats = engine.prefill(prompt, trace=trace, between=lambda: called.append(trace.clock())).stats
+    shown = trace.lane("pause")
+    assert trace.lanes()[-1] == "pause"
+    assert len(called) == len(shown)
+    assert all(span.began <= at <= span.ended for span, at in zip(shown, called, strict=True))
+    assert sum(span.ended - span.began for span in shown) == pytest.approx(stats.paused_s)
+    assert len(trace.lane("compute")) == engine.model.config.num_layers
+    if executor == "resident":  # of a streamed layer, another thread notices the end
+        assert trace.overlap_s("compute", "pause") == 0
+    plain = cb.Trace()
+    engine.prefill(prompt, trace=plain)
+    assert "pause" not in plain.lanes()
+
+
+@pytest.mark.parametrize("executor", ["resident", "streamed"])
+def test_speed_is_taken_without_pauses_and_without_loading(everything_is_long, executor, monkeypatch):
+    engine, prompt, clock, taken = engine_of("llama2", executor=executor), random_prompt(1), Clock(), []
+    called: list[int] = []
+    engine.precompute(prompt)
+    load, take = Executors.load, LayerStream.next
+    monkeypatch.setattr(Executors, "load", lambda *arguments: (clock.pass_by(50.0), load(*arguments))[1])
+    monkeypatch.setattr(
+        LayerStream, "next", lambda stream: (clock.pass_by(5.0), wait_for(stream, 5.0), take(stream))[2]
+    )
+    monkeypatch.setattr(executors, "prefill_streamed", lambda *of, **how: (clock.pass_by(3.0), layers(*of, **how))[1])
+    layers = streamed.prefill_streamed
+    monkeypatch.setattr(Speed, "took", lambda speed, plan, seconds: taken.append(seconds))
+    monkeypatch.setattr(executors, "time", clock)
+    monkeypatch.setattr(pauses, "time", clock)
+    stats = engine.prefill(prompt, between=lambda: (clock.pass_by(7.0), called.append(1))).stats
+    assert stats.load_s == pytest.approx(
+        50.0 if executor == "resident" else 5.0 * engine.model.config.num_layers, abs=1
+    )
+    assert called
+    assert stats.paused_s == 7.0 * len(called)
+    assert taken == [pytest.approx(3.0, abs=1.0)]
+
+
+def wait_for(stream: LayerStream, seconds: float) -> None:
+    stream.waited_s += seconds
+
+
+@pytest.mark.parametrize(("platform", "kv_dtype"), [("cpu", None), ("tpu", None), ("cpu", "int8")])
+def test_stored_kv_becomes_the_blended_or_is_counted_beside_it(everything_is_long, monkeypatch, platform, kv_dtype):
+    in_place = platform == "cpu" and kv_dtype is None
+    monkeypatch.setattr(executors, "blends_in_place", lambda _: blends_in_place(platform))
+    blend = cb.BlendConfig(0.3, "query", num_stages=1)  # the question pass reads what is blended into later
+    engine, prompt = engine_of("llama2", blend, store=cb.ChunkStore(kv_dtype=kv_dtype)), random_prompt(1)
+    engine.precompute(prompt)
+    wanted, load, stored = engine.prefill(prompt), Executors.load, []
+    monkeypatch.setattr(Executors, "load", lambda *of: (stored.append(load(*of)), stored[-1])[1])
+    out = engine.prefill(prompt, between=lambda: None)
+    assert_same(out, wanted)
+    assert all(array.is_deleted() == in_place for array in jax.tree.leaves(stored))
+    programs = engine._prefiller._groups.first._prepare_plan(out.plan, "by layer", kv_dtype).peak_memory_bytes
+    beside = 0 if in_place else sum(array.nbytes for array in jax.tree.leaves(stored))
+    assert out.stats.peak_memory_bytes == programs + beside
+
+
+def test_what_others_raise_in_a_pause_is_not_taken_for_the_prefills_lack_of_memory(everything_is_long, monkeypatch):
+    engine, prompt, dropped, called = engine_of("llama2"), random_prompt(1), [], []
+    engine.precompute(prompt)
+    monkeypatch.setattr(Executors, "_give_way", lambda self: dropped.append(1) or True)
+    exhausted = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    def decode() -> None:
+        called.append(1)
+        raise exhausted
+
+    with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+        engine.prefill(prompt, between=decode)
+    assert raised.value is exhausted
+    assert (len(called), dropped) == (1, [])
 
 
 @pytest.mark.parametrize("executor", ["resident", "streamed"])
@@ -102,7 +186,7 @@ def test_what_pauses_is_compiled_aside_or_by_the_warm_up(monkeypatch):
     engine = cb.Engine(cb.load_model(HF / "llama2", dtype="float32"))
     prompt = random_prompt(1)
     engine.prefill(prompt, "full")
-    monkeypatch.setattr("cacheblend_jax.engine.executors.LONGEST_S", 0.0)
+    monkeypatch.setattr(pauses, "LONGEST_S", 0.0)
     how = {"only_if_ready": True, "between": lambda: None}
     with pytest.raises(NotReadyError) as needed:
         engine.prefill(prompt, "full", **how)
@@ -116,12 +200,48 @@ def test_what_pauses_is_compiled_aside_or_by_the_warm_up(monkeypatch):
     warm.warmup(128, modes=("full",))
     assert warm.warmup(128, modes=("full",), pausing=True) == 0  # nothing is long
     monkeypatch.setattr(pauses, "LONGEST_S", 0.0)
-    monkeypatch.setattr("cacheblend_jax.engine.executors.LONGEST_S", 0.0)
     assert warm.warmup(128, modes=("full",), pausing=True) > 0
     count = warm.model.runner.count
     for _ in range(2):  # the first one tells how long prefills take
         warm.prefill(prompt, "full", **how)
     assert warm.model.runner.count == count
+
+
+def test_while_a_tier_fails_what_would_pause_is_asked_for_as_it_would_run(everything_is_long):
+    class FailingStore(cb.ChunkStore):
+        fails = False
+
+        @property
+        def tiers(self) -> tuple[str, ...]:
+            return ("device",) if self.fails else super().tiers
+
+    model, prompt, how = cb.load_model(HF / "llama2", dtype="float32"), random_prompt(1), {"between": lambda: None}
+    with cb.Engine(model, blend=ONE_STAGE) as other:  # compiles what a prompt without stored chunks takes, by layer
+        for _ in range(2):
+            other.prefill(prompt, **how)
+            other.flush()
+            other.store.clear()
+    store = FailingStore()
+    engine = cb.Engine(model, store, ONE_STAGE)
+    engine.precompute(prompt)
+    engine.prefill(prompt)  # as one program
+    store.fails = True
+    assert not any(engine.prefill(prompt, only_if_ready=True, **how).stats.loaded)
+    assert all(engine.prefill(prompt, only_if_ready=True).stats.loaded)
+
+
+def test_the_controller_is_told_of_what_would_pause_as_it_would_run(monkeypatch):
+    asked, engine, prompt = [], engine_of("llama2", cb.BlendConfig("auto", "hkvd", num_stages=1)), random_prompt(1)
+    engine.precompute(prompt)
+    engine._prefiller.is_warm = True
+    monkeypatch.setattr(Executors, "is_prepared", lambda *_, pausing: asked.append(pausing))
+    engine.prefill(prompt, between=lambda: None)
+    assert asked
+    assert all(asked)
+    asked.clear()
+    engine.prefill(prompt)
+    assert asked
+    assert not any(asked)
 
 
 def test_an_answer_gets_tokens_while_a_long_prompt_is_prefilled(everything_is_long, monkeypatch):
@@ -149,6 +269,9 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
 
 def test_pauses_come_before_the_layer_that_would_take_too_long(monkeypatch):
     """Layers of 30 and then 60 ms: three of the first fit into 100 ms, and one of the others."""
@@ -169,7 +292,8 @@ def test_pauses_come_before_the_layer_that_would_take_too_long(monkeypatch):
         layers.next()
         layers.used_until(jax.numpy.zeros(1))
     assert paused == [3, 6, 7, 8]
-    assert layers.paused_s == pytest.approx(20.0)
+    assert pauses.total_s(layers.pauses) == pytest.approx(20.0)
+    assert all(resumed - began == pytest.approx(5.0) for began, resumed in layers.pauses)
 
 
 def test_speed_is_that_of_the_fastest_of_the_last_runs():
