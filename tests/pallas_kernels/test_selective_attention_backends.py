@@ -136,6 +136,8 @@ def test_every_backend_is_compared_with_the_reference():
 
 def test_the_cases_of_xla_cross_its_blocks():
     assert block_sizes(40, 40) == (40, BlockSizes(inner=40, edge=40))
+    assert block_sizes(160, 256) == (160, BlockSizes(inner=256, edge=256))
+    assert block_sizes(160, 257) == (160, BlockSizes(inner=160, edge=160))
     assert block_sizes(720, 720) == (360, BlockSizes(inner=720, edge=360))
     assert block_sizes(24, 720) == (24, BlockSizes(inner=512, edge=512))
 
