@@ -72,7 +72,7 @@ CASES = {
 
 
 @pytest.mark.usefixtures("callbacks_run_at_once")
-@pytest.mark.parametrize("backend", ["xla", *EACH_PALLAS_BACKEND])
+@pytest.mark.parametrize("backend", [pytest.param("xla", marks=pytest.mark.once), *EACH_PALLAS_BACKEND])
 def test_attention_equals_its_reference(backend):
     strategy, max_examples = CASES[backend]
 
@@ -142,6 +142,7 @@ def test_the_cases_of_xla_cross_its_blocks():
     assert block_sizes(24, 720) == (24, BlockSizes(inner=512, edge=512))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_query_is_no_loop_over_keys_and_equals_the_reference(dtype, group):
