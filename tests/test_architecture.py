@@ -8,6 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from conftest import ON_EVERY_VERSION
 
 ROOT = Path(__file__).parents[1]
 BESIDE = ("errors", "choices")  # the rooms: every room may use these modules
@@ -89,3 +90,11 @@ def test_what_pages_point_to_is_there(page):
         assert any((place / path).exists() for place in (ROOT, ROOT / "cacheblend_jax", ROOT / "pallas_kernels")), path
     for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (page.parent / path).exists(), path
+
+
+@pytest.mark.parametrize("begin", ON_EVERY_VERSION)
+def test_what_runs_on_every_version_is_there(begin):
+    path, _, name = begin.partition("::")
+    files = list((ROOT / "tests").glob(f"{path}*"))
+    assert files
+    assert not name or f"def {name.partition('[')[0]}" in files[0].read_text()

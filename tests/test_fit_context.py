@@ -12,7 +12,6 @@ from cacheblend_jax.model.rope import rope_tables
 from pallas_kernels.dispatch import OVERRIDE
 from scripts.fit_context import SINK, Sizes, blend_kl, choice_at, fit, main, training_prompts
 
-pytestmark = pytest.mark.once  # arithmetic of the model, and optax
 SMALL = Sizes(pieces=4, words=2, answer=1)
 TEXTS = [" ".join(f"{name}{number} goes by" for number in range(9)) for name in ("Ada", "Ben", "Cleo")]
 

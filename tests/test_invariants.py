@@ -88,6 +88,7 @@ def test_i2_reuse_returns_what_is_stored(family):
     assert not out.recomputed[:, 9:-7].any()
 
 
+@pytest.mark.once
 def test_i2_ratio_zero_is_reuse(family):
     engine, prompt = fresh_engine(family, 0.0), random_prompt(2)
     engine.precompute(prompt)
@@ -116,6 +117,7 @@ def test_i3_exact_chunk_is_prefix_caching(family, ratio):
     assert_full(cached, full)
 
 
+@pytest.mark.once
 def test_i3_a_prefix_is_exact_after_its_first_use(family):
     engine, prompt = fresh_engine(family), random_prompt(4)
     assert engine.prefill(prompt).stats.exact == 0
@@ -123,6 +125,7 @@ def test_i3_a_prefix_is_exact_after_its_first_use(family):
     assert engine.prefill(prompt).stats.exact == 9
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["full", "reuse", "blend"])
 def test_i4_a_later_token_never_changes_earlier_kv(family, mode):
     # `epic` selects by place alone: the recomputed sets stay as they are when a token changes.
@@ -181,6 +184,7 @@ SHAPES = {  # all but one of 33 to 64 tokens, which share their programs
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("ratio", [0.15, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_i7_odd_shapes(shape, ratio):
@@ -197,6 +201,7 @@ def test_i7_odd_shapes(shape, ratio):
         engine.flush()
 
 
+@pytest.mark.once
 def test_i7_order_and_repeats():
     engine, prompt = fresh_engine("qwen2", 1.0), random_prompt(9)
     engine.precompute(prompt)
@@ -207,6 +212,7 @@ def test_i7_order_and_repeats():
     assert_full(out, engine.prefill(shuffled, "full"))
 
 
+@pytest.mark.once
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=st.lists(st.integers(1, 40), max_size=6),
@@ -235,6 +241,7 @@ def test_any_mix_of_hits_and_misses_is_budgeted_and_right(lengths, stored, prefi
     engine.flush()
 
 
+@pytest.mark.once
 def test_stored_kv_does_not_depend_on_where_it_was_first_used():
     prompt = random_prompt(10)
     engine = fresh_engine("qwen3")
@@ -276,6 +283,7 @@ def test_no_array_is_tokens_by_tokens():
     assert max(sum(size >= tokens // 2 for size in shape) for shape in shapes) == 1
 
 
+@pytest.mark.once
 def test_another_model_finds_nothing():
     store, prompt = cb.ChunkStore(), random_prompt(11)
     cb.Engine(family_model("llama3"), store).precompute(prompt)
@@ -284,6 +292,7 @@ def test_another_model_finds_nothing():
     assert cb.Engine(family_model("llama3"), store, TWO_STAGES).prefill(prompt).stats.hits == 4
 
 
+@pytest.mark.once
 def test_no_compile_for_another_prompt_of_the_same_bucket():
     engine = cb.Engine(family_model("llama2"), blend=TWO_STAGES)
     assert engine.warmup(128, modes=("blend", "full"), prefix_tokens=9, suffix_tokens=32) > 0

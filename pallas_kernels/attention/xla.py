@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention.reference import selective_attention_reference
 from pallas_kernels.soft_cap import soft_capped
 
+FEW_KEYS = 256  # are one step without loops, which take three times as long to compile and save nothing
 MASKED = -1e30  # finite, so that a fully masked row stays free of NaN until zeros overwrite it
 
 
@@ -58,7 +59,10 @@ def attend_xla(
             lse = lse.reshape(num_kv_heads, group, tile_size).transpose(2, 0, 1)
             return None, (out.reshape(tile.q.shape), lse.reshape(tile_size, num_heads))
 
-        _, (out, lse) = lax.scan(attend_tile, None, tiles)
+        if num_tiles == 1 and num_keys <= FEW_KEYS:
+            out, lse = attend_tile(None, jax.tree.map(lambda x: x[0], tiles))[1]
+        else:
+            _, (out, lse) = lax.scan(attend_tile, None, tiles)
         out = out.reshape(-1, num_heads, head_dim)[:num_queries]
         return out, lse.reshape(-1, num_heads)[:num_queries]
 
@@ -130,13 +134,15 @@ def block_sizes(num_queries: int, num_keys: int) -> tuple[int, BlockSizes]:
 
     Tiles are equal, so that the last one, whose queries see the most keys, is not mostly padding. Steps are large,
     since every operation of a step has a fixed cost. Scattered queries get smaller tiles: they span several times
-    their number in positions, so that few keys are visible to a whole tile.
+    their number in positions, so that few keys are visible to a whole tile. `FEW_KEYS` are one step.
     """
     dense = num_queries * 2 > num_keys
     tiles = max(round(num_queries / (352 if dense else 224)), 1)
     tile = -(-num_queries // tiles)
     tile = -(-tile // 8) * 8
     edge = min(tile if dense else max(num_keys // (2 * tiles), 512), 768, num_keys)
+    if num_keys <= FEW_KEYS:
+        edge = num_keys
     return tile, BlockSizes(inner=2 * edge if dense and 2 * edge <= num_keys else edge, edge=edge)
 
 
@@ -234,12 +240,15 @@ def _attend_tile(
         total=jnp.zeros((num_kv_heads, num_rows), jnp.float32),
         weighted=jnp.zeros((num_kv_heads, num_rows, head_dim), jnp.float32),
     )
-    inner_begin = -(-common_first // blocks.inner) * blocks.inner
-    inner_end = jnp.maximum(jnp.minimum(common_last, last) // blocks.inner * blocks.inner, inner_begin)
-    if tile.starts is not None:
-        state = steps(blocks.edge, True, first // blocks.edge * blocks.edge, jnp.minimum(inner_begin, last), state)
-    state = steps(blocks.inner, False, inner_begin, inner_end, state)
-    state = steps(blocks.edge, True, inner_end, last, state)
+    if num_keys <= FEW_KEYS:
+        state = step(num_keys, True, jnp.int32(0), state)
+    else:
+        inner_begin = -(-common_first // blocks.inner) * blocks.inner
+        inner_end = jnp.maximum(jnp.minimum(common_last, last) // blocks.inner * blocks.inner, inner_begin)
+        if tile.starts is not None:
+            state = steps(blocks.edge, True, first // blocks.edge * blocks.edge, jnp.minimum(inner_begin, last), state)
+        state = steps(blocks.inner, False, inner_begin, inner_end, state)
+        state = steps(blocks.edge, True, inner_end, last, state)
 
     sees_any = (row_valid & (row_starts <= row_positions))[..., 0]
     total = jnp.where(sees_any, state.total, 1.0)

@@ -113,6 +113,7 @@ def test_once_warm_nothing_compiles_whatever_the_slots_are_filled_with():
     assert names == []
 
 
+@pytest.mark.once
 def test_nothing_that_a_request_needs_compiles_in_the_schedulers_thread(monkeypatch):
     engine = cb.Engine(cb.model.random_model(small("float32")), length_buckets=(16, 32))
     threads, compile_program = set(), Runner._compile

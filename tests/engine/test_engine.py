@@ -52,6 +52,7 @@ def test_continuation_logits_are_those_of_the_prompt_with_the_tokens_before(fami
         engine.continuation_logits(out, [])
 
 
+@pytest.mark.once
 def test_flops_count_the_question_pass():
     prompt = random_prompt(22)
     engine = fresh_engine("llama3", 0.15, "query")
@@ -84,6 +85,7 @@ def test_generation_ends_before_a_stop_token(text_engine):
     assert answer.stats.finish_reason == "stop"
 
 
+@pytest.mark.once
 def test_the_models_length_bounds_generation():
     engine = fresh_engine("llama3")
     room = engine.model.config.max_positions - 2040
@@ -242,6 +244,7 @@ def test_threads_share_an_engine():
     assert max(errors) < 1e-5
 
 
+@pytest.mark.once
 def test_a_mesh_gives_what_one_device_gives():
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     plain = cb.Engine(cb.load_model(HF / "mixtral", dtype="float32"), blend=TWO_STAGES)
@@ -322,6 +325,7 @@ def test_a_models_fingerprint_follows_weights_configuration_and_tokenizer():
     assert with_tokenizer.fingerprint != model.fingerprint
 
 
+@pytest.mark.once
 def test_chosen_buckets_change_programs_and_not_answers():
     model, prompts = family_model("llama3"), [random_prompt(seed, (30, size), 9, 7) for seed, size in ((1, 3), (2, 99))]
     coarse = cb.Engine(cb.model.random_model(model.config, seed=7), blend=TWO_STAGES, length_buckets=(200,))
@@ -335,6 +339,7 @@ def test_chosen_buckets_change_programs_and_not_answers():
     assert coarse.model.runner.count == once
 
 
+@pytest.mark.once
 def test_warm_up_provides_for_exact_first_chunks_missing_ones_and_decoding(caplog):
     """Without a prefix the first chunk is exact, and its tokens are not active."""
     engine = cb.Engine(cb.model.random_model(FAMILIES["llama3"], seed=9), blend=TWO_STAGES)
@@ -351,6 +356,7 @@ def test_warm_up_provides_for_exact_first_chunks_missing_ones_and_decoding(caplo
     assert "warm-up did not cover Plan(" in caplog.text
 
 
+@pytest.mark.once
 def test_a_request_may_choose_its_own_blend():
     engine, prompt = fresh_engine("llama3"), random_prompt(21)
     engine.precompute(prompt)
@@ -383,6 +389,7 @@ def test_streaming_gives_what_generating_gives(text_engine):
     assert next(stopped, None) is None
 
 
+@pytest.mark.once
 def test_a_selector_replaced_under_its_name_is_not_the_compiled_one(monkeypatch):
     """Programs are compiled for the selector itself, not for its name."""
     engine, prompt = fresh_engine("llama3", 0.3), random_prompt(22)

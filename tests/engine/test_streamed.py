@@ -59,6 +59,7 @@ def test_i6_streamed_is_resident(family, selector, ratio):
         assert_same(streamed.prefill(each), resident.prefill(each))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["prefix", "reuse", "blend"])
 def test_i6_with_misses_and_an_exact_chunk(mode):
     resident, streamed = engines(family_model("mistral"), cb.BlendConfig(0.3, num_stages=2), context_tokens=None)
@@ -84,6 +85,7 @@ def test_i6_on_a_mesh():
         assert_same(streamed.prefill(prompt), resident.prefill(prompt), 1e-5)
 
 
+@pytest.mark.once
 def test_a_streamed_cache_decodes_on():
     resident, streamed = engines(family_model("llama3"))
     prompt = random_prompt(4)
@@ -104,6 +106,7 @@ def test_auto_streams_what_comes_from_a_slow_tier():
         assert engine.prefill(prompt).stats.executor == "resident"
 
 
+@pytest.mark.once
 def test_auto_streams_from_host_memory_where_the_link_is_hidden():
     store, model, prompt = cb.ChunkStore(), family_model("llama3"), random_prompt(5)
     link = SimulatedLink(1e12)
@@ -164,7 +167,7 @@ class DeviceWatch(cb.Trace):
 
 
 @pytest.mark.parametrize("prefetch_layers", [1, 2, 4])
-@pytest.mark.parametrize("selector", ["hkvd", "query"])
+@pytest.mark.parametrize("selector", ["hkvd", pytest.param("query", marks=pytest.mark.once)])
 def test_at_most_prefetch_layers_of_cached_kv_are_on_the_device(selector, prefetch_layers):
     blend, prompt = replace(TWO_STAGES, selector=selector), random_prompt(8)
     _, streamed = engines(family_model("llama3"), blend, prefetch_layers=prefetch_layers)
@@ -223,6 +226,7 @@ class FaultyStore(cb.store.ThrottledStore):
 DAMAGED, STALE = cb.DamagedEntryError("chunk: layer 4 is damaged"), OSError("stale file handle")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("executor", ["resident", "streamed"])
 @pytest.mark.parametrize(("layer", "error"), [(0, DAMAGED), (4, STALE)])
 def test_a_lost_chunk_becomes_a_miss_and_the_answer_is_right(executor, layer, error, caplog):
@@ -242,6 +246,7 @@ def test_a_lost_chunk_becomes_a_miss_and_the_answer_is_right(executor, layer, er
     assert (again.stats.damaged, again.stats.hits) == (0, 4)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("shape", "dtype", "executor", "tier"),
     [
@@ -286,6 +291,7 @@ class Unreadable(cb.store.ThrottledStore):
         raise OSError("the mount is gone")
 
 
+@pytest.mark.once
 def test_a_store_none_of_whose_chunks_can_be_read_costs_one_restart_and_no_compilation(monkeypatch, caplog):
     prompt, runs = random_prompt(11), []
     model = cb.model.random_model(FAMILIES["llama3"], seed=7)  # of its own: its programs are no other test's
@@ -306,6 +312,7 @@ def test_a_store_none_of_whose_chunks_can_be_read_costs_one_restart_and_no_compi
     assert caplog.text.count("computed instead") == 1
 
 
+@pytest.mark.once
 def test_a_tier_that_is_left_alone_makes_no_request_compile(tmp_path):
     prompt = random_prompt(14)
     model = cb.model.random_model(FAMILIES["llama3"], seed=7)
@@ -447,6 +454,7 @@ def test_layers_that_stay_are_neither_read_nor_sent_and_the_others_once(readers,
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept.layers))
 
 
+@pytest.mark.once
 def test_a_pass_of_the_question_reads_no_layer_twice():
     store, prompt = cb.ChunkStore(), random_prompt(29)
     throttled = cb.store.ThrottledStore(store, 1e12)
@@ -533,6 +541,7 @@ def test_a_slow_tiers_next_layer_is_not_waited_for(readers):
             stream.used_until(jax.numpy.zeros(()))
 
 
+@pytest.mark.once
 def test_steps_take_no_number_from_the_host(monkeypatch):
     """It would reach the device behind the layers on their way."""
     _, streamed = engines(family_model("qwen2"), cb.BlendConfig(0.3, "query", num_stages=2))

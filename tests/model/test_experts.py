@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -72,14 +73,19 @@ def test_rows_are_multiplied_by_their_own_experts_alone(product, monkeypatch):
 def test_all_products_are_one():
     """That of each platform, by the weights of a model."""
     layer = layer_at(family_model("every_option").params, FAMILIES["every_option"], 2)
-    rows = jax.random.normal(jax.random.key(3), (30, 32))
-    groups = sorted_by_expert(jax.random.randint(jax.random.key(4), (30, 2), 0, 4), jnp.arange(30) < 29, num_experts=4)
+    rng = np.random.default_rng(3)
+    rows, chosen = rng.normal(size=(30, 32)).astype(np.float32), rng.integers(0, 4, (30, 2)).astype(np.int32)
     projections = layer.experts.gate_proj, layer.experts.up_proj, layer.experts.down_proj
     stacks = [projection.stacks for projection in projections]
     of_layer = Kernels(*(kernel for kernel, _ in stacks), *(bias for _, bias in stacks))
+
+    @partial(jax.jit, static_argnums=2)
+    def computed_by(rows, chosen, product):
+        groups = sorted_by_expert(chosen, jnp.arange(30) < 29, num_experts=4)
+        return product(rows[groups.tokens], groups, of_layer, layer.gated)[: 2 * 29]
+
     computed = [
-        product(rows[groups.tokens], groups, of_layer, layer.gated)[: int(groups.sizes.sum())]
-        for product in (tile_by_tile, block_by_block, by_ragged_dot, by_copies)
+        computed_by(rows, chosen, product) for product in (tile_by_tile, block_by_block, by_ragged_dot, by_copies)
     ]
     for other in computed[1:]:
         np.testing.assert_allclose(other, computed[0], rtol=1e-4, atol=1e-6)
@@ -87,11 +93,16 @@ def test_all_products_are_one():
 
 def test_layers_of_their_own_have_the_experts_of_a_stack():
     config = FAMILIES["every_option"]
-    rows, valid = jax.random.normal(jax.random.key(5), (9, 32)), jnp.arange(9) < 8
-    attended = jax.random.normal(jax.random.key(6), (9, config.num_heads, config.head_dim))
+    rng = np.random.default_rng(5)
+    rows = rng.normal(size=(9, 32)).astype(np.float32)
+    attended = rng.normal(size=(9, config.num_heads, config.head_dim)).astype(np.float32)
     stacked, by_layer = (cb.model.random_model(config, seed=7, by_layer=form).params for form in (False, True))
-    finished = [layer_at(params, config, 3).finish(rows, attended, valid) for params in (stacked, by_layer)]
-    finished.append(layer_at(by_layer.only_layer(3), config, 3).finish(rows, attended, valid))
+
+    @jax.jit
+    def finish(params, rows, attended):
+        return layer_at(params, config, 3).finish(rows, attended, jnp.arange(9) < 8)
+
+    finished = [finish(params, rows, attended) for params in (stacked, by_layer, by_layer.only_layer(3))]
     for other in finished[1:]:
         np.testing.assert_allclose(other, finished[0], rtol=1e-5, atol=1e-5)
 

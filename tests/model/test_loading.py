@@ -33,7 +33,7 @@ def gate(monkeypatch):
     may_read.set()
 
 
-@pytest.mark.parametrize("context", ["", np.arange(70, dtype=np.int32)])
+@pytest.mark.parametrize("context", ["", pytest.param(np.arange(70, dtype=np.int32), marks=pytest.mark.once)])
 def test_what_is_compiled_without_weights_is_all_that_a_prompt_needs(gate, context):
     prompt = random_prompt(0, chunk_lengths=(30, 40, 30))
     with loading_model(HF / "llama3") as loading:
@@ -71,6 +71,7 @@ def test_threads_take_short_turns_while_weights_are_read_and_no_longer(monkeypat
     assert turns == [pytest.approx(TURN_SECONDS)]
 
 
+@pytest.mark.once
 def test_what_answers_without_precomputing_is_compiled_too_and_then_nothing_is_stored():
     prompt = random_prompt(0, chunk_lengths=(30, 40, 30))
     model, store = cb.load_model(HF / "llama3"), cb.ChunkStore()

@@ -26,7 +26,7 @@ def empty(orders) -> SlotCache:
     return SlotCache(*stacks, orders, "float32")
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.once), 5])
 @pytest.mark.parametrize("orders", [AS_IT_IS, CPU_ORDER], ids=["as it is", "cpu"])
 def test_a_query_of_each_slot_sees_the_keys_of_its_slot(orders, window):
     lengths = [17, 40, 0]  # the second is full, the third idle

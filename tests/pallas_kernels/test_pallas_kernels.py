@@ -76,6 +76,7 @@ def test_attention_works_under_vmap_and_with_a_traced_length(kv_length):
 mass_of = jax.jit(attention_mass, static_argnames=("window", "soft_cap"))
 
 
+@pytest.mark.once
 @settings(max_examples=20, deadline=None)
 @given(cases(lengths=(1, 90), head_dims=(8, 80), borders=(32,)))  # its tiles have 8 queries, and all keys
 def test_attention_mass_is_the_column_sum_of_the_weights(case):
@@ -155,6 +156,7 @@ def test_descending_positions_are_found_by_checkify():
     assert "q_positions descend" in attend(q, k, k, jnp.asarray([2, 7, 6]))[0].get()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("selector", ["hkvd", "cross"])  # without and with attention before the check layer
 def test_a_blend_attends_at_ascending_positions_only(monkeypatch, selector):
     monkeypatch.setattr(kv_cache, "selective_attention", ascending(selective_attention))

@@ -72,7 +72,7 @@ CASES = {
 
 
 @pytest.mark.usefixtures("callbacks_run_at_once")
-@pytest.mark.parametrize("backend", ["xla", *EACH_PALLAS_BACKEND])
+@pytest.mark.parametrize("backend", [pytest.param("xla", marks=pytest.mark.once), *EACH_PALLAS_BACKEND])
 def test_attention_equals_its_reference(backend):
     strategy, max_examples = CASES[backend]
 
@@ -136,10 +136,13 @@ def test_every_backend_is_compared_with_the_reference():
 
 def test_the_cases_of_xla_cross_its_blocks():
     assert block_sizes(40, 40) == (40, BlockSizes(inner=40, edge=40))
+    assert block_sizes(160, 256) == (160, BlockSizes(inner=256, edge=256))
+    assert block_sizes(160, 257) == (160, BlockSizes(inner=160, edge=160))
     assert block_sizes(720, 720) == (360, BlockSizes(inner=720, edge=360))
     assert block_sizes(24, 720) == (24, BlockSizes(inner=512, edge=512))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_query_is_no_loop_over_keys_and_equals_the_reference(dtype, group):
