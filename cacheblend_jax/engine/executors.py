@@ -259,7 +259,7 @@ class Executors:
         layers: LayerSource,
     ) -> Prefilled:
         model, (request, keep, sequence) = self._model, inputs
-        loop = run, model.params, request, keep, sequence, layers, self._layer_indices
+        loop = run, model.step_params, request, keep, sequence, layers, self._layer_indices
         return prefill_streamed(*loop, config=model.config, plan=plan)
 
     def _streamed_inputs(self, plan: Plan, request: Request) -> tuple[Request, list[jax.Array], PromptSequence]:

@@ -12,6 +12,7 @@ import numpy as np
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.engine.controller import Decision
 from cacheblend_jax.model.kv_cache import GrowingCache, KVCache
+from cacheblend_jax.model.layer_cache import CacheByLayer
 from cacheblend_jax.runtime.placing import on_host, put
 
 
@@ -77,7 +78,7 @@ class Context:
     """
 
     token_ids: np.ndarray
-    cache: KVCache | GrowingCache
+    cache: KVCache | GrowingCache | CacheByLayer
     num_cached: int
 
 
