@@ -179,7 +179,7 @@ def shared_by_layer(params: Params) -> Params:
     def of_layers(stack: Any) -> tuple[Any, ...]:
         if isinstance(stack, jax.ShapeDtypeStruct):
             return (jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=stack.sharding),) * stack.shape[0]
-        return tuple(jax.device_put(layer, stack.sharding) for layer in np.asarray(stack))
+        return tuple(jax.device_put(list(np.asarray(stack)), stack.sharding))
 
     return Params(params.embedder, jax.tree.map(of_layers, params.layers))
 
