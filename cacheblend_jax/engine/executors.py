@@ -246,7 +246,7 @@ class Executors:
         stored: KVCache | None = None,
     ) -> Prefilled:
         model, (request, keep, sequence) = self._model, inputs
-        loop = run, model.params, request, keep, sequence, layers, self._layer_indices
+        loop = run, model.step_params, request, keep, sequence, layers, self._layer_indices
         return prefill_streamed(*loop, config=model.config, plan=plan, stored=stored)
 
     def _streamed_inputs(self, plan: Plan, request: Request) -> _Inputs:

@@ -17,7 +17,14 @@ from cacheblend_jax.engine.prompt import check_length, checked_ids
 from cacheblend_jax.engine.results import Context, GenerateStats, Generation, PrefillResult
 from cacheblend_jax.errors import PromptError, is_whole_number
 from cacheblend_jax.model.decode import MOST_AT_ONCE, Decoded, decode_tokens, extend
+from cacheblend_jax.model.decode_by_layer import (
+    DecodedByLayer,
+    cache_by_layer,
+    compile_decoding_by_layer,
+    decode_by_layer,
+)
 from cacheblend_jax.model.kv_cache import GrowingCache, KVCache, abstract_cache, with_room
+from cacheblend_jax.model.layer_cache import CacheByLayer
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.rope import Angles, rope_tables
 from cacheblend_jax.model.sampling import Draw, Sampling, next_token
@@ -69,7 +76,7 @@ class TokenStream:
         self._token_ids: list[int] = []
         self._text = GrowingText(model.tokenizer)
         self._finish_reason, self._decode_s = "length", 0.0
-        self._cache: GrowingCache | None = None
+        self._cache: GrowingCache | CacheByLayer | None = None
         self._num_cached = prefill.token_ids.size
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
@@ -125,7 +132,7 @@ class TokenStream:
             return
         is_stop = np.isin(np.arange(config.vocab_size), list(self._stops))
         size = self._buckets.length(length + room - 1)
-        self._cache = grown(model, out.padded_cache, size)
+        self._cache = _cache_to_decode(model, out.padded_cache, size)
         angles, limit = angles_of(model, size), how.tokens_at_once or 1
         while number < room:
             began = time.perf_counter()
@@ -139,12 +146,12 @@ class TokenStream:
             in_time = BLOCK_OF_HOSTS if model.spans_hosts else max(int(BLOCK_SECONDS / seconds), 1)
             limit = how.tokens_at_once or in_time
 
-    def _decode_block(self, cache: GrowingCache, *arguments: Any) -> list[int]:
+    def _decode_block(self, cache: GrowingCache | CacheByLayer, *arguments: Any) -> list[int]:
         """Decodes the next tokens, up to a limit, where all hosts do."""
         with self._agreement.request():
             self._agreement.meet("an answer's next tokens")
 
-            def run() -> Decoded:
+            def run() -> Decoded | DecodedByLayer:
                 return jax.block_until_ready(_decode_block(self._model, cache, *arguments))
 
             block = self._agreement.run(run)
@@ -174,8 +181,17 @@ def warm_up_decoding(model: Model, prefilled_size: int, size: int) -> None:
     """Compiles what decodes over a cache of `size` tokens, after a prefill whose cache is of `prefilled_size`."""
     config, draw = model.config, Draw.by(Sampling())
     model.runner(next_token, jax.ShapeDtypeStruct((config.vocab_size,), np.float32), draw, np.int32(0))
-    cache = grown(model, abstract_cache(config, prefilled_size, model.cache_placement), size)
-    _decode_block(model, cache, 0, 0, 0, 0, np.zeros(config.vocab_size, bool), draw, angles_of(model, size))
+    cache = _cache_to_decode(model, abstract_cache(config, prefilled_size, model.cache_placement), size)
+    angles = angles_of(model, size)
+    if isinstance(cache, CacheByLayer):
+        compile_decoding_by_layer(model.runner, model.step_params, cache, draw, angles, config=config)
+    else:
+        _decode_block(model, cache, 0, 0, 0, 0, np.zeros(config.vocab_size, bool), draw, angles)
+
+
+def _cache_to_decode(model: Model, cache: KVCache, size: int) -> GrowingCache | CacheByLayer:
+    """Copies a prefill's cache into one with room for `size` tokens, of the kind that its model decodes over."""
+    return cache_by_layer(model.runner, cache, size) if model.takes_layers else grown(model, cache, size)
 
 
 def grown(model: Model, cache: KVCache | GrowingCache, size: int) -> GrowingCache:
@@ -185,7 +201,7 @@ def grown(model: Model, cache: KVCache | GrowingCache, size: int) -> GrowingCach
 
 def _decode_block(
     model: Model,
-    cache: GrowingCache,
+    cache: GrowingCache | CacheByLayer,
     token: int,
     position: int,
     number: int,
@@ -193,7 +209,12 @@ def _decode_block(
     is_stop: np.ndarray,
     draw: Draw,
     angles: Angles,
-) -> Decoded:
+) -> Decoded | DecodedByLayer:
+    if isinstance(cache, CacheByLayer):
+        place = token, position, number, limit
+        return decode_by_layer(
+            model.runner, model.step_params, cache, *place, is_stop, draw, angles, config=model.config
+        )
     scalars = (np.int32(each) for each in (token, position, number, limit))
     arrays = model.params, cache, *scalars, is_stop, draw, angles
     return model.runner(decode_tokens, *arrays, donate=("cache",), config=model.config)

@@ -13,6 +13,7 @@ from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import Prefilled
 from cacheblend_jax.engine.controller import Decision
 from cacheblend_jax.model.kv_cache import GrowingCache, KVCache
+from cacheblend_jax.model.layer_cache import CacheByLayer
 from cacheblend_jax.runtime.placing import on_host, put
 
 
@@ -103,7 +104,7 @@ class Context:
     """
 
     token_ids: np.ndarray
-    cache: KVCache | GrowingCache
+    cache: KVCache | GrowingCache | CacheByLayer
     num_cached: int
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import GrowingCache, KVCache, LayerKV
+from cacheblend_jax.model.layer_cache import LayerCache
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.sampling import Draw, next_token
@@ -27,7 +28,7 @@ from pallas_kernels import apply_rope
 from pallas_kernels.partition import current_partition, rows_called
 
 MOST_AT_ONCE = 64  # tokens that one call of `decode_tokens` may decode
-Cache = TypeVar("Cache", GrowingCache, SlotCache)
+Cache = TypeVar("Cache", GrowingCache, LayerCache, SlotCache)
 
 
 class Decoded(NamedTuple):
@@ -159,13 +160,27 @@ def _run_rows(
 
     def body(carry: tuple[Rows, Cache], index: Int[Array, ""] | int) -> tuple[tuple[Rows, Cache], None]:
         rows, cache = carry
-        layer = layer_at(params, config, index)
-        q, k_fresh, v_fresh = layer.queries_keys_values(rows.hidden)
-        turned = rows.angles.of_layer(config, index)
-        cache = cache.with_rows(index, positions, LayerKV(apply_rope(k_fresh, *turned), v_fresh))
-        starts, lengths = layer_starts(config, index, positions), cache.lengths(positions) if end is None else end
-        attended = attend(layer, rows, q, cache.layer(index), angles=turned, starts=starts, kv_length=lengths)
-        return (attended.rows, cache), None
+        return run_layer(params, cache, rows, index, config=config, end=end), None
 
     (rows, cache), _ = scan_layers(params, body, (rows, cache), range(config.num_layers))
     return rows.hidden, cache
+
+
+def run_layer(
+    params: Params,
+    cache: Cache,
+    rows: Rows,
+    index: Int[Array, ""] | int,
+    *,
+    config: ModelConfig,
+    end: Int[Array, ""] | None = None,
+) -> tuple[Rows, Cache]:
+    """Runs rows through one layer over the cache, which takes their K, V; those at `end` or beyond are padding."""
+    positions = rows.positions
+    layer = layer_at(params, config, index)
+    q, k_fresh, v_fresh = layer.queries_keys_values(rows.hidden)
+    turned = rows.angles.of_layer(config, index)
+    cache = cache.with_rows(index, positions, LayerKV(apply_rope(k_fresh, *turned), v_fresh))
+    starts, lengths = layer_starts(config, index, positions), cache.lengths(positions) if end is None else end
+    attended = attend(layer, rows, q, cache.layer(index), angles=turned, starts=starts, kv_length=lengths)
+    return attended.rows, cache

@@ -134,6 +134,10 @@ class KVCache:
         """Returns the first `num_keys` keys and values of each layer."""
         return jax.tree.map(lambda x: x[:, :num_keys], self)
 
+    def growing(self) -> GrowingCache:
+        """Returns it as one that grows (traceable)."""
+        return GrowingCache.from_cache(self)
+
     def with_room(self, num_keys: int) -> KVCache:
         """Returns a copy of `num_keys` keys and values, those of this cache first; the others are zeros."""
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, num_keys - x.shape[1]), (0, 0), (0, 0))), self)
@@ -166,6 +170,10 @@ class GrowingCache:
     def is_lost(self) -> bool:
         """Whether a program that was interrupted has taken its buffers."""
         return self.k.is_deleted() or self.v.is_deleted()
+
+    def growing(self) -> GrowingCache:
+        """Returns itself."""
+        return self
 
     def cache(self) -> KVCache:
         """Returns it as an ordinary cache (traceable)."""
@@ -200,9 +208,17 @@ class GrowingCache:
         return lax.bitcast_convert_type(x, jnp.dtype(self.dtype)) if keeps_bits(self.dtype) else x
 
 
-def with_room(cache: KVCache | GrowingCache, *, num_keys: int) -> GrowingCache:
+@runtime_checkable
+class Growable(Protocol):
+    """A cache in any form."""
+
+    def growing(self) -> GrowingCache:
+        """Returns it as one that grows (traceable)."""
+
+
+def with_room(cache: Growable, *, num_keys: int) -> GrowingCache:
     """Copies a cache into one of `num_keys` keys that grows; keys of it beyond that many, its padding, are left out."""
-    growing = GrowingCache.from_cache(cache) if isinstance(cache, KVCache) else cache
+    growing = cache.growing()
     more = max(num_keys - growing.k.shape[1], 0)
     k, v = (jnp.pad(x[:, :num_keys], ((0, 0), (0, more), (0, 0), (0, 0))) for x in (growing.k, growing.v))
     return GrowingCache(k, v, growing.dtype)

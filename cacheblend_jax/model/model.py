@@ -14,7 +14,13 @@ from jax.sharding import SingleDeviceSharding
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.encoding import tokenizer_bytes
-from cacheblend_jax.model.params import Params, is_by_layer, suits_by_layer
+from cacheblend_jax.model.params import (
+    Params,
+    is_by_layer,
+    shared_by_layer,
+    suits_by_layer,
+    suits_programs_of_layers,
+)
 from cacheblend_jax.model.sharding import CACHE_AXES, LAYER_AXES, ShardingRules, partition_of, result_shardings
 from cacheblend_jax.model.transformer import axis_names, joined_by_layer, random_params
 from cacheblend_jax.model.weights_digest import SameLeaves, WeightFiles, content_digest, params_digest
@@ -115,6 +121,25 @@ class Model:
         return self._runners[self.kernels]
 
     @property
+    def takes_layers(self) -> bool:
+        """Whether programs of one layer are to take that layer's weights alone, though they are stacked in `params`."""
+        return self.partition is None and suits_programs_of_layers(self.platform, self.params)
+
+    @property
+    def step_params(self) -> Params:
+        """What programs of one layer take their weights from: `params`, or parts of the same memory by layer."""
+        if not self.takes_layers:
+            return self.params
+        known = self._shared.get("layers")
+        if known is None or not known[0].as_in(self.params):
+            known = self._shared["layers"] = SameLeaves(self.params), shared_by_layer(self.params)
+        return known[1]
+
+    @cached_property
+    def _shared(self) -> dict[str, tuple[SameLeaves, Params]]:
+        return {}
+
+    @property
     def groups(self) -> tuple[Model, ...]:
         """The model on each group of devices that decodes slots of its own, and prefills for them; else itself.
 
@@ -159,7 +184,8 @@ class Model:
         if kernels not in self._with_kernels:
             model = replace(self, kernels=kernels)
             # What is known of this model is known of all of them.
-            model.__dict__.update(_hashed=self._hashed, _runners=self._runners, _with_kernels=self._with_kernels)
+            known = {"_hashed": self._hashed, "_shared": self._shared}
+            model.__dict__.update(known, _runners=self._runners, _with_kernels=self._with_kernels)
             self._with_kernels.setdefault(kernels, model)
         return self._with_kernels[kernels]
 

@@ -32,6 +32,7 @@ JOINED = {
     "kv_proj": ("k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+LEAST_LAYER_BYTES = 1 << 20  # of weights that are worth a program for each layer on a CPU
 EXPERTS = "experts"  # the module whose matrices are `[layers, experts, …]`
 
 
@@ -205,6 +206,20 @@ def stacked(params: Params) -> Params:
     return replace(params, layers=jax.tree.map(stack, params.separated().layers, is_leaf=is_by_layer))
 
 
+def shared_by_layer(params: Params) -> Params:
+    """Returns stacked parameters on a CPU with each layer's as arrays of their own, in the same memory.
+
+    Where a layer of a leaf does not begin at a multiple of 64 bytes, it is copied. Of shapes, returns shapes.
+    """
+
+    def of_layers(stack: Any) -> tuple[Any, ...]:
+        if isinstance(stack, jax.ShapeDtypeStruct):
+            return (jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=stack.sharding),) * stack.shape[0]
+        return tuple(jax.device_put(list(np.asarray(stack)), stack.sharding))
+
+    return Params(params.embedder, jax.tree.map(of_layers, params.layers))
+
+
 def is_by_layer(leaf: Any) -> bool:
     """Returns whether a leaf of `Params` is a tuple of one array a layer (for `is_leaf` of tree functions)."""
     return isinstance(leaf, tuple)
@@ -213,6 +228,17 @@ def is_by_layer(leaf: Any) -> bool:
 def suits_by_layer(platform: str) -> bool:
     """Returns whether a platform wants each layer's weights in arrays of their own."""
     return platform == "gpu"
+
+
+def suits_programs_of_layers(platform: str, params: Params) -> bool:
+    """Returns whether a program of one layer is to take that layer's weights alone, of stacked ones.
+
+    On a CPU, it would copy them out of the stack. For small ones that costs less than calling a program.
+    """
+    if platform != "cpu" or params.by_layer:
+        return False
+    layer_bytes = sum(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in jax.tree.leaves(params.layers))
+    return layer_bytes >= LEAST_LAYER_BYTES
 
 
 def _take_apart(tree: dict[str, Any]) -> None:

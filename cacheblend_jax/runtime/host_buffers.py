@@ -18,8 +18,17 @@ ALIGNMENT = 4096  # bytes: page-locking is by pages; XLA's CPU client wants 64 o
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Returns an uninitialised array whose first byte is aligned to a page."""
+    return _aligned(np.empty, shape, dtype)
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns zeros so aligned; of many, the system hands each page out when it is first written to."""
+    return _aligned(np.zeros, shape, dtype)
+
+
+def _aligned(make: Callable[..., np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
+    raw = make(size + ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT
     return raw[offset : offset + size].view(dtype).reshape(shape)
 
@@ -46,8 +55,7 @@ class HostBuffers:
         with self._growing:
             if self._k.size < size:
                 self._release()
-                self._k, self._v = (aligned_empty((size,), self._k.dtype) for _ in range(2))
-                self._k[:] = self._v[:] = 0
+                self._k, self._v = (aligned_zeros((size,), self._k.dtype) for _ in range(2))
                 self._locks = [self._page_lock(buffer) for buffer in (self._k, self._v)]
             return self._k[:size].reshape(shape), self._v[:size].reshape(shape)
 
