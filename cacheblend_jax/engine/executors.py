@@ -97,10 +97,10 @@ class Executors:
         self.uses_device_tier = "device" in tiers and setting != "streamed" and not model.spans_hosts
         self._model, self._buckets, self._tiers = model, buckets, tiers
         self._whole = model if model.whole is None else model.whole
-        self.alone = Standalone(model, buckets, context_embeddings) if beside is None else beside.alone
+        self.alone: Standalone = Standalone(model, buckets, context_embeddings) if beside is None else beside.alone
         self._drop_device = drop_device
         self.kv_dtype: str | None = None
-        self._speed = Speed(model.config) if beside is None else beside._speed
+        self._speed: Speed = Speed(model.config) if beside is None else beside._speed
         if not model.spans_hosts:  # the others would not begin anew
             for runner in {model.runner, self._whole.runner}:
                 runner.add_yielding(self._give_way)
