@@ -57,7 +57,7 @@ class _Job:
 
 
 class Executors:
-    """Runs the prefills of one model, one at a time: on a mesh, those of one group of devices.
+    """Runs the prefills of one model, one at a time: those of one lane (`Groups`).
 
     Args:
         setting: `"resident"` (all cached KV on the device, one program), `"streamed"` (each layer's KV arrives
@@ -129,7 +129,7 @@ class Executors:
         """Compiles the programs that a plan needs to run with these chunks, except those that are ready.
 
         Args:
-            pausing: whether it is to pause if it takes long; see `run`.
+            pausing: whether it is to pause; see `run`.
         """
         return self.preparation(plan, chunks, pausing=pausing)()
 
@@ -177,10 +177,14 @@ class Executors:
         if self.uses_device_tier and loads:
             self._prepare_placing(plan, buckets_up_to(small_bucket, plan.cache_length), self.kv_dtype)
 
+    def is_long(self, plan: Plan) -> bool:
+        """Returns whether a plan would keep others waiting for long, as far as is known by now: then it is to pause."""
+        return self._speed.is_long(plan)
+
     def _executor(self, plan: Plan, chunks: Sequence[PlacedChunk], pausing: bool = False) -> str:
         """Returns `"resident"`, `"streamed"`, or, for a resident plan that is to pause, `"by layer"`."""
         executor = self._choose([] if plan.nothing_cached else [chunk.tier for chunk in chunks])
-        return "by layer" if executor == "resident" and pausing and self._speed.is_long(plan) else executor
+        return "by layer" if executor == "resident" and pausing else executor
 
     def _choose(self, tiers: Collection[str]) -> str:
         return choose_executor(self.setting, tiers, host_streams=self.delivery.host_streams)
@@ -272,13 +276,13 @@ class Executors:
         """Runs a prepared prefill.
 
         Args:
-            between: where it takes longer than `pauses.LONGEST_S`, called about as often, between two layers; what it
-                raises ends the prefill. It must have been prepared for that (`pausing`).
+            between: called about every `pauses.LONGEST_S`, between two layers; what it raises ends the prefill, which
+                must have been prepared for that (`pausing`).
 
         Raises:
             LostChunkError: a chunk could not be read; nothing is left running.
         """
-        pause = None if between is None or not self._speed.is_long(plan) else Remembered(between)
+        pause = None if between is None else Remembered(between)
         run = self._run_streamed if self._executor(plan, chunks) == "streamed" else self._run_on_device
         job = _Job(plan, request, chunks, prepared, trace, pause)
         done = self._giving_way(lambda: run(job), pause)

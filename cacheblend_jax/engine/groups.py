@@ -176,4 +176,11 @@ def num_lanes(model: Model) -> int:
     accelerator runs one program after another.
     """
     devices: list[Any] = list(model.placement.device_set)
-    return 2 if [device.platform for device in devices] == ["cpu"] and (os.cpu_count() or 1) > 1 else 1
+    return 2 if [device.platform for device in devices] == ["cpu"] and num_cores() > 1 else 1
+
+
+def num_cores() -> int:
+    """Returns how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

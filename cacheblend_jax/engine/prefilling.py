@@ -156,19 +156,19 @@ class Prefiller:
         """
         planned = self._plan(call, chunks)
         plan, loaded, executors = planned.plan, planned.layout.loaded, call.lane.executors
-        pausing = call.between is not None
+        pausing = call.pauses(plan)  # decided once: a prefill in another lane changes what seems to take long
         if call.only_if_ready and not executors.is_ready(plan, loaded, pausing=pausing):
             self._warn_of_compiling(plan)
             preparation = self._groups.preparation(plan, loaded, pausing=pausing)
             raise NotReadyError("the prompt's programs are not compiled", preparation)
         with call.timer.stopped():
-            if plan.needs("oracle"):  # first: its prefill changes what seems to take long
+            if plan.needs("oracle"):
                 self._add_oracle(call, planned)
             prepared = executors.prepare(plan, loaded, pausing=pausing)
             if prepared.compile_s > 0:
                 self._warn_of_compiling(plan)
         try:
-            arguments = plan, planned.request, loaded, prepared, call.trace, call.between
+            arguments = plan, planned.request, loaded, prepared, call.trace, call.between if pausing else None
             run = self._agreement.run(lambda: executors.run(*arguments))
             self._agreement.check_read(loaded)
         except BaseException:
@@ -210,7 +210,7 @@ class Prefiller:
         return choice
 
     def _is_ready(self, call: _Call, planned: _Planned) -> bool:
-        return call.lane.executors.is_ready(planned.plan, planned.layout.loaded, pausing=call.between is not None)
+        return call.lane.executors.is_ready(planned.plan, planned.layout.loaded, pausing=call.pauses(planned.plan))
 
     def _planned(self, call: _Call, chunks: Sequence[PlacedChunk], choice: Choice) -> _Planned:
         planner = call.planner if choice.ratio is None else call.planner.at(choice.ratio)
@@ -223,9 +223,13 @@ class Prefiller:
         with call.timer.stopped():  # a quick estimate is not part of the request's time
             estimator = self.estimator()
         executors, length = call.lane.executors, call.tokenized.token_ids.size
-        is_prepared = partial(executors.is_prepared, pausing=call.between is not None) if self.is_warm else None
         delivery = executors.delivery
-        return decide(estimator, call.planner, length, stored, is_prepared, delivery.num_kept, delivery.kv_dtype)
+
+        def is_prepared(plan: Plan, chunks: Sequence[PlacedChunk]) -> bool:
+            return executors.is_prepared(plan, chunks, pausing=call.pauses(plan))
+
+        asked = is_prepared if self.is_warm else None
+        return decide(estimator, call.planner, length, stored, asked, delivery.num_kept, delivery.kv_dtype)
 
     def estimator(self) -> Estimator:
         """Returns what the controller estimates delays from; made once, from the profile or a quick estimate."""
@@ -336,6 +340,10 @@ class _Call:
     lost: set[str] = field(default_factory=set)
     failed_tiers: set[str] = field(default_factory=set)
     lane: Lane = field(init=False)
+
+    def pauses(self, plan: Plan) -> bool:
+        """Whether a plan is to pause: others want to go on, and it seems to take long."""
+        return self.between is not None and self.lane.executors.is_long(plan)
 
     def asked(self) -> dict[str, object]:
         """Returns what the request is, beside its chunks: the same on all hosts."""

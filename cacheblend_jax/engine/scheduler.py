@@ -38,7 +38,7 @@ class _UnwantedError(Exception):
 
 
 class Scheduler:
-    """Answers many requests at once: they are prefilled in turn, and one thread decodes all together.
+    """Answers many requests at once: they are prefilled in turn, and decoded together.
 
     On a mesh with `data`, each group of devices has its slots, and prefills the requests that it puts there: as many at
     the same time as there are groups, where `slots` is a multiple of them. A CPU with several cores prefills two.
@@ -222,10 +222,11 @@ class Scheduler:
             logger.exception("the scheduler ends: its thread has failed")
             with self._changed:
                 self._is_closed = True
+            self._prefillers.shutdown()  # what has begun comes to its end first, or is set aside
+            with self._changed:
                 waiting = list(self._waiting)
                 for request in waiting:
                     self._waiting.remove(request)
-            self._prefillers.shutdown()  # what has begun comes to its end first
             self._fail_all(error, *waiting)
 
     def _waits_for_work(self) -> bool:
@@ -275,34 +276,10 @@ class Scheduler:
     def _may_go_on(self) -> bool:
         if self._batch.num_groups > 1:
             return False
+        self._drop_ended()
         if self._num_seen < self._num_prefilled or self._next_slot() is not None:
             return True
         return self._pausing and bool(self._running) and not all(each.pauses for each in self._prefilling.values())
-
-    def _decode(self, most: int = MOST_AT_ONCE) -> None:
-        """Decodes the answers that run: one step where a request is prefilled meanwhile, or could be, else several."""
-        with self._driving:
-            with self._changed:
-                self._drop_ended()
-                running = dict(self._running)
-                steps = 1 if self._prefilling or self._next_slot() is not None else self._steps
-            if not running:
-                return
-            in_time = max(int(BLOCK_S / min(self._step_s, default=BLOCK_S)), 1)
-            steps, began = min(most, in_time, steps), time.perf_counter()
-            try:
-                with_logprobs = any(request.logprobs for request in running.values())
-                decoded = self._batch.decode(running, steps, with_logprobs=with_logprobs)
-            except BaseException as error:
-                self._fail_all(error)
-                return
-            done = max((len(block.token_ids) for block in decoded), default=0)  # fewer where all answers have ended
-            self._num_steps += done
-            self._step_s.append(max(time.perf_counter() - began, 1e-6) / max(done, 1))
-            for slot, request in running.items():
-                if not self._hand_out(request, decoded[slot]):
-                    with self._changed:
-                        self._running.pop(slot, None)
 
     # And this in those that prefill.
 
@@ -398,6 +375,32 @@ class Scheduler:
                 self._running[slot] = self._prefilling.pop(slot)
 
     # And this in either.
+
+    def _decode(self, most: int = MOST_AT_ONCE) -> None:
+        """Decodes the answers that run: one step where a request is prefilled meanwhile, or could be, else several."""
+        with self._driving:
+            with self._changed:
+                self._drop_ended()
+                running = dict(self._running)
+                steps = 1 if self._prefilling or self._next_slot() is not None else self._steps
+            if not running:
+                return
+            in_time = max(int(BLOCK_S / min(self._step_s, default=BLOCK_S)), 1)
+            steps, began = min(most, in_time, steps), time.perf_counter()
+            try:
+                with_logprobs = any(request.logprobs for request in running.values())
+                decoded = self._batch.decode(running, steps, with_logprobs=with_logprobs)
+            except BaseException as error:
+                self._fail_all(error)
+                return
+            done = max((len(block.token_ids) for block in decoded), default=0)  # fewer where all answers have ended
+            self._num_steps += done
+            self._step_s.append(max(time.perf_counter() - began, 1e-6) / max(done, 1))
+            for slot, request in running.items():
+                if not self._hand_out(request, decoded[slot]):
+                    with self._changed:
+                        self._running.pop(slot, None)
+                        self._changed.notify()  # in a pause, a free lane's next request may have waited for the slot
 
     def _hand_out(self, request: ScheduledRequest, block: Block) -> bool:
         """Gives an answer its next tokens; returns whether it goes on after them."""

@@ -97,7 +97,7 @@ class Standalone:
     def _context_kv(self, context_ids: np.ndarray, fingerprint: str) -> KVCache:
         """Returns a context's own KV, on the device; the one used last is kept, since most chunks have the same."""
         name = fingerprint, context_ids.tobytes()
-        with self._sharing:
+        with self._sharing:  # also while it is computed: who wants the same waits for it
             shared = self._shared_context
             if shared is None or shared[0] != name:
                 shared = self._shared_context = (name, self._kv_of(context_ids))

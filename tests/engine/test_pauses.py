@@ -230,11 +230,11 @@ def test_while_a_tier_fails_what_would_pause_is_asked_for_as_it_would_run(everyt
     assert all(engine.prefill(prompt, only_if_ready=True).stats.loaded)
 
 
-def test_the_controller_is_told_of_what_would_pause_as_it_would_run(monkeypatch):
+def test_the_controller_is_told_of_what_would_pause_as_it_would_run(everything_is_long, monkeypatch):
     asked, engine, prompt = [], engine_of("llama2", cb.BlendConfig("auto", "hkvd", num_stages=1)), random_prompt(1)
     engine.precompute(prompt)
     engine._prefiller.is_warm = True
-    monkeypatch.setattr(Executors, "is_prepared", lambda *_, pausing: asked.append(pausing))
+    monkeypatch.setattr(Executors, "is_prepared", lambda *_, pausing: bool(asked.append(pausing)))
     engine.prefill(prompt, between=lambda: None)
     assert asked
     assert all(asked)

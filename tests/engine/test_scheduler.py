@@ -20,7 +20,7 @@ from cacheblend_jax.engine import scheduler as scheduler_module
 from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.engine.results import PrefillStats
 from cacheblend_jax.engine.scheduler import MOST_ASIDE
-from cacheblend_jax.engine.slot_batch import Block
+from cacheblend_jax.engine.slot_batch import Block, Ending
 from cacheblend_jax.errors import NotReadyError
 from cacheblend_jax.model.logprobs import TokenLogprobs
 from cacheblend_jax.runtime.programs import Prepared
@@ -231,6 +231,46 @@ def test_pauses_of_two_lanes_at_a_time_are_one(engine):
     began = max(engine.log.index(("prefill", n)) for n in (2, 3))
     steps = [what for what in engine.log[began:] if what[:2] == ("decode", 1) and len(what[2]) == 1]
     assert len(steps) in (3, 4)  # one may come once the first of the prefills has ended
+
+
+def test_a_slot_that_is_freed_in_a_pause_is_given_to_the_next_request(engine):
+    def pauses(between):
+        for _ in range(9):
+            between()
+        assert engine.gates[3].wait(60)
+
+    class Begun(threading.Event):  # what the third request meets when its prefill begins
+        def wait(self, timeout=None):
+            self.set()
+            return True
+
+    engine.lanes, engine.pauses, engine.gates = 2, {2: pauses}, {3: Begun()}
+    engine.gate.clear()
+    with cb.Scheduler(engine, slots=2, steps=1) as scheduler:
+        ends = scheduler.submit(prompt(1), max_new_tokens=2000)
+        engine.gate.set()
+        next(ends)
+        with scheduler._changed:
+            others = [scheduler.submit(prompt(n), max_new_tokens=2) for n in (2, 3)]
+            scheduler._running[0].ending = Ending(frozenset(), scheduler._running[0].num_tokens + 2)
+        assert [other.result().token_ids for other in others] == [tokens(n, 2) for n in (2, 3)]
+
+
+def test_when_its_thread_fails_also_what_is_set_aside_meanwhile_ends(engine, monkeypatch):
+    prefills, fails = threading.Event(), threading.Event()
+
+    def preparation(self, length, *, with_logprobs):
+        prefills.set()
+        assert fails.wait(60)
+        return lambda: None  # not ready: it is set aside
+
+    monkeypatch.setattr(CountingBatch, "preparation", preparation)
+    scheduler = cb.Scheduler(engine, slots=2)
+    monkeypatch.setattr(scheduler, "_wait_for_prefills", lambda: (prefills.wait(60), fails.set(), 1 / 0))
+    answer = scheduler.submit(prompt(1), max_new_tokens=2)
+    with pytest.raises(ZeroDivisionError):
+        answer.result()
+    scheduler.close()
 
 
 def test_while_groups_of_devices_prefill_nothing_is_decoded(engine, monkeypatch):
