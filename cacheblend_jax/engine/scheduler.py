@@ -94,7 +94,7 @@ class Scheduler:
         self._waiting: WaitingRequests[ScheduledRequest] = WaitingRequests(lambda request: request.prompt.tenant)
         self._running: dict[int, ScheduledRequest] = {}  # by slot
         self._prefilling: dict[int, ScheduledRequest] = {}  # by the slot that they will have
-        self._num_prefilled = self._num_seen = 0  # prefills that have ended, and how many of them the thread knows of
+        self._has_prefill_ended = False  # since the thread has looked last
         self._step_s = deque[float](maxlen=4)  # of the last blocks; the shortest counts, which nothing held up
         self._num_steps = 0
         self._counts: Counter[str] = Counter()  # by the names of `SchedulerStats`
@@ -270,14 +270,14 @@ class Scheduler:
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._prefilling or self._may_go_on)
-            self._num_seen = self._num_prefilled
+            self._has_prefill_ended = False
 
     @property
     def _may_go_on(self) -> bool:
         if self._batch.num_groups > 1:
             return False
         self._drop_ended()
-        if self._num_seen < self._num_prefilled or self._next_slot() is not None:
+        if self._has_prefill_ended or self._next_slot() is not None:
             return True
         return self._pausing and bool(self._running) and not all(each.pauses for each in self._prefilling.values())
 
@@ -305,7 +305,7 @@ class Scheduler:
                 del self._prefilling[slot]
             if needed is not None:
                 self._waiting.set_aside(request)
-            self._num_prefilled += 1
+            self._has_prefill_ended = True
             self._changed.notify_all()
         if needed is not None:
             self._do_beside(request, needed.work)

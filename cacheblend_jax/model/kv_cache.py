@@ -143,8 +143,20 @@ class KVCache:
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, num_keys - x.shape[1]), (0, 0), (0, 0))), self)
 
 
+class InSequence:
+    """What holds of a cache of one answer, whose rows follow each other."""
+
+    def rows_axis(self, partition: Partition | None) -> str | None:
+        """Returns the name of the axis of rows that are run over it: they follow each other, so none splits them."""
+        return None
+
+    def lengths(self, positions: Int[Array, " rows"]) -> Int[Array, ""]:
+        """Returns how many keys are valid after rows at these positions, which follow each other, were written."""
+        return positions[-1] + 1
+
+
 @struct.dataclass
-class GrowingCache:
+class GrowingCache(InSequence):
     """A cache that rows are written into one layer after another, in place: decoding's. Keys are rotated.
 
     On a CPU, XLA writes a row into an array of 16-bit floats by converting the whole array to float32, and all of it
@@ -163,8 +175,7 @@ class GrowingCache:
     @classmethod
     def from_cache(cls, cache: KVCache) -> GrowingCache:
         """Returns the cache as one that grows (traceable)."""
-        k, v = (as_bits(x) if keeps_bits(x.dtype) else x for x in (cache.k, cache.v))
-        return cls(k, v, str(cache.k.dtype))
+        return cls(as_kept(cache.k), as_kept(cache.v), str(cache.k.dtype))
 
     @property
     def is_lost(self) -> bool:
@@ -177,35 +188,23 @@ class GrowingCache:
 
     def cache(self) -> KVCache:
         """Returns it as an ordinary cache (traceable)."""
-        return KVCache(*(self._floats(x) for x in (self.k, self.v)))
+        return KVCache(*(as_floats(x, self.dtype) for x in (self.k, self.v)))
 
     def layer(self, index: Int[Array, ""] | int) -> LayerKV | LayerInCache:
         """Returns one layer's KV, where it lies if the floats are kept as such; `index` may be traced."""
         if not keeps_bits(self.dtype):
             return LayerInCache(self.k, self.v, index)
         cut = (lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.k, self.v))
-        return LayerKV(*(self._floats(x) for x in cut))
-
-    def rows_axis(self, partition: Partition | None) -> str | None:
-        """Returns the name of the axis of rows that are run over it: they follow each other, so none splits them."""
-        return None
-
-    def lengths(self, positions: Int[Array, " rows"]) -> Int[Array, ""]:
-        """Returns how many keys are valid after rows at these positions, which follow each other, were written."""
-        return positions[-1] + 1
+        return LayerKV(*(as_floats(x, self.dtype) for x in cut))
 
     def with_rows(self, index: Int[Array, ""] | int, positions: Int[Array, " rows"], rows: LayerKV) -> GrowingCache:
         """Returns it with a layer's rows at these positions, which follow each other, replaced; there must be room."""
         place = [jnp.asarray(i, jnp.int32) for i in (index, positions[0], 0, 0)]  # one dtype, jax_enable_x64 or not
 
         def written(stack: jax.Array, fresh: jax.Array) -> jax.Array:
-            fresh = as_bits(fresh) if keeps_bits(self.dtype) else fresh
-            return lax.dynamic_update_slice(stack, fresh[None], place)
+            return lax.dynamic_update_slice(stack, as_kept(fresh)[None], place)
 
         return GrowingCache(written(self.k, rows.k), written(self.v, rows.v), self.dtype)
-
-    def _floats(self, x: Shaped[Array, "..."]) -> Float[Array, "..."]:
-        return lax.bitcast_convert_type(x, jnp.dtype(self.dtype)) if keeps_bits(self.dtype) else x
 
 
 @runtime_checkable
@@ -229,9 +228,14 @@ def keeps_bits(dtype: Any) -> bool:
     return jnp.dtype(dtype).itemsize == 2 and current_target().platform == "cpu"
 
 
-def as_bits(x: Float[Array, "..."]) -> Shaped[Array, "..."]:
-    """Returns 16-bit floats as integers of the same bits."""
-    return lax.bitcast_convert_type(x, jnp.uint16)
+def as_kept(x: Float[Array, "..."]) -> Shaped[Array, "..."]:
+    """Returns floats as such a cache keeps them."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if keeps_bits(x.dtype) else x
+
+
+def as_floats(x: Shaped[Array, "..."], dtype: Any) -> Float[Array, "..."]:
+    """Returns the floats of a dtype that such a cache keeps."""
+    return lax.bitcast_convert_type(x, jnp.dtype(dtype)) if keeps_bits(dtype) else x
 
 
 def _shape_text(leaf: Any) -> str:

@@ -8,12 +8,11 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from cacheblend_jax.model.kv_cache import GrowingCache, KVCache, LayerKV, as_bits, keeps_bits
-from pallas_kernels.partition import Partition
+from cacheblend_jax.model.kv_cache import GrowingCache, InSequence, KVCache, LayerKV, as_floats, as_kept
 
 
 @struct.dataclass
-class LayerCache:
+class LayerCache(InSequence):
     """One layer's keys, rotated, and values of an answer, that rows are written into in place.
 
     As in a `GrowingCache`, a CPU keeps 16-bit floats as integers of the same bits.
@@ -28,30 +27,17 @@ class LayerCache:
 
     __eq__, __hash__ = object.__eq__, object.__hash__
 
-    def rows_axis(self, partition: Partition | None) -> str | None:
-        """See `GrowingCache.rows_axis`."""
-        return None
-
-    def lengths(self, positions: Int[Array, " rows"]) -> Int[Array, ""]:
-        """See `GrowingCache.lengths`."""
-        return positions[-1] + 1
-
     def layer(self, index: Int[Array, ""] | int) -> LayerKV:
         """Returns the layer's KV, whatever its index."""
-        k, v = (lax.bitcast_convert_type(x, jnp.dtype(self.dtype)) if keeps_bits(self.dtype) else x for x in self._both)
+        k, v = (as_floats(x, self.dtype) for x in (self.k, self.v))
         return LayerKV(k.transpose(2, 0, 1), v.transpose(1, 0, 2))
 
     def with_rows(self, index: Int[Array, ""] | int, positions: Int[Array, " rows"], rows: LayerKV) -> LayerCache:
         """Returns it with the rows at these positions, which follow each other, replaced; there must be room."""
         at, zero = jnp.asarray(positions[0], jnp.int32), jnp.int32(0)
-        k, v = (as_bits(x) if keeps_bits(self.dtype) else x for x in (rows.k, rows.v))
-        k = lax.dynamic_update_slice(self.k, k.transpose(1, 2, 0), (zero, zero, at))
-        v = lax.dynamic_update_slice(self.v, v.transpose(1, 0, 2), (zero, at, zero))
+        k = lax.dynamic_update_slice(self.k, as_kept(rows.k).transpose(1, 2, 0), (zero, zero, at))
+        v = lax.dynamic_update_slice(self.v, as_kept(rows.v).transpose(1, 0, 2), (zero, at, zero))
         return LayerCache(k, v, self.dtype)
-
-    @property
-    def _both(self) -> tuple[jax.Array, jax.Array]:
-        return self.k, self.v
 
 
 @struct.dataclass
@@ -80,11 +66,10 @@ class CacheByLayer:
 
 def layer_with_room(cache: KVCache, index: Int[Array, ""], *, num_keys: int) -> LayerCache:
     """Copies a layer of a cache into one of `num_keys` keys (traceable); padding beyond that many is left out."""
-    layer, dtype = cache.layer(index), cache.k.dtype
+    layer = cache.layer(index)
     more = max(num_keys - layer.k.shape[0], 0)
 
     def in_order(x: Float[Array, "keys kv_heads head_dim"], *order: int) -> Shaped[Array, "kv_heads _ _"]:
-        bits = as_bits(x) if keeps_bits(dtype) else x
-        return jnp.pad(bits[:num_keys], ((0, more), (0, 0), (0, 0))).transpose(order)
+        return jnp.pad(as_kept(x)[:num_keys], ((0, more), (0, 0), (0, 0))).transpose(order)
 
-    return LayerCache(in_order(layer.k, 1, 2, 0), in_order(layer.v, 1, 0, 2), str(dtype))
+    return LayerCache(in_order(layer.k, 1, 2, 0), in_order(layer.v, 1, 0, 2), str(cache.k.dtype))

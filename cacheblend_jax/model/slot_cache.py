@@ -18,7 +18,8 @@ from cacheblend_jax.model.kv_cache import (
     KVCache,
     LayerInCache,
     LayerKV,
-    as_bits,
+    as_floats,
+    as_kept,
     cache_shape,
     keeps_bits,
 )
@@ -131,7 +132,7 @@ class SlotCache:
         more: tuple[Any, ...],
         more_axes: tuple[Axes, ...],
     ) -> SlotCache:
-        fresh = [as_bits(x) if keeps_bits(self.dtype) else x for x in floats]
+        fresh = list(map(as_kept, floats))
 
         def written(stack: jax.Array, order: Order, axes: Axes, x: jax.Array) -> jax.Array:
             def of_share(stack: jax.Array, *arrays: Any) -> jax.Array:
@@ -151,7 +152,7 @@ class SlotCache:
             sizes[order.index(2)] = num_keys
             in_order = lax.dynamic_slice(stack, _place(index, slot), sizes)[0, 0]
             rows = in_order.transpose([order.index(axis) - 2 for axis in (2, 3, 4)])
-            return lax.bitcast_convert_type(rows, jnp.dtype(self.dtype)) if keeps_bits(self.dtype) else rows
+            return as_floats(rows, self.dtype)
 
         return LayerKV(*map(first_keys, (self.k, self.v), self.orders))
 
