@@ -46,6 +46,7 @@ class ScheduledRequest:
 def free_slot(
     num_slots: int,
     group_of: Callable[[int], int | None],
+    part_of: Callable[[int], int],
     lanes: int,
     *,
     running: Collection[int],
@@ -53,15 +54,16 @@ def free_slot(
 ) -> int | None:
     """Returns a free slot whose group of devices has a lane for one more prefill, if there is one.
 
-    Groups with fewer answers come first, since a step takes as long as the group that has the most.
+    Parts with fewer answers come first, since a step takes as long as the part that has the most.
 
     Args:
         group_of: says which group of devices has a slot.
+        part_of: says which slots are decoded with a slot, by the same devices or thread.
         lanes: how many prompts each group prefills at a time.
         running, prefilling: the slots that are taken.
     """
     in_lanes = Counter(map(group_of, prefilling))
-    busy = Counter(map(group_of, running)) + in_lanes
     taken = {*running, *prefilling}
+    busy = Counter(map(part_of, taken))
     free = [slot for slot in range(num_slots) if slot not in taken and in_lanes[group_of(slot)] < lanes]
-    return min(free, key=lambda slot: (busy[group_of(slot)], slot), default=None)
+    return min(free, key=lambda slot: (busy[part_of(slot)], slot), default=None)

@@ -88,7 +88,7 @@ class Scheduler:
                 "Engine.generate, or a replica of the model on each host"
             )
         self._engine, self._steps, self._most_waiting, self._pausing = engine, steps, waiting, pausing
-        self._batch = SlotBatch(engine.model, engine.buckets, slots, max_tokens)
+        self._batch = SlotBatch(engine.model, engine.buckets, slots, max_tokens, engine.lanes)
         self._driving = threading.Lock()  # held by the thread that uses the batch, once it is warm
         self._changed = threading.Condition()  # guards what follows; taken after the lock above, where both are
         self._waiting: WaitingRequests[ScheduledRequest] = WaitingRequests(lambda request: request.prompt.tenant)
@@ -185,6 +185,7 @@ class Scheduler:
             self._thread.join()
         self._prefillers.shutdown()
         self._preparing.shutdown(wait=False)
+        self._batch.close()
         finished(self)
 
     def flush(self) -> None:
@@ -258,7 +259,7 @@ class Scheduler:
         if not self._waiting.has_next:
             return None
         batch, taken = self._batch, {"running": self._running, "prefilling": self._prefilling}
-        return free_slot(batch.num_slots, batch.group_of, self._engine.lanes, **taken)
+        return free_slot(batch.num_slots, batch.group_of, batch.part_of, self._engine.lanes, **taken)
 
     def _drop_ended(self) -> None:
         self._running = {slot: each for slot, each in self._running.items() if not each.answer.has_ended}

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
 from cacheblend_jax.blend.buckets import Buckets, buckets_up_to
-from cacheblend_jax.engine.generation import angles_of
+from cacheblend_jax.engine.loading import submit_or_run
 from cacheblend_jax.engine.results import PrefillResult
-from cacheblend_jax.model.kv_cache import KVCache, abstract_cache
+from cacheblend_jax.engine.slot_part import DecodedBlock, SlotPart
 from cacheblend_jax.model.logprobs import TokenLogprobs, logprobs_of
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.sampling import Draw, Sampling, next_token
-from cacheblend_jax.model.slots import NONE, DecodedSlots, Slots, Turn, decode_slots, empty_slots, insert
-from cacheblend_jax.runtime.placing import changed_part, placed
-from cacheblend_jax.runtime.programs import Prepared, shapes_of
+from cacheblend_jax.model.slots import NONE, Turn
+from cacheblend_jax.runtime.programs import Prepared
 
 
 @dataclass(frozen=True)
@@ -45,35 +44,47 @@ class Block:
 
 
 class SlotBatch:
-    """The slots of one scheduler; used by its thread alone.
+    """The slots of one scheduler; used by one thread at a time.
+
+    On a CPU with several cores they are in parts, each decoded by a thread: much of a step keeps one core busy alone.
 
     Args:
         num_slots: how many answers are decoded together.
         capacity: how many tokens, of prompt and answer, a slot has room for.
+        num_parts: how many parts at most; 1 where several groups of devices have slots of their own.
 
     Attributes:
         num_groups: how many groups of devices have slots of their own, as many each; else all devices have all slots.
     """
 
-    def __init__(self, model: Model, buckets: Buckets, num_slots: int, capacity: int) -> None:
+    def __init__(self, model: Model, buckets: Buckets, num_slots: int, capacity: int, num_parts: int = 1) -> None:
         self._model, self._buckets = model, buckets
         self.num_slots, self.capacity = num_slots, capacity
-        self._owners = (model,) if num_slots % len(model.groups) else model.groups
-        self.num_groups = len(self._owners)
-        self._slots_each = num_slots // self.num_groups
-        self._angles = angles_of(model, capacity)
-        self._slots: Slots | None = None
-        self._shapes: dict[int, Slots] = {}
+        count = min(num_parts, num_slots)
+        self._parts = [SlotPart(model, len(range(part, num_slots, count)), capacity) for part in range(count)]
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="cacheblend-decode") if count > 1 else None
+        self._slots_each = self._parts[0].slots_each if count == 1 else num_slots
+        self.num_groups = num_slots // self._slots_each
 
     def group_of(self, slot: int) -> int | None:
         """Returns the number of the group of devices that has a slot; `None` where all have it."""
         return slot // self._slots_each if self.num_groups > 1 else None
 
+    def part_of(self, slot: int) -> int:
+        """Returns which slots a slot is decoded with: a step takes as long as the part with the most answers."""
+        return slot // self._slots_each if self.num_groups > 1 else slot % len(self._parts)
+
+    def close(self) -> None:
+        """Ends its threads. It decodes no more."""
+        if self._threads is not None:
+            self._threads.shutdown()
+
     def warm_up(self) -> None:
         """Compiles what inserts prompts of every padded length, and what decodes; allocates the slots."""
         for size in buckets_up_to(self._buckets.length, self.capacity):
             self._prepare(size, with_logprobs=False)
-        self.decode({}, 1)
+        for part in self._parts:
+            part.decode(np.zeros(part.num_slots, bool), 1, with_logprobs=False)
 
     def preparation(self, length: int, *, with_logprobs: bool = False) -> Callable[[], Prepared] | None:
         """Returns what compiles the programs for a prompt of `length` tokens, in any thread; `None`: they are ready."""
@@ -87,19 +98,14 @@ class SlotBatch:
         return self._model.runner.prepare(self._name(size, with_logprobs), over_shapes)
 
     def _name(self, size: int, with_logprobs: bool) -> Hashable:
-        return insert, self.num_slots, self.capacity, size, with_logprobs
+        return SlotBatch, self.num_slots, len(self._parts), self.capacity, size, with_logprobs
 
     def _run_over_shapes(self, size: int, with_logprobs: bool, run: Callable[..., Any]) -> None:
         """Does what the methods below do, with `run` in the runner's place."""
-        model = self._model
-        run(next_token, np.zeros(model.config.vocab_size, np.float32), Draw.by(Sampling()), np.int32(0))
-        slots = run(empty_slots, shapes_of(self._angles), config=model.config, num_slots=self.num_slots)
-        slots = _where_it_is(model, slots)
-        for group, owner in enumerate(self._owners):
-            cache = abstract_cache(model.config, size, owner.cache_placement)
-            turn = self._turn(0, 0, Ending(frozenset(), 1), Sampling())
-            self._insert(owner.runner, self._own_slots(group), cache, turn, 0)
-        self._decode(run, slots, np.zeros(self.num_slots, bool), 1, with_logprobs)
+        run(next_token, np.zeros(self._model.config.vocab_size, np.float32), Draw.by(Sampling()), np.int32(0))
+        turn = self._turn(0, 0, Ending(frozenset(), 1), Sampling())
+        for part in {part.num_slots: part for part in self._parts}.values():
+            part.run_over_shapes(run, size, turn, with_logprobs=with_logprobs)
 
     def first_token(self, out: PrefillResult, sampling: Sampling, *, with_logprobs: bool = False) -> Block:
         """Returns the token that a prefill's logits give."""
@@ -109,57 +115,29 @@ class SlotBatch:
         return Block([token], [logprobs_of(out.logits, token)] if with_logprobs else [])
 
     def insert(self, slot: int, out: PrefillResult, token: int, ending: Ending, sampling: Sampling) -> None:
-        """Puts a prefilled prompt whose answer goes on after its first token into a slot.
-
-        No KV moves between devices where the slot is the group's that has prefilled it.
-        """
-        group, place = divmod(slot, self._slots_each)
-        owner, turn = self._owners[group], self._turn(token, out.token_ids.size, ending, sampling)
-        cache = placed(out.padded_cache, owner.cache_placement)
-        slots, self._slots = self._state(), None  # lost where the program fails
-        insert_into = partial(self._insert, owner.runner, cache=cache, turn=turn, slot=place)
-        self._slots = changed_part(slots, self._own_slots(group), insert_into)
-
-    def _own_slots(self, group: int) -> Slots:
-        """Returns the shapes and placements of the slots that a group has, by themselves."""
-        if group not in self._shapes:
-            owner = self._owners[group]
-            angles = shapes_of(self._angles, owner.placement)
-            slots = owner.runner(empty_slots, angles, config=owner.config, num_slots=self._slots_each)
-            self._shapes[group] = _where_it_is(owner, slots)
-        return self._shapes[group]
+        """Puts a prefilled prompt whose answer goes on after its first token into a slot."""
+        place, part = divmod(slot, len(self._parts))
+        self._parts[part].insert(place, out, self._turn(token, out.token_ids.size, ending, sampling))
 
     def decode(self, running: Collection[int], steps: int, *, with_logprobs: bool = False) -> list[Block]:
         """Decodes up to `steps` tokens of the slots that run; returns each slot's."""
         goes_on = np.isin(np.arange(self.num_slots), list(running))
-        slots, self._slots = self._state(), None
-        decoded = self._decode(self._model.runner, slots, goes_on, steps, with_logprobs)
-        token_ids, rows = jax.device_get((decoded.token_ids, decoded.logprobs))
-        self._slots = decoded.slots
-        blocks = []
-        for slot, column in enumerate(token_ids.T):
-            tokens = [int(token) for token in column if token != NONE]
-            blocks.append(Block(tokens, [rows.of_token(step, slot) for step in range(len(tokens))] if rows else []))
+        count = len(self._parts)
+        busy = [part for part in range(count) if goes_on[part::count].any()]
+
+        def decode(part: int) -> DecodedBlock:
+            return self._parts[part].decode(goes_on[part::count], steps, with_logprobs=with_logprobs)
+
+        if self._threads is None or len(busy) < 2:
+            decoded = [decode(part) for part in busy]
+        else:
+            futures = [submit_or_run(self._threads, decode, part) for part in busy]
+            wait(futures)  # for all of them, also where one fails: each has its part's buffers
+            decoded = [future.result() for future in futures]
+        blocks = [Block([], [])] * self.num_slots
+        for part, block in zip(busy, decoded, strict=True):
+            blocks[part::count] = _by_slot(block)
         return blocks
-
-    @staticmethod
-    def _insert(run: Callable[..., Any], slots: Slots, cache: KVCache, turn: Turn, slot: int) -> Slots:
-        return run(insert, slots, cache, turn, np.int32(slot), donate=("slots",))
-
-    def _decode(
-        self, run: Callable[..., Any], slots: Slots, goes_on: np.ndarray, steps: int, with_logprobs: bool
-    ) -> DecodedSlots:
-        arrays = self._model.params, slots, goes_on, np.int32(steps), self._angles
-        static = {"config": self._model.config, "with_logprobs": with_logprobs}
-        return run(decode_slots, *arrays, donate=("slots",), **static)
-
-    def _state(self) -> Slots:
-        """Returns the slots; empty ones at first, and after a program that failed has taken their buffers."""
-        if self._slots is None:
-            model = self._model
-            slots = model.runner(empty_slots, self._angles, config=model.config, num_slots=self.num_slots)
-            self._slots = _where_it_is(model, slots)
-        return self._slots
 
     def _turn(self, token: int, length: int, ending: Ending, sampling: Sampling) -> Turn:
         is_stop = np.isin(np.arange(self._model.config.vocab_size), list(ending.stop_token_ids))
@@ -167,13 +145,9 @@ class SlotBatch:
         return Turn(token_id, position, number, left, is_stop, Draw.by(sampling))
 
 
-def _where_it_is(model: Model, slots: Slots) -> Slots:
-    """Returns empty slots, or their shapes, on the model's devices.
-
-    They depend on no array's values, so that a program for one device makes them on the default one.
-    """
-    if model.partition is not None:
-        return slots
-    if isinstance(jax.tree.leaves(slots)[0], jax.ShapeDtypeStruct):
-        return shapes_of(slots, model.placement)
-    return jax.device_put(slots, model.placement)
+def _by_slot(block: DecodedBlock) -> list[Block]:
+    blocks, rows = [], block.logprobs
+    for slot, column in enumerate(block.token_ids.T):
+        tokens = [int(token) for token in column if token != NONE]
+        blocks.append(Block(tokens, [rows.of_token(step, slot) for step in range(len(tokens))] if rows else []))
+    return blocks

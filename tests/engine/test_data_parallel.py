@@ -97,14 +97,15 @@ def test_no_kv_moves_between_groups_where_a_prompt_goes_into_a_slot():
     for slots, owners in ((4, [0, 0, 1, 1]), (3, [None] * 3)):
         batch = SlotBatch(model, buckets, slots, 80)
         assert [batch.group_of(slot) for slot in range(slots)] == owners
-        before = where(batch._state().cache.v)
+        (part,) = batch._parts
+        before = where(part._state().cache.v)
         with jax.transfer_guard_device_to_device("disallow_explicit" if slots == 4 else "allow"):
             batch.insert(2, out, 5, Ending(frozenset(), 9), Sampling())
-        cache = batch._slots.cache
+        cache = part._slots.cache
         filled, empty = (np.asarray(cache.cut(1, jnp.int32(slot), length).v) for slot in (2, 1))
         np.testing.assert_array_equal(filled, wanted[1, :length])
         assert not empty.any()
-        assert np.asarray(batch._slots.turn.position).tolist() == [0, 0, length, 0][:slots]
+        assert np.asarray(part._slots.turn.position).tolist() == [0, 0, length, 0][:slots]
         if slots == 4:
             after, others = where(cache.v), model.groups[0].placement.device_set
             assert {device: after[device] for device in others} == {device: before[device] for device in others}

@@ -14,6 +14,10 @@ from conftest import HF, family_model, random_prompt
 import cacheblend_jax as cb
 from cacheblend_jax.engine import groups, pauses
 from cacheblend_jax.engine.groups import num_lanes
+from cacheblend_jax.engine.scheduled import free_slot
+from cacheblend_jax.engine.slot_batch import Ending, SlotBatch
+from cacheblend_jax.engine.slot_part import SlotPart
+from cacheblend_jax.model.sampling import Sampling
 
 
 def test_two_lanes_where_several_cores_share_one_device(monkeypatch):
@@ -71,6 +75,74 @@ def test_a_third_prompt_waits_for_a_lane(two_lanes, monkeypatch):
             assert waits.wait(60)
             assert not third.done()
         assert third.result(timeout=60).stats.wait_s > 0  # in the lane that is free, whichever it is
+
+
+def test_slots_are_decoded_in_two_parts_at_the_same_time_as_each_answer_alone(two_lanes, monkeypatch):
+    """Both parts' first steps meet at a barrier; later the answers that are left are in one part, then in the other."""
+    engine, met = cb.Engine(family_model("llama2")), threading.Barrier(2, timeout=60)
+    prompts = [random_prompt(seed) for seed in (1, 2, 3)]
+    lengths = (4, 12, 8)  # of slots 0 and 2, which are one part, and of slot 1
+    alone = [
+        engine.generate(prompt, "full", max_new_tokens=most, stop_token_ids=()).token_ids
+        for prompt, most in zip(prompts, lengths, strict=True)
+    ]
+    batch = SlotBatch(engine.model, engine.buckets, 3, 256, num_parts=2)
+    assert [batch.part_of(slot) for slot in range(3)] == [0, 1, 0]
+    batch.warm_up()
+    answers, endings = [], [Ending(frozenset(), most) for most in lengths]
+    for slot, (prompt, ending) in enumerate(zip(prompts, endings, strict=True)):
+        out = engine.prefill(prompt, "full")
+        answers.append([out.next_token])
+        batch.insert(slot, out, out.next_token, ending, Sampling())
+    decode = SlotPart.decode
+
+    def meeting(part, *arguments, **options):
+        if not met.broken and len(running) == 3:
+            met.wait()
+        return decode(part, *arguments, **options)
+
+    monkeypatch.setattr(SlotPart, "decode", meeting)
+    count = engine.model.runner.count
+    while running := {slot for slot, answer in enumerate(answers) if len(answer) < lengths[slot]}:
+        for slot, block in enumerate(batch.decode(running, 3)):
+            answers[slot] += block.token_ids
+    assert answers == alone
+    assert engine.model.runner.count == count
+    batch.close()
+    engine.close()
+
+
+def test_a_part_that_fails_loses_its_own_slots_alone(two_lanes, monkeypatch):
+    engine = cb.Engine(family_model("llama2"))
+    out, batch = engine.prefill(random_prompt(1), "full"), SlotBatch(engine.model, engine.buckets, 2, 256, num_parts=2)
+    alone = engine.generate(random_prompt(1), "full", max_new_tokens=6, stop_token_ids=()).token_ids
+    for slot in (0, 1):
+        batch.insert(slot, out, out.next_token, Ending(frozenset(), 6), Sampling())
+    failing, decode, other_is_done = batch._parts[0], SlotPart.decode, threading.Event()
+
+    def decode_or_fail(part, *arguments, **options):
+        if part is failing:
+            raise MemoryError("of one part")
+        block = decode(part, *arguments, **options)
+        other_is_done.set()
+        return block
+
+    monkeypatch.setattr(SlotPart, "decode", decode_or_fail)
+    with pytest.raises(MemoryError):
+        batch.decode({0, 1}, 1)
+    assert other_is_done.is_set()  # nobody uses the slots once an error is known
+    monkeypatch.setattr(SlotPart, "decode", decode)
+    assert batch.decode({1}, 8)[1].token_ids == alone[2:]
+    batch.close()
+    engine.close()
+
+
+def test_a_request_goes_to_the_part_with_fewer_answers():
+    at = {"group_of": lambda slot: None, "part_of": lambda slot: slot % 2, "lanes": 2}
+    assert free_slot(6, **at, running={0, 2}, prefilling=()) == 1
+    assert free_slot(6, **at, running={0}, prefilling={1}) == 2
+    assert free_slot(6, **at, running={1, 3}, prefilling={5}) == 0
+    assert free_slot(6, **at, running=(), prefilling={0, 1}) is None
 
 
 def test_batches_are_answered_in_two_lanes_as_each_prompt_alone(two_lanes, tmp_path):

@@ -22,7 +22,7 @@ from mesh_cases import (
 )
 
 import cacheblend_jax as cb
-from cacheblend_jax.engine.slot_batch import SlotBatch
+from cacheblend_jax.engine.slot_part import SlotPart
 
 # Each mesh, each family with each executor or mesh, and each mode: all pairs would compile for minutes.
 CASES = [
@@ -88,7 +88,6 @@ def test_answers_decoded_together_are_split_over_data():
         with cb.Engine(each, cb.ChunkStore(), BLEND) as engine:
             together = engine.generate_batch(prompts, mode="full", max_new_tokens=3, stop_token_ids=[])
             answers.append([answer.token_ids for answer in together])
-            buckets = engine.buckets
     assert answers[0] == answers[1]
     for exchanged in programs(model)["decode_slots"]:
         # Each device decodes one of four slots. Beside that, tokens, and whether any slot goes on, are exchanged.
@@ -96,9 +95,9 @@ def test_answers_decoded_together_are_split_over_data():
         assert large == sorted(
             [("all-reduce", f"f32[1,{HIDDEN}]")] * 3 + [("all-gather", f"f32[1,{SHAPE['vocab_size']}]")]
         )
-    cache = SlotBatch(model, buckets, 4, 32)._state().cache
+    cache = SlotPart(model, 4, 32)._state().cache
     assert cache.k.sharding.shard_shape(cache.k.shape) == (LAYERS, 1, 2, 8, 32)  # of 4 KV heads, in a CPU's order
-    assert SlotBatch(model, buckets, 3, 32)._state().cache.k.sharding.shard_shape((LAYERS, 3, 4, 8, 32))[1] == 3
+    assert SlotPart(model, 3, 32)._state().cache.k.sharding.shard_shape((LAYERS, 3, 4, 8, 32))[1] == 3
 
 
 def test_what_is_kept_on_the_devices_is_split():

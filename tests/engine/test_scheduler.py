@@ -86,7 +86,7 @@ class CountingBatch:
     failing: ClassVar[list[Exception]] = []
     num_groups = 1
 
-    def __init__(self, model, buckets, num_slots, capacity):
+    def __init__(self, model, buckets, num_slots, capacity, num_parts):
         self.num_slots, self.capacity = num_slots, capacity
         self.last: dict[int, int] = {}
         self.log = CURRENT.log
@@ -96,6 +96,12 @@ class CountingBatch:
 
     def group_of(self, slot):
         return None
+
+    def part_of(self, slot):
+        return self.group_of(slot) or 0
+
+    def close(self):
+        pass
 
     def first_token(self, out, sampling, *, with_logprobs):
         return Block([out.next_token], [TokenLogprobs(-0.5, ())] * with_logprobs)
