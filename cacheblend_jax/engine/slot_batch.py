@@ -46,7 +46,8 @@ class Block:
 class SlotBatch:
     """The slots of one scheduler; used by one thread at a time.
 
-    On a CPU with several cores they are in parts, each decoded by a thread: much of a step keeps one core busy alone.
+    On a CPU with several cores they are in parts, each decoded by a thread: a step of a few rows keeps one core busy.
+    Not those of a model with large weights, which each part would read.
 
     Args:
         num_slots: how many answers are decoded together.
@@ -60,7 +61,7 @@ class SlotBatch:
     def __init__(self, model: Model, buckets: Buckets, num_slots: int, capacity: int, num_parts: int = 1) -> None:
         self._model, self._buckets = model, buckets
         self.num_slots, self.capacity = num_slots, capacity
-        count = min(num_parts, num_slots)
+        count = 1 if model.takes_layers else min(num_parts, num_slots)
         self._parts = [SlotPart(model, len(range(part, num_slots, count)), capacity) for part in range(count)]
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="cacheblend-decode") if count > 1 else None
         self._slots_each = self._parts[0].slots_each if count == 1 else num_slots
