@@ -11,7 +11,9 @@ import pytest
 from conftest import FAMILIES, HF, TWO_STAGES, family_model, random_prompt
 
 import cacheblend_jax as cb
+from cacheblend_jax.engine import groups
 from cacheblend_jax.errors import NotReadyError
+from cacheblend_jax.store.packing import ARRAY_OVERHEAD, PACK_OVERHEAD
 
 
 @pytest.fixture
@@ -246,8 +248,24 @@ def test_precompute_says_what_is_not_stored(caplog):
         assert all(key in engine.store for key in keys)
         assert "2 of 4 chunks are not stored: the store has no room" in caplog.text
         caplog.clear()
-        for key in engine.store.keys():
-            engine.store.remove(key)
         keys = engine.precompute(prompt.chunks[:2])
         assert (len(keys), keys.unstored) == (2, [])
         assert not caplog.text
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_precompute_finds_does_not_go_for_what_it_stores(tmp_path, monkeypatch, lanes, on_disk):
+    monkeypatch.setattr(groups, "num_lanes", lambda model: lanes)
+    found, other, missing = random_prompt(35, (30, 30, 30)).chunks
+    size = 6 * 30 * 2 * 8 * 4 * 2
+    pack = size + PACK_OVERHEAD + 2 * ARRAY_OVERHEAD
+    room = {"host_bytes": 1, "disk_bytes": 2 * pack} if on_disk else {"host_bytes": 2 * size}
+    store = cb.ChunkStore(tmp_path if on_disk else None, **room)
+    with store, cb.Engine(family_model("llama3"), store) as engine:
+        for chunk in (found, other):
+            engine.precompute([chunk])
+            engine.flush()  # a pack for each
+        engine.precompute([found, missing])
+        engine.flush()
+        assert [each.is_stored for each in engine.look_up([found, other, missing])] == [True, False, True]

@@ -50,6 +50,15 @@ def test_a_quota_evicts_the_tenants_own_entries_alone(directory):
         assert store.sizes_of("one") == {key_for(number): SIZE for number in (0, 2, 3)}
 
 
+def test_a_quota_evicts_what_was_renewed_last(directory):
+    with TenantStore(cb.ChunkStore(directory), {"one": 3 * SIZE}) as store:
+        put(store, range(3))
+        store.flush()
+        store.renew([key_for(0)])
+        assert put(store, [3]) == [True]
+        assert held(store) == {0, 2, 3}
+
+
 def test_a_quota_counts_the_bytes_that_are_stored():
     quantised = make_entry(0).quantised("int8").num_bytes
     assert 3 * quantised < 2 * SIZE
