@@ -302,11 +302,9 @@ class Scheduler:
             self._fail(request, error)
         with self._changed:
             if self._prefilling.get(slot) is request:  # else it is in the slot, or was
-                del self._prefilling[slot]
+                self._end_prefill(slot)
             if needed is not None:
                 self._waiting.set_aside(request)
-            self._has_prefill_ended = True
-            self._changed.notify_all()
         if needed is not None:
             self._do_beside(request, needed.work)
 
@@ -372,7 +370,13 @@ class Scheduler:
                 self._fail_all(error, request)
                 return
             with self._changed:
-                self._running[slot] = self._prefilling.pop(slot)
+                self._running[slot] = self._end_prefill(slot)
+
+    def _end_prefill(self, slot: int) -> ScheduledRequest:
+        """Takes a request from those that are prefilled, and says so in the same step. The caller holds the lock."""
+        self._has_prefill_ended = True
+        self._changed.notify_all()
+        return self._prefilling.pop(slot)
 
     # And this in either.
 

@@ -194,14 +194,23 @@ def test_two_lanes_prefill_two_prompts_and_an_answer_does_not_wait_for_the_other
     assert {what[1] for what in engine.log if what[0] == "decode"} >= {1, 4}  # one step at a time beside prefills
 
 
-def test_without_pauses_an_answer_gets_one_token_for_each_prefill_that_ends(engine):
+@pytest.mark.parametrize("its_thread", ["is quick", "is slow to end"])
+def test_without_pauses_an_answer_gets_one_token_for_each_prefill_that_ends(engine, monkeypatch, its_thread):
+    inserted, goes_on, insert = threading.Event(), threading.Event(), cb.Scheduler._insert
+    monkeypatch.setattr(cb.Scheduler, "_insert", lambda *of: (insert(*of), inserted.set(), goes_on.wait(20))[0])
     engine.lanes, engine.gates = 2, {2: threading.Event(), 3: threading.Event()}
     with cb.Scheduler(engine, slots=3, steps=4, pausing=False) as scheduler:
         with scheduler._changed:
             answers = [scheduler.submit(prompt(n), max_new_tokens=9) for n in (1, 2, 3)]
+        assert inserted.wait(60)
+        if its_thread == "is quick":
+            goes_on.set()
+        with scheduler._changed:
+            scheduler._changed.notify_all()
+        assert [next(answers[0])[0] for _ in range(2)] == tokens(1, 2)
+        goes_on.set()
         for _ in range(3):
             engine.began.acquire()  # the third in the lane that the first has left
-        assert [next(answers[0])[0] for _ in range(2)] == tokens(1, 2)
         assert engine.log.count(("decode", 1, [1])) == 1
         engine.gates[3].set()
         assert [next(answers[0])[0], next(answers[2])[0]] == [102, 300]
