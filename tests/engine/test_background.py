@@ -12,6 +12,7 @@ from conftest import FAMILIES, HF, TWO_STAGES, family_model, random_prompt
 
 import cacheblend_jax as cb
 from cacheblend_jax.engine import groups
+from cacheblend_jax.engine.precomputing import place_ahead
 from cacheblend_jax.errors import NotReadyError
 from cacheblend_jax.store.packing import ARRAY_OVERHEAD, PACK_OVERHEAD
 
@@ -216,6 +217,28 @@ def test_what_waits_is_bounded_and_without_duplicates_and_drops_are_counted(slow
     background.promote_later("e", 1)
     engine.prefill(random_prompt(32, (20,)))
     assert (engine.background_stats.dropped, engine.background_stats.not_promoted) == (4, 3)
+
+
+def test_what_two_lanes_miss_at_the_same_time_is_stored_once(slow_storing, monkeypatch):
+    engine, go_on = slow_storing
+    background, submitted = engine._background, []
+    (chunk,) = place_ahead([[1, 2, 3]], "", engine._prefiller, engine._context, engine.model)
+    submit, other = background._thread.submit, threading.Thread(target=background.store_later, args=(chunk,))
+
+    def submit_slowly(work):
+        submitted.append(work)
+        if len(submitted) == 1:
+            other.start()
+            other.join(0.1)  # waits until the first has submitted it
+        return submit(work)
+
+    monkeypatch.setattr(background._thread, "submit", submit_slowly)
+    background.store_later(chunk)
+    other.join()
+    assert len(submitted) == 1
+    go_on.set()
+    engine.flush()
+    assert engine.store.keys() == [chunk.key]
 
 
 def test_a_closed_engine_leaves_no_threads(tmp_path):
