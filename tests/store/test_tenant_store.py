@@ -65,7 +65,7 @@ def test_a_quota_counts_what_another_thread_is_storing(monkeypatch):
         assert held(store) == {1, 2, 3}
 
 
-def test_a_quota_evicts_what_was_renewed_last(directory):
+def test_a_quota_evicts_what_was_renewed_after_the_others(directory):
     with TenantStore(cb.ChunkStore(directory), {"one": 3 * SIZE}) as store:
         put(store, range(3))
         store.flush()
