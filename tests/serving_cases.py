@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import queue
 import socket
@@ -11,6 +12,8 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+import httpx
 
 import cacheblend_jax as cb
 from cacheblend_jax.engine.answer import AnswerToken
@@ -23,6 +26,8 @@ from cacheblend_jax.store import TenantStore
 
 CHUNKS = ["Reyes took the nickname Cobalt. Ridge is new.", "Oslo is now home to Cobalt. Lima is home to Ridge."]
 QUESTION = "In which city is the office of Reyes?"
+# Some answers wait for the compiler, longer than the five seconds that httpx waits.
+get, post = (functools.partial(ask, timeout=60) for ask in (httpx.get, httpx.post))
 
 
 @dataclass

@@ -44,6 +44,7 @@ class Background:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-store")
         self._pending: dict[str, Future] = {}  # in the order in which they are computed
         self._promoting: set[str] = set()
+        self._queueing = threading.Lock()  # guards what is added to both, and what leaves `_pending`
         self._counts: Counter[str] = Counter()  # by the names of `BackgroundStats`
         self._counting = threading.Lock()
         flush_before_exit(self)
@@ -53,29 +54,27 @@ class Background:
         if not self._agreement.is_alone:
             self._store_now(chunk, again)
             return
-        if chunk.key in self._pending:
-            return
-        if len(self._pending) >= MAX_PENDING:
-            self._count("dropped", "chunks are not stored: %d wait to be computed", MAX_PENDING)
-            return
-        added = threading.Event()  # the task must not remove itself from `_pending` before it is there
 
         def work() -> None:
-            added.wait()
             try:
                 if again or chunk.key not in self._store:
                     self._store.put(chunk.key, self._standalone(chunk))
             except Exception:  # costs a later request its hit, never an answer
                 self._failed_to_store(chunk)
             finally:
-                self._pending.pop(chunk.key, None)
+                with self._queueing:  # whoever submitted it has added it by then
+                    self._pending.pop(chunk.key, None)
 
-        try:
-            self._pending[chunk.key] = self._thread.submit(work)
-        except RuntimeError as error:  # closed, or no thread can be started; the task may still have been queued
-            self._count("dropped", "chunks are not stored: %s", error)
-        finally:
-            added.set()
+        with self._queueing:
+            if chunk.key in self._pending:
+                return
+            if len(self._pending) >= MAX_PENDING:
+                self._count("dropped", "chunks are not stored: %d wait to be computed", MAX_PENDING)
+                return
+            try:
+                self._pending[chunk.key] = self._thread.submit(work)
+            except RuntimeError as error:  # closed, or no thread can be started; the task may still have been queued
+                self._count("dropped", "chunks are not stored: %s", error)
 
     def _store_now(self, chunk: PlacedChunk, again: bool) -> None:
         """Computes a chunk with all hosts, which fail in the same call where one cannot, and stores it."""
@@ -98,11 +97,6 @@ class Background:
         on_device = self._store.device_bytes * shares_of(self._to_device) if self._to_device else 0
         if num_bytes > max(self._store.host_bytes, on_device):
             return
-        if key in self._promoting:
-            return
-        if len(self._promoting) >= MAX_PENDING:
-            self._count("not_promoted")
-            return
 
         def work() -> None:
             try:
@@ -113,12 +107,18 @@ class Background:
             finally:
                 self._promoting.discard(key)
 
-        self._promoting.add(key)
-        try:
-            self._thread.submit(work)
-        except RuntimeError:  # closed, or no thread can be started
-            self._promoting.discard(key)
-            self._count("not_promoted")
+        with self._queueing:
+            if key in self._promoting:
+                return
+            if len(self._promoting) >= MAX_PENDING:
+                self._count("not_promoted")
+                return
+            self._promoting.add(key)
+            try:
+                self._thread.submit(work)
+            except RuntimeError:  # closed, or no thread can be started
+                self._promoting.discard(key)
+                self._count("not_promoted")
 
     @property
     def stats(self) -> BackgroundStats:

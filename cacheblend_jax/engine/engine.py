@@ -129,7 +129,8 @@ class Engine:
 
         A text `prefix` has no control tokens (see `Prompt`); for one that has, pass a prompt. Returns the keys of the
         chunks that are stored, in order; where some are not, for want of room, the log says so and `unstored` has their
-        numbers. `progress` is called with the number of chunks done and their total.
+        numbers. What is found stored is evicted as if it were stored now. `progress` is called with the number of
+        chunks done and their total.
 
         Raises:
             PromptError: as for `prefill`, before anything is computed.

@@ -72,6 +72,7 @@ def store_ahead(
     by_key: dict[str, list[PlacedChunk]] = {}
     for chunk in chunks:
         by_key.setdefault(chunk.key, []).append(chunk)
+    store.renew(by_key)  # lest what is found go for what is missing
     groups.each(store_alike, list(by_key.values()))
     if not agreement.is_alone:
         background.flush_on_all()  # for hosts that share a directory to find them there

@@ -170,6 +170,7 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """A snapshot of the counts."""
         with self._changed:
+            self._drop_ended()
             running = len(self._running) + len(self._prefilling)
             return SchedulerStats(len(self._waiting), running, self._batch.num_slots, **self._counts)
 
@@ -303,11 +304,9 @@ class Scheduler:
             self._fail(request, error)
         with self._changed:
             if self._prefilling.get(slot) is request:  # else it is in the slot, or was
-                del self._prefilling[slot]
+                self._end_prefill(slot)
             if needed is not None:
                 self._waiting.set_aside(request)
-            self._has_prefill_ended = True
-            self._changed.notify_all()
         if needed is not None:
             self._do_beside(request, needed.work)
 
@@ -373,7 +372,13 @@ class Scheduler:
                 self._fail_all(error, request)
                 return
             with self._changed:
-                self._running[slot] = self._prefilling.pop(slot)
+                self._running[slot] = self._end_prefill(slot)
+
+    def _end_prefill(self, slot: int) -> ScheduledRequest:
+        """Takes a request from those that are prefilled, and says so in the same step. The caller holds the lock."""
+        self._has_prefill_ended = True
+        self._changed.notify_all()
+        return self._prefilling.pop(slot)
 
     # And this in either.
 
@@ -416,10 +421,9 @@ class Scheduler:
         logprobs = block.logprobs[: len(token_ids)] if request.logprobs else ()
         if token_ids and not request.answer.add(token_ids, logprobs):
             return False
-        with self._changed:
+        with self._changed:  # who reads the end finds it counted
             self._counts["tokens"] += len(token_ids)
-        if reason is not None:
-            self._count("answered", request.answer.finish(reason))
+            self._counts["answered"] += reason is not None and request.answer.finish(reason)
         return not request.answer.has_ended
 
     def _fail_all(self, error: BaseException, *others: ScheduledRequest) -> None:
@@ -430,8 +434,5 @@ class Scheduler:
 
     def _fail(self, request: ScheduledRequest, error: BaseException) -> None:
         logger.debug("a request failed", exc_info=error)
-        self._count("failed", request.answer.fail(error))
-
-    def _count(self, what: str, has_happened: bool) -> None:
         with self._changed:
-            self._counts[what] += has_happened
+            self._counts["failed"] += request.answer.fail(error)

@@ -159,6 +159,15 @@ class ChunkStore:
         with self._loads.begin(key) as load:
             self._memory.promote(key, self._read, to_device, lambda: not load.outdated)
 
+    def renew(self, keys: Collection[str]) -> None:
+        """Has entries be evicted as if they had just been stored, in this order. This does not count as a use."""
+        for key in keys:
+            check_text("key", key)
+        with self._lock:
+            self._memory.renew(keys)
+        if (disk := self._disk) is not None:
+            disk.renew(keys)
+
     def drop_device(self) -> bool:
         """Gives the device the memory back of the entries there that nobody uses; returns whether there were any."""
         with self._lock:

@@ -55,6 +55,11 @@ class MemoryTier(Generic[Entry]):
         self._place(key, self._take(key))
         return entry
 
+    def renew(self, key: str) -> None:
+        """Has an entry, if there is one, be evicted after the others of its queue. Counts no use."""
+        if self.peek(key) is not None:
+            self._place(key, self._take(key))
+
     def put(self, key: str, entry: Entry, uses: int) -> bool:
         """Keeps an entry that has been used so often; returns whether it has room.
 

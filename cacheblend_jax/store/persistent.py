@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -95,6 +95,12 @@ class PersistentTier:
         if self._uses.add(key):
             self.queue.run_soon("uses", self._write_uses)
 
+    def renew(self, keys: Collection[str]) -> None:
+        """Has entries be evicted as if they had just been written, in this order. Waits for the index."""
+        for key in keys:
+            self._uses.add(key, 0)
+        self._write_uses()
+
     def count_unwritable(self) -> None:
         """See `DiskTier.count_unwritable`."""
         self.disk.count_unwritable()
@@ -183,11 +189,11 @@ class UnwrittenUses:
         self._uses: dict[str, int] = {}  # the latest used last
         self._total, self._written_at = 0, time.monotonic()
 
-    def add(self, key: str) -> bool:
-        """Counts a use; returns whether it is time to write them."""
+    def add(self, key: str, number: int = 1) -> bool:
+        """Counts uses, the latest of all; returns whether it is time to write them."""
         with self._lock:
-            self._uses[key] = self._uses.pop(key, 0) + 1
-            self._total += 1
+            self._uses[key] = self._uses.pop(key, 0) + number
+            self._total += number
             return self._total >= MAX_UNWRITTEN_USES or time.monotonic() - self._written_at >= MAX_UNWRITTEN_SECONDS
 
     def take(self) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol, runtime_checkable
 
 from etils import epath
@@ -74,6 +74,12 @@ class Store(Protocol):
 
         Args:
             to_device: copies an entry to the device; `None` leaves the device tier out.
+        """
+
+    def renew(self, keys: Collection[str]) -> None:
+        """Has entries be evicted as if they had just been stored, in this order. This does not count as a use.
+
+        A key without an entry changes nothing.
         """
 
     def drop_device(self) -> bool:

@@ -42,6 +42,7 @@ class TenantStore(WrappedStore[ChunkStore]):
         self._tenants = tenants
         self._quotas = {tenant_prefix(tenant): quota for tenant, quota in (quotas or {}).items()}
         self._held: dict[str, dict[str, int]] = {}  # the bytes of entries, by tenant and key; some may be evicted
+        self._storing: dict[str, int] = {}  # the bytes of those that threads are storing right now
         self._pins: dict[str, tuple[ExitStack, int]] = {}  # what keeps an entry, and its bytes
         self._lock = threading.RLock()
 
@@ -54,8 +55,12 @@ class TenantStore(WrappedStore[ChunkStore]):
             with self._lock:
                 if not self._has_room(owner, quota, key, entry.num_bytes):
                     return False
-                self._held[owner][key] = entry.num_bytes
-        is_stored = super().put(key, entry, wait=wait, uses=uses)
+                self._held[owner][key] = self._storing[key] = entry.num_bytes
+        try:
+            is_stored = super().put(key, entry, wait=wait, uses=uses)
+        finally:
+            with self._lock:
+                self._storing.pop(key, None)
         with self._lock:
             if is_stored and key in self._pins:  # the entry before it was damaged, or removed by another process
                 self._hold(key, self._pins[key][1])
@@ -138,14 +143,13 @@ class TenantStore(WrappedStore[ChunkStore]):
         """Makes room for an entry within a quota, at the cost of the tenant's others. The caller holds the lock."""
         held = self._held.get(owner)
         if held is None or self._excess(held, quota, key, num_bytes) > 0:  # what was evicted since does not count
-            held = self._held[owner] = {
-                each: size for each, size in self.wrapped.sizes().items() if tenant_of(each) == owner
-            }
+            there = self.wrapped.sizes() | self._storing
+            held = self._held[owner] = {each: size for each, size in there.items() if tenant_of(each) == owner}
         excess, victims = self._excess(held, quota, key, num_bytes), []
         for other, size in held.items():
             if excess <= 0:
                 break
-            if other != key and other not in self._pins:
+            if other != key and other not in self._pins and other not in self._storing:
                 victims.append(other)
                 excess -= size
         if excess > 0:

@@ -6,7 +6,7 @@ The store's entries hold KV; those of a simulation have a size alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -59,6 +59,12 @@ class TieredMemory(Generic[Hosted, OnDevice]):
         """Keeps an entry on the host; returns whether it has room. The caller holds the lock."""
         self.device.remove(key)
         return self.host.put(key, entry, uses)
+
+    def renew(self, keys: Collection[str]) -> None:
+        """Has entries be evicted as if they had just been kept, in this order. The caller holds the lock."""
+        for key in keys:
+            self.host.renew(key)
+            self.device.renew(key)
 
     def count_use(self, key: str) -> None:
         """Remembers that an entry was used, wherever it is."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Generic, TypeVar
 
 from etils import epath
@@ -77,6 +77,10 @@ class WrappedStore(Generic[Wrapped]):
     def promote(self, key: str, to_device: Callable[[ChunkEntry], DeviceEntry] | None = None) -> None:
         """See `Store`."""
         self.wrapped.promote(key, to_device)
+
+    def renew(self, keys: Collection[str]) -> None:
+        """See `Store`."""
+        self.wrapped.renew(keys)
 
     def drop_device(self) -> bool:
         """See `Store`."""

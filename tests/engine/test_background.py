@@ -11,7 +11,10 @@ import pytest
 from conftest import FAMILIES, HF, TWO_STAGES, family_model, random_prompt
 
 import cacheblend_jax as cb
+from cacheblend_jax.engine import groups
+from cacheblend_jax.engine.precomputing import place_ahead
 from cacheblend_jax.errors import NotReadyError
+from cacheblend_jax.store.packing import ARRAY_OVERHEAD, PACK_OVERHEAD
 
 
 @pytest.fixture
@@ -216,6 +219,28 @@ def test_what_waits_is_bounded_and_without_duplicates_and_drops_are_counted(slow
     assert (engine.background_stats.dropped, engine.background_stats.not_promoted) == (4, 3)
 
 
+def test_what_two_lanes_miss_at_the_same_time_is_stored_once(slow_storing, monkeypatch):
+    engine, go_on = slow_storing
+    background, submitted = engine._background, []
+    (chunk,) = place_ahead([[1, 2, 3]], "", engine._prefiller, engine._context, engine.model)
+    submit, other = background._thread.submit, threading.Thread(target=background.store_later, args=(chunk,))
+
+    def submit_slowly(work):
+        submitted.append(work)
+        if len(submitted) == 1:
+            other.start()
+            other.join(0.1)  # waits until the first has submitted it
+        return submit(work)
+
+    monkeypatch.setattr(background._thread, "submit", submit_slowly)
+    background.store_later(chunk)
+    other.join()
+    assert len(submitted) == 1
+    go_on.set()
+    engine.flush()
+    assert engine.store.keys() == [chunk.key]
+
+
 def test_a_closed_engine_leaves_no_threads(tmp_path):
     before, prompt = set(threading.enumerate()), random_prompt(33)
 
@@ -246,8 +271,24 @@ def test_precompute_says_what_is_not_stored(caplog):
         assert all(key in engine.store for key in keys)
         assert "2 of 4 chunks are not stored: the store has no room" in caplog.text
         caplog.clear()
-        for key in keys:
-            engine.store.remove(key)
         keys = engine.precompute(prompt.chunks[:2])
         assert (len(keys), keys.unstored) == (2, [])
         assert not caplog.text
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_precompute_finds_does_not_go_for_what_it_stores(tmp_path, monkeypatch, lanes, on_disk):
+    monkeypatch.setattr(groups, "num_lanes", lambda model: lanes)
+    found, other, missing = random_prompt(35, (30, 30, 30)).chunks
+    size = 6 * 30 * 2 * 8 * 4 * 2
+    pack = size + PACK_OVERHEAD + 2 * ARRAY_OVERHEAD
+    room = {"host_bytes": 1, "disk_bytes": 2 * pack} if on_disk else {"host_bytes": 2 * size}
+    store = cb.ChunkStore(tmp_path if on_disk else None, **room)
+    with store, cb.Engine(family_model("llama3"), store) as engine:
+        for chunk in (found, other):
+            engine.precompute([chunk])
+            engine.flush()  # a pack for each
+        engine.precompute([found, missing])
+        engine.flush()
+        assert [each.is_stored for each in engine.look_up([found, other, missing])] == [True, False, True]

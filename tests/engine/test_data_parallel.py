@@ -42,7 +42,7 @@ def meeting(monkeypatch):
         run, barrier, devices = Executors.run, threading.Barrier(groups), []
 
         def run_together(executors, *arguments):
-            barrier.wait(30)
+            barrier.wait(300)  # the other group may be compiling
             devices.append(executors._model.placement.device_set)
             return run(executors, *arguments)
 

@@ -12,12 +12,19 @@ import pytest
 from conftest import TWO_STAGES, family_model, random_prompt, relative_error
 
 import cacheblend_jax as cb
+from cacheblend_jax.engine import groups
 from cacheblend_jax.engine.device_layers import DeviceLayers, free_share
 from cacheblend_jax.model import LayerKV
 from cacheblend_jax.model.kv_cache import with_room
 from cacheblend_jax.runtime.link import SimulatedLink
 
 LAYERS, LAYER_BYTES = 6, 2 * 128 * 2 * 8 * 4  # K and V of a prompt of 97 to 128 tokens
+
+
+@pytest.fixture(autouse=True)
+def one_lane(monkeypatch):
+    """As on an accelerator, where alone layers stay: each lane of a CPU would keep its own."""
+    monkeypatch.setattr(groups, "num_lanes", lambda model: 1)
 
 
 class Counting(SimulatedLink):

@@ -26,6 +26,7 @@ from cacheblend_jax.model.logprobs import TokenLogprobs
 from cacheblend_jax.runtime.programs import Prepared
 
 NOTHING = np.zeros(0, np.int32)
+ENDLESS = 10**6  # tokens: more than are decoded until the test has gone on, however slow the machine
 STATS = PrefillStats("full", 1, 0.5, 0.1, 0.0, 0.0, 0, 0, 0, 0, 1, 0.0, 1, 1, wait_s=0.25)
 
 
@@ -50,7 +51,7 @@ class CountingEngine:
     pauses: dict[int, Callable[[Callable[[], object]], None]] = field(default_factory=dict)
     model: object = field(
         default_factory=lambda: SimpleNamespace(
-            config=SimpleNamespace(max_positions=4096), tokenizer=None, stop_token_ids=(7,), spans_hosts=False
+            config=SimpleNamespace(max_positions=ENDLESS), tokenizer=None, stop_token_ids=(7,), spans_hosts=False
         )
     )
     buckets: object = FINE_BUCKETS
@@ -200,14 +201,23 @@ def test_two_lanes_prefill_two_prompts_and_an_answer_does_not_wait_for_the_other
     assert {what[1] for what in engine.log if what[0] == "decode"} >= {1, 4}  # one step at a time beside prefills
 
 
-def test_without_pauses_an_answer_gets_one_token_for_each_prefill_that_ends(engine):
+@pytest.mark.parametrize("its_thread", ["is quick", "is slow to end"])
+def test_without_pauses_an_answer_gets_one_token_for_each_prefill_that_ends(engine, monkeypatch, its_thread):
+    inserted, goes_on, insert = threading.Event(), threading.Event(), cb.Scheduler._insert
+    monkeypatch.setattr(cb.Scheduler, "_insert", lambda *of: (insert(*of), inserted.set(), goes_on.wait(20))[0])
     engine.lanes, engine.gates = 2, {2: threading.Event(), 3: threading.Event()}
     with cb.Scheduler(engine, slots=3, steps=4, pausing=False) as scheduler:
         with scheduler._changed:
             answers = [scheduler.submit(prompt(n), max_new_tokens=9) for n in (1, 2, 3)]
+        assert inserted.wait(60)
+        if its_thread == "is quick":
+            goes_on.set()
+        with scheduler._changed:
+            scheduler._changed.notify_all()
+        assert [next(answers[0])[0] for _ in range(2)] == tokens(1, 2)
+        goes_on.set()
         for _ in range(3):
             engine.began.acquire()  # the third in the lane that the first has left
-        assert [next(answers[0])[0] for _ in range(2)] == tokens(1, 2)
         assert engine.log.count(("decode", 1, [1])) == 1
         engine.gates[3].set()
         assert [next(answers[0])[0], next(answers[2])[0]] == [102, 300]
@@ -227,8 +237,8 @@ def test_pauses_of_two_lanes_at_a_time_are_one(engine):
                 between()
 
     engine.lanes, engine.pauses = 2, {2: pauses, 3: pauses}
-    with cb.Scheduler(engine, slots=3, steps=4) as scheduler:
-        first = scheduler.submit(prompt(1), max_new_tokens=2000)
+    with cb.Scheduler(engine, slots=3, steps=4, max_tokens=ENDLESS) as scheduler:
+        first = scheduler.submit(prompt(1), max_new_tokens=ENDLESS)
         next(first)
         with scheduler._changed:
             others = [scheduler.submit(prompt(n), max_new_tokens=2) for n in (2, 3)]
@@ -252,10 +262,10 @@ def test_a_slot_that_is_freed_in_a_pause_is_given_to_the_next_request(engine):
 
     engine.lanes, engine.pauses, engine.gates = 2, {2: pauses}, {3: Begun()}
     engine.gate.clear()
-    with cb.Scheduler(engine, slots=2, steps=1) as scheduler:
-        ends = scheduler.submit(prompt(1), max_new_tokens=2000)
+    with cb.Scheduler(engine, slots=2, steps=1, max_tokens=ENDLESS) as scheduler:
+        ends = scheduler.submit(prompt(1), max_new_tokens=ENDLESS)
         engine.gate.set()
-        next(ends)
+        next(ends), next(ends)  # it is in its slot by then
         with scheduler._changed:
             others = [scheduler.submit(prompt(n), max_new_tokens=2) for n in (2, 3)]
             scheduler._running[0].ending = Ending(frozenset(), scheduler._running[0].num_tokens + 2)
@@ -283,8 +293,8 @@ def test_while_groups_of_devices_prefill_nothing_is_decoded(engine, monkeypatch)
     monkeypatch.setattr(CountingBatch, "num_groups", 2)
     monkeypatch.setattr(CountingBatch, "group_of", lambda _, slot: slot // 2)
     engine.gates = {3: threading.Event()}
-    with cb.Scheduler(engine, slots=4, steps=1) as scheduler:
-        running = scheduler.submit(prompt(1), max_new_tokens=2000)
+    with cb.Scheduler(engine, slots=4, steps=1, max_tokens=ENDLESS) as scheduler:
+        running = scheduler.submit(prompt(1), max_new_tokens=ENDLESS)
         next(running)
         with scheduler._changed:
             others = [scheduler.submit(prompt(n), max_new_tokens=3) for n in (2, 3, 4)]
@@ -329,8 +339,8 @@ def test_a_long_prefill_ends_at_its_next_pause_when_nobody_wants_it(engine):
         engine.log.append("not ended")
 
     engine.pauses[2] = pauses
-    with cb.Scheduler(engine, slots=2, steps=1) as scheduler:
-        running = scheduler.submit(prompt(1), max_new_tokens=2000)
+    with cb.Scheduler(engine, slots=2, steps=1, max_tokens=ENDLESS) as scheduler:
+        running = scheduler.submit(prompt(1), max_new_tokens=ENDLESS)
         next(running)
         unwanted = scheduler.submit(prompt(2), max_new_tokens=2)
         assert paused.wait(60)
@@ -350,8 +360,8 @@ def test_what_fails_in_a_pause_is_not_the_new_prompts_and_it_goes_on(engine, mon
         between()
 
     engine.pauses[2] = pauses
-    with cb.Scheduler(engine, slots=2, steps=1) as scheduler:
-        running = scheduler.submit(prompt(1), max_new_tokens=2000)
+    with cb.Scheduler(engine, slots=2, steps=1, max_tokens=ENDLESS) as scheduler:
+        running = scheduler.submit(prompt(1), max_new_tokens=ENDLESS)
         after = scheduler.submit(prompt(2), max_new_tokens=9)
         with pytest.raises(MemoryError, match="the device is full"):
             running.result()
@@ -368,8 +378,8 @@ def test_while_one_request_is_compiled_for_others_go_on_and_pass_it(engine):
         return Prepared(0.001, 0)
 
     engine.compiling[2] = compile_slowly
-    with cb.Scheduler(engine, slots=2, steps=1) as scheduler:
-        running = scheduler.submit(prompt(1), max_new_tokens=4000)
+    with cb.Scheduler(engine, slots=2, steps=1, max_tokens=ENDLESS) as scheduler:
+        running = scheduler.submit(prompt(1), max_new_tokens=ENDLESS)
         waits = scheduler.submit(prompt(2), max_new_tokens=2)
         after = scheduler.submit(prompt(3), max_new_tokens=2)
         assert after.result().token_ids == tokens(3, 2)
@@ -456,9 +466,10 @@ def test_time_to_first_token_has_the_time_that_a_request_waited_for_its_prefill(
 
 def test_tokens_that_come_together_share_their_time_and_have_logprobs_where_these_were_asked_for(engine):
     with cb.Scheduler(engine, slots=2, steps=4) as scheduler:
-        plain, with_logprobs = (
-            scheduler.submit(prompt(n), max_new_tokens=9, logprobs=asked) for n, asked in ((1, False), (2, True))
-        )
+        with scheduler._changed:  # both are there before the first token
+            plain, with_logprobs = (
+                scheduler.submit(prompt(n), max_new_tokens=9, logprobs=asked) for n, asked in ((1, False), (2, True))
+            )
         assert with_logprobs.result().token_ids == tokens(2, 9)
         assert plain.result().token_ids == tokens(1, 9)
     assert [with_logprobs.token(n).logprobs.logprob for n in range(9)] == [-0.5, *map(float, range(-201, -209, -1))]
@@ -501,7 +512,7 @@ def test_a_full_queue_refuses_and_what_cannot_be_served_is_refused_before_it_wai
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("slots", 0), ("max_tokens", 4097), ("waiting", True), ("steps", 65), ("steps", 0.5)]
+    ("name", "value"), [("slots", 0), ("max_tokens", ENDLESS + 1), ("waiting", True), ("steps", 65), ("steps", 0.5)]
 )
 def test_numbers_out_of_range_are_named(engine, name, value):
     with pytest.raises(cb.CacheBlendError, match=rf"{name} must be a whole number in \[1, \d+\], got {value}"):
@@ -509,8 +520,8 @@ def test_numbers_out_of_range_are_named(engine, name, value):
 
 
 def test_a_cancelled_answer_frees_its_slot_and_ends_where_it_is(engine):
-    with cb.Scheduler(engine, slots=1, steps=1) as scheduler:
-        endless = scheduler.submit(prompt(1), max_new_tokens=4000)
+    with cb.Scheduler(engine, slots=1, steps=1, max_tokens=ENDLESS) as scheduler:
+        endless = scheduler.submit(prompt(1), max_new_tokens=ENDLESS)
         assert next(endless) == (100, "")
         after = scheduler.submit(prompt(2), max_new_tokens=2)
         endless.cancel()
@@ -524,6 +535,22 @@ def test_a_cancelled_answer_frees_its_slot_and_ends_where_it_is(engine):
         after.cancel()  # has ended: nothing to cancel
     assert after.finish_reason == "length"
     assert (scheduler.stats.answered, scheduler.stats.cancelled) == (1, 1)
+
+
+def test_whoever_reads_an_answers_end_finds_it_counted_and_no_longer_running(engine, monkeypatch):
+    finish, seen, looks = cb.Answer.finish, [], threading.Thread(target=lambda: seen.append(scheduler.stats))
+
+    def finish_and_look(answer, reason):
+        ended = finish(answer, reason)
+        looks.start()
+        looks.join(0.05)  # waits until the end is counted
+        return ended
+
+    monkeypatch.setattr(cb.Answer, "finish", finish_and_look)
+    with cb.Scheduler(engine, slots=1) as scheduler:
+        assert scheduler.submit(prompt(1), max_new_tokens=3).result().token_ids == tokens(1, 3)
+    looks.join()
+    assert seen == [cb.SchedulerStats(0, 0, 1, answered=1, tokens=3)]
 
 
 def test_an_answer_cancelled_during_its_prefill_takes_no_slot(engine):
@@ -619,8 +646,8 @@ def test_closing_answers_what_was_submitted(engine):
 
 
 def test_closing_with_a_timeout_cancels_the_rest(engine):
-    scheduler = cb.Scheduler(engine, slots=1, steps=1, max_tokens=4096)
-    answers = [scheduler.submit(prompt(n), max_new_tokens=4000) for n in (1, 2)]
+    scheduler = cb.Scheduler(engine, slots=1, steps=1, max_tokens=ENDLESS)
+    answers = [scheduler.submit(prompt(n), max_new_tokens=ENDLESS) for n in (1, 2)]
     next(answers[0])
     engine.gate.clear()
     scheduler.flush()  # as when the process ends

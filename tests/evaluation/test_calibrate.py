@@ -103,6 +103,7 @@ def test_probes_leave_the_store_alone_and_nothing_open(tmp_path, monkeypatch, ca
     model, directory = family_model("llama3"), tmp_path / "kv"
     with cb.ChunkStore(directory) as store, cb.Engine(model, store) as engine:
         engine.precompute(random_prompt(1))
+    with cb.ChunkStore(directory) as store:
         kept = store.keys()
     profile = calibrate(model, directory, lengths=[64], ratios=[0.2], repeats=1)
     assert profile.store == str(directory)

@@ -6,9 +6,8 @@ import re
 import shutil
 import subprocess
 
-import httpx
 import pytest
-from serving_cases import running
+from serving_cases import get, post, running
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -20,7 +19,7 @@ def server():
 
 
 def test_the_page_needs_nothing_from_elsewhere(server):
-    answer = httpx.get(server.url)
+    answer = get(server.url)
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert answer.headers["content-type"].startswith("text/html")
     assert not re.findall(r"(?:https?:)?//[\w.]+\.\w+/|<link|src=", answer.text)
@@ -30,7 +29,7 @@ def test_the_page_needs_nothing_from_elsewhere(server):
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser: chromium")
 def test_the_page_shows_the_answer_and_which_chunks_hit(server, tmp_path):
     stored = "Oslo is now home to Cobalt. Lima is home to Ridge."
-    httpx.post(server.url + "/v1/chunks", json={"chunks": [stored]}).raise_for_status()
+    post(server.url + "/v1/chunks", json={"chunks": [stored]}).raise_for_status()
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
     command += ["--virtual-time-budget=10000", "--dump-dom", f"{server.url}/#ask"]
     for _ in range(6):  # the browser's virtual time may end before the answer's real one

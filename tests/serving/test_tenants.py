@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving_cases import CHUNKS, QUESTION, running
+from serving_cases import CHUNKS, QUESTION, get, running
 
 import cacheblend_jax as cb
 from cacheblend_jax.serving import Caller, Tenants
@@ -66,14 +66,14 @@ def found(client) -> list[bool]:
 )
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chunks", "/metrics", "/v1/chunks/anything"])
 def test_without_a_right_key_nothing_is_told(server, headers, path):
-    answer = httpx.get(server.url + path, headers=headers)
+    answer = get(server.url + path, headers=headers)
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
 def test_health_and_the_page_need_no_key(server):
-    assert httpx.get(server.url + "/health").status_code == 200
-    assert httpx.get(server.url + "/").status_code == 200
+    assert get(server.url + "/health").status_code == 200
+    assert get(server.url + "/").status_code == 200
 
 
 def test_only_an_operator_sees_what_counts_all_tenants(server, ada):

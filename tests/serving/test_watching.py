@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving_cases import CHUNKS, QUESTION, ScriptedScheduler, running
+from serving_cases import CHUNKS, QUESTION, ScriptedScheduler, get, post, running
 from starlette.applications import Starlette
 
 import cacheblend_jax as cb
@@ -36,15 +36,15 @@ def server():
 
 
 def samples(server) -> dict[str, float]:
-    lines = httpx.get(server.url + "/metrics").text.splitlines()
+    lines = get(server.url + "/metrics").text.splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
 
 
 def test_requests_their_times_and_tokens_are_counted(server):
-    httpx.post(server.url + "/v1/chunks", json={"chunks": CHUNKS[:1]}).raise_for_status()
+    post(server.url + "/v1/chunks", json={"chunks": CHUNKS[:1]}).raise_for_status()
     before = samples(server)
-    answer = httpx.post(server.url + CHAT, json=chat(*CHUNKS, cacheblend={"mode": "reuse"})).json()
-    httpx.post(server.url + CHAT, json={})
+    answer = post(server.url + CHAT, json=chat(*CHUNKS, cacheblend={"mode": "reuse"})).json()
+    post(server.url + CHAT, json={})
     after = samples(server)
 
     def gained(name: str) -> float:
@@ -69,7 +69,7 @@ def test_the_dashboard_asks_for_what_there_is(server):
     queries = " ".join(each["expr"] for panel in panels for each in panel["targets"])
     asked = set(re.findall(r"cacheblend_\w+", queries))
     there = {name.partition("{")[0] for name in samples(server)}
-    httpx.post(server.url + CHAT, json=chat())
+    post(server.url + CHAT, json=chat())
     there |= {name.partition("{")[0] for name in samples(server)}
     assert len(asked) > 15
     assert asked <= there
@@ -78,11 +78,11 @@ def test_the_dashboard_asks_for_what_there_is(server):
 def test_a_server_is_ready_once_it_is_warm():
     warm = threading.Event()
     with running(warm_up=warm.wait) as server:
-        answer = httpx.get(server.url + "/health")
+        answer = get(server.url + "/health")
         assert (answer.status_code, answer.json()["status"]) == (503, "starting")
-        assert httpx.get(server.url + "/health/live").status_code == 200
+        assert get(server.url + "/health/live").status_code == 200
         warm.set()
-        while (answer := httpx.get(server.url + "/health")).status_code == 503:
+        while (answer := get(server.url + "/health")).status_code == 503:
             pass
         assert answer.json() == {"status": "ready", "reasons": []}
 
@@ -116,9 +116,9 @@ def test_a_server_whose_scheduler_has_ended_says_that_others_should_be_asked():
     with running() as server:
         server.scheduler.submit = refuse
         for _ in range(2):
-            answer = httpx.post(server.url + CHAT, json=chat())
+            answer = post(server.url + CHAT, json=chat())
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
-        assert httpx.get(server.url + "/health").json()["status"] == "stopping"
+        assert get(server.url + "/health").json()["status"] == "stopping"
 
 
 def test_a_warm_up_that_fails_leaves_a_server_that_answers(caplog):
@@ -126,9 +126,9 @@ def test_a_warm_up_that_fails_leaves_a_server_that_answers(caplog):
         raise RuntimeError("no compiler")
 
     with running(warm_up=fail) as server:
-        while httpx.get(server.url + "/health").status_code == 503:
+        while get(server.url + "/health").status_code == 503:
             pass
-        assert httpx.post(server.url + CHAT, json=chat()).status_code == 200
+        assert post(server.url + CHAT, json=chat()).status_code == 200
     assert "warming up failed" in caplog.text
 
 
@@ -173,7 +173,7 @@ def test_a_tier_that_fails_degrades_and_one_that_works_again_does_not():
 def test_a_server_that_ends_finishes_what_runs_and_closes_what_it_was_given(tmp_path):
     engine = cb.Engine(cb.load_model("demo"), TenantStore(cb.ChunkStore(tmp_path / "kv")))
     with running(engine=engine) as server, ThreadPoolExecutor(1) as client:
-        httpx.post(server.url + "/v1/chunks", json={"chunks": CHUNKS}).raise_for_status()
+        post(server.url + "/v1/chunks", json={"chunks": CHUNKS}).raise_for_status()
         server.scheduler.gate.clear()
         answer = client.submit(httpx.post, server.url + CHAT, json=chat(), timeout=60)
         server.scheduler.answers.get(timeout=30)

@@ -31,6 +31,22 @@ def test_the_least_recently_used_goes_first():
     assert store.stats.host == TierStats(hits=1, entries=2, bytes=2 * ENTRY_BYTES, evicted=1)
 
 
+def test_what_is_renewed_goes_after_what_was_stored_before_and_has_not_been_used():
+    store = cb.ChunkStore(host_bytes=4 * ENTRY_BYTES)
+    for key in "abcd":
+        store.put(key, entry(), uses=0)
+    for key in "cdcd":
+        store.get(key)
+    before = store.stats
+    store.renew(["missing", "b", "a", "c"])
+    assert store.keys() == ["b", "a", "d", "c"]
+    assert store.stats == before
+    store.get("a")
+    assert store.keys() == ["b", "a", "d", "c"]  # used once, whatever it was before
+    store.put("e", entry())
+    assert store.keys() == ["a", "e", "d", "c"]
+
+
 def test_what_is_larger_than_the_store_evicts_nothing():
     store = cb.ChunkStore(host_bytes=2 * ENTRY_BYTES)
     store.put("a", entry())

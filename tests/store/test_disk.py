@@ -170,6 +170,25 @@ def test_the_disk_keeps_what_was_seen_twice(tmp_path):
         assert store.stats.disk.evicted >= 8
 
 
+def test_what_is_renewed_is_evicted_from_the_disk_after_what_was_used_before(tmp_path):
+    capacity = int(3.5 * pack_bytes(tmp_path))
+    with cb.ChunkStore(tmp_path / "kv", disk_bytes=capacity, host_bytes=1) as store:
+        for seed in range(3):
+            store.put(key_of(seed), make_entry(seed, BIG), uses=0)
+            store.flush()
+        store.get(key_of(1))  # the index does not know of it yet
+        store.renew([key_of(0)])
+        assert [found.uses for found in map(store._disk.disk.index.find, names(store, range(3)))] == [0, 1, 0]
+        for seed in (3, 4):
+            store.put(key_of(seed), make_entry(seed, BIG))
+            store.flush()
+        assert set(store.keys()) == {key_of(seed) for seed in (0, 3, 4)}
+
+
+def names(store: cb.ChunkStore, seeds) -> list[str]:
+    return [store._disk.disk._name(key_of(seed)) for seed in seeds]
+
+
 def test_an_entry_in_use_is_not_evicted_from_the_disk_even_by_another_store(tmp_path):
     capacity = int(2.5 * pack_bytes(tmp_path))
     with cb.ChunkStore(tmp_path / "kv", disk_bytes=capacity) as store:

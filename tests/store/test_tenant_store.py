@@ -50,6 +50,30 @@ def test_a_quota_evicts_the_tenants_own_entries_alone(directory):
         assert store.sizes_of("one") == {key_for(number): SIZE for number in (0, 2, 3)}
 
 
+def test_a_quota_counts_what_another_thread_is_storing(monkeypatch):
+    with TenantStore(cb.ChunkStore(), {"one": 3 * SIZE}) as store:
+        put(store, range(2))
+        put_now, meanwhile = store.wrapped.put, [3]
+
+        def put_after_others(*arguments, **options):
+            while meanwhile:
+                assert put(store, [meanwhile.pop()]) == [True]
+            return put_now(*arguments, **options)
+
+        monkeypatch.setattr(store.wrapped, "put", put_after_others)
+        assert put(store, [2]) == [True]
+        assert held(store) == {1, 2, 3}
+
+
+def test_a_quota_evicts_what_was_renewed_after_the_others(directory):
+    with TenantStore(cb.ChunkStore(directory), {"one": 3 * SIZE}) as store:
+        put(store, range(3))
+        store.flush()
+        store.renew([key_for(0)])
+        assert put(store, [3]) == [True]
+        assert held(store) == {0, 2, 3}
+
+
 def test_a_quota_counts_the_bytes_that_are_stored():
     quantised = make_entry(0).quantised("int8").num_bytes
     assert 3 * quantised < 2 * SIZE
