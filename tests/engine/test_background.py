@@ -246,7 +246,7 @@ def test_precompute_says_what_is_not_stored(caplog):
         assert all(key in engine.store for key in keys)
         assert "2 of 4 chunks are not stored: the store has no room" in caplog.text
         caplog.clear()
-        for key in engine.store.keys():
+        for key in engine.store.keys():  # noqa: SIM118 (a `Store`)
             engine.store.remove(key)
         keys = engine.precompute(prompt.chunks[:2])
         assert (len(keys), keys.unstored) == (2, [])
