@@ -65,6 +65,8 @@ def test_i1_ratio_one_is_full_prefill(family, selector):
     assert_full(engine.prefill(prompt), engine.prefill(prompt, "full"))
 
 
+# Together they have all that rounds: biases, norms in each place, windows, caps, sinks, experts, scaled RoPE.
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "every_option"], scope="session")
 def test_i1_bfloat16_within_rounding(family):
     model = cb.model.random_model(dataclasses.replace(FAMILIES[family], dtype="bfloat16"), seed=7)
     engine = cb.Engine(model, blend=cb.BlendConfig(1.0, num_stages=1))
