@@ -25,7 +25,7 @@ from cacheblend_jax.store.writeback import WriteBack
 def ends(action: Callable[[], object]) -> bool:
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
-    thread.join(5)
+    thread.join(300)
     return not thread.is_alive()
 
 
