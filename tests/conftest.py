@@ -58,9 +58,21 @@ def _checked_record(cls, **options):
     return record
 
 
+_checks_results: set[tuple[str, str]] = set()
+
+
 def checked_once_called(function):
-    """Has beartype write a function's checks at its first call: most functions are never called in a given process."""
-    check = None
+    """Has beartype write a function's checks at its first call: most functions are never called in a given process.
+
+    jaxtyping asks for two: of the arguments with what is returned, then of the arguments alone, before the call. The
+    second finds nothing that the first does not, and is left out where there is a first: it takes a tenth of tracing.
+    """
+    check, name = None, (function.__module__, function.__qualname__)
+    if name in _checks_results:
+        _checks_results.remove(name)
+        return lambda *args, **kwargs: None
+    if "return" in function.__annotations__:
+        _checks_results.add(name)
 
     def call(*args, **kwargs):
         nonlocal check
@@ -207,6 +219,15 @@ def one_length(monkeypatch):
     monkeypatch.setattr("cacheblend_jax.evaluation.evaluator.NUM_BUCKETS", 1)
 
 
+_programs_of_commands: dict = {}
+
+
+@pytest.fixture
+def shared_programs(monkeypatch):
+    """Models that commands load, one for each call, run the programs of those before them."""
+    monkeypatch.setattr(cb.Model, "_runners", property(lambda model: _programs_of_commands))
+
+
 @pytest.fixture(autouse=True)
 def own_user_cache(monkeypatch, tmp_path_factory) -> Path:
     """Gives each test a user cache and a configuration of its own, not those of whoever runs the tests."""
@@ -226,7 +247,8 @@ def _no_verdicts_stay():
 def _room_for_compiled_programs():
     """A process may map only so many regions: beyond some, JAX's caches go, and models that tests share."""
     yield
-    for forget in (jax.clear_caches, shared_engine.cache_clear, family_model.cache_clear):
+    models = shared_engine.cache_clear, family_model.cache_clear, _programs_of_commands.clear
+    for forget in (jax.clear_caches, *models):
         if mapped_share() > 0.4:
             forget()
             gc.collect()

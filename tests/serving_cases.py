@@ -142,7 +142,7 @@ class Running:
 
     def exchange(self, *pieces: bytes, half_close: bool = False) -> tuple[int, bytes]:
         """Sends bytes on a connection of their own; returns the status and the body of what comes back."""
-        with socket.create_connection(self.address, timeout=30) as connection:
+        with socket.create_connection(self.address, timeout=300) as connection:
             with contextlib.suppress(ConnectionError):
                 for piece in pieces:
                     connection.sendall(piece)

@@ -22,11 +22,22 @@ from pallas_kernels import apply_rope
 SELECTOR_OF = {"llama2": "random", "llama3": "epic", "mistral": "cross", "qwen2": "query", "qwen3": "oracle"}
 SELECTOR_OF |= {"gemma3": "hkvd", "every_option": "hkvd"}
 each_selector = pytest.mark.parametrize(("family", "selector"), SELECTOR_OF.items(), scope="session")
+IN_BFLOAT16 = ("qwen2", "gemma3", "every_option")  # together they have all options: programs of bfloat16 compile slowly
 
 
 def test_every_selector_and_family_has_a_case():
     assert SELECTOR_OF.keys() == FAMILIES.keys()
     assert set(SELECTOR_OF.values()) == set(cb.SELECTORS)
+
+
+def options_of(families) -> set[str]:
+    """The fields of a configuration that one of these families has otherwise than the default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(cb.model.ModelConfig)}
+    return {name for family in families for name in defaults if getattr(FAMILIES[family], name) != defaults[name]}
+
+
+def test_every_option_is_in_a_model_in_bfloat16():
+    assert options_of(IN_BFLOAT16) == options_of(FAMILIES)
 
 
 def assert_full(out, full, tolerance=1e-5):
@@ -65,6 +76,7 @@ def test_i1_ratio_one_is_full_prefill(family, selector):
     assert_full(engine.prefill(prompt), engine.prefill(prompt, "full"))
 
 
+@pytest.mark.parametrize("family", IN_BFLOAT16, scope="session")
 def test_i1_bfloat16_within_rounding(family):
     model = cb.model.random_model(dataclasses.replace(FAMILIES[family], dtype="bfloat16"), seed=7)
     engine = cb.Engine(model, blend=cb.BlendConfig(1.0, num_stages=1))

@@ -42,6 +42,7 @@ def ask(docs, *options, question="Where does Ana of the Cobalt team work?"):
     return main(["ask", *MODEL, "--docs", docs, *common, *options, question])
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_ask_answers_and_says_what_was_reused(docs, capsys, tmp_path):
     report = tmp_path / "report.json"
     options = ["--top-k", "2", "--json", str(report), "--store", str(tmp_path / "kv")]
@@ -66,7 +67,7 @@ def test_ask_compiles_beside_its_other_work_and_shows_what_it_does(docs, capsys,
     load = loading_module.load_params
 
     def load_later(*args, **options):
-        assert prepared.wait(60)  # the weights come after the first programs
+        assert prepared.wait(300)  # the weights come after the first programs
         return load(*args, **options)
 
     def prepare_first(engine, *args, **options):
@@ -98,6 +99,7 @@ def test_ask_compiles_beside_its_other_work_and_shows_what_it_does(docs, capsys,
 
 
 @pytest.mark.once
+@pytest.mark.usefixtures("shared_programs")
 def test_ask_compares_the_four_modes(docs, capsys, tmp_path):
     report = tmp_path / "report.json"
     assert ask(docs, "--all", "--compare", "--selector", "hkvd", "--json", str(report)) == 0
@@ -110,6 +112,7 @@ def test_ask_compares_the_four_modes(docs, capsys, tmp_path):
 
 
 @pytest.mark.once
+@pytest.mark.usefixtures("shared_programs")
 def test_ask_without_a_chat_template(docs, tmp_path, capsys):
     model = shutil.copytree(HF / "llama3", tmp_path / "plain")
     path = model / "tokenizer_config.json"
@@ -122,6 +125,7 @@ def test_ask_without_a_chat_template(docs, tmp_path, capsys):
     assert "TTFT" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_ask_passes_arguments_to_the_chat_template(docs, tmp_path, monkeypatch):
     model = shutil.copytree(HF / "llama3", tmp_path / "model")
     path = model / "tokenizer_config.json"
@@ -158,6 +162,7 @@ def test_a_platform_without_a_device_is_one_line(docs):
 
 
 @pytest.mark.once
+@pytest.mark.usefixtures("shared_programs")
 def test_the_question_may_follow_the_paths(docs, capsys):
     options = [*MODEL, "--max-new-tokens", "2"]
     assert main(["ask", *options, "--docs", docs, docs + "/company.md", "Where is Oslo?"]) == 0
@@ -315,6 +320,7 @@ def evaluate(*options):
 
 
 @pytest.mark.once
+@pytest.mark.usefixtures("shared_programs")
 def test_evaluate_goes_on_where_it_was_stopped(tmp_path, capsys):
     out, report = tmp_path / "results.jsonl", tmp_path / "report.json"
     told = ("Reyes took the nickname Cobalt.", "Lima is the birthplace of Novak.")

@@ -33,7 +33,7 @@ class Written:
 
     def line(self) -> str:
         self._new.clear()
-        assert self._new.wait(60)
+        assert self._new.wait(300)
         return self.lines[-1]
 
 

@@ -241,11 +241,11 @@ def test_an_entry_that_could_not_be_read_is_opened_anew():
 def test_prefills_at_the_same_time_read_a_layer_once_and_find_its_tier_as_it_was():
     chunk, begun, goes_on, reads = Chunk(), threading.Event(), threading.Event(), []
     read = chunk.read_layer
-    chunk.read_layer = lambda *which: (reads.append(which), begun.set(), goes_on.wait(30), read(*which))[-1]
+    chunk.read_layer = lambda *which: (reads.append(which), begun.set(), goes_on.wait(300), read(*which))[-1]
     with SharedReads(Entries(chunk), {"key": 2}) as shared, ThreadPoolExecutor(2) as groups:
         with shared.open("key") as first, shared.open("key") as second:
             one = groups.submit(first.read_layer, 0)
-            begun.wait(30)
+            begun.wait(300)
             other = groups.submit(second.read_layer, 0)
             goes_on.set()
             assert one.result() is other.result()

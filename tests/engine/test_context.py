@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, HF, family_model, random_prompt, relative_error
+from conftest import FAMILIES, HF, TWO_STAGES, family_model, random_prompt, relative_error
 
 import cacheblend_jax as cb
 from cacheblend_jax.engine.standalone import SHARED_CONTEXT
@@ -127,7 +127,7 @@ def test_the_text_that_a_store_remembers_comes_before_the_neutral_one(tmp_path):
         assert store.remember_context("The sky is blue.") == "The sky is blue."
         with cb.Engine(model, store) as engine:
             assert context_of(engine) == "The sky is blue."
-    with cb.ChunkStore(tmp_path) as later, cb.Engine(model, later) as engine:
+    with cb.ChunkStore(tmp_path) as later, cb.Engine(model, later, TWO_STAGES) as engine:
         assert engine.prefill(cb.Prompt("", ["Grass is green."], "?")).stats.hits == 1
         assert context_of(cb.Engine(model, later, context="Snow is white.")) == "Snow is white."  # said here
 

@@ -29,7 +29,6 @@ BUCKETS = 64, 80
 CASES = [
     ("8 KV heads", "4x2", "resident"),
     ("2 KV heads", "2x4", "streamed"),
-    ("1 KV head", "2x4", "resident"),
     ("experts", "2x4", "resident"),
 ]
 
@@ -183,7 +182,7 @@ def test_what_follows_a_prefill_runs_where_its_kv_is():
 def test_groups_precompute_different_chunks_at_the_same_time(monkeypatch):
     store, barrier, counted = store_of("2 KV heads"), threading.Barrier(2), []
     entry = store.get(store.keys()[0])
-    monkeypatch.setattr(Executors, "standalone", lambda *_: (barrier.wait(30), entry)[1])
+    monkeypatch.setattr(Executors, "standalone", lambda *_: (barrier.wait(300), entry)[1])
     with cb.Engine(model_on("2 KV heads", "2x4")) as engine:
         chunks = [PROMPT.chunks[0], PROMPT.chunks[1], PROMPT.chunks[0]]
         keys = engine.precompute(chunks, progress=lambda *count: counted.append(count))

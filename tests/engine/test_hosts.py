@@ -70,7 +70,7 @@ def on_each(work, count: int = 2, service: Service | None = None) -> list:
 
     def run(index: int):
         try:
-            return work(Hosts(service, index, count, 30.0, "test"))
+            return work(Hosts(service, index, count, 300.0, "test"))
         except cb.CacheBlendError as error:
             return error
 
@@ -144,12 +144,12 @@ def test_each_of_three_hosts_hears_of_one_that_fails_while_they_run_a_program():
     service, has_run = Service(), threading.Event()
 
     def work(index: int) -> str:
-        hosts = Hosts(service, index, 3, 30.0, "test")
+        hosts = Hosts(service, index, 3, 300.0, "test")
         if index == 2:
             hosts.give_up(MemoryError("no memory"))
             return ""
         with pytest.raises(HostsError) as raised:
-            hosts.in_time(lambda: has_run.wait(20))
+            hosts.in_time(lambda: has_run.wait(300))
         return str(raised.value)
 
     with ThreadPoolExecutor(3) as threads:
@@ -427,7 +427,7 @@ def test_a_program_that_another_host_does_not_run_is_not_waited_for():
             hosts.give_up(MemoryError("none left"))
             return None
         try:
-            hosts.in_time(lambda: goes_on.wait(30))
+            hosts.in_time(lambda: goes_on.wait(300))
         finally:
             goes_on.set()
 
@@ -436,7 +436,7 @@ def test_a_program_that_another_host_does_not_run_is_not_waited_for():
     goes_on.clear()
     for _ in range(2):
         with pytest.raises(HostsError, match="in a program that all hosts run"):
-            alone.in_time(lambda: goes_on.wait(30)) if not alone._failed else alone.agree("a call", None, len)
+            alone.in_time(lambda: goes_on.wait(300)) if not alone._failed else alone.agree("a call", None, len)
     goes_on.set()
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
-from conftest import HF, family_model, random_prompt
+from conftest import HF, TWO_STAGES, family_model, random_prompt
 
 import cacheblend_jax as cb
 from cacheblend_jax.engine import groups, pauses
@@ -54,7 +54,7 @@ def test_i6_two_prompts_are_prefilled_at_the_same_time_as_each_alone(two_lanes, 
         engine.precompute(prompt)
     alone = [engine.prefill(prompt) for prompt in prompts]
     monkeypatch.setattr(pauses, "LONGEST_S", 0.0)
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=300)
     with ThreadPoolExecutor(2) as threads:
         together = list(threads.map(lambda prompt: engine.prefill(prompt, between=both.wait), prompts))
     for out, wanted in zip(together, alone, strict=True):
@@ -64,7 +64,7 @@ def test_i6_two_prompts_are_prefilled_at_the_same_time_as_each_alone(two_lanes, 
 
 
 def test_a_third_prompt_waits_for_a_lane(two_lanes, monkeypatch):
-    engine, waits = cb.Engine(family_model("llama2")), threading.Event()
+    engine, waits = cb.Engine(family_model("llama2"), blend=TWO_STAGES), threading.Event()
     changed = engine._groups._changed
     wait_for = changed.wait_for
     with ThreadPoolExecutor(1) as thread, engine._groups.turn() as one:
@@ -72,9 +72,9 @@ def test_a_third_prompt_waits_for_a_lane(two_lanes, monkeypatch):
             assert one.executors is not other.executors
             monkeypatch.setattr(changed, "wait_for", lambda is_free: (waits.set(), wait_for(is_free)))
             third = thread.submit(engine.prefill, cb.Prompt("", (), [1, 2, 3]), "full")
-            assert waits.wait(60)
+            assert waits.wait(300)
             assert not third.done()
-        assert third.result(timeout=60).stats.wait_s > 0  # in the lane that is free, whichever it is
+        assert third.result(timeout=300).stats.wait_s > 0  # in the lane that is free, whichever it is
 
 
 def test_slots_are_decoded_in_two_parts_at_the_same_time_as_each_answer_alone(two_lanes, monkeypatch):
@@ -146,7 +146,7 @@ def test_a_request_goes_to_the_part_with_fewer_answers():
 
 
 def test_batches_are_answered_in_two_lanes_as_each_prompt_alone(two_lanes, tmp_path):
-    engine = cb.Engine(family_model("llama2"), store=cb.ChunkStore(tmp_path, host_bytes=1))
+    engine = cb.Engine(family_model("llama2"), cb.ChunkStore(tmp_path, host_bytes=1), TWO_STAGES)
     prompts = [random_prompt(seed) for seed in (1, 2, 1, 2)]
     for prompt in prompts:
         engine.precompute(prompt)

@@ -21,9 +21,6 @@ from cacheblend_jax.model.transformer import abstract_params, embedder, joined_b
 from cacheblend_jax.model.weights import load_params, open_checkpoint
 from pallas_kernels.dispatch import Target
 
-MODES = ("full", "prefix", "reuse", "blend")
-
-
 CONFIG = replace(FAMILIES["qwen3"], num_layers=3, qkv_bias=True, windows=(None, 20, None))  # few layers to compile
 
 
@@ -38,14 +35,17 @@ def same_leaves(one: Params, other: Params) -> bool:
     return all(jax.tree.leaves(pairs))
 
 
-@pytest.mark.parametrize("executor", ["resident", "streamed"])
-def test_prefills_and_answers_are_those_of_stacked_weights(executor):
+# Each mode, and each way of the resident executor's and of the streamed one's to take a layer's weights.
+@pytest.mark.parametrize(
+    ("executor", "modes"), [("resident", ("full", "reuse", "blend")), ("streamed", ("prefix", "blend"))]
+)
+def test_prefills_and_answers_are_those_of_stacked_weights(executor, modes):
     blend = cb.BlendConfig(0.3, "query", num_stages=2)
     stacked, by_layer = (cb.Engine(model, blend=blend, executor=executor) for model in both_forms())
     prompt = random_prompt(11)
     for engine in (stacked, by_layer):
         engine.precompute(prompt)
-    for mode in MODES:
+    for mode in modes:
         before = [engine.model.runner.count for engine in (by_layer, stacked)]
         out, wanted = by_layer.prefill(prompt, mode), stacked.prefill(prompt, mode)
         compiled = [engine.model.runner.count - of for engine, of in zip((by_layer, stacked), before, strict=True)]

@@ -75,7 +75,7 @@ class CountingEngine:
         self.began.release()
         self.gate.wait()
         if number in self.gates:
-            assert self.gates[number].wait(60)
+            assert self.gates[number].wait(300)
         if number in self.pauses and between is not None:
             self.pauses[number](between)
         if number in self.failing:
@@ -253,7 +253,7 @@ def test_a_slot_that_is_freed_in_a_pause_is_given_to_the_next_request(engine):
     def pauses(between):
         for _ in range(9):
             between()
-        assert engine.gates[3].wait(60)
+        assert engine.gates[3].wait(300)
 
     class Begun(threading.Event):  # what the third request meets when its prefill begins
         def wait(self, timeout=None):
@@ -277,12 +277,12 @@ def test_when_its_thread_fails_also_what_is_set_aside_meanwhile_ends(engine, mon
 
     def preparation(self, length, *, with_logprobs):
         prefills.set()
-        assert fails.wait(60)
+        assert fails.wait(300)
         return lambda: None  # not ready: it is set aside
 
     monkeypatch.setattr(CountingBatch, "preparation", preparation)
     scheduler = cb.Scheduler(engine, slots=2)
-    monkeypatch.setattr(scheduler, "_wait_for_prefills", lambda: (prefills.wait(60), fails.set(), 1 / 0))
+    monkeypatch.setattr(scheduler, "_wait_for_prefills", lambda: (prefills.wait(300), fails.set(), 1 / 0))
     answer = scheduler.submit(prompt(1), max_new_tokens=2)
     with pytest.raises(ZeroDivisionError):
         answer.result()
@@ -334,7 +334,7 @@ def test_a_long_prefill_ends_at_its_next_pause_when_nobody_wants_it(engine):
     def pauses(between):
         between()
         paused.set()
-        assert cancelled.wait(60)
+        assert cancelled.wait(300)
         between()
         engine.log.append("not ended")
 
@@ -343,7 +343,7 @@ def test_a_long_prefill_ends_at_its_next_pause_when_nobody_wants_it(engine):
         running = scheduler.submit(prompt(1), max_new_tokens=ENDLESS)
         next(running)
         unwanted = scheduler.submit(prompt(2), max_new_tokens=2)
-        assert paused.wait(60)
+        assert paused.wait(300)
         unwanted.cancel()
         cancelled.set()
         assert scheduler.submit(prompt(3), max_new_tokens=2).result().token_ids == tokens(3, 2)
@@ -373,7 +373,7 @@ def test_while_one_request_is_compiled_for_others_go_on_and_pass_it(engine):
     compiled = threading.Event()
 
     def compile_slowly() -> Prepared:
-        assert compiled.wait(60)
+        assert compiled.wait(300)
         del engine.compiling[2]
         return Prepared(0.001, 0)
 
@@ -403,7 +403,7 @@ def test_a_request_that_waits_for_the_compiler_can_be_cancelled_and_fails_alone(
     def fail() -> None:
         raise failed
 
-    engine.compiling |= {1: lambda: compiled.wait(60), 2: fail}
+    engine.compiling |= {1: lambda: compiled.wait(300), 2: fail}
     scheduler = cb.Scheduler(engine, slots=2)
     cancelled, fails = (scheduler.submit(prompt(n), max_new_tokens=2) for n in (1, 2))
     with pytest.raises(cb.CacheBlendError, match="no such program"):
@@ -662,7 +662,7 @@ def test_requests_that_come_during_the_warm_up_wait_and_hold_nobody_up(engine, m
         try:
             warming = pool.submit(scheduler.warmup)
             warms.wait()
-            answer = pool.submit(scheduler.submit, prompt(1), max_new_tokens=2).result(timeout=30)
+            answer = pool.submit(scheduler.submit, prompt(1), max_new_tokens=2).result(timeout=300)
             assert (scheduler.stats.waiting, engine.log) == (1, [])
             with pytest.raises(cb.CacheBlendError, match="before the first request"):
                 scheduler.warmup()

@@ -23,8 +23,8 @@ from cacheblend_jax.runtime.link import SimulatedLink
 
 # Every family, every selector (those that read attention with sliding windows), and ratios from 0 to 1.
 CASES = [("llama2", "random", 0.2), ("llama3", "hkvd", 0.4), ("mistral", "cross", 0.3), ("qwen2", "query", 0.3)]
-CASES += [("qwen3", "oracle", 0.2), ("gemma3", "hkvd", 0.1), ("every_option", "hkvd", 0.1)]
-CASES += [("llama2", "hkvd", 0.0), ("llama2", "hkvd", 1.0), ("llama2", "epic", 0.2)]
+CASES += [("qwen3", "oracle", 0.2), ("gemma3", "hkvd", 0.1), ("every_option", "epic", 0.2)]
+CASES += [("llama2", "hkvd", 0.0), ("llama2", "hkvd", 1.0)]
 
 
 def engines(model, blend=TWO_STAGES, store=None, **options):
@@ -482,7 +482,7 @@ def test_no_layer_arrives_beyond_the_bound_until_one_is_released(readers):
         stream.next(), stream.next()
         assert len(put) == 2  # the third waits, since neither layer was released
         stream.used_until(jax.numpy.zeros(()))
-        assert arrived.wait(60)
+        assert arrived.wait(300)
 
 
 class Order:
@@ -502,7 +502,7 @@ class Order:
 
     def wait_for(self, count) -> list[int]:
         for _ in range(count):
-            assert self.all_sent.acquire(timeout=60)
+            assert self.all_sent.acquire(timeout=300)
         return self.sent
 
 
@@ -526,7 +526,7 @@ def test_a_slow_tiers_next_layer_is_not_waited_for(readers):
 
     def read_layer(layer, heads=None):
         if layer == 1:
-            assert arrived.wait(60)
+            assert arrived.wait(300)
         return read(layer)
 
     chunk.read_layer = read_layer

@@ -130,6 +130,7 @@ def test_warming_up_shows_how_far_it_has_come(demo, monkeypatch):
     assert shown == [("compile", 2)]
 
 
+@pytest.mark.usefixtures("one_length")
 def test_an_evaluation_is_a_call_that_prints_nothing(demo, tmp_path, capsys):
     settings = settings_for(modes=("full", "blend"), selectors=("hkvd",))
     seen = []

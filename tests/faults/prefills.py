@@ -59,7 +59,7 @@ def threads(
     """
     rng, counts = random.Random(seed), collections.Counter(prefills=0, hits=0, misses=0)
     reference, options = Reference(family_model(family)), {"length_buckets": BUCKETS}
-    blends = [cb.BlendConfig(1.0), cb.BlendConfig(0.15)]
+    blends = [cb.BlendConfig(ratio, num_stages=1) for ratio in (1.0, 0.15)]
     with (
         cb.ChunkStore(directory, host_bytes=HOST_BYTES, disk_bytes=8 * HOST_BYTES) as store,
         cb.Engine(family_model(family), store, **options) as engine,

@@ -136,7 +136,8 @@ def _server(model: cb.Model, directory: Path, executor: str) -> Iterator[Running
 
 
 def _engine(model: cb.Model, store: cb.ChunkStore, executor: str) -> cb.Engine:
-    return cb.Engine(model, TenantStore(store), context="", length_buckets=(128,), executor=executor)
+    blend = cb.BlendConfig(num_stages=1)  # each stage more is a fifth more to compile
+    return cb.Engine(model, TenantStore(store), blend, context="", length_buckets=(128,), executor=executor)
 
 
 def _body(rng: random.Random, modes: Sequence[str], temperatures: Sequence[float]) -> dict[str, Any]:

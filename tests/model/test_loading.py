@@ -16,7 +16,8 @@ from cacheblend_jax.model import loading as loading_module
 from cacheblend_jax.model.loading import loading_model
 from cacheblend_jax.runtime.turns import TURN_SECONDS
 
-SECONDS = 60  # only a failing test waits that long
+SECONDS = 300  # only a failing test waits that long
+BLEND = cb.BlendConfig(num_stages=1)  # few to compile
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_what_is_compiled_without_weights_is_all_that_a_prompt_needs(gate, conte
     prompt = random_prompt(0, chunk_lengths=(30, 40, 30))
     with loading_model(HF / "llama3") as loading:
         outline, done = loading.outline, []
-        with cb.Engine(outline, context=context) as ahead:
+        with cb.Engine(outline, blend=BLEND, context=context) as ahead:
             ahead.prepare(prompt, max_new_tokens=3, progress=lambda *counts: done.append(counts))
         assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(outline.params))
         # A prefill and a decoder; stand-alone KV of one size, and that of chunks after a context that they share.
@@ -48,11 +49,11 @@ def test_what_is_compiled_without_weights_is_all_that_a_prompt_needs(gate, conte
         model = loading.model()
     assert compiled == len(done) + 2  # a cache is copied to grow, and the first token is drawn
     assert (model.runner, model.fingerprint) == (outline.runner, outline.fingerprint)
-    with cb.Engine(model, context=context) as engine:
+    with cb.Engine(model, blend=BLEND, context=context) as engine:
         engine.precompute(prompt)
         answer = engine.generate(prompt, max_new_tokens=3)
     assert model.runner.count == compiled
-    with cb.Engine(cb.load_model(HF / "llama3"), context=context) as alone:
+    with cb.Engine(cb.load_model(HF / "llama3"), blend=BLEND, context=context) as alone:
         alone.precompute(prompt)
         assert alone.generate(prompt, max_new_tokens=3).token_ids == answer.token_ids
 
@@ -75,7 +76,7 @@ def test_threads_take_short_turns_while_weights_are_read_and_no_longer(monkeypat
 def test_what_answers_without_precomputing_is_compiled_too_and_then_nothing_is_stored():
     prompt = random_prompt(0, chunk_lengths=(30, 40, 30))
     model, store = cb.load_model(HF / "llama3"), cb.ChunkStore()
-    with cb.Engine(model, store, store_missing=False) as engine:
+    with cb.Engine(model, store, BLEND, store_missing=False) as engine:
         engine.precompute([prompt.chunks[1]], prefix=prompt.prefix)  # it is there, the others are not
         precomputing = model.runner.count
         engine.prepare(prompt, max_new_tokens=3, precomputed=False)

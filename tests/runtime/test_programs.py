@@ -191,6 +191,7 @@ def test_programs_used_least_recently_make_room(monkeypatch, caplog):
     assert all(compile_s(idle, number) > 0 for number in (1, 2))
     assert compile_s(busy, 1) == compile_s(busy, 3) == 0  # used again: 2 is the oldest now, then what is idle
     share = 0.99
+    monkeypatch.setattr(programs, "_programs_with_room", 1)
     assert compile_s(busy, 4) > 0
     assert caplog.text.count("least recently used compiled programs are dropped") == 1
     assert compile_s(busy, 1) == compile_s(busy, 3) == compile_s(busy, 4) == 0
@@ -214,8 +215,27 @@ def test_no_more_programs_are_dropped_than_needed(monkeypatch):
     for number in range(6):
         compile_one(number)
     monkeypatch.setattr(programs, "mapped_share", lambda: sum(program() is not None for program in alive) / 6)
+    monkeypatch.setattr(programs, "_programs_with_room", 1)
     compile_one(6)  # full
     assert sum(program() is not None for program in alive) == 5  # four are few enough
+
+
+def test_regions_are_counted_before_programs_may_find_none(monkeypatch):
+    """Each program maps as many as a large one."""
+    number, counted, each = 0, [], programs.SHARE_OF_A_PROGRAM
+
+    def mapped_by_now() -> float:
+        counted.append(number)
+        return number * each
+
+    monkeypatch.setattr(programs, "mapped_share", mapped_by_now)
+    monkeypatch.setattr(programs, "_drop_oldest", lambda: 0)
+    monkeypatch.setattr(programs, "_programs_with_room", 0)
+    runner = Runner("cpu")
+    most = int(programs.MAX_MAPPED_SHARE / each)
+    for number in range(most + 3):
+        runner(jnp.negative, shape(number + 1))
+    assert counted == [0, most, most + 1, most + 2]
 
 
 def test_what_a_process_has_mapped_is_counted(monkeypatch):

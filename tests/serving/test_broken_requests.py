@@ -206,7 +206,7 @@ def test_what_is_no_http_is_refused(server, raw):
 
 
 def test_a_head_that_does_not_come_ends_the_connection(server):
-    with socket.create_connection(server.address, timeout=30) as connection:
+    with socket.create_connection(server.address, timeout=300) as connection:
         connection.sendall(b"POST /v1/chat")
         assert connection.recv(10) == b""
 
@@ -217,7 +217,7 @@ def test_a_body_that_does_not_come_is_waited_for_no_longer_than_so(server):
 
 
 def test_a_client_that_resets_its_connection_amid_its_body_costs_nothing(server):
-    with socket.create_connection(server.address, timeout=30) as connection:
+    with socket.create_connection(server.address, timeout=300) as connection:
         connection.sendall(head_of(100) + b"{")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -233,10 +233,10 @@ def test_a_client_that_goes_frees_its_slot(server, stream):
         server.scheduler.answers.get()
     server.scheduler.gate.clear()
     raw = json.dumps(body(stream=stream)).encode()
-    with socket.create_connection(server.address, timeout=30) as connection:
+    with socket.create_connection(server.address, timeout=300) as connection:
         connection.sendall(head_of(len(raw)) + raw)
-        answer = server.scheduler.answers.get(timeout=30)
-    gone = answer.cancelled.wait(30)
+        answer = server.scheduler.answers.get(timeout=300)
+    gone = answer.cancelled.wait(300)
     server.scheduler.gate.set()
     assert gone
 
@@ -248,12 +248,12 @@ def test_a_client_that_goes_amid_an_answer_frees_its_slot(server):
     try:
         while not server.scheduler.answers.empty():
             server.scheduler.answers.get()
-        with socket.create_connection(server.address, timeout=30) as connection:
+        with socket.create_connection(server.address, timeout=300) as connection:
             connection.sendall(head_of(len(raw)) + raw)
             received = b""
             while b"word" not in received:
                 received += connection.recv(10**5)
-        assert server.scheduler.answers.get(timeout=30).cancelled.wait(30)
+        assert server.scheduler.answers.get(timeout=300).cancelled.wait(300)
     finally:
         server.scheduler.script = script
 
@@ -268,7 +268,7 @@ def lost(monkeypatch):
 
 def test_a_body_that_goes_on_after_its_answer_ends_the_connection(server, lost):
     head = head_of(10**9).replace(b"application/json", b"text/plain")
-    with socket.create_connection(server.address, timeout=30) as connection, contextlib.suppress(ConnectionError):
+    with socket.create_connection(server.address, timeout=300) as connection, contextlib.suppress(ConnectionError):
         connection.sendall(head)
         assert connection.recv(100).startswith(b"HTTP/1.1 415")
         for _ in range(1000):  # more often than a connection that is idle is closed
@@ -285,20 +285,20 @@ def test_a_client_that_does_not_read_loses_its_connection(lost):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(server.address)
         connection.sendall(head_of(len(raw)) + raw)
-        assert server.scheduler.answers.get(timeout=30).cancelled.wait(30)
-        assert lost.wait(30)
+        assert server.scheduler.answers.get(timeout=300).cancelled.wait(300)
+        assert lost.wait(300)
 
 
 def test_no_more_requests_than_so_are_under_way(server):
     server.scheduler.gate.clear()
     raw = json.dumps(body()).encode()
-    connections = [socket.create_connection(server.address, timeout=30) for _ in range(8)]
+    connections = [socket.create_connection(server.address, timeout=300) for _ in range(8)]
     try:
         while not server.scheduler.answers.empty():
             server.scheduler.answers.get()
         for connection in connections:
             connection.sendall(head_of(len(raw)) + raw)
-        held = [server.scheduler.answers.get(timeout=30) for _ in connections]
+        held = [server.scheduler.answers.get(timeout=300) for _ in connections]
         status, error = server.error(CHAT, body())
         assert (status, error["code"], error["type"]) == (429, "too_many_requests", "rate_limit_error")
         assert server.exchange(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")[0] == 200
@@ -306,4 +306,4 @@ def test_no_more_requests_than_so_are_under_way(server):
         for connection in connections:
             connection.close()
         server.scheduler.gate.set()
-    assert all(answer.cancelled.wait(30) for answer in held)
+    assert all(answer.cancelled.wait(300) for answer in held)

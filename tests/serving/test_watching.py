@@ -103,7 +103,7 @@ def test_health_and_metrics_are_told_while_requests_take_all_threads():
             for _ in asked:
                 began.acquire()
             for path in ("/health", "/metrics"):
-                assert httpx.get(server.url + path, timeout=10).status_code == 200
+                assert httpx.get(server.url + path, timeout=300).status_code == 200
         finally:
             go_on.set()
         assert [each.result().status_code for each in asked] == [200] * THREADS
@@ -176,7 +176,7 @@ def test_a_server_that_ends_finishes_what_runs_and_closes_what_it_was_given(tmp_
         post(server.url + "/v1/chunks", json={"chunks": CHUNKS}).raise_for_status()
         server.scheduler.gate.clear()
         answer = client.submit(httpx.post, server.url + CHAT, json=chat(), timeout=60)
-        server.scheduler.answers.get(timeout=30)
+        server.scheduler.answers.get(timeout=300)
         server.server.should_exit = True
         while server.thread.is_alive():  # it waits for the answer, and takes no more
             try:

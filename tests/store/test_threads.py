@@ -25,7 +25,7 @@ from cacheblend_jax.store.writeback import WriteBack
 def ends(action: Callable[[], object]) -> bool:
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
-    thread.join(60)  # the first write imports Orbax
+    thread.join(300)  # the first write imports Orbax
     return not thread.is_alive()
 
 

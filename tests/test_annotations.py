@@ -1,0 +1,54 @@
+"""Annotations of the package are checked while tests run: of arguments, and of what is returned."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import checked_once_called, unchecked
+from jaxtyping import Float, TypeCheckError, jaxtyped
+
+from cacheblend_jax.blend.deviation import kv_deviation
+
+
+@jaxtyped(typechecker=checked_once_called)
+def first_rows(rows: Float[np.ndarray, "rows width"], count: int, why: str = "") -> Float[np.ndarray, "{count} width"]:
+    return rows[:count] if count else rows[0]
+
+
+@jaxtyped(typechecker=checked_once_called)
+def without_a_result(why: str):
+    return why
+
+
+def is_refused(function, *arguments) -> bool:
+    try:
+        function(*arguments)
+    except TypeCheckError:
+        return True
+    return False
+
+
+def test_arguments_and_results_are_checked_in_every_call():
+    rows = np.zeros((3, 2), np.float32)
+    for _ in range(2):
+        assert not is_refused(first_rows, rows, 2)
+        assert is_refused(first_rows, rows[0], 2)
+        assert is_refused(first_rows, rows, 2, 2)
+        assert is_refused(first_rows, rows, 4)  # has fewer
+        assert is_refused(first_rows, rows, 0)  # a row
+        assert is_refused(without_a_result, 2)
+        assert not is_refused(without_a_result, "2")
+
+
+def test_those_of_the_package_are():
+    rows = [jnp.ones((3, 2, 4))] * 4
+    assert not is_refused(kv_deviation, *rows, jnp.ones(3, bool))
+    assert is_refused(kv_deviation, *rows, jnp.ones(1, bool))  # would be broadcast
+    with unchecked():
+        kv_deviation(*rows, jnp.ones(1, bool))
+
+
+def test_where_an_error_is_expected_the_package_itself_must_refuse():
+    with pytest.raises(IndexError):
+        first_rows(np.zeros((0, 2), np.float32), 0)
