@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,21 +59,21 @@ def _checked_record(cls, **options):
     return record
 
 
-_checks_results: set[tuple[str, str]] = set()
+_this_thread = threading.local()
 
 
 def checked_once_called(function):
     """Has beartype write a function's checks at its first call: most functions are never called in a given process.
 
     jaxtyping asks for two: of the arguments with what is returned, then of the arguments alone, before the call. The
-    second finds nothing that the first does not, and is left out where there is a first: it takes a tenth of tracing.
+    second finds nothing that the first does not, unless the call raises; it is left out where there is a first, as it
+    takes a tenth of tracing. The two are asked for one after the other, in one thread.
     """
     check, name = None, (function.__module__, function.__qualname__)
-    if name in _checks_results:
-        _checks_results.remove(name)
+    has_first = getattr(_this_thread, "checks_results", None) == name
+    _this_thread.checks_results = None if has_first or "return" not in function.__annotations__ else name
+    if has_first:
         return lambda *args, **kwargs: None
-    if "return" in function.__annotations__:
-        _checks_results.add(name)
 
     def call(*args, **kwargs):
         nonlocal check
@@ -225,7 +226,8 @@ _programs_of_commands: dict = {}
 @pytest.fixture
 def shared_programs(monkeypatch):
     """Models that commands load, one for each call, run the programs of those before them."""
-    monkeypatch.setattr(cb.Model, "_runners", property(lambda model: _programs_of_commands))
+    of_one = property(lambda model: _programs_of_commands.setdefault(model.config, {}))
+    monkeypatch.setattr(cb.Model, "_runners", of_one)
 
 
 @pytest.fixture(autouse=True)

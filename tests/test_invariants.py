@@ -22,7 +22,7 @@ from pallas_kernels import apply_rope
 SELECTOR_OF = {"llama2": "random", "llama3": "epic", "mistral": "cross", "qwen2": "query", "qwen3": "oracle"}
 SELECTOR_OF |= {"gemma3": "hkvd", "every_option": "hkvd"}
 each_selector = pytest.mark.parametrize(("family", "selector"), SELECTOR_OF.items(), scope="session")
-IN_BFLOAT16 = ("qwen2", "gemma3", "every_option")  # together they have all options: programs of bfloat16 compile slowly
+IN_BFLOAT16 = ("qwen2", "gemma3", "every_option")  # all options, if not all values: such programs compile slowly
 
 
 def test_every_selector_and_family_has_a_case():

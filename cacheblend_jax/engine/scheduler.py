@@ -43,9 +43,10 @@ class Scheduler:
     On a mesh with `data`, each group of devices has its slots, and prefills the requests that it puts there: as many at
     the same time as there are groups, where `slots` is a multiple of them. A CPU with several cores prefills two.
 
-    A step of decoding reads the weights once for all slots, so that eight answers take little longer than one. Greedy
-    and sampled answers have the tokens that `engine.generate` gives each alone (in 16-bit floats up to roundings, which
-    depend on how many rows are multiplied together).
+    A step of decoding reads the weights once for all slots that it decodes (on a CPU, half of them where the weights
+    are small), so that eight answers take little longer than one. Greedy and sampled answers have the tokens that
+    `engine.generate` gives each alone (in 16-bit floats up to roundings, which depend on how many rows are multiplied
+    together).
 
     Tenants take turns, and each one's requests come in the order they came. After each prefill, or those of several
     groups, there is at least one step of decoding, and a prefill that takes longer than 100 ms pauses for one about as
@@ -170,8 +171,7 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """A snapshot of the counts."""
         with self._changed:
-            self._drop_ended()
-            running = len(self._running) + len(self._prefilling)
+            running = sum(not each.answer.has_ended for each in (*self._running.values(), *self._prefilling.values()))
             return SchedulerStats(len(self._waiting), running, self._batch.num_slots, **self._counts)
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -423,7 +423,8 @@ class Scheduler:
             return False
         with self._changed:  # who reads the end finds it counted
             self._counts["tokens"] += len(token_ids)
-            self._counts["answered"] += reason is not None and request.answer.finish(reason)
+            if reason is not None:
+                self._counts["answered"] += request.answer.finish(reason)
         return not request.answer.has_ended
 
     def _fail_all(self, error: BaseException, *others: ScheduledRequest) -> None:

@@ -27,7 +27,10 @@ class Prefills(Protocol):
 
     @property
     def lanes(self) -> int:
-        """How many prompts each group of the model's devices (`Model.groups`) prefills at a time."""
+        """How many prompts each group of the model's devices (`Model.groups`) prefills at a time.
+
+        As many threads decode a part of the slots each.
+        """
 
     def check(self, prompt: Prompt, mode: str, blend: BlendConfig | str | None) -> TokenizedPrompt:
         """Returns the prompt's token ids.

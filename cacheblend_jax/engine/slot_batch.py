@@ -44,10 +44,10 @@ class Block:
 
 
 class SlotBatch:
-    """The slots of one scheduler; used by one thread at a time.
+    """The slots of one scheduler. One thread at a time inserts or decodes.
 
-    On a CPU with several cores they are in parts, each decoded by a thread: a step of a few rows keeps one core busy.
-    Not those of a model with large weights, which each part would read.
+    On a CPU with several cores they are in parts, each decoded by a thread: a step of a few rows keeps only one core
+    busy. Those of a model with large weights stay in one part: each part would read all of them.
 
     Args:
         num_slots: how many answers are decoded together.
@@ -72,7 +72,7 @@ class SlotBatch:
         return slot // self._slots_each if self.num_groups > 1 else None
 
     def part_of(self, slot: int) -> int:
-        """Returns which slots a slot is decoded with: a step takes as long as the part with the most answers."""
+        """Returns the number of the slots that a slot is decoded with."""
         return slot // self._slots_each if self.num_groups > 1 else slot % len(self._parts)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Int
 
 from cacheblend_jax.engine.generation import angles_of
 from cacheblend_jax.engine.results import PrefillResult
@@ -22,7 +23,7 @@ from cacheblend_jax.runtime.programs import shapes_of
 class DecodedBlock(NamedTuple):
     """The tokens of each step and slot, on the host, `NONE` where a slot was idle, and their log-probabilities."""
 
-    token_ids: np.ndarray
+    token_ids: Int[np.ndarray, "steps slots"]
     logprobs: LogprobRows | None
 
 
@@ -73,7 +74,7 @@ class SlotPart:
             self._shapes[group] = _where_it_is(owner, slots)
         return self._shapes[group]
 
-    def decode(self, goes_on: np.ndarray, steps: int, *, with_logprobs: bool) -> DecodedBlock:
+    def decode(self, goes_on: Bool[np.ndarray, " slots"], steps: int, *, with_logprobs: bool) -> DecodedBlock:
         """Decodes up to `steps` tokens of the slots that go on."""
         slots, self._slots = self._state(), None
         decoded = self._decode(self._model.runner, slots, goes_on, steps, with_logprobs)
@@ -86,7 +87,12 @@ class SlotPart:
         return run(insert, slots, cache, turn, np.int32(slot), donate=("slots",))
 
     def _decode(
-        self, run: Callable[..., Any], slots: Slots, goes_on: np.ndarray, steps: int, with_logprobs: bool
+        self,
+        run: Callable[..., Any],
+        slots: Slots,
+        goes_on: Bool[np.ndarray, " slots"],
+        steps: int,
+        with_logprobs: bool,
     ) -> DecodedSlots:
         arrays = self._model.params, slots, goes_on, np.int32(steps), self._angles
         static = {"config": self._model.config, "with_logprobs": with_logprobs}

@@ -30,7 +30,7 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     "gpu": {"xla_gpu_dot_merger_threshold_mb": "0"},
 }
 MAX_MAPPED_SHARE = 0.75  # of the memory regions that the kernel lets a process map
-SHARE_OF_A_PROGRAM = 0.02  # what a large one maps, a thousand regions or more, where Linux allows the usual 65,530
+SHARE_OF_A_PROGRAM = 0.02  # of those regions, where Linux allows the usual 65,530: more than a program takes
 EVICTED_AT_ONCE = 8
 MIN_KEPT = 16  # the programs used last stay: a request that compiles one more needs its others, too
 REMEMBERED_ARRAYS = 4096  # more than a model's weights, where each layer's are apart
@@ -40,7 +40,7 @@ _lock = threading.Lock()  # guards the programs of all runners
 _cpu_runners: weakref.WeakSet[Runner] = weakref.WeakSet()  # the limit of mapped regions holds for the whole process
 _uses = itertools.count()
 _drops = 0  # how often programs were dropped in this process
-_programs_with_room = 0  # how many more certainly find regions to map
+_programs_with_room = 0  # how many more find regions to map, surely
 # By `id`: reading a shape from an array takes a microsecond, and a model with each layer's weights apart has hundreds.
 _array_shapes: dict[int, tuple[weakref.ref, Hashable]] = {}
 
@@ -306,16 +306,17 @@ def _make_room() -> None:
     Counting regions takes milliseconds, so it is left out while there is room for several programs.
     """
     global _programs_with_room
-    _programs_with_room -= 1
-    if _programs_with_room > 0:
-        return
+    with _lock:
+        _programs_with_room -= 1
+        if _programs_with_room > 0:
+            return
     while (share := mapped_share()) > MAX_MAPPED_SHARE:
         dropped = _drop_oldest()
         if not dropped:
             return
         _warn_of_drops()
         logger.debug("dropped %d compiled programs", dropped)
-    _programs_with_room = int((MAX_MAPPED_SHARE - share) / SHARE_OF_A_PROGRAM)
+    _programs_with_room = min(int((MAX_MAPPED_SHARE - share) / SHARE_OF_A_PROGRAM), EVICTED_AT_ONCE)
 
 
 def _drop_oldest() -> int:

@@ -160,7 +160,7 @@ class ChunkStore:
             self._memory.promote(key, self._read, to_device, lambda: not load.outdated)
 
     def renew(self, keys: Collection[str]) -> None:
-        """Has entries be evicted as if they had just been stored, in this order. This does not count as a use."""
+        """Has entries go as if they had just been stored, in this order. This does not count as a use."""
         for key in keys:
             check_text("key", key)
         with self._lock:

@@ -56,7 +56,7 @@ class MemoryTier(Generic[Entry]):
         return entry
 
     def renew(self, key: str) -> None:
-        """Has an entry, if there is one, be evicted after the others of its queue. Counts no use."""
+        """Moves an entry, if there is one, behind the others of its queue. Counts no use."""
         if self.peek(key) is not None:
             self._place(key, self._take(key))
 

@@ -96,7 +96,7 @@ class PersistentTier:
             self.queue.run_soon("uses", self._write_uses)
 
     def renew(self, keys: Collection[str]) -> None:
-        """Has entries be evicted as if they had just been written, in this order. Waits for the index."""
+        """Has entries go as if they had just been written, in this order. Waits for the index."""
         for key in keys:
             self._uses.add(key, 0)
         self._write_uses()

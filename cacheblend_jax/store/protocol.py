@@ -77,7 +77,7 @@ class Store(Protocol):
         """
 
     def renew(self, keys: Collection[str]) -> None:
-        """Has entries be evicted as if they had just been stored, in this order. This does not count as a use.
+        """Has entries go as if they had just been stored, in this order. This does not count as a use.
 
         A key without an entry changes nothing.
         """

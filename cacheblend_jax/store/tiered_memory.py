@@ -61,7 +61,7 @@ class TieredMemory(Generic[Hosted, OnDevice]):
         return self.host.put(key, entry, uses)
 
     def renew(self, keys: Collection[str]) -> None:
-        """Has entries be evicted as if they had just been kept, in this order. The caller holds the lock."""
+        """Has entries go as if they had just been kept, in this order. The caller holds the lock."""
         for key in keys:
             self.host.renew(key)
             self.device.renew(key)

@@ -110,10 +110,11 @@ def test_hkvd_picks_the_highest_kv_deviation_at_the_check_layer(part):
     assert 0.2 * sum(LENGTHS) <= len(chosen) <= 0.25 * sum(LENGTHS)
 
 
-def test_cross_picks_what_looked_at_other_chunks_in_the_layer_before_the_check():
-    engine, prompt = blend_engine("cross", family=FAMILY), the_prompt()
+@pytest.mark.parametrize("family", ["llama3", FAMILY])
+def test_cross_picks_what_looked_at_other_chunks_in_the_layer_before_the_check(family):
+    engine, prompt = blend_engine("cross", family=family), the_prompt()
     chosen = chosen_after_check(engine, prompt)
-    mean_weights = forward(FAMILY)[CHECK - 1]["weights"].mean(0)
+    mean_weights = forward(family)[CHECK - 1]["weights"].mean(0)
     scores = np.zeros(TOTAL)
     start = PREFIX
     for length in LENGTHS:

@@ -79,7 +79,7 @@ def test_a_third_prompt_waits_for_a_lane(two_lanes, monkeypatch):
 
 def test_slots_are_decoded_in_two_parts_at_the_same_time_as_each_answer_alone(two_lanes, monkeypatch):
     """Both parts' first steps meet at a barrier; later the answers that are left are in one part, then in the other."""
-    engine, met = cb.Engine(family_model("llama2")), threading.Barrier(2, timeout=60)
+    engine, met = cb.Engine(family_model("llama2")), threading.Barrier(2, timeout=300)
     prompts = [random_prompt(seed) for seed in (1, 2, 3)]
     lengths = (4, 12, 8)  # of slots 0 and 2, which are one part, and of slot 1
     alone = [
@@ -102,10 +102,12 @@ def test_slots_are_decoded_in_two_parts_at_the_same_time_as_each_answer_alone(tw
         return decode(part, *arguments, **options)
 
     monkeypatch.setattr(SlotPart, "decode", meeting)
+    batch.preparation(256, with_logprobs=True)()
     count = engine.model.runner.count
     while running := {slot for slot, answer in enumerate(answers) if len(answer) < lengths[slot]}:
-        for slot, block in enumerate(batch.decode(running, 3)):
+        for slot, block in enumerate(batch.decode(running, 3, with_logprobs=True)):
             answers[slot] += block.token_ids
+            assert [each.likeliest[0][0] for each in block.logprobs] == block.token_ids
     assert answers == alone
     assert engine.model.runner.count == count
     batch.close()

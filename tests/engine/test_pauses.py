@@ -176,7 +176,7 @@ def test_what_is_raised_in_a_pause_ends_the_prefill_and_frees_all(everything_is_
 
     with pytest.raises(KeyError, match="nobody waits"):
         engine.prefill(prompt, between=leave)
-    assert "cacheblend-lane" not in {thread.name for thread in threading.enumerate()}  # a stream's threads
+    assert "cacheblend-lane" not in {thread.name for thread in threading.enumerate()}  # a stream's thread
     assert_same(engine.prefill(prompt), wanted)
     assert engine.store.remove(engine.precompute(prompt)[0])  # nobody holds it open
 

@@ -235,7 +235,7 @@ def test_regions_are_counted_before_programs_may_find_none(monkeypatch):
     most = int(programs.MAX_MAPPED_SHARE / each)
     for number in range(most + 3):
         runner(jnp.negative, shape(number + 1))
-    assert counted == [0, most, most + 1, most + 2]
+    assert counted == [*range(0, most, programs.EVICTED_AT_ONCE), most, most + 1, most + 2]
 
 
 def test_what_a_process_has_mapped_is_counted(monkeypatch):

@@ -26,6 +26,7 @@ def test_stores_satisfy_the_protocol_and_can_be_closed_by_a_with(tmp_path, throt
         opened.check_writable()
         assert opened.put("a", ENTRY, wait=True, uses=0)
         opened.promote("a")
+        opened.renew(["a", "b"])
         opened.flush()
         assert ("a" in opened, "b" in opened, len(opened), opened.keys()) == (True, False, 1, ["a"])
         assert opened.get("a").k.tobytes() == ENTRY.k.tobytes()
