@@ -77,7 +77,7 @@ mass_of = jax.jit(attention_mass, static_argnames=("window", "soft_cap"))
 
 
 @pytest.mark.once
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases(lengths=(1, 90), head_dims=(8, 80), borders=(32,)))  # its tiles have 8 queries, and all keys
 def test_attention_mass_is_the_column_sum_of_the_weights(case):
     case = replace(case, soft_cap=1.5, sinks=np.linspace(-1, 2, case.q.shape[1]).astype(np.float32))

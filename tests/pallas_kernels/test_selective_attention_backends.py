@@ -61,7 +61,7 @@ EACH_PALLAS_BACKEND = [
 # By backend: the cases that it is checked with, and how many of them. XLA's blocks are fixed: 40 keys are one block of
 # one tile, 720 have several blocks in one tile and in two, also unmasked ones of twice the size.
 CASES = {
-    "xla": (cases(lengths=(1, 40, 720), head_dims=(8, 80), borders=(360, 512)), 24),
+    "xla": (cases(lengths=(1, 40, 720), head_dims=(8, 80), borders=(360, 512)), 40),
     "tpu": (cases(lengths=(1, 300), head_dims=(32, 80), borders=(128,)), 8),
     "triton": (cases(lengths=(1, 300), head_dims=(32, 80), borders=(64,)), 10),
     "mosaic_gpu": (
