@@ -73,7 +73,8 @@ class SlotBatch:
 
     def part_of(self, slot: int) -> int:
         """Returns the number of the slots that a slot is decoded with."""
-        return slot // self._slots_each if self.num_groups > 1 else slot % len(self._parts)
+        group = self.group_of(slot)
+        return slot % len(self._parts) if group is None else group
 
     def close(self) -> None:
         """Ends its threads. It decodes no more."""

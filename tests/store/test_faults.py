@@ -201,7 +201,7 @@ def test_two_processes_write_the_same_chunks(tmp_path):
 
 
 def test_four_processes_hammer_one_store_beyond_its_capacity(tmp_path):
-    assert min(hammer(tmp_path, [0], seconds=3).values()) > 0
+    assert min(hammer(tmp_path, [0], seconds=5).values()) > 0
 
 
 def test_verify_repairs(tmp_path):
