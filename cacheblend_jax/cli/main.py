@@ -150,9 +150,15 @@ def module_of(command: str) -> ModuleType:
 
 
 def _keep_compiled_programs() -> None:
-    """Turns on JAX's persistent compilation cache, in the user's cache directory unless the user chose another."""
+    """Turns on JAX's persistent compilation cache, in the user's cache directory unless the user chose another.
+
+    There, what spares tracing for it is kept in any case.
+    """
     import jax
 
+    from cacheblend_jax.runtime.kept_programs import keep_programs
+
+    keep_programs()
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(user_cache_path("cacheblend-jax") / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)

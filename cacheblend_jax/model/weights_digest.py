@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from cacheblend_jax.model.params import Params, is_by_layer
-from cacheblend_jax.model.user_cache import read_record, write_record
+from cacheblend_jax.runtime.user_cache import read_record, write_record
 
 logger = logging.getLogger(__name__)
 REMEMBERED_BYTES = 2**26  # fewer bytes are hashed again faster than anyone notices

@@ -19,6 +19,7 @@ from cacheblend_jax.cli import main as main_module
 from cacheblend_jax.cli.main import COMMANDS, main, module_of, parser_of
 from cacheblend_jax.evaluation.capacity import TIERS
 from cacheblend_jax.evaluation.devices import DEVICES
+from cacheblend_jax.runtime import kept_programs
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
 PACKAGE = Path(cacheblend_jax.__file__).parent
@@ -80,6 +81,7 @@ def no_command(monkeypatch) -> None:
 def test_compiled_programs_on_disk_have_a_bound(monkeypatch, own_user_cache):
     changed = {}
     monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+    monkeypatch.setattr(kept_programs, "_is_on", False)  # again, after the test
     for directory, size in ((None, -1), (None, 1000), ("/their/own", -1)):
         changed.clear()
         monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", directory, raising=False)
@@ -87,6 +89,7 @@ def test_compiled_programs_on_disk_have_a_bound(monkeypatch, own_user_cache):
         assert main(["nothing"]) == 0
         assert changed.get("jax_compilation_cache_dir") == (None if directory else str(own_user_cache / "compiled"))
         assert changed.get("jax_compilation_cache_max_size") == (4 * 2**30 if not directory and size == -1 else None)
+    assert kept_programs._is_on
 
 
 def test_names_that_stand_apart_are_those_of_what_they_name():
