@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         check_writable("--json", parsed.json)
         if not parsed.no_compile_cache:
             _keep_compiled_programs()
+        if not parsed.no_weight_cache:
+            _keep_dequantised_weights()
         to_stdout = parsed.json == STANDARD_STREAM
         with (
             messages(quiet=parsed.quiet, verbose=parsed.verbose),
@@ -130,7 +132,7 @@ def declared(names: Collection[str]) -> tuple[argparse.ArgumentParser, dict[str,
         description="Answers questions from texts whose KV is computed once and blended (CacheBlend).",
         epilog=f"Defaults of options may stand in {configuration_path()}.",
     )
-    parser.set_defaults(shorten="", json=None, no_compile_cache=True, quiet=False, verbose=False)
+    parser.set_defaults(shorten="", json=None, no_compile_cache=True, no_weight_cache=True, quiet=False, verbose=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('cacheblend-jax')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     parsers = {}
@@ -147,6 +149,12 @@ def declared(names: Collection[str]) -> tuple[argparse.ArgumentParser, dict[str,
 def module_of(command: str) -> ModuleType:
     """Returns the module of a command."""
     return import_module(f"cacheblend_jax.cli.{command}")
+
+
+def _keep_dequantised_weights() -> None:
+    from cacheblend_jax.model.mapped_weights import keep_weights
+
+    keep_weights()
 
 
 def _keep_compiled_programs() -> None:

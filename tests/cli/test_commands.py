@@ -19,6 +19,7 @@ from cacheblend_jax.cli import main as main_module
 from cacheblend_jax.cli.main import COMMANDS, main, module_of, parser_of
 from cacheblend_jax.evaluation.capacity import TIERS
 from cacheblend_jax.evaluation.devices import DEVICES
+from cacheblend_jax.model import mapped_weights
 from cacheblend_jax.runtime import kept_programs
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
@@ -68,6 +69,7 @@ def no_command(monkeypatch) -> None:
 
     def add_parser(commands):
         parser = commands.add_parser("nothing")
+        parser.add_argument("--no-weight-cache", action="store_true")
         parser.set_defaults(json=None, no_compile_cache=False)
         return parser
 
@@ -75,6 +77,15 @@ def no_command(monkeypatch) -> None:
     module.add_parser, module.run = add_parser, lambda parsed: {}
     monkeypatch.setattr(main_module, "import_module", lambda name: module)
     monkeypatch.setitem(COMMANDS, "nothing", "does nothing")
+
+
+@pytest.mark.usefixtures("no_command")
+def test_weights_are_kept_on_disk_unless_the_user_objects(monkeypatch):
+    monkeypatch.setattr(main_module, "_keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(mapped_weights, "_is_on", False)
+    for options, is_on in ((["--no-weight-cache"], False), ([], True)):
+        assert main(["nothing", *options]) == 0
+        assert mapped_weights._is_on == is_on
 
 
 @pytest.mark.usefixtures("no_command")
