@@ -39,6 +39,7 @@ MOST_BYTES = 4 * 2**30  # of all these files: those written longest ago go first
 MOST_BYTES_EACH = 2 * 2**30  # larger ones are not kept
 ALIGNMENT = 64  # of arrays: what XLA for CPUs uses without a copy
 PAGE = 4096
+MOST_HEAD_BYTES = 2**20
 CHECKED_BLOCK = 2**22  # bytes
 
 _is_on = False
@@ -67,9 +68,10 @@ def mapped_params(opened: OpenedModel) -> Params | None:
 
 
 def write_params(opened: OpenedModel, params: Params) -> None:
-    """Writes weights for later processes, which takes a second for 500 MB, unless they are so already.
+    """Writes weights for later processes, which takes a second or two for 500 MB.
 
-    A failure is not raised: nothing but time is lost. What was mapped from another file before stays as it is.
+    Only the second process that has dequantised them does so: the first one leaves a note alone. So a model that is
+    tried once takes no room, and its only command doesn't end later. A failure is not raised: only time is lost.
     """
     if not _is_kept(opened):
         return
@@ -83,7 +85,7 @@ def write_params(opened: OpenedModel, params: Params) -> None:
         states = file_states(opened.checkpoint.directory, [state.name for state in opened.states or ()])
         if states != opened.states or not are_settled(opened.states or ()):
             return
-        write_file(path, _parts(opened, arrays))
+        write_file(path, _parts(opened, arrays) if _is_noted(opened) else [json.dumps(_head(opened)).encode()])
         remove_all_but_newest(KIND, total_bytes=MOST_BYTES)
     except OSError as error:
         logger.debug("weights can't be kept in %s: %s", path, one_line(error))
@@ -100,6 +102,16 @@ def _path(opened: OpenedModel) -> Path:
     place = [str(opened.checkpoint.directory.resolve()), *(state.name for state in opened.states or ())]
     name = json.dumps([*place, opened.config.dtype])
     return cache_directory(KIND) / sha256(name.encode()).hexdigest()[:32]
+
+
+def _is_noted(opened: OpenedModel) -> bool:
+    """Returns whether a file is there for this state of the checkpoint, whatever else is in it."""
+    try:
+        with open(_path(opened), "rb") as file:
+            head = json.loads(file.readline(MOST_HEAD_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(head, dict) and head | _head(opened) == head
 
 
 def _parts(opened: OpenedModel, arrays: Sequence[np.ndarray]) -> list[Any]:
@@ -120,15 +132,15 @@ def _params(opened: OpenedModel, content: mmap.mmap) -> Params:
     Raises:
         ValueError: it is damaged, or of another checkpoint, or of another state of this one.
     """
-    head = json.loads(content.readline())
-    if not isinstance(head, dict) or {**_head(opened), "crc32c": head.get("crc32c")} != head:
+    head = json.loads(content[: content.find(b"\n", 0, MOST_HEAD_BYTES) + 1])
+    if not isinstance(head, dict) or head | _head(opened) != head:
         raise ValueError("it is of other weights")
     shapes, structure = jax.tree.flatten(abstract_params(opened.config))
     sizes = [math.prod(shape.shape) * shape.dtype.itemsize for shape in shapes]
-    begins = list(accumulate((size + -size % ALIGNMENT for size in sizes), initial=content.tell()))
+    begins = list(accumulate((size + -size % ALIGNMENT for size in sizes), initial=content.find(b"\n") + 1))
     if begins[-1] != len(content):
         raise ValueError(f"it has {len(content)} bytes, not {begins[-1]}")
-    if _checksum(np.frombuffer(content, np.uint8, offset=begins[0])) != head["crc32c"]:
+    if _checksum(np.frombuffer(content, np.uint8, offset=begins[0])) != head.get("crc32c"):
         raise ValueError("it is damaged")
     arrays = [
         np.frombuffer(content, np.uint8, size, begin).view(shape.dtype).reshape(shape.shape)
