@@ -17,6 +17,7 @@ from cacheblend_jax.cli.defaults import configuration_path, set_defaults_of_user
 from cacheblend_jax.cli.options import STANDARD_STREAM, OneLineParser, check_writable, write_json
 from cacheblend_jax.cli.stderr import messages
 from cacheblend_jax.errors import FULL, CacheBlendError, PromptTooLongError, one_line
+from cacheblend_jax.runtime.user_cache import PROGRAMS, WEIGHTS, keep
 
 # What `--help` says of each command, as its own parser does. A command's module, in this package, has
 # `add_parser(commands)`, which declares it and returns its parser, and `run(parsed)`, which returns what `--json`
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not parsed.no_compile_cache:
             _keep_compiled_programs()
         if not parsed.no_weight_cache:
-            _keep_dequantised_weights()
+            keep(WEIGHTS)
         to_stdout = parsed.json == STANDARD_STREAM
         with (
             messages(quiet=parsed.quiet, verbose=parsed.verbose),
@@ -151,12 +152,6 @@ def module_of(command: str) -> ModuleType:
     return import_module(f"cacheblend_jax.cli.{command}")
 
 
-def _keep_dequantised_weights() -> None:
-    from cacheblend_jax.model.mapped_weights import keep_weights
-
-    keep_weights()
-
-
 def _keep_compiled_programs() -> None:
     """Turns on JAX's persistent compilation cache, in the user's cache directory unless the user chose another.
 
@@ -164,9 +159,7 @@ def _keep_compiled_programs() -> None:
     """
     import jax
 
-    from cacheblend_jax.runtime.kept_programs import keep_programs
-
-    keep_programs()
+    keep(PROGRAMS)
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(user_cache_path("cacheblend-jax") / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)

@@ -29,11 +29,10 @@ from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.transformer import abstract_params
 from cacheblend_jax.model.weights import OpenedModel
 from cacheblend_jax.model.weights_digest import are_settled, file_states
-from cacheblend_jax.runtime.user_cache import cache_directory, remove_all_but_newest, write_file
+from cacheblend_jax.runtime.user_cache import WEIGHTS, cache_directory, is_kept, remove_all_but_newest, write_file
 from pallas_kernels.dispatch import current_target
 
 logger = logging.getLogger(__name__)
-KIND = "weights"
 FORMAT = 1  # raised whenever the file, or what is read from a GGUF file, is another than before
 MOST_BYTES = 4 * 2**30  # of all these files: those written longest ago go first
 MOST_BYTES_EACH = 2 * 2**30  # larger ones are not kept
@@ -42,18 +41,10 @@ PAGE = 4096
 MOST_HEAD_BYTES = 2**20
 CHECKED_BLOCK = 2**22  # bytes
 
-_is_on = False
-
-
-def keep_weights() -> None:
-    """Has `loading_model` use such files, and write them, from now on in this process."""
-    global _is_on
-    _is_on = True
-
 
 def mapped_params(opened: OpenedModel) -> Params | None:
     """Returns a model's weights as arrays over a mapped file; `None` where there is none for its files as they are."""
-    if not _is_kept(opened):
+    if not _may_keep(opened):
         return None
     path = _path(opened)
     try:
@@ -73,7 +64,7 @@ def write_params(opened: OpenedModel, params: Params) -> None:
     Only the second process that has dequantised them does so: the first one leaves a note alone. So a model that is
     tried once takes no room, and its only command doesn't end later. A failure is not raised: only time is lost.
     """
-    if not _is_kept(opened):
+    if not _may_keep(opened):
         return
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
     path, size = _path(opened), sum(array.nbytes for array in arrays)
@@ -86,22 +77,22 @@ def write_params(opened: OpenedModel, params: Params) -> None:
         if states != opened.states or not are_settled(opened.states or ()):
             return
         write_file(path, _parts(opened, arrays) if _is_noted(opened) else [json.dumps(_head(opened)).encode()])
-        remove_all_but_newest(KIND, total_bytes=MOST_BYTES)
+        remove_all_but_newest(WEIGHTS, total_bytes=MOST_BYTES)
     except OSError as error:
         logger.debug("weights can't be kept in %s: %s", path, one_line(error))
 
 
-def _is_kept(opened: OpenedModel) -> bool:
+def _may_keep(opened: OpenedModel) -> bool:
     checkpoint = opened.checkpoint
     is_quantised = isinstance(checkpoint, GgufCheckpoint) and checkpoint.is_quantised
-    return _is_on and is_quantised and opened.states is not None and current_target().platform == "cpu"
+    return is_kept(WEIGHTS) and is_quantised and opened.states is not None and current_target().platform == "cpu"
 
 
 def _path(opened: OpenedModel) -> Path:
     """Returns the file for a checkpoint at its place: a changed checkpoint replaces the one before."""
     place = [str(opened.checkpoint.directory.resolve()), *(state.name for state in opened.states or ())]
     name = json.dumps([*place, opened.config.dtype])
-    return cache_directory(KIND) / sha256(name.encode()).hexdigest()[:32]
+    return cache_directory(WEIGHTS) / sha256(name.encode()).hexdigest()[:32]
 
 
 def _is_noted(opened: OpenedModel) -> bool:

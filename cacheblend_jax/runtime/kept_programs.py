@@ -1,7 +1,8 @@
 """Programs kept on disk as they are lowered (StableHLO): a later process neither traces nor lowers them once more.
 
 JAX's compilation cache spares compiling alone: what to look up there is known only after a function was traced and
-lowered, which takes a second or two for the programs of one prompt. What is kept here leads to the same entries there.
+lowered, which takes a second or two for the programs of one prompt. What is kept here leads to the same entries there;
+without that cache, programs are compiled anew all the same.
 """
 
 from __future__ import annotations
@@ -27,25 +28,13 @@ import numpy as np
 from jax import export
 
 from cacheblend_jax.errors import one_line
-from cacheblend_jax.runtime.user_cache import cache_directory, remove_all_but_newest, write_file
+from cacheblend_jax.runtime.user_cache import PROGRAMS, cache_directory, is_kept, remove_all_but_newest, write_file
 
 logger = logging.getLogger(__name__)
-KIND = "programs"
 FORMAT = 1  # raised whenever files are written otherwise than before
 MOST_KEPT = 2000  # of some 20 KB
 PACKAGES = ("cacheblend_jax", "pallas_kernels")
 CHECKSUM_BYTES = 4
-
-_is_on = False
-
-
-def keep_programs() -> None:
-    """Has all runners of this process keep programs for CPUs in the user's cache directory, from now on.
-
-    To be used together with JAX's persistent compilation cache: without it, programs are compiled anew all the same.
-    """
-    global _is_on
-    _is_on = True
 
 
 def kept_or_lowered(
@@ -61,17 +50,18 @@ def kept_or_lowered(
         function: the function with its static arguments.
 
     Returns:
-        `None` where keeping is off, and of functions that are not kept: only those of this package are, which its
-        sources identify, with static arguments that say all about themselves. A selector of the user's is none.
+        `None` where programs are not kept (`user_cache.keep`), and of functions that are not: only this package's are,
+        which its sources identify, with static arguments that say all about themselves. A selector of the user's is
+        none of them.
     """
-    if not _is_on:
+    if not is_kept(PROGRAMS):
         return None
     try:
         name = json.dumps([FORMAT, _described(key), _sources_digest(), _versions(), _settings()])
     except _UnknownError as error:
         logger.debug("%s is not kept: %s", function.func.__name__, error)
         return None
-    path = cache_directory(KIND) / hashlib.sha256(name.encode()).hexdigest()
+    path = cache_directory(PROGRAMS) / hashlib.sha256(name.encode()).hexdigest()
     try:
         return _lowered(*_read(path), function, arrays, donate)
     except FileNotFoundError:
@@ -163,7 +153,7 @@ def _write(path: Path, content: bytes, results: Any) -> None:
 @cache
 def _remove_old_ones() -> None:
     """Keeps the number of files within bounds: once a process is enough."""
-    remove_all_but_newest(KIND, MOST_KEPT)
+    remove_all_but_newest(PROGRAMS, MOST_KEPT)
 
 
 def _settings() -> dict[str, str]:
@@ -274,7 +264,7 @@ def _from_json(described: Any) -> Any:
     if "dict" in described:
         return {name: _from_json(each) for name, each in described["dict"].items()}
     if "named" in described:
-        return _named(described["named"])(*map(_from_json, described["parts"]))
+        return _named(described["named"])._make(map(_from_json, described["parts"]))
     if "record" in described:
         record = object.__new__(_named(described["record"]))  # its `__init__` may ask for arrays
         parts = {name: _from_json(each) for name, each in described["parts"].items()}

@@ -14,6 +14,19 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+PROGRAMS, WEIGHTS = "programs", "weights"  # kinds of files that are kept where a process asks for it: they take room
+_kept: set[str] = set()
+
+
+def keep(kind: str) -> None:
+    """Has files of a kind be used, and written, from now on in this process."""
+    _kept.add(kind)
+
+
+def is_kept(kind: str) -> bool:
+    """Returns whether `keep` was called for a kind."""
+    return kind in _kept
+
 
 def cache_directory(kind: str) -> Path:
     """Returns the directory of a kind of files (`"digests"`, say)."""

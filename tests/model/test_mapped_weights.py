@@ -14,7 +14,8 @@ from gguf_files import from_hugging_face
 from cacheblend_jax.model import loading as loading_module
 from cacheblend_jax.model import mapped_weights, weights_digest
 from cacheblend_jax.model.loading import loading_model
-from cacheblend_jax.model.mapped_weights import KIND, keep_weights
+from cacheblend_jax.runtime import user_cache
+from cacheblend_jax.runtime.user_cache import WEIGHTS, keep
 
 QUANTISED = {"attn_q.weight": "Q8_0", "ffn_up.weight": "Q4_0"}
 
@@ -33,9 +34,9 @@ def checkpoint(made, tmp_path) -> Path:
 def kept(monkeypatch, own_user_cache) -> Path:
     """Has weights be kept, of files however new; returns where."""
     monkeypatch.setattr(weights_digest, "SETTLED_SECONDS", -1000)
-    monkeypatch.setattr(mapped_weights, "_is_on", False)
-    keep_weights()
-    return own_user_cache / KIND
+    monkeypatch.setattr(user_cache, "_kept", set())
+    keep(WEIGHTS)
+    return own_user_cache / WEIGHTS
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_nothing_is_kept_unless_asked_nor_of_a_body_that_failed(checkpoint, kept
 
     with pytest.raises(KeyError):
         fail()
-    monkeypatch.setattr(mapped_weights, "_is_on", False)
+    monkeypatch.setattr(user_cache, "_kept", set())
     load_twice(checkpoint)
     assert not files(kept)
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from flax import struct
 
-from cacheblend_jax.runtime import kept_programs
-from cacheblend_jax.runtime.kept_programs import KIND, keep_programs
+from cacheblend_jax.runtime import kept_programs, user_cache
 from cacheblend_jax.runtime.programs import Runner
+from cacheblend_jax.runtime.user_cache import PROGRAMS, keep
 from pallas_kernels.dispatch import OVERRIDE
 
 
@@ -65,10 +65,10 @@ def kept(monkeypatch, own_user_cache) -> Path:
     """Has this module's functions be the package's; returns where programs are kept."""
     monkeypatch.setattr(kept_programs, "PACKAGES", (__name__.partition(".")[0],))
     monkeypatch.setattr(kept_programs, "_sources_digest", lambda: "sources")
-    monkeypatch.setattr(kept_programs, "_is_on", False)
+    monkeypatch.setattr(user_cache, "_kept", set())
     traced.clear()
-    keep_programs()
-    return own_user_cache / KIND
+    keep(PROGRAMS)
+    return own_user_cache / PROGRAMS
 
 
 def run(factor: int = 3):
@@ -84,7 +84,7 @@ def test_the_next_process_does_not_trace_and_computes_the_same(kept, monkeypatch
     first, again = run(), run()
     assert traced == ["scaled"]
     assert len(files(kept)) == 1
-    monkeypatch.setattr(kept_programs, "_is_on", False)
+    monkeypatch.setattr(user_cache, "_kept", set())
     plain = run()
     assert traced == ["scaled"] * 2
     for out in (first, again):
@@ -93,7 +93,7 @@ def test_the_next_process_does_not_trace_and_computes_the_same(kept, monkeypatch
 
 
 def test_nothing_is_kept_unless_asked(kept, monkeypatch):
-    monkeypatch.setattr(kept_programs, "_is_on", False)
+    monkeypatch.setattr(user_cache, "_kept", set())
     run()
     assert not files(kept)
 
