@@ -48,7 +48,7 @@ ALONE = 40  # requests one after another
 WATCHED = 0.8  # the share at which the tail is compared with the unloaded server's
 WORDS = "the of a in to and is was for on that with by as at from it an be this which or are not have had but".split()
 PATH = "/v1/chat/completions"
-LAST_CHUNK = b"0\r\n"  # of a body that comes in chunks
+ANSWERED, LAST_CHUNK = b"HTTP/1.1 200 ", b"0\r\n"  # how an answer begins, and how a body in chunks ends
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Client:
         try:
             writer.write(_head(PATH, len(raw), "close") + raw)
             while line := await reader.readline():
-                events.take(line)
+                events.take(line, time.perf_counter())
         finally:
             writer.close()
         return events.answered()
@@ -172,16 +172,18 @@ class LoneClient:
         Raises:
             SystemExit: it is not answered.
         """
-        raw = json.dumps(body).encode()
+        raw, line, lines = json.dumps(body).encode(), b"", list[tuple[bytes, float]]()
         events = Events(time.perf_counter())
         self._connection.sendall(_head(PATH, len(raw), "keep-alive") + raw)
         for line in self._lines:
-            events.take(line)
-            if events.status != 200:
-                raise SystemExit(f"{PATH}: {line.decode()}")
-            if line == LAST_CHUNK:
+            lines.append((line, time.perf_counter()))
+            if line == LAST_CHUNK or not lines[0][0].startswith(ANSWERED):
                 break
+        if line != LAST_CHUNK:
+            raise SystemExit(f"{PATH}: {line.decode()}")
         self._lines.readline()  # what follows it is empty
+        for line, came in lines:
+            events.take(line, came)
         return events.answered()
 
     def close(self) -> None:
@@ -195,31 +197,26 @@ class Events:
 
     Args:
         due: when it was due, by `time.perf_counter`.
-
-    Attributes:
-        status: 0 before the first line.
     """
 
     def __init__(self, due: float) -> None:
-        self._due, self._tokens, self._first_s = due, 0, float("nan")
-        self.status = 0
+        self._due, self._status, self._tokens, self._first_s = due, 0, 0, float("nan")
 
-    def take(self, line: bytes) -> None:
-        """Takes the next line, which has just come."""
-        now = time.perf_counter()
+    def take(self, line: bytes, came: float) -> None:
+        """Takes the next line, and when it came."""
         if line.startswith(b"data: {"):
             event = json.loads(line[6:])
             if np.isnan(self._first_s) and any(choice["delta"].get("content") for choice in event["choices"]):
-                self._first_s = now - self._due
+                self._first_s = came - self._due
             if usage := event.get("usage"):
                 self._tokens = usage["completion_tokens"]
-        elif not self.status:
-            self.status = int(line.split()[1])
+        elif not self._status:
+            self._status = int(line.split()[1])
 
     def answered(self) -> Answered:
         """Returns what has come by now."""
         seconds = time.perf_counter() - self._due
-        return Answered(seconds if np.isnan(self._first_s) else self._first_s, seconds, self._tokens, self.status)
+        return Answered(seconds if np.isnan(self._first_s) else self._first_s, seconds, self._tokens, self._status)
 
 
 def _head(path: str, size: int, connection: str) -> bytes:
