@@ -29,11 +29,11 @@ from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.transformer import abstract_params
 from cacheblend_jax.model.weights import OpenedModel
 from cacheblend_jax.model.weights_digest import are_settled, file_states
+from cacheblend_jax.runtime.kept_programs import sources_digest
 from cacheblend_jax.runtime.user_cache import WEIGHTS, cache_directory, is_kept, remove_all_but_newest, write_file
 from pallas_kernels.dispatch import current_target
 
 logger = logging.getLogger(__name__)
-FORMAT = 1  # raised whenever the file, or what is read from a GGUF file, is another than before
 MOST_BYTES = 4 * 2**30  # of all these files: those written longest ago go first
 MOST_BYTES_EACH = 2 * 2**30  # larger ones are not kept
 ALIGNMENT = 64  # of arrays: what XLA for CPUs uses without a copy
@@ -144,8 +144,7 @@ def _head(opened: OpenedModel) -> dict[str, Any]:
     """Returns what a file must say of itself: what it was made of, and by what."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(opened.config))
     return {
-        "format": FORMAT,
-        "gguf": version("gguf"),
+        "made by": [sources_digest(), version("gguf")],
         "files": [asdict(state) for state in opened.states or ()],
         "leaves": [[jax.tree_util.keystr(name), list(leaf.shape), leaf.dtype.name] for name, leaf in leaves],
     }

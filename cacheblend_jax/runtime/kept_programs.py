@@ -57,7 +57,7 @@ def kept_or_lowered(
     if not is_kept(PROGRAMS):
         return None
     try:
-        name = json.dumps([FORMAT, _described(key), _sources_digest(), _versions(), _settings()])
+        name = json.dumps([FORMAT, _described(key), sources_digest(), _versions(), _settings()])
     except _UnknownError as error:
         logger.debug("%s is not kept: %s", function.func.__name__, error)
         return None
@@ -166,7 +166,8 @@ def _versions() -> list[str]:
 
 
 @cache
-def _sources_digest() -> str:
+def sources_digest() -> str:
+    """Returns SHA-256 (hex) over the sources of this package's modules: what is kept is valid for them alone."""
     digest = hashlib.sha256()
     for package in PACKAGES:
         root = Path(inspect.getfile(importlib.import_module(package))).parent

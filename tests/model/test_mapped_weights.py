@@ -15,6 +15,7 @@ from cacheblend_jax.model import loading as loading_module
 from cacheblend_jax.model import mapped_weights, weights_digest
 from cacheblend_jax.model.loading import loading_model
 from cacheblend_jax.runtime import user_cache
+from cacheblend_jax.runtime.kept_programs import sources_digest
 from cacheblend_jax.runtime.user_cache import WEIGHTS, keep
 
 QUANTISED = {"attn_q.weight": "Q8_0", "ffn_up.weight": "Q4_0"}
@@ -141,14 +142,15 @@ def flipped(content: bytes) -> bytes:
     return content[:-70] + bytes([content[-70] ^ 1]) + content[-69:]
 
 
-def of_another_format(content: bytes) -> bytes:
-    return content.replace(b'"format": 1', b'"format": 0', 1)
+def made_by_others(content: bytes) -> bytes:
+    """Returns it as another state of the package's sources would have written it."""
+    return content.replace(sources_digest().encode(), b"0" * 64, 1)
 
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda content: content[:-64], lambda content: b"", lambda content: b"[]\n", flipped, of_another_format],
-    ids=["cut off", "empty", "no head", "flipped", "other format"],
+    [lambda content: content[:-64], lambda content: b"", lambda content: b"[]\n", flipped, made_by_others],
+    ids=["cut off", "empty", "no head", "flipped", "made by others"],
 )
 def test_a_damaged_or_foreign_file_is_ignored_and_replaced(checkpoint, kept, reads, damage):
     load_twice(checkpoint)

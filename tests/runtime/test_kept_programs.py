@@ -64,7 +64,7 @@ ARGUMENTS = {"x": np.arange(6, dtype=np.float32)}, np.zeros(1000, np.float32)
 def kept(monkeypatch, own_user_cache) -> Path:
     """Has this module's functions be the package's; returns where programs are kept."""
     monkeypatch.setattr(kept_programs, "PACKAGES", (__name__.partition(".")[0],))
-    monkeypatch.setattr(kept_programs, "_sources_digest", lambda: "sources")
+    monkeypatch.setattr(kept_programs, "sources_digest", lambda: "sources")
     monkeypatch.setattr(user_cache, "_kept", set())
     traced.clear()
     keep(PROGRAMS)
@@ -122,7 +122,7 @@ def other_static(monkeypatch):
 
 
 def other_sources(monkeypatch):
-    monkeypatch.setattr(kept_programs, "_sources_digest", lambda: "others")
+    monkeypatch.setattr(kept_programs, "sources_digest", lambda: "others")
     return run()
 
 
