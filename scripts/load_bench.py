@@ -21,6 +21,7 @@ import contextlib
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -43,9 +44,11 @@ from cacheblend_jax.store import TenantStore
 MODES = ("full", "prefix", "blend")
 COLOURS = dict(zip(MODES, ("black", GREEN, BLUE), strict=True))
 SHARES = (0.25, 0.5, 0.65, 0.8, 0.95, 1.1)  # of a mode's capacity
+ALONE = 40  # requests one after another
 WATCHED = 0.8  # the share at which the tail is compared with the unloaded server's
 WORDS = "the of a in to and is was for on that with by as at from it an be this which or are not have had but".split()
 PATH = "/v1/chat/completions"
+ANSWERED, LAST_CHUNK = b"HTTP/1.1 200 ", b"0\r\n"  # how an answer begins, and how a body in chunks ends
 
 
 @dataclass(frozen=True)
@@ -125,44 +128,100 @@ class Client:
 
     def __init__(self, url: str) -> None:
         host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
-        self._address = host, int(port)
+        self.address = host, int(port)
 
     async def ask(self, body: dict[str, Any], due: float | None = None) -> Answered:
         """Sends a request and reads its events to the end."""
         raw = json.dumps(body).encode()
-        due = time.perf_counter() if due is None else due
-        reader, writer = await asyncio.open_connection(*self._address, limit=2**22)
+        events = Events(time.perf_counter() if due is None else due)
+        reader, writer = await asyncio.open_connection(*self.address, limit=2**22)
         try:
-            writer.write(_head(PATH, len(raw)) + raw)
-            status = int((await reader.readline()).split()[1])
-            first, tokens = float("nan"), 0
+            writer.write(_head(PATH, len(raw), "close") + raw)
             while line := await reader.readline():
-                if not line.startswith(b"data: {"):
-                    continue
-                event = json.loads(line[6:])
-                if np.isnan(first) and any(choice["delta"].get("content") for choice in event["choices"]):
-                    first = time.perf_counter() - due
-                if usage := event.get("usage"):
-                    tokens = usage["completion_tokens"]
+                events.take(line, time.perf_counter())
         finally:
             writer.close()
-        seconds = time.perf_counter() - due
-        return Answered(seconds if np.isnan(first) else first, seconds, tokens, status)
+        return events.answered()
 
     async def post(self, path: str, body: dict[str, Any]) -> None:
         """Posts what has no events."""
         raw = json.dumps(body).encode()
-        reader, writer = await asyncio.open_connection(*self._address)
-        writer.write(_head(path, len(raw)) + raw)
+        reader, writer = await asyncio.open_connection(*self.address)
+        writer.write(_head(path, len(raw), "close") + raw)
         answer = await reader.read()
         writer.close()
         if b" 200 " not in answer[:20]:
             raise SystemExit(f"{path}: {answer.decode(errors='replace')}")
 
 
-def _head(path: str, size: int) -> bytes:
-    lines = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    return f"{lines}Content-Length: {size}\r\n\r\n".encode()
+class LoneClient:
+    """Asks for one answer after another over one connection, as OpenAI's client does, and takes no time to speak of.
+
+    Args:
+        address: the server's host and port.
+    """
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._connection = socket.create_connection(address)
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._lines = self._connection.makefile("rb")
+
+    def ask(self, body: dict[str, Any]) -> Answered:
+        """Sends a request and reads its events to the end.
+
+        Raises:
+            SystemExit: it is not answered.
+        """
+        raw, line, lines = json.dumps(body).encode(), b"", list[tuple[bytes, float]]()
+        events = Events(time.perf_counter())
+        self._connection.sendall(_head(PATH, len(raw), "keep-alive") + raw)
+        for line in self._lines:
+            lines.append((line, time.perf_counter()))
+            if line == LAST_CHUNK or not lines[0][0].startswith(ANSWERED):
+                break
+        if line != LAST_CHUNK:
+            raise SystemExit(f"{PATH}: {line.decode()}")
+        self._lines.readline()  # what follows it is empty
+        for line, came in lines:
+            events.take(line, came)
+        return events.answered()
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._lines.close()
+        self._connection.close()
+
+
+class Events:
+    """What comes of a request, line by line.
+
+    Args:
+        due: when it was due, by `time.perf_counter`.
+    """
+
+    def __init__(self, due: float) -> None:
+        self._due, self._status, self._tokens, self._first_s = due, 0, 0, float("nan")
+
+    def take(self, line: bytes, came: float) -> None:
+        """Takes the next line, and when it came."""
+        if line.startswith(b"data: {"):
+            event = json.loads(line[6:])
+            if np.isnan(self._first_s) and any(choice["delta"].get("content") for choice in event["choices"]):
+                self._first_s = came - self._due
+            if usage := event.get("usage"):
+                self._tokens = usage["completion_tokens"]
+        elif not self._status:
+            self._status = int(line.split()[1])
+
+    def answered(self) -> Answered:
+        """Returns what has come by now."""
+        seconds = time.perf_counter() - self._due
+        return Answered(seconds if np.isnan(self._first_s) else self._first_s, seconds, self._tokens, self._status)
+
+
+def _head(path: str, size: int, connection: str) -> bytes:
+    lines = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: {connection}\r\n"
+    return f"{lines}Content-Type: application/json\r\nContent-Length: {size}\r\n\r\n".encode()
 
 
 @contextlib.contextmanager
@@ -201,15 +260,16 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-async def one_at_a_time(
-    client: Client, load: Load, mode: str, count: int, direct: Callable[[dict[str, Any]], float]
+def one_at_a_time(
+    address: tuple[str, int], load: Load, mode: str, count: int, direct: Callable[[dict[str, Any]], float]
 ) -> tuple[Point, dict[str, float]]:
     """Asks the server, and the engine in this process, by turns; returns also how much longer the server takes."""
     answers, alone, began = [], [], time.perf_counter()
-    for number in range(count):
-        request = load.request(number, mode) | {"max_tokens": 1}
-        answers.append(await client.ask(request))
-        alone.append(direct(request))
+    with contextlib.closing(LoneClient(address)) as client:
+        for number in range(count):
+            request = load.request(number, mode) | {"max_tokens": 1}
+            answers.append(client.ask(request))
+            alone.append(direct(request))
     point = Point.of(mode, "unloaded", 0.0, time.perf_counter() - began, answers)
     more = [each.ttft_s - engine for each, engine in zip(answers, alone, strict=True)]
     engine, added = float(np.median(alone)), float(np.median(more))
@@ -292,7 +352,7 @@ async def measure(
         return points[-1]
 
     for mode in MODES:
-        unloaded, summary[mode] = await one_at_a_time(client, load, mode, 24, direct.ttft)
+        unloaded, summary[mode] = one_at_a_time(client.address, load, mode, ALONE, direct.ttft)
         points.append(unloaded)
         log(unloaded.line())
         capacity = (await add(at_capacity(client, load, mode, 2 * slots, seconds))).answered_per_s

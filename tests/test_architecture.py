@@ -23,7 +23,7 @@ ROOMS = {
     "evaluation": ("engine", "blend", "store", "model", "runtime", "pallas_kernels", "documents"),
     "serving": ("engine", "blend", "store", "model", "runtime"),
     "cli": ("evaluation", "serving", "engine", "blend", "store", "model", "runtime", "documents"),
-    "documents": ("model",),
+    "documents": ("model", "runtime"),
     "errors": (),
     "choices": (),
 }

@@ -23,6 +23,7 @@ SHARED = (
     "kernels",
     "model",
     "no-compile-cache",
+    "no-weight-cache",
     "store",
     "system",
     "template-arguments",

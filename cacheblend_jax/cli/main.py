@@ -17,6 +17,7 @@ from cacheblend_jax.cli.defaults import configuration_path, set_defaults_of_user
 from cacheblend_jax.cli.options import STANDARD_STREAM, OneLineParser, check_writable, write_json
 from cacheblend_jax.cli.stderr import messages
 from cacheblend_jax.errors import FULL, CacheBlendError, PromptTooLongError, one_line
+from cacheblend_jax.runtime.user_cache import PROGRAMS, WEIGHTS, keep
 
 # What `--help` says of each command, as its own parser does. A command's module, in this package, has
 # `add_parser(commands)`, which declares it and returns its parser, and `run(parsed)`, which returns what `--json`
@@ -60,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         check_writable("--json", parsed.json)
         if not parsed.no_compile_cache:
             _keep_compiled_programs()
+        if not parsed.no_weight_cache:
+            keep(WEIGHTS)
         to_stdout = parsed.json == STANDARD_STREAM
         with (
             messages(quiet=parsed.quiet, verbose=parsed.verbose),
@@ -130,7 +133,7 @@ def declared(names: Collection[str]) -> tuple[argparse.ArgumentParser, dict[str,
         description="Answers questions from texts whose KV is computed once and blended (CacheBlend).",
         epilog=f"Defaults of options may stand in {configuration_path()}.",
     )
-    parser.set_defaults(shorten="", json=None, no_compile_cache=True, quiet=False, verbose=False)
+    parser.set_defaults(shorten="", json=None, no_compile_cache=True, no_weight_cache=True, quiet=False, verbose=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('cacheblend-jax')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     parsers = {}
@@ -150,9 +153,13 @@ def module_of(command: str) -> ModuleType:
 
 
 def _keep_compiled_programs() -> None:
-    """Turns on JAX's persistent compilation cache, in the user's cache directory unless the user chose another."""
+    """Turns on JAX's persistent compilation cache, in the user's cache directory unless the user chose another.
+
+    There, what spares tracing for it is kept in any case.
+    """
     import jax
 
+    keep(PROGRAMS)
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(user_cache_path("cacheblend-jax") / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)

@@ -47,6 +47,7 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     )
     add_output_options(parser)
     parser.add_argument("--no-compile-cache", action="store_true", help="do not keep compiled programs on disk")
+    parser.add_argument("--no-weight-cache", action="store_true", help="do not keep dequantised weights on disk")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -214,10 +215,13 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 def load_with_bar(name: str | None, dtype: str | None) -> Model:
     """Loads a model, the bundled one for `None`, and shows how far it has come."""
-    from cacheblend_jax.model import load_model
+    from cacheblend_jax.model.loading import loading_model
 
-    with progress_bar("load", unit="B", unit_scale=True) as advance:
-        return load_model(BUNDLED if name is None else name, dtype=dtype, progress=advance)
+    with (
+        progress_bar("load", unit="B", unit_scale=True) as advance,
+        loading_model(BUNDLED if name is None else name, dtype=dtype, progress=advance) as loading,
+    ):
+        return loading.model()
 
 
 def print_status(line: str) -> None:

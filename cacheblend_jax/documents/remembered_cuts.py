@@ -12,7 +12,7 @@ from typing import Any
 from cacheblend_jax.documents.measuring import Span
 from cacheblend_jax.errors import one_line
 from cacheblend_jax.model.encoding import tokenizer_digest
-from cacheblend_jax.model.user_cache import read_record, remove_all_but_newest, write_record
+from cacheblend_jax.runtime.user_cache import read_record, remove_all_but_newest, write_record
 
 logger = logging.getLogger(__name__)
 KIND = "splits"

@@ -181,6 +181,15 @@ class Executors:
         """Returns whether a plan would keep others waiting for long, as far as is known by now: then it is to pause."""
         return self._speed.is_long(plan)
 
+    def runs_whole_meanwhile(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> bool:
+        """Returns whether a plan that is to pause runs without, while what pauses is compiled beside it.
+
+        If all else is ready, and others can bear to wait for so long.
+        """
+        if self.is_ready(plan, chunks, pausing=True) or not self._speed.is_bearable(plan):
+            return False
+        return self.is_ready(plan, chunks)
+
     def _executor(self, plan: Plan, chunks: Sequence[PlacedChunk], pausing: bool = False) -> str:
         """Returns `"resident"`, `"streamed"`, or, for a resident plan that is to pause, `"by layer"`."""
         executor = self._choose([] if plan.nothing_cached else [chunk.tier for chunk in chunks])

@@ -19,6 +19,7 @@ from cacheblend_jax.model.quantised_kv import StoredCache, StoredLayer, stored_l
 from cacheblend_jax.runtime.trace import PAUSE, Trace
 
 LONGEST_S = 0.1  # that a prefill keeps others waiting at a time, unless a single layer takes longer
+BEARABLE = 5  # times as long: what a prefill may take without pauses, while those are being compiled
 RUNS = 8  # the last ones, that speed is taken from
 DOUBT = 4  # a quick estimate has been this much too small
 Span = tuple[float, float]  # when something began and ended, by `time.perf_counter`
@@ -128,6 +129,10 @@ class Speed:
     def is_long(self, plan: Plan) -> bool:
         """Returns whether a plan would take longer than `LONGEST_S`: then it pauses, if others wait."""
         return self.seconds(plan) > LONGEST_S
+
+    def is_bearable(self, plan: Plan) -> bool:
+        """Returns whether others can wait for a plan that is long, rather than it for the compiler."""
+        return self.seconds(plan) <= BEARABLE * LONGEST_S
 
 
 class Remembered:

@@ -23,6 +23,7 @@ from cacheblend_jax.blend.flops import prefill_flops
 from cacheblend_jax.blend.schedule import Plan, computed_positions
 from cacheblend_jax.blend.steps import Request
 from cacheblend_jax.engine.agreement import Alone, Choice, Together
+from cacheblend_jax.engine.aside import Aside
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.controller import Decision, decide
 from cacheblend_jax.engine.delays import Estimator
@@ -77,6 +78,7 @@ class Prefiller:
         groups.agree_on_kv_dtype(store)
         self._estimator: Estimator | None = None
         self._estimating = threading.Lock()
+        self._aside = Aside()
         self.is_warm = False
 
     def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
@@ -135,6 +137,7 @@ class Prefiller:
 
     def close(self) -> None:
         """Ends the executors' threads, after the prefills that are running."""
+        self._aside.close()
         self._groups.close()
 
     def _attempt_until_read(self, call: _Call, chunks: Sequence[PlacedChunk]) -> tuple[Layout, PrefillResult]:
@@ -156,7 +159,10 @@ class Prefiller:
         """
         planned = self._plan(call, chunks)
         plan, loaded, executors = planned.plan, planned.layout.loaded, call.lane.executors
-        pausing = call.pauses(plan)  # decided once: a prefill in another lane changes what seems to take long
+        # Decided once: a prefill in another lane changes what seems to take long, and what is compiled.
+        wants_pauses, pausing = call.wants_pauses(plan), call.pauses(plan, loaded)
+        if wants_pauses and not pausing:
+            self._aside.do(plan, self._groups.preparation(plan, loaded, pausing=True))
         if call.only_if_ready and not executors.is_ready(plan, loaded, pausing=pausing):
             self._warn_of_compiling(plan)
             preparation = self._groups.preparation(plan, loaded, pausing=pausing)
@@ -210,7 +216,8 @@ class Prefiller:
         return choice
 
     def _is_ready(self, call: _Call, planned: _Planned) -> bool:
-        return call.lane.executors.is_ready(planned.plan, planned.layout.loaded, pausing=call.pauses(planned.plan))
+        plan, loaded = planned.plan, planned.layout.loaded
+        return call.lane.executors.is_ready(plan, loaded, pausing=call.pauses(plan, loaded))
 
     def _planned(self, call: _Call, chunks: Sequence[PlacedChunk], choice: Choice) -> _Planned:
         planner = call.planner if choice.ratio is None else call.planner.at(choice.ratio)
@@ -226,7 +233,7 @@ class Prefiller:
         delivery = executors.delivery
 
         def is_prepared(plan: Plan, chunks: Sequence[PlacedChunk]) -> bool:
-            return executors.is_prepared(plan, chunks, pausing=call.pauses(plan))
+            return executors.is_prepared(plan, chunks, pausing=call.pauses(plan, chunks))
 
         asked = is_prepared if self.is_warm else None
         return decide(estimator, call.planner, length, stored, asked, delivery.num_kept, delivery.kv_dtype)
@@ -341,9 +348,14 @@ class _Call:
     failed_tiers: set[str] = field(default_factory=set)
     lane: Lane = field(init=False)
 
-    def pauses(self, plan: Plan) -> bool:
-        """Whether a plan is to pause: others want to go on, and it seems to take long."""
+    def wants_pauses(self, plan: Plan) -> bool:
+        """Whether a plan had better pause: others want to go on, and it seems to take long."""
         return self.between is not None and self.lane.executors.is_long(plan)
+
+    def pauses(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> bool:
+        """Whether a plan is to pause with these chunks: it had better, and need not wait for the compiler instead."""
+        is_whole_meanwhile = self.only_if_ready and self.lane.executors.runs_whole_meanwhile(plan, chunks)
+        return self.wants_pauses(plan) and not is_whole_meanwhile
 
     def asked(self) -> dict[str, object]:
         """Returns what the request is, beside its chunks: the same on all hosts."""

@@ -51,8 +51,9 @@ class Scheduler:
     Tenants take turns, and each one's requests come in the order they came. After each prefill, or those of several
     groups, there is at least one step of decoding, and a prefill that takes longer than 100 ms pauses for one about as
     often, so that a new request delays running answers by no more than that, or by a layer (those of several groups, at
-    the same time, don't pause). One that needs the compiler first lets others pass, and delays nobody; nor does an
-    answer that nobody reads. The engine's own methods may be used beside it.
+    the same time, don't pause; nor does one of up to half a second while only its pauses need the compiler). One that
+    needs it to run at all lets others pass, and delays nobody; nor does an answer that nobody reads. The engine's own
+    methods may be used beside it.
 
     Args:
         slots: how many answers are decoded together.

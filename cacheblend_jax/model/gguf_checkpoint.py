@@ -11,7 +11,7 @@ import numpy as np
 from cacheblend_jax.errors import CheckpointError
 from cacheblend_jax.model.config_fields import Fields
 from cacheblend_jax.model.gguf_config import EMBEDDING, LONGROPE_FACTORS, ROPE_FACTORS, hugging_face_config
-from cacheblend_jax.model.gguf_file import GgufFile, StoredTensor, read_gguf
+from cacheblend_jax.model.gguf_file import FLOATS, GgufFile, StoredTensor, read_gguf
 from cacheblend_jax.model.gguf_tensors import GgufTensors, NamedTensor, named_tensors
 from cacheblend_jax.model.gguf_tokenizer import gguf_tokenizer
 
@@ -31,6 +31,11 @@ class GgufCheckpoint:
         self.location = self.config_location = path
         self.directory = path.absolute().parent
         self._file: GgufFile = read_gguf(path.absolute())
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether tensors are dequantised while they are read."""
+        return any(tensor.quantisation not in FLOATS for tensor in self._file.tensors.values())
 
     def config(self) -> dict[str, Any]:
         """Returns the configuration in Hugging Face form."""

@@ -8,10 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from cacheblend_jax.model.mapped_weights import mapped_params, write_params
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.params import Params, suits_by_layer
 from cacheblend_jax.model.transformer import abstract_params
@@ -19,6 +21,11 @@ from cacheblend_jax.model.weights import OpenedModel, Progress, load_params, ope
 from cacheblend_jax.runtime.programs import shapes_of
 from cacheblend_jax.runtime.turns import short_turns
 from pallas_kernels.dispatch import current_target
+
+
+class _Loaded(NamedTuple):
+    params: Params
+    is_mapped: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +39,7 @@ class LoadingModel:
 
     outline: Model
     _opened: OpenedModel
-    _weights: Future[Params]
+    _weights: Future[_Loaded]
 
     def model(self) -> Model:
         """Waits for the weights; returns the model, run by the programs that were compiled for `outline`.
@@ -40,7 +47,7 @@ class LoadingModel:
         Raises:
             CheckpointError: the weights can't be loaded.
         """
-        model = self._opened.model(self._weights.result(), self.outline.tokenizer)
+        model = self._opened.model(self._weights.result().params, self.outline.tokenizer)
         model.follow(self.outline)
         return model
 
@@ -51,7 +58,8 @@ def loading_model(
 ) -> Iterator[LoadingModel]:
     """As `load_model`, on the default device, but yields while the weights are read on a thread.
 
-    Where the body ends before they are, the rest is not read.
+    Where the body ends before they are, the rest is not read. Where it has what it came for, what was dequantised is
+    kept for later processes (`user_cache.keep`), which nobody waits for any more.
 
     Args:
         progress: called on that thread with the bytes loaded so far and their total.
@@ -68,15 +76,21 @@ def loading_model(
         if progress is not None:
             progress(done, total)
 
-    def load() -> Params:
+    def load() -> _Loaded:
         with short_turns():  # the body imports and traces: without them, reading would mostly wait for it
-            return load_params(opened.checkpoint, opened.config, progress=advance)
+            if (mapped := mapped_params(opened)) is not None:
+                size = sum(leaf.nbytes for leaf in jax.tree.leaves(mapped))
+                advance(size, size)
+                return _Loaded(mapped, is_mapped=True)
+            return _Loaded(load_params(opened.checkpoint, opened.config, progress=advance))
 
     with ThreadPoolExecutor(1, thread_name_prefix="cacheblend-load") as thread:
         try:
             weights = thread.submit(load)
             tokenizer = opened.checkpoint.tokenizer()
             yield LoadingModel(opened.model(_weight_shapes(opened), tokenizer), opened, weights)
+            if weights.done() and weights.exception() is None and not weights.result().is_mapped:
+                write_params(opened, weights.result().params)
         finally:
             abandoned.set()
 

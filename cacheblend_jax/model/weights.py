@@ -30,8 +30,8 @@ from cacheblend_jax.model.smollm2 import SMOLLM2, smollm2_path
 from cacheblend_jax.model.tensor_names import stored_name, tensor_names
 from cacheblend_jax.model.tensor_reading import Part, Share, check_tensors, has_own_head, largest_dtype, read_leaf
 from cacheblend_jax.model.transformer import abstract_params, axis_names
-from cacheblend_jax.model.user_cache import read_record, record_path, write_record
 from cacheblend_jax.model.weights_digest import FileState, SameLeaves, WeightFiles, file_states, sampled_digest
+from cacheblend_jax.runtime.user_cache import read_record, record_path, write_record
 from pallas_kernels.dispatch import current_target
 from pallas_kernels.partition import Partition
 

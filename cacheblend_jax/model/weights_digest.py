@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from cacheblend_jax.model.params import Params, is_by_layer
-from cacheblend_jax.model.user_cache import read_record, write_record
+from cacheblend_jax.runtime.user_cache import read_record, write_record
 
 logger = logging.getLogger(__name__)
 REMEMBERED_BYTES = 2**26  # fewer bytes are hashed again faster than anyone notices
@@ -99,6 +99,12 @@ def _stamp(stat: os.stat_result) -> tuple[int, int, int, int, int]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
+def are_settled(states: Iterable[FileState]) -> bool:
+    """Returns whether files changed long enough ago that a further change would show in their times."""
+    settled = time.time_ns() - SETTLED_SECONDS * 10**9
+    return all(max(state.mtime_ns, state.ctime_ns) <= settled for state in states)
+
+
 @dataclass(frozen=True, eq=False)
 class WeightFiles:
     """The files that parameters were loaded from, as they were then.
@@ -157,8 +163,7 @@ class WeightFiles:
         return digest if isinstance(digest, str) and len(digest) == 64 else None
 
     def _remember(self, digest: str) -> None:
-        settled = time.time_ns() - SETTLED_SECONDS * 10**9
-        if max(max(state.mtime_ns, state.ctime_ns) for state in self.states) > settled:
+        if not are_settled(self.states):
             return
         try:
             write_record(

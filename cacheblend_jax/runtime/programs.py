@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from cacheblend_jax.runtime.exit_hook import to_its_end
+from cacheblend_jax.runtime.kept_programs import kept_or_lowered
 from pallas_kernels.dispatch import kernels_in_force
 from pallas_kernels.partition import Partition, splitting
 from pallas_kernels.target import compiling
@@ -99,6 +100,7 @@ class Runner:
         self._prepared: dict[Hashable, tuple[Prepared, int]] = {}
         self._yielding: list[weakref.WeakMethod[Callable[[], bool]]] = []
         self._count = 0
+        self._keeps = platform == "cpu" and self._out_shardings is partition is results is None
         self._evicts = platform == "cpu"
         if self._evicts:
             with _lock:
@@ -198,12 +200,12 @@ class Runner:
             self._compile(entry, partial(function, **static), arrays, donate)
         return entry.program.result(), time.perf_counter() - began, over_shapes
 
-    def _compile(self, entry: _Entry, function: Callable[..., Any], arrays: tuple[Any, ...], donate: tuple) -> None:
+    def _compile(self, entry: _Entry, function: partial, arrays: tuple[Any, ...], donate: tuple) -> None:
         try:
             if self._evicts:
                 _make_room()
             with compiling(self._device, self._kernels), splitting(self._partition):
-                lowered = self._lowered(function, arrays, donate)
+                lowered = self._lowered(entry.key, function, arrays, donate)
             compiled = to_its_end(partial(lowered.compile, compiler_options=self._compiler_options))
             with _lock:
                 self._count += 1
@@ -214,7 +216,9 @@ class Runner:
                 self._entries.pop(entry.key, None)  # the next caller tries again
             entry.program.set_exception(error)
 
-    def _lowered(self, function: Callable[..., Any], arrays: tuple[Any, ...], donate: tuple[str, ...]) -> Any:
+    def _lowered(self, key: Hashable, function: partial, arrays: tuple[Any, ...], donate: tuple[str, ...]) -> Any:
+        if self._keeps and (kept := kept_or_lowered(key, function, arrays, donate)) is not None:
+            return kept
         if self._results is None:
             return jax.jit(function, donate_argnames=donate, out_shardings=self._out_shardings).lower(*arrays)
         # Left to itself, the compiler may split arrays of the host over the mesh.

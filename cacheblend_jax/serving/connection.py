@@ -60,20 +60,32 @@ async def _read(request: Request, most: int) -> bytes:
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """Returns what `work` returns; cancels it where the client goes, or the server has to.
 
+    It runs in the caller's task: the way from a first token to its client leads through no other one.
+
     Raises:
         ClientGoneError: the client has gone.
     """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGoneError
-        return working.result()
-    finally:
-        for task in (working, leaving):
+    task, leaving = asyncio.current_task(), asyncio.ensure_future(_gone(receive))
+    assert task is not None  # a coroutine runs in one
+    is_working, has_gone, before = True, False, task.cancelling()
+
+    def leave(left: asyncio.Future[None]) -> None:
+        nonlocal has_gone
+        if is_working and not left.cancelled():
+            left.exception()  # whatever `receive` raised: there is no connection any more
+            has_gone = True
             task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+
+    leaving.add_done_callback(leave)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if has_gone and task.uncancel() <= before:
+            raise ClientGoneError from None
+        raise
+    finally:
+        is_working = False
+        leaving.cancel()
 
 
 async def _gone(receive: Receive) -> None:

@@ -19,6 +19,8 @@ from cacheblend_jax.cli import main as main_module
 from cacheblend_jax.cli.main import COMMANDS, main, module_of, parser_of
 from cacheblend_jax.evaluation.capacity import TIERS
 from cacheblend_jax.evaluation.devices import DEVICES
+from cacheblend_jax.runtime import user_cache
+from cacheblend_jax.runtime.user_cache import PROGRAMS, WEIGHTS, is_kept
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
 PACKAGE = Path(cacheblend_jax.__file__).parent
@@ -67,6 +69,7 @@ def no_command(monkeypatch) -> None:
 
     def add_parser(commands):
         parser = commands.add_parser("nothing")
+        parser.add_argument("--no-weight-cache", action="store_true")
         parser.set_defaults(json=None, no_compile_cache=False)
         return parser
 
@@ -77,9 +80,19 @@ def no_command(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("no_command")
+def test_weights_are_kept_on_disk_unless_the_user_objects(monkeypatch):
+    monkeypatch.setattr(main_module, "_keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(user_cache, "_kept", set())
+    for options, is_on in ((["--no-weight-cache"], False), ([], True)):
+        assert main(["nothing", *options]) == 0
+        assert is_kept(WEIGHTS) == is_on
+
+
+@pytest.mark.usefixtures("no_command")
 def test_compiled_programs_on_disk_have_a_bound(monkeypatch, own_user_cache):
     changed = {}
     monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+    monkeypatch.setattr(user_cache, "_kept", set())
     for directory, size in ((None, -1), (None, 1000), ("/their/own", -1)):
         changed.clear()
         monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", directory, raising=False)
@@ -87,6 +100,7 @@ def test_compiled_programs_on_disk_have_a_bound(monkeypatch, own_user_cache):
         assert main(["nothing"]) == 0
         assert changed.get("jax_compilation_cache_dir") == (None if directory else str(own_user_cache / "compiled"))
         assert changed.get("jax_compilation_cache_max_size") == (4 * 2**30 if not directory and size == -1 else None)
+    assert is_kept(PROGRAMS)
 
 
 def test_names_that_stand_apart_are_those_of_what_they_name():

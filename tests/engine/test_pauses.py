@@ -206,6 +206,29 @@ def test_what_pauses_is_compiled_aside_or_by_the_warm_up(monkeypatch):
     assert warm.model.runner.count == count
 
 
+def test_what_is_bearable_runs_whole_while_what_pauses_is_compiled(monkeypatch):
+    engine, prompt, called, compiled = engine_of("llama2"), random_prompt(1), [], []
+    engine.precompute(prompt)
+    wanted = engine.prefill(prompt)
+    monkeypatch.setattr(pauses, "LONGEST_S", 1e-9)
+    monkeypatch.setattr(Executors, "is_ready", lambda *_, pausing=False: bool(compiled) or not pausing)
+    monkeypatch.setattr(
+        groups.Groups, "preparation", lambda *_, pausing=False: lambda: (running.wait(60), compiled.append(pausing))
+    )
+    running, how = threading.Event(), {"only_if_ready": True, "between": lambda: called.append(1)}
+    with pytest.raises(NotReadyError):  # nobody can bear to wait for it
+        engine.prefill(prompt, **how)
+    monkeypatch.setattr(pauses, "BEARABLE", 1e12)
+    for _ in range(2):
+        assert_same(engine.prefill(prompt, **how), wanted)
+    assert (called, compiled) == ([], [])
+    running.set()
+    engine._prefiller._aside.wait()
+    assert compiled == [True]  # once
+    assert_same(engine.prefill(prompt, **how), wanted)
+    assert called
+
+
 def test_while_a_tier_fails_what_would_pause_is_asked_for_as_it_would_run(everything_is_long):
     class FailingStore(cb.ChunkStore):
         fails = False

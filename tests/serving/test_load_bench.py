@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 
 import numpy as np
 import pytest
 from serving_cases import running
 
-from scripts.load_bench import MODES, SHARES, Answered, Client, Load, Point, arrivals, at_rate, draw
+from scripts.load_bench import (
+    MODES,
+    SHARES,
+    Answered,
+    Client,
+    Load,
+    LoneClient,
+    Point,
+    arrivals,
+    at_rate,
+    draw,
+    one_at_a_time,
+)
 
 LOAD = Load(chunks=2, chunk_words=5, pool=4, new_tokens=3, seed=0)
 
@@ -31,6 +45,19 @@ def test_requests_are_asked_when_they_are_due_and_counted():
     assert point.tokens_per_s == pytest.approx(3 * point.answered_per_s)
     assert [each["mode"] for each in server.scheduler.submitted] == ["full"] * 4
     assert refused.status == 400
+
+
+def test_a_lone_client_asks_over_one_connection_by_turns_with_the_engine(monkeypatch):
+    connect, connected, asked = socket.create_connection, [], []
+    monkeypatch.setattr(socket, "create_connection", lambda *where: (connected.append(where), connect(*where))[1])
+    with running(model_name="m") as server:
+        point, added = one_at_a_time(server.address, LOAD, "full", 3, lambda body: (asked.append(body), 1e-9)[1])
+        assert len(connected) == 1
+        with contextlib.closing(LoneClient(server.address)) as client, pytest.raises(SystemExit, match="400"):
+            client.ask({})
+    assert (point.kind, point.requests, point.refused) == ("unloaded", 3, 0)
+    assert asked == [LOAD.request(number, "full") | {"max_tokens": 1} for number in range(3)]
+    assert 0 < added["added_s"] == pytest.approx(point.ttft_p50, abs=1e-6)
 
 
 def test_what_was_refused_counts_as_no_answer():
