@@ -110,6 +110,7 @@ import pytest  # noqa: E402
 import cacheblend_jax as cb  # noqa: E402
 from cacheblend_jax.model.config import ModelConfig  # noqa: E402
 from cacheblend_jax.model.rope_config import RopeConfig  # noqa: E402
+from cacheblend_jax.runtime import user_cache  # noqa: E402
 from cacheblend_jax.runtime.programs import COMPILER_OPTIONS, compiler_options, mapped_share  # noqa: E402
 from pallas_kernels import use_verdicts  # noqa: E402
 
@@ -247,10 +248,16 @@ def shared_programs(monkeypatch):
     monkeypatch.setattr(cb.Model, "_runners", of_one)
 
 
+class _NothingIsKept(set):
+    def add(self, kind):
+        """Ignores it: a command would keep programs and weights for the next, which no other test runs."""
+
+
 @pytest.fixture(autouse=True)
 def own_user_cache(monkeypatch, tmp_path_factory) -> Path:
     """Gives each test a user cache and a configuration of its own, not those of whoever runs the tests."""
     directory = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(user_cache, "_kept", _NothingIsKept())
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(directory))
     return directory / "cacheblend-jax"
