@@ -59,7 +59,18 @@ def _checked_record(cls, **options):
     return record
 
 
+PACKAGES = ("cacheblend_jax", "pallas_kernels")
+CHECKED_CALLS = 3  # of a function in a test: later ones are as a rule of the same kinds, and most of what is called
 _this_thread = threading.local()
+_checked_enough: list = []  # functions that the running test has called so often, marked as `typing.no_type_check` does
+
+
+def _decorated(module: str, qualname: str):
+    """Returns the package's function of that name as the import hook has replaced it; `None` for one within another."""
+    found = sys.modules[module] if module.startswith(PACKAGES) else None
+    for name in qualname.split("."):
+        found = getattr(found, "__dict__", {}).get(name)
+    return getattr(found, "fget", getattr(found, "__func__", found))
 
 
 def checked_once_called(function):
@@ -68,24 +79,30 @@ def checked_once_called(function):
     jaxtyping asks for two: of the arguments with what is returned, then of the arguments alone, before the call. The
     second finds nothing that the first does not, unless the call raises; it is left out where there is a first, as it
     takes a tenth of tracing. The two are asked for one after the other, in one thread.
+
+    After `CHECKED_CALLS` checks in a test, the package's function is marked as `typing.no_type_check` would.
     """
-    check, name = None, (function.__module__, function.__qualname__)
+    check, calls, name = None, 0, (function.__module__, function.__qualname__)
     has_first = getattr(_this_thread, "checks_results", None) == name
     _this_thread.checks_results = None if has_first or "return" not in function.__annotations__ else name
     if has_first:
         return lambda *args, **kwargs: None
 
     def call(*args, **kwargs):
-        nonlocal check
+        nonlocal check, calls
         if check is None:
             check = beartype(function, conf=BeartypeConf(is_pep484_tower=True))  # an int may stand for a float
+        calls += 1
+        if calls % CHECKED_CALLS == 0 and (decorated := _decorated(*name)) is not None:
+            decorated.__no_type_check__ = True
+            _checked_enough.append(decorated)
         return check(*args, **kwargs)
 
     return call
 
 
 struct.dataclass = _checked_record
-install_import_hook(["cacheblend_jax", "pallas_kernels"], "conftest.checked_once_called")
+install_import_hook(PACKAGES, "conftest.checked_once_called")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -93,6 +110,7 @@ import pytest  # noqa: E402
 import cacheblend_jax as cb  # noqa: E402
 from cacheblend_jax.model.config import ModelConfig  # noqa: E402
 from cacheblend_jax.model.rope_config import RopeConfig  # noqa: E402
+from cacheblend_jax.runtime import user_cache  # noqa: E402
 from cacheblend_jax.runtime.programs import COMPILER_OPTIONS, compiler_options, mapped_share  # noqa: E402
 from pallas_kernels import use_verdicts  # noqa: E402
 
@@ -230,13 +248,26 @@ def shared_programs(monkeypatch):
     monkeypatch.setattr(cb.Model, "_runners", of_one)
 
 
+class _NothingIsKept(set):
+    def add(self, kind):
+        """Ignores it: a command would keep programs and weights for the next, which no other test runs."""
+
+
 @pytest.fixture(autouse=True)
 def own_user_cache(monkeypatch, tmp_path_factory) -> Path:
     """Gives each test a user cache and a configuration of its own, not those of whoever runs the tests."""
     directory = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(user_cache, "_kept", _NothingIsKept())
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(directory))
     return directory / "cacheblend-jax"
+
+
+@pytest.fixture(autouse=True)
+def _annotations_are_checked_in_each_test():
+    yield
+    while _checked_enough:
+        _checked_enough.pop().__no_type_check__ = False
 
 
 @pytest.fixture(autouse=True)

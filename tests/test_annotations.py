@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import checked_once_called, unchecked
+from conftest import CHECKED_CALLS, checked_once_called, unchecked
 from jaxtyping import Float, TypeCheckError, jaxtyped
 
 from cacheblend_jax.blend.deviation import kv_deviation
+from pallas_kernels import apply_rope
 
 
 @jaxtyped(typechecker=checked_once_called)
@@ -47,6 +48,12 @@ def test_those_of_the_package_are():
     assert is_refused(kv_deviation, *rows, jnp.ones(1, bool))  # would be broadcast
     with unchecked():
         kv_deviation(*rows, jnp.ones(1, bool))
+
+
+@pytest.mark.parametrize("number_of_test", [1, 2])
+def test_those_of_the_package_are_checked_in_the_first_calls_of_each_test(number_of_test):
+    arguments = jnp.ones((3, 2, 4)), jnp.ones((1, 2)), jnp.ones((1, 2))  # the angles of one token are broadcast
+    assert [is_refused(apply_rope, *arguments) for _ in range(CHECKED_CALLS + 1)] == [True] * CHECKED_CALLS + [False]
 
 
 def test_where_an_error_is_expected_the_package_itself_must_refuse():

@@ -21,6 +21,7 @@ from cacheblend_jax.model.rope import Angles
 from cacheblend_jax.model.transformer import DecoderLayer, Rows, attend, layer_at, layer_starts
 from pallas_kernels import QuantisedKV, apply_rope, blend_kv
 from pallas_kernels.dispatch import current_target
+from pallas_kernels.indexing import at_each
 
 HostOrDevice = Any  # a JAX array, or a NumPy array on the host
 
@@ -137,7 +138,7 @@ def layer_step(
         at = once_known(index, kept[0].astype(jnp.float32))
         blended = blend_layer(config, at, *to_blend)
         rows = rows.take(kept, survivors.valid, sequence.num_keys)
-        q = None if q is None else q[kept]
+        q = None if q is None else at_each(q, kept)
     angles, starts = rows.angles.of_layer(config, index), layer_starts(config, index, rows.positions)
     q = layer.queries(rows.hidden) if q is None else q
     attended = attend(layer, rows, q, blended, angles=angles, starts=starts, kv_length=sequence.length)

@@ -34,6 +34,7 @@ from cacheblend_jax.model.quantised_kv import StoredLayer, layer_values
 from cacheblend_jax.model.transformer import Rows, embedder, layer_at, layer_starts, rows_at
 from pallas_kernels import QuantisedKV, attention_mass
 from pallas_kernels.dispatch import current_target
+from pallas_kernels.indexing import at_each
 from pallas_kernels.partition import constrained
 
 LayerIndex = Int[Array, ""] | int
@@ -190,13 +191,13 @@ def border_layer(
 
     def stored_at(at: Int[Array, " rows"]) -> LayerKV:
         if cached is None:
-            return LayerKV(blended.k[index, at], blended.v[index, at])
-        rows = jax.tree.map(lambda x: x[at], cached)
+            return LayerKV(at_each(blended.k, (index, at)), at_each(blended.v, (index, at)))
+        rows = jax.tree.map(lambda x: at_each(x, at), cached)
         return layer_values(rows, layer_at(params, config, index).key_bias, blended.k.dtype)
 
     def choose(fresh: LayerKV) -> Survivors:
         evidence = _evidence(fresh, stored_at, sequence.num_keys, active, signals, deviation)
-        return highest(selector.scores(evidence), signals.forced[active.index], evidence.valid, keep, room)
+        return highest(selector.scores(evidence), at_each(signals.forced, active.index), evidence.valid, keep, room)
 
     selection = Selection(room, choose)
     return _advance(params, active, cached, blended, sequence, index, config, nothing_cached, selection)[:2]
@@ -274,14 +275,14 @@ def _advance(
 ) -> tuple[ActiveRows, KVCache, LayerStep]:
     if cached is not None and not blends_in_place(current_target().platform):
         step = layer_step(params, config, index, active.rows, cached, sequence, selection)
-        after = ActiveRows(step.rows, active.index[step.kept])
+        after = ActiveRows(step.rows, at_each(active.index, step.kept))
         return after, blended.with_layer(index, LayerKV(step.blended.k, step.blended.v)), step
     stored = cached if isinstance(cached, QuantisedKV) else None
     if isinstance(cached, LayerKV):
         blended = blended.with_layer(index, cached)
     in_cache = blended.in_place(index, is_empty=nothing_cached, stored=stored)
     step = layer_step(params, config, index, active.rows, in_cache, sequence, selection)
-    return ActiveRows(step.rows, active.index[step.kept]), KVCache(step.blended.k, step.blended.v), step
+    return ActiveRows(step.rows, at_each(active.index, step.kept)), KVCache(step.blended.k, step.blended.v), step
 
 
 def _evidence(
@@ -302,15 +303,15 @@ def _evidence(
     return Evidence(
         valid=positions < num_keys,
         positions=positions,
-        chunk_starts=signals.chunk_starts[index],
+        chunk_starts=at_each(signals.chunk_starts, index),
         index=index,
         k_fresh=fresh.k,
         v_fresh=fresh.v,
         k_cached=stored.k,
         v_cached=stored.v,
-        cross_mass=signals.cross_mass[index],
-        question_mass=signals.question_mass[index],
-        oracle=signals.oracle[index],
+        cross_mass=at_each(signals.cross_mass, index),
+        question_mass=at_each(signals.question_mass, index),
+        oracle=at_each(signals.oracle, index),
         seed=signals.seed,
         part=deviation,
     )

@@ -25,6 +25,7 @@ from cacheblend_jax.model.transformer import (
     scan_layers,
 )
 from pallas_kernels import apply_rope
+from pallas_kernels.indexing import part_of
 from pallas_kernels.partition import current_partition, rows_called
 
 MOST_AT_ONCE = 64  # tokens that one call of `decode_tokens` may decode
@@ -119,7 +120,7 @@ def extend_prompt(
     """
     at = _from(position, token_ids)
     hidden, cache = run_rows(params, cache, token_ids, at, angles, config=config, end=position + count)
-    logits = embedder(params, config).logits(lax.dynamic_slice_in_dim(hidden, count - 1, 1))[0]
+    logits = embedder(params, config).logits(part_of(hidden, count - 1, 1))[0]
     return Extended(logits, jnp.argmax(logits).astype(jnp.int32), cache.cache())
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.params import OfLayer
 from pallas_kernels.dispatch import current_target
+from pallas_kernels.indexing import block_of, with_block
 from pallas_kernels.partition import Partition, by_shares, current_partition
 
 TILE = 16  # rows; larger ones are no faster on a CPU, and compute more than the last rows of each group
@@ -209,9 +210,9 @@ def tile_by_tile(
         def of_tile(number: Int[Array, ""] | int, out: jax.Array) -> jax.Array:
             # What the last tile of a group has of the next is computed again there.
             at = (begins[expert] + number * tile, jnp.int32(0))  # one dtype, jax_enable_x64 or not
-            x = lax.dynamic_slice(padded, at, (tile, rows.shape[1]))
+            x = block_of(padded, at, (tile, rows.shape[1]))
             inner = gated(_added(x @ gate, gate_bias), _added(x @ up, up_bias))
-            return lax.dynamic_update_slice(out, _added(inner @ down, down_bias), at)
+            return with_block(out, _added(inner @ down, down_bias), at)
 
         return lax.fori_loop(0, num_tiles(groups.sizes[expert], tile), of_tile, out)
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from cacheblend_jax.model.config import ModelConfig, ScoreOptions
 from pallas_kernels import QuantisedKV, selective_attention
 from pallas_kernels.dispatch import current_target
+from pallas_kernels.indexing import entry_of, with_block, with_entry
 from pallas_kernels.partition import Partition
 
 SCALES = jnp.dtype(jnp.bfloat16)  # of quantised KV
@@ -115,7 +116,7 @@ class KVCache:
 
     def layer(self, index: Int[Array, ""] | int) -> LayerKV:
         """Returns one layer's KV, cut out; `index` may be traced."""
-        return LayerKV(*(lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.k, self.v)))
+        return LayerKV(*(entry_of(x, index) for x in (self.k, self.v)))
 
     def in_place(
         self, index: Int[Array, ""] | int, *, is_empty: bool = False, stored: QuantisedKV | None = None
@@ -126,8 +127,8 @@ class KVCache:
     def with_layer(self, index: Int[Array, ""] | int, layer: LayerKV) -> KVCache:
         """Returns the cache with one layer's KV replaced, in place if the cache is donated or not needed any more."""
         return KVCache(
-            lax.dynamic_update_index_in_dim(self.k, layer.k, index, 0),
-            lax.dynamic_update_index_in_dim(self.v, layer.v, index, 0),
+            with_entry(self.k, layer.k, index),
+            with_entry(self.v, layer.v, index),
         )
 
     def first(self, num_keys: int) -> KVCache:
@@ -194,7 +195,7 @@ class GrowingCache(InSequence):
         """Returns one layer's KV, where it lies if the floats are kept as such; `index` may be traced."""
         if not keeps_bits(self.dtype):
             return LayerInCache(self.k, self.v, index)
-        cut = (lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.k, self.v))
+        cut = (entry_of(x, index) for x in (self.k, self.v))
         return LayerKV(*(as_floats(x, self.dtype) for x in cut))
 
     def with_rows(self, index: Int[Array, ""] | int, positions: Int[Array, " rows"], rows: LayerKV) -> GrowingCache:
@@ -202,7 +203,7 @@ class GrowingCache(InSequence):
         place = [jnp.asarray(i, jnp.int32) for i in (index, positions[0], 0, 0)]  # one dtype, jax_enable_x64 or not
 
         def written(stack: jax.Array, fresh: jax.Array) -> jax.Array:
-            return lax.dynamic_update_slice(stack, as_kept(fresh)[None], place)
+            return with_block(stack, as_kept(fresh)[None], place)
 
         return GrowingCache(written(self.k, rows.k), written(self.v, rows.v), self.dtype)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from cacheblend_jax.model.kv_cache import GrowingCache, InSequence, KVCache, LayerKV, as_floats, as_kept
+from pallas_kernels.indexing import with_block
 
 
 @struct.dataclass
@@ -35,8 +35,8 @@ class LayerCache(InSequence):
     def with_rows(self, index: Int[Array, ""] | int, positions: Int[Array, " rows"], rows: LayerKV) -> LayerCache:
         """Returns it with the rows at these positions, which follow each other, replaced; there must be room."""
         at, zero = jnp.asarray(positions[0], jnp.int32), jnp.int32(0)
-        k = lax.dynamic_update_slice(self.k, as_kept(rows.k).transpose(1, 2, 0), (zero, zero, at))
-        v = lax.dynamic_update_slice(self.v, as_kept(rows.v).transpose(1, 0, 2), (zero, at, zero))
+        k = with_block(self.k, as_kept(rows.k).transpose(1, 2, 0), (zero, zero, at))
+        v = with_block(self.v, as_kept(rows.v).transpose(1, 0, 2), (zero, at, zero))
         return LayerCache(k, v, self.dtype)
 
 

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import lax
 from jaxtyping import Array, Int, Shaped
 
 from cacheblend_jax.model.config import ModelConfig
+from pallas_kernels.indexing import entry_of
 
 # The projections that a joined matrix, or bias, holds, as columns in this order.
 JOINED = {
@@ -49,7 +49,7 @@ class OfLayer:
 
     def whole(self) -> Shaped[Array, "experts ..."]:
         """Returns those of all experts."""
-        return lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
+        return entry_of(self.stack, self.layer)
 
 
 @struct.dataclass
@@ -78,7 +78,7 @@ class Params:
         def of(leaf: Any) -> Any:
             if isinstance(leaf, tuple):
                 return leaf[0] if len(leaf) == 1 else leaf[index]
-            return lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+            return entry_of(leaf, index)
 
         def uncopied(leaf: Any) -> OfLayer:
             return OfLayer(of(leaf)[None], 0) if isinstance(leaf, tuple) else OfLayer(leaf, index)
@@ -246,7 +246,7 @@ def _take_apart(tree: dict[str, Any]) -> None:
         if isinstance(leaf, dict):
             _take_apart(leaf)
         elif not is_by_layer(leaf):
-            tree[name] = tuple(lax.dynamic_index_in_dim(leaf, i, keepdims=False) for i in range(leaf.shape[0]))
+            tree[name] = tuple(entry_of(leaf, i) for i in range(leaf.shape[0]))
             jax.block_until_ready(tree[name])
 
 

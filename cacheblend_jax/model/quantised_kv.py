@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
@@ -16,6 +15,7 @@ from cacheblend_jax.model.params import Params, is_by_layer
 from cacheblend_jax.model.transformer import layer_at
 from cacheblend_jax.runtime.placing import on_host
 from pallas_kernels import QuantisedKV, dequantised
+from pallas_kernels.indexing import entry_of
 
 StoredCache = KVCache | QuantisedKV
 StoredLayer = LayerKV | QuantisedKV
@@ -25,7 +25,7 @@ def stored_layer(cached: StoredCache, index: Int[Array, ""] | int) -> StoredLaye
     """Returns one layer's stored KV, cut out; `index` may be traced."""
     if isinstance(cached, KVCache):
         return cached.layer(index)
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), cached)
+    return jax.tree.map(lambda x: entry_of(x, index), cached)
 
 
 def layer_values(layer: StoredLayer, key_bias: Float[Array, "kv_heads head_dim"] | None, dtype: jnp.dtype) -> LayerKV:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.rope_config import LONGROPE, NO_ROPE, RopeConfig
+from pallas_kernels.indexing import at_each, entry_of
 
 
 @struct.dataclass
@@ -29,7 +30,7 @@ class Angles:
 
     def take(self, tokens: Int[Array, " taken"] | slice) -> Angles:
         """Returns the angles of some of the tokens."""
-        return Angles(self.cos[:, tokens], self.sin[:, tokens])
+        return Angles(at_each(self.cos, (slice(None), tokens)), at_each(self.sin, (slice(None), tokens)))
 
     def of_layer(
         self, config: ModelConfig, index: Int[Array, ""] | int
@@ -37,8 +38,8 @@ class Angles:
         """Returns the `cos` and `sin` of layer `index`, traced or not, as `apply_rope` takes them."""
         if len(config.ropes) == 1:  # no table is looked up where there is but one
             return self.cos[0], self.sin[0]
-        rope = jnp.asarray(config.rope_of_layer, jnp.int32)[index]
-        return self.cos[rope], self.sin[rope]
+        rope = entry_of(jnp.asarray(config.rope_of_layer, jnp.int32), index)
+        return entry_of(self.cos, rope), entry_of(self.sin, rope)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, divisors: tuple[float, ...] = ()) -> tuple[np.ndarray, float]:

@@ -24,6 +24,7 @@ from cacheblend_jax.model.kv_cache import (
     keeps_bits,
 )
 from pallas_kernels.dispatch import current_target
+from pallas_kernels.indexing import block_of, with_block
 from pallas_kernels.partition import Axes, Partition, by_shares, current_partition
 
 READS = 8  # lengths that a slot's attention is compiled for where it is not a kernel's: it reads an eighth too much
@@ -97,7 +98,7 @@ class SlotCache:
         ) -> jax.Array:
             at: list[Any] = [index, jnp.arange(fresh.shape[0]), slice(None), slice(None), slice(None)]
             at[order.index(2)] = positions
-            return stack.at[tuple(at)].set(fresh, mode="drop", unique_indices=True)
+            return stack.at[tuple(at)].set(fresh, mode="drop", unique_indices=True, wrap_negative_indices=False)
 
         slots = self.rows_axis(current_partition())
         return self._written(written, (rows.k, rows.v), (slots, "kv_heads"), (index, positions), ((), (slots,)))
@@ -116,11 +117,11 @@ class SlotCache:
         ) -> jax.Array:
             rows = x[:, None, : self.capacity].transpose(order)
             if partition is None or slots is None:
-                return lax.dynamic_update_slice(stack, rows, _place(0, slot))
+                return with_block(stack, rows, _place(0, slot))
             at = slot - partition.share(slots) * stack.shape[1]
             place = _place(0, jnp.clip(at, 0, stack.shape[1] - 1))
-            there = lax.dynamic_slice(stack, place, rows.shape)  # where the slot is another device's
-            return lax.dynamic_update_slice(stack, jnp.where(place[1] == at, rows, there), place)
+            there = block_of(stack, place, rows.shape)  # where the slot is another device's
+            return with_block(stack, jnp.where(place[1] == at, rows, there), place)
 
         return self._written(written, (cache.k, cache.v), (None, None, "kv_heads"), (slot,), ((),))
 
@@ -150,7 +151,7 @@ class SlotCache:
         def first_keys(stack: jax.Array, order: Order) -> jax.Array:
             sizes = [1, 1, *stack.shape[2:]]
             sizes[order.index(2)] = num_keys
-            in_order = lax.dynamic_slice(stack, _place(index, slot), sizes)[0, 0]
+            in_order = block_of(stack, _place(index, slot), sizes)[0, 0]
             rows = in_order.transpose([order.index(axis) - 2 for axis in (2, 3, 4)])
             return as_floats(rows, self.dtype)
 

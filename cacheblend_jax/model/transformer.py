@@ -38,6 +38,7 @@ from cacheblend_jax.model.rms_norm import RMSNorm, normed
 from cacheblend_jax.model.rope import Angles
 from pallas_kernels import apply_rope
 from pallas_kernels.dispatch import current_target
+from pallas_kernels.indexing import at_each, entry_of
 from pallas_kernels.partition import constrained
 
 NO_WINDOW = 2**30
@@ -346,8 +347,8 @@ class Rows:
 
     def take(self, indices: Int[Array, " kept"], valid: Array, padding_position: int) -> Rows:
         """Keeps the rows at `indices`; those not `valid` become padding."""
-        positions = jnp.where(valid, self.positions[indices], padding_position)
-        return Rows(self.hidden[indices], positions, self.angles.take(indices))
+        positions = jnp.where(valid, at_each(self.positions, indices), padding_position)
+        return Rows(at_each(self.hidden, indices), positions, self.angles.take(indices))
 
 
 def rows_at(hidden: jax.Array, positions: jax.Array, angles: Angles) -> Rows:
@@ -360,7 +361,7 @@ def layer_starts(config: ModelConfig, index: Int[Array, ""] | int, positions: In
     if all(window is None for window in config.windows):
         return None
     windows = jnp.asarray([NO_WINDOW if window is None else window for window in config.windows], jnp.int32)
-    return jnp.maximum(positions - (windows[index] - 1), 0)
+    return jnp.maximum(positions - (entry_of(windows, index) - 1), 0)
 
 
 class Attended(NamedTuple):

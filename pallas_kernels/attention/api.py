@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.xla import attend_xla
 from pallas_kernels.dispatch import UnsupportedReasons, choose_backend, current_target, unsupported_reasons
+from pallas_kernels.indexing import entry_of
 from pallas_kernels.partition import by_shares
 from pallas_kernels.target import follows_its_arrays
 from pallas_kernels.tuning import AttentionBlocks, attention_blocks
@@ -123,7 +123,7 @@ def _attend(
         out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf)
     elif backend == "xla":
         if layer is not None:
-            k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
+            k, v = (entry_of(x, layer) for x in (k, v))
         out, lse = attend_xla(q, k, v, q_positions, starts, kv_length, scale, soft_cap)
     else:
         k, v = (k[None], v[None]) if layer is None else (k, v)

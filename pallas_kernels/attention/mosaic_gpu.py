@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.mosaic_gpu_memory import Exponents, Shape, Shared, scratch
 from pallas_kernels.attention.tiles import Grid, KeyBlocks, cost, make_grid, make_tiles, merge_splits
+from pallas_kernels.indexing import entry_of
 from pallas_kernels.tuning import AttentionBlocks
 
 COMPUTING = 2  # computing warpgroups, at most
@@ -108,7 +109,7 @@ def attend_mosaic_gpu(
     # The tensor memory accelerator reads keys in groups; the last ones come from the tail block anyway.
     if missing := -num_keys % GROUP:
         padding = ((0, 0), (0, missing), (0, 0), (0, 0))
-        k, v = (jnp.pad(lax.dynamic_index_in_dim(x, layer), padding) for x in (k, v))
+        k, v = (jnp.pad(entry_of(x, layer)[None], padding) for x in (k, v))
         layer = jnp.zeros_like(layer)
     first_key, first_group = layer * k.shape[1], layer * (k.shape[1] // GROUP)
     k, v = (x.reshape(-1, num_kv_heads, head_dim) for x in (k, v))  # all layers' keys in a row

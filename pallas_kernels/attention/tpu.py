@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.tiles import KeyBlocks, cost, make_tiles, unpack_rows
+from pallas_kernels.indexing import entry_of
 from pallas_kernels.soft_cap import soft_capped
 from pallas_kernels.tuning import AttentionBlocks
 
@@ -50,7 +51,7 @@ def attend_tpu(
     """Returns output and log-sum-exp for validated arguments; `starts` already takes the window into account."""
     num_queries, num_heads, head_dim = q.shape
     # Whatever is read of a stack, a copy in another order is made of it.
-    k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
+    k, v = (entry_of(x, layer) for x in (k, v))
     num_keys, num_kv_heads, _ = k.shape
     tile_rows = min(blocks.rows, _round_up(num_queries * num_heads // num_kv_heads, LANES))
     block_keys = min(blocks.keys, _round_up(num_keys, LANES))

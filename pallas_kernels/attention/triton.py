@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.tiles import Grid, KeyBlocks, cost, make_grid, make_tiles, merge_splits
+from pallas_kernels.indexing import entry_of
 from pallas_kernels.soft_cap import soft_capped
 from pallas_kernels.tuning import AttentionBlocks
 
@@ -49,7 +50,7 @@ def attend_triton(
     padding = ((0, -num_keys % blocks.keys), (0, 0), (0, width - head_dim))
     if (num_keys, head_dim) != (num_keys + padding[0][1], width):
         q = jnp.pad(q, ((0, 0), (0, 0), (0, width - head_dim)))
-        k, v = (jnp.pad(lax.dynamic_index_in_dim(x, layer, keepdims=False), padding)[None] for x in (k, v))
+        k, v = (jnp.pad(entry_of(x, layer), padding)[None] for x in (k, v))
         layer = jnp.zeros_like(layer)
     first_key = (layer * k.shape[1]).reshape(1)
     k, v = (x.reshape(-1, num_kv_heads, width) for x in (k, v))  # all layers' keys in a row

@@ -11,9 +11,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.reference import selective_attention_reference
+from pallas_kernels.indexing import part_of
 from pallas_kernels.soft_cap import soft_capped
 
-FEW_KEYS = 256  # are one step without loops, which take three times as long to compile and save nothing
+FEW_KEYS = 256  # are attended at once: loops take three times as long to compile and save nothing
 MASKED = -1e30  # finite, so that a fully masked row stays free of NaN until zeros overwrite it
 
 
@@ -34,8 +35,8 @@ def attend_xla(
     """
     num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
-    if num_queries == 1:
-        return _attend_one(q, k, v, q_positions, starts, kv_length, scale, soft_cap)
+    if num_queries == 1 or num_keys <= FEW_KEYS:
+        return _attend_at_once(q, k, v, q_positions, starts, kv_length, scale, soft_cap)
     tile_size, blocks = block_sizes(num_queries, num_keys)
 
     with jax.named_scope("selective_attention"):
@@ -59,46 +60,52 @@ def attend_xla(
             lse = lse.reshape(num_kv_heads, group, tile_size).transpose(2, 0, 1)
             return None, (out.reshape(tile.q.shape), lse.reshape(tile_size, num_heads))
 
-        if num_tiles == 1 and num_keys <= FEW_KEYS:
-            out, lse = attend_tile(None, jax.tree.map(lambda x: x[0], tiles))[1]
-        else:
-            _, (out, lse) = lax.scan(attend_tile, None, tiles)
+        _, (out, lse) = lax.scan(attend_tile, None, tiles)
         out = out.reshape(-1, num_heads, head_dim)[:num_queries]
         return out, lse.reshape(-1, num_heads)[:num_queries]
 
 
-def _attend_one(
-    q: Float[Array, "1 heads head_dim"],
+def _attend_at_once(
+    q: Float[Array, "queries heads head_dim"],
     k: Float[Array, "keys kv_heads head_dim"],
     v: Float[Array, "keys kv_heads head_dim"],
-    q_positions: Int[Array, " 1"],
-    starts: Int[Array, " 1"] | None,
+    q_positions: Int[Array, " queries"],
+    starts: Int[Array, " queries"] | None,
     kv_length: Int[Array, ""],
     scale: float,
     soft_cap: float | None,
-) -> tuple[Float[Array, "1 heads head_dim"], Float[Array, "1 heads"]]:
-    """Returns what `attend_xla` does for one query: decoding's.
+) -> tuple[Float[Array, "queries heads head_dim"], Float[Array, "queries heads"]]:
+    """Returns what `attend_xla` does, without loops: for one query (decoding's), or few keys.
 
-    All its scores fit in a few rows, so that there is no loop over blocks, whose steps cost more than their products.
+    Their scores take little memory, and the steps of a loop would cost more than their products.
     """
-    num_keys, num_kv_heads, head_dim = k.shape
+    num_queries, num_heads, head_dim = q.shape
+    num_keys, num_kv_heads, _ = k.shape
     with jax.named_scope("selective_attention"):
         column = jnp.arange(num_keys, dtype=jnp.int32)
-        visible = (column <= q_positions) & (column < kv_length) & (q_positions < kv_length)
+        last = jnp.where(q_positions < kv_length, q_positions, -1)
+        visible = column[None] <= last[:, None]
         if starts is not None:
-            visible &= column >= starts
-        rows = q.reshape(num_kv_heads, -1, head_dim)
-        scores = jnp.einsum("hgd,hkd->hgk", rows, k.transpose(1, 0, 2), preferred_element_type=jnp.float32) * scale
-        scores = jnp.where(visible[None, None], soft_capped(scores, soft_cap), MASKED)
+            visible &= column[None] >= starts[:, None]
+        seen = visible.any(axis=0)
+        # Heads that share a KV head become rows of one matrix product: [kv_heads, group * queries, head_dim].
+        rows = q.reshape(num_queries, num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
+        rows = rows.reshape(num_kv_heads, -1, head_dim)
+        visible = jnp.tile(visible, (num_heads // num_kv_heads, 1))[None]
+        scores = jnp.einsum("hqd,hkd->hqk", rows, k.transpose(1, 0, 2), preferred_element_type=jnp.float32) * scale
+        scores = jnp.where(visible, soft_capped(scores, soft_cap), MASKED)
         maximum = scores.max(axis=-1)
-        weights = jnp.where(visible[None, None], jnp.exp(scores - maximum[..., None]), 0)
+        weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0)
         total = weights.sum(axis=-1)
-        values = jnp.where(visible[None, :, None], v.transpose(1, 0, 2), 0)
-        gathered = jnp.einsum("hgk,hkd->hgd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
-        sees_any = visible.any()
-        out = jnp.where(sees_any, gathered / jnp.where(sees_any, total, 1)[..., None], 0)
-        lse = jnp.where(sees_any, maximum + jnp.log(jnp.where(sees_any, total, 1)), -jnp.inf)
-        return out.astype(q.dtype).reshape(q.shape), lse.reshape(1, -1)
+        values = jnp.where(seen[None, :, None], v.transpose(1, 0, 2), 0)
+        gathered = jnp.einsum("hqk,hkd->hqd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
+        sees_any = visible.any(axis=-1)
+        total = jnp.where(sees_any, total, 1)
+        out = (gathered / total[..., None]).astype(q.dtype)
+        lse = jnp.where(sees_any, maximum + jnp.log(total), -jnp.inf)
+        by_query = (num_kv_heads, -1, num_queries)
+        out = out.reshape(*by_query, head_dim).transpose(2, 0, 1, 3)
+        return out.reshape(q.shape), lse.reshape(by_query).transpose(2, 0, 1).reshape(num_queries, num_heads)
 
 
 def _attend_forward(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
@@ -134,15 +141,13 @@ def block_sizes(num_queries: int, num_keys: int) -> tuple[int, BlockSizes]:
 
     Tiles are equal, so that the last one, whose queries see the most keys, is not mostly padding. Steps are large,
     since every operation of a step has a fixed cost. Scattered queries get smaller tiles: they span several times
-    their number in positions, so that few keys are visible to a whole tile. `FEW_KEYS` are one step.
+    their number in positions, so that few keys are visible to a whole tile.
     """
     dense = num_queries * 2 > num_keys
     tiles = max(round(num_queries / (352 if dense else 224)), 1)
     tile = -(-num_queries // tiles)
     tile = -(-tile // 8) * 8
     edge = min(tile if dense else max(num_keys // (2 * tiles), 512), 768, num_keys)
-    if num_keys <= FEW_KEYS:
-        edge = num_keys
     return tile, BlockSizes(inner=2 * edge if dense and 2 * edge <= num_keys else edge, edge=edge)
 
 
@@ -167,7 +172,7 @@ class _Stored(NamedTuple):
         self, begin: Int[Array, ""], size: int
     ) -> tuple[Float[Array, "kv_heads size head_dim"], Float[Array, "kv_heads size head_dim"]]:
         """Returns `size` keys and values from `begin` on."""
-        k, v = (lax.dynamic_slice_in_dim(x, begin, size, axis=int(self.head_major)) for x in (self.k, self.v))
+        k, v = (part_of(x, begin, size, axis=int(self.head_major)) for x in (self.k, self.v))
         return (k, v) if self.head_major else (k.transpose(1, 0, 2), v.transpose(1, 0, 2))
 
 
@@ -240,15 +245,12 @@ def _attend_tile(
         total=jnp.zeros((num_kv_heads, num_rows), jnp.float32),
         weighted=jnp.zeros((num_kv_heads, num_rows, head_dim), jnp.float32),
     )
-    if num_keys <= FEW_KEYS:
-        state = step(num_keys, True, jnp.int32(0), state)
-    else:
-        inner_begin = -(-common_first // blocks.inner) * blocks.inner
-        inner_end = jnp.maximum(jnp.minimum(common_last, last) // blocks.inner * blocks.inner, inner_begin)
-        if tile.starts is not None:
-            state = steps(blocks.edge, True, first // blocks.edge * blocks.edge, jnp.minimum(inner_begin, last), state)
-        state = steps(blocks.inner, False, inner_begin, inner_end, state)
-        state = steps(blocks.edge, True, inner_end, last, state)
+    inner_begin = -(-common_first // blocks.inner) * blocks.inner
+    inner_end = jnp.maximum(jnp.minimum(common_last, last) // blocks.inner * blocks.inner, inner_begin)
+    if tile.starts is not None:
+        state = steps(blocks.edge, True, first // blocks.edge * blocks.edge, jnp.minimum(inner_begin, last), state)
+    state = steps(blocks.inner, False, inner_begin, inner_end, state)
+    state = steps(blocks.edge, True, inner_end, last, state)
 
     sees_any = (row_valid & (row_starts <= row_positions))[..., 0]
     total = jnp.where(sees_any, state.total, 1.0)

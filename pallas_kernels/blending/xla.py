@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blending.quantised import QuantisedKV, dequantised
+from pallas_kernels.indexing import at_each, entry_of, with_entry
 from pallas_kernels.rotary import apply_rope
 
 
@@ -32,16 +32,17 @@ def blend_xla(
     places = jnp.where(indices < num_keys, indices, num_keys + jnp.arange(indices.shape[0], dtype=indices.dtype))
 
     def replace_rows(array: jax.Array, rows: jax.Array) -> jax.Array:
-        return array.at[places].set(rows, mode="drop", indices_are_sorted=True, unique_indices=True)
+        options = {"indices_are_sorted": True, "unique_indices": True, "wrap_negative_indices": False}
+        return array.at[places].set(rows, mode="drop", **options)
 
     if stored is None:
-        k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_cached, v_cached))
+        k, v = (entry_of(x, layer) for x in (k_cached, v_cached))
     else:
         k, v = dequantised(stored.k, stored.k_scales, k_offset), dequantised(stored.v, stored.v_scales)
     turned = apply_rope(k, cos, sin).astype(k_fresh.dtype)
-    k, v = replace_rows(turned, apply_rope(k_fresh, cos[at], sin[at])), v.astype(v_fresh.dtype)
+    k, v = replace_rows(turned, apply_rope(k_fresh, at_each(cos, at), at_each(sin, at))), v.astype(v_fresh.dtype)
     v = replace_rows(v, v_fresh)
     return (
-        lax.dynamic_update_index_in_dim(k_cached, k, layer, 0),
-        lax.dynamic_update_index_in_dim(v_cached, v, layer, 0),
+        with_entry(k_cached, k, layer),
+        with_entry(v_cached, v, layer),
     )

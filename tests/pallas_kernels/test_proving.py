@@ -291,7 +291,9 @@ def test_only_what_is_missing_is_proven_and_the_rest_stays():
     keys.append(kernels_in_force())
     assert asked == [[Trial("selective_attention", "triton", *OTHER)]]
     assert len(set(keys)) == 3  # programs compiled before are of other choices
-    use_verdicts_on(GPU, Kind("float32", 64), lambda place, trials: replace(found_on(), verdicts=(), trials=trials))
+    use_verdicts_on(
+        GPU, Kind("float32", 64), lambda place, trials: replace(found_on(), verdicts=(), trials=tuple(trials))
+    )
     assert kernels_in_force() == keys[-1]  # what fails changes no choice
     for call in (CALL, CALL._replace(head_dim=112)):
         assert verdicts_on(target_of(GPU)).backends_for(call) == ("triton",)
