@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import gc
@@ -60,9 +61,10 @@ def _checked_record(cls, **options):
 
 
 PACKAGES = ("cacheblend_jax", "pallas_kernels")
-CHECKED_CALLS = 3  # of a function in a test: later ones are as a rule of the same kinds, and most of what is called
+CHECKED_CALLS = 8  # of a function in a test: later ones are as a rule of the same kinds, and most of what is called
 _this_thread = threading.local()
-_checked_enough: list = []  # functions that the running test has called so often, marked as `typing.no_type_check` does
+_checks: collections.Counter = collections.Counter()  # of each function, in the running test
+_checked_enough: list = []  # functions that it has called so often, marked as `typing.no_type_check` does
 
 
 def _decorated(module: str, qualname: str):
@@ -82,18 +84,18 @@ def checked_once_called(function):
 
     After `CHECKED_CALLS` checks in a test, the package's function is marked as `typing.no_type_check` would.
     """
-    check, calls, name = None, 0, (function.__module__, function.__qualname__)
+    check, name = None, (function.__module__, function.__qualname__)
     has_first = getattr(_this_thread, "checks_results", None) == name
     _this_thread.checks_results = None if has_first or "return" not in function.__annotations__ else name
     if has_first:
         return lambda *args, **kwargs: None
 
     def call(*args, **kwargs):
-        nonlocal check, calls
+        nonlocal check
         if check is None:
             check = beartype(function, conf=BeartypeConf(is_pep484_tower=True))  # an int may stand for a float
-        calls += 1
-        if calls % CHECKED_CALLS == 0 and (decorated := _decorated(*name)) is not None:
+        _checks[name] += 1
+        if _checks[name] == CHECKED_CALLS and (decorated := _decorated(*name)) is not None:
             decorated.__no_type_check__ = True
             _checked_enough.append(decorated)
         return check(*args, **kwargs)
@@ -265,6 +267,7 @@ def own_user_cache(monkeypatch, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _annotations_are_checked_in_each_test():
+    _checks.clear()
     yield
     while _checked_enough:
         _checked_enough.pop().__no_type_check__ = False

@@ -52,7 +52,8 @@ def test_those_of_the_package_are():
 
 @pytest.mark.parametrize("number_of_test", [1, 2])
 def test_those_of_the_package_are_checked_in_the_first_calls_of_each_test(number_of_test):
-    arguments = jnp.ones((3, 2, 4)), jnp.ones((1, 2)), jnp.ones((1, 2))  # the angles of one token are broadcast
+    rows, one_token = jnp.ones((3, 2, 4)), jnp.ones((1, 2))
+    arguments = rows, one_token, one_token  # would be broadcast
     assert [is_refused(apply_rope, *arguments) for _ in range(CHECKED_CALLS + 1)] == [True] * CHECKED_CALLS + [False]
 
 

@@ -354,8 +354,9 @@ class _Call:
 
     def pauses(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> bool:
         """Whether a plan is to pause with these chunks: it had better, and need not wait for the compiler instead."""
-        is_whole_meanwhile = self.only_if_ready and self.lane.executors.runs_whole_meanwhile(plan, chunks)
-        return self.wants_pauses(plan) and not is_whole_meanwhile
+        if not self.wants_pauses(plan):
+            return False
+        return not (self.only_if_ready and self.lane.executors.runs_whole_meanwhile(plan, chunks))
 
     def asked(self) -> dict[str, object]:
         """Returns what the request is, beside its chunks: the same on all hosts."""

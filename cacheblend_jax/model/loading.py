@@ -59,7 +59,7 @@ def loading_model(
     """As `load_model`, on the default device, but yields while the weights are read on a thread.
 
     Where the body ends before they are, the rest is not read. Where it has what it came for, what was dequantised is
-    kept for later processes (`user_cache.keep`), which nobody waits for any more.
+    kept for later processes (`user_cache.keep`) when the body ends.
 
     Args:
         progress: called on that thread with the bytes loaded so far and their total.

@@ -85,7 +85,8 @@ def write_params(opened: OpenedModel, params: Params) -> None:
 def _may_keep(opened: OpenedModel) -> bool:
     checkpoint = opened.checkpoint
     is_quantised = isinstance(checkpoint, GgufCheckpoint) and checkpoint.is_quantised
-    return is_kept(WEIGHTS) and is_quantised and opened.states is not None and current_target().platform == "cpu"
+    can_be_told = opened.states is not None and sources_digest() is not None
+    return is_kept(WEIGHTS) and is_quantised and can_be_told and current_target().platform == "cpu"
 
 
 def _path(opened: OpenedModel) -> Path:

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import logging
+import time
 from collections.abc import Hashable
 from functools import cache, partial
 from pathlib import Path
@@ -35,6 +36,7 @@ FORMAT = 1  # raised whenever files are written otherwise than before
 MOST_KEPT = 2000  # of some 20 KB
 PACKAGES = ("cacheblend_jax", "pallas_kernels")
 CHECKSUM_BYTES = 4
+BEGAN = time.time()  # before most modules are imported, and anything is traced
 
 
 def kept_or_lowered(
@@ -54,7 +56,7 @@ def kept_or_lowered(
         which its sources identify, with static arguments that say all about themselves. A selector of the user's is
         none of them.
     """
-    if not is_kept(PROGRAMS):
+    if not is_kept(PROGRAMS) or sources_digest() is None:
         return None
     try:
         name = json.dumps([FORMAT, _described(key), sources_digest(), _versions(), _settings()])
@@ -105,7 +107,7 @@ def _exported(function: partial, arrays: tuple[Any, ...]) -> tuple[bytes, Any]:
     if any(aval.weak_type for aval in exported.out_avals):
         raise _UnknownError("a result has a weak type, which is not kept")
     described = _to_json(jax.tree.unflatten(results[-1], [object() for _ in range(results[-1].num_leaves)]))
-    if jax.tree.structure(_from_json(described)) != results[-1]:
+    if jax.tree.structure(_from_json(json.loads(json.dumps(described)))) != results[-1]:
         raise _UnknownError(f"its results have the structure {results[-1]}")
     return bytes(exported.serialize()), described
 
@@ -166,15 +168,21 @@ def _versions() -> list[str]:
 
 
 @cache
-def sources_digest() -> str:
-    """Returns SHA-256 (hex) over the sources of this package's modules: what is kept is valid for them alone."""
-    digest = hashlib.sha256()
+def sources_digest() -> str | None:
+    """Returns SHA-256 (hex) over the sources of this package's modules: what is kept is valid for them alone.
+
+    `None` where they can't be told: there are none, or some were written since this process began, which may run what
+    was there before.
+    """
+    digest, count = hashlib.sha256(), 0
     for package in PACKAGES:
         root = Path(inspect.getfile(importlib.import_module(package))).parent
         for file in sorted(root.rglob("*.py")):
-            content = file.read_bytes()
+            if file.stat().st_mtime > BEGAN:
+                return None
+            content, count = file.read_bytes(), count + 1
             digest.update(f"{package}/{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
+    return digest.hexdigest() if count else None
 
 
 class _UnknownError(Exception):

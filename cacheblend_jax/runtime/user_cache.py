@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,10 @@ def write_file(path: Path, parts: Iterable[Any]) -> None:
         OSError: the directory can't be written, or is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)  # for its owner alone
+    temporary = Path(name)
     try:
-        with open(temporary, "wb") as file:
+        with open(descriptor, "wb") as file:
             for part in parts:
                 file.write(part)
         os.replace(temporary, path)

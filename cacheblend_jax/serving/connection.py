@@ -71,8 +71,10 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
 
     def leave(left: asyncio.Future[None]) -> None:
         nonlocal has_gone
-        if is_working and not left.cancelled():
-            left.exception()  # whatever `receive` raised: there is no connection any more
+        if left.cancelled():
+            return
+        left.exception()  # whatever `receive` raised: there is no connection any more
+        if is_working:
             has_gone = True
             task.cancel()
 
@@ -80,12 +82,14 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
     try:
         return await work
     except asyncio.CancelledError:
-        if has_gone and task.uncancel() <= before:
+        if has_gone and task.cancelling() <= before + 1:  # nobody else has cancelled it
             raise ClientGoneError from None
         raise
     finally:
         is_working = False
         leaving.cancel()
+        if has_gone:
+            task.uncancel()
 
 
 async def _gone(receive: Receive) -> None:

@@ -101,7 +101,7 @@ def _attend_at_once(
         gathered = jnp.einsum("hqk,hkd->hqd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
         sees_any = visible.any(axis=-1)
         total = jnp.where(sees_any, total, 1)
-        out = (gathered / total[..., None]).astype(q.dtype)
+        out = jnp.where(sees_any[..., None], gathered / total[..., None], 0).astype(q.dtype)
         lse = jnp.where(sees_any, maximum + jnp.log(total), -jnp.inf)
         by_query = (num_kv_heads, -1, num_queries)
         out = out.reshape(*by_query, head_dim).transpose(2, 0, 1, 3)

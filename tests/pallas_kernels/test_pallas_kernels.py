@@ -39,6 +39,13 @@ def test_one_query_that_sees_nan_returns_nan_and_one_that_does_not_is_finite():
     assert np.isnan(np.asarray(selective_attention(q, poisoned, poisoned, jnp.asarray([32], jnp.int32)))).all()
 
 
+def test_a_row_that_sees_nothing_is_zeros_whatever_the_others_see():
+    q, keys, positions = jnp.ones((2, 1, 8)), jnp.zeros((3, 1, 8)), jnp.asarray([2, 3], jnp.int32)
+    out = selective_attention(q, keys, keys.at[2].set(jnp.inf), positions, kv_length=jnp.int32(3))
+    assert np.isinf(np.asarray(out[0])).all()
+    np.testing.assert_array_equal(out[1], jnp.zeros((1, 8)))
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
 def test_nothing_to_attend_to_gives_zeros(queries, keys):
     q, kv = jnp.ones((queries, 4, 8)), jnp.ones((keys, 2, 8))

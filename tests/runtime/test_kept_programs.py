@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import family_model, random_prompt
 from flax import struct
 
+import cacheblend_jax as cb
 from cacheblend_jax.runtime import kept_programs, user_cache
 from cacheblend_jax.runtime.programs import Runner
 from cacheblend_jax.runtime.user_cache import PROGRAMS, keep
@@ -47,6 +50,10 @@ def scaled(x: dict, unused: jax.Array, *, settings: Settings) -> tuple:
 def doubled(x: jax.Array) -> jax.Array:
     traced.append("doubled")
     return x * 2
+
+
+def numbered(x: jax.Array) -> dict:
+    return {10: x, 2: x + 1}
 
 
 def weak(x: jax.Array) -> jax.Array:
@@ -188,6 +195,50 @@ def test_results_of_weak_type_stay_so(kept):
     for _ in range(2):
         assert Runner("cpu")(weak, jnp.ones(2)).weak_type
     assert not files(kept)
+
+
+def test_results_that_json_would_name_otherwise_are_not_kept(kept):
+    for _ in range(2):
+        out = Runner("cpu")(numbered, jnp.zeros(2))
+        assert (out[10].sum(), out[2].sum()) == (0, 2)
+    assert not files(kept)
+
+
+def test_sources_that_cannot_be_told_keep_nothing(tmp_path, monkeypatch):
+    (tmp_path / "package").mkdir()
+    module = tmp_path / "package" / "__init__.py"
+    module.write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(kept_programs, "PACKAGES", ("package",))
+    digest = kept_programs.sources_digest.__wrapped__
+    monkeypatch.setattr(kept_programs, "BEGAN", module.stat().st_mtime - 1)
+    assert digest() is None  # written since
+    monkeypatch.setattr(kept_programs, "BEGAN", module.stat().st_mtime + 1)
+    assert len(digest()) == 64
+    module.unlink()
+    assert digest() is None
+    monkeypatch.setattr(kept_programs, "sources_digest", lambda: None)
+    monkeypatch.setattr(user_cache, "_kept", {PROGRAMS})
+    assert kept_programs.kept_or_lowered((), partial(doubled), (jnp.ones(2),), ()) is None
+
+
+def test_an_answer_by_kept_programs_is_the_same_and_nothing_of_it_is_traced(own_user_cache, monkeypatch):
+    blend = cb.BlendConfig(selector="hkvd", num_stages=1)
+    prompt, model, found = random_prompt(5), family_model("llama2"), []
+    monkeypatch.setattr(user_cache, "_kept", set())
+    for is_kept in (False, True, True):
+        if is_kept:
+            keep(PROGRAMS)
+        if len(found) == 2:
+            monkeypatch.setattr(kept_programs, "_exported", lambda *_: pytest.fail("traced once more"))
+        engine = cb.Engine(cb.Model(model.config, model.params), blend=blend)
+        engine.precompute(prompt)
+        out = engine.prefill(prompt)
+        found.append((out.logits, engine.complete(out, max_new_tokens=3, stop_token_ids=()).token_ids))
+        assert len(files(own_user_cache / PROGRAMS)) == (engine.model.runner.count if is_kept else 0)
+    for logits, token_ids in found[1:]:
+        np.testing.assert_array_equal(logits, found[0][0])
+        assert token_ids == found[0][1]
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: content[::-1]])

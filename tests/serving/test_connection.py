@@ -27,6 +27,12 @@ def test_what_is_written_is_sent_at_once():
     assert asyncio.run(is_sent_at_once())
 
 
+async def others_go_on() -> None:
+    """Lets all others do what they can without waiting: none takes more turns of the event loop."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 class Client:
     """Its messages come when the test says; `has_ended` says how the work for it did."""
 
@@ -53,7 +59,7 @@ def in_turns(*steps):
         client, until = Client(), asyncio.get_running_loop().create_future()
         asking = asyncio.ensure_future(while_connected(client.messages.get, client.work(until)))
         for step in steps:
-            await asyncio.sleep(0.001)
+            await others_go_on()
             step(client, until, asking)
         try:
             return client, await asking
@@ -75,6 +81,22 @@ def test_what_cancels_the_caller_is_no_client_that_goes():
     assert (client.has_ended, type(end)) == ("cancelled", asyncio.CancelledError)
 
 
+def test_work_that_ends_otherwise_leaves_no_cancellation_behind():
+    async def cancellations() -> int:
+        client = Client()
+
+        async def does_not_mind() -> str:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.get_running_loop().create_future()
+            return "done"
+
+        client.leaves()
+        assert await while_connected(client.messages.get, does_not_mind()) == "done"
+        return asyncio.current_task().cancelling()
+
+    assert asyncio.run(cancellations()) == 0
+
+
 @pytest.mark.parametrize("is_work_first", [True, False])
 def test_a_client_that_goes_as_its_work_ends_cancels_nothing_later(is_work_first):
     async def ask_and_go_on():
@@ -83,11 +105,11 @@ def test_a_client_that_goes_as_its_work_ends_cancels_nothing_later(is_work_first
         async def handle():
             with contextlib.suppress(ClientGoneError):
                 await while_connected(client.messages.get, client.work(until))
-            await asyncio.sleep(0.001)
+            await others_go_on()
             return "went on"
 
         handling = asyncio.ensure_future(handle())
-        await asyncio.sleep(0.001)
+        await others_go_on()
         for step in (lambda: until.set_result("done"), client.leaves)[:: 1 if is_work_first else -1]:
             step()
         return await handling
