@@ -21,7 +21,6 @@ import contextlib
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import numpy as np
 
 import cacheblend_jax as cb
@@ -40,6 +41,7 @@ from cacheblend_jax.evaluation.figures import BLUE, GREEN, MARKERS, new_figure
 from cacheblend_jax.serving import ServingOptions
 from cacheblend_jax.serving.requests import RequestReader
 from cacheblend_jax.store import TenantStore
+from scripts.bench_parts.clients import Answered, Client, LoneClient
 
 MODES = ("full", "prefix", "blend")
 COLOURS = dict(zip(MODES, ("black", GREEN, BLUE), strict=True))
@@ -47,8 +49,6 @@ SHARES = (0.25, 0.5, 0.65, 0.8, 0.95, 1.1)  # of a mode's capacity
 ALONE = 40  # requests one after another
 WATCHED = 0.8  # the share at which the tail is compared with the unloaded server's
 WORDS = "the of a in to and is was for on that with by as at from it an be this which or are not have had but".split()
-PATH = "/v1/chat/completions"
-ANSWERED, LAST_CHUNK = b"HTTP/1.1 200 ", b"0\r\n"  # how an answer begins, and how a body in chunks ends
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,6 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One request's answer: seconds from when it was due, its tokens, and its status (200: it was answered)."""
-
-    ttft_s: float
-    seconds: float
-    tokens: int
-    status: int
-
-
-@dataclass(frozen=True)
 class Point:
     """What came of a number of requests; times in seconds."""
 
@@ -121,107 +111,6 @@ class Point:
         times = " | ".join(f"{1e3 * each:.0f}" for each in (self.ttft_mean, self.ttft_p50, self.ttft_p95))
         rates = f"{self.offered_per_s:.2f} | {self.answered_per_s:.2f} | {self.tokens_per_s:.1f}"
         return f"| {self.mode} | {self.kind} | {rates} | {times} | {self.requests} | {self.refused} |"
-
-
-class Client:
-    """Asks a server; each request has a connection of its own."""
-
-    def __init__(self, url: str) -> None:
-        host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
-        self.address = host, int(port)
-
-    async def ask(self, body: dict[str, Any], due: float | None = None) -> Answered:
-        """Sends a request and reads its events to the end."""
-        raw = json.dumps(body).encode()
-        events = Events(time.perf_counter() if due is None else due)
-        reader, writer = await asyncio.open_connection(*self.address, limit=2**22)
-        try:
-            writer.write(_head(PATH, len(raw), "close") + raw)
-            while line := await reader.readline():
-                events.take(line, time.perf_counter())
-        finally:
-            writer.close()
-        return events.answered()
-
-    async def post(self, path: str, body: dict[str, Any]) -> None:
-        """Posts what has no events."""
-        raw = json.dumps(body).encode()
-        reader, writer = await asyncio.open_connection(*self.address)
-        writer.write(_head(path, len(raw), "close") + raw)
-        answer = await reader.read()
-        writer.close()
-        if b" 200 " not in answer[:20]:
-            raise SystemExit(f"{path}: {answer.decode(errors='replace')}")
-
-
-class LoneClient:
-    """Asks for one answer after another over one connection, as OpenAI's client does, and takes no time to speak of.
-
-    Args:
-        address: the server's host and port.
-    """
-
-    def __init__(self, address: tuple[str, int]) -> None:
-        self._connection = socket.create_connection(address)
-        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._lines = self._connection.makefile("rb")
-
-    def ask(self, body: dict[str, Any]) -> Answered:
-        """Sends a request and reads its events to the end.
-
-        Raises:
-            SystemExit: it is not answered.
-        """
-        raw, line, lines = json.dumps(body).encode(), b"", list[tuple[bytes, float]]()
-        events = Events(time.perf_counter())
-        self._connection.sendall(_head(PATH, len(raw), "keep-alive") + raw)
-        for line in self._lines:
-            lines.append((line, time.perf_counter()))
-            if line == LAST_CHUNK or not lines[0][0].startswith(ANSWERED):
-                break
-        if line != LAST_CHUNK:
-            raise SystemExit(f"{PATH}: {line.decode()}")
-        self._lines.readline()  # what follows it is empty
-        for line, came in lines:
-            events.take(line, came)
-        return events.answered()
-
-    def close(self) -> None:
-        """Ends the connection."""
-        self._lines.close()
-        self._connection.close()
-
-
-class Events:
-    """What comes of a request, line by line.
-
-    Args:
-        due: when it was due, by `time.perf_counter`.
-    """
-
-    def __init__(self, due: float) -> None:
-        self._due, self._status, self._tokens, self._first_s = due, 0, 0, float("nan")
-
-    def take(self, line: bytes, came: float) -> None:
-        """Takes the next line, and when it came."""
-        if line.startswith(b"data: {"):
-            event = json.loads(line[6:])
-            if np.isnan(self._first_s) and any(choice["delta"].get("content") for choice in event["choices"]):
-                self._first_s = came - self._due
-            if usage := event.get("usage"):
-                self._tokens = usage["completion_tokens"]
-        elif not self._status:
-            self._status = int(line.split()[1])
-
-    def answered(self) -> Answered:
-        """Returns what has come by now."""
-        seconds = time.perf_counter() - self._due
-        return Answered(seconds if np.isnan(self._first_s) else self._first_s, seconds, self._tokens, self._status)
-
-
-def _head(path: str, size: int, connection: str) -> bytes:
-    lines = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: {connection}\r\n"
-    return f"{lines}Content-Type: application/json\r\nContent-Length: {size}\r\n\r\n".encode()
 
 
 @contextlib.contextmanager

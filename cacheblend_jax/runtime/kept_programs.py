@@ -13,7 +13,6 @@ import importlib
 import inspect
 import json
 import logging
-import time
 from collections.abc import Hashable
 from functools import cache, partial
 from pathlib import Path
@@ -29,14 +28,13 @@ import numpy as np
 from jax import export
 
 from cacheblend_jax.errors import one_line
-from cacheblend_jax.runtime.user_cache import PROGRAMS, cache_directory, is_kept, remove_all_but_newest, write_file
+from cacheblend_jax.runtime.user_cache import BEGAN, PROGRAMS, cache_directory, remove_all_but_newest, write_file
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # raised whenever files are written otherwise than before
 MOST_KEPT = 2000  # of some 20 KB
 PACKAGES = ("cacheblend_jax", "pallas_kernels")
 CHECKSUM_BYTES = 4
-BEGAN = time.time()  # before most modules are imported, and anything is traced
 
 
 def kept_or_lowered(
@@ -52,11 +50,10 @@ def kept_or_lowered(
         function: the function with its static arguments.
 
     Returns:
-        `None` where programs are not kept (`user_cache.keep`), and of functions that are not: only this package's are,
-        which its sources identify, with static arguments that say all about themselves. A selector of the user's is
-        none of them.
+        `None` of functions that are not kept: only this package's are, which its sources identify, with static
+        arguments that say all about themselves. A selector of the user's is none of them.
     """
-    if not is_kept(PROGRAMS) or sources_digest() is None:
+    if sources_digest() is None:
         return None
     try:
         name = json.dumps([FORMAT, _described(key), sources_digest(), _versions(), _settings()])

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from cacheblend_jax.runtime.exit_hook import to_its_end
-from cacheblend_jax.runtime.kept_programs import kept_or_lowered
+from cacheblend_jax.runtime.user_cache import PROGRAMS, is_kept
 from pallas_kernels.dispatch import kernels_in_force
 from pallas_kernels.partition import Partition, splitting
 from pallas_kernels.target import compiling
@@ -217,8 +217,12 @@ class Runner:
             entry.program.set_exception(error)
 
     def _lowered(self, key: Hashable, function: partial, arrays: tuple[Any, ...], donate: tuple[str, ...]) -> Any:
-        if self._keeps and (kept := kept_or_lowered(key, function, arrays, donate)) is not None:
-            return kept
+        if self._keeps and is_kept(PROGRAMS):
+            # Where nothing is kept (an image for GPUs), what it imports may be missing.
+            from cacheblend_jax.runtime.kept_programs import kept_or_lowered
+
+            if (kept := kept_or_lowered(key, function, arrays, donate)) is not None:
+                return kept
         if self._results is None:
             return jax.jit(function, donate_argnames=donate, out_shardings=self._out_shardings).lower(*arrays)
         # Left to itself, the compiler may split arrays of the host over the mesh.

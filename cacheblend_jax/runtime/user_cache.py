@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
-
+BEGAN = time.time()  # before most modules are imported, and anything is traced
 PROGRAMS, WEIGHTS = "programs", "weights"  # kinds of files that are kept where a process asks for it: they take room
 _kept: set[str] = set()
 
@@ -30,6 +30,8 @@ def is_kept(kind: str) -> bool:
 
 def cache_directory(kind: str) -> Path:
     """Returns the directory of a kind of files (`"digests"`, say)."""
+    from platformdirs import user_cache_path  # images for GPUs may lack it, where nothing is kept
+
     return user_cache_path("cacheblend-jax") / kind
 
 
