@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from cacheblend_jax.model.config import ModelConfig, ScoreOptions
 from pallas_kernels import QuantisedKV, selective_attention
 from pallas_kernels.dispatch import current_target
-from pallas_kernels.indexing import entry_of, with_block, with_entry
+from pallas_kernels.indexing import entry_of, with_entry
 from pallas_kernels.partition import Partition
 
 SCALES = jnp.dtype(jnp.bfloat16)  # of quantised KV
@@ -203,7 +203,8 @@ class GrowingCache(InSequence):
         place = [jnp.asarray(i, jnp.int32) for i in (index, positions[0], 0, 0)]  # one dtype, jax_enable_x64 or not
 
         def written(stack: jax.Array, fresh: jax.Array) -> jax.Array:
-            return with_block(stack, as_kept(fresh)[None], place)
+            # Not `with_block`: where no place can count from the end, XLA for TPUs copies all of the cache first.
+            return lax.dynamic_update_slice(stack, as_kept(fresh)[None], place)
 
         return GrowingCache(written(self.k, rows.k), written(self.v, rows.v), self.dtype)
 

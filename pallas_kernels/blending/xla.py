@@ -32,8 +32,9 @@ def blend_xla(
     places = jnp.where(indices < num_keys, indices, num_keys + jnp.arange(indices.shape[0], dtype=indices.dtype))
 
     def replace_rows(array: jax.Array, rows: jax.Array) -> jax.Array:
-        options = {"indices_are_sorted": True, "unique_indices": True, "wrap_negative_indices": False}
-        return array.at[places].set(rows, mode="drop", **options)
+        return array.at[places].set(
+            rows, mode="drop", indices_are_sorted=True, unique_indices=True, wrap_negative_indices=False
+        )
 
     if stored is None:
         k, v = (entry_of(x, layer) for x in (k_cached, v_cached))
