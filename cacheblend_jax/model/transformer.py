@@ -315,7 +315,7 @@ def random_params(key: jax.Array, config: ModelConfig, *, by_layer: bool | None 
     if by_layer is None:
         by_layer = suits_by_layer(current_target().platform)
     if not by_layer:
-        return init_params(key, config)  # as one program, it would take half a second to compile for each configuration
+        return jax.jit(init_params, static_argnames="config")(key, config)
     embedder_key, layers_key = jax.random.split(key)
 
     @partial(jax.jit, static_argnums=1)
