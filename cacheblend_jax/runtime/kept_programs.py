@@ -29,6 +29,7 @@ from jax import export
 
 from cacheblend_jax.errors import one_line
 from cacheblend_jax.runtime.user_cache import BEGAN, PROGRAMS, cache_directory, remove_all_but_newest, write_file
+from pallas_kernels.sources import digest_of_sources, sources_in
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # raised whenever files are written otherwise than before
@@ -171,15 +172,10 @@ def sources_digest() -> str | None:
     `None` where they can't be told: there are none, or some were written since this process began, which may run what
     was there before.
     """
-    digest, count = hashlib.sha256(), 0
-    for package in PACKAGES:
-        root = Path(inspect.getfile(importlib.import_module(package))).parent
-        for file in sorted(root.rglob("*.py")):
-            if file.stat().st_mtime > BEGAN:
-                return None
-            content, count = file.read_bytes(), count + 1
-            digest.update(f"{package}/{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
-    return digest.hexdigest() if count else None
+    roots = [Path(inspect.getfile(importlib.import_module(package))).parent for package in PACKAGES]
+    digest = hashlib.sha256("".join(map(digest_of_sources, roots)).encode()).hexdigest()
+    written = [file.stat().st_mtime for root in roots for file in sources_in(root)]
+    return digest if written and max(written) <= BEGAN else None
 
 
 class _UnknownError(Exception):

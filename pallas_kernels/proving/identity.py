@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import jax
 import jaxlib
 
+from pallas_kernels.sources import digest_of_sources
 from pallas_kernels.target import Device, Target, target_of
 
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/sys/module/nvidia/version")
@@ -82,8 +82,4 @@ def driver_version() -> str:
 @cache
 def sources_digest() -> str:
     """Returns the SHA-256 (hex) over all sources of this package: kernels, block sizes, and the cases themselves."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
+    return digest_of_sources(Path(__file__).parents[1])
