@@ -14,13 +14,16 @@ import httpx
 import pytest
 from serving_cases import QUESTION, running
 from starlette.responses import PlainTextResponse
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cacheblend_jax.serving import Bounds
 from cacheblend_jax.serving.admission import HostCheck
 
 SECRET = "unspeakable"
 CHAT = "/v1/chat/completions"
+CHUNKED = (
+    f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+)
 
 
 @pytest.fixture(scope="module")
@@ -196,13 +199,43 @@ def test_unknown_paths_and_methods_are_refused_alike(server):
         b"nonsense\r\n\r\n",
         b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
         b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 10**6 + b"\r\n\r\n",
+        b"\r\n" * 10**6,
+        CHUNKED + b"1;" + b"a" * 10**6,
+        CHUNKED + b"1\r\n{\r\n0\r\nX: " + b"a" * 10**6,
+        CHUNKED + b"1\r\n{\r\n0\r\n" + b"X: a\r\n" * 10**5,
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
     ],
-    ids=["nonsense", "negative", "two lengths", "long head"],
+    ids=(
+        "nonsense,negative,two lengths,two framings,long head,blank lines,chunk extension,long trailer,many trailers,"
+        "no host,two hosts,proxy,path"
+    ).split(","),
 )
 def test_what_is_no_http_is_refused(server, raw):
     status, _ = server.exchange(raw)
     assert status == 400
+
+
+def test_a_request_for_another_protocol_is_answered_in_this_one(server):
+    """A JVM's client asks so for HTTP/2; the body comes with the head, or after it, and more than one request does."""
+    raw = json.dumps(body()).encode()
+    asks = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n\r\n"
+    head = head_of(len(raw))[:-2] + asks
+    for first, rest in ((head + raw, b""), (head, raw), (head[:50], head[50:] + raw)):
+        with socket.create_connection(server.address, timeout=300) as connection:
+            answers = connection.makefile("rb")
+            for _ in range(2):
+                connection.sendall(first)
+                connection.sendall(rest)
+                assert answers.readline() == b"HTTP/1.1 200 OK\r\n"
+                (length,) = [
+                    int(line[16:]) for line in iter(answers.readline, b"\r\n") if line[:15] == b"content-length:"
+                ]
+                assert json.loads(answers.read(length))["choices"]
 
 
 def test_a_head_that_does_not_come_ends_the_connection(server):
@@ -261,8 +294,8 @@ def test_a_client_that_goes_amid_an_answer_frees_its_slot(server):
 @pytest.fixture
 def lost(monkeypatch):
     """Set where a server has lost a connection."""
-    lost, connection_lost = threading.Event(), H11Protocol.connection_lost
-    monkeypatch.setattr(H11Protocol, "connection_lost", lambda *lot: (connection_lost(*lot), lost.set()))
+    lost, connection_lost = threading.Event(), HttpToolsProtocol.connection_lost
+    monkeypatch.setattr(HttpToolsProtocol, "connection_lost", lambda *lot: (connection_lost(*lot), lost.set()))
     return lost
 
 
