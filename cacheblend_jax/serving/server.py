@@ -7,22 +7,20 @@ import signal
 import socket
 from collections.abc import Callable
 
-import httptools
+import h11
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.serving.options import Bounds
 
 MAX_CONNECTIONS = 1000
-MAX_HEAD_BYTES = 32 * 2**10  # of a request: what frames a body counts alike
-INVALID = "Invalid HTTP request received."
-UPGRADES = (b"connection", b"http2-settings", b"upgrade")
+MAX_HEAD_BYTES = 32 * 2**10
 
 
-def protocol_with(head_s: float, write_s: float) -> type[HttpToolsProtocol]:
-    """Returns the protocol that ends connections whose clients do not do their part, or send heads without an end.
+def protocol_with(head_s: float, write_s: float) -> type[H11Protocol]:
+    """Returns the protocol that ends connections whose clients do not do their part.
 
     Args:
         head_s: seconds until the head of a connection's next request must have come, and, after an answer that needed
@@ -30,10 +28,9 @@ def protocol_with(head_s: float, write_s: float) -> type[HttpToolsProtocol]:
         write_s: seconds until a client must have taken what fills the connection's buffer.
     """
 
-    class BoundedProtocol(HttpToolsProtocol):
+    class BoundedProtocol(H11Protocol):
         _waiting: asyncio.TimerHandle | None = None
         _unread: asyncio.TimerHandle | None = None
-        _framing = 0  # bytes that came since a head, or a piece of a body, was complete
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -54,57 +51,16 @@ def protocol_with(head_s: float, write_s: float) -> type[HttpToolsProtocol]:
             self._has_read()
 
         def data_received(self, data: bytes) -> None:
-            self._unset_keepalive_if_required()
-            self._framing += len(data)
-            try:
-                self._parse(data)
-                if self._framing > MAX_HEAD_BYTES:
-                    raise httptools.HttpParserError("a head without an end")
-            except httptools.HttpParserError:
-                self.logger.warning(INVALID)
-                self.send_400_response(INVALID)
+            super().data_received(data)
             self._watch()
-
-        def _parse(self, data: bytes) -> None:
-            """Parses what came. Where a request asks for another protocol, its head is read again as if it did not.
-
-            The parser takes what follows such a head for that protocol. Clients on a JVM ask so for HTTP/2, and send
-            their body all the same.
-            """
-            while data:
-                try:
-                    return self.parser.feed_data(data)
-                except httptools.HttpParserUpgrade as upgrade:
-                    method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-                    if method == b"CONNECT":
-                        raise httptools.HttpParserError("this is no proxy") from None
-                    head = [b"%s %s HTTP/%s" % (method, self.url, version)]
-                    head += [b"%s: %s" % header for header in self.headers if header[0] not in UPGRADES]
-                    self.parser = httptools.HttpRequestParser(self)
-                    data = b"\r\n".join([*head, b"", b""]) + data[upgrade.args[0] :]
-
-        def on_headers_complete(self) -> None:
-            self._framing = 0
-            if not self.parser.should_upgrade():
-                hosts = sum(name == b"host" for name, _ in self.headers)
-                if hosts > 1 or (hosts == 0 and self.parser.get_http_version() != "1.0"):
-                    raise httptools.HttpParserError("a request has one host")
-                super().on_headers_complete()
-
-        def on_body(self, body: bytes) -> None:
-            self._framing = 0
-            super().on_body(body)
-
-        def on_message_complete(self) -> None:
-            if not self.parser.should_upgrade():
-                super().on_message_complete()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
             self._watch()
 
         def _watch(self) -> None:
-            if self.cycle is not None and not self.cycle.response_complete:
+            is_asking = self.conn.their_state is not h11.IDLE and self.conn.our_state is not h11.DONE
+            if is_asking:
                 self._stop_watching()
             elif self._waiting is None and not self.transport.is_closing():
                 self._waiting = self.loop.call_later(head_s, self.transport.close)
@@ -167,6 +123,7 @@ def server_of(
         access_log=False,
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_graceful_shutdown=max(1, round(stop_s)),
     )
     return AnnouncedServer(config, announce or (lambda address: None))
