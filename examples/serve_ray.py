@@ -176,7 +176,7 @@ class Front:
     async def _answer(self, call: Call) -> Response:
         messages = self._messages(call)
         start = await anext(messages)
-        if dict(start["headers"])[b"content-type"].startswith(b"text/event-stream"):
+        if dict(start["headers"]).get(b"content-type", b"").startswith(b"text/event-stream"):  # redirects have none
             response: Response = StreamingResponse(events(await anext(messages), messages), start["status"])
         else:
             response = Response(b"".join([each["body"] async for each in messages]), start["status"])
