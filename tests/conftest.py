@@ -61,10 +61,11 @@ def _checked_record(cls, **options):
 
 
 PACKAGES = ("cacheblend_jax", "pallas_kernels")
-CHECKED_CALLS = 8  # of a function in a test: later ones are as a rule of the same kinds, and most of what is called
+CHECKED_CALLS = 3  # of a function in a test: later ones are as a rule of the same kinds, and most of what is called
 _this_thread = threading.local()
 _checks: collections.Counter = collections.Counter()  # of each function, in the running test
 _checked_enough: list = []  # functions that it has called so often, marked as `typing.no_type_check` does
+_written: dict = {}  # the checks of a function within another, which is made anew at each call of that
 
 
 def _decorated(module: str, qualname: str):
@@ -82,9 +83,11 @@ def checked_once_called(function):
     second finds nothing that the first does not, unless the call raises; it is left out where there is a first, as it
     takes a tenth of tracing. The two are asked for one after the other, in one thread.
 
-    After `CHECKED_CALLS` checks in a test, the package's function is marked as `typing.no_type_check` would.
+    After `CHECKED_CALLS` checks in a test, the package's function is marked as `typing.no_type_check` would; of a
+    function within another, those made later in the test are not decorated (`until_checked_enough`).
     """
     check, name = None, (function.__module__, function.__qualname__)
+    wanted = (*name, str(function.__annotations__))
     has_first = getattr(_this_thread, "checks_results", None) == name
     _this_thread.checks_results = None if has_first or "return" not in function.__annotations__ else name
     if has_first:
@@ -92,8 +95,9 @@ def checked_once_called(function):
 
     def call(*args, **kwargs):
         nonlocal check
-        if check is None:
-            check = beartype(function, conf=BeartypeConf(is_pep484_tower=True))  # an int may stand for a float
+        if check is None and (check := _written.get(wanted)) is None:
+            conf = BeartypeConf(is_pep484_tower=True)  # an int may stand for a float
+            check = _written[wanted] = beartype(function, conf=conf)
         _checks[name] += 1
         if _checks[name] == CHECKED_CALLS and (decorated := _decorated(*name)) is not None:
             decorated.__no_type_check__ = True
@@ -103,6 +107,19 @@ def checked_once_called(function):
     return call
 
 
+def until_checked_enough(*, typechecker):
+    """The import hook's decorator; to decorate a function takes longer than most that are within others run."""
+    decorate = jaxtyped(typechecker=typechecker)
+
+    def decorated(function):
+        name = getattr(function, "__qualname__", "")
+        enough = "<locals>" in name and _checks[function.__module__, name] >= CHECKED_CALLS
+        return function if enough else decorate(function)
+
+    return decorated
+
+
+jaxtyping.jaxtyped = until_checked_enough
 struct.dataclass = _checked_record
 install_import_hook(PACKAGES, "conftest.checked_once_called")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CHECKED_CALLS, checked_once_called, unchecked
+from conftest import CHECKED_CALLS, checked_once_called, unchecked, until_checked_enough
 from jaxtyping import Float, TypeCheckError, jaxtyped
 
 from cacheblend_jax.blend.deviation import kv_deviation
@@ -20,6 +20,14 @@ def first_rows(rows: Float[np.ndarray, "rows width"], count: int, why: str = "")
 @jaxtyped(typechecker=checked_once_called)
 def without_a_result(why: str):
     return why
+
+
+def scaled_by(factor: float):
+    @until_checked_enough(typechecker=checked_once_called)
+    def scaled(rows: Float[np.ndarray, "rows width"]) -> Float[np.ndarray, "rows width"]:
+        return rows * factor if factor else rows[0]
+
+    return scaled
 
 
 def is_refused(function, *arguments) -> bool:
@@ -55,6 +63,15 @@ def test_those_of_the_package_are_checked_in_the_first_calls_of_each_test(number
     rows, one_token = jnp.ones((3, 2, 4)), jnp.ones((1, 2))
     arguments = rows, one_token, one_token  # would be broadcast
     assert [is_refused(apply_rope, *arguments) for _ in range(CHECKED_CALLS + 1)] == [True] * CHECKED_CALLS + [False]
+
+
+@pytest.mark.parametrize("number_of_test", [1, 2])
+def test_those_within_others_are_checked_whichever_of_them_is_called_first(number_of_test):
+    rows, calls = np.ones((3, 2), np.float32), [True] * CHECKED_CALLS + [False]
+    assert not is_refused(scaled_by(2.0), rows)
+    assert is_refused(scaled_by(0.0), rows)
+    assert [is_refused(scaled_by(factor), rows[0]) for factor in range(CHECKED_CALLS - 1)] == calls[2:]
+    assert [scaled_by(factor)(rows).max() for factor in (3.0, 4.0)] == [3.0, 4.0]
 
 
 def test_where_an_error_is_expected_the_package_itself_must_refuse():
