@@ -302,9 +302,10 @@ def _room_for_compiled_programs():
     yield
     models = shared_engine.cache_clear, family_model.cache_clear, _programs_of_commands.clear
     for forget in (jax.clear_caches, *models):
-        if mapped_share() > 0.4:
-            forget()
-            gc.collect()
+        if mapped_share() <= 0.4:  # to count them takes tens of milliseconds
+            break
+        forget()
+        gc.collect()
 
 
 @functools.cache
