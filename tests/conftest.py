@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import importlib.metadata
+import inspect
 import json
 import os
 import sys
@@ -83,8 +84,8 @@ def checked_once_called(function):
     second finds nothing that the first does not, unless the call raises; it is left out where there is a first, as it
     takes a tenth of tracing. The two are asked for one after the other, in one thread.
 
-    After `CHECKED_CALLS` checks in a test, the package's function is marked as `typing.no_type_check` would; of a
-    function within another, those made later in the test are not decorated (`until_checked_enough`).
+    After `CHECKED_CALLS` checks in a test, the package's function is marked as `typing.no_type_check` would;
+    for one within another, `until_checked_enough` sees to it.
     """
     check, name = None, (function.__module__, function.__qualname__)
     wanted = (*name, str(function.__annotations__))
@@ -108,13 +109,27 @@ def checked_once_called(function):
 
 
 def until_checked_enough(*, typechecker):
-    """The import hook's decorator; to decorate a function takes longer than most that are within others run."""
+    """The import hook's decorator, which takes longer than most functions within others run: those get it when called.
+
+    Such a function is made anew at each call of the other: none of its name is checked after `CHECKED_CALLS` in a test.
+    """
     decorate = jaxtyped(typechecker=typechecker)
 
     def decorated(function):
-        name = getattr(function, "__qualname__", "")
-        enough = "<locals>" in name and _checks[function.__module__, name] >= CHECKED_CALLS
-        return function if enough else decorate(function)
+        if not inspect.isfunction(function) or "<locals>" not in function.__qualname__:
+            return decorate(function)
+        checked, name = None, (function.__module__, function.__qualname__)
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            nonlocal checked
+            if jaxtyping.config.jaxtyping_disable or _checks[name] >= CHECKED_CALLS:
+                return function(*args, **kwargs)
+            if checked is None:
+                checked = decorate(function)
+            return checked(*args, **kwargs)
+
+        return call
 
     return decorated
 
