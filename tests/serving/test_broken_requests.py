@@ -313,6 +313,7 @@ def test_a_client_that_does_not_read_loses_its_connection(lost):
     raw = json.dumps(body(stream=True, max_tokens=4096)).encode()
     with running(bounds=Bounds(write_s=0.2)) as server, socket.socket() as connection:
         server.scheduler.script = ("word " * 4000,) * 4096
+        server.scheduler.tokens = server.scheduler.tokens[:1] * 4096
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(server.address)
         connection.sendall(head_of(len(raw)) + raw)
