@@ -370,8 +370,19 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 20)
 
 
+# How the ids of tests that take long begin: they come first, lest one worker run one while the others have none left.
+LONG = (
+    "cli/test_cli.py::test_demo",
+    "evaluation/test_evaluate.py::test_i8",
+    "test_fault_harness.py",
+    "test_gpu_bench.py",
+)
+
+
+@pytest.hookimpl(trylast=True)  # pytest puts tests of one parameter together first
 def pytest_collection_modifyitems(items):
-    """Marks `once` the tests of the other families, and all that are not `ON_EVERY_VERSION`."""
+    """Marks `once` the tests of the other families, and all that are not `ON_EVERY_VERSION`; long ones come first."""
+    items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(LONG))
     for item in items:
         if not item.nodeid.removeprefix("tests/").startswith(ON_EVERY_VERSION):
             item.add_marker(pytest.mark.once)

@@ -82,7 +82,7 @@ def check(named: dict, implementation: str | None) -> None:
 @pytest.mark.parametrize("backend", [pytest.param("xla", marks=pytest.mark.once), *api.BACKENDS])
 @settings(max_examples=6, deadline=None)
 @given(
-    sizes=st.sampled_from(((1, 1), (300, 24), (300, 300))),  # few, since each is compiled
+    sizes=st.sampled_from(((1, 1), (300, 24), (160, 160))),  # few, since each is compiled
     filled=st.sampled_from((0.0, 0.8, 1.0)),
     heads=st.sampled_from(((1, 16), (3, 80))),
     dtype=st.sampled_from(sorted(TOLERANCE)),
