@@ -11,15 +11,25 @@ import json
 import re
 import threading
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from cacheblend_jax.errors import PromptError
+from cacheblend_jax.model.fast_encoding import FastCopies, fast_copies
 
-# A fast tokenizer encodes without holding the GIL, and how it treats special tokens is state that each call sets.
+# For tokenizers of which there are no copies: how they treat special tokens may be state that each call sets.
 _encoding_lock = threading.Lock()
-# Of each tokenizer, with the size that its vocabulary had then.
-_control_ids: WeakKeyDictionary[Any, tuple[int, frozenset[int]]] = WeakKeyDictionary()
+
+
+class _Known(NamedTuple):
+    """What is known of a tokenizer since its vocabulary has had this size."""
+
+    size: int
+    controls: frozenset[int]
+    copies: FastCopies | None
+
+
+_known_tokenizers: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 MARKUP = re.compile(r"[<>\[\]{}|｜]")
 PROBE = "a"
 BATCH = 256  # texts whose ids are in memory at a time while they are counted
@@ -35,12 +45,15 @@ def encode(tokenizer: Any, text: str, *, control_tokens: bool = False) -> list[i
         PromptError: it isn't text, or not valid Unicode.
     """
     check_text(text)
-    with _encoding_lock:
-        if control_tokens:
-            return list(tokenizer.encode(text, add_special_tokens=False))
-        # transformers leaves special tokens in pieces, but no added ones.
-        ids = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-        return _without_controls(tokenizer, text, ids, _controls_of(tokenizer))
+    known = _known_of(tokenizer)
+    if known.copies is not None:
+        ids = known.copies.encode(text, control_tokens=control_tokens)
+    else:
+        splitting = {} if control_tokens else {"split_special_tokens": True}
+        with _encoding_lock:
+            ids = list(tokenizer.encode(text, add_special_tokens=False, **splitting))
+    # In pieces are special tokens by now, but no added ones.
+    return ids if control_tokens else _without_controls(tokenizer, text, ids, known.controls)
 
 
 def count_all(tokenizer: Any, texts: Sequence[str]) -> list[int]:
@@ -54,23 +67,22 @@ def count_all(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     counts: list[int] = []
     for first in range(0, len(texts), BATCH):
         batch = list(texts[first : first + BATCH])
-        with _encoding_lock:
-            encoded = zip(batch, _encoded(tokenizer, batch), strict=True)
-            controls = _controls_of(tokenizer)
-            counts += [len(_without_controls(tokenizer, text, ids, controls)) for text, ids in encoded]
+        encoded = zip(batch, _encoded(tokenizer, batch), strict=True)
+        controls = _known_of(tokenizer).controls
+        counts += [len(_without_controls(tokenizer, text, ids, controls)) for text, ids in encoded]
     return counts
 
 
 def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not getattr(tokenizer, "is_fast", False):
+    if (copies := _known_of(tokenizer).copies) is not None:
+        return copies.encode_all(texts)
+    with _encoding_lock:
         return [list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)) for text in texts]
-    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, **options)["input_ids"]
 
 
 def is_read_as_text(tokenizer: Any, number: int, token: Any) -> bool:
     """Returns whether `encode` leaves an added token (transformers' `AddedToken`), by its id, in pieces."""
-    return token.special or number in _controls_of(tokenizer)
+    return token.special or number in _known_of(tokenizer).controls
 
 
 def tokenizer_bytes(tokenizer: Any) -> bytes:
@@ -135,19 +147,19 @@ def _without_controls(tokenizer: Any, text: str, ids: list[int], controls: froze
     return ids if controls.isdisjoint(ids) else _in_pieces(tokenizer, text, controls) or ids
 
 
-def _controls_of(tokenizer: Any) -> frozenset[int]:
+def _known_of(tokenizer: Any) -> _Known:
     if not hasattr(type(tokenizer), "added_tokens_decoder"):  # of the tokenizer itself, it would be built each time
-        return frozenset()
+        return _Known(0, frozenset(), None)
     size = len(tokenizer)
-    known = _control_ids.get(tokenizer)
-    if known is None or known[0] != size:
-        ids = (
+    known = _known_tokenizers.get(tokenizer)
+    if known is None or known.size != size:
+        controls = (
             token_id
             for token_id, token in tokenizer.added_tokens_decoder.items()
             if (token.special or MARKUP.search(token.content)) and token_id != tokenizer.unk_token_id
         )
-        known = _control_ids[tokenizer] = (size, frozenset(ids))
-    return known[1]
+        known = _known_tokenizers[tokenizer] = _Known(size, frozenset(controls), fast_copies(tokenizer))
+    return known
 
 
 def _in_pieces(tokenizer: Any, text: str, controls: Collection[int]) -> list[int] | None:

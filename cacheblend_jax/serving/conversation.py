@@ -59,6 +59,11 @@ class Conversation:
         return of_user[0] if self.documents or not in_parts else in_parts[0]
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """All that the client wrote."""
+        return (*self.documents, *(part for message in self.messages for part in message.parts))
+
+    @property
     def part_chunks(self) -> tuple[str, ...]:
         """The chunks that are parts of a message."""
         return self.messages[self.place].parts[:-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from cacheblend_jax.engine.prompt import Prompt
 from cacheblend_jax.model.encoding import encode, encode_opened
 from cacheblend_jax.model.logprobs import MOST_ALTERNATIVES
 from cacheblend_jax.model.sampling import Sampling
+from cacheblend_jax.model.token_lengths import token_lengths
 from cacheblend_jax.serving.conversation import Conversation, Message, prompt_of
 from cacheblend_jax.serving.errors import TOO_LONG, ApiError, invalid, unsupported
 from cacheblend_jax.serving.fields import Fields, checked_text, fields_of, kind_of
@@ -75,10 +76,15 @@ class RequestReader:
     Args:
         tokenizer: the model's.
         default_blend: the engine's, which a request may change in part.
+        max_positions: the model's: texts that have more tokens by their length alone are refused unread.
     """
 
-    def __init__(self, options: ServingOptions, tokenizer: Any, default_blend: BlendConfig) -> None:
+    def __init__(
+        self, options: ServingOptions, tokenizer: Any, default_blend: BlendConfig, max_positions: int | None = None
+    ) -> None:
         self._options, self._tokenizer, self._blend = options, tokenizer, default_blend
+        self._max_positions = max_positions
+        self._token_lengths = token_lengths(tokenizer)
         self._texts = KnownTexts(tokenizer)
 
     def chat(self, body: dict[str, Any], tenant: str) -> AnswerRequest:
@@ -89,7 +95,9 @@ class RequestReader:
             CacheBlendError: its conversation cannot be made into a prompt.
         """
         fields = self._checked(body)
-        prompt = self._prompt(self.conversation(fields), tenant)
+        conversation = self.conversation(fields)
+        self._check_texts(conversation.texts, self._options.bounds.prompt_tokens)
+        prompt = self._prompt(conversation, tenant)
         alternatives = fields.whole("top_logprobs", 0, least=0, most=MOST_ALTERNATIVES)
         if alternatives and not fields.flag("logprobs"):
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
@@ -105,7 +113,9 @@ class RequestReader:
         if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str | list):
             (given,) = given
         tokenizer, separator = self._tokenizer, self._options.separator
-        documents = [self._texts.encode(tenant, text + separator) for text in self._documents(fields)]
+        texts = self._documents(fields)
+        self._check_texts((*texts, given if isinstance(given, str) else ""), self._options.bounds.prompt_tokens)
+        documents = [self._texts.encode(tenant, text + separator) for text in texts]
         if isinstance(given, str):
             opening = encode_opened(tokenizer, "")
             prompt = Prompt(opening, documents, encode(tokenizer, checked_text(given, "prompt")), tenant=tenant)
@@ -128,6 +138,8 @@ class RequestReader:
         if not texts and not documents:
             raise invalid("there is neither a text in chunks nor a document; give at least one", "chunks")
         system = fields.text("system", "")
+        for text in (system, *texts, *documents):
+            self._check_texts([text])
         messages = [Message("system", (system,))] if system else []
         messages.append(Message("user", (*texts, "")))
         return self._prompt(Conversation(tuple(messages), documents), tenant)
@@ -206,6 +218,20 @@ class RequestReader:
             fields.flag("stream"),
             fields.fields("stream_options").flag("include_usage"),
         )
+
+    def _check_texts(self, texts: Iterable[str], most: int | None = None) -> None:
+        """Refuses texts that are far too long before they are encoded, which takes seconds."""
+        bounds = [bound for bound in (most, self._max_positions) if bound is not None]
+        if self._token_lengths is None or not bounds:
+            return
+        least = sum(map(self._token_lengths.fewest, texts))
+        if least > min(bounds):
+            raise invalid(
+                f"the prompt has at least {least} tokens by its length alone, of at most {min(bounds)}; "
+                f"use fewer or shorter chunks",
+                "messages",
+                TOO_LONG,
+            )
 
     def _check_length(self, prompt: Prompt) -> None:
         most = self._options.bounds.prompt_tokens

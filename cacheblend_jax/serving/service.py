@@ -50,7 +50,7 @@ class Service:
         self.store: TenantStore = engine.store
         self.health = Health(self.store)
         self.metrics = Metrics(scheduler, self.store, self.health)
-        self.reader = RequestReader(options, engine.model.tokenizer, engine.blend)
+        self.reader = RequestReader(options, engine.model.tokenizer, engine.blend, engine.model.config.max_positions)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="cacheblend-serve")
         self._watching = ThreadPoolExecutor(WATCHERS, thread_name_prefix="cacheblend-watch")
         self._precomputing = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-precompute")
