@@ -20,6 +20,8 @@ SPACES = re.compile(r"[ \t\n\r\f\xa0]+")
 ITEM = "- "
 META_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_.:-]+)", re.IGNORECASE)
 META_BYTES = 1024  # browsers look no further
+# Encodings that are Python's own, not a page's.
+NO_CHARSETS = frozenset("idna mbcs oem punycode raw-unicode-escape undefined unicode-escape".split())
 
 
 def html_text(markup: str) -> str:
@@ -31,13 +33,16 @@ def html_text(markup: str) -> str:
 
 
 def declared_charset(content: bytes) -> str | None:
-    """Returns the encoding that a page's `<meta>` names; `None` where it names none that Python knows."""
+    """Returns the encoding that a page's `<meta>` names; `None` where it names none of a text that Python knows."""
     match = META_CHARSET.search(content, 0, META_BYTES)
     if match is None:
         return None
     name = match[1].decode("ascii")
     try:
         known = codecs.lookup(name).name
+        if known.replace("_", "-") in NO_CHARSETS:
+            return None
+        "a".encode(known)  # so that it is of text: hex and zlib are of bytes
     except LookupError:
         return None
     # Who could read this far did not read UTF-16; and browsers take Latin-1 for what Windows calls so.

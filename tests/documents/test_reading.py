@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import encodings
 import os
+import pkgutil
 import re
 from pathlib import Path
 
@@ -174,6 +177,18 @@ def test_html_may_declare_its_encoding(tmp_path, charset):
     assert read_documents(tmp_path)[0].text == f"{text}\n"
     (tmp_path / "a.html").write_bytes(f'<meta charset="{charset}"><p>{text}'.encode("utf-8-sig"))
     assert read_documents(tmp_path)[0].text == f"{text}\n"
+
+
+def test_whatever_codec_a_page_names_it_is_read_or_refused(tmp_path):
+    names = {module.name for module in pkgutil.iter_modules(encodings.__path__)} | {"klingon"}
+    path = tmp_path / "a.html"
+    for name in sorted(names):
+        path.write_bytes(f'<meta charset="{name}"><p>caf\\u00e9 '.encode() + b"\xe9\xff\x80" * 3)
+        with contextlib.suppress(DocumentError):
+            read_documents(path)
+    for name in ("hex", "rot13", "zlib", "punycode", "idna", "undefined", "unicode_escape"):  # none is a page's
+        path.write_text(f'<meta charset="{name}"><p>caf\u00e9 \\u00e9', encoding="utf-8")
+        assert read_documents(path)[0].text == "caf\u00e9 \\u00e9\n"
 
 
 @settings(max_examples=200, deadline=None)
