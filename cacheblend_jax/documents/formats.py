@@ -38,7 +38,7 @@ class Format(NamedTuple):
 
 
 def text_of(path: Path) -> str:
-    """Returns a document's text: no byte order mark, and every line ends with a bare newline.
+    """Returns a document's text: valid Unicode, no byte order mark, and every line ends with a bare newline.
 
     Raises:
         DocumentError: it cannot be read, or is not of the kind that its suffix says.
@@ -50,7 +50,8 @@ def text_of(path: Path) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise unreadable(path, error) from error
-    text = kind.text_of(path, content)
+    # PDF and UTF-7 can have halves of surrogate pairs: two make a character, one alone is unknown.
+    text = kind.text_of(path, content).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -229,6 +229,13 @@ def test_pdf_is_read_page_by_page(tmp_path, caplog):
     assert caplog.messages == []
 
 
+def test_halves_of_surrogate_pairs_are_joined_or_unknown(tmp_path, monkeypatch):
+    text = formats.Format(lambda *_: "a\ufeff\ud83d\ude00b\ud83d")
+    monkeypatch.setitem(formats.FORMATS, ".txt", text)
+    (tmp_path / "a.txt").touch()
+    assert read_documents(tmp_path)[0].text == "a\ufeff\U0001f600b\ufffd"
+
+
 def test_pdf_that_cannot_be_read_says_why(tmp_path):
     pypdf = pytest.importorskip("pypdf")
     path = tmp_path / "a.pdf"
