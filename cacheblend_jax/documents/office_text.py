@@ -7,14 +7,13 @@ import logging
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+from cacheblend_jax.documents.docx_text import docx_blocks
 from cacheblend_jax.documents.records import DocumentError
 from cacheblend_jax.errors import one_line
 
 MOST_UNPACKED = 2**28  # bytes: what a .docx may unpack to
 BETWEEN = "\n\n"
-BETWEEN_CELLS = " | "
 
 
 def pdf_text(name: str, content: bytes) -> str:
@@ -36,7 +35,7 @@ def pdf_text(name: str, content: bytes) -> str:
 
 
 def docx_text(name: str, content: bytes) -> str:
-    """Returns the paragraphs of a Word file, headings as in Markdown, and its tables' rows; `name` stands in errors.
+    """Returns the text of a Word file (see `docx_blocks`); `name` stands in errors.
 
     Raises:
         DocumentError: it is damaged, or unpacks to more than `MOST_UNPACKED` bytes.
@@ -48,17 +47,7 @@ def docx_text(name: str, content: bytes) -> str:
             unpacked = sum(part.file_size for part in parts.infolist())
         if unpacked > MOST_UNPACKED:
             raise DocumentError(f"{name} unpacks to {unpacked} bytes, expected at most {MOST_UNPACKED}; split it")
-        return BETWEEN.join(_docx_paragraphs(docx.Document(io.BytesIO(content))))
-
-
-def _docx_paragraphs(document: Any) -> Iterator[str]:
-    for item in document.iter_inner_content():
-        if hasattr(item, "rows"):
-            yield "\n".join(BETWEEN_CELLS.join(" ".join(cell.text.split()) for cell in row.cells) for row in item.rows)
-        elif item.text.strip():
-            style = item.style.name if item.style is not None else ""
-            level = "1" if style == "Title" else style.removeprefix("Heading ")
-            yield f"{'#' * min(int(level), 6)} {item.text}" if level.isdecimal() else item.text
+        return BETWEEN.join(docx_blocks(docx.Document(io.BytesIO(content))))
 
 
 @contextmanager

@@ -270,6 +270,73 @@ def test_docx_is_read_with_headings_and_tables_in_place(tmp_path):
     assert text == "# Notes\n\nCobalt is in Oslo.\n\n## Offices\n\nName | City\nAna | Oslo\n\nThe end."
 
 
+W = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+MC = 'xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006"'
+
+
+def run(text: str) -> str:
+    return f"<w:r><w:t>{text}</w:t></w:r>"
+
+
+def control(content: str, properties: str = "") -> str:
+    return f"<w:sdt {W}><w:sdtPr>{properties}</w:sdtPr><w:sdtContent>{content}</w:sdtContent></w:sdt>"
+
+
+def box(text: str) -> str:
+    return f"<w:txbxContent><w:p>{run(text)}</w:p></w:txbxContent>"
+
+
+@pytest.mark.parametrize(
+    ("xml", "text"),
+    [
+        (control(f"<w:p>{run('Held')}</w:p>"), "Held"),
+        (f"<w:p {W}>{run('A ')}{control(run('held'))}{run(' name')}</w:p>", "A held name"),
+        (control(f"<w:p>{run('Click here')}</w:p>", "<w:showingPlcHdr/>"), ""),
+        (
+            control(
+                f"<w:p>{run('Offices 3')}</w:p>",
+                '<w:docPartObj><w:docPartGallery w:val="Table of Contents"/></w:docPartObj>',
+            ),
+            "",
+        ),
+        (f"<w:p {W}>{run('New: ')}<w:ins>{run('inserted')}</w:ins><w:moveFrom>{run('moved')}</w:moveFrom></w:p>",
+         "New: inserted"),
+        (f"<w:p {W}>{run('Is ')}<w:del><w:r><w:delText>not </w:delText></w:r>{run('no')}</w:del>{run('here')}</w:p>",
+         "Is here"),
+        (f"<w:p {W}><w:hyperlink>{run('Link')}</w:hyperlink><w:fldSimple>{run(' 7')}</w:fldSimple></w:p>", "Link 7"),
+        (f'<w:p {W}><w:pPr><w:tabs><w:tab/></w:tabs></w:pPr><w:r><w:t>a</w:t><w:tab/><w:t>b</w:t><w:br/><w:t>c</w:t>'
+         f'<w:br w:type="page"/><w:noBreakHyphen/></w:r></w:p>', "a\tb\nc-"),
+        (f"<w:p {W} {MC}>{run('Before')}<w:r><mc:AlternateContent><mc:Choice>{box('Boxed')}</mc:Choice><mc:Fallback>"
+         f"{box('Boxed')}</mc:Fallback></mc:AlternateContent></w:r></w:p>", "Before\n\nBoxed"),
+        (f"<w:ins {W}><w:p>{run('Whole')}</w:p></w:ins>", "Whole"),
+    ],
+)  # fmt: skip
+def test_docx_is_read_whatever_surrounds_its_text(tmp_path, xml, text):
+    docx = pytest.importorskip("docx")
+    document = docx.Document()
+    document.element.body.insert(0, docx.oxml.parse_xml(xml))
+    document.add_paragraph("The end.")
+    document.save(tmp_path / "a.docx")
+    assert read_documents(tmp_path)[0].text == f"{text}\n\nThe end.".lstrip()
+
+
+def test_cells_of_docx_come_once_in_each_row_with_the_tables_in_them(tmp_path):
+    docx = pytest.importorskip("docx")
+    document = docx.Document()
+    table = document.add_table(3, 3)
+    table.cell(0, 0).merge(table.cell(0, 2)).text = "Offices"
+    table.cell(1, 0).merge(table.cell(2, 0)).text = "Ana"
+    table.cell(1, 1).text = "Oslo"
+    inner = table.cell(1, 2).add_table(1, 2)
+    inner.cell(0, 0).text, inner.cell(0, 1).text = "Ridge", "Lima"
+    table.cell(2, 1).text = "Rome"
+    gone = table.add_row()
+    gone.cells[0].text = "Gone"
+    gone._tr.get_or_add_trPr().append(docx.oxml.parse_xml(f"<w:del {W}/>"))
+    document.save(tmp_path / "a.docx")
+    assert read_documents(tmp_path)[0].text == "Offices\nAna | Oslo | Ridge | Lima\nAna | Rome | "
+
+
 def test_docx_that_cannot_be_read_says_why(tmp_path, monkeypatch):
     docx = pytest.importorskip("docx")
     path = tmp_path / "a.docx"
