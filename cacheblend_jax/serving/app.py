@@ -162,7 +162,8 @@ async def _chunks(service: Service, request: Request) -> Response:
         body = parsed_json(raw)
         return chunks.precomputed(service, service.reader.chunks(body, caller.tenant), pin=Fields(body).flag("pin"))
 
-    return JSONResponse(await service.precompute(compute))
+    computed = service.precomputes.run(caller.tenant, compute)
+    return JSONResponse(await while_connected(request.receive, computed))
 
 
 async def _look_up(service: Service, request: Request) -> Response:

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.serving.errors import ApiError
 from cacheblend_jax.serving.health import Health
 from cacheblend_jax.serving.metrics import Metrics
 from cacheblend_jax.serving.options import ServingOptions
+from cacheblend_jax.serving.precompute_calls import PrecomputeCalls
 from cacheblend_jax.serving.requests import RequestReader
 from cacheblend_jax.serving.scheduling import Scheduling
 from cacheblend_jax.serving.tenants import Tenants
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 THREADS = 8  # that tokenise and submit
 WATCHERS = 2  # that tell of health and metrics
-WAITING_PRECOMPUTES = 16
 
 
 class Service:
@@ -53,8 +52,7 @@ class Service:
         self.reader = RequestReader(options, engine.model.tokenizer, engine.blend, engine.model.config.max_positions)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="cacheblend-serve")
         self._watching = ThreadPoolExecutor(WATCHERS, thread_name_prefix="cacheblend-watch")
-        self._precomputing = ThreadPoolExecutor(1, thread_name_prefix="cacheblend-precompute")
-        self._precomputes = 0
+        self.precomputes = PrecomputeCalls()
         self.is_closed = False
 
     async def in_thread(self, work: Callable[[], Result], unwanted: Callable[[Result], object] | None = None) -> Result:
@@ -75,21 +73,6 @@ class Service:
         """Runs what operators ask for, in threads of its own: they are told also while requests take all others."""
         return await asyncio.wrap_future(self._watching.submit(work))
 
-    async def precompute(self, work: Callable[[], Result]) -> Result:
-        """Runs what computes chunks, one call at a time.
-
-        Raises:
-            ApiError: too many calls wait.
-        """
-        if self._precomputes >= WAITING_PRECOMPUTES:
-            message = f"{WAITING_PRECOMPUTES} requests wait to compute chunks; try again later"
-            raise ApiError(429, message, kind="rate_limit_error", code="queue_full")
-        self._precomputes += 1
-        try:
-            return await asyncio.wrap_future(self._precomputing.submit(work))
-        finally:
-            self._precomputes -= 1
-
     def close(self) -> None:
         """Finishes what runs, writes what is to be stored, and closes everything, within half of `stop_s` seconds.
 
@@ -101,7 +84,7 @@ class Service:
         def close() -> None:
             try:
                 self.scheduler.close(within_s / 2)
-                self._precomputing.shutdown(cancel_futures=True)
+                self.precomputes.close()
                 self._threads.shutdown()
                 self._watching.shutdown()
                 self.engine.close()
