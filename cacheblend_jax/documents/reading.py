@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +69,7 @@ def read_documents(paths: str | Path | Sequence[str | Path]) -> list[Document]:
     named = [paths] if isinstance(paths, str | Path) else paths
     documents: dict[Path, Document] = {}
     passed_over = PassedOver()
-    for path in (Path(each).expanduser() for each in named):
+    for path in (Path(os.path.expanduser(each)) for each in named):
         for file in _document_files(path, passed_over):
             identity = file.resolve()
             if identity in documents and file != path:
@@ -132,14 +134,21 @@ def _walk(directory: Path, passed_over: PassedOver, *, is_named: bool = False) -
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        try:
+            mode = entry.stat().st_mode
+        except FileNotFoundError:
+            mode = 0  # a link to nothing
+        except OSError as error:  # its directory may be listed, but not entered, say
+            passed_over.unusable.append(_what_is_wrong(unreadable(entry, error)))
+            continue
+        if stat.S_ISDIR(mode):
             if not entry.is_symlink():
                 yield from _walk(entry, passed_over)
         elif not is_document(entry):
             passed_over.others[entry.suffix.lower() or "without a suffix"] += 1
         elif not format_of(entry).is_installed:
             passed_over.uninstalled[entry.suffix.lower()] += 1
-        elif entry.is_file():
+        elif stat.S_ISREG(mode):
             yield entry
 
 

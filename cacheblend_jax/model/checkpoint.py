@@ -88,7 +88,7 @@ def checkpoint_directory(name_or_path: str | Path) -> Path:
     """
     if name_or_path == "demo":
         return demo_directory()
-    directory = Path(name_or_path).expanduser()
+    directory = Path(os.path.expanduser(name_or_path))
     if os.path.isdir(directory):
         return directory
     text = str(name_or_path)

@@ -144,7 +144,7 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: there is no such file or directory, or it cannot be read.
     """
-    path = smollm2_path() if name_or_path == SMOLLM2 else Path(name_or_path).expanduser()
+    path = smollm2_path() if name_or_path == SMOLLM2 else Path(os.path.expanduser(name_or_path))
     if is_gguf(path):
         if not os.path.isfile(path):
             raise CheckpointError(f"model {str(name_or_path)!r} is not a file; pass the path of a GGUF file")

@@ -96,6 +96,29 @@ def test_a_directory_that_cannot_be_listed_is_passed_over(tmp_path, monkeypatch,
         read_documents(tmp_path / "locked")
 
 
+def test_a_directory_that_cannot_be_entered_is_passed_over(tmp_path, monkeypatch, caplog):
+    (tmp_path / "locked").mkdir()
+    for path in (tmp_path / "a.txt", tmp_path / "locked" / "b.txt"):
+        path.write_text("text")
+    stat = Path.stat
+
+    def locked(path, **options):
+        if path.parent.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", locked)
+    (tmp_path / "broken.txt").symlink_to(tmp_path / "nothing")
+    assert [document.text for document in read_documents(tmp_path)] == ["text"]
+    assert caplog.messages == [f"passed over: cannot read {str(tmp_path / 'locked' / 'b.txt')!r}: Permission denied"]
+
+
+def test_the_home_of_a_user_that_is_unknown_does_not_exist():
+    for load in (read_documents, cb.load_model):
+        with pytest.raises(cb.CacheBlendError, match=r"~no-such-user/a\.txt'? (does not exist|is not)"):
+            load("~no-such-user/a.txt")
+
+
 def test_the_files_of_a_store_are_no_documents(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "kv" / "packs" / "1").mkdir(parents=True)
