@@ -1,9 +1,10 @@
-"""The command line as a process: how it ends, above all when it is interrupted."""
+"""The command line as a process: its streams, and how it ends, above all when it is interrupted."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ AGAIN_SECONDS = 0.02  # until a lost interrupt comes again
 
 def run() -> NoReturn:
     """Runs the process's command, and ends the process with its exit code."""
+    _open_streams()
     ended: list[int] = []
     atexit.register(partial(_end_if_ended, ended))  # the first to be registered is the last to be called
     try:
@@ -32,6 +34,15 @@ def run() -> NoReturn:
     # exit either waits for it, or takes down what it uses and crashes. The command has closed its engine and store
     # while the interrupt went up to `main`, so nothing is left to finish but the streams.
     _end_at_once(code)
+
+
+def _open_streams() -> None:
+    """Has standard streams that are closed read and take nothing, and stdout take what its encoding lacks as `?`."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (as long as the process)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _end_if_ended(codes: list[int]) -> None:

@@ -1,9 +1,10 @@
-"""How the command's process ends: by its exit code, or, interrupted, at once."""
+"""The command's process: its streams, and how it ends: by its exit code, or, interrupted, at once."""
 
 from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import signal
 import subprocess
@@ -58,6 +59,31 @@ def test_a_command_that_has_ended_does_not_wait_for_the_interpreter_to_be_taken_
     with pytest.raises(Ended):
         end()
     assert ended_at_once == [2]
+
+
+def test_stdout_takes_what_its_encoding_lacks(monkeypatch, ended_at_once):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="cp1252"))
+    monkeypatch.setattr(command_line, "main", lambda: print("caf\u00e9 in \u6771\u4eac", flush=True) or 0)
+    with pytest.raises(SystemExit):
+        command_line.run()
+    assert printed.getvalue() == b"caf\xe9 in ??" + os.linesep.encode()
+
+
+def test_closed_streams_are_no_error(monkeypatch, ended_at_once):
+    def main():
+        print("answer")
+        print("progress", file=sys.stderr, flush=True)
+        return len(sys.stdin.read())
+
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr(command_line, "main", main)
+    with pytest.raises(SystemExit) as error:
+        command_line.run()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
+    assert error.value.code == 0
 
 
 def test_an_unhandled_error_is_reported_by_the_interpreter(monkeypatch, ended_at_once, at_exit):
