@@ -93,7 +93,7 @@ def _raw_rows(path: Path) -> Iterator[Any]:
         raise CacheBlendError(f"cannot read {path}: {error}") from error
     try:
         whole = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or too deep, it may be as well
         if path.suffix != ".jsonl":
             raise CacheBlendError(f"{path.name} is not JSON: {error}") from error
     else:
@@ -103,7 +103,7 @@ def _raw_rows(path: Path) -> Iterator[Any]:
     for number, line in enumerate(line for line in text.split("\n") if line.strip()):
         try:
             yield json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise CacheBlendError(f"{path.name}: row {number} is not JSON: {error}") from error
 
 

@@ -59,6 +59,8 @@ LINE = '{"input": "q", "context": "c", "answers": ["x"]}'
         ("a.json", [GOOD | {"ctxs": [{"title": "t"}]}], "row 0, ctxs 0: field 'text' is missing"),
         ("a.json", [{"question": "q", "answers": ["x"]}], "row 0: field 'context' is missing"),
         ("a.jsonl", LINE + '\n{"inp', "row 1 is not JSON"),
+        ("a.json", "[" * 100_000, "a.json is not JSON: maximum recursion"),
+        ("a.jsonl", LINE + "\n" + "1" * 5000, "row 1 is not JSON: Exceeds the limit"),
     ],
 )
 def test_malformed_rows_are_named(tmp_path, name, content, message):
