@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from decimal import Decimal
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -198,12 +199,12 @@ def check_writable(option: str, path: Path | None) -> None:
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Writes a command's results, to stdout for `-`.
+    """Writes a command's results, to stdout for `-`; numbers that are not finite, which JSON has none of, as null.
 
     Raises:
         CacheBlendError: the file cannot be written.
     """
-    text = json.dumps(report, indent=2) + "\n"
+    text = json.dumps(_with_null(report), indent=2, allow_nan=False) + "\n"
     if path == STANDARD_STREAM:
         sys.stdout.write(text)
         return
@@ -211,6 +212,14 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CacheBlendError(f"cannot write --json {path}: {reason_and_remedy(error)}") from error
+
+
+def _with_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_null(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_null(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def load_with_bar(name: str | None, dtype: str | None) -> Model:

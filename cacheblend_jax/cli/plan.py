@@ -151,7 +151,7 @@ def tier_of(text: str, price: float | None = None) -> Tier:
         try:
             speed = size_of_at_least_one(fields[0])
             tier = Tier(name, float(speed), *map(float, fields[1:]))
-        except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
+        except (argparse.ArgumentTypeError, OverflowError, TypeError, ValueError) as error:
             raise CacheBlendError(
                 f"--tier {text!r} is not NAME:BYTES_PER_S[:LATENCY_S[:USD]], such as raid:12GB:0.0001:0.1: {error}"
             ) from None

@@ -24,6 +24,7 @@ from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import layer_bytes
 
 HOURS_A_MONTH = 730
+MOST = 10**18  # of anything
 # Assumed, where none is measured: what one process reads with its checksums, latency, and a round price in US dollars a
 # GB and month. Host memory is what an H100's host delivered (docs/results.md).
 TIERS = {
@@ -68,6 +69,8 @@ class Workload:
             if not (0 <= value <= most and value < inf) or (name == "requests_per_s" and value == 0):
                 bounds = "in [0, 1]" if name == "reuse" else "positive and finite"
                 raise CacheBlendError(f"{name} must be {bounds}, got {value!r}")
+        for name, value in vars(self).items():
+            _check_is_conceivable(name, value)
         if self.context < self.chunk_tokens + self.question_tokens:
             raise CacheBlendError(
                 f"context must hold a chunk and the question, {self.chunk_tokens} + {self.question_tokens} tokens, "
@@ -78,6 +81,12 @@ class Workload:
     def num_chunks(self) -> int:
         """Whole chunks of a prompt; tokens beyond them are computed."""
         return (self.context - self.question_tokens) // self.chunk_tokens
+
+
+def _check_is_conceivable(name: str, value: float) -> None:
+    """Refuses what no service has, whose products may be beyond floating point."""
+    if value > MOST:
+        raise CacheBlendError(f"{name} must be at most {MOST:.0e}, got more than that")
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class Deployment:
         price_per_device_hour: `None`: the device's.
 
     Raises:
-        CacheBlendError: the price is negative or not finite.
+        CacheBlendError: the price is negative or not finite, or a number is beyond `MOST`.
     """
 
     config: ModelConfig
@@ -111,6 +120,8 @@ class Deployment:
         price = self.price_per_device_hour
         if price is not None and not 0 <= price < inf:
             raise CacheBlendError(f"price_per_device_hour must be at least 0 and finite, got {price!r}")
+        for name in ("num_devices", "device_tier_bytes", "host_bytes", "price_per_device_hour"):
+            _check_is_conceivable(name, getattr(self, name) or 0)
 
     @property
     def planner(self) -> Planner:

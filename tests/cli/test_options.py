@@ -16,7 +16,7 @@ import cacheblend_jax as cb
 from cacheblend_jax.cli import ask as ask_module
 from cacheblend_jax.cli import conversation
 from cacheblend_jax.cli.main import main
-from cacheblend_jax.cli.options import open_store, size_of_at_least_one
+from cacheblend_jax.cli.options import open_store, size_of_at_least_one, write_json
 from cacheblend_jax.errors import CacheBlendError
 
 
@@ -139,3 +139,10 @@ def test_a_store_on_a_full_disk_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("cacheblend_jax.store.space.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
     with cb.ChunkStore(tmp_path) as store, pytest.raises(CacheBlendError, match="is full; free some space"):
         store.check_writable()
+
+
+def test_results_are_json_whatever_they_hold(tmp_path):
+    report = {"ttft_s": float("inf"), "modes": [{"kl": float("nan"), "ratio": 0.5}], "counts": (1, None)}
+    write_json(tmp_path / "a.json", report)
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"ttft_s": None, "modes": [{"kl": None, "ratio": 0.5}], "counts": [1, None]}
