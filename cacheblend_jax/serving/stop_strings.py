@@ -8,6 +8,8 @@ from collections.abc import Sequence
 class StopStrings:
     """Lets an answer's text through up to the first stop string; text that may begin one waits for what follows.
 
+    The first is the one that ends first, the longest if several end there: this does not depend on tokens.
+
     Attributes:
         found: whether one was there: nothing after it comes through.
     """
@@ -22,10 +24,11 @@ class StopStrings:
         if self.found:
             return ""
         self._waiting += text
-        places = [place for stop in self._stops if (place := self._waiting.find(stop)) >= 0]
-        if places:
+        starts = {stop: start for stop in self._stops if (start := self._waiting.find(stop)) >= 0}
+        if starts:
             self.found = True
-            shown, self._waiting = self._waiting[: min(places)], ""
+            _, start = min((start + len(stop), start) for stop, start in starts.items())
+            shown, self._waiting = self._waiting[:start], ""
             return shown
         cut = len(self._waiting) - self._overlap()
         shown, self._waiting = self._waiting[:cut], self._waiting[cut:]
