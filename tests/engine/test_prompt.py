@@ -144,7 +144,7 @@ def test_tokens_that_are_added_later_are_control_tokens_too(tokenizer):
 
 
 def test_threads_take_turns_at_a_tokenizer(tokenizer):
-    """A fast tokenizer keeps "special tokens are text" as state: another thread's call would change a text's ids."""
+    """One without copies may keep "special tokens are text" as state: others' calls would change a text's ids."""
     alone = []
 
     class Stateful:
