@@ -21,7 +21,11 @@ from cacheblend_jax.store.stored_chunk import StoredRows
 
 LAYERS_AHEAD = 4  # that are being read while one is checked
 
-# TensorStore's names of errors that are not damage: the entry may be readable later.
+# What TensorStore's messages begin with where the bytes are not those that were written, whoever says so: a server of
+# object storage refuses a range beyond the end of what it has.
+DAMAGE = ("NOT_FOUND", "OUT_OF_RANGE", "DATA_LOSS")
+# What else is in messages of errors that are not damage: the entry may be readable later. Whatever the system, the
+# network or a server answers is such an error, and has its code in the message.
 TRANSIENT_ERRORS = (
     "PERMISSION_DENIED",
     "RESOURCE_EXHAUSTED",
@@ -29,11 +33,16 @@ TRANSIENT_ERRORS = (
     "DEADLINE_EXCEEDED",
     "CANCELLED",
     "ABORTED",
+    "[os_error_code=",
+    "[curl_code=",
+    "[http_response_code=",
 )
+# Of requests to a server. A request's look-up waits for them, and by default would do so for minutes.
+RETRIES = {"max_retries": 3, "initial_delay": "100ms", "max_delay": "1s"}
 
 
 class UnreadableError(Exception):
-    """An entry could not be read for a reason that says nothing about its bytes: permissions, too many open files."""
+    """An entry could not be read for a reason that says nothing of its bytes: permissions, a failing disk or server."""
 
 
 class EntryReader:
@@ -163,8 +172,12 @@ def _array_spec(base: KvStoreSpec, name: str) -> dict[str, Any]:
 
 @cache
 def tensorstore_context() -> ts.Context:
-    """Returns a context that caches the B-tree nodes of packs, in 64 MiB, not array data: the host tier does that."""
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "cache_pool#nodes": {"total_bytes_limit": 2**26}})
+    """Returns a context that caches the B-tree nodes of packs, in 64 MiB, not array data: the host tier does that.
+
+    Of a server that does not answer, it lets go within seconds.
+    """
+    caches = {"cache_pool": {"total_bytes_limit": 0}, "cache_pool#nodes": {"total_bytes_limit": 2**26}}
+    return ts.Context(caches | {"s3_request_retries": RETRIES, "gcs_request_retries": RETRIES})
 
 
 def _result(future: Any) -> Any:
@@ -172,6 +185,7 @@ def _result(future: Any) -> Any:
         return future.result()
     except (ValueError, OSError, OverflowError, RuntimeError) as error:
         text = str(error)
-        if isinstance(error, PermissionError) or any(name in text for name in TRANSIENT_ERRORS):
+        transient = any(part in text for part in TRANSIENT_ERRORS) and not text.startswith(DAMAGE)
+        if isinstance(error, PermissionError) or transient:
             raise UnreadableError(text) from error
         raise DamagedEntryError(f"an entry cannot be read: {text.splitlines()[0] if text else error!r}") from error

@@ -1,0 +1,61 @@
+"""What TensorStore's errors say: that bytes are damaged, or only that they could not be had just now."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import pytest
+from store_cases import fill, key_of, make_entry, same
+
+from cacheblend_jax.store import entry_reader
+from cacheblend_jax.store.disk import DiskTier
+
+# As TensorStore words them, shortened.
+FAILURES = [
+    "UNKNOWN: Error reading \"d/1\": Failed to open: Input/output error [os_error_code='5']",
+    "Error reading \"d/1\": Failed to read: Transport endpoint is not connected [os_error_code='107']",
+    "PERMISSION_DENIED: Error reading \"d/1\": Permission denied [os_error_code='13']",
+    "INTERNAL: CURL error SSL peer certificate or SSH remote key was not OK [curl_code='60']",
+    "Error reading \"manifest.ocdbt\": ExpiredToken: the token has expired [http_response_code='400']",
+    "UNKNOWN: Error reading \"manifest.ocdbt\": PermanentRedirect [http_response_code='301']",
+    "UNAVAILABLE: Error reading \"manifest.ocdbt\" [source locations='retries_exhausted']",
+]
+DAMAGE = [
+    'NOT_FOUND: Error reading "k/zarr.json": Error reading byte range [0, 9) of "d/1"',
+    'OUT_OF_RANGE: Error reading "d/1": Requested byte range [0, 9) is not valid for value of size 0',
+    "OUT_OF_RANGE: Error reading \"d/1\": InvalidRange [http_response_code='416']",  # an object that is too short
+    "DATA_LOSS: Error decoding manifest: Encoded length (0) is less than minimum length (16)",
+]
+
+
+class Failed:
+    """A future that fails as one of TensorStore's does."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def result(self):
+        raise ValueError(self.text)
+
+
+def test_failures_of_a_file_system_or_a_server_leave_an_entry_where_it_is(tmp_path, monkeypatch):
+    fill(tmp_path, [1])
+    with closing(DiskTier(tmp_path)) as disk:
+        for text in FAILURES:
+            monkeypatch.setattr(entry_reader.ts, "open", lambda *_, text=text, **__: Failed(text))
+            assert disk.load(key_of(1)) is None
+        assert (disk.stats().damaged, disk.stats().read_errors) == (0, len(FAILURES))
+        monkeypatch.undo()
+        assert same(disk.load(key_of(1))[0], make_entry(1))
+
+
+@pytest.mark.parametrize("text", DAMAGE)
+def test_what_is_missing_or_too_short_is_damage(text):
+    with pytest.raises(entry_reader.DamagedEntryError, match="an entry cannot be read"):
+        entry_reader._result(Failed(text))
+
+
+def test_a_server_that_is_not_there_is_given_up_after_seconds():
+    spec = entry_reader.tensorstore_context().spec.to_json()
+    for name in ("s3_request_retries", "gcs_request_retries"):
+        assert spec[name] == {"max_retries": 3, "initial_delay": "100ms", "max_delay": "1s"}
