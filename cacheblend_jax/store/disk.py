@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import TypeVar
 
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
-from cacheblend_jax.store import quarantine, recovery
+from cacheblend_jax.store import recovery
 from cacheblend_jax.store.breaker import Breaker
+from cacheblend_jax.store.damage import Damage
 from cacheblend_jax.store.disk_chunk import DiskChunk, whole
 from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
@@ -76,7 +77,7 @@ class DiskTier:
         self.health = ReadHealth(self.log, Breaker())
         self.salt = salt_hash(salt)
         self._open_packs = OpenPacks()
-        self._refused: set[str] = set()  # damaged entries that could not be quarantined
+        self._damage = Damage(self.log, self.health)
         self._lock = threading.Lock()
         self._has_replaced_index = False
         local = is_local(root)
@@ -144,7 +145,7 @@ class DiskTier:
         return (record for record in records if record is not None and record.salt == self.salt)
 
     def _find(self, name: str) -> Found | None:
-        return None if name in self._refused else self.index.find(name)
+        return None if self._damage.refuses(name) else self.index.find(name)
 
     def _open(self, name: str) -> DiskChunk | None:
         for attempt in (1, 2):  # an entry may move to another pack between being found and being held
@@ -208,7 +209,7 @@ class DiskTier:
         if not fresh:
             return
         if self.changed(lambda: add_pack(self.places, self.index, self.log, self.capacity, fresh, self.salt)):
-            self._refused.difference_update(self._name(queued.key) for queued in fresh)
+            self._damage.mended(self._name(queued.key) for queued in fresh)
             sweep(self.places, self.index)
 
     def _is_written(self, queued: QueuedEntry) -> bool:
@@ -290,22 +291,8 @@ class DiskTier:
     # --- damage ------------------------------------------------------------------------------------------------------
 
     def quarantine(self, name: str, pack: str, reason: str) -> None:
-        """Takes a damaged entry out of the index and quarantines its pack: see `keep_pack`."""
-        if not self.writable:
-            if name not in self._refused:
-                self._refused.add(name)
-                self.log.count("damaged")
-                self.log.warn(f"entry {name[:16]} is damaged and not used: {reason}")
-            return
-        try:
-            if not self.index.remove([name], pack):
-                return  # another thread or process has taken it out already
-            self.log.count("damaged")
-            self.log.warn(f"entry {name[:16]} is damaged and quarantined: {reason}")
-            quarantine.keep_pack(self.places, self.index, pack)
-        except (OSError, *INDEX_ERRORS) as error:
-            self._refused.add(name)
-            self.log.warn_once(f"a damaged entry cannot be quarantined: {error}", "write_errors")
+        """See `Damage.quarantine`."""
+        self._damage.quarantine(self.places, self.index, name, pack, reason)
 
     def _or_else(self, default: Result, look_up: Callable[[], Result]) -> Result:
         """Returns what `look_up` returns, or the default where the index or the file system fails."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import closing
 
 import pytest
@@ -59,3 +60,30 @@ def test_a_server_that_is_not_there_is_given_up_after_seconds():
     spec = entry_reader.tensorstore_context().spec.to_json()
     for name in ("s3_request_retries", "gcs_request_retries"):
         assert spec[name] == {"max_retries": 3, "initial_delay": "100ms", "max_delay": "1s"}
+
+
+def test_a_directory_that_is_moved_while_in_use_keeps_its_entries(tmp_path):
+    before, after = tmp_path / "before", tmp_path / "after"
+    fill(before, range(2), one_by_one=True)
+    with closing(DiskTier(before)) as disk:
+        before.rename(after)
+        assert [disk.load(key_of(seed)) for seed in range(2)] == [None, None]
+        assert (disk.stats().damaged, disk.stats().read_errors) == (0, 2)
+    with closing(DiskTier(after)) as disk:
+        assert [same(disk.load(key_of(seed))[0], make_entry(seed)) for seed in range(2)] == [True, True]
+
+
+def test_damage_is_not_believed_of_a_directory_that_cannot_be_seen(tmp_path, monkeypatch):
+    fill(tmp_path, [1])
+    with closing(DiskTier(tmp_path)) as disk:
+        monkeypatch.setattr(entry_reader.ts, "open", lambda *_, **__: Failed(DAMAGE[0]))
+        with monkeypatch.context() as patch:
+            patch.setattr("os.lstat", gone)
+            assert disk.load(key_of(1)) is None
+        monkeypatch.undo()
+        assert (disk.stats().damaged, disk.stats().read_errors) == (0, 1)
+        assert same(disk.load(key_of(1))[0], make_entry(1))
+
+
+def gone(*_, **__):
+    raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
