@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ def sweep(places: Places, index: Index) -> None:
 
 
 def remove_pack(places: Places, index: Index, pack: str) -> bool:
-    """Removes the files of a pack without entries; returns whether it could: nobody reads it."""
+    """Removes the files of a pack without entries; returns whether it could: nobody reads it, and it is ours."""
     with held_alone(places, pack) as is_free:
         if is_free:
             _remove_files(places, index, pack)
@@ -43,7 +44,7 @@ def remove_pack(places: Places, index: Index, pack: str) -> bool:
 
 
 def _evict(places: Places, index: Index, log: DiskLog, pack: str) -> bool:
-    """Removes a pack with its entries; returns whether it could: nobody reads it."""
+    """Removes a pack with its entries; returns whether it could: nobody reads it, and it is ours."""
     with held_alone(places, pack) as is_free:
         if is_free:
             log.count("evicted", index.bury(pack))
@@ -53,7 +54,7 @@ def _evict(places: Places, index: Index, log: DiskLog, pack: str) -> bool:
 
 @contextmanager
 def held_alone(places: Places, pack: str) -> Iterator[bool]:
-    """Holds a pack alone for the body, if possible: yields whether nobody else reads it."""
+    """Holds a pack alone for the body, if possible: yields whether it may be removed, as nobody else reads it."""
     try:
         pin = Pin(places.pack(pack), alone=True) if places.local else None
     except (BusyError, PermissionError):  # being read, or another user's
@@ -62,7 +63,8 @@ def held_alone(places: Places, pack: str) -> Iterator[bool]:
     except FileNotFoundError:
         pin = None
     try:
-        yield True
+        # What another user wrote can often be read and held, but not removed.
+        yield pin is None or os.access(places.pack(pack), os.W_OK | os.X_OK)
     finally:
         if pin is not None:
             pin.close()

@@ -1,0 +1,24 @@
+"""Which packs make room for others: none that stays all the same, and none is forgotten that does."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+
+from store_cases import fill, key_of, packs
+
+from cacheblend_jax.store import eviction
+from cacheblend_jax.store.disk import DiskTier
+
+
+def test_another_users_packs_are_not_evicted(tmp_path, monkeypatch):
+    """They could be taken out of the index, but not removed."""
+    fill(tmp_path, range(3), one_by_one=True)
+    access = os.access
+    with closing(DiskTier(tmp_path)) as disk:
+        theirs = tmp_path / "packs" / disk.index.in_order()[0]
+        monkeypatch.setattr(os, "access", lambda path, mode: path != theirs and access(path, mode))
+        assert not eviction.make_room(disk.places, disk.index, disk.log, 1)
+        assert (packs(tmp_path), disk.index.packs("ready")) == ([theirs], [theirs.name])
+        assert disk.load(key_of(0)) is not None
+        assert disk.stats().evicted == 2
