@@ -154,8 +154,8 @@ class Index:
     @contextmanager
     def _transaction(self) -> Iterator[Run]:
         with self._lock:
-            self._writing.execute("BEGIN IMMEDIATE")
             try:
+                self._writing.execute("BEGIN IMMEDIATE")  # waits for others, and may be interrupted then
                 yield self._writing.execute
                 self._writing.execute("COMMIT")
             except BaseException:
