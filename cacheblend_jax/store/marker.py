@@ -6,6 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from etils import epath
 
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
+from cacheblend_jax.store.pins import held
 from cacheblend_jax.store.places import Places
 from cacheblend_jax.store.record import canonical_json, crc32c_of_bytes
 
@@ -81,6 +83,11 @@ def write_marker(root: epath.Path, marker: Marker, *, local: bool) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def changing_marker(root: epath.Path, *, local: bool) -> AbstractContextManager[None]:
+    """Keeps other processes from changing a directory's marker while the body reads it and writes it anew."""
+    return held(root, alone=True) if local else nullcontext()
+
+
 def remembered_context(places: Places, salt: str) -> str | None:
     """Returns the context that a directory's marker holds for a salt; `None` where it holds none, or cannot be read."""
     try:
@@ -97,10 +104,11 @@ def remember_context(places: Places, salt: str, text: str) -> str:
         CacheBlendError: the marker cannot be written.
     """
     try:
-        marker = read_marker(places.root) or Marker(uuid.uuid4().hex, MARKER_VERSION)
-        if salt not in marker.contexts:
-            marker = replace(marker, contexts={**marker.contexts, salt: text})
-            write_marker(places.root, marker, local=places.local)
+        with changing_marker(places.root, local=places.local):
+            marker = read_marker(places.root) or Marker(uuid.uuid4().hex, MARKER_VERSION)
+            if salt not in marker.contexts:
+                marker = replace(marker, contexts={**marker.contexts, salt: text})
+                write_marker(places.root, marker, local=places.local)
     except OSError as error:
         raise CacheBlendError(
             f"store {str(places.root)!r} cannot remember a context: {reason_and_remedy(error)}"

@@ -12,7 +12,7 @@ from etils import epath
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.index_file import INDEX_ERRORS, connected, has_index_header, is_regular
-from cacheblend_jax.store.marker import MARKER_NAME, MARKER_VERSION, Marker, read_marker, write_marker
+from cacheblend_jax.store.marker import MARKER_NAME, MARKER_VERSION, Marker, changing_marker, read_marker, write_marker
 from cacheblend_jax.store.places import CALIBRATION_NAME, INDEX_NAME, PACK_NAME
 
 DIRECTORIES = ("packs", "writing", "quarantine")  # what a store makes in its directory
@@ -66,6 +66,14 @@ def claim(root: epath.Path, log: DiskLog, *, local: bool) -> None:
     """
     if local:
         _refuse_links(root)
+    if _has_marker(root, local) and _check_version(root):
+        return
+    with changing_marker(root, local=local):
+        _claim_held(root, log, local)
+
+
+def _claim_held(root: epath.Path, log: DiskLog, local: bool) -> None:
+    """As `claim`, of a directory that had no intact marker before it was held."""
     if _has_marker(root, local):
         if _check_version(root):
             return
@@ -77,11 +85,16 @@ def claim(root: epath.Path, log: DiskLog, *, local: bool) -> None:
         except OSError as error:  # no room, no permission: it is recognised without
             log.warn(f"{MARKER_NAME} cannot be written: {error}")
         return
-    elif not _is_free(root, local) and not _has_marker(root, local):  # another process may have marked it by now
-        raise CacheBlendError(
-            f"store {os.fspath(root)!r} is a directory with other files in it; "
-            "choose a path that does not exist, or an empty directory"
-        )
+    else:
+        is_free = _is_free(root, local)
+        if _has_marker(root, local):  # another process has marked it by now, where nothing could hold it
+            _check_version(root)
+            return
+        if not is_free:
+            raise CacheBlendError(
+                f"store {os.fspath(root)!r} is a directory with other files in it; "
+                "choose a path that does not exist, or an empty directory"
+            )
     _mark(root, local)
 
 
