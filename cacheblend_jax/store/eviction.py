@@ -16,16 +16,17 @@ from cacheblend_jax.store.places import Places
 def make_room(places: Places, index: Index, log: DiskLog, capacity: int) -> bool:
     """Evicts packs until the rest fits into so many bytes; returns whether it does. Packs being read stay."""
     sweep(places, index)
+    stay: set[str] = set()
     while index.totals()[0] > capacity:
-        progress = False
-        for pack in index.candidates(capacity):
-            if index.totals()[0] <= capacity:
-                return True
-            if _evict(places, index, log, pack):
-                progress = True
-        if not progress:
+        candidates = [pack for pack in index.candidates(capacity, len(stay)) if pack not in stay]
+        if not candidates:
             index.recount()  # every pack left is being read, or the totals were wrong
             break
+        for pack in candidates:
+            if index.totals()[0] <= capacity:
+                return True
+            if not _evict(places, index, log, pack):
+                stay.add(pack)
     return index.totals()[0] <= capacity
 
 

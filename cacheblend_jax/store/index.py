@@ -32,6 +32,7 @@ from cacheblend_jax.store.record import (
 )
 
 MAX_NUMBER = 253402300799000  # the end of the year 9999, in milliseconds; no size comes near it
+CANDIDATES = 256  # for eviction at a time
 PROTECTED = 0.8  # of the capacity, at most, for packs with entries used twice
 Run = Callable[..., sqlite3.Cursor]  # executes a statement: `sqlite3.Connection.execute`
 
@@ -316,8 +317,8 @@ class Index:
         with self._transaction() as run:
             run("DELETE FROM packs WHERE name = ? AND state = ?", (pack, state))
 
-    def candidates(self, capacity: int) -> list[str]:
-        """Returns ready packs in the order of eviction, up to 256.
+    def candidates(self, capacity: int, more: int) -> list[str]:
+        """Returns ready packs in the order of eviction, `CANDIDATES` and so many more.
 
         Packs whose entries were all used once come first, then the others; within each group, the least recently used.
         Where the others hold more than four fifths of the capacity, the least recent of them move to the first group.
@@ -330,9 +331,8 @@ class Index:
                     break
                 run("UPDATE packs SET hot = 0 WHERE id = ?", (number,))
                 hot_bytes -= _number(size)
-            return [
-                name for (name,) in run("SELECT name FROM packs WHERE state = 'ready' ORDER BY hot, used LIMIT 256")
-            ]
+            sql = "SELECT name FROM packs WHERE state = 'ready' ORDER BY hot, used LIMIT ?"
+            return [name for (name,) in run(sql, (CANDIDATES + more,))]
 
     def recount(self) -> None:
         """Computes the totals anew from the rows."""

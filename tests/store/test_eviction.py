@@ -22,3 +22,14 @@ def test_another_users_packs_are_not_evicted(tmp_path, monkeypatch):
         assert (packs(tmp_path), disk.index.packs("ready")) == ([theirs], [theirs.name])
         assert disk.load(key_of(0)) is not None
         assert disk.stats().evicted == 2
+
+
+def test_packs_in_use_do_not_keep_those_after_them_from_being_evicted(tmp_path, monkeypatch):
+    monkeypatch.setattr("cacheblend_jax.store.index.CANDIDATES", 2)
+    fill(tmp_path, range(5), one_by_one=True)
+    with closing(DiskTier(tmp_path)) as disk:
+        with disk.open(key_of(0)), disk.open(key_of(1)), disk.open(key_of(2)):
+            assert not eviction.make_room(disk.places, disk.index, disk.log, 1)
+            assert (len(packs(tmp_path)), disk.stats().evicted) == (3, 2)
+        assert eviction.make_room(disk.places, disk.index, disk.log, 1)
+        assert packs(tmp_path) == []
