@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from cacheblend_jax.errors import CacheBlendError, DamagedEntryError
 from cacheblend_jax.store import quarantine, recovery
@@ -24,6 +24,17 @@ from cacheblend_jax.store.record import (
     content_of,
     load_record,
 )
+
+
+class Problem(NamedTuple):
+    """What is wrong with an entry, by its storage name; or with a pack, where the name is empty.
+
+    `is_damage`: it is not merely something that this release, or this process, cannot read.
+    """
+
+    name: str
+    text: str
+    is_damage: bool = True
 
 
 def list_entries(disk: DiskTier, *, all_salts: bool = False) -> list[dict[str, Any]]:
@@ -49,7 +60,7 @@ def verify(disk: DiskTier, *, repair: bool = False) -> dict[str, Any]:
 
     Args:
         repair: quarantine damaged entries, enter packs that the index does not know, and remove packs without entries.
-            Packs of another format version stay, as problems: `prune` removes them.
+            What is of another format version stays, as a problem: `prune` removes it. So does what cannot be read now.
 
     Returns:
         Counts of the `entries` and `packs` read; and `problems`, each `{pack, name, problem}`, where `name` is empty if
@@ -88,12 +99,15 @@ def _verified_packs(disk: DiskTier, repair: bool) -> dict[str, Any]:
         except FileNotFoundError:
             if pack not in disk.index.packs("ready"):
                 continue
-            found = [(row.name, "its files are gone") for row in rows]
+            found = [Problem(row.name, "its files are gone") for row in rows]
+        except OSError as error:
+            found = [Problem("", f"it cannot be read now: {error}")]
         count += len(rows)
-        problems += [{"pack": pack, "name": name, "problem": text} for name, text in found]
+        problems += [{"pack": pack, "name": each.name, "problem": each.text} for each in found]
         if repair:
-            for name in {name for name, _ in found if name}:
-                disk.quarantine(name, pack, next(text for other, text in found if other == name))
+            damage = {each.name: each.text for each in reversed(found) if each.name and each.is_damage}
+            for name, text in damage.items():
+                disk.quarantine(name, pack, text)
     unknown = recovery.unknown_packs(disk.places, disk.index)
     problems += [{"pack": pack, "name": "", "problem": "the index does not know it"} for pack in unknown]
     if repair:
@@ -201,25 +215,27 @@ def _described(row: Listed) -> dict[str, Any]:
     }
 
 
-def _pack_problems(places: Places, pack: str, rows: list[Listed]) -> list[tuple[str, str]]:
-    """Returns what is wrong with a pack and its entries: `(name, problem)`, the name being empty for the pack's own."""
+def _pack_problems(places: Places, pack: str, rows: list[Listed]) -> list[Problem]:
+    """Returns what is wrong with a pack and its entries."""
     path = places.pack(pack)
     problems = []
     written: dict[str, EntryRecord] = {}
     try:
         contents = read_contents(path)
         written = {record.name: record for record in contents.records}
-        problems += [("", text) for text in file_problems(path, contents)]
+        problems += [Problem("", text) for text in file_problems(path, contents)]
     except (OSError, DamagedRecordError, OtherVersionError) as error:
-        problems.append(("", str(error)))
+        problems.append(Problem("", str(error)))
     for row in rows:
         try:
             record = load_record(row.record, row.crc, row.name)
             if written and (record.name not in written or content_of(written[record.name]) != content_of(record)):
-                problems.append((row.name, "index and pack contradict each other"))
+                problems.append(Problem(row.name, "index and pack contradict each other"))
             EntryReader(path, record).read()
-        except (DamagedRecordError, OtherVersionError, DamagedEntryError, UnreadableError) as error:
-            problems.append((row.name, str(error)))
+        except (OtherVersionError, UnreadableError) as error:
+            problems.append(Problem(row.name, str(error), is_damage=False))
+        except (DamagedRecordError, DamagedEntryError) as error:
+            problems.append(Problem(row.name, str(error)))
     return problems
 
 

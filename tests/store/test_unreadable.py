@@ -6,7 +6,7 @@ import errno
 from contextlib import closing
 
 import pytest
-from store_cases import fill, key_of, make_entry, same
+from store_cases import fill, key_of, make_entry, report_of, same
 
 from cacheblend_jax.store import entry_reader
 from cacheblend_jax.store.disk import DiskTier
@@ -87,3 +87,31 @@ def test_damage_is_not_believed_of_a_directory_that_cannot_be_seen(tmp_path, mon
 
 def gone(*_, **__):
     raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+
+@pytest.mark.parametrize("why", ["version", "failure"])
+def test_a_repair_leaves_alone_what_it_cannot_judge(tmp_path, monkeypatch, why):
+    fill(tmp_path, range(2), one_by_one=True)
+    with monkeypatch.context() as patch:
+        if why == "version":
+            patch.setattr("cacheblend_jax.store.record.READABLE_VERSIONS", (1,))  # as a release before has it
+        else:
+            patch.setattr(entry_reader.ts, "open", lambda *_, **__: Failed(FAILURES[2]))
+        problems = report_of(tmp_path, repair=True)["problems"]
+    assert sum(bool(problem["name"]) for problem in problems) == 2
+    with closing(DiskTier(tmp_path)) as disk:
+        assert [same(disk.load(key_of(seed))[0], make_entry(seed)) for seed in range(2)] == [True, True]
+
+
+def test_a_pack_that_may_not_be_looked_into_is_a_problem_of_its_own(tmp_path, monkeypatch):
+    fill(tmp_path, [1])
+
+    def refused(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cacheblend_jax.store.maintenance.Pin", refused)
+        (problem,) = report_of(tmp_path, repair=True)["problems"]
+    assert "Permission denied" in problem["problem"]
+    with closing(DiskTier(tmp_path)) as disk:
+        assert disk.load(key_of(1)) is not None
