@@ -225,11 +225,12 @@ class DiskTier:
 
     def touch(self, uses: dict[str, int]) -> None:
         """Adds to the uses of entries, by key."""
-        if not self.writable or not uses or recovery.is_replaced(self.places, self.index):
+        if not self.writable or not uses:
             return
         try:
-            self.index.touch({self._name(key): count for key, count in uses.items()})
-        except INDEX_ERRORS as error:
+            if not recovery.is_replaced(self.places, self.index):
+                self.index.touch({self._name(key): count for key, count in uses.items()})
+        except (OSError, *INDEX_ERRORS) as error:
             self.log.warn_once(f"uses are not counted: {error}", "write_errors")
 
     def check_writable(self) -> None:

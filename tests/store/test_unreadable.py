@@ -8,6 +8,7 @@ from contextlib import closing
 import pytest
 from store_cases import fill, key_of, make_entry, report_of, same
 
+import cacheblend_jax as cb
 from cacheblend_jax.store import entry_reader
 from cacheblend_jax.store.disk import DiskTier
 
@@ -115,3 +116,17 @@ def test_a_pack_that_may_not_be_looked_into_is_a_problem_of_its_own(tmp_path, mo
     assert "Permission denied" in problem["problem"]
     with closing(DiskTier(tmp_path)) as disk:
         assert disk.load(key_of(1)) is not None
+
+
+def test_uses_that_a_directory_does_not_take_now_are_not_counted_and_nothing_is_raised(tmp_path, monkeypatch, caplog):
+    fill(tmp_path, [1])
+    store = cb.ChunkStore(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.lstat", gone)
+        store.renew([key_of(1)])
+        store.get(key_of(1))
+        store.flush()
+        store.renew([key_of(1)])
+        store.close()
+    assert store.stats.write_errors == 3
+    assert caplog.text.count("uses are not counted: ") == 1
