@@ -161,12 +161,13 @@ class PersistentTier:
         return held
 
     def sizes(self) -> dict[str, int]:
-        """Returns the bytes of each entry on disk, the least recently used first."""
-        return self.disk.sizes()
+        """Returns the bytes of each entry, by key: first those on disk, the least recently used first."""
+        waiting = self.queue.sizes()  # asked for first: an entry is in one of the two
+        return self.disk.sizes() | waiting
 
     def keys(self) -> list[str]:
         """Returns the keys of all entries: those not written yet, then the others, the least recently used first."""
-        return list(dict.fromkeys([*sorted(self.queue.keys()), *self.disk.keys()]))
+        return list(dict.fromkeys([*sorted(self.queue.sizes()), *self.disk.keys()]))
 
     def __contains__(self, key: str) -> bool:
         return self.pending(key) is not None or (self.is_readable and key in self.disk)

@@ -92,10 +92,10 @@ class WriteBack:
             queued = self._waiting.get(key) or self._in_work.get(key)
             return None if queued is None else queued.entry
 
-    def keys(self) -> set[str]:
-        """Returns the keys of the entries that have not been written yet."""
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of each entry that has not been written yet, by key, in the order of writing."""
         with self._changed:
-            return {*self._waiting, *self._in_work}
+            return {key: queued.entry.num_bytes for key, queued in (self._in_work | self._waiting).items()}
 
     @property
     def num_bytes(self) -> int:

@@ -65,6 +65,19 @@ def test_a_quota_counts_what_another_thread_is_storing(monkeypatch):
         assert held(store) == {1, 2, 3}
 
 
+def test_a_quota_counts_what_waits_to_be_written(tmp_path, monkeypatch):
+    with TenantStore(cb.ChunkStore(tmp_path, host_bytes=2 * SIZE), {"one": 3 * SIZE}) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr("cacheblend_jax.store.writeback.WriteBack._wake", lambda self: True)  # a writer that is late
+            kept = put(store, range(6))
+            sizes = store.sizes_of("one")
+        store.put(key_for(6, "two"), make_entry(6))  # wakes the writer
+        assert kept == [True] * 6
+        assert sizes == {key_for(number): SIZE for number in (3, 4, 5)}
+        assert store.pin(key_for(3))
+        assert held(store) == {3, 4, 5}
+
+
 def test_a_quota_evicts_what_was_renewed_after_the_others(directory):
     with TenantStore(cb.ChunkStore(directory), {"one": 3 * SIZE}) as store:
         put(store, range(3))
