@@ -32,6 +32,7 @@ class Pin:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, alone: bool = False, follow: bool = False) -> None:
+        self._holder = os.getpid()
         flags = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
         try:
             self._descriptor: int | None = os.open(path, flags)
@@ -55,7 +56,15 @@ class Pin:
     def close(self) -> None:
         """Lets the directory go. Calling it again does nothing."""
         descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
+        if descriptor is None:
+            return
+        try:
+            # A process that forked meanwhile has the descriptor too, and would hold the directory on.
+            if fcntl is not None and self._holder == os.getpid():
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+        except OSError:  # a file system without locks
+            pass
+        finally:
             os.close(descriptor)
 
     def __enter__(self) -> Pin:
