@@ -52,10 +52,7 @@ class WriteBack:
             if not has_room():
                 if not wait:
                     return False
-                self._hurry += 1
-                self._changed.notify_all()
-                self._changed.wait_for(has_room)
-                self._hurry -= 1
+                self._wait_hurrying(has_room)
             if self._closed or not self._wake():
                 return False
             old = self._waiting.pop(queued.key, None)
@@ -114,11 +111,8 @@ class WriteBack:
     def flush(self) -> None:
         """Waits until everything queued so far has been written, or could not be."""
         with self._changed:
-            self._hurry += 1
-            self._changed.notify_all()
             unwritten = [*self._waiting.values(), *self._in_work.values()]
-            self._changed.wait_for(lambda: not any(self._holds(queued) for queued in unwritten))
-            self._hurry -= 1
+            self._wait_hurrying(lambda: not any(self._holds(queued) for queued in unwritten))
 
     def close(self) -> None:
         """Flushes and stops the thread."""
@@ -130,6 +124,15 @@ class WriteBack:
         if thread is not None:
             thread.join()
         finished(self)
+
+    def _wait_hurrying(self, until: Callable[[], bool]) -> None:
+        """Waits, and has the thread not wait for more entries meanwhile. The caller holds the lock."""
+        self._hurry += 1
+        try:
+            self._changed.notify_all()
+            self._changed.wait_for(until)
+        finally:
+            self._hurry -= 1
 
     def _holds(self, queued: QueuedEntry) -> bool:
         return self._waiting.get(queued.key) is queued or self._in_work.get(queued.key) is queued

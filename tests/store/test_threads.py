@@ -162,3 +162,19 @@ def test_stores_of_one_process_save_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(orbax_write.ocp, "save", save)
     with ThreadPoolExecutor(2) as stores:
         list(stores.map(lambda name: orbax_write.save_tree(epath.Path(tmp_path / name), {}), "ab"))
+
+
+@pytest.mark.parametrize("what", ["flush", "submit"])
+def test_an_interrupted_wait_hurries_nobody_any_more(monkeypatch, what):
+    queue = WriteBack(lambda batch: None, 1)
+    monkeypatch.setattr(queue, "_wake", lambda: True)  # a writer that is late
+    queue.submit(QueuedEntry("a", make_entry(1)), wait=False)
+
+    def interrupted(*_):
+        assert queue._hurry == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(queue._changed, "wait_for", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        queue.flush() if what == "flush" else queue.submit(QueuedEntry("b", make_entry(2)), wait=True)
+    assert queue._hurry == 0
