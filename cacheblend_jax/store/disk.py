@@ -213,8 +213,13 @@ class DiskTier:
             sweep(self.places, self.index)
 
     def _is_written(self, queued: QueuedEntry) -> bool:
-        """Whether the same key is there with the same arrays; or its name is another salt's, whose entry stays."""
+        """Whether the same key is there with the same arrays; or its name is another salt's, whose entry stays.
+
+        An entry that is known to be damaged, and could not be taken out of the index before, is now.
+        """
         name = self._name(queued.key)
+        if self._damage.refuses(name):
+            self.index.remove([name])
         found = self.index.find(name)
         old = None if found is None else usable_record(found.record, found.crc, name)
         if old is None:
