@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from etils import epath
 
@@ -14,6 +14,7 @@ from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.entry import QueuedEntry
 from cacheblend_jax.store.eviction import make_room
 from cacheblend_jax.store.index import Index
+from cacheblend_jax.store.object_path import os_errors
 from cacheblend_jax.store.pack import size_of, write_pack
 from cacheblend_jax.store.pins import make_and_hold
 from cacheblend_jax.store.places import Places
@@ -67,7 +68,8 @@ def add_pack(
                 log.count("rejected", len(entries))
                 return False
             make_space(places, index, log, size)  # rather than let Orbax find out half-way that there is none
-            records = write_pack(temporary, entries, salt)
+            with nullcontext() if places.local else os_errors(temporary):
+                records = write_pack(temporary, entries, salt)
             size = size_of(temporary)
             if places.local:
                 os.rename(temporary, places.pack(pack))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from etils import epath
 
 from cacheblend_jax.errors import CacheBlendError
+from cacheblend_jax.store.object_path import ObjectPath
 
 PACK_NAME = re.compile("[0-9a-f]{32}")
 CALIBRATION_NAME = re.compile("calibration-[0-9a-f]{32}")  # of a calibration's probes, beside the packs being written
@@ -39,7 +40,7 @@ def located(directory: str | os.PathLike[str]) -> epath.Path:
                 f"store {os.fspath(directory)!r} is a URL of a kind that is not supported; expected a path, "
                 f"or a URL that begins with {' or '.join(SCHEMES)}"
             )
-        return epath.Path(directory)
+        return ObjectPath(directory)
     try:
         if b"\0" in os.fsencode(directory):
             raise ValueError("it has a zero byte in it")
@@ -55,12 +56,14 @@ def is_file(root: epath.Path) -> bool:
     """Whether there is a file in the place of a store's directory.
 
     Raises:
-        CacheBlendError: it is on object storage, and the package for that is not installed.
+        CacheBlendError: it is on object storage, and the package for that is not installed, or cannot reach it.
     """
     try:
         return root.exists() and not root.is_dir()
     except ImportError as error:
         raise CacheBlendError(f"store {os.fspath(root)!r} needs a package that is not installed: {error}") from error
+    except OSError as error:
+        raise CacheBlendError(f"store {os.fspath(root)!r} cannot be reached: {error}") from error
 
 
 @dataclass(frozen=True)
