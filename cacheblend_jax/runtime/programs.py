@@ -187,18 +187,22 @@ class Runner:
         over_shapes = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
         # A kernel is chosen while a function is traced, so what it is chosen by is part of the key.
         key = (function, donate, tuple(sorted(static.items())), structure, shapes, self._kernels_in_force())
-        with _lock:
-            entry = self._entries.get(key)
-            ours = entry is None
-            if entry is None:
-                entry = self._entries[key] = _Entry(key)
-            entry.used = next(_uses)
-        if entry.program.done() and not ours:
-            return entry.program.result(), 0.0, over_shapes
-        began = time.perf_counter()
-        if ours:
-            self._compile(entry, partial(function, **static), arrays, donate)
-        return entry.program.result(), time.perf_counter() - began, over_shapes
+        while True:
+            with _lock:
+                entry = self._entries.get(key)
+                ours = entry is None
+                if entry is None:
+                    entry = self._entries[key] = _Entry(key)
+                entry.used = next(_uses)
+            try:
+                if entry.program.done() and not ours:
+                    return entry.program.result(), 0.0, over_shapes
+                began = time.perf_counter()
+                if ours:
+                    self._compile(entry, partial(function, **static), arrays, donate)
+                return entry.program.result(), time.perf_counter() - began, over_shapes
+            except _AbandonedError:  # another thread was to compile it
+                continue
 
     def _compile(self, entry: _Entry, function: partial, arrays: tuple[Any, ...], donate: tuple) -> None:
         try:
@@ -214,6 +218,9 @@ class Runner:
         except BaseException as error:
             with _lock:
                 self._entries.pop(entry.key, None)  # the next caller tries again
+            if not isinstance(error, Exception):  # this thread is interrupted, not those that wait for it
+                entry.program.set_exception(_AbandonedError())
+                raise
             entry.program.set_exception(error)
 
     def _lowered(self, key: Hashable, function: partial, arrays: tuple[Any, ...], donate: tuple[str, ...]) -> Any:
@@ -252,6 +259,10 @@ class _Program:
     run: Any
     result_shapes: Any
     peak_memory_bytes: int
+
+
+class _AbandonedError(Exception):
+    """The thread that compiled a program was interrupted."""
 
 
 @dataclass(eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +137,28 @@ def test_what_fails_to_compile_is_tried_again():
         runner(function, shape(2))
     fails.append(False)
     assert runner(function, np.ones(2, np.float32)).tolist() == [1.0, 1.0]
+
+
+def test_an_interrupted_compilation_interrupts_no_other_thread():
+    runner, x = Runner("cpu"), np.ones(3, np.float32)
+    results = []
+
+    def interrupted_at_first(x):
+        if not waiting.ident:
+            (entry,) = runner._entries.values()
+            used = entry.used
+            waiting.start()
+            while entry.used == used:  # until the other thread waits for this program
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+        return x + 1
+
+    waiting = threading.Thread(target=lambda: results.append(runner(interrupted_at_first, x)))
+    with pytest.raises(KeyboardInterrupt):
+        runner(interrupted_at_first, x)
+    waiting.join()
+    assert results[0].tolist() == [2.0, 2.0, 2.0]
+    assert runner.count == 1
 
 
 def test_another_kernel_implementation_is_another_program(monkeypatch):
