@@ -58,11 +58,11 @@ def held_alone(places: Places, pack: str) -> Iterator[bool]:
     """Holds a pack alone for the body, if possible: yields whether it may be removed, as nobody else reads it."""
     try:
         pin = Pin(places.pack(pack), alone=True) if places.local else None
-    except (BusyError, PermissionError):  # being read, or another user's
-        yield False
-        return
     except FileNotFoundError:
         pin = None
+    except (BusyError, OSError):  # being read; another user's; or no pack at all
+        yield False
+        return
     try:
         # What another user wrote can often be read and held, but not removed.
         yield pin is None or os.access(places.pack(pack), os.W_OK | os.X_OK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import closing
 
 from store_cases import fill, key_of, packs
@@ -33,3 +34,14 @@ def test_packs_in_use_do_not_keep_those_after_them_from_being_evicted(tmp_path, 
             assert (len(packs(tmp_path)), disk.stats().evicted) == (3, 2)
         assert eviction.make_room(disk.places, disk.index, disk.log, 1)
         assert packs(tmp_path) == []
+
+
+def test_a_file_in_the_place_of_a_pack_stops_no_eviction(tmp_path):
+    fill(tmp_path, range(2), one_by_one=True)
+    with closing(DiskTier(tmp_path)) as disk:
+        in_place = tmp_path / "packs" / disk.index.in_order()[0]
+        shutil.rmtree(in_place)
+        in_place.write_text("mine")
+        assert not eviction.make_room(disk.places, disk.index, disk.log, 1)
+        assert in_place.read_text() == "mine"
+        assert packs(tmp_path) == [in_place]
