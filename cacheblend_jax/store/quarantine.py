@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from etils import epath
@@ -66,18 +67,21 @@ def empty(places: Places) -> int:
 def _keep_latest(places: Places, max_packs: int, max_bytes: int) -> int:
     if not places.quarantine.exists():
         return 0
-    ours = [
-        path
-        for path in places.quarantine.iterdir()
-        if QUARANTINE_NAME.fullmatch(path.name) and is_there(path, places.local)
-    ]
-    kept = sorted(ours, key=lambda path: path.stat().mtime, reverse=True)
-    sizes = itertools.accumulate(_tree_bytes(path) for path in kept)
+    found = []
+    for path in places.quarantine.iterdir():
+        if QUARANTINE_NAME.fullmatch(path.name) and is_there(path, places.local):
+            with suppress(FileNotFoundError):  # another process removes it just now
+                found.append((path.stat().mtime, _tree_bytes(path), path))
+    kept = sorted(found, key=lambda each: each[0], reverse=True)
+    sizes = itertools.accumulate(size for _, size, _ in kept)
     beyond = [
-        path for i, (path, size) in enumerate(zip(kept, sizes, strict=True)) if i >= max_packs or size > max_bytes
+        path
+        for i, ((_, _, path), size) in enumerate(zip(kept, sizes, strict=True))
+        if i >= max_packs or size > max_bytes
     ]
     for path in beyond:
-        path.rmtree() if path.is_dir() else path.unlink()
+        with suppress(FileNotFoundError):
+            path.rmtree() if path.is_dir() else path.unlink()
     return len(beyond)
 
 
