@@ -16,7 +16,7 @@ from etils import epath
 from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.store.pins import held
 from cacheblend_jax.store.places import Places
-from cacheblend_jax.store.record import canonical_json, crc32c_of_bytes
+from cacheblend_jax.store.record import MALFORMED, canonical_json, crc32c_of_bytes
 
 MARKER_NAME = "cacheblend-store.json"
 MARKER_FORMAT = "cacheblend_jax store"
@@ -53,7 +53,7 @@ def read_marker(root: epath.Path) -> Marker | None:
             return None
         contexts = {str(salt): str(context) for salt, context in body.get("contexts", {}).items()}
         return Marker(str(body["id"]), int(body["version"]), MappingProxyType(contexts))
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except MALFORMED:
         return None
 
 

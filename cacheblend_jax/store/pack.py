@@ -12,6 +12,7 @@ from etils import epath
 from cacheblend_jax.store.entry import QueuedEntry
 from cacheblend_jax.store.record import (
     FORMAT_VERSION,
+    MALFORMED,
     DamagedRecordError,
     EntryRecord,
     canonical_json,
@@ -84,7 +85,7 @@ def read_contents(path: epath.Path) -> PackContents:
             raise DamagedRecordError(f"{RECORDS_FILE} has a wrong checksum")
         files = [(str(name), int(size), crc) for name, size, crc in body["files"]]
         return PackContents([record_from_json(record) for record in body["entries"]], files)
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise DamagedRecordError(f"{RECORDS_FILE} cannot be read: {error!r}") from error
 
 

@@ -29,6 +29,9 @@ GROUPED_VERSION = 3  # of records whose layers are stored in groups of KV heads,
 READABLE_VERSIONS = (FORMAT_VERSION, QUANTISED_VERSION, GROUPED_VERSION)
 DTYPES = ("float32", "bfloat16", "float16")
 MORE_ARRAYS = ("k_scales", "v_scales", "k_offset")  # of a quantised entry
+MAX_VALUES = 2**56  # of K: the index can add their bytes up
+# What taking JSON apart raises where it is not what is expected, however somebody made it so.
+MALFORMED = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
 _HEX_KEY = re.compile("[0-9a-f]{64}")
 
 
@@ -260,6 +263,8 @@ def record_from_json(value: Any) -> EntryRecord:
             and bool(record.kv_dtype) == bool(record.crc_k_scales)
             and record.dtype in DTYPES
             and len(record.shape) == 4
+            and min(record.shape) >= 0
+            and math.prod(record.shape) < MAX_VALUES
             and record.groups > 0
             and record.shape[2] % record.groups == 0
             and all(array.groups == record.groups for array in record.arrays().values())
@@ -267,7 +272,7 @@ def record_from_json(value: Any) -> EntryRecord:
             and all(isinstance(text, str) for text in asdict(record.label).values())
             and (not salt or (_HEX_KEY.fullmatch(salt) is not None and value["key"] == record.name))
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except MALFORMED as error:
         raise DamagedRecordError(f"its record cannot be read: {error!r}") from error
     if not consistent:
         raise DamagedRecordError("the fields of its record contradict each other")
@@ -313,7 +318,7 @@ def load_record(text: object, crc: object, name: str) -> EntryRecord:
         raise DamagedRecordError("its record has a wrong checksum")
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except MALFORMED as error:
         raise DamagedRecordError("its record is not JSON") from error
     record = record_from_json(value)
     if record.name != name:
