@@ -75,8 +75,9 @@ class TenantStore(WrappedStore[ChunkStore]):
         with self._lock:
             if key in self._pins:
                 raise CacheBlendError(f"entry {key[:24]} is pinned; unpin it first")
+            was_there = super().remove(key)
             self._held.get(tenant_of(key), {}).pop(key, None)
-            return super().remove(key)
+            return was_there
 
     def close(self) -> None:
         """Lets go of what is pinned, and closes the store."""
@@ -154,8 +155,11 @@ class TenantStore(WrappedStore[ChunkStore]):
                 excess -= size
         if excess > 0:
             return False
-        for victim in victims:
-            self.remove(victim)
+        try:
+            for victim in victims:
+                self.remove(victim)
+        except CacheBlendError:  # the directory cannot be written
+            return False
         return True
 
     def _excess(self, held: Mapping[str, int], quota: int, key: str, num_bytes: int) -> int:

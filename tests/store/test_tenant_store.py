@@ -202,3 +202,13 @@ def test_what_waits_to_be_written_is_counted(tmp_path, monkeypatch):
         store.put(key_for(0), make_entry(0))
         store.flush()
         assert (waiting, store.stats.queued_bytes) == ([SIZE], 0)
+
+
+def test_a_quota_that_nothing_can_be_removed_for_has_no_room(tmp_path, monkeypatch):
+    with cb.ChunkStore(tmp_path):
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)  # a directory that this process may only read
+        with TenantStore(cb.ChunkStore(tmp_path), {"one": 2 * SIZE}) as store:
+            assert put(store, range(5)) == [True, True, False, False, False]
+            assert held(store) == {0, 1}
