@@ -60,6 +60,7 @@ class OpenPacks:
             with self._lock:
                 pack.readers -= 1
                 self._unpin_if_unused(pack)
+                self._unpin_excess()
 
     def let_go(self, pack: _Pack) -> None:
         """Ends one hold of a pack."""
@@ -73,10 +74,12 @@ class OpenPacks:
         if pack not in self._pinned:
             self._pinned[pack] = Pin(pack.path)
         self._pinned.move_to_end(pack)
-        excess = len(self._pinned) - self._limit
-        if excess > 0:
-            idle = [each for each in self._pinned if not each.readers and each is not pack]
-            for each in idle[:excess]:
+        self._unpin_excess()
+
+    def _unpin_excess(self) -> None:
+        if len(self._pinned) > self._limit:
+            idle = [each for each in self._pinned if not each.readers]
+            for each in idle[: max(len(idle) - self._limit, 0)]:
                 self._pinned.pop(each).close()
 
     def _unpin_if_unused(self, pack: _Pack) -> None:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 from etils import epath
@@ -155,10 +155,12 @@ class PersistentTier:
         if self.pending(key) is not None:
             self.queue.flush()
         chunk = self.disk.open(key)
-        held = ExitStack()
-        if chunk is None or not chunk.keep(held):
+        if chunk is None:
             return None
-        return held
+        with ExitStack() as held, suppress(OSError):  # it is evicted just now, say
+            if chunk.keep(held):
+                return held.pop_all()
+        return None
 
     def sizes(self) -> dict[str, int]:
         """Returns the bytes of each entry, by key: first those on disk, the least recently used first."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
+from etils import epath
 from store_cases import fill, key_of, make_entry, packs, same
 
 import cacheblend_jax as cb
 from cacheblend_jax.store.breaker import Breaker, State
 from cacheblend_jax.store.entry_reader import EntryReader, UnreadableError
 from cacheblend_jax.store.open_packs import OpenPacks
-from cacheblend_jax.store.pins import Pin
+from cacheblend_jax.store.pins import BusyError, Pin
 from cacheblend_jax.store.record import storage_name
 
 
@@ -177,3 +178,46 @@ def test_an_entry_evicted_between_two_reads_is_lost_and_no_damage(tmp_path, monk
             with pytest.raises(cb.DamagedEntryError):  # its pack was held: somebody else has removed it
                 second.read_layer(0)
             assert store.stats.damaged == 1
+
+
+def test_packs_being_read_do_not_count_to_the_limit(tmp_path):
+    fill(tmp_path, range(5), one_by_one=True)
+    paths, opened = [epath.Path(path) for path in packs(tmp_path)], OpenPacks(limit=2)
+    handles = [opened.hold(path) for path in paths]
+    with handles[0].reading(), handles[1].reading(), handles[2].reading():
+        for handle in handles[3:]:
+            with handle.reading():
+                pass
+        for path in paths:
+            with pytest.raises(BusyError):
+                Pin(path, alone=True)
+    assert sum(is_pinned(path) for path in paths) == 2
+    for handle in handles:
+        handle.close()
+    assert not any(map(is_pinned, paths))
+
+
+def is_pinned(path) -> bool:
+    try:
+        Pin(path, alone=True).close()
+    except BusyError:
+        return True
+    return False
+
+
+def test_what_is_evicted_before_it_is_held_is_not_held(tmp_path, monkeypatch):
+    fill(tmp_path, [1])
+    with cb.ChunkStore(tmp_path, host_bytes=1) as store:
+        opened = store._disk.disk._open_packs
+
+        @contextmanager
+        def evicted(pack):
+            raise FileNotFoundError(pack.path)
+            yield
+
+        monkeypatch.setattr(opened, "reading", evicted)
+        assert store.hold(key_of(1)) is None
+        assert not opened._held
+        monkeypatch.undo()
+        monkeypatch.setattr("cacheblend_jax.store.disk_chunk.DiskChunk.keep", lambda *_: False)
+        assert store.hold(key_of(1)) is None
