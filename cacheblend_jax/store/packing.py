@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 from etils import epath
 
@@ -84,7 +84,13 @@ def add_pack(
 def _place_to_write(places: Places, index: Index, pack: str) -> Iterator[epath.Path]:
     """Yields where to write a pack: a place held, so that no process takes it for a leftover, and then removed."""
     if not places.local:
-        yield places.pack(pack)
+        try:
+            yield places.pack(pack)
+        except BaseException:
+            if pack not in index.packs("ready"):
+                with suppress(OSError):  # of a killed writer, too, objects are left
+                    places.pack(pack).rmtree(missing_ok=True)
+            raise
         return
     outer = places.writing / pack
     try:

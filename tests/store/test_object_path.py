@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from etils import epath
 from etils.epath.gpath import PosixGPath
-from store_cases import key_of, make_entry
+from store_cases import key_of, make_entry, packs
 
 import cacheblend_jax as cb
 from cacheblend_jax.store import packing
@@ -73,3 +73,23 @@ def test_a_write_that_a_client_fails_is_counted(tmp_path, monkeypatch):
         disk.places = replace(disk.places, local=False)
         disk.write([QueuedEntry(key_of(1), make_entry(1))])
         assert (disk.stats().written, disk.stats().write_errors) == (0, 1)
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_write_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch, reachable):
+    def half(path, *_):
+        path.mkdir()
+        (path / "state").write_bytes(b"half")
+        raise EndpointConnectionError("reset")
+
+    def fail(*_, **__):
+        raise OSError("Could not connect")
+
+    monkeypatch.setattr(packing, "write_pack", half)
+    with closing(DiskTier(tmp_path)) as disk:
+        disk.places = replace(disk.places, local=False)
+        if not reachable:
+            monkeypatch.setattr(type(disk.places.root), "rmtree", fail)
+        disk.write([QueuedEntry(key_of(1), make_entry(1))])
+        assert (disk.stats().write_errors, disk.index.packs("writing")) == (1, [])
+    assert len(packs(tmp_path)) == (not reachable)
