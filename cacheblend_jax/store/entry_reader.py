@@ -21,11 +21,9 @@ from cacheblend_jax.store.stored_chunk import StoredRows
 
 LAYERS_AHEAD = 4  # that are being read while one is checked
 
-# What TensorStore's messages begin with where the bytes are not those that were written, whoever says so: a server of
-# object storage refuses a range beyond the end of what it has.
-DAMAGE = ("NOT_FOUND", "OUT_OF_RANGE", "DATA_LOSS")
-# What else is in messages of errors that are not damage: the entry may be readable later. Whatever the system, the
-# network or a server answers is such an error, and has its code in the message.
+# What is in TensorStore's messages of errors that are not damage: the entry may be readable later. Whatever the system,
+# the network or a server answers is such an error, and has its code in the message; that a file is missing or too short
+# has none, except where a server says that an object ends before the range that is to be read.
 TRANSIENT_ERRORS = (
     "PERMISSION_DENIED",
     "RESOURCE_EXHAUSTED",
@@ -37,6 +35,7 @@ TRANSIENT_ERRORS = (
     "[curl_code=",
     "[http_response_code=",
 )
+TOO_SHORT = "[http_response_code='416']"
 # Of requests to a server. A request's look-up waits for them, and by default would do so for minutes.
 RETRIES = {"max_retries": 3, "initial_delay": "100ms", "max_delay": "1s"}
 
@@ -185,7 +184,7 @@ def _result(future: Any) -> Any:
         return future.result()
     except (ValueError, OSError, OverflowError, RuntimeError) as error:
         text = str(error)
-        transient = any(part in text for part in TRANSIENT_ERRORS) and not text.startswith(DAMAGE)
+        transient = any(part in text for part in TRANSIENT_ERRORS) and TOO_SHORT not in text
         if isinstance(error, PermissionError) or transient:
             raise UnreadableError(text) from error
         raise DamagedEntryError(f"an entry cannot be read: {text.splitlines()[0] if text else error!r}") from error

@@ -16,6 +16,7 @@ from cacheblend_jax.store.disk import DiskTier
 FAILURES = [
     "UNKNOWN: Error reading \"d/1\": Failed to open: Input/output error [os_error_code='5']",
     "Error reading \"d/1\": Failed to read: Transport endpoint is not connected [os_error_code='107']",
+    "NOT_FOUND: Error reading \"d/1\": Failed to open: No such device [os_error_code='19']",
     "PERMISSION_DENIED: Error reading \"d/1\": Permission denied [os_error_code='13']",
     "INTERNAL: CURL error SSL peer certificate or SSH remote key was not OK [curl_code='60']",
     "Error reading \"manifest.ocdbt\": ExpiredToken: the token has expired [http_response_code='400']",
