@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.engine.answer import Answer
 from cacheblend_jax.engine.prompt import Prompt
-from cacheblend_jax.engine.slot_batch import Ending
+from cacheblend_jax.engine.slot_batch import Block, Ending
 from cacheblend_jax.model.sampling import Sampling
 
 
@@ -41,6 +41,18 @@ class ScheduledRequest:
     waited_s: float = 0.0
     num_tokens: int = 0
     pauses: bool = False
+
+    def take(self, block: Block) -> tuple[list[int], str | None]:
+        """Counts the next tokens; returns those that its answer has, and why it ends with them, if it does."""
+        token_ids = []
+        for token in block.token_ids:
+            self.num_tokens += 1
+            reason = self.ending.reason(token, self.num_tokens)
+            if reason != "stop":
+                token_ids.append(token)
+            if reason is not None:
+                return token_ids, reason
+        return token_ids, None
 
 
 def free_slot(

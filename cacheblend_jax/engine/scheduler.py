@@ -15,13 +15,14 @@ from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.engine.answer import Answer
 from cacheblend_jax.engine.generation import Decoding
 from cacheblend_jax.engine.loading import submit_or_run
+from cacheblend_jax.engine.pauses import LONGEST_S
 from cacheblend_jax.engine.prompt import Prompt, check_length
 from cacheblend_jax.engine.results import PrefillResult
 from cacheblend_jax.engine.scheduled import ScheduledRequest, free_slot
-from cacheblend_jax.engine.scheduling import Prefills, SchedulerStats
+from cacheblend_jax.engine.scheduling import Prefills, SchedulerStats, check_scheduling
 from cacheblend_jax.engine.slot_batch import Block, Ending, SlotBatch
 from cacheblend_jax.engine.waiting import WaitingRequests
-from cacheblend_jax.errors import CacheBlendError, NotReadyError, QueueFull, SchedulerClosed, is_whole_number
+from cacheblend_jax.errors import CacheBlendError, NotReadyError, QueueFull, SchedulerClosed
 from cacheblend_jax.model.decode import MOST_AT_ONCE
 from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.runtime.exit_hook import finished, flush_before_exit
@@ -50,10 +51,10 @@ class Scheduler:
 
     Tenants take turns, and each one's requests come in the order they came. After each prefill, or those of several
     groups, there is at least one step of decoding, and a prefill that takes longer than 100 ms pauses for one about as
-    often, so that a new request delays running answers by no more than that, or by a layer (those of several groups, at
-    the same time, don't pause; nor does one of up to half a second while only its pauses need the compiler). One that
-    needs it to run at all lets others pass, and delays nobody; nor does an answer that nobody reads. The engine's own
-    methods may be used beside it.
+    often, so that a new request delays running answers by no more than that, or by a layer, also while it waits for
+    stored KV (those of several groups, at the same time, don't pause; nor does one of up to half a second while only
+    its pauses need the compiler). One that needs it to run at all lets others pass, and delays nobody; nor does an
+    answer that nobody reads. The engine's own methods may be used beside it.
 
     Args:
         slots: how many answers are decoded together.
@@ -79,16 +80,7 @@ class Scheduler:
         steps: int = 8,
         pausing: bool = True,
     ) -> None:
-        most = engine.model.config.max_positions
-        limits = {"slots": (slots, 4096), "max_tokens": (max_tokens, most), "waiting": (waiting, 2**31)}
-        for name, (value, largest) in (limits | {"steps": (steps, MOST_AT_ONCE)}).items():
-            if not is_whole_number(value, least=1, below=largest + 1):
-                raise CacheBlendError(f"{name} must be a whole number in [1, {largest}], got {value!r}")
-        if engine.model.spans_hosts:
-            raise CacheBlendError(
-                "a scheduler decodes what has arrived, which differs between hosts, and the model is on several; use "
-                "Engine.generate, or a replica of the model on each host"
-            )
+        check_scheduling(engine.model, slots=slots, max_tokens=max_tokens, waiting=waiting, steps=steps)
         self._engine, self._steps, self._most_waiting, self._pausing = engine, steps, waiting, pausing
         self._batch = SlotBatch(engine.model, engine.buckets, slots, max_tokens, engine.lanes)
         self._driving = threading.Lock()  # held by the thread that uses the batch, once it is warm
@@ -219,8 +211,7 @@ class Scheduler:
             while self._waits_for_work():
                 for slot, request in self._next_requests().items():
                     submit_or_run(self._prefillers, self._prefill, slot, request)
-                self._wait_for_prefills()
-                self._decode()
+                self._decode(since=self._wait_for_prefills())
         except BaseException as error:  # whatever it is, nobody is to wait for ever
             logger.exception("the scheduler ends: its thread has failed")
             with self._changed:
@@ -235,16 +226,14 @@ class Scheduler:
     def _waits_for_work(self) -> bool:
         """Waits until there is something to do; returns whether there ever will be."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._is_warming and (self._has_work or self._has_done_all))
+            self._changed.wait_for(
+                lambda: not self._is_warming and (self._has_work or (self._is_closed and not self._waiting))
+            )
             return self._has_work
 
     @property
     def _has_work(self) -> bool:
         return self._waiting.has_next or bool(self._running or self._prefilling)
-
-    @property
-    def _has_done_all(self) -> bool:
-        return self._is_closed and not self._waiting
 
     def _next_requests(self) -> dict[int, ScheduledRequest]:
         """Takes the requests whose turn it is, each for a slot that is free, as many as can be prefilled."""
@@ -266,14 +255,22 @@ class Scheduler:
     def _drop_ended(self) -> None:
         self._running = {slot: each for slot, each in self._running.items() if not each.answer.has_ended}
 
-    def _wait_for_prefills(self) -> None:
+    def _wait_for_prefills(self) -> int | None:
         """Waits for a prefill to end, if answers are to wait for one; a free lane's next request may be taken, too.
 
-        Where several groups prefill, for all of them: no program for all devices may come between theirs.
+        Where several groups prefill, for all of them: no program for all devices may come between theirs. Else
+        `LONGEST_S` at most, unless a prefill pauses, which one that waits for stored KV does not: then it returns how
+        many steps there were before.
         """
         with self._changed:
-            self._changed.wait_for(lambda: not self._prefilling or self._may_go_on)
+            num_steps = self._num_steps
+            patience_s = LONGEST_S if self._pausing and self._running and self._batch.num_groups == 1 else None
+            while not self._changed.wait_for(lambda: not self._prefilling or self._may_go_on, patience_s):
+                if self._num_steps == num_steps:
+                    return num_steps
+                num_steps = self._num_steps  # a prefill has paused
             self._has_prefill_ended = False
+            return None
 
     @property
     def _may_go_on(self) -> bool:
@@ -282,7 +279,12 @@ class Scheduler:
         self._drop_ended()
         if self._has_prefill_ended or self._next_slot() is not None:
             return True
-        return self._pausing and bool(self._running) and not all(each.pauses for each in self._prefilling.values())
+        return self._pausing and bool(self._running) and {each.pauses for each in self._wanted} != {True}
+
+    @property
+    def _wanted(self) -> list[ScheduledRequest]:
+        """The requests that are prefilled and were not cancelled: those that others wait for."""
+        return [request for request in self._prefilling.values() if not request.answer.has_ended]
 
     # And this in those that prefill.
 
@@ -331,7 +333,7 @@ class Scheduler:
             if request.answer.has_ended:
                 raise _UnwantedError
             if self._num_steps == num_steps:
-                self._decode(most=1)
+                self._decode(most=1, since=num_steps)
             num_steps = self._num_steps
 
         return self._engine.prefill(
@@ -383,13 +385,18 @@ class Scheduler:
 
     # And this in either.
 
-    def _decode(self, most: int = MOST_AT_ONCE) -> None:
-        """Decodes the answers that run: one step where a request is prefilled meanwhile, or could be, else several."""
+    def _decode(self, most: int = MOST_AT_ONCE, since: int | None = None) -> None:
+        """Decodes the answers that run: one step where a request is prefilled meanwhile, or could be, else several.
+
+        None where there were `since` steps when this became due, and another thread has taken one meanwhile.
+        """
         with self._driving:
+            if since not in (None, self._num_steps):
+                return
             with self._changed:
                 self._drop_ended()
                 running = dict(self._running)
-                steps = 1 if self._prefilling or self._next_slot() is not None else self._steps
+                steps = 1 if self._wanted or self._next_slot() is not None else self._steps
             if not running:
                 return
             in_time = max(int(BLOCK_S / min(self._step_s, default=BLOCK_S)), 1)
@@ -411,14 +418,7 @@ class Scheduler:
 
     def _hand_out(self, request: ScheduledRequest, block: Block) -> bool:
         """Gives an answer its next tokens; returns whether it goes on after them."""
-        reason, token_ids = None, []
-        for token in block.token_ids:
-            request.num_tokens += 1
-            reason = request.ending.reason(token, request.num_tokens)
-            if reason != "stop":
-                token_ids.append(token)
-            if reason is not None:
-                break
+        token_ids, reason = request.take(block)
         logprobs = block.logprobs[: len(token_ids)] if request.logprobs else ()
         if token_ids and not request.answer.add(token_ids, logprobs):
             return False

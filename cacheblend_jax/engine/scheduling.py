@@ -10,6 +10,8 @@ from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.buckets import Buckets
 from cacheblend_jax.engine.prompt import Prompt, TokenizedPrompt
 from cacheblend_jax.engine.results import PrefillResult
+from cacheblend_jax.errors import CacheBlendError, is_whole_number
+from cacheblend_jax.model.decode import MOST_AT_ONCE
 from cacheblend_jax.model.model import Model
 
 
@@ -78,3 +80,21 @@ class SchedulerStats:
     cancelled: int = 0
     failed: int = 0
     tokens: int = 0
+
+
+def check_scheduling(model: Model, *, slots: int, max_tokens: int, waiting: int, steps: int) -> None:
+    """Checks a scheduler's numbers, and that it can decode with a model.
+
+    Raises:
+        CacheBlendError: a number is out of its range, or the model is on several hosts.
+    """
+    most = model.config.max_positions
+    limits = {"slots": (slots, 4096), "max_tokens": (max_tokens, most), "waiting": (waiting, 2**31)}
+    for name, (value, largest) in (limits | {"steps": (steps, MOST_AT_ONCE)}).items():
+        if not is_whole_number(value, least=1, below=largest + 1):
+            raise CacheBlendError(f"{name} must be a whole number in [1, {largest}], got {value!r}")
+    if model.spans_hosts:
+        raise CacheBlendError(
+            "a scheduler decodes what has arrived, which differs between hosts, and the model is on several; use "
+            "Engine.generate, or a replica of the model on each host"
+        )

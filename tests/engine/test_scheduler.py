@@ -130,6 +130,7 @@ def engine(monkeypatch):
     global CURRENT
     CURRENT = CountingEngine()
     monkeypatch.setattr(scheduler_module, "SlotBatch", CountingBatch)
+    monkeypatch.setattr(scheduler_module, "LONGEST_S", 1e6)  # however slow the machine, no step but the tests'
     with unchecked():
         yield CURRENT
         CURRENT.gate.set()
@@ -351,6 +352,87 @@ def test_a_long_prefill_ends_at_its_next_pause_when_nobody_wants_it(engine):
     assert "not ended" not in engine.log
     assert unwanted.prefill_stats is None
     assert (scheduler.stats.cancelled, scheduler.stats.failed, scheduler.stats.running) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_while_a_prefill_waits_without_a_pause_answers_that_run_go_on(engine, monkeypatch, lanes):
+    monkeypatch.setattr(scheduler_module, "LONGEST_S", 0.001)
+    engine.lanes, engine.gates = lanes, {2: threading.Event(), 3: threading.Event()}
+    with cb.Scheduler(engine, slots=3, steps=4, max_tokens=ENDLESS) as scheduler:
+        running = scheduler.submit(prompt(1), max_new_tokens=ENDLESS)
+        next(running)
+        with scheduler._changed:
+            slow = [scheduler.submit(prompt(n), max_new_tokens=3) for n in (2, 3)]
+        for _ in range(1 + lanes):
+            engine.began.acquire()  # the last of these reads stored KV, say, and does not pause
+        seen = more_than_now(running, engine, 5)
+        assert seen == tokens(1, len(seen) + 1)[1:]
+        assert {what[1] for what in engine.log[engine.log.index(("prefill", 2)) :] if what[0] == "decode"} == {1}
+        for n in (2, 3):
+            engine.gates[n].set()
+        assert [answer.result().token_ids for answer in slow] == [tokens(n, 3) for n in (2, 3)]
+        running.cancel()
+
+
+def more_than_now(answer, engine, count):
+    """Reads an answer until `count` steps have begun since; fails where none comes."""
+    now = len(engine.log)
+    with ThreadPoolExecutor(1) as pool:
+        read = []
+        while len(engine.log) < now + count:
+            coming = pool.submit(next, answer)
+            try:
+                read.append(coming.result(timeout=10)[0])
+            except TimeoutError:
+                for gate in engine.gates.values():
+                    gate.set()
+                pytest.fail("the answer stands still")
+    return read
+
+
+def test_a_step_that_the_waiting_thread_has_taken_is_not_taken_again_in_a_pause(engine, monkeypatch):
+    stepped, goes_on, decode = threading.Event(), threading.Event(), CountingBatch.decode
+
+    def decode_slowly(self, *of, **how):
+        if ("prefill", 2) in engine.log and not stepped.is_set():
+            stepped.set()
+            assert goes_on.wait(10)
+        return decode(self, *of, **how)
+
+    def pauses(between):
+        assert stepped.wait(10)  # nobody has paused: the scheduler's thread takes a step
+        monkeypatch.setattr(scheduler_module, "LONGEST_S", 1e6)
+        threading.Timer(0.01, goes_on.set).start()
+        engine.log.append("pause")
+        between()  # waits for that step
+        engine.log.append("resumed")
+
+    monkeypatch.setattr(CountingBatch, "decode", decode_slowly)
+    monkeypatch.setattr(scheduler_module, "LONGEST_S", 0.001)
+    engine.pauses = {2: pauses}
+    with cb.Scheduler(engine, slots=2, steps=1, max_tokens=ENDLESS) as scheduler:
+        running = scheduler.submit(prompt(1), max_new_tokens=ENDLESS)
+        next(running)
+        assert scheduler.submit(prompt(2), max_new_tokens=2).result().token_ids == tokens(2, 2)
+        running.cancel()
+    pause = engine.log[engine.log.index("pause") + 1 : engine.log.index("resumed")]
+    assert [what[:2] for what in pause] == [("decode", 1)]
+
+
+def test_a_cancelled_request_that_is_still_read_holds_nobody_up(engine):
+    engine.gates = {2: threading.Event()}
+    with cb.Scheduler(engine, slots=2, steps=4, max_tokens=ENDLESS) as scheduler:
+        running = scheduler.submit(prompt(1), max_new_tokens=ENDLESS)
+        next(running)
+        unwanted = scheduler.submit(prompt(2), max_new_tokens=3)
+        for _ in range(2):
+            engine.began.acquire()
+        unwanted.cancel()
+        more_than_now(running, engine, 5)  # whole blocks, though no `LONGEST_S` has passed
+        engine.gates[2].set()
+        assert scheduler.submit(prompt(3), max_new_tokens=2).result().token_ids == tokens(3, 2)
+        running.cancel()
+    assert scheduler.stats.cancelled == 2
 
 
 def test_what_fails_in_a_pause_is_not_the_new_prompts_and_it_goes_on(engine, monkeypatch):
