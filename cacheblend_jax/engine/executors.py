@@ -295,7 +295,8 @@ class Executors:
         run = self._run_streamed if self._executor(plan, chunks) == "streamed" else self._run_on_device
         job = _Job(plan, request, chunks, prepared, trace, pause)
         done = self._giving_way(lambda: run(job), pause)
-        self._speed.took(plan, done.run_s - done.paused_s - done.load_s)
+        overlaps = done.executor == "streamed" and pause is None  # layers are computed while others are waited for
+        self._speed.took(plan, done.run_s - done.paused_s - (0.0 if overlaps else done.load_s))
         return done
 
     def _giving_way(self, work: Callable[[], Result], pause: Remembered | None = None) -> Result:

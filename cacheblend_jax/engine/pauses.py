@@ -119,7 +119,7 @@ class Speed:
     _s_per_flop: deque[float] = field(default_factory=lambda: deque(maxlen=RUNS))
 
     def took(self, plan: Plan, seconds: float) -> None:
-        """Takes note of a prefill's seconds, without its pauses and what it waited for stored KV."""
+        """Takes note of a prefill's seconds, without its pauses and those of waiting in which it computed nothing."""
         self._s_per_flop.append(seconds / plan_flops(self.config, plan))
 
     def seconds(self, plan: Plan) -> float:

@@ -122,6 +122,9 @@ def test_speed_is_taken_without_pauses_and_without_loading(everything_is_long, e
     assert called
     assert stats.paused_s == 7.0 * len(called)
     assert taken == [pytest.approx(3.0, abs=1.0)]
+    stats = engine.prefill(prompt).stats
+    # Without pauses it is one program that nothing is timed in, or layers are computed while others are waited for.
+    assert taken[1:] == [pytest.approx(0.0 if executor == "resident" else 3.0 + stats.load_s, abs=1.0)]
 
 
 def wait_for(stream: LayerStream, seconds: float) -> None:
