@@ -150,7 +150,10 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        # What configurations say of spaces (those of Llama 3: to take them out before some letters) is for sentences
+        # in English; transformers 5.0 to 5.6 do it to any text.
+        how = {"trust_remote_code": False, "local_files_only": True, "clean_up_tokenization_spaces": False}
+        return AutoTokenizer.from_pretrained(directory, **how)
     except Exception as error:  # transformers raises errors of any type for a broken tokenizer
         raise CheckpointError(f"{directory}: its tokenizer does not load: {one_line(error)}") from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import string
 
 import numpy as np
@@ -12,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import cacheblend_jax as cb
 from cacheblend_jax.engine.growing_text import OVERLAP, WINDOW, GrowingText
+from cacheblend_jax.model.checkpoint import load_tokenizer
 
 TEXT = "Die Straße führt über 北京 nach 東京 🚂🌍, it's said .  Two  spaces, <0x41> a\n\nnew line; naïve café. " * 3
 
@@ -58,6 +61,15 @@ def test_pieces_of_tokens_that_make_no_sense_are_the_same(tokenizer, seed):
     ids = np.random.default_rng(seed).integers(0, len(tokenizer), 120).tolist()
     growing = GrowingText(tokenizer)
     assert [growing.add(token) for token in ids] == by_decoding_everything(tokenizer, ids)
+
+
+def test_no_spaces_are_taken_out_of_a_text_whatever_the_tokenizers_configuration_says(tmp_path):
+    shutil.copytree(HF / "llama3", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clean_up_tokenization_spaces": True}))
+    tokenizer, text = load_tokenizer(tmp_path / "model"), "x = 'set' if y else 'more' ."
+    assert tokenizer.clean_up_tokenization_spaces is False  # what transformers before 5.7 goes by
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
 class Bytes:
