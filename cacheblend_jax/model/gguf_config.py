@@ -64,7 +64,10 @@ YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 YARN_MULTIPLIERS = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0}
 TOKENIZER = "tokenizer.ggml."
 # Tokens that end a turn, whatever the metadata says: as llama.cpp has it.
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<end_of_turn>")
+TURN_ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>"),
+    *("<EOT>", "_<EOT>"),
+)
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 LONGROPE_FACTORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
 GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # its scale of attention differs, which only its size tells
@@ -138,8 +141,13 @@ def stop_ids(file: GgufFile) -> list[int]:
     """Returns the tokens that end an answer."""
     said = [file.metadata.get(f"{TOKENIZER}{key}_token_id") for key in ("eos", "eot", "eom")]
     tokens = file.metadata.get(f"{TOKENIZER}tokens")
-    ends = [number for number, token in enumerate(tokens) if token in TURN_ENDS] if isinstance(tokens, list) else []
+    ends = turn_ends(tokens) if isinstance(tokens, list) else []
     return [*(token for token in said if token is not None), *ends]
+
+
+def turn_ends(tokens: list[str]) -> list[int]:
+    """Returns the ids of the tokens of a vocabulary that end a turn, in whatever model."""
+    return [number for number, token in enumerate(tokens) if token in TURN_ENDS]
 
 
 def _for_all_layers(value: Any) -> Any:

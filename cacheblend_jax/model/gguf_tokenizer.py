@@ -10,7 +10,7 @@ import numpy as np
 
 from cacheblend_jax.errors import CheckpointError, is_whole_number, one_line
 from cacheblend_jax.model.config_fields import shown
-from cacheblend_jax.model.gguf_config import TOKENIZER
+from cacheblend_jax.model.gguf_config import TOKENIZER, turn_ends
 from cacheblend_jax.model.gguf_file import GgufFile
 
 BYTE_LEVEL, SENTENCE_PIECE = "gpt2", "llama"
@@ -40,6 +40,8 @@ SPLITS = {
 }
 # Those whose texts begin with BOS and whose vocabularies hold whole words; those whose texts are composed (NFC).
 WHOLE_WORDS, COMPOSED = ("llama-bpe", "llama3", "llama-v3", "tekken"), ("qwen2", "deepseek-r1-qwen")
+# No metadata but the model's name tells that tokens take the white space after them, except these: as llama.cpp has it.
+PHI3, NEVER_STRIPPING = ("phi-3", "phi3"), ("<unk>", "<s>", "<|endoftext|>")
 SPECIALS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -58,7 +60,7 @@ def gguf_tokenizer(file: GgufFile) -> Any:
     specials = {ours: token for key, ours in SPECIALS.items() if (token := said.token(f"{key}_token_id", tokens))}
     try:
         backend = _backend(said, tokens, types)
-        _add_tokens(backend, tokens, types)
+        _add_tokens(backend, tokens, types, strip=said.is_phi3)
         backend.post_processor = _opening(said, tokens)
         return PreTrainedTokenizerFast(
             tokenizer_object=backend,
@@ -82,11 +84,18 @@ class _Said:
         return self._metadata.get(TOKENIZER + key, default)
 
     def tokens(self) -> tuple[list[str], np.ndarray]:
-        """Returns the tokens and their types, by id."""
+        """Returns the tokens and their types, by id: those that end a turn are control tokens, whatever is stored."""
         tokens = self.texts("tokens")
         types = self.get("token_type")
         types = np.ones(len(tokens), np.int32) if types is None else types
-        return tokens, self.numbers("token_type", types, len(tokens))
+        types = self.numbers("token_type", types, len(tokens)).copy()
+        types[turn_ends(tokens)] = CONTROL
+        return tokens, types
+
+    @property
+    def is_phi3(self) -> bool:
+        name = self.text("general.name") or ""
+        return any(mark in name.lower() for mark in PHI3)
 
     def texts(self, key: str) -> list[str]:
         value = self.get(key)
@@ -206,15 +215,22 @@ def _merges(ranked: list[str], vocabulary: dict[str, int]) -> list[tuple[str, st
     return found
 
 
-def _add_tokens(backend: Any, tokens: list[str], types: np.ndarray) -> None:
-    """Makes control tokens and words that were added to the vocabulary known as such."""
+def _add_tokens(backend: Any, tokens: list[str], types: np.ndarray, *, strip: bool) -> None:
+    """Makes control tokens and words that were added to the vocabulary known as such.
+
+    Args:
+        strip: whether they take the white space that follows them.
+    """
     from tokenizers import AddedToken
+
+    def added(token: str, is_special: bool) -> AddedToken:
+        return AddedToken(token, normalized=False, special=is_special, rstrip=strip and token not in NEVER_STRIPPING)
 
     for kind in (UNKNOWN, CONTROL, USER_DEFINED):
         is_special = kind != USER_DEFINED
         chosen = [tokens[number] for number in np.flatnonzero(types == kind)]
         chosen = [token for token in chosen if is_special or " " not in token]  # runs of spaces are found by merging
-        backend.add_tokens([AddedToken(token, normalized=False, special=is_special) for token in chosen if token])
+        backend.add_tokens([added(token, is_special) for token in chosen if token])
 
 
 def _opening(said: _Said, tokens: list[str]) -> Any:

@@ -250,6 +250,22 @@ def test_a_vocabulary_with_scores_is_merged_by_them(tmp_path):
     assert bare.convert_ids_to_tokens(bare.encode("ab  c")) == ["ab", "▁▁", "c"]
 
 
+@pytest.mark.parametrize(("model_name", "strips"), [("Phi3", True), ("phi-3.5 mini", True), ("Other", False)])
+def test_ends_of_turns_end_answers_whatever_their_type_and_phi3_takes_white_space_after_tokens(
+    model_name, strips, tmp_path
+):
+    said = sentence_piece_metadata() | {"general.name": model_name}
+    for key, value in (("tokens", "<|end|>"), ("scores", -1000.0), ("token_type", 4)):  # which do not tell of its end
+        said[f"tokenizer.ggml.{key}"].append(value)
+    tokenizer, model = load_wide(tmp_path, said)
+    end = len(said["tokenizer.ggml.tokens"]) - 1
+    assert set(model.stop_token_ids) == {2, end}
+    assert tokenizer.decode([262, end], skip_special_tokens=True) == tokenizer.decode([262])
+    for token, taken in (("<|end|>", strips), ("<tag>", strips), ("<s>", False)):
+        spaced, bare = (tokenizer.encode(f"{token}{space}ab", add_special_tokens=False) for space in (" \n ", ""))
+        assert (spaced == bare) == taken
+
+
 @pytest.mark.parametrize("name", ["$A", "a:b", "<0x00>"])
 def test_tokens_around_a_text_may_have_any_name(name, tmp_path):
     said = sentence_piece_metadata(add_eos_token=True)
