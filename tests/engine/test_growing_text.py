@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 import cacheblend_jax as cb
-from cacheblend_jax.engine.growing_text import OVERLAP, WINDOW, GrowingText
+from cacheblend_jax.engine.growing_text import INCOMPLETE, LIMIT, OVERLAP, WINDOW, GrowingText
 from cacheblend_jax.model.checkpoint import load_tokenizer
 
 TEXT = "Die Straße führt über 北京 nach 東京 🚂🌍, it's said .  Two  spaces, <0x41> a\n\nnew line; naïve café. " * 3
@@ -82,7 +82,7 @@ class Bytes:
         return bytes(ids).decode("utf-8", errors="replace")
 
 
-@pytest.mark.parametrize("text", ["plain " * 200, "北京🚂" * 100])
+@pytest.mark.parametrize("text", ["plain " * 200, "北京🚂" * 100, "🚂" * 200])
 def test_the_work_grows_as_the_text_does(text):
     tokenizer = Bytes()
     growing = GrowingText(tokenizer)
@@ -90,6 +90,21 @@ def test_the_work_grows_as_the_text_does(text):
         growing.add(token)
     assert growing.text == text
     assert tokenizer.decoded <= len(text.encode()) * (WINDOW + 4 + OVERLAP)
+
+
+def test_tokens_that_are_no_text_and_bytes_that_are_no_characters_cost_no_more(tokenizer, monkeypatch):
+    decode, word = tokenizer.decode, tokenizer.encode("Oslo", add_special_tokens=False)
+    strays = [token for token in range(len(tokenizer)) if decode([token]) == INCOMPLETE]
+    for without in (*tokenizer.all_special_ids[:1], *strays[:1]):
+        ids, decoded, growing = [without] * 300 + word, [], GrowingText(tokenizer)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                tokenizer, "decode", lambda ids, to=decoded, **how: (to.append(len(ids)), decode(ids, **how))[1]
+            )
+            for token in ids:
+                growing.add(token)
+        assert growing.text == decode(ids, skip_special_tokens=True)
+        assert sum(decoded) < len(ids) * LIMIT
 
 
 def test_a_model_without_a_tokenizer_has_no_text():
