@@ -98,6 +98,8 @@ def hugging_face_config(file: GgufFile, rope_factors: Mapping[str, np.ndarray]) 
             raise CheckpointError(f"{file.path}: {name}.{key} is missing")
     if said.get("attention.causal", True) is not True:
         raise CheckpointError(f"{file.path}: {name}.attention.causal must be true: only decoders are supported")
+    if name == "olmo2" and (window := said.get("attention.sliding_window", 0)) != 0:  # so Olmo 3's files are called
+        raise CheckpointError(f"{file.path}: olmo2.attention.sliding_window {shown(window)} is not supported, only 0")
     has_experts = said.get("expert_count", 0) != 0
     has_biases = "blk.0.attn_output.bias" in file.tensors
     return {

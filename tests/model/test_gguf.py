@@ -309,6 +309,13 @@ BAD_METADATA = [
 ]
 
 
+def test_olmo3_whose_files_call_themselves_olmo2_is_refused_for_its_windows(tmp_path):
+    windows = {"olmo2.attention.sliding_window": 8}
+    assert "olmo2.attention.sliding_window 8 is not supported" in refused(
+        from_hugging_face(HF / "olmo2", tmp_path / "a.gguf", "olmo2", **windows)
+    )
+
+
 @pytest.mark.parametrize(("metadata", "message"), BAD_METADATA, ids=lambda value: str(value)[:50])
 def test_metadata_is_checked(metadata, message, tmp_path):
     path = from_hugging_face(HF / "llama2", tmp_path / "a.gguf", "llama", **metadata)
