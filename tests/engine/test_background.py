@@ -67,6 +67,17 @@ def test_waiting_for_ones_own_chunks_counts_and_keeps_nobody_else_waiting(slow_s
     assert out.stats.host_s + out.stats.wait_s < out.stats.ttft_s
 
 
+def test_what_precompute_refuses_as_too_long_with_its_context_is_not_stored_either(monkeypatch):
+    stored, most = [], family_model("llama3").config.max_positions
+    with cb.Engine(family_model("llama3"), blend=TWO_STAGES, context=[5] * (most - 22)) as engine:
+        monkeypatch.setattr(engine._background, "store_later", lambda chunk, **_: stored.append(chunk.num_tokens))
+        prompt = cb.Prompt([1, 2], [[3] * 21, [4] * 20], [6])
+        with pytest.raises(cb.PromptError, match="chunk 0 with its context"):
+            engine.precompute(prompt)
+        engine.prefill(prompt)
+    assert stored == [2, 20]
+
+
 def test_a_thread_that_cannot_be_started_keeps_nobody_waiting(monkeypatch):
     start, failed = threading.Thread.start, []
 
