@@ -193,7 +193,8 @@ class ModelConfig:
         raw = text_tower(raw)
         architecture = family_of(Fields(raw))
         family = FAMILIES[architecture]
-        fields = Fields({**family.defaults, **raw})
+        given = {key: value for key, value in raw.items() if key != "rope_parameters" or value is not None}
+        fields = Fields({**family.defaults, **given})
         hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         num_layers = fields.integer("num_hidden_layers")
         attention_bias, mlp_bias = (fields.flag(key) and key in family.biases for key in ("attention_bias", "mlp_bias"))

@@ -206,7 +206,7 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": 1e6,
             "tie_word_embeddings": True,
         },
-        windows=all_windows_but(every=6),
+        windows=all_windows_but(every=6, key="sliding_window_pattern"),
         biases=("attention_bias",),
         unsupported=("attn_logit_softcapping", "use_bidirectional_attention"),
         activation_key="hidden_activation",

@@ -27,11 +27,11 @@ def qwen_windows(fields: Fields, num_layers: int) -> Windows:
     return _windows_if_used(fields, num_layers, lambda layer: layer >= fields.integer("max_window_layers", 28))
 
 
-def all_windows_but(every: int) -> Callable[[Fields, int], Windows]:
-    """All layers have the window but every so many-th, unless the configuration says otherwise."""
+def all_windows_but(every: int, key: str | None = None) -> Callable[[Fields, int], Windows]:
+    """All layers have the window but every so many-th, unless `layer_types` or the key says otherwise."""
 
     def windows(fields: Fields, num_layers: int) -> Windows:
-        pattern = fields.integer("sliding_window_pattern", every)
+        pattern = every if key is None else fields.integer(key, every)
         return _windows_by_type(fields, num_layers, lambda layer: (layer + 1) % pattern)
 
     return windows

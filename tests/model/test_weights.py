@@ -435,6 +435,8 @@ def test_every_absent_key_has_the_default_of_transformers(family):
         {"sliding_window": 7},
         {"use_sliding_window": True},
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+        {"sliding_window_pattern": 4},
+        {"rope_parameters": None},
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
         {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 64},
