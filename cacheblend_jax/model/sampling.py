@@ -59,9 +59,10 @@ def sample(
     rank = jnp.arange(vocab_size, dtype=jnp.int32)
     ranked = jnp.where(rank < jnp.where(top_k == 0, vocab_size, top_k), ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked)
-    # A token stays unless the likelier ones reach top_p without it; the first one always stays.
+    # A token stays unless the likelier ones reach top_p without it; the first one always stays. What
+    # they sum to may be rounded to 1 long before the last.
     before = jnp.cumsum(probabilities) - probabilities
-    ranked = jnp.where((before < top_p) | (rank == 0), ranked, -jnp.inf)
+    ranked = jnp.where((before < top_p) | (rank == 0) | (jnp.asarray(top_p) >= 1), ranked, -jnp.inf)
     return order[jax.random.categorical(key, ranked)].astype(jnp.int32)
 
 

@@ -47,6 +47,17 @@ def one_by_one(engine, out, count: int, sampling: cb.Sampling | None) -> list[in
     return ids
 
 
+@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(0, 1.0, 4096), (9, 1.0, 9), (0, 1e-9, 1)])
+def test_a_top_p_of_1_keeps_all_tokens_also_where_the_sum_of_the_likelier_ones_is_rounded_to_1(
+    monkeypatch, top_k, top_p, kept
+):
+    drawn_from = []
+    monkeypatch.setattr(jax.random, "categorical", lambda _, ranked: (drawn_from.append(ranked), jnp.int32(0))[1])
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 2, 4096), jnp.float32)
+    sample(logits, jax.random.key(0), 1.0, top_k, top_p)
+    assert np.isfinite(drawn_from[0]).sum() == kept
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_blocks_of_any_size_have_the_tokens_of_one_step_after_another(prefilled, sampling):
     engine, out = prefilled
