@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -136,11 +137,11 @@ def _walk(directory: Path, passed_over: PassedOver, *, is_named: bool = False) -
             continue
         try:
             mode = entry.stat().st_mode
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):  # its directory may be listed, but not entered, say
+                passed_over.unusable.append(_what_is_wrong(unreadable(entry, error)))
+                continue
             mode = 0  # a link to nothing
-        except OSError as error:  # its directory may be listed, but not entered, say
-            passed_over.unusable.append(_what_is_wrong(unreadable(entry, error)))
-            continue
         if stat.S_ISDIR(mode):
             if not entry.is_symlink():
                 yield from _walk(entry, passed_over)

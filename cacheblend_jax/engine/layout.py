@@ -52,6 +52,10 @@ class PlacedChunk:
         """Its own tokens, without the context."""
         return self.token_ids.size
 
+    def is_within(self, max_positions: int) -> bool:
+        """Whether its stand-alone KV can be computed by a model of so many positions: its context takes some."""
+        return self.context_ids.size + self.num_tokens <= max_positions
+
     @property
     def stop(self) -> int:
         """Position after the last token."""

@@ -129,7 +129,7 @@ class Prefiller:
             chunks = self._agreement.opened(chunks, call.asked)
             layout, result = self._attempt_until_read(call, chunks)
         for chunk in layout.missing if self._store_missing else ():
-            if chunk.context_ids.size + chunk.num_tokens <= self._model.config.max_positions:
+            if chunk.is_within(self._model.config.max_positions):  # `precompute` refuses others
                 self._background.store_later(chunk, again=chunk.key in call.lost)
         for chunk in layout.loaded:
             if is_slow(chunk.tier) or (chunk.tier == "host" and self._groups.first.uses_device_tier):

@@ -19,12 +19,13 @@ from cacheblend_jax.model.fast_encoding import FastCopies, fast_copies
 
 # For tokenizers of which there are no copies: how they treat special tokens may be state that each call sets.
 _encoding_lock = threading.Lock()
+_knowing = threading.Lock()  # one thread finds out about a tokenizer
 
 
 class _Known(NamedTuple):
-    """What is known of a tokenizer since its vocabulary has had this size."""
+    """What is known of a tokenizer in this state: its other parts are not to be changed once it has been used."""
 
-    size: int
+    state: tuple[int, bool]  # the size of its vocabulary, and whether special tokens are in pieces by default
     controls: frozenset[int]
     copies: FastCopies | None
 
@@ -149,17 +150,21 @@ def _without_controls(tokenizer: Any, text: str, ids: list[int], controls: froze
 
 def _known_of(tokenizer: Any) -> _Known:
     if not hasattr(type(tokenizer), "added_tokens_decoder"):  # of the tokenizer itself, it would be built each time
-        return _Known(0, frozenset(), None)
-    size = len(tokenizer)
+        return _Known((0, False), frozenset(), None)
+    state = len(tokenizer), bool(getattr(tokenizer, "split_special_tokens", False))
     known = _known_tokenizers.get(tokenizer)
-    if known is None or known.size != size:
-        controls = (
-            token_id
-            for token_id, token in tokenizer.added_tokens_decoder.items()
-            if (token.special or MARKUP.search(token.content)) and token_id != tokenizer.unk_token_id
-        )
-        known = _known_tokenizers[tokenizer] = _Known(size, frozenset(controls), fast_copies(tokenizer))
-    return known
+    if known is not None and known.state == state:
+        return known
+    with _knowing:
+        known = _known_tokenizers.get(tokenizer)
+        if known is None or known.state != state:
+            controls = (
+                token_id
+                for token_id, token in tokenizer.added_tokens_decoder.items()
+                if (token.special or MARKUP.search(token.content)) and token_id != tokenizer.unk_token_id
+            )
+            known = _known_tokenizers[tokenizer] = _Known(state, frozenset(controls), fast_copies(tokenizer))
+        return known
 
 
 def _in_pieces(tokenizer: Any, text: str, controls: Collection[int]) -> list[int] | None:

@@ -8,6 +8,7 @@ They share the tokenizer's vocabulary, and take next to no memory or time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 # Where a class has its own of these, its ids are not those of the steps alone.
@@ -50,8 +51,9 @@ def _copy(backend: Any, splits_special: bool) -> Any:
     """Returns a tokenizer of the same parts; `None` where the added tokens do not come to the same ids."""
     copy = type(backend)(backend.model)
     copy.normalizer, copy.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
-    for _, token in sorted(backend.get_added_tokens_decoder().items()):
-        (copy.add_special_tokens if token.special else copy.add_tokens)([token])
+    added = (token for _, token in sorted(backend.get_added_tokens_decoder().items()))
+    for is_special, tokens in groupby(added, lambda token: token.special):  # each call looks at all that are there
+        (copy.add_special_tokens if is_special else copy.add_tokens)(list(tokens))
     copy.encode_special_tokens = splits_special
     return copy if _added(copy) == _added(backend) else None
 

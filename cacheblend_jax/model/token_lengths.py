@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-NFC_SHRINKS = 3  # a text's UTF-8 takes less than three times the bytes of its composed form
+NFC_SHRINKS = 4  # a text's UTF-8 takes at most so many times the bytes of its composed form
 KEPT_BY_NFC = frozenset((*range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)))  # bytes of what it may compose
 LOSSLESS = ("ByteLevel", "Digits", "Metaspace")  # pre-tokenizers that drop nothing
 
@@ -16,9 +16,9 @@ class TokenLengths(NamedTuple):
     longest: int
     unknown: bytes
 
-    def fewest(self, text: str) -> int:
-        """Returns a number of tokens that the text has at least."""
-        return -(-len(text.encode().translate(None, self.unknown)) // self.longest)
+    def fewest(self, *texts: str) -> int:
+        """Returns a number of tokens that the texts have at least, joined or apart."""
+        return -(-sum(len(text.encode().translate(None, self.unknown)) for text in texts) // self.longest)
 
 
 def token_lengths(tokenizer: Any) -> TokenLengths | None:
@@ -29,7 +29,8 @@ def token_lengths(tokenizer: Any) -> TokenLengths | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ != "BPE":
         return None
-    shrinks = [_shrink(step) for step in _steps(backend.normalizer, "normalizers")]
+    normalizers = _steps(backend.normalizer, "normalizers")
+    shrinks = [_shrink(step) for step in normalizers]
     pre_tokenizers = _steps(backend.pre_tokenizer, "pretokenizers")
     added = backend.get_added_tokens_decoder().values()
     unknown = _unknown_bytes(backend.model, any(step["type"] == "ByteLevel" for step in pre_tokenizers))
@@ -37,8 +38,9 @@ def token_lengths(tokenizer: Any) -> TokenLengths | None:
         unknown is None
         or 0 in shrinks
         or (NFC_SHRINKS in shrinks and not KEPT_BY_NFC.isdisjoint(unknown))
+        or (unknown and any(step["type"] == "Replace" for step in normalizers))
         or not all(_is_lossless(step) for step in pre_tokenizers)
-        or any(not token.special and (token.lstrip or token.rstrip) for token in added)
+        or any(token.lstrip or token.rstrip for token in added)
     ):
         return None
     # A byte-level token has a letter for each byte, a letter has one byte or more, and this is a bound for both.

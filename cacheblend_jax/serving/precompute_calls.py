@@ -59,6 +59,8 @@ class PrecomputeCalls:
     def _start_next(self) -> None:
         while self._waiting.has_next and not self._is_running:
             call = self._waiting.next()
+            if call.result.done():  # cancelled, and its task has not run since
+                continue
             try:
                 running = asyncio.wrap_future(self._thread.submit(call.work))
             except RuntimeError:  # closed

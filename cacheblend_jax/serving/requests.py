@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -96,7 +96,7 @@ class RequestReader:
         """
         fields = self._checked(body)
         conversation = self.conversation(fields)
-        self._check_texts(conversation.texts, self._options.bounds.prompt_tokens)
+        self._check_texts("messages", *conversation.texts, most=self._options.bounds.prompt_tokens)
         prompt = self._prompt(conversation, tenant)
         alternatives = fields.whole("top_logprobs", 0, least=0, most=MOST_ALTERNATIVES)
         if alternatives and not fields.flag("logprobs"):
@@ -114,11 +114,12 @@ class RequestReader:
             (given,) = given
         tokenizer, separator = self._tokenizer, self._options.separator
         texts = self._documents(fields)
-        self._check_texts((*texts, given if isinstance(given, str) else ""), self._options.bounds.prompt_tokens)
+        text = checked_text(given, "prompt") if isinstance(given, str) else ""
+        self._check_texts("prompt", *texts, text, most=self._options.bounds.prompt_tokens)
         documents = [self._texts.encode(tenant, text + separator) for text in texts]
         if isinstance(given, str):
             opening = encode_opened(tokenizer, "")
-            prompt = Prompt(opening, documents, encode(tokenizer, checked_text(given, "prompt")), tenant=tenant)
+            prompt = Prompt(opening, documents, encode(tokenizer, text), tenant=tenant)
         elif isinstance(given, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in given):
             prompt = Prompt([], documents, given, tenant=tenant)
         else:
@@ -139,7 +140,7 @@ class RequestReader:
             raise invalid("there is neither a text in chunks nor a document; give at least one", "chunks")
         system = fields.text("system", "")
         for text in (system, *texts, *documents):
-            self._check_texts([text])
+            self._check_texts("chunks", text)
         messages = [Message("system", (system,))] if system else []
         messages.append(Message("user", (*texts, "")))
         return self._prompt(Conversation(tuple(messages), documents), tenant)
@@ -219,19 +220,12 @@ class RequestReader:
             fields.fields("stream_options").flag("include_usage"),
         )
 
-    def _check_texts(self, texts: Iterable[str], most: int | None = None) -> None:
-        """Refuses texts that are far too long before they are encoded, which takes seconds."""
+    def _check_texts(self, name: str, *texts: str, most: int | None = None) -> None:
+        """Refuses texts that are far too long together before they are encoded, which takes seconds."""
         bounds = [bound for bound in (most, self._max_positions) if bound is not None]
-        if self._token_lengths is None or not bounds:
-            return
-        least = sum(map(self._token_lengths.fewest, texts))
-        if least > min(bounds):
-            raise invalid(
-                f"the prompt has at least {least} tokens by its length alone, of at most {min(bounds)}; "
-                f"use fewer or shorter chunks",
-                "messages",
-                TOO_LONG,
-            )
+        if self._token_lengths is not None and bounds and (least := self._token_lengths.fewest(*texts)) > min(bounds):
+            message = f"{name} has at least {least} tokens by its length alone, of at most {min(bounds)}"
+            raise invalid(f"{message}; use fewer or shorter texts", name, TOO_LONG)
 
     def _check_length(self, prompt: Prompt) -> None:
         most = self._options.bounds.prompt_tokens

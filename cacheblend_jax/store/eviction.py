@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from cacheblend_jax.store.disk_log import DiskLog
 from cacheblend_jax.store.index import Index
 from cacheblend_jax.store.pins import BusyError, Pin
 from cacheblend_jax.store.places import Places
+
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP)  # of another user's pack; of a file, or of a link
 
 
 def make_room(places: Places, index: Index, log: DiskLog, capacity: int) -> bool:
@@ -60,7 +63,12 @@ def held_alone(places: Places, pack: str) -> Iterator[bool]:
         pin = Pin(places.pack(pack), alone=True) if places.local else None
     except FileNotFoundError:
         pin = None
-    except (BusyError, OSError):  # being read; another user's; or no pack at all
+    except BusyError:
+        yield False
+        return
+    except OSError as error:
+        if error.errno not in NOT_OURS:
+            raise
         yield False
         return
     try:

@@ -317,7 +317,7 @@ class Index:
         with self._transaction() as run:
             run("DELETE FROM packs WHERE name = ? AND state = ?", (pack, state))
 
-    def candidates(self, capacity: int, more: int) -> list[str]:
+    def candidates(self, capacity: int, more: int = 0) -> list[str]:
         """Returns ready packs in the order of eviction, `CANDIDATES` and so many more.
 
         Packs whose entries were all used once come first, then the others; within each group, the least recently used.

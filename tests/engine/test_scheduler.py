@@ -402,8 +402,8 @@ def test_a_step_that_the_waiting_thread_has_taken_is_not_taken_again_in_a_pause(
     def pauses(between):
         assert stepped.wait(10)  # nobody has paused: the scheduler's thread takes a step
         monkeypatch.setattr(scheduler_module, "LONGEST_S", 1e6)
-        threading.Timer(0.01, goes_on.set).start()
         engine.log.append("pause")
+        threading.Timer(0.01, goes_on.set).start()
         between()  # waits for that step
         engine.log.append("resumed")
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.model import encoding
 from cacheblend_jax.model.encoding import encode
-from cacheblend_jax.model.fast_encoding import fast_copies
+from cacheblend_jax.model.fast_encoding import _copy, fast_copies
 from cacheblend_jax.model.token_lengths import KEPT_BY_NFC, NFC_SHRINKS, token_lengths
 from cacheblend_jax.serving import Bounds, ServingOptions, requests
 from cacheblend_jax.serving.errors import TOO_LONG, ApiError
@@ -45,6 +45,39 @@ def test_ids_are_those_of_transformers_whatever_other_threads_encode():
         asked = [number % 2 == 0 for number in range(200)]
         encoded = threads.map(lambda controls: encode(tokenizer, TEXT * 9, control_tokens=controls), asked)
         assert list(encoded) == [wanted[controls] for controls in asked]
+
+
+def test_thousands_of_added_tokens_are_copied_together():
+    """Each call looks at all that are there: one for each would take a minute."""
+    calls = []
+
+    class Counted:
+        def __init__(self, model, tokenizer=None):
+            self.__dict__["_tokenizer"] = tokenizer or Tokenizer(model)
+
+        def __getattr__(self, name):
+            return getattr(self._tokenizer, name)
+
+        def __setattr__(self, name, value):
+            setattr(self._tokenizer, name, value)
+
+        def add_tokens(self, tokens):
+            calls.append(len(tokens))
+            return self._tokenizer.add_tokens(tokens)
+
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken(f"<unused{number}>", special=number % 1000 == 0) for number in range(6000)])
+    backend = tokenizer.backend_tokenizer
+    copy = _copy(Counted(None, backend), False)
+    assert sum(calls) > 5000
+    assert len(calls) < 20
+    assert copy.encode("<unused7>a</s>").ids == backend.encode("<unused7>a</s>").ids
+
+
+def test_half_a_character_is_refused_before_its_length_is_looked_at():
+    reader = requests.RequestReader(ServingOptions(), byte_level(), BlendConfig(), max_positions=10)
+    with pytest.raises(ApiError, match="half of a surrogate pair"):
+        reader.completion({"prompt": "a\udfff"}, "ada")
 
 
 def test_no_text_waits_for_another(monkeypatch):
@@ -80,11 +113,16 @@ def test_bytes_without_a_token_do_not_count():
     assert token_lengths(byte_level(normalizers.NFC(), without="e")) is None  # beside an accent, another byte
 
 
-def test_no_composed_text_has_less_than_a_third_of_the_bytes():
-    composed = [letter for letter in map(chr, range(0xD800)) if unicodedata.is_normalized("NFC", letter)]
-    composed += [letter for letter in map(chr, range(0xE000, 0x30000)) if unicodedata.is_normalized("NFC", letter)]
-    longest = [len(unicodedata.normalize("NFD", letter).encode()) / len(letter.encode()) for letter in composed]
-    assert max(longest) <= NFC_SHRINKS
+def test_no_text_has_more_than_four_times_the_bytes_of_its_composed_form():
+    letters = [*map(chr, range(0xD800)), *map(chr, range(0xE000, 0x30000))]
+    longest: dict[str, int] = {}  # of the letters that decompose to one other, and of that
+    for letter in letters:
+        if len(apart := unicodedata.normalize("NFD", letter)) == 1:
+            longest[apart] = max(longest.get(apart, 0), len(letter.encode()))
+    composed = [letter for letter in letters if unicodedata.is_normalized("NFC", letter)]
+    bytes_before = [sum(longest[part] for part in unicodedata.normalize("NFD", letter)) for letter in composed]
+    shrinks = [before / len(letter.encode()) for before, letter in zip(bytes_before, composed, strict=True)]
+    assert 3 < max(shrinks) <= NFC_SHRINKS
     apart = [letter for letter in composed if unicodedata.normalize("NFD", letter) != letter]
     assert {byte for letter in apart for byte in letter.encode()} <= KEPT_BY_NFC
 
@@ -95,6 +133,8 @@ def test_where_characters_may_be_lost_nothing_is_said_of_a_texts_length():
         byte_level(normalizers.Strip()),
         byte_level(normalizers.Sequence([normalizers.NFC(), normalizers.Replace("  ", " ")])),
         byte_level(None, AddedToken("[x]", lstrip=True)),
+        byte_level(None, AddedToken("[x]", rstrip=True, special=True)),  # which templates print
+        byte_level(normalizers.Replace(" ", "\x04"), without="\u0104"),
     ):
         assert token_lengths(lossy) is None
     words = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
@@ -119,7 +159,7 @@ def test_what_is_too_long_by_its_length_is_refused_unread(monkeypatch, read, bod
     for name in ("encode", "encode_opened", "prompt_of", "KnownTexts"):
         monkeypatch.setattr(requests, name, lambda *_, **__: None)
     reader = requests.RequestReader(ServingOptions(), byte_level(), BlendConfig(), max_positions=10)
-    with pytest.raises(ApiError, match="at least 11 tokens by its length alone, of at most 10") as refused:
+    with pytest.raises(ApiError, match="has at least 11 tokens by its length alone, of at most 10") as refused:
         getattr(reader, read)(body, "ada")
     assert refused.value.code == TOO_LONG
     bounds = Bounds(prompt_tokens=9)
