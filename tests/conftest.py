@@ -379,7 +379,6 @@ LONG = (
 )
 
 
-@pytest.hookimpl(trylast=True)  # pytest puts tests of one parameter together first
 def pytest_collection_modifyitems(items):
     """Marks `once` the tests of the other families, and all that are not `ON_EVERY_VERSION`; long ones come first."""
     items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(LONG))
