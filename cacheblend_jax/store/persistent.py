@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 from etils import epath
 
+from cacheblend_jax.errors import CacheBlendError, reason_and_remedy
 from cacheblend_jax.store.disk import DiskTier
 from cacheblend_jax.store.disk_chunk import DiskChunk, whole
 from cacheblend_jax.store.entry import ChunkEntry, QueuedEntry
@@ -121,13 +122,25 @@ class PersistentTier:
     def remove(self, key: str) -> None:
         """Removes an entry, written or not. Errors as `check_writable`."""
         self.queue.discard({key})
-        self.disk.remove([key])
+        with self._removing():
+            self.disk.remove([key])
 
     def clear(self) -> None:
         """Removes every entry, written or not. Errors as `check_writable`."""
         self.queue.discard()
-        self.disk.clear()
+        with self._removing():
+            self.disk.clear()
         self._uses.take()
+
+    @contextmanager
+    def _removing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = reason_and_remedy(error, "try again once it can be reached")
+            raise CacheBlendError(
+                f"store {str(self.disk.places.root)!r}: entries cannot be removed: {reason}"
+            ) from error
 
     def flush(self) -> None:
         """Waits until every entry submitted so far has been written, or could not be; writes the uses too."""

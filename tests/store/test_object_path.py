@@ -75,6 +75,20 @@ def test_a_write_that_a_client_fails_is_counted(tmp_path, monkeypatch):
         assert (disk.stats().written, disk.stats().write_errors) == (0, 1)
 
 
+def test_what_cannot_be_removed_is_said(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("s3://bucket/kv: EndpointConnectionError: Could not connect")
+
+    with cb.ChunkStore(tmp_path) as store:
+        store.put(key_of(1), make_entry(1))
+        store.flush()
+        monkeypatch.setattr(DiskTier, "changed", fail)
+        for remove in (lambda: store.remove(key_of(1)), store.clear):
+            with pytest.raises(cb.CacheBlendError, match=r"entries cannot be removed: .*Could not connect; try again"):
+                remove()
+        monkeypatch.undo()
+
+
 @pytest.mark.parametrize("reachable", [True, False])
 def test_a_write_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch, reachable):
     def half(path, *_):
