@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,8 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import cacheblend_jax as cb
 from cacheblend_jax.evaluation.shapes import SHAPES
+from scripts.bench_parts.weights import random_weights
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ def main() -> None:
     load = Load(parsed.clients, parsed.tokens, parsed.new_tokens, parsed.mode)
     if parsed.model in SHAPES:
         config = SHAPES[parsed.model]
-        model = cb.model.random_model(config if parsed.dtype is None else replace(config, dtype=parsed.dtype))
+        model = random_weights(config if parsed.dtype is None else replace(config, dtype=parsed.dtype))
     else:
         model = cb.load_model(parsed.model, dtype=parsed.dtype)
     log = lambda line: print(line, flush=True)  # noqa: E731

@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from cacheblend_jax.blend.layer_step import HostOrDevice, PromptSequence
 from cacheblend_jax.blend.schedule import Plan
@@ -31,7 +32,7 @@ from cacheblend_jax.blend.steps import (
     token_signals,
 )
 from cacheblend_jax.model.config import ModelConfig
-from cacheblend_jax.model.kv_cache import KVCache
+from cacheblend_jax.model.kv_cache import KVCache, LayerKV
 from cacheblend_jax.model.params import Params
 from cacheblend_jax.model.quantised_kv import StoredLayer
 
@@ -41,7 +42,10 @@ class LayerSource(Protocol):
     """Where layers of cached KV come from, such as `engine.layer_stream.LayerStream`."""
 
     def next(self) -> StoredLayer | None:
-        """Waits for the next layer's KV; `None` where nothing is stored, or it is in the cache already."""
+        """Waits for the next layer's KV; `None` where nothing is stored, or it is in the cache: see `placed`."""
+
+    def placed(self, blended: KVCache) -> KVCache:
+        """Returns the cache, which it may donate, with the layer's KV in place, where `next` returned `None`."""
 
     def used_until(self, result: jax.Array) -> None:
         """Declares that the step which computes `result` reads it, and that nothing later does."""
@@ -57,6 +61,10 @@ class ShapeSource:
         """Returns the shape."""
         return self._layer
 
+    def placed(self, blended: KVCache) -> KVCache:
+        """Returns the cache: no layer is placed into it."""
+        return blended
+
     def used_until(self, result: Any) -> None:
         """Does nothing: shapes take no memory."""
 
@@ -70,6 +78,21 @@ def layers_wanted(plan: Plan, num_layers: int) -> list[int]:
     return list(range(num_layers)) * (2 if plan.needs("question_mass") else 1)
 
 
+def first_layer_read(plan: Plan, request: Request, num_exact: int) -> int:
+    """Returns the first layer that reads stored KV of other than exact tokens; the `query` selector's pass aside.
+
+    That is the check layer if all but exact tokens are active: the layers before it compute all of their KV.
+
+    Args:
+        request: on the host.
+        num_exact: the exact tokens.
+    """
+    if plan.selector is None:  # there is no check layer
+        return 0
+    num_active = np.count_nonzero(np.asarray(request.positions) < plan.cache_length)
+    return plan.stages[0].border if num_active + num_exact == int(request.length) else 0
+
+
 def prefill_streamed(
     run: Callable[..., Any],
     params: Params,
@@ -81,6 +104,7 @@ def prefill_streamed(
     *,
     config: ModelConfig,
     plan: Plan,
+    in_place: bool,
     stored: KVCache | None = None,
 ) -> Prefilled:
     """Runs a planned prefill whose cached KV arrives through `stream`, in the order of `layers_wanted`.
@@ -91,6 +115,9 @@ def prefill_streamed(
             behind the layers on their way, and the step would wait for all of them.
         keep: the request's `keep`, int32, each by itself.
         indices: the layers' numbers, int32, each by itself.
+        in_place: whether a layer's stored KV is placed into the blended cache by a program of its own
+            (`layer_step.blends_in_place`): then layers that are there already, or come there another way, share the
+            steps' programs.
         stored: all stored KV, where it is on the device already: it becomes the blended cache, layer by layer, and
             `stream` has layers for a question pass alone, `None` in the others' places.
 
@@ -100,7 +127,7 @@ def prefill_streamed(
         LostChunkError: a chunk's KV could not be read; nothing is left running.
     """
     step = partial(run, config=config)
-    in_place = partial(step, donate=("blended",), nothing_cached=plan.nothing_cached)
+    over = partial(step, donate=("blended",), nothing_cached=plan.nothing_cached)
     if stored is None:
         active, blended = step(begin, params, request, sequence)
     else:
@@ -110,25 +137,38 @@ def prefill_streamed(
         mass = _question_mass(run, params, request, active, sequence, stream, indices, config)
     signals = run(token_signals, request, mass)
     later_positions = []
+
+    def at(layer: int) -> tuple[Any, ...]:
+        """Takes the next layer's KV; returns what its step takes first."""
+        cached, into = stream.next(), blended
+        if cached is None:
+            into = stream.placed(into)
+        elif in_place and isinstance(cached, LayerKV):
+            into, cached = run(place_layer, into, cached, indices[layer], donate=("blended",)), None
+        return params.only_layer(layer), active, cached, into, sequence, indices[layer]
+
     for number, stage in enumerate(plan.stages):
         for layer in range(stage.first, stage.border):
-            at_layer = (params.only_layer(layer), active, stream.next(), blended, sequence, indices[layer])
             if number == 0 and layer == stage.border - 1 and plan.needs("cross_mass"):
-                active, blended, signals = in_place(cross_mass_layer, *at_layer, signals, request.context_length)
+                active, blended, signals = over(cross_mass_layer, *at(layer), signals, request.context_length)
             else:
-                active, blended = in_place(plain_layer, *at_layer)
+                active, blended = over(plain_layer, *at(layer))
             stream.used_until(active.rows.hidden)
-        index = indices[stage.border]
-        at_border = (params.only_layer(stage.border), active, stream.next(), blended, sequence, index)
+        at_border = at(stage.border)
         if stage is plan.stages[-1]:
-            logits, next_token, blended = in_place(last_layer, *at_border)
+            logits, next_token, blended = over(last_layer, *at_border)
             stream.used_until(next_token)
         else:
             room, choice = plan.stages[number + 1].rows, {"selector": plan.selector, "deviation": plan.deviation}
-            active, blended = in_place(border_layer, *at_border, signals, keep[number], room=room, **choice)
+            active, blended = over(border_layer, *at_border, signals, keep[number], room=room, **choice)
             stream.used_until(active.rows.hidden)
             later_positions.append(active.rows.positions)
     return Prefilled(logits, next_token, blended, tuple(later_positions))
+
+
+def place_layer(blended: KVCache, cached: LayerKV, index: Int[Array, ""]) -> KVCache:
+    """Returns the cache with a layer's stored KV in it (traceable)."""
+    return blended.with_layer(index, cached)
 
 
 def _question_mass(

@@ -216,7 +216,8 @@ class AgreedChunk(WrappedChunk):
 
     def __init__(self, chunk: StoredChunk, tier: str) -> None:
         super().__init__(chunk)
-        self.tier, self.device_entry = tier, None  # some hosts may have it on their devices, and others not
+        # Some hosts may have it there, and others not.
+        self.tier, self.device_entry, self.host_entry = tier, None, None
         self.failure: Exception | None = None
 
     def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:

@@ -203,6 +203,8 @@ class Estimator:
         host_layers, device_layers: how many layers the streamed executor reads and transfers ahead.
         executor: the engine's setting.
         host_streams: whether layers go from host memory to the device beside computation.
+        reads_entries: whether the device reads entries where they lie in host memory, so that a streamed prefill whose
+            chunks are all there waits for the transfer alone.
     """
 
     name: str
@@ -213,9 +215,12 @@ class Estimator:
     device_layers: int
     executor: str = "auto"
     host_streams: bool = False
+    reads_entries: bool = False
 
     def load_s(self, chunks: Sequence[Loadable], num_layers: int) -> float:
         """T_load of one layer of stored chunks."""
+        if self.reads_entries and all(chunk.tier == "host" for chunk in chunks) and self._streams(chunks):
+            return 0.0
         total = 0.0
         for name in dict.fromkeys(chunk.tier for chunk in chunks if chunk.tier != "device"):
             own = [chunk for chunk in chunks if chunk.tier == name]
@@ -230,6 +235,9 @@ class Estimator:
         """Returns the executor of a prefill with these chunks; only a streamed one hides loading."""
         return choose_executor(self.executor, [chunk.tier for chunk in chunks], host_streams=self.host_streams)
 
+    def _streams(self, chunks: Sequence[Loadable]) -> bool:
+        return self.executor_of(chunks) == "streamed"
+
     def delivery_s(self, chunks: Sequence[Loadable], num_layers: int, layer_bytes: float) -> float:
         """T_load of one layer that takes `layer_bytes` (K and V, padded) on the device: the way there is part of it.
 
@@ -238,7 +246,7 @@ class Estimator:
         if not chunks or all(chunk.tier == "device" for chunk in chunks):
             return 0.0
         load, transfer = self.load_s(chunks, num_layers), self.transfer.load_s(layer_bytes)
-        return max(load, transfer) if self.executor_of(chunks) == "streamed" else load + transfer
+        return max(load, transfer) if self._streams(chunks) else load + transfer
 
     def ttft_s(self, plan: Plan, chunks: Sequence[Loadable], layer_bytes: int, kept: int = 0) -> float:
         """Predicts the TTFT of a plan whose padded layers take `layer_bytes`, and `kept` of which the device has."""
@@ -248,7 +256,7 @@ class Estimator:
             return request + sum(question) + sum(compute)
         load = self.load_s(chunks, len(compute))
         transfer = self.transfer.load_s(layer_bytes)
-        if self.executor_of(chunks) != "streamed":
+        if not self._streams(chunks):
             return request + (load + transfer) * len(compute) + sum(question) + sum(compute)
         if not question:
             return request + pipeline_s(load, transfer, compute, self.host_layers, self.device_layers, kept)

@@ -15,13 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cacheblend_jax.blend.layer_step import blends_in_place
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.streamed import layers_wanted
 from cacheblend_jax.engine.delays import Tier, layers_read_ahead
 from cacheblend_jax.engine.device_layers import DeviceLayers, PlacedLayers, free_share, placement_name
+from cacheblend_jax.engine.entry_pages import PAGES_TOGETHER, Page, cut_into_pages, lock_pages, page_rows
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import READERS, HostRows, cache_of, copiers, kv_dtype_of, load_all
+from cacheblend_jax.engine.page_stream import PageStream
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.model.kv_cache import SCALES, layer_bytes
@@ -34,17 +37,21 @@ from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store.quantise import FLOAT8, LARGEST_CODES, QuantisedRows
 from pallas_kernels.target import target_of
 
+PAGES_AHEAD = 2  # times `prefetch_layers`: a page of a long chunk holds eight layers, which as many have to hide
+
 
 class Delivery:
     """The way of a model's stored KV to its device, for one prefill at a time.
 
     Args:
-        prefetch_layers: while streaming, how many layers of cached KV may be on the device at a time.
+        prefetch_layers: while streaming, how many layers of cached KV may be on the device at a time; of pages,
+            which hold several layers, four times as many.
         link: from host memory to the device; `None`: the device's own.
         kept_bytes: of device memory for layers that stay there; `None`: a share of what is free at the first streamed
             prefill. On a CPU device, whose memory is the host's, none stay.
 
     Attributes:
+        locks_entries: whether entries in host memory may be page-locked, so that the device reads them there.
         kv_dtypes: those of quantised KV that the device dequantises; others are dequantised on the host.
 
     Raises:
@@ -59,6 +66,7 @@ class Delivery:
         if kept_bytes is not None and not is_whole_number(kept_bytes, least=0):
             raise CacheBlendError(f"kept_bytes must be None or a whole number of at least 0, got {kept_bytes!r}")
         self.prefetch_layers = prefetch_layers
+        self.locks_entries = True
         self._model = model
         self._link: Link = DeviceLink(model.placement) if link is None else link
         self._kept_bytes = kept_bytes if self._link.is_hidden else 0
@@ -117,15 +125,45 @@ class Delivery:
             trace.add("transfer", "all layers", -1, began, time.perf_counter())
         return cached
 
-    def stream(self, plan: Plan, chunks: Sequence[PlacedChunk], needed: int, trace: Trace | None) -> LayerStream:
+    def stream(
+        self,
+        plan: Plan,
+        chunks: Sequence[PlacedChunk],
+        needed: int,
+        trace: Trace | None,
+        *,
+        first: int,
+        layers: Sequence[jax.Array],
+    ) -> LayerStream | PageStream:
         """Begins to load the layers of the chunks, in the order in which a streamed prefill takes them.
 
         Args:
             needed: bytes of device memory that the prefill's programs take.
+            first: see `first_layer_read`.
+            layers: the layers' numbers, each an array on the device.
 
         Raises:
             CacheBlendError: a thread cannot be started; nothing is left running.
         """
+        kept = self._layers_kept(plan, chunks, needed)
+        copies = kept.room > 0 and kept.requests > 1
+        if copies:  # of whole layers: a prefill of another mode may read all of their tokens
+            first = 0
+        if (pages := self._pages(plan, chunks, first, kept)) is not None:
+            return PageStream(
+                pages,
+                first,
+                layers,
+                page_rows(self._model.config),
+                plan.cache_length,
+                partial(self._link.put, placement=self._model.placement),
+                self._model.runner,
+                trace,
+                ahead=PAGES_AHEAD * self.prefetch_layers,
+                room=2 * PAGES_AHEAD * self.prefetch_layers,
+                kept=kept,
+                copies=copies,
+            )
         config, on_device, kv_dtype = self._model.config, self.prefetch_layers, self.kv_dtype(chunks)
         host_layers = config.num_layers if plan.needs("question_mass") else self.host_layers  # no layer is read twice
         return LayerStream(
@@ -139,8 +177,37 @@ class Delivery:
             threads=self._copiers,
             # One layer's step is running, and one waits for its own: the others may be sent before the next is.
             sent_ahead=max(on_device - 2, min(1, on_device - 1)) if self._link.is_ordered else 0,
-            kept=self._layers_kept(plan, chunks, needed),
+            kept=kept,
         )
+
+    def takes_pages(self, plan: Plan, kv_dtype: str | None) -> bool:
+        """Returns whether the device may read entries where they lie in host memory, for a plan with such stored KV."""
+        return self.reads_entries and kv_dtype is None and not (plan.nothing_cached or plan.needs("question_mass"))
+
+    @property
+    def reads_entries(self) -> bool:
+        """Whether the device can read entries where they lie in host memory, if they are not quantised."""
+        model = self._model
+        can = blends_in_place(model.platform) and len(model.placement.device_set) == 1 and self.locks_pages
+        return self.locks_entries and can
+
+    def abstract_pages(self) -> tuple[tuple[tuple[Any, Any], ...], jax.ShapeDtypeStruct]:
+        """Returns the shapes of what is sent of pages that are placed together."""
+        config, put = self._model.config, self._model.placement
+        shape = page_rows(config), config.num_kv_heads, config.head_dim
+        rows: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype), sharding=put)
+        places = jax.ShapeDtypeStruct((PAGES_TOGETHER, 4), jnp.int32, sharding=put)
+        return ((rows, rows),) * PAGES_TOGETHER, places
+
+    def _pages(self, plan: Plan, chunks: Sequence[PlacedChunk], first: int, kept: PlacedLayers) -> list[Page] | None:
+        """Returns the pages of the layers that the device does not keep, page-locked; `None` where it takes none."""
+        if not self.takes_pages(plan, self.kv_dtype(chunks)):
+            return None
+        pages, rows = cut_into_pages(chunks, self._model.config, first, kept.layers), page_rows(self._model.config)
+        if pages is None:
+            return None
+        read_there = [page.entry for page in pages if not page.is_copied(rows)]
+        return pages if lock_pages(read_there, self._link.page_lock) else None
 
     def num_kept(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> int:
         """Returns how many layers of the chunks' KV a streamed prefill finds on the device."""

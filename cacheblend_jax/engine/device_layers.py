@@ -19,10 +19,15 @@ class PlacedLayers:
     """The layers of one placement of chunks that are on the device, by number: the first ones, at most `room`.
 
     The loading of later layers has the most to hide behind, so that these need the memory least.
+
+    Attributes:
+        requests: how many prefills have had chunks placed so: what has to be copied to stay is worth it from the
+            second one on.
     """
 
     room: int = 0
     num_bytes: int = 0
+    requests: int = 1
     layers: dict[int, StoredLayer] = field(default_factory=dict)
 
     def keep(self, layer: int, kv: StoredLayer) -> bool:
@@ -63,6 +68,7 @@ class DeviceLayers:
         """Returns a placement's layers, with room for those that are not there yet, as far as the capacity goes."""
         with self._lock:
             if (placed := self._tier.get(name)) is not None:
+                placed.requests += 1
                 return placed
             room = 0 if self._is_paused else min(num_layers, self._tier.capacity // layer_bytes)
             self._is_paused = False

@@ -17,10 +17,17 @@ from cacheblend_jax.blend.layer_step import PromptSequence, blends_in_place
 from cacheblend_jax.blend.resident import prefill
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.steps import Prefilled, Request
-from cacheblend_jax.blend.streamed import LayerSource, ShapeSource, layers_wanted, prefill_streamed
+from cacheblend_jax.blend.streamed import (
+    LayerSource,
+    ShapeSource,
+    first_layer_read,
+    layers_wanted,
+    prefill_streamed,
+)
 from cacheblend_jax.choices import EXECUTORS
 from cacheblend_jax.engine.delivery import Delivery
 from cacheblend_jax.engine.device_entries import kv_of, on_device, placeable, rows_to_place
+from cacheblend_jax.engine.entry_pages import place_pages
 from cacheblend_jax.engine.generation import angles_of
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import place_chunk
@@ -219,6 +226,9 @@ class Executors:
         else:
             layer = shapes_of(jax.eval_shape(lambda kv: stored_layer(kv, 0), stack), model.layer_placement)
             self._prefill_streamed(run, plan, self._streamed_inputs(plan, request), ShapeSource(layer))
+            if self.delivery.takes_pages(plan, kv_dtype):
+                run(place_pages, stack, *self.delivery.abstract_pages(), donate=("cache",))
+                run(stored_layer, stack, self._layer_indices[0])
 
     def _prepare_placing(self, plan: Plan, sizes: Iterable[int], kv_dtype: str | None) -> list[Prepared]:
         """Compiles the programs that place chunks already on the device, for each number of rows in `sizes`."""
@@ -260,7 +270,8 @@ class Executors:
     ) -> Prefilled:
         model, (request, keep, sequence) = self._model, inputs
         loop = run, model.step_params, request, keep, sequence, layers, self._layer_indices
-        return prefill_streamed(*loop, config=model.config, plan=plan, stored=stored)
+        in_place = blends_in_place(model.platform)
+        return prefill_streamed(*loop, config=model.config, plan=plan, in_place=in_place, stored=stored)
 
     def _streamed_inputs(self, plan: Plan, request: Request) -> _Inputs:
         """Returns the request, its `keep`, and the prompt's sequence, on the device."""
@@ -342,14 +353,16 @@ class Executors:
     def _run_streamed(self, job: _Job) -> PrefillRun:
         plan, began = job.plan, time.perf_counter()
         inputs = self._streamed_inputs(plan, job.request)  # they would wait behind the layers
-        stream = self.delivery.stream(plan, job.chunks, job.prepared.peak_memory_bytes, job.trace)
-        with stream:
+        needed, num_exact = job.prepared.peak_memory_bytes, sum(c.num_tokens for c in job.chunks if c.exact)
+        first = first_layer_read(plan, job.request, num_exact)
+        with self.delivery.stream(
+            plan, job.chunks, needed, job.trace, first=first, layers=self._layer_indices
+        ) as stream:
             out, pauses = self._run_by_layer(job, inputs, stream)
             next_token = int(out.next_token)
             ended = time.perf_counter()
-        layers_more = self.delivery.prefetch_layers - 1
         layer = self.delivery.layer_bytes(plan.cache_length, self.delivery.kv_dtype(job.chunks))
-        peak = job.prepared.peak_memory_bytes + layers_more * layer
+        peak = needed + stream.bytes_ahead(layer)
         return PrefillRun(out, next_token, "streamed", stream.waited_s, ended - began, peak, total_s(pauses))
 
     def _run_by_layer(

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 
 from cacheblend_jax.engine.device_layers import PlacedLayers
+from cacheblend_jax.engine.lanes import start_lane
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import HostRows, LayerReads, abandon, batches, layer_of
-from cacheblend_jax.errors import CacheBlendError
-from cacheblend_jax.model.kv_cache import LayerKV
+from cacheblend_jax.model.kv_cache import KVCache, LayerKV
 from cacheblend_jax.model.quantised_kv import StoredLayer
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import is_slow
@@ -50,6 +50,9 @@ class LayerStream:
         sent_ahead: how many layers more are sent before one is handed over; less than `device_layers`.
         kept: the layers that are on the device already, which are not loaded; those that it has room for stay there.
 
+    Attributes:
+        waited_s: seconds in which the loop waited for layers to be sent.
+
     Raises:
         CacheBlendError: a thread cannot be started; nothing is left running.
     """
@@ -68,7 +71,7 @@ class LayerStream:
         sent_ahead: int = 0,
         kept: PlacedLayers | None = None,
     ) -> None:
-        self.waited_s = 0.0
+        self.waited_s, self._device_layers = 0.0, device_layers
         self._kept = PlacedLayers() if kept is None else kept
         self._sent_ahead, self._is_slow = sent_ahead, any(is_slow(chunk.tier) for chunk in chunks)
         self._layers, self._buffers = layers, buffers
@@ -94,17 +97,10 @@ class LayerStream:
             for last in range(self._slots):
                 self._read(last)
             for lane in (self._transfer, self._release, *(() if trace is None else (self._watch,))):
-                thread = threading.Thread(target=lane, name="cacheblend-lane")
-                thread.start()
-                self._lanes.append(thread)
-        except BaseException as error:
+                self._lanes.append(start_lane(lane))
+        except BaseException:
             self.close()
-            if not isinstance(error, RuntimeError):
-                raise
-            raise CacheBlendError(
-                f"a request cannot load its stored KV: {error}; let the process have more threads (ulimit -u), or use "
-                "executor='resident'"
-            ) from error
+            raise
 
     def next(self) -> StoredLayer:
         """Waits for the next layer's K (before RoPE) and V, `[keys, kv_heads, head_dim]`, on the device.
@@ -120,6 +116,14 @@ class LayerStream:
         self._turn += 1
         self._current = arrived
         return arrived
+
+    def bytes_ahead(self, layer_bytes: int) -> int:
+        """Returns the bytes of layers that may be on the device at a time, beside the one that a step reads."""
+        return (self._device_layers - 1) * layer_bytes
+
+    def placed(self, blended: KVCache) -> KVCache:
+        """Returns the cache: layers come by themselves."""
+        return blended
 
     def used_until(self, result: jax.Array) -> None:
         """Declares that the step which computes `result` reads the layer last taken, and that nothing later does."""

@@ -15,6 +15,7 @@ from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.streamed import LayerSource, layers_wanted
 from cacheblend_jax.engine.delays import ComputeModel, layer_sizes
 from cacheblend_jax.model.config import ModelConfig
+from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.quantised_kv import StoredCache, StoredLayer, stored_layer
 from cacheblend_jax.runtime.trace import PAUSE, Trace
 
@@ -48,6 +49,10 @@ class PausingLayers:
     def next(self) -> StoredLayer | None:
         """Waits for the next layer's KV."""
         return self._layers.next()
+
+    def placed(self, blended: KVCache) -> KVCache:
+        """Returns the cache with the layer's KV in place."""
+        return self._layers.placed(blended)
 
     def used_until(self, result: jax.Array) -> None:
         """Waits for the step that computes `result`, the last one to read the layer taken last; perhaps pauses."""
@@ -106,6 +111,10 @@ class LayersOnDevice:
         if self._cached is None or (index := next(self._cut_out, None)) is None:
             return None
         return self._run(stored_layer, self._cached, index)
+
+    def placed(self, blended: KVCache) -> KVCache:
+        """Returns the cache: its layers are in place."""
+        return blended
 
     def used_until(self, result: Any) -> None:
         """Does nothing: what was cut out goes with its last reader."""

@@ -32,6 +32,7 @@ class DiskChunk:
 
     tier = "disk"
     device_entry: DeviceEntry | None = None
+    host_entry: ChunkEntry | None = None
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class StoredChunk(Protocol):
         num_bytes: of K and V as they are stored, all layers together.
         tier: where it is read from: `"device"`, `"host"` or `"disk"`.
         device_entry: the entry itself where it is in the device's memory, so that nothing need be read.
+        host_entry: the entry itself where it is in host memory, so that a device may read it there; else `None`.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +41,7 @@ class StoredChunk(Protocol):
     num_bytes: int
     tier: str
     device_entry: DeviceEntry | None
+    host_entry: ChunkEntry | None
 
     def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """Returns K before RoPE and V of one layer, each `[tokens, kv_heads, head_dim]`, as they are stored.
@@ -74,6 +76,7 @@ class HostChunk:
 
     def __init__(self, entry: ChunkEntry, unpin: Callable[[], None]) -> None:
         self._entry = entry
+        self.host_entry: ChunkEntry | None = entry
         self._unpin: Callable[[], None] | None = unpin
         self.shape, self.dtype, self.kv_dtype = entry.k.shape, entry.dtype, entry.kv_dtype
         self.has_k_offset = "k_offset" in entry.arrays()
@@ -110,6 +113,7 @@ class DeviceChunk:
     """
 
     tier = "device"
+    host_entry: ChunkEntry | None = None
 
     def __init__(self, entry: DeviceEntry, unpin: Callable[[], None]) -> None:
         self.entry = entry

@@ -80,7 +80,7 @@ class ThrottledChunk(WrappedChunk):
 
     def __init__(self, chunk: StoredChunk, store: ThrottledStore) -> None:
         super().__init__(chunk)
-        self._store, self.tier, self.device_entry = store, store.tier, None
+        self._store, self.tier, self.device_entry, self.host_entry = store, store.tier, None, None
 
     def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """As `StoredChunk.read_layer`, after the time that it takes on the throttled tier."""

@@ -135,7 +135,7 @@ class WrappedChunk:
         self.shape, self.dtype, self.kv_dtype = chunk.shape, chunk.dtype, chunk.kv_dtype
         self.has_k_offset, self.num_bytes = chunk.has_k_offset, chunk.num_bytes
         self.num_tokens, self.num_layers = chunk.num_tokens, chunk.num_layers
-        self.tier, self.device_entry = chunk.tier, chunk.device_entry
+        self.tier, self.device_entry, self.host_entry = chunk.tier, chunk.device_entry, chunk.host_entry
 
     def read_layer(self, layer: int, heads: range | None = None) -> tuple[StoredRows, StoredRows]:
         """See `StoredChunk`."""

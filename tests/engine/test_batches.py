@@ -195,7 +195,7 @@ class Chunk:
     """An entry on disk, with one layer."""
 
     shape, dtype, num_layers, num_tokens, num_bytes = (1, 2, 1, 4), np.dtype(np.float32), 1, 2, 64
-    tier, device_entry, kv_dtype, has_k_offset = "disk", None, None, False
+    tier, device_entry, host_entry, kv_dtype, has_k_offset = "disk", None, None, None, False
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.closed = error, 0

@@ -37,6 +37,7 @@ class Handle:
     tier: str
     num_layers: int = CONFIG.num_layers
     device_entry: None = None
+    host_entry: None = None
     kv_dtype: str | None = None
     has_k_offset: bool = False
     dtype = np.dtype(np.float32)
@@ -225,6 +226,20 @@ def test_a_link_that_is_hidden_is_loading_too():
 )
 def test_the_executor_follows_from_the_tiers_and_the_link(setting, tiers, host_streams, wanted):
     assert choose_executor(setting, tiers, host_streams=host_streams) == wanted
+
+
+def test_what_the_device_reads_in_place_waits_for_the_link_alone():
+    chunks = [at_tier(chunk, "host") for chunk in CHUNKS]
+    slow_copies = cb.engine.Tier("host", 1e3)
+    copied = dataclasses.replace(estimator(host=slow_copies), host_streams=True)
+    read = dataclasses.replace(copied, reads_entries=True)
+    one_copied = [chunks[0], CHUNKS[1]]  # from disk: both are put together in host memory
+    assert copied.load_s(chunks, CONFIG.num_layers) > 0
+    assert read.load_s(chunks, CONFIG.num_layers) == 0
+    assert read.load_s(one_copied, CONFIG.num_layers) == copied.load_s(one_copied, CONFIG.num_layers)
+    assert dataclasses.replace(read, executor="resident").load_s(chunks, CONFIG.num_layers) > 0
+    layer = layer_bytes(CONFIG, LENGTH)
+    assert read.delivery_s(chunks, CONFIG.num_layers, layer) == pytest.approx(layer / 1e15)
 
 
 def test_layers_that_the_device_has_need_no_loading():

@@ -307,6 +307,9 @@ def test_pauses_come_before_the_layer_that_would_take_too_long(monkeypatch):
         def next(self):
             clock.now += layer_s
 
+        def placed(self, blended):
+            return blended
+
         def used_until(self, result):
             pass
 

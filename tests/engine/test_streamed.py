@@ -335,7 +335,8 @@ def test_a_tier_that_is_left_alone_makes_no_request_compile(tmp_path):
 class Rows:
     """A chunk whose layer l holds the value l."""
 
-    tier, device_entry, kv_dtype, has_k_offset, num_layers, num_bytes = "host", None, None, False, 7, 0
+    tier, device_entry, host_entry, kv_dtype, has_k_offset = "host", None, None, None, False
+    num_layers, num_bytes = 7, 0
 
     def __init__(self, tokens: int, fail_at: int | None = None) -> None:
         self.num_tokens, self.fail_at = tokens, fail_at
