@@ -104,7 +104,7 @@ def prefill_streamed(
     *,
     config: ModelConfig,
     plan: Plan,
-    in_place: bool,
+    placing: bool,
     stored: KVCache | None = None,
 ) -> Prefilled:
     """Runs a planned prefill whose cached KV arrives through `stream`, in the order of `layers_wanted`.
@@ -115,9 +115,9 @@ def prefill_streamed(
             behind the layers on their way, and the step would wait for all of them.
         keep: the request's `keep`, int32, each by itself.
         indices: the layers' numbers, int32, each by itself.
-        in_place: whether a layer's stored KV is placed into the blended cache by a program of its own
-            (`layer_step.blends_in_place`): then layers that are there already, or come there another way, share the
-            steps' programs.
+        placing: whether a layer's stored values are placed into the blended cache by a program of their own, where the
+            platform blends in place: then layers that come there in pages share the steps' programs. Else the step's
+            program places them, which is one less.
         stored: all stored KV, where it is on the device already: it becomes the blended cache, layer by layer, and
             `stream` has layers for a question pass alone, `None` in the others' places.
 
@@ -143,7 +143,7 @@ def prefill_streamed(
         cached, into = stream.next(), blended
         if cached is None:
             into = stream.placed(into)
-        elif in_place and isinstance(cached, LayerKV):
+        elif placing and isinstance(cached, LayerKV):
             into, cached = run(place_layer, into, cached, indices[layer], donate=("blended",)), None
         return params.only_layer(layer), active, cached, into, sequence, indices[layer]
 

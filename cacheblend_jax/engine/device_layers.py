@@ -27,8 +27,8 @@ class PlacedLayers:
 
     room: int = 0
     num_bytes: int = 0
-    requests: int = 1
     layers: dict[int, StoredLayer] = field(default_factory=dict)
+    requests: int = 1
 
     def keep(self, layer: int, kv: StoredLayer) -> bool:
         """Takes over a layer if it has room; returns whether it has."""

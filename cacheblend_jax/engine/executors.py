@@ -270,8 +270,8 @@ class Executors:
     ) -> Prefilled:
         model, (request, keep, sequence) = self._model, inputs
         loop = run, model.step_params, request, keep, sequence, layers, self._layer_indices
-        in_place = blends_in_place(model.platform)
-        return prefill_streamed(*loop, config=model.config, plan=plan, in_place=in_place, stored=stored)
+        placing = self.delivery.reads_entries
+        return prefill_streamed(*loop, config=model.config, plan=plan, placing=placing, stored=stored)
 
     def _streamed_inputs(self, plan: Plan, request: Request) -> _Inputs:
         """Returns the request, its `keep`, and the prompt's sequence, on the device."""

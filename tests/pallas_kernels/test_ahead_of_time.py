@@ -16,6 +16,7 @@ from cacheblend_jax.blend.layer_step import PromptSequence
 from cacheblend_jax.blend.resident import Request, prefill
 from cacheblend_jax.blend.schedule import BlendConfig, make_plan
 from cacheblend_jax.blend.steps import ActiveRows, plain_layer
+from cacheblend_jax.engine.entry_pages import PAGES_TOGETHER, page_rows, place_pages
 from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.evaluation.whole_prefills import kernels
 from cacheblend_jax.model import KVCache, LayerKV, ModelConfig
@@ -29,6 +30,7 @@ from pallas_kernels import selective_attention, tuning
 from pallas_kernels.attention.tiles import cost
 from pallas_kernels.dispatch import OVERRIDE
 from pallas_kernels.tuning import AttentionBlocks
+from scripts.count_kernels import count_kernels
 
 pytestmark = pytest.mark.aot
 LLAMA3_8B = SHAPES["llama-3-8b"]
@@ -258,6 +260,16 @@ def test_a_streamed_layer_for_an_h200_copies_no_weights_unless_they_are_stacked(
     arguments = params, active, LayerKV(kv, kv), KVCache(stack, stack), sequence, _shape()
     compiled = compiler("gpu")(layer, *arguments, donate=(3,), options=BY_CUBLAS)
     assert bool(_copied_weights(compiled.as_text())) != by_layer
+
+
+def test_pages_for_an_h200_are_placed_in_the_cache_without_a_copy():
+    stack, rows = _shape(32, 8192, 8, 128, of=jnp.bfloat16), _shape(page_rows(LLAMA3_8B), 8, 128, of=jnp.bfloat16)
+    pages = ((rows, rows),) * PAGES_TOGETHER
+    compiled = compiler("gpu")(place_pages, KVCache(stack, stack), pages, _shape(PAGES_TOGETHER, 4), donate=(0,))
+    memory, launched = compiled.memory_analysis(), count_kernels(compiled.as_text())
+    assert memory.alias_size_in_bytes == 2 * 32 * 8192 * 8 * 128 * 2
+    assert memory.temp_size_in_bytes == 0
+    assert launched.total() == 2 * PAGES_TOGETHER  # K's and V's rows of a page
 
 
 def _decode_arguments(config, *, by_layer: bool):
