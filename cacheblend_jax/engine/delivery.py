@@ -19,11 +19,20 @@ from cacheblend_jax.blend.layer_step import blends_in_place
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.streamed import layers_wanted
 from cacheblend_jax.engine.delays import Tier, layers_read_ahead
+from cacheblend_jax.engine.device_entries import kv_of, placeable
 from cacheblend_jax.engine.device_layers import DeviceLayers, PlacedLayers, free_share, placement_name
 from cacheblend_jax.engine.entry_pages import PAGES_TOGETHER, Page, cut_into_pages, lock_pages, page_rows
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.engine.loading import READERS, HostRows, cache_of, copiers, kv_dtype_of, load_all
+from cacheblend_jax.engine.loading import (
+    READERS,
+    HostRows,
+    cache_of,
+    copiers,
+    kv_dtype_of,
+    load_all,
+    place_chunk,
+)
 from cacheblend_jax.engine.page_stream import PageStream
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
@@ -32,7 +41,7 @@ from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.quantised_kv import StoredCache
 from cacheblend_jax.runtime.host_buffers import ALIGNMENT, HostBuffers, aligned_empty
 from cacheblend_jax.runtime.link import DeviceLink, Link
-from cacheblend_jax.runtime.placing import OwnPart
+from cacheblend_jax.runtime.placing import OwnPart, placed
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store.quantise import FLOAT8, LARGEST_CODES, QuantisedRows
 from pallas_kernels.target import target_of
@@ -109,7 +118,28 @@ class Delivery:
         """Returns the bytes of one layer's K and V of so many keys on each device."""
         return layer_bytes(self._model.config, num_keys, kv_dtype) // self._model.kv_shares
 
-    def whole(
+    def load(self, plan: Plan, chunks: Sequence[PlacedChunk], trace: Trace | None = None) -> StoredCache:
+        """Assembles all stored KV in place, on the device; the prefill overwrites the rows of forced tokens.
+
+        Chunks that are on the device already stay there; if all are, nothing is transferred. But those that are
+        quantised where the others are not come by way of the host.
+        """
+        kv_dtype = self.kv_dtype(chunks)
+        elsewhere = [chunk for chunk in chunks if placeable(chunk, kv_dtype) is None]
+        cached = self._whole(plan.cache_length, elsewhere, kv_dtype, trace) if elsewhere or not chunks else None
+        began = time.perf_counter()
+        for chunk in chunks:
+            if (entry := placeable(chunk, kv_dtype)) is not None:
+                kv = placed(kv_of(entry), self._model.cache_placement)  # another engine's may be on another device
+                run = self._model.runner
+                cached = place_chunk(run, cached, kv, chunk.start, entry.num_tokens, plan.cache_length)
+        jax.block_until_ready(cached)
+        if trace is not None and len(elsewhere) < len(chunks):
+            trace.add("transfer", "chunks on the device", -1, began, time.perf_counter())
+        assert cached is not None  # a chunk was placed, or the host buffers were transferred
+        return cached
+
+    def _whole(
         self, num_keys: int, chunks: Sequence[PlacedChunk], kv_dtype: str | None, trace: Trace | None = None
     ) -> StoredCache:
         """Reads all layers of the chunks to their places among `num_keys` keys, and puts them on the device.

@@ -26,7 +26,7 @@ from cacheblend_jax.blend.streamed import (
 )
 from cacheblend_jax.choices import EXECUTORS
 from cacheblend_jax.engine.delivery import Delivery
-from cacheblend_jax.engine.device_entries import kv_of, on_device, placeable, rows_to_place
+from cacheblend_jax.engine.device_entries import on_device, rows_to_place
 from cacheblend_jax.engine.entry_pages import place_pages
 from cacheblend_jax.engine.generation import angles_of
 from cacheblend_jax.engine.layout import PlacedChunk
@@ -40,7 +40,7 @@ from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.model import Model
 from cacheblend_jax.model.quantised_kv import StoredCache, abstract_stored, stored_layer
 from cacheblend_jax.runtime.link import Link
-from cacheblend_jax.runtime.placing import placed, put
+from cacheblend_jax.runtime.placing import put
 from cacheblend_jax.runtime.programs import Prepared, is_exhausted, shapes_of
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import ChunkEntry, DeviceEntry, Store
@@ -205,9 +205,9 @@ class Executors:
     def _choose(self, tiers: Collection[str]) -> str:
         return choose_executor(self.setting, tiers, host_streams=self.delivery.host_streams)
 
-    @staticmethod
-    def _name(plan: Plan, executor: str, kv_dtype: str | None) -> Hashable:
-        return plan, executor, None if plan.nothing_cached else kv_dtype
+    def _name(self, plan: Plan, executor: str, kv_dtype: str | None) -> Hashable:
+        takes_pages = executor == "streamed" and self.delivery.takes_pages(plan, kv_dtype)
+        return plan, executor, None if plan.nothing_cached else kv_dtype, takes_pages
 
     def _prepare_plan(self, plan: Plan, executor: str, kv_dtype: str | None) -> Prepared:
         over_shapes = partial(self._run_over_shapes, plan, executor, kv_dtype)
@@ -332,7 +332,7 @@ class Executors:
     def _run_on_device(self, job: _Job) -> PrefillRun:
         """Loads all stored KV, then runs one program, or, to pause, one for each layer."""
         plan, began = job.plan, time.perf_counter()
-        cached = None if plan.nothing_cached else self.load(plan, job.chunks, job.trace)
+        cached = None if plan.nothing_cached else self.delivery.load(plan, job.chunks, job.trace)
         dispatched = time.perf_counter()
         peak = job.prepared.peak_memory_bytes
         pauses: Sequence[Span] = ()
@@ -379,27 +379,6 @@ class Executors:
     def close(self) -> None:
         """See `Delivery.close`."""
         self.delivery.close()
-
-    def load(self, plan: Plan, chunks: Sequence[PlacedChunk], trace: Trace | None = None) -> StoredCache:
-        """Assembles all stored KV in place, on the device; the prefill overwrites the rows of forced tokens.
-
-        Chunks that are on the device already stay there; if all are, nothing is transferred. But those that are
-        quantised where the others are not come by way of the host.
-        """
-        kv_dtype = self.delivery.kv_dtype(chunks)
-        elsewhere = [chunk for chunk in chunks if placeable(chunk, kv_dtype) is None]
-        cached = self.delivery.whole(plan.cache_length, elsewhere, kv_dtype, trace) if elsewhere or not chunks else None
-        began = time.perf_counter()
-        for chunk in chunks:
-            if (entry := placeable(chunk, kv_dtype)) is not None:
-                kv = placed(kv_of(entry), self._model.cache_placement)  # another engine's may be on another device
-                run = self._model.runner
-                cached = place_chunk(run, cached, kv, chunk.start, entry.num_tokens, plan.cache_length)
-        jax.block_until_ready(cached)
-        if trace is not None and len(elsewhere) < len(chunks):
-            trace.add("transfer", "chunks on the device", -1, began, time.perf_counter())
-        assert cached is not None  # a chunk was placed, or the host buffers were transferred
-        return cached
 
     def to_device(self, entry: ChunkEntry) -> DeviceEntry:
         """Copies an entry to the device, padded so that chunks of many lengths share programs.

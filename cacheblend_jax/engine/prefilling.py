@@ -268,7 +268,7 @@ class Prefiller:
         config = self._model.config
         params = call.lane.model.params
         plain = jax.jit(cache_values, static_argnames="config")(
-            params, call.lane.executors.load(plan, layout.loaded), config=config
+            params, call.lane.executors.delivery.load(plan, layout.loaded), config=config
         )
         scores = jax.jit(total_deviation, static_argnames="config")(
             full.first(rows), plain.first(rows), rope_tables(config, rows), layout.token_ids.size, config=config

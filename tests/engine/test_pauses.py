@@ -13,6 +13,7 @@ import cacheblend_jax as cb
 from cacheblend_jax.blend import streamed
 from cacheblend_jax.blend.layer_step import blends_in_place
 from cacheblend_jax.engine import executors, groups, pauses
+from cacheblend_jax.engine.delivery import Delivery
 from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.pauses import PausingLayers, Speed
@@ -105,8 +106,8 @@ def test_speed_is_taken_without_pauses_and_without_loading(everything_is_long, e
     engine, prompt, clock, taken = engine_of("llama2", executor=executor), random_prompt(1), Clock(), []
     called: list[int] = []
     engine.precompute(prompt)
-    load, take = Executors.load, LayerStream.next
-    monkeypatch.setattr(Executors, "load", lambda *arguments: (clock.pass_by(50.0), load(*arguments))[1])
+    load, take = Delivery.load, LayerStream.next
+    monkeypatch.setattr(Delivery, "load", lambda *arguments: (clock.pass_by(50.0), load(*arguments))[1])
     monkeypatch.setattr(
         LayerStream, "next", lambda stream: (clock.pass_by(5.0), wait_for(stream, 5.0), take(stream))[2]
     )
@@ -138,8 +139,8 @@ def test_stored_kv_becomes_the_blended_or_is_counted_beside_it(everything_is_lon
     blend = cb.BlendConfig(0.3, "query", num_stages=1)  # the question pass reads what is blended into later
     engine, prompt = engine_of("llama2", blend, store=cb.ChunkStore(kv_dtype=kv_dtype)), random_prompt(1)
     engine.precompute(prompt)
-    wanted, load, stored = engine.prefill(prompt), Executors.load, []
-    monkeypatch.setattr(Executors, "load", lambda *of: (stored.append(load(*of)), stored[-1])[1])
+    wanted, load, stored = engine.prefill(prompt), Delivery.load, []
+    monkeypatch.setattr(Delivery, "load", lambda *of: (stored.append(load(*of)), stored[-1])[1])
     out = engine.prefill(prompt, between=lambda: None)
     assert_same(out, wanted)
     assert all(array.is_deleted() == in_place for array in jax.tree.leaves(stored))
