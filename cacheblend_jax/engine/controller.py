@@ -101,10 +101,12 @@ def _best_ratio(
     at_floor, is_streamed = plan_at(floor), estimator.executor_of(chunks) == "streamed"
     bytes_of_layer = layer_bytes(config, at_floor.cache_length, kv_dtype)
     kept = num_kept(at_floor, chunks) if is_streamed else 0
-    load_s = estimator.delivery_s(chunks, config.num_layers, bytes_of_layer) * (config.num_layers - kept)
+    staged = at_floor.needs("question_mass")
+    load_s = estimator.delivery_s(chunks, config.num_layers, bytes_of_layer, staged=staged)
+    load_s *= config.num_layers - kept
     ratio, recompute_s = floor, sum(estimator.compute.layer_seconds(at_floor))
     bound = "floor"
-    hides = is_streamed and not at_floor.needs("question_mass")
+    hides = is_streamed and not staged
     if candidates and hides:
         for higher in higher_ratios:
             seconds = sum(estimator.compute.layer_seconds(plan_at(higher)))

@@ -113,6 +113,10 @@ class Loadable(Protocol):
         """Where its KV is."""
 
     @property
+    def is_in_memory(self) -> bool:
+        """Whether its KV lies in host memory as values, where a device may read them."""
+
+    @property
     def num_bytes(self) -> int:
         """Of its KV as it is stored, all layers together."""
 
@@ -204,7 +208,7 @@ class Estimator:
         executor: the engine's setting.
         host_streams: whether layers go from host memory to the device beside computation.
         reads_entries: whether the device reads entries where they lie in host memory, so that a streamed prefill whose
-            chunks are all there waits for the transfer alone.
+            chunks are all there waits for the transfer alone; but not a pass of the question.
     """
 
     name: str
@@ -217,9 +221,13 @@ class Estimator:
     host_streams: bool = False
     reads_entries: bool = False
 
-    def load_s(self, chunks: Sequence[Loadable], num_layers: int) -> float:
-        """T_load of one layer of stored chunks."""
-        if self.reads_entries and all(chunk.tier == "host" for chunk in chunks) and self._streams(chunks):
+    def load_s(self, chunks: Sequence[Loadable], num_layers: int, *, staged: bool = False) -> float:
+        """T_load of one layer of stored chunks.
+
+        Args:
+            staged: whether layers are put together in host memory in any case.
+        """
+        if not staged and self.reads_entries and all(each.is_in_memory for each in chunks) and self._streams(chunks):
             return 0.0
         total = 0.0
         for name in dict.fromkeys(chunk.tier for chunk in chunks if chunk.tier != "device"):
@@ -238,14 +246,16 @@ class Estimator:
     def _streams(self, chunks: Sequence[Loadable]) -> bool:
         return self.executor_of(chunks) == "streamed"
 
-    def delivery_s(self, chunks: Sequence[Loadable], num_layers: int, layer_bytes: float) -> float:
+    def delivery_s(
+        self, chunks: Sequence[Loadable], num_layers: int, layer_bytes: float, *, staged: bool = False
+    ) -> float:
         """T_load of one layer that takes `layer_bytes` (K and V, padded) on the device: the way there is part of it.
 
         While layers are streamed, one is read as another is transferred; else one follows the other.
         """
         if not chunks or all(chunk.tier == "device" for chunk in chunks):
             return 0.0
-        load, transfer = self.load_s(chunks, num_layers), self.transfer.load_s(layer_bytes)
+        load, transfer = self.load_s(chunks, num_layers, staged=staged), self.transfer.load_s(layer_bytes)
         return max(load, transfer) if self._streams(chunks) else load + transfer
 
     def ttft_s(self, plan: Plan, chunks: Sequence[Loadable], layer_bytes: int, kept: int = 0) -> float:
@@ -254,7 +264,7 @@ class Estimator:
         request = self.compute.request_s
         if all(chunk.tier == "device" for chunk in chunks):
             return request + sum(question) + sum(compute)
-        load = self.load_s(chunks, len(compute))
+        load = self.load_s(chunks, len(compute), staged=bool(question))
         transfer = self.transfer.load_s(layer_bytes)
         if not self._streams(chunks):
             return request + (load + transfer) * len(compute) + sum(question) + sum(compute)

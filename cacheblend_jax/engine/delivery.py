@@ -21,7 +21,8 @@ from cacheblend_jax.blend.streamed import layers_wanted
 from cacheblend_jax.engine.delays import Tier, layers_read_ahead
 from cacheblend_jax.engine.device_entries import kv_of, placeable
 from cacheblend_jax.engine.device_layers import DeviceLayers, PlacedLayers, free_share, placement_name
-from cacheblend_jax.engine.entry_pages import PAGES_TOGETHER, Page, cut_into_pages, lock_pages, page_rows
+from cacheblend_jax.engine.entry_locks import ENTRY_LOCKS
+from cacheblend_jax.engine.entry_pages import PAGES_TOGETHER, Page, cut_into_pages, page_rows
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import (
@@ -175,11 +176,11 @@ class Delivery:
         Raises:
             CacheBlendError: a thread cannot be started; nothing is left running.
         """
-        kept = self._layers_kept(plan, chunks, needed)
-        copies = kept.room > 0 and kept.requests > 1
-        if copies:  # of whole layers: a prefill of another mode may read all of their tokens
+        in_pages = self.takes_pages(plan, self.kv_dtype(chunks)) and all(chunk.is_in_memory for chunk in chunks)
+        kept = self._layers_kept(plan, chunks, needed, copied=in_pages)
+        if kept.room:  # layers stay whole: a prefill of another mode may read all of their tokens
             first = 0
-        if (pages := self._pages(plan, chunks, first, kept)) is not None:
+        if in_pages and (pages := self._pages(chunks, first, kept)) is not None:
             return PageStream(
                 pages,
                 first,
@@ -192,7 +193,6 @@ class Delivery:
                 ahead=PAGES_AHEAD * self.prefetch_layers,
                 room=2 * PAGES_AHEAD * self.prefetch_layers,
                 kept=kept,
-                copies=copies,
             )
         config, on_device, kv_dtype = self._model.config, self.prefetch_layers, self.kv_dtype(chunks)
         host_layers = config.num_layers if plan.needs("question_mass") else self.host_layers  # no layer is read twice
@@ -229,15 +229,13 @@ class Delivery:
         places = jax.ShapeDtypeStruct((PAGES_TOGETHER, 4), jnp.int32, sharding=put)
         return ((rows, rows),) * PAGES_TOGETHER, places
 
-    def _pages(self, plan: Plan, chunks: Sequence[PlacedChunk], first: int, kept: PlacedLayers) -> list[Page] | None:
+    def _pages(self, chunks: Sequence[PlacedChunk], first: int, kept: PlacedLayers) -> list[Page] | None:
         """Returns the pages of the layers that the device does not keep, page-locked; `None` where it takes none."""
-        if not self.takes_pages(plan, self.kv_dtype(chunks)):
-            return None
         pages, rows = cut_into_pages(chunks, self._model.config, first, kept.layers), page_rows(self._model.config)
         if pages is None:
             return None
         read_there = [page.entry for page in pages if not page.is_copied(rows)]
-        return pages if lock_pages(read_there, self._link.page_lock) else None
+        return pages if ENTRY_LOCKS.lock(read_there, self._link.page_lock) else None
 
     def num_kept(self, plan: Plan, chunks: Sequence[PlacedChunk]) -> int:
         """Returns how many layers of the chunks' KV a streamed prefill finds on the device."""
@@ -259,13 +257,13 @@ class Delivery:
         self._readers.shutdown()
         self._readers = _reader_pool()
 
-    def _layers_kept(self, plan: Plan, chunks: Sequence[PlacedChunk], needed: int) -> PlacedLayers:
+    def _layers_kept(self, plan: Plan, chunks: Sequence[PlacedChunk], needed: int, *, copied: bool) -> PlacedLayers:
         if self._kept is None:
             devices = list(self._model.placement.addressable_devices)
             self._kept = DeviceLayers(free_share(devices, needed) if self._kept_bytes is None else self._kept_bytes)
         config, length, kv_dtype = self._model.config, plan.cache_length, self.kv_dtype(chunks)
         name = placement_name(chunks, length, kv_dtype)
-        return self._kept.of(name, self.layer_bytes(length, kv_dtype), config.num_layers)
+        return self._kept.of(name, self.layer_bytes(length, kv_dtype), config.num_layers, copied=copied)
 
     def _host_rows(self, num_layers: int, num_keys: int, kv_dtype: str | None) -> tuple[HostRows, HostRows]:
         """Returns buffers for K and V, of the heads that this host reads; with a `kv_dtype`, for codes and scales."""

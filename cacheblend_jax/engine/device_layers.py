@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.model.quantised_kv import StoredLayer
 from cacheblend_jax.store.memory import MemoryTier
 
+REMEMBERED = 256  # placements that were asked for
 FREE_SHARE = 0.25  # of the device's memory that neither weights nor the first prefill take
 
 
@@ -20,15 +22,11 @@ class PlacedLayers:
 
     The loading of later layers has the most to hide behind, so that these need the memory least.
 
-    Attributes:
-        requests: how many prefills have had chunks placed so: what has to be copied to stay is worth it from the
-            second one on.
     """
 
     room: int = 0
     num_bytes: int = 0
     layers: dict[int, StoredLayer] = field(default_factory=dict)
-    requests: int = 1
 
     def keep(self, layer: int, kv: StoredLayer) -> bool:
         """Takes over a layer if it has room; returns whether it has."""
@@ -51,6 +49,7 @@ class DeviceLayers:
     def __init__(self, capacity: int) -> None:
         self._tier: MemoryTier[PlacedLayers] = MemoryTier(capacity)
         self._is_paused = False
+        self._asked: OrderedDict[str, bool] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -64,18 +63,32 @@ class DeviceLayers:
             placed = self._tier.peek(name)
         return 0 if placed is None else len(placed.layers)
 
-    def of(self, name: str, layer_bytes: int, num_layers: int) -> PlacedLayers:
-        """Returns a placement's layers, with room for those that are not there yet, as far as the capacity goes."""
+    def of(self, name: str, layer_bytes: int, num_layers: int, *, copied: bool = False) -> PlacedLayers:
+        """Returns a placement's layers, with room for those that are not there yet, as far as the capacity goes.
+
+        Args:
+            copied: whether a layer has to be copied to stay: there is no room for a placement that was not asked for
+                lately.
+        """
         with self._lock:
             if (placed := self._tier.get(name)) is not None:
-                placed.requests += 1
                 return placed
+            if copied and not self._is_known(name):
+                return PlacedLayers()
             room = 0 if self._is_paused else min(num_layers, self._tier.capacity // layer_bytes)
             self._is_paused = False
             placed = PlacedLayers(room, room * layer_bytes)
             if room:
                 self._tier.put(name, placed, uses=1)
             return placed
+
+    def _is_known(self, name: str) -> bool:
+        """Returns whether a placement was asked for before, and takes note of it."""
+        is_known = self._asked.pop(name, False)
+        self._asked[name] = True
+        while len(self._asked) > REMEMBERED:
+            self._asked.popitem(last=False)
+        return is_known
 
     def forget(self, name: str) -> None:
         """Drops a placement's layers, if there are any."""

@@ -55,7 +55,8 @@ class Engine:
         executor: `"resident"` (all cached KV on the device, one program), `"streamed"` (each layer's KV arrives
             while others compute), or `"auto"`: streamed where a chunk comes from a tier slower than host memory, or,
             on a GPU or TPU, from host memory.
-        prefetch_layers: while streaming, how many layers of cached KV may be on the device at a time.
+        prefetch_layers: while streaming, how many layers of cached KV may be on the device at a time; of pages, which a
+            GPU reads out of host memory by itself, those of four times as many.
         profile: what the controller estimates delays from: a `Profile` or its path; `None`: the profile that
             `calibrate` saved for this model, device and store, or else a quick estimate.
         kernels: how attention and blending are computed. `"auto"`: on a GPU, by the Pallas kernels that were found

@@ -8,11 +8,7 @@ the blended cache, which holds stored KV until each layer's step makes it blende
 
 from __future__ import annotations
 
-import math
-import os
-import threading
-import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,19 +19,13 @@ from jaxtyping import Array, Int, Shaped
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache
-from cacheblend_jax.runtime.link import PageLock
 from cacheblend_jax.store import ChunkEntry
 
 PAGE_BYTES = 2**23  # of K, and of V: a transfer takes Python 65 us, in which the link moves 3.5 MB
 PAGES_TOGETHER = 8  # that a program places
 MOST_SENT = 1.5  # times what is stored: beyond that, too many entries are much smaller than a page
-LOCKED_SHARE = 0.5  # of the host's memory, at most, is page-locked
 
 PageKV = tuple[Shaped[Array, "rows kv_heads head_dim"], Shaped[Array, "rows kv_heads head_dim"]]  # on the device
-
-# Of all engines; none for an entry that could not be page-locked.
-_locks: weakref.WeakKeyDictionary[ChunkEntry, tuple[PageLock, ...]] = weakref.WeakKeyDictionary()
-_locking = threading.Lock()
 
 
 class Page(NamedTuple):
@@ -119,30 +109,6 @@ def _cut(chunk: PlacedChunk, entry: ChunkEntry, rows: int, layers: Sequence[int]
             first = max(0, min(placed, all_rows - rows))
             yield Page(entry, first, placed, chunk.start)
             placed = first + rows
-
-
-def lock_pages(entries: Sequence[ChunkEntry], page_lock: Callable[[np.ndarray], PageLock | None]) -> bool:
-    """Page-locks entries' K and V, where they are not yet, for as long as they live; returns whether all are.
-
-    Args:
-        page_lock: page-locks an array; returns `None` where it cannot.
-    """
-    with _locking:
-        new = {entry for entry in entries if entry not in _locks}
-        locked = [entry for entry, locks in _locks.items() if locks]
-        if sum(entry.num_bytes for entry in (*locked, *new)) > LOCKED_SHARE * _memory_bytes():
-            return False
-        for entry in new:
-            locks = page_lock(entry.k), page_lock(entry.v)
-            _locks[entry] = tuple(lock for lock in locks if lock is not None) if all(locks) else ()
-        return all(_locks[entry] for entry in entries)
-
-
-def _memory_bytes() -> float:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not every system says
-        return math.inf
 
 
 def places_of(pages: Sequence[Page], num_keys: int) -> Int[np.ndarray, "pages 4"]:

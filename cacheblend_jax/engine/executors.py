@@ -270,7 +270,7 @@ class Executors:
     ) -> Prefilled:
         model, (request, keep, sequence) = self._model, inputs
         loop = run, model.step_params, request, keep, sequence, layers, self._layer_indices
-        placing = self.delivery.reads_entries
+        placing = self.delivery.takes_pages(plan, None)
         return prefill_streamed(*loop, config=model.config, plan=plan, placing=placing, stored=stored)
 
     def _streamed_inputs(self, plan: Plan, request: Request) -> _Inputs:

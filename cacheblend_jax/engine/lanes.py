@@ -15,8 +15,13 @@ from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.runtime.trace import Trace
 
 
-def start_lane(work: Callable[[], None]) -> threading.Thread:
-    """Starts a thread of a prefill that loads.
+def start_lane(
+    work: Callable[[], None], cannot: str = "load its stored KV", instead: str = "use executor='resident'"
+) -> threading.Thread:
+    """Starts a thread of a prefill.
+
+    Args:
+        cannot, instead: what the request cannot do without, and what helps.
 
     Raises:
         CacheBlendError: the process has no more threads.
@@ -26,8 +31,7 @@ def start_lane(work: Callable[[], None]) -> threading.Thread:
         thread.start()
     except RuntimeError as error:
         raise CacheBlendError(
-            f"a request cannot load its stored KV: {error}; let the process have more threads (ulimit -u), or use "
-            "executor='resident'"
+            f"a request cannot {cannot}: {error}; let the process have more threads (ulimit -u), or {instead}"
         ) from error
     return thread
 
@@ -45,7 +49,7 @@ class TracedLane:
     def __init__(self, trace: Trace, lane: str) -> None:
         self._trace, self._lane = trace, lane
         self._begun: queue.SimpleQueue[tuple[int, Any, float] | None] = queue.SimpleQueue()
-        self._thread = start_lane(self._watch)
+        self._thread = start_lane(self._watch, "be traced", "leave the trace out")
 
     def add(self, layer: int, results: Any) -> None:
         """Adds a piece of work that has just been dispatched, by what it computes or sends."""

@@ -71,6 +71,11 @@ class PlacedChunk:
         return self.handle.tier
 
     @property
+    def is_in_memory(self) -> bool:
+        """Whether its stored KV lies in host memory as values, where a device may read them; raises as `tier`."""
+        return self.handle.host_entry is not None and self.handle.kv_dtype is None
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of its KV as it is stored; raises as `tier`."""
         return self.handle.num_bytes

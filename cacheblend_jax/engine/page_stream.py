@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import jax
+import numpy as np
 
 from cacheblend_jax.engine.device_layers import PlacedLayers
 from cacheblend_jax.engine.entry_pages import PAGES_TOGETHER, Page, PageKV, place_pages, places_of
@@ -38,8 +39,8 @@ class PageStream:
         put: puts rows on the device; they may still be on their way when it returns.
         run: runs a function as a program (`runtime.programs.Runner`).
         ahead, room: layers; pages are sent at most `room` ahead of the last layer whose step is done, `ahead` is less.
-        kept: the layers that stay on the device: they are placed into the cache from there, and have no pages.
-        copies: whether others that there is room for are copied, to stay there; only if all layers are read whole.
+        kept: the layers that stay on the device: they are placed into the cache from there, and have no pages. Others
+            that there is room for are copied, to stay there; if there is any, all layers are read whole.
 
     Attributes:
         waited_s: seconds of sending before the first step, which nothing hides.
@@ -62,19 +63,18 @@ class PageStream:
         ahead: int,
         room: int,
         kept: PlacedLayers,
-        copies: bool = False,
     ) -> None:
         self.waited_s = 0.0
         self._first, self._layers, self._put, self._run = first_layer, layers, put, run
         self._rows, self._num_keys = rows, num_keys
-        self._ahead, self._room, self._kept, self._copies = ahead, room, kept, copies
+        self._ahead, self._room, self._kept = ahead, room, kept
         self._pages: dict[int, list[Page]] = defaultdict(list)
         for page in pages:
             self._pages[page.layer].append(page)
         self._sent = 0  # the layers below have their pages on the device, or on their way
         self._there: dict[int, list[_Sent]] = {}  # by layer; until its step is known to be done
         self._results: dict[int, jax.Array] = {}
-        self._layer = -1
+        self._layer, self._is_sending = -1, False
         self._lanes: dict[str, TracedLane] = {}
         if trace is not None:
             try:
@@ -104,13 +104,15 @@ class PageStream:
         for pages, places in self._there.get(layer, ()):
             filled = *pages, *pages[:1] * (PAGES_TOGETHER - len(pages))
             blended = self._run(place_pages, blended, filled, places, donate=("cache",))
-        if self._copies and layer < self._kept.room:
+        if layer < self._kept.room:
             self._kept.keep(layer, self._run(stored_layer, blended, self._layers[layer]))
         return blended
 
     def bytes_ahead(self, layer_bytes: int) -> int:
         """Returns the bytes of pages that may be on the device at a time, beside the cache."""
-        counts = [0, *(sum(len(self._pages.get(layer - i, ())) for i in range(self._room)) for layer in self._pages)]
+        counts = [sum(len(pages) for layer, pages in self._pages.items() if layer <= self._first)]
+        for last in self._pages:
+            counts.append(sum(len(self._pages.get(last - i, ())) for i in range(self._room)))
         page = next((page.rows(self._rows) for pages in self._pages.values() for page in pages), ())
         return max(counts) * sum(leaf.nbytes for leaf in jax.tree.leaves(page))
 
@@ -126,6 +128,8 @@ class PageStream:
             lane.close()
         with suppress(jax.errors.JaxRuntimeError):  # the step that reads it fails, too, and says so
             jax.block_until_ready(self._there)
+            if self._is_sending:  # it was cut short; transfers are in order
+                jax.block_until_ready(self._put(np.zeros(1, np.int32)))
         self._there.clear()
 
     def __enter__(self) -> PageStream:
@@ -145,10 +149,12 @@ class PageStream:
             self._there.pop(earlier, None)
 
     def _send(self, layer: int) -> None:
-        pages = self._pages[layer]
-        together = [pages[first : first + PAGES_TOGETHER] for first in range(0, len(pages), PAGES_TOGETHER)]
-        # Where the rows go, too: the programs that place them would wait for it behind the pages of later layers.
-        sent = [(tuple(page.rows(self._rows) for page in some), places_of(some, self._num_keys)) for some in together]
-        there = self._there[layer] = self._put(sent)
+        pages, there = self._pages[layer], self._there.setdefault(layer, [])
+        for first in range(0, len(pages), PAGES_TOGETHER):
+            some = pages[first : first + PAGES_TOGETHER]
+            self._is_sending = True
+            # Where the rows go, too: the program that places them would wait for it behind the pages of later layers.
+            there.append(self._put((tuple(page.rows(self._rows) for page in some), places_of(some, self._num_keys))))
+            self._is_sending = False
         if "transfer" in self._lanes:
             self._lanes["transfer"].add(layer, there)

@@ -254,7 +254,7 @@ class Prefiller:
                     delivery.prefetch_layers,
                     executor=self._groups.first.setting,
                     host_streams=delivery.host_streams,
-                    reads_entries=delivery.reads_entries and self._store.kv_dtype is None,
+                    reads_entries=delivery.reads_entries,
                 )
             return self._estimator
 

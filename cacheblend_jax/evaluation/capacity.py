@@ -189,6 +189,7 @@ class PlannedChunk:
     num_tokens: int
     start: int
     exact: bool = False
+    is_in_memory: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from cacheblend_jax.engine.planner import Planner, choose_executor
 from cacheblend_jax.engine.profile import default_path, device_kind, profile_for, store_name
 from cacheblend_jax.model.kv_cache import layer_bytes
 from cacheblend_jax.runtime.link import SimulatedLink
+from cacheblend_jax.store import ChunkEntry
 
 CONFIG = FAMILIES["llama3"]
 ROW_S = 1e-4  # per row that goes on: the only cost of computing in these tests
@@ -37,7 +38,7 @@ class Handle:
     tier: str
     num_layers: int = CONFIG.num_layers
     device_entry: None = None
-    host_entry: None = None
+    host_entry: ChunkEntry | None = None
     kv_dtype: str | None = None
     has_k_offset: bool = False
     dtype = np.dtype(np.float32)
@@ -229,7 +230,9 @@ def test_the_executor_follows_from_the_tiers_and_the_link(setting, tiers, host_s
 
 
 def test_what_the_device_reads_in_place_waits_for_the_link_alone():
-    chunks = [at_tier(chunk, "host") for chunk in CHUNKS]
+    entry = ChunkEntry(*(np.zeros((1, 1, 1, 1), np.float32) for _ in "kv"))
+    handles = [dataclasses.replace(chunk.stored, tier="host", host_entry=entry) for chunk in CHUNKS]
+    chunks = [dataclasses.replace(chunk, stored=handle) for chunk, handle in zip(CHUNKS, handles, strict=True)]
     slow_copies = cb.engine.Tier("host", 1e3)
     copied = dataclasses.replace(estimator(host=slow_copies), host_streams=True)
     read = dataclasses.replace(copied, reads_entries=True)
@@ -237,9 +240,26 @@ def test_what_the_device_reads_in_place_waits_for_the_link_alone():
     assert copied.load_s(chunks, CONFIG.num_layers) > 0
     assert read.load_s(chunks, CONFIG.num_layers) == 0
     assert read.load_s(one_copied, CONFIG.num_layers) == copied.load_s(one_copied, CONFIG.num_layers)
+    coded = [dataclasses.replace(chunks[0], stored=dataclasses.replace(handles[0], kv_dtype="int8"))]
+    assert read.load_s(coded, CONFIG.num_layers) > 0
+    assert read.load_s(chunks, CONFIG.num_layers, staged=True) > 0  # as for a pass of the question
     assert dataclasses.replace(read, executor="resident").load_s(chunks, CONFIG.num_layers) > 0
     layer = layer_bytes(CONFIG, LENGTH)
     assert read.delivery_s(chunks, CONFIG.num_layers, layer) == pytest.approx(layer / 1e15)
+
+
+def test_a_pass_of_the_question_is_not_predicted_to_read_in_place():
+    in_place = estimator(host=cb.engine.Tier("host", 1e9))
+    in_place = dataclasses.replace(in_place, host_streams=True, reads_entries=True)
+    entry = ChunkEntry(*(np.zeros((1, 1, 1, 1), np.float32) for _ in "kv"))
+    read, copied = ([dataclasses.replace(CHUNKS[0].stored, tier="host", host_entry=each)] * 2 for each in (entry, None))
+    query, usual = (Planner(CONFIG, cb.BlendConfig(0.15, selector)) for selector in ("query", "hkvd"))
+
+    def load_s(planner, handles):
+        chunks = [dataclasses.replace(chunk, stored=each) for chunk, each in zip(CHUNKS, handles, strict=True)]
+        return decide(in_place, planner, LENGTH, chunks).load_s
+
+    assert load_s(query, read) == load_s(query, copied) > load_s(usual, read)
 
 
 def test_layers_that_the_device_has_need_no_loading():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 from dataclasses import replace
 
 import jax
@@ -12,9 +14,11 @@ from conftest import FAMILIES, TWO_STAGES, family_model, random_prompt, relative
 
 import cacheblend_jax as cb
 from cacheblend_jax.blend.streamed import first_layer_read
-from cacheblend_jax.engine import entry_pages
+from cacheblend_jax.engine import entry_locks, entry_pages
 from cacheblend_jax.engine.device_layers import PlacedLayers
-from cacheblend_jax.engine.entry_pages import Page, cut_into_pages, lock_pages, place_pages, places_of
+from cacheblend_jax.engine.entry_locks import EntryLocks
+from cacheblend_jax.engine.entry_pages import Page, cut_into_pages, place_pages, places_of
+from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.layer_stream import LayerStream
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.page_stream import PageStream
@@ -90,8 +94,8 @@ def page_bytes(monkeypatch, rows: int) -> int:
 def test_i6_from_pages_is_resident(small_pages, kept_bytes):
     """Whatever modes follow each other: layers that one has left on the device are whole for the next."""
     store, link = cb.ChunkStore(), LockingLink()
-    engine = cb.Engine(family_model("llama3"), store, TWO_STAGES, link=link, kept_bytes=kept_bytes)
-    resident = cb.Engine(family_model("llama3"), store, TWO_STAGES, executor="resident")
+    engine = cb.Engine(family_model("qwen2"), store, TWO_STAGES, link=link, kept_bytes=kept_bytes)
+    resident = cb.Engine(family_model("qwen2"), store, TWO_STAGES, executor="resident")
     prompt = random_prompt(1)
     engine.precompute(prompt)
     for mode in ("blend", "blend", "reuse", "prefix", "blend"):
@@ -104,7 +108,7 @@ def test_i6_from_pages_is_resident(small_pages, kept_bytes):
 
 
 def test_warm_up_compiles_what_pages_need(small_pages):
-    engine = cb.Engine(family_model("llama3"), blend=TWO_STAGES, link=LockingLink(), context_tokens=None)
+    engine = cb.Engine(family_model("qwen2"), blend=TWO_STAGES, link=LockingLink(), context_tokens=None)
     prompt, other = random_prompt(4), random_prompt(5, (25, 38, 33))
     for each in (prompt, other):
         engine.precompute(each)
@@ -116,7 +120,7 @@ def test_warm_up_compiles_what_pages_need(small_pages):
 
 
 def test_layers_of_pages_stay_from_the_second_request_on(small_pages):
-    engine = cb.Engine(family_model("llama3"), blend=TWO_STAGES, link=LockingLink(), kept_bytes=2**30)
+    engine = cb.Engine(family_model("qwen2"), blend=TWO_STAGES, link=LockingLink(), kept_bytes=2**30)
     prompt, sent = random_prompt(1), []
     engine.precompute(prompt)
     for _ in range(3):
@@ -129,7 +133,7 @@ def test_layers_of_pages_stay_from_the_second_request_on(small_pages):
 
 
 def test_a_trace_shows_pages_and_layers(small_pages):
-    engine = cb.Engine(family_model("llama3"), blend=TWO_STAGES, link=LockingLink(), kept_bytes=0)
+    engine = cb.Engine(family_model("qwen2"), blend=TWO_STAGES, link=LockingLink(), kept_bytes=0)
     prompt, trace = random_prompt(1), cb.Trace()
     engine.precompute(prompt)
     out = engine.prefill(prompt, trace=trace)
@@ -256,7 +260,8 @@ class Device:
         self.events: list[tuple[str, int]] = []
 
     def put(self, sent):
-        self.events.append(("sent", sum(len(pages) for pages, _ in sent)))
+        if isinstance(sent, tuple):
+            self.events.append(("sent", len(sent[0])))
         return jax.device_put(sent)
 
     def run(self, function, cache, *of, donate=()):
@@ -321,7 +326,7 @@ def test_layers_that_stay_have_no_pages_and_those_with_room_are_copied(monkeypat
         empty_cache(),
     )
     assert [page.layer for page in pages] == [0, 2, 3, 4, 5]
-    with stream_of(pages, device, 0, 1, 6, kept=kept, copies=True) as stream:
+    with stream_of(pages, device, 0, 1, 6, kept=kept) as stream:
         for layer in range(6):
             found = stream.next()
             assert (found is kept.layers[1]) if layer == 1 else (found is None)
@@ -335,37 +340,113 @@ def test_layers_that_stay_have_no_pages_and_those_with_room_are_copied(monkeypat
 # --- their locks ------------------------------------------------------------------------------------------------------
 
 
-def test_entries_are_locked_once_and_as_long_as_they_live():
-    link = LockingLink()
-    entries = [entry_of(10, 0), entry_of(12, 1)]
-    assert lock_pages(entries, link.page_lock)
-    assert sorted(link.client.locked.values()) == sorted(x.nbytes for entry in entries for x in (entry.k, entry.v))
-    monkey = LockingLink()
-    assert lock_pages(entries, monkey.page_lock)  # of another engine
-    assert not monkey.client.locked
-    del entries[0]
+def unlocked(link: LockingLink, left: int) -> bool:
+    """Whether no more than so many arrays are locked, before long: a thread of its own unlocks."""
     gc.collect()
-    assert sorted(link.client.locked.values()) == sorted([entries[0].k.nbytes, entries[0].v.nbytes])
+    given_up_at = time.monotonic() + 30
+    while len(link.client.locked) > left and time.monotonic() < given_up_at:
+        time.sleep(1e-3)
+    return len(link.client.locked) == left
+
+
+def test_entries_are_locked_once_and_as_long_as_they_live():
+    locks, link, other = EntryLocks(), LockingLink(), LockingLink()
+    entries = [entry_of(10, 0), entry_of(12, 1)]
+    assert locks.lock(entries, link.page_lock)
+    assert locks.lock(entries, other.page_lock)  # of another engine
+    assert not other.client.locked
+    assert sorted(link.client.locked.values()) == sorted(x.nbytes for entry in entries for x in (entry.k, entry.v))
+    assert locks.num_bytes == sum(entry.num_bytes for entry in entries)
+    del entries[0]
+    assert unlocked(link, left=2)
+    assert locks.num_bytes == entries[0].num_bytes
+
+
+def test_entries_that_have_the_same_arrays_share_their_locks():
+    locks, link, entry = EntryLocks(), LockingLink(), entry_of(10, 0)
+    twin = replace(entry)  # as a second store keeps it
+    assert locks.lock([entry, twin], link.page_lock)
+    assert len(link.client.locked) == 2
+    del entry
+    gc.collect()
+    assert locks.lock([twin], link.page_lock)
+    assert len(link.client.locked) == 2
+    del twin
+    assert unlocked(link, left=0)
 
 
 def test_what_cannot_be_locked_is_not_tried_again():
-    entry, other, tried, link = entry_of(10, 0), entry_of(12, 1), [], LockingLink()
+    entry, other, tried, link, locks = entry_of(10, 0), entry_of(12, 1), [], LockingLink(), EntryLocks()
 
     def page_lock(buffer):
         tried.append(buffer)
         return None if buffer is entry.v else link.page_lock(buffer)
 
     for _ in range(2):
-        assert not lock_pages([other, entry], page_lock)
+        assert not locks.lock([other, entry], page_lock)
     assert len(tried) == 4
     assert sorted(link.client.locked.values()) == [other.k.nbytes] * 2  # the first half of one is of no use
-    assert lock_pages([other], page_lock)
+    assert locks.lock([other], page_lock)
 
 
 def test_no_more_than_half_of_the_hosts_memory_is_locked(monkeypatch):
-    entries, link = [entry_of(10, number) for number in range(3)], LockingLink()
-    others = sum(entry.num_bytes for entry, locks in entry_pages._locks.items() if locks)
-    monkeypatch.setattr(entry_pages, "_memory_bytes", lambda: 2 * (others + 2 * entries[0].num_bytes))
-    assert lock_pages(entries[:2], link.page_lock)
-    assert not lock_pages(entries, link.page_lock)
+    entries, link, locks = [entry_of(10, number) for number in range(3)], LockingLink(), EntryLocks()
+    monkeypatch.setattr(entry_locks, "_memory_bytes", lambda: 4 * entries[0].num_bytes)
+    assert locks.lock(entries[:2], link.page_lock)
+    assert not locks.lock(entries, link.page_lock)
     assert len(link.client.locked) == 4
+    del entries[0]
+    assert unlocked(link, left=2)
+    assert locks.lock(entries, link.page_lock)  # there is room again
+
+
+def test_what_drops_an_entry_does_not_wait_until_it_is_unlocked():
+    locks, link, entries = EntryLocks(), LockingLink(), [entry_of(10, 0)]
+    went_on = threading.Event()
+    unlock = link.client.dma_unmap
+    link.client.dma_unmap = lambda address: (went_on.wait(30), unlock(address))
+    assert locks.lock(entries, link.page_lock)
+    del entries[0]
+    gc.collect()
+    assert len(link.client.locked) == 2
+    went_on.set()
+    assert unlocked(link, left=0)
+
+
+# --- what ends a prefill early ----------------------------------------------------------------------------------------
+
+
+def test_a_transfer_that_lacks_memory_begins_anew(small_pages, monkeypatch):
+    link, failed = LockingLink(), []
+    engine = cb.Engine(family_model("llama3"), blend=TWO_STAGES, link=link, kept_bytes=0)
+    prompt = random_prompt(1)
+    engine.precompute(prompt)
+    wanted, put = engine.prefill(prompt), link.put
+
+    def lacking(tree, *of, **to):
+        if isinstance(tree, tuple) and len(failed) < 2:  # pages
+            failed.append(len(failed))
+            if len(failed) == 2:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return put(tree, *of, **to)
+
+    monkeypatch.setattr(link, "put", lacking)
+    monkeypatch.setattr(Executors, "_give_way", lambda self: True)
+    out = engine.prefill(prompt)
+    assert len(failed) == 2
+    np.testing.assert_array_equal(out.logits, wanted.logits)
+
+
+def test_close_waits_for_what_is_on_its_way_also_if_it_was_cut_short(monkeypatch):
+    page_bytes(monkeypatch, 10)
+    waited, device = [], Device()
+    stream = stream_of(cut_into_pages(placed_chunks(10), CONFIG, 0), device, 0, 2, 4)
+    sent = iter([True, True, False])
+    put = device.put
+    stream._put = lambda tree: put(tree) if isinstance(tree, np.ndarray) or next(sent) else 1 / 0
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: waited.append(x) or x)
+    with pytest.raises(ZeroDivisionError), stream:
+        stream.next()
+    there, behind = waited
+    assert behind.shape == (1,)  # transfers are in order
+    assert isinstance(there, dict)
