@@ -150,7 +150,7 @@ class Engine:
 
     def prefill(
         self,
-        prompt: Prompt,
+        prompt: Prompt | TokenizedPrompt,
         mode: str = "blend",
         *,
         blend: BlendConfig | str | None = None,
@@ -162,6 +162,7 @@ class Engine:
         """Prefills a prompt; chunks that the store lacks are computed in place, and stored after the first token.
 
         Args:
+            prompt: what `check` has returned is not checked again.
             mode: `"full"` (full recompute), `"prefix"` (exact entries only: prefix caching), `"reuse"` (full KV reuse)
                 or `"blend"`.
             blend: for this request, in place of the engine's.

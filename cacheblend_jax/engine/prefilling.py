@@ -81,8 +81,10 @@ class Prefiller:
         self._aside = Aside()
         self.is_warm = False
 
-    def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        """Tokenises a prompt and checks it against the model; see `tokenize_prompt`."""
+    def tokenize(self, prompt: Prompt | TokenizedPrompt) -> TokenizedPrompt:
+        """Tokenises a prompt and checks it against the model (see `tokenize_prompt`), unless that has been done."""
+        if isinstance(prompt, TokenizedPrompt):
+            return prompt
         config = self._model.config
         limits = {"vocab_size": config.vocab_size, "max_tokens": config.max_positions}
         return tokenize_prompt(prompt, self._model.tokenizer, **limits)

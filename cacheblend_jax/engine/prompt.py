@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -186,7 +187,7 @@ class TokenizedPrompt:
     suffix: np.ndarray
     tenant: str = ""
 
-    @property
+    @cached_property
     def token_ids(self) -> np.ndarray:
         """All ids, int32 `[tokens]`."""
         return np.concatenate([self.prefix, *self.chunks, self.suffix])
@@ -212,33 +213,45 @@ def tokenize_parts(prompt: Prompt, tokenizer: Any, vocab_size: int) -> Tokenized
     with_controls = prompt.control_tokens
 
     def ids(part: TextOrIds, name: str, encoder: Encoder, **options: bool) -> np.ndarray:
-        return ids_of(part, name, tokenizer, vocab_size, encoder, **options)
+        return _ids(part, name, tokenizer, vocab_size, encoder, **options)
 
     chunks = tuple(ids(chunk, f"chunk {i}", encode) for i, chunk in enumerate(prompt.chunks))
     if empty := [i for i, each in enumerate(chunks) if each.size == 0]:
         raise PromptError(f"chunk {empty[0]} has no tokens; leave it out")
-    return TokenizedPrompt(
+    tokenized = TokenizedPrompt(
         prefix=ids(prompt.prefix, "prefix", encode_opened, control_tokens=with_controls),
         chunks=chunks,
         suffix=ids(prompt.suffix, "suffix", encode, control_tokens=with_controls),
         tenant=prompt.tenant,
     )
+    if not _are_known(tokenized.token_ids, vocab_size):  # else no part need be looked at alone
+        names = ("prefix", *(f"chunk {i}" for i in range(len(chunks))), "suffix")
+        for name, each in zip(names, (tokenized.prefix, *chunks, tokenized.suffix), strict=True):
+            _check_vocabulary(each, name, vocab_size)
+    return tokenized
 
 
-def ids_of(
-    part: TextOrIds, name: str, tokenizer: Any, vocab_size: int, encoder: Encoder = encode, **options: bool
-) -> np.ndarray:
-    """Returns the ids of text or of token ids; `name` stands in errors.
+def ids_of(part: TextOrIds, name: str, tokenizer: Any, vocab_size: int) -> np.ndarray:
+    """Returns the ids of text or of token ids, as int32; `name` stands in errors.
 
     Raises:
         PromptError: text without a tokenizer, or invalid text or ids.
     """
+    ids = _ids(part, name, tokenizer, vocab_size, encode)
+    _check_vocabulary(ids, name, vocab_size)
+    return ids
+
+
+def _ids(part: TextOrIds, name: str, tokenizer: Any, vocab_size: int, encoder: Encoder, **options: bool) -> np.ndarray:
+    """Returns ids as int32. Those that came as such are not looked at: they may not be in the vocabulary."""
     if isinstance(part, str):
         if tokenizer is None and part == "":
             return np.zeros(0, np.int32)
         _require_tokenizer(tokenizer, name)
         check_text(part, name)
         part = encoder(tokenizer, part, **options)
+    if isinstance(part, np.ndarray) and part.dtype == np.int32 and part.ndim == 1:
+        return part.copy()  # its owner may change it
     return checked_ids(part, name, vocab_size)
 
 
@@ -269,7 +282,15 @@ def checked_ids(ids: Sequence[int] | np.ndarray, name: str, vocab_size: int) -> 
         array = array.astype(np.int32)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise PromptError(f"{name} must be text or a flat sequence of token ids, got {array.dtype}{list(array.shape)}")
-    if array.size and not (array.min() >= 0 and array.max() < vocab_size):
-        wrong = array[(array < 0) | (array >= vocab_size)][0]
-        raise PromptError(f"{name} has token id {wrong}, which is not in the vocabulary [0, {vocab_size - 1}]")
+    _check_vocabulary(array, name, vocab_size)
     return array.astype(np.int32)
+
+
+def _are_known(ids: np.ndarray, vocab_size: int) -> bool:
+    return ids.size == 0 or bool(ids.min() >= 0 and ids.max() < vocab_size)
+
+
+def _check_vocabulary(ids: np.ndarray, name: str, vocab_size: int) -> None:
+    if not _are_known(ids, vocab_size):
+        wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise PromptError(f"{name} has token id {wrong}, which is not in the vocabulary [0, {vocab_size - 1}]")

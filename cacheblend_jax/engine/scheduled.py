@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.engine.answer import Answer
-from cacheblend_jax.engine.prompt import Prompt
+from cacheblend_jax.engine.prompt import TokenizedPrompt
 from cacheblend_jax.engine.slot_batch import Block, Ending
 from cacheblend_jax.model.sampling import Sampling
 
@@ -28,7 +28,7 @@ class ScheduledRequest:
     """
 
     answer: Answer
-    prompt: Prompt
+    prompt: TokenizedPrompt
     length: int
     mode: str
     blend: BlendConfig | str | None

@@ -129,12 +129,11 @@ class Scheduler:
         check_length(length, capacity, "the prompt", taker="a slot of the scheduler (max_tokens)")
         stops = self._engine.model.stop_token_ids if stop_token_ids is None else stop_token_ids
         ending = Ending(frozenset(stops), min(max_new_tokens, capacity - length + 1))
-        ids = Prompt(tokenized.prefix, tokenized.chunks, tokenized.suffix, tenant=tokenized.tenant)
         answer = Answer(self._engine.model.tokenizer, self._cancelled)
         with self._changed:
             if self._is_closed:
                 raise SchedulerClosed("the scheduler is closed; make another")
-            request = ScheduledRequest(answer, ids, length, mode, blend, sampling or Sampling(), ending, logprobs)
+            request = ScheduledRequest(answer, tokenized, length, mode, blend, sampling or Sampling(), ending, logprobs)
             if not self._waiting.has_room_for(request, self._most_waiting):
                 raise QueueFull(f"{len(self._waiting)} requests wait already; try again later, or raise `waiting`")
             self._waiting.add(request)

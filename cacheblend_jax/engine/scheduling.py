@@ -43,7 +43,7 @@ class Prefills(Protocol):
 
     def prefill(
         self,
-        prompt: Prompt,
+        prompt: TokenizedPrompt,
         mode: str = "blend",
         *,
         blend: BlendConfig | str | None = None,
@@ -54,6 +54,7 @@ class Prefills(Protocol):
         """Prefills a prompt, on one group of the model's devices. Several threads may call it.
 
         Args:
+            prompt: what `check` has returned.
             between: called from time to time where that takes long; what it raises ends the prefill.
 
         Raises:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from cacheblend_jax.engine.chat_template import check_template, render
 from cacheblend_jax.engine.prompt import PLAIN_QUESTION, Prompt, default_system
@@ -15,13 +17,15 @@ from cacheblend_jax.errors import PromptError
 from cacheblend_jax.model.encoding import encode, encode_opened
 
 MARK = re.compile(r"\[\[cacheblend:([a-z]+) (\d+)\]\]")
+UNSTEADY = re.compile("strftime_now|random|lipsum")  # in a template: what differs from time to time
+MOST_FORMS = 256  # of conversations that are known at a time
 
 
 @runtime_checkable
 class TextEncoder(Protocol):
     """What `encode` is to one tokenizer."""
 
-    def __call__(self, text: str, *, control_tokens: bool = False) -> list[int]:
+    def __call__(self, text: str, *, control_tokens: bool = False) -> Sequence[int] | np.ndarray:
         """Returns a text's ids; what users wrote stays text, what the template printed has control tokens."""
 
 
@@ -77,14 +81,18 @@ def prompt_of(
     template_arguments: Mapping[str, Any] | None = None,
     tenant: str = "",
     encode_text: TextEncoder | None = None,
+    templates: KnownTemplates | None = None,
 ) -> Prompt:
     """Returns the prompt that has a conversation answered: by the tokenizer's chat template, where it has one.
+
+    All its parts are token ids.
 
     What the template prints before the chunks is the prefix, what it prints after them the suffix. Control tokens come
     from it alone. Documents are given to a template that prints them; others stand before the message's own chunks.
 
     Args:
         encode_text: returns what `encode` does for a text, or knows it already.
+        templates: knows what the template, with these arguments, has printed for conversations of the same form.
 
     Raises:
         PromptError: no message is a user's, or the template refuses the conversation or does not print it in order.
@@ -93,10 +101,7 @@ def prompt_of(
     if not getattr(tokenizer, "chat_template", None):
         return _plain_prompt(conversation, tokenizer, texts, separator, tenant)
     arguments = template_arguments or {}
-    check_template(tokenizer, arguments)
-    pieces = _rendered_with_documents(conversation, tokenizer, arguments)
-    if pieces is None:
-        pieces = _rendered(conversation, tokenizer, arguments)
+    pieces = (templates or KnownTemplates()).pieces(conversation, tokenizer, arguments)
     return _cut(conversation, partial(encode, tokenizer), texts, pieces, separator, tenant)
 
 
@@ -136,6 +141,38 @@ class _Piece:
     text: str
     kind: str = ""
     number: int = 0
+
+
+class KnownTemplates:
+    """What a chat template has printed around texts, by a conversation's form: no text of it has a part in that.
+
+    For one tokenizer and the same arguments. A template that may print something else each time is run each time.
+    Safe to use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, list[_Piece]] = {}
+
+    def pieces(self, conversation: Conversation, tokenizer: Any, arguments: Mapping[str, Any]) -> list[_Piece]:
+        """Returns what is printed, and the places of texts in it.
+
+        Raises:
+            PromptError: as `prompt_of`.
+        """
+        template = tokenizer.chat_template
+        form = template, conversation.place, len(conversation.documents), *(each.role for each in conversation.messages)
+        is_steady = isinstance(template, str) and not UNSTEADY.search(template)
+        if is_steady and (known := self._known.get(form)) is not None:
+            return known
+        check_template(tokenizer, arguments)
+        pieces = _rendered_with_documents(conversation, tokenizer, arguments)
+        if pieces is None:
+            pieces = _rendered(conversation, tokenizer, arguments)
+        if is_steady:
+            if len(self._known) >= MOST_FORMS:
+                self._known = {}  # not `clear`: another thread may be adding to it
+            self._known[form] = pieces
+        return pieces
 
 
 def _rendered(conversation: Conversation, tokenizer: Any, arguments: Mapping[str, Any]) -> list[_Piece]:
@@ -221,17 +258,17 @@ def _cut(
     documents = [at for at, piece in enumerate(pieces) if piece.kind == "document"]
     parts = [encode_text(text + separator) for text in conversation.part_chunks]
 
-    def encoded(some: Sequence[_Piece]) -> list[int]:
+    def encoded(some: Sequence[_Piece]) -> np.ndarray:
         return _encoded(conversation, encode_text, some, separator)
 
     if documents:
         start, chunks = documents[0], _document_chunks(conversation, encode_text, pieces, documents)
         # What the template prints between the last document and the message's own chunks goes with the first of these.
-        chunks[-1] += encoded(pieces[documents[-1] + 1 : place])
+        chunks[-1] = _joined([chunks[-1], encoded(pieces[documents[-1] + 1 : place])])
     else:
         start, chunks = place, [encode_text(text + separator) for text in conversation.documents]
     question = encode_new(conversation.messages[conversation.place].parts[-1])
-    suffix = question + encoded(pieces[place + 1 :])
+    suffix = _joined([question, encoded(pieces[place + 1 :])])
     return Prompt(encoded(pieces[:start]), [*chunks, *parts], suffix, tenant=tenant)
 
 
@@ -240,13 +277,13 @@ def _document_chunks(
     encode_text: TextEncoder,
     pieces: Sequence[_Piece],
     places: Sequence[int],
-) -> list[list[int]]:
+) -> list[np.ndarray]:
     """Returns the documents' ids, each with what the template prints between it and the one before."""
     chunks = []
     for before, at in zip([None, *places[:-1]], places, strict=True):
         printed = "" if before is None else "".join(piece.text for piece in pieces[before + 1 : at])
         text = conversation.documents[pieces[at].number]
-        chunks.append(encode_text(printed, control_tokens=True) + encode_text(text))
+        chunks.append(_joined([encode_text(printed, control_tokens=True), encode_text(text)]))
     return chunks
 
 
@@ -255,13 +292,13 @@ def _encoded(
     encode_text: TextEncoder,
     pieces: Sequence[_Piece],
     separator: str,
-) -> list[int]:
+) -> np.ndarray:
     """Encodes pieces: the template's with control tokens, the messages' texts without.
 
     A system text is encoded together with what the template prints around it, as `Prompt.from_chat_template` does, so
     that both give the same prefix; where it spells out control tokens, by itself.
     """
-    ids: list[int] = []
+    ids = list[Sequence[int] | np.ndarray]()
     joined = ""
     for piece in pieces:
         if not piece.kind:
@@ -270,9 +307,13 @@ def _encoded(
         message = conversation.messages[piece.number]
         text = separator.join(message.parts)
         in_text = encode_text(text)
-        if message.role == "system" and in_text == encode_text(text, control_tokens=True):
+        if message.role == "system" and np.array_equal(in_text, encode_text(text, control_tokens=True)):
             joined += text
             continue
-        ids += encode_text(joined, control_tokens=True) + in_text
+        ids += [encode_text(joined, control_tokens=True), in_text]
         joined = ""
-    return ids + encode_text(joined, control_tokens=True)
+    return _joined([*ids, encode_text(joined, control_tokens=True)])
+
+
+def _joined(ids: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.asarray(each, np.int32) for each in ids])

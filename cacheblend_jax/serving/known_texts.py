@@ -29,17 +29,18 @@ class KnownTexts:
         self._known: OrderedDict[tuple[str, bool, str], np.ndarray] = OrderedDict()
         self._characters = 0
 
-    def encode(self, tenant: str, text: str, *, control_tokens: bool = False) -> list[int]:
-        """Returns a text's ids; arguments and errors as `encode`."""
+    def encode(self, tenant: str, text: str, *, control_tokens: bool = False) -> np.ndarray:
+        """Returns a text's ids, int32, which are not to be changed; arguments and errors as `encode`."""
         key = tenant, control_tokens, text
         with self._lock:
             if (known := self._known.get(key)) is not None:
                 self._known.move_to_end(key)
-                return known.tolist()
-        ids = encode(self._tokenizer, text, control_tokens=control_tokens)
+                return known
+        ids = np.asarray(encode(self._tokenizer, text, control_tokens=control_tokens), np.int32)
+        ids.setflags(write=False)
         with self._lock:
             if key not in self._known and _size(text) <= self._most:
-                self._known[key] = np.asarray(ids, np.int32)
+                self._known[key] = ids
                 self._characters += _size(text)
                 while self._characters > self._most:
                     (*_, oldest), _ = self._known.popitem(last=False)

@@ -15,7 +15,7 @@ from cacheblend_jax.model.encoding import encode, encode_opened
 from cacheblend_jax.model.logprobs import MOST_ALTERNATIVES
 from cacheblend_jax.model.sampling import Sampling
 from cacheblend_jax.model.token_lengths import token_lengths
-from cacheblend_jax.serving.conversation import Conversation, Message, prompt_of
+from cacheblend_jax.serving.conversation import Conversation, KnownTemplates, Message, prompt_of
 from cacheblend_jax.serving.errors import TOO_LONG, ApiError, invalid, unsupported
 from cacheblend_jax.serving.fields import Fields, checked_text, fields_of, kind_of
 from cacheblend_jax.serving.known_texts import KnownTexts
@@ -85,7 +85,7 @@ class RequestReader:
         self._options, self._tokenizer, self._blend = options, tokenizer, default_blend
         self._max_positions = max_positions
         self._token_lengths = token_lengths(tokenizer)
-        self._texts = KnownTexts(tokenizer)
+        self._texts, self._templates = KnownTexts(tokenizer), KnownTemplates()
 
     def chat(self, body: dict[str, Any], tenant: str) -> AnswerRequest:
         """Reads a request of `/v1/chat/completions`.
@@ -188,6 +188,7 @@ class RequestReader:
             template_arguments=self._options.template_arguments,
             tenant=tenant,
             encode_text=partial(self._texts.encode, tenant),
+            templates=self._templates,
         )
 
     def _chunks(self, fields: Fields) -> tuple[str, ...]:

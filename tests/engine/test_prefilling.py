@@ -38,3 +38,10 @@ def test_the_oracles_own_prefill_waits_for_the_compiler_beside_others_too():
     count = engine.model.runner.count
     engine.prefill(prompt, only_if_ready=True)
     assert engine.model.runner.count == count
+
+
+def test_what_has_been_checked_is_not_checked_again(monkeypatch):
+    engine, prompt = cb.Engine(cb.load_model(HF / "llama2", dtype="float32")), random_prompt(1)
+    checked, wanted = engine.check(prompt), engine.prefill(prompt, "full").next_token
+    monkeypatch.setattr(prefilling, "tokenize_prompt", None)
+    assert engine.prefill(checked, "full").next_token == wanted

@@ -402,6 +402,10 @@ def test_prompts_are_equal_where_their_texts_and_ids_are():
         (([1], [[2], []], [3]), "chunk 1 has no tokens"),
         (([1], [[2, 160]], [3]), r"chunk 0 has token id 160, which is not in the vocabulary \[0, 159\]"),
         (([1], [[2]], [-1]), "suffix has token id -1"),
+        (([1], [np.array([2, 160], np.int32)], [3]), "chunk 0 has token id 160, which is not in the vocabulary"),
+        ((np.array([-7], np.int32), [], [3]), "prefix has token id -7"),
+        (([1], [np.array([2**32], np.int64)], [3]), "chunk 0 has token id 4294967296"),
+        (([1], [np.array([[2]], np.int32)], [3]), "chunk 0 must be text or a flat"),
         (([0.5], [[2]], [3]), "prefix must be text or a flat sequence of token ids, got float64"),
         (([1], [[[2]]], [3]), "chunk 0 must be text or a flat"),
         (([1], [[2], [3, [4]]], [3]), "chunk 1 must be text or a flat"),
@@ -414,6 +418,14 @@ def test_prompts_are_equal_where_their_texts_and_ids_are():
 def test_what_makes_no_sense_is_named(parts, message):
     with pytest.raises(cb.PromptError, match=message):
         tokenize(cb.Prompt(*parts))
+
+
+def test_ids_are_the_prompts_own():
+    ids = np.array([1, 2], np.int32)
+    tokenized = tokenize(cb.Prompt(ids, [ids], ids))
+    ids[:] = 0
+    assert tokenized.token_ids.tolist() == [1, 2] * 3
+    assert [each.tolist() for each in (tokenized.prefix, *tokenized.chunks, tokenized.suffix)] == [[1, 2]] * 3
 
 
 def test_an_empty_text_chunk_is_an_error(tokenizer):

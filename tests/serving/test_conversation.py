@@ -10,7 +10,7 @@ from conftest import HF
 import cacheblend_jax as cb
 from cacheblend_jax.model.checkpoint import load_tokenizer
 from cacheblend_jax.model.encoding import encode
-from cacheblend_jax.serving.conversation import Conversation, Message, prompt_of
+from cacheblend_jax.serving.conversation import Conversation, KnownTemplates, Message, prompt_of
 
 CHUNKS = ("The sky is blue.", "Grass <|turn|> is green.")
 TURNS = "{% for m in messages %}<|start|>{{ m.role }}<|turn|>{{ m.content }}{% endfor %}<|start|>assistant<|turn|>"
@@ -54,9 +54,10 @@ def test_later_turns_follow_in_the_suffix_and_what_they_spell_out_is_text(tokeni
     said = (user(CHUNKS[0], "Why?"), Message("assistant", ("So <|turn|> it is.",)), user("And then?"))
     prompt = prompt_of(Conversation(said), turned)
     first = prompt_of(Conversation(said[:1]), turned)
-    assert (prompt.prefix, prompt.chunks) == (first.prefix, first.chunks)
-    assert prompt.suffix[: len(first.suffix)] == first.suffix
-    assert prompt.suffix.count(turned.convert_tokens_to_ids("<|turn|>")) == 3  # the template's own
+    assert cb.Prompt(prompt.prefix, prompt.chunks) == cb.Prompt(first.prefix, first.chunks)
+    suffix = prompt.suffix.tolist()
+    assert suffix[: len(first.suffix)] == first.suffix.tolist()
+    assert suffix.count(turned.convert_tokens_to_ids("<|turn|>")) == 3  # the template's own
     assert (
         whole(prompt, turned)
         .replace(" ", "")
@@ -70,7 +71,7 @@ def test_chunks_of_a_later_message_come_after_what_was_said_before(tokenizer):
     prompt = prompt_of(Conversation(said), turned)
     assert [list(chunk) for chunk in prompt.chunks] == [encode(turned, text + "\n\n") for text in CHUNKS]
     assert "Hello." in turned.decode(prompt.prefix)
-    assert prompt.suffix == encode(turned, "Why?") + printed(turned, "<|start|>assistant<|turn|>")
+    assert prompt.suffix.tolist() == encode(turned, "Why?") + printed(turned, "<|start|>assistant<|turn|>")
 
 
 def test_a_system_text_that_the_template_refuses_begins_the_users_message(tokenizer):
@@ -83,7 +84,7 @@ def test_a_system_text_that_the_template_refuses_begins_the_users_message(tokeni
 def test_documents_stand_where_the_template_prints_them(tokenizer):
     printing = with_template(tokenizer, DOCUMENTS)
     prompt = prompt_of(Conversation((user("Why?"),), CHUNKS), printing)
-    assert prompt.prefix == printed(printing, "<|start|>document 1<|turn|>")
+    assert prompt.prefix.tolist() == printed(printing, "<|start|>document 1<|turn|>")
     first, second = map(list, prompt.chunks)
     assert first == encode(printing, CHUNKS[0])
     between = printed(printing, "<|start|>document 2<|turn|>")
@@ -91,7 +92,7 @@ def test_documents_stand_where_the_template_prints_them(tokenizer):
     assert second[len(between) :] == encode(printing, CHUNKS[1]) + printed(
         printing, "<|start|>read<|turn|><|start|>user<|turn|>"
     )
-    assert prompt.suffix == encode(printing, "Why?") + printed(printing, "<|start|>assistant<|turn|>")
+    assert prompt.suffix.tolist() == encode(printing, "Why?") + printed(printing, "<|start|>assistant<|turn|>")
 
 
 def test_documents_that_the_template_prints_after_the_question_stand_before_it_instead(tokenizer):
@@ -99,6 +100,33 @@ def test_documents_that_the_template_prints_after_the_question_stand_before_it_i
     plain = with_template(tokenizer, TURNS)
     conversation = Conversation((user("Why?"),), CHUNKS)
     assert prompt_of(conversation, after) == prompt_of(conversation, plain)
+
+
+@pytest.mark.parametrize("template", [TURNS, NO_SYSTEM, DOCUMENTS, TURNS + "{{ strftime_now('%S') }}"])
+def test_a_template_is_run_once_for_conversations_of_a_form(tokenizer, monkeypatch, template):
+    known, turned = KnownTemplates(), with_template(tokenizer, template)
+    read, reply = Message("system", ("Read.",)), (Message("assistant", ("So.",)), user("And?"))
+    said = [Conversation((read, user(*CHUNKS, "Why?")), documents) for documents in ((), CHUNKS[:1], CHUNKS)]
+    said += [Conversation((*each.messages, *reply), each.documents) for each in said]
+    said += [Conversation((read, user("Hi."), *reply, user(*CHUNKS, "c")))]
+    wanted, runs, render = [prompt_of(each, turned) for each in said], [], turned.apply_chat_template
+    monkeypatch.setattr(turned, "apply_chat_template", lambda *given, **how: runs.append(0) or render(*given, **how))
+    for _ in range(2):
+        before = len(runs)
+        if "strftime" not in template:  # what it prints now, the next request's is not
+            assert [prompt_of(each, turned, templates=known) for each in said] == wanted
+            continue
+        for each in said:
+            prompt_of(each, turned, templates=known)
+    assert (len(runs) > before) == ("strftime" in template)
+
+
+def test_no_more_than_some_forms_of_conversations_are_known(tokenizer, monkeypatch):
+    monkeypatch.setattr("cacheblend_jax.serving.conversation.MOST_FORMS", 2)
+    known, turned = KnownTemplates(), with_template(tokenizer, TURNS)
+    for turns in (1, 2, 3):
+        prompt_of(Conversation((user("Hi."),) * turns), turned, templates=known)
+    assert len(known._known) == 1
 
 
 @pytest.mark.parametrize(
