@@ -9,7 +9,7 @@ import json
 import queue
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,9 @@ class ScriptedAnswer:
                 return
             yield number, text
         self.finish_reason = "length" if len(self._scheduler.script) > self._most else "stop"
+
+    def when_readable(self, call: Callable[[], object]) -> None:
+        threading.Thread(target=lambda: (self._scheduler.gate.wait(), call()), daemon=True).start()
 
     def token(self, number: int) -> AnswerToken:
         return self._scheduler.tokens[number]

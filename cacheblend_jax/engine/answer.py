@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cacheblend_jax.engine.growing_text import GrowingText
@@ -50,7 +51,8 @@ class Answer:
         self._texts: list[str] = []
         self._growing_text = GrowingText(tokenizer)
         self._num_read = 0
-        self._sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._has_woken = False  # somebody, when something came last
+        self._sleepers: list[Callable[[], object]] = []
         self._prefill_stats: PrefillStats | None = None
         self._finish_reason: str | None = None
         self._error: BaseException | None = None
@@ -76,12 +78,24 @@ class Answer:
                 if self._is_readable():
                     read = self._read()
                     break
-                awake = asyncio.Event()
-                self._sleepers.append((asyncio.get_running_loop(), awake))
-            await awake.wait()
+            loop = asyncio.get_running_loop()
+            awake = loop.create_future()
+            self.when_readable(partial(wake, loop, awake))
+            await awake
         if read is None:
             raise StopAsyncIteration
         return read
+
+    def when_readable(self, call: Callable[[], object]) -> None:
+        """Calls `call` once there is a token that was not read, or the end: at once, or in the thread that brings it.
+
+        It must not take long, nor use the answer: the thread has tokens to decode.
+        """
+        with self._changed:
+            if not self._is_readable():
+                self._sleepers.append(call)
+                return
+        call()
 
     def cancel(self) -> None:
         """Ends the answer where it is, and frees its slot; does nothing to one that has ended."""
@@ -147,6 +161,12 @@ class Answer:
             self._wake()
             return True
 
+    def let_read(self, seconds: float) -> None:
+        """Waits for an event loop that the first token has woken to read it, for so long at most."""
+        with self._changed:
+            if self._has_woken:
+                self._changed.wait_for(lambda: self._num_read > 0 or self._has_ended, seconds)
+
     def finish(self, reason: str) -> bool:
         """Ends the answer, unless it has ended; returns whether it had not."""
         return self._end(reason)
@@ -170,9 +190,9 @@ class Answer:
     def _wake(self) -> None:
         self._changed.notify_all()
         sleepers, self._sleepers = self._sleepers, []
-        for loop, awake in sleepers:
-            with contextlib.suppress(RuntimeError):  # its loop has been closed
-                loop.call_soon_threadsafe(awake.set)
+        self._has_woken = bool(sleepers)
+        for call in sleepers:
+            call()
 
     def _is_readable(self) -> bool:
         return self._has_ended or self._num_read < len(self._token_ids)
@@ -184,6 +204,8 @@ class Answer:
                 raise self._error
             return None
         self._num_read += 1
+        if self._num_read == 1:
+            self._changed.notify_all()  # `let_read`
         return self._token_ids[self._num_read - 1], self._text_of(self._num_read - 1)
 
     def _text_of(self, index: int) -> str:
@@ -196,3 +218,14 @@ class Answer:
         if self._token_ids:
             self._text_of(len(self._token_ids) - 1)
         return "".join(self._texts)
+
+
+def wake(loop: asyncio.AbstractEventLoop, sleeper: asyncio.Future[None]) -> None:
+    """Has whoever waits for a future of an event loop go on, from any thread; does nothing where the loop is closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(_settle, sleeper)
+
+
+def _settle(sleeper: asyncio.Future[None]) -> None:
+    if not sleeper.done():
+        sleeper.set_result(None)

@@ -31,6 +31,7 @@ from cacheblend_jax.runtime.programs import Prepared
 logger = logging.getLogger(__name__)
 PREPARING = 4  # requests that something is done for at a time, beside the scheduler's thread: compiling, mostly
 BLOCK_S = 0.025  # that tokens are decoded for at a time: a prompt that comes meanwhile waits for the end
+READING_S = 0.0005  # that an event loop has for a first token: what follows would keep it from the interpreter
 MOST_ASIDE = 6  # times that one request is set aside; then it waits in the thread, lest it wait for ever
 
 
@@ -296,7 +297,7 @@ class Scheduler:
             took = {name: getattr(out.stats, name) + request.waited_s for name in ("ttft_s", "wait_s")}
             compile_s = out.stats.compile_s + request.compile_s
             request.answer.prefilled(replace(out.stats, **took, compile_s=compile_s))
-            if self._hand_out(request, first):
+            if self._hand_out(request, first, READING_S):
                 self._insert(slot, request, out, first.token_ids[0])
         except NotReadyError as error:
             needed = error
@@ -415,12 +416,14 @@ class Scheduler:
                         self._running.pop(slot, None)
                         self._changed.notify()  # in a pause, a free lane's next request may have waited for the slot
 
-    def _hand_out(self, request: ScheduledRequest, block: Block) -> bool:
-        """Gives an answer its next tokens; returns whether it goes on after them."""
+    def _hand_out(self, request: ScheduledRequest, block: Block, reading_s: float = 0.0) -> bool:
+        """Gives an answer its next tokens, and `reading_s` seconds to be read; returns whether it goes on after them."""
         token_ids, reason = request.take(block)
         logprobs = block.logprobs[: len(token_ids)] if request.logprobs else ()
         if token_ids and not request.answer.add(token_ids, logprobs):
             return False
+        if reading_s:
+            request.answer.let_read(reading_s)
         with self._changed:  # who reads the end finds it counted
             self._counts["tokens"] += len(token_ids)
             if reason is not None:

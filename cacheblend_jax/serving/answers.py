@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -61,9 +62,9 @@ class RunningAnswer:
         """
         began = time.perf_counter()
 
-        def submit() -> tuple[AnswerRequest, Answer]:
+        def submit() -> RunningAnswer:
             request = read()
-            return request, service.scheduler.submit(
+            answer = service.scheduler.submit(
                 request.prompt,
                 mode=request.mode,
                 blend=request.blend,
@@ -71,20 +72,26 @@ class RunningAnswer:
                 sampling=request.sampling,
                 logprobs=request.logprobs is not None,
             )
+            return cls(service, request, answer, began)
 
-        request, answer = await service.in_thread(submit, lambda submitted: submitted[1].cancel())
-        running = cls(service, request, answer, began)
+        def first_token(running: RunningAnswer, wake: Callable[[], None]) -> None:
+            running._answer.when_readable(wake)
+
+        running = await service.in_thread(submit, unwanted=cls.cancel, until=first_token)
         try:
             await running._begin()
         except BaseException:
-            answer.cancel()
+            running.cancel()
             raise
         return running
 
     async def _begin(self) -> None:
         self._first = await self._next()
-        mode, stats = self.request.mode, self.prefill
-        self._metrics.ttft.labels(mode).observe(time.perf_counter() - self._began)
+        stats, ttft_s = self.prefill, time.perf_counter() - self._began
+        asyncio.get_running_loop().call_soon(self._count, stats, ttft_s)  # the first event does not wait for it
+
+    def _count(self, stats: PrefillStats, ttft_s: float) -> None:
+        self._metrics.ttft.labels(self.request.mode).observe(ttft_s)
         self._metrics.prefilled(stats, self._missed_tokens(stats))
 
     async def _next(self) -> tuple[int, str] | None:

@@ -40,6 +40,11 @@ PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+EVENT_HEADERS = [
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+]
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -76,7 +81,7 @@ def make_app(
 
 def _routes(service: Service) -> list[Route]:
     def route(path: str, handler: Callable[[Service, Request], Awaitable[Response]], *methods: str) -> Route:
-        endpoint = _guarded(path, partial(handler, service), service.metrics)
+        endpoint = _Endpoint(path, partial(handler, service), service.metrics)
         return Route(path, endpoint, methods=list(methods) or ["GET"])
 
     return [
@@ -216,25 +221,31 @@ def _caller(service: Service, request: Request) -> Caller:
 # --- what holds for all ----------------------------------------------------------------------------------------------
 
 
-def _guarded(path: str, handler: Handler, metrics: Metrics) -> Handler:
+class _Endpoint:
     """Turns whatever a handler raises into an answer, counts it, and logs it without anything that the client wrote."""
 
-    async def endpoint(request: Request) -> Response:
-        began, code = time.perf_counter(), ""
+    def __init__(self, path: str, handler: Handler, metrics: Metrics) -> None:
+        self._path, self._handler, self._metrics = path, handler, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request."""
+        request, began, code = Request(scope, receive, send), time.perf_counter(), ""
         try:
-            response = await handler(request)
+            response = await self._handler(request)
         except ClientGoneError:
             response = Response(status_code=GONE)
         except (Exception, asyncio.CancelledError) as error:  # cancelled: the server has to end now
             answer = ended() if isinstance(error, asyncio.CancelledError) else _told(error)
             code = f" {answer.code}" if answer.code else ""
             response = JSONResponse(answer.body, answer.status, headers=answer.headers)
-        metrics.requests.labels(path, str(response.status_code)).inc()
-        took = (time.perf_counter() - began) * 1e3
-        logger.info("%s %s %d%s in %.0f ms", request.method, path, response.status_code, code, took)
-        return response
+        took, status = time.perf_counter() - began, response.status_code
+        # Once the response, or a stream's first event, is sent: it does not wait for this.
+        asyncio.get_running_loop().call_soon(self._count, request.method, status, code, took)
+        await response(scope, receive, send)
 
-    return endpoint
+    def _count(self, method: str, status: int, code: str, took_s: float) -> None:
+        self._metrics.requests.labels(self._path, str(status)).inc()
+        logger.info("%s %s %d%s in %.0f ms", method, self._path, status, code, took_s * 1e3)
 
 
 def _told(error: Exception) -> ApiError:
@@ -260,11 +271,8 @@ class EventStream(Response):
         write_s: seconds until the client must have taken an event.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(self, running: RunningAnswer, events: AsyncGenerator[bytes, None], write_s: float) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
+        self.status_code, self.raw_headers = 200, EVENT_HEADERS  # nothing is made while a first token waits
         self._running, self._events, self._write_s = running, events, write_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

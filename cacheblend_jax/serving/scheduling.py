@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from cacheblend_jax.blend import BlendConfig
@@ -44,6 +44,9 @@ class Answer(Protocol):
     def __iter__(self) -> Iterator[tuple[int, str]]: ...
 
     def __aiter__(self) -> AsyncIterator[tuple[int, str]]: ...
+
+    def when_readable(self, call: Callable[[], object]) -> None:
+        """Calls `call` once there is a token to read, or the end: at once, or in whichever thread brings it."""
 
     def token(self, number: int) -> AnswerToken:
         """Returns what is known of a token that has come, counted from 0."""

@@ -7,8 +7,10 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
+from cacheblend_jax.engine.answer import wake
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.serving.health import Health
@@ -55,19 +57,37 @@ class Service:
         self.precomputes = PrecomputeCalls()
         self.is_closed = False
 
-    async def in_thread(self, work: Callable[[], Result], unwanted: Callable[[Result], object] | None = None) -> Result:
+    async def in_thread(
+        self,
+        work: Callable[[], Result],
+        unwanted: Callable[[Result], object] | None = None,
+        until: Callable[[Result, Callable[[], None]], object] | None = None,
+    ) -> Result:
         """Runs what blocks in a thread.
 
         Args:
             unwanted: called with the result where nobody waits for it any more.
+            until: called with the result, in the thread, and with what wakes the caller, which nothing else does then
+                unless the work fails: each time that the event loop wakes, the threads wait for the interpreter.
         """
-        future = self._threads.submit(work)
+        loop = asyncio.get_running_loop()
+        sleeper = loop.create_future()
+
+        def run() -> Result:
+            result = work()
+            if until is not None:
+                until(result, partial(wake, loop, sleeper))
+            return result
+
+        future = self._threads.submit(run)
+        future.add_done_callback(lambda done: wake(loop, sleeper) if until is None or done.exception() else None)
         try:
-            return await asyncio.shield(asyncio.wrap_future(future))
+            await sleeper
         except asyncio.CancelledError:
             if unwanted is not None:
                 future.add_done_callback(lambda done: _give_up(done, unwanted))
             raise
+        return future.result()  # is there, or a few steps of the thread away
 
     async def watched(self, work: Callable[[], Result]) -> Result:
         """Runs what operators ask for, in threads of its own: they are told also while requests take all others."""

@@ -717,6 +717,40 @@ def test_event_loops_are_woken_and_one_that_is_gone_stops_nobody(engine):
     scheduler.close()
 
 
+def test_an_event_loop_reads_the_first_token_before_its_slot_takes_the_interpreter(engine, monkeypatch):
+    monkeypatch.setattr(scheduler_module, "READING_S", 300)
+    insert = CountingBatch.insert
+    monkeypatch.setattr(CountingBatch, "insert", lambda *of: (engine.log.append("insert"), insert(*of))[0])
+
+    async def read(answer):
+        first = asyncio.ensure_future(anext(answer))
+        await asyncio.sleep(0)  # it sleeps before the token comes
+        engine.gate.set()
+        await first
+        engine.log.append("read")
+        return [token async for token, _ in answer]
+
+    engine.gate.clear()
+    with cb.Scheduler(engine, slots=1) as scheduler:
+        assert asyncio.run(read(scheduler.submit(prompt(1), max_new_tokens=5))) == tokens(1, 5)[1:]
+        assert engine.log.index("read") < engine.log.index("insert")
+        assert scheduler.submit(prompt(2), max_new_tokens=2).result().token_ids == tokens(2, 2)  # no loop: no waiting
+
+
+def test_who_asks_to_be_called_is_called_once_something_can_be_read():
+    answer, calls = cb.Answer(None, lambda answer: None), []
+    answer.when_readable(lambda: calls.append("token"))
+    assert calls == []
+    answer.add([5])
+    answer.when_readable(lambda: calls.append("another"))
+    assert calls == ["token", "another"]
+    next(answer)
+    answer.when_readable(lambda: calls.append("end"))
+    assert len(calls) == 2
+    answer.finish("stop")
+    assert calls == ["token", "another", "end"]
+
+
 def test_closing_answers_what_was_submitted(engine):
     engine.gate.clear()
     scheduler = cb.Scheduler(engine, slots=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
@@ -62,6 +63,27 @@ def test_requests_their_times_and_tokens_are_counted(server):
     assert after["cacheblend_hit_rate"] == 0.5
     assert after['cacheblend_store_bytes{tier="host"}'] == server.engine.store.stats.host.bytes > 0
     assert after["cacheblend_requests_running"] == 0
+
+
+def test_a_first_event_does_not_wait_to_be_counted(server, monkeypatch):
+    happened, body = [], json.dumps(chat(stream=True)).encode()
+    received = iter([{"type": "http.request", "body": body}])
+    metrics = server.app.state.service.metrics
+    monkeypatch.setattr(metrics, "prefilled", lambda *_: happened.append("counted"))
+    monkeypatch.setattr(metrics.requests, "labels", lambda *_: happened.append("counted") or metrics.answer_tokens)
+
+    async def receive():
+        return next(received, None) or await asyncio.Event().wait()
+
+    async def send(message):
+        happened.append(message.get("body"))
+
+    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b""}
+    asyncio.run(server.app(scope, receive, send))
+    assert happened[0] is None  # the head
+    assert b"The " in happened[1]
+    assert happened.count("counted") == 2
 
 
 def test_the_dashboard_asks_for_what_there_is(server):
