@@ -417,7 +417,7 @@ class Scheduler:
                         self._changed.notify()  # in a pause, a free lane's next request may have waited for the slot
 
     def _hand_out(self, request: ScheduledRequest, block: Block, reading_s: float = 0.0) -> bool:
-        """Gives an answer its next tokens, and `reading_s` seconds to be read; returns whether it goes on after them."""
+        """Gives an answer its next tokens, and so many seconds to be read; returns whether it goes on after them."""
         token_ids, reason = request.take(block)
         logprobs = block.logprobs[: len(token_ids)] if request.logprobs else ()
         if token_ids and not request.answer.add(token_ids, logprobs):

@@ -14,6 +14,9 @@ from cacheblend_jax.serving.answers import Piece, RunningAnswer
 from cacheblend_jax.serving.token_logprobs import chat_logprobs, completion_logprobs
 
 
+COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+
+
 @dataclass(frozen=True)
 class Form:
     """How an endpoint's answers look.
@@ -95,4 +98,4 @@ async def answer_events(form: Form, running: RunningAnswer, model: str) -> Async
 
 def event(value: dict[str, Any]) -> bytes:
     """Returns a server-sent event."""
-    return b"data: " + json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + COMPACT.encode(value).encode() + b"\n\n"
