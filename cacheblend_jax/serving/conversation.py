@@ -16,6 +16,7 @@ from cacheblend_jax.engine.prompt import PLAIN_QUESTION, Prompt, default_system
 from cacheblend_jax.errors import PromptError
 from cacheblend_jax.model.encoding import encode, encode_opened
 
+Ids = Sequence[int] | np.ndarray
 MARK = re.compile(r"\[\[cacheblend:([a-z]+) (\d+)\]\]")
 UNSTEADY = re.compile("strftime_now|random|lipsum")  # in a template: what differs from time to time
 MOST_FORMS = 256  # of conversations that are known at a time
@@ -25,7 +26,7 @@ MOST_FORMS = 256  # of conversations that are known at a time
 class TextEncoder(Protocol):
     """What `encode` is to one tokenizer."""
 
-    def __call__(self, text: str, *, control_tokens: bool = False) -> Sequence[int] | np.ndarray:
+    def __call__(self, text: str, *, control_tokens: bool = False) -> Ids:
         """Returns a text's ids; what users wrote stays text, what the template printed has control tokens."""
 
 
@@ -261,6 +262,7 @@ def _cut(
     def encoded(some: Sequence[_Piece]) -> np.ndarray:
         return _encoded(conversation, encode_text, some, separator)
 
+    chunks: list[Ids]
     if documents:
         start, chunks = documents[0], _document_chunks(conversation, encode_text, pieces, documents)
         # What the template prints between the last document and the message's own chunks goes with the first of these.
@@ -277,9 +279,9 @@ def _document_chunks(
     encode_text: TextEncoder,
     pieces: Sequence[_Piece],
     places: Sequence[int],
-) -> list[np.ndarray]:
+) -> list[Ids]:
     """Returns the documents' ids, each with what the template prints between it and the one before."""
-    chunks = []
+    chunks = list[Ids]()
     for before, at in zip([None, *places[:-1]], places, strict=True):
         printed = "" if before is None else "".join(piece.text for piece in pieces[before + 1 : at])
         text = conversation.documents[pieces[at].number]
@@ -298,7 +300,7 @@ def _encoded(
     A system text is encoded together with what the template prints around it, as `Prompt.from_chat_template` does, so
     that both give the same prefix; where it spells out control tokens, by itself.
     """
-    ids = list[Sequence[int] | np.ndarray]()
+    ids = list[Ids]()
     joined = ""
     for piece in pieces:
         if not piece.kind:
@@ -315,5 +317,5 @@ def _encoded(
     return _joined([*ids, encode_text(joined, control_tokens=True)])
 
 
-def _joined(ids: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+def _joined(ids: Sequence[Ids]) -> np.ndarray:
     return np.concatenate([np.asarray(each, np.int32) for each in ids])

@@ -13,7 +13,6 @@ from typing import Any
 from cacheblend_jax.serving.answers import Piece, RunningAnswer
 from cacheblend_jax.serving.token_logprobs import chat_logprobs, completion_logprobs
 
-
 COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
