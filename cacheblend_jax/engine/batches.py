@@ -59,7 +59,12 @@ def sharing_reads(
     with SharedReads(store, Counter(chunk.key for chunks in placed for chunk in chunks)) as reads:
 
         def prefill(
-            prompt: Prompt, mode: str, *, blend: BlendConfig | str | None, group: int | None = None, **_: object
+            prompt: Prompt | TokenizedPrompt,
+            mode: str,
+            *,
+            blend: BlendConfig | str | None,
+            group: int | None = None,
+            **_: object,
         ) -> PrefillResult:  # all prompts are this call's: it waits for all of them, in whatever order
             return prefiller.prefill(prefiller.tokenize(prompt), mode, planner_for(blend), reads=reads, group=group)
 
