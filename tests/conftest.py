@@ -140,10 +140,13 @@ install_import_hook(PACKAGES, "conftest.checked_once_called")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import shared_programs  # noqa: E402
 
 import cacheblend_jax as cb  # noqa: E402
+from cacheblend_jax.model import model as model_module  # noqa: E402
 from cacheblend_jax.model.config import ModelConfig  # noqa: E402
 from cacheblend_jax.model.rope_config import RopeConfig  # noqa: E402
+from cacheblend_jax.model.transformer import init_params, random_params  # noqa: E402
 from cacheblend_jax.runtime import user_cache  # noqa: E402
 from cacheblend_jax.runtime.programs import COMPILER_OPTIONS, compiler_options, mapped_share  # noqa: E402
 from pallas_kernels import use_verdicts  # noqa: E402
@@ -219,6 +222,16 @@ GEMMA3_CAPPED = replace(FAMILIES["gemma3"], attention_soft_cap=1.5, attention_si
 TWO_STAGES = cb.BlendConfig(selector="hkvd", num_stages=2)
 
 
+def _params_drawn_singly(key, config, *, by_layer=None):
+    """`random_params`, operation by operation where a test leaves their form open: what models share compiles once."""
+    if by_layer is not None or jax.default_backend() != "cpu":
+        return random_params(key, config, by_layer=by_layer)
+    return init_params(key, config)
+
+
+model_module.random_params = _params_drawn_singly
+
+
 @contextlib.contextmanager
 def unchecked():
     """Annotations are not checked in the body: it passes what they forbid, or calls very often."""
@@ -272,16 +285,6 @@ def one_length(monkeypatch):
     monkeypatch.setattr("cacheblend_jax.evaluation.evaluator.NUM_BUCKETS", 1)
 
 
-_programs_of_commands: dict = {}
-
-
-@pytest.fixture
-def shared_programs(monkeypatch):
-    """Models that commands load, one for each call, run the programs of those before them."""
-    of_one = property(lambda model: _programs_of_commands.setdefault(model.config, {}))
-    monkeypatch.setattr(cb.Model, "_runners", of_one)
-
-
 class _NothingIsKept(set):
     def add(self, kind):
         """Ignores it: a command would keep programs and weights for the next, which no other test runs."""
@@ -294,6 +297,7 @@ def own_user_cache(monkeypatch, tmp_path_factory) -> Path:
     monkeypatch.setattr(user_cache, "_kept", _NothingIsKept())
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(directory))
+    shared_programs.nothing_is_replaced()
     return directory / "cacheblend-jax"
 
 
@@ -315,8 +319,8 @@ def _no_verdicts_stay():
 def _room_for_compiled_programs():
     """A process may map only so many regions: beyond some, JAX's caches go, and models that tests share."""
     yield
-    models = shared_engine.cache_clear, family_model.cache_clear, _programs_of_commands.clear
-    for forget in (jax.clear_caches, *models):
+    models = shared_engine.cache_clear, family_model.cache_clear
+    for forget in (shared_programs.forget, jax.clear_caches, *models):
         if mapped_share() <= 0.4:  # to count them takes tens of milliseconds
             break
         forget()

@@ -43,7 +43,6 @@ def blocks_to_run(page: Path) -> Iterator[Block]:
 
 
 @pytest.mark.once
-@pytest.mark.usefixtures("shared_programs")
 @pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.stem)
 def test_code_of_the_guide_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,6 @@ from cacheblend_jax.cli.conversation import print_as_it_comes, print_dim
 from cacheblend_jax.cli.main import main
 from cacheblend_jax.engine.growing_text import GrowingText
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
 QUESTION = "Where does Ana of the Cobalt team work?"
 
 

@@ -20,8 +20,6 @@ from cacheblend_jax.store.disk import DiskTier
 from cacheblend_jax.store.label import UNKNOWN, label_of
 from cacheblend_jax.store.maintenance import prune
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 
 def run(capsys, tmp_path, *arguments, code: int = 0) -> dict:
     report = tmp_path / "report.json"

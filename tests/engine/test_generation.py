@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shared_programs
 from conftest import FAMILIES, TWO_STAGES, family_model, fresh_engine, random_prompt
 
 import cacheblend_jax as cb
@@ -150,6 +151,7 @@ def test_the_cache_holds_the_last_token_that_the_model_has_room_for():
 @contextmanager
 def compilations():
     """Collects the names of all programs that XLA compiles, or reads from its cache, whoever asks for them."""
+    shared_programs.forget()  # what other tests have compiled
     names: list[str] = []
 
     class Names(logging.Handler):
