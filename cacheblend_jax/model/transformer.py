@@ -317,21 +317,22 @@ def random_params(key: jax.Array, config: ModelConfig, *, by_layer: bool | None 
     if not by_layer:
         return jax.jit(init_params, static_argnames="config")(key, config)
     embedder_key, layers_key = jax.random.split(key)
-
-    @partial(jax.jit, static_argnums=1)
-    def draw_layer(key: jax.Array, joined: frozenset[str]) -> dict[str, Any]:
-        modules = _graph(DecoderLayer, config, joined=joined).abstract
-        return join(_draw(key, module=DecoderLayer, config=config), modules, side_by_side)
-
     keys = jax.random.split(layers_key, config.num_layers)
-    drawn = [draw_layer(key, joined) for key, joined in zip(keys, joined_by_layer(config), strict=True)]
-    return Params(
-        embedder=jax.jit(partial(_draw, module=Embedder, config=config))(embedder_key), layers=as_tuples(drawn)
-    )
+    drawn = [_draw_layer(key, config, joined) for key, joined in zip(keys, joined_by_layer(config), strict=True)]
+    return Params(_draw_compiled(embedder_key, module=Embedder, config=config), as_tuples(drawn))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _draw_layer(key: jax.Array, config: ModelConfig, joined: frozenset[str]) -> dict[str, Any]:
+    modules = _graph(DecoderLayer, config, joined=joined).abstract
+    return join(_draw(key, module=DecoderLayer, config=config), modules, side_by_side)
 
 
 def _draw(key: jax.Array, *, module: Callable[..., nnx.Module], config: ModelConfig) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.split(module(config, rngs=nnx.Rngs(key)))[1])
+
+
+_draw_compiled = jax.jit(_draw, static_argnames=("module", "config"))
 
 
 @struct.dataclass
