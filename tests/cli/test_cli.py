@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 from conftest import HF
@@ -22,6 +23,7 @@ from cacheblend_jax.cli.progress import Parts
 from cacheblend_jax.engine.engine import Engine
 from cacheblend_jax.evaluation.evaluate import Evaluation
 from cacheblend_jax.evaluation.evaluator import Evaluator
+from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.model import loading as loading_module
 from cacheblend_jax.model.demo import demo_directory
 from cacheblend_jax.runtime.programs import Runner
@@ -42,7 +44,6 @@ def ask(docs, *options, question="Where does Ana of the Cobalt team work?"):
     return main(["ask", *MODEL, "--docs", docs, *common, *options, question])
 
 
-@pytest.mark.usefixtures("shared_programs")
 def test_ask_answers_and_says_what_was_reused(docs, capsys, tmp_path):
     report = tmp_path / "report.json"
     options = ["--top-k", "2", "--json", str(report), "--store", str(tmp_path / "kv")]
@@ -99,7 +100,6 @@ def test_ask_compiles_beside_its_other_work_and_shows_what_it_does(docs, capsys,
 
 
 @pytest.mark.once
-@pytest.mark.usefixtures("shared_programs")
 def test_ask_compares_the_four_modes(docs, capsys, tmp_path):
     report = tmp_path / "report.json"
     assert ask(docs, "--all", "--compare", "--selector", "hkvd", "--json", str(report)) == 0
@@ -112,7 +112,6 @@ def test_ask_compares_the_four_modes(docs, capsys, tmp_path):
 
 
 @pytest.mark.once
-@pytest.mark.usefixtures("shared_programs")
 def test_ask_without_a_chat_template(docs, tmp_path, capsys):
     model = shutil.copytree(HF / "llama3", tmp_path / "plain")
     path = model / "tokenizer_config.json"
@@ -125,7 +124,6 @@ def test_ask_without_a_chat_template(docs, tmp_path, capsys):
     assert "TTFT" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("shared_programs")
 def test_ask_passes_arguments_to_the_chat_template(docs, tmp_path, monkeypatch):
     model = shutil.copytree(HF / "llama3", tmp_path / "model")
     path = model / "tokenizer_config.json"
@@ -162,7 +160,6 @@ def test_a_platform_without_a_device_is_one_line(docs):
 
 
 @pytest.mark.once
-@pytest.mark.usefixtures("shared_programs")
 def test_the_question_may_follow_the_paths(docs, capsys):
     options = [*MODEL, "--max-new-tokens", "2"]
     assert main(["ask", *options, "--docs", docs, docs + "/company.md", "Where is Oslo?"]) == 0
@@ -295,7 +292,10 @@ def test_bench_prints_a_table_and_writes_json(tmp_path, capsys):
         (["--prefix-tokens", "-1"], "--prefix-tokens"),
     ],
 )
-def test_bench_names_what_makes_no_sense(capsys, options, message):
+def test_bench_names_what_makes_no_sense(capsys, monkeypatch, options, message):
+    few = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}  # weights: one of these draws them
+    small = replace(SHAPES["bench-16l"], **few)
+    monkeypatch.setitem(SHAPES, "bench-16l", small)
     assert main(["bench", "--no-compile-cache", *options]) == 2
     assert message in capsys.readouterr().err
 
@@ -320,7 +320,6 @@ def evaluate(*options):
 
 
 @pytest.mark.once
-@pytest.mark.usefixtures("shared_programs")
 def test_evaluate_goes_on_where_it_was_stopped(tmp_path, capsys):
     out, report = tmp_path / "results.jsonl", tmp_path / "report.json"
     told = ("Reyes took the nickname Cobalt.", "Lima is the birthplace of Novak.")
@@ -389,7 +388,7 @@ def test_check_layers_are_measured_and_saved(tmp_path, capsys):
     shutil.copytree(demo_directory(), model)
     (model / "cacheblend.json").unlink()
     assert cb.load_model(model).config.check_layer == 1
-    assert evaluate("--model", str(model), "--check-layers", "--limit", "1") == 0
+    assert evaluate("--model", str(model), "--dtype", "float32", "--check-layers", "--limit", "1") == 0
     assert "check layer: " in capsys.readouterr().out
     assert cb.load_model(model).config.check_layer == cb.load_model("demo").config.check_layer > 1
 
@@ -404,7 +403,7 @@ def test_demo_shows_that_reuse_fails_and_blend_does_not(tmp_path, capsys, monkey
     monkeypatch.setattr("cacheblend_jax.evaluation.demo.CURVE_RATIOS", (0.15,))  # as in the table
     monkeypatch.setattr("cacheblend_jax.evaluation.demo.CURVE_SELECTORS", ("hkvd",))
     report, plots = tmp_path / "demo.json", tmp_path / "plots"
-    assert main(["demo", "--no-compile-cache", "--json", str(report), "--plot", str(plots)]) == 0
+    assert main(["demo", "--no-compile-cache", "--dtype", "float32", "--json", str(report), "--plot", str(plots)]) == 0
     printed = capsys.readouterr().out
     assert "For instance: " in printed
     right = {line["setting"]: line for line in json.loads(report.read_text())["summary"] if line["kind"] == "reference"}
