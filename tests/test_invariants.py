@@ -131,7 +131,7 @@ def test_i3_exact_chunk_is_prefix_caching(family, ratio):
 
 @pytest.mark.once
 def test_i3_a_prefix_is_exact_after_its_first_use(family):
-    engine, prompt = fresh_engine(family), random_prompt(4)
+    engine, prompt = fresh_engine(family, 0.4, "epic"), random_prompt(4)  # whose programs I4 has
     assert engine.prefill(prompt).stats.exact == 0
     engine.flush()
     assert engine.prefill(prompt).stats.exact == 9
@@ -215,7 +215,7 @@ def test_i7_odd_shapes(shape, ratio):
 
 @pytest.mark.once
 def test_i7_order_and_repeats():
-    engine, prompt = fresh_engine("qwen2", 1.0), random_prompt(9)
+    engine, prompt = fresh_engine("qwen2", 1.0, "query"), random_prompt(9, (12, 15, 1, 10))  # I1 has the programs
     engine.precompute(prompt)
     chunks = [prompt.chunks[i] for i in (3, 0, 0, 2, 1, 0)]
     shuffled = cb.Prompt(prompt.prefix, chunks, prompt.suffix)
@@ -231,7 +231,7 @@ def test_i7_order_and_repeats():
     stored=st.sets(st.integers(0, 5)),
     prefix=st.integers(0, 12),
     suffix=st.integers(1, 20),
-    blend=st.sampled_from([(0.0, "hkvd"), (0.15, "hkvd"), (0.15, "query"), (0.5, "epic"), (1.0, "cross")]),
+    blend=st.sampled_from([(0.0, "hkvd"), (0.15, "hkvd"), (0.15, "query"), (0.4, "epic"), (1.0, "cross")]),
     seed=st.integers(0, 3),
 )
 def test_any_mix_of_hits_and_misses_is_budgeted_and_right(lengths, stored, prefix, suffix, blend, seed):
@@ -306,7 +306,8 @@ def test_another_model_finds_nothing():
 
 @pytest.mark.once
 def test_no_compile_for_another_prompt_of_the_same_bucket():
-    engine = cb.Engine(family_model("llama2"), blend=TWO_STAGES)
+    # A model of its own, whose runner has no other test's programs.
+    engine = cb.Engine(cb.model.random_model(FAMILIES["llama3"], seed=7), blend=TWO_STAGES)
     assert engine.warmup(128, modes=("blend", "full"), prefix_tokens=9, suffix_tokens=32) > 0
     prompts = [random_prompt(seed, lengths, 9, 20) for seed, lengths in ((1, (30, 60)), (2, (45, 33)), (3, (20, 10)))]
     for prompt in prompts:

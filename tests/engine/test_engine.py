@@ -361,9 +361,9 @@ def test_a_request_may_choose_its_own_blend():
     engine, prompt = fresh_engine("llama3"), random_prompt(21)
     engine.precompute(prompt)
     usual = engine.prefill(prompt).stats.recompute_ratio
-    other = engine.prefill(prompt, blend=cb.BlendConfig(0.5, "epic"))
+    other = engine.prefill(prompt, blend=cb.BlendConfig(0.5, "epic", num_stages=1))
     assert (other.plan.selector, other.stats.recompute_ratio) == (cb.SELECTORS["epic"], pytest.approx(0.5, abs=0.01))
-    answer = engine.generate(prompt, blend=cb.BlendConfig(1.0), max_new_tokens=1)
+    answer = engine.generate(prompt, blend=cb.BlendConfig(1.0, num_stages=1), max_new_tokens=1)
     assert answer.stats.prefill.recompute_ratio == 1.0
     assert engine.generate(prompt, blend="auto", max_new_tokens=1).stats.prefill.decision is not None
     assert engine.prefill(prompt).stats.recompute_ratio == usual  # the engine's own is as it was
@@ -396,7 +396,8 @@ def test_a_selector_replaced_under_its_name_is_not_the_compiled_one(monkeypatch)
     engine.precompute(prompt)
     first = cb.Selector("mine", lambda evidence: -evidence.positions.astype(jnp.float32))
     last = cb.Selector("mine", lambda evidence: evidence.positions.astype(jnp.float32))
-    chosen = [engine.prefill(prompt, blend=cb.BlendConfig(0.3, selector)).recomputed for selector in (first, last)]
+    blends = [cb.BlendConfig(0.3, selector, num_stages=1) for selector in (first, last)]
+    chosen = [engine.prefill(prompt, blend=blend).recomputed for blend in blends]
     candidates = slice(9, 9 + 96)
     assert chosen[0][-1, candidates][:20].all()
     assert chosen[1][-1, candidates][-20:].all()
