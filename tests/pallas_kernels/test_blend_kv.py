@@ -61,46 +61,55 @@ def reference(named: dict):
     return blend_kv_reference(*(named[name] for name in NAMES[:5]), cos=named["cos"], sin=named["sin"], **more)
 
 
-def check(named: dict, implementation: str | None) -> None:
-    """Checks one layer alone, and the same in a stack, whose other layers must stay as they are."""
-    k, v = call(named, implementation=implementation)
+def check(named: dict, implementation: str | None, *, in_stack: bool) -> list[np.ndarray]:
+    """Checks one layer, alone or in a stack, whose other layers must stay as they are; returns its keys and values."""
+    if in_stack:
+        layers = [(2 * np.asarray(named[name]), named[name], 3 * np.asarray(named[name])) for name in NAMES[:2]]
+        stacks = {name: stack_of(*each) for name, each in zip(NAMES[:2], layers, strict=True)}
+        blended = [np.asarray(stack) for stack in call(named | stacks, implementation=implementation, layer=1)]
+        for stack, (before, _, after) in zip(blended, layers, strict=True):
+            np.testing.assert_array_equal(stack[::2], np.stack([before, after]))
+        k, v = (stack[1] for stack in blended)
+    else:
+        k, v = map(np.asarray, call(named, implementation=implementation))
     with jax.enable_x64(True):
         exact = {name: x if name == "indices" else as_float64(x) for name, x in named.items()}
         wanted_k, wanted_v = map(np.asarray, reference(exact))
     dtype = named["k_cached"].dtype
     tolerance = TOLERANCE[str(dtype)]
-    np.testing.assert_array_equal(np.asarray(v, np.float64), wanted_v)
-    np.testing.assert_allclose(np.asarray(k, np.float64), wanted_k, atol=tolerance, rtol=tolerance)
+    np.testing.assert_array_equal(v.astype(np.float64), wanted_v)
+    np.testing.assert_allclose(k.astype(np.float64), wanted_k, atol=tolerance, rtol=tolerance)
     assert k.dtype == v.dtype == dtype
-    layers = [(2 * np.asarray(named[name]), named[name], 3 * np.asarray(named[name])) for name in NAMES[:2]]
-    stacks = {name: stack_of(*each) for name, each in zip(NAMES[:2], layers, strict=True)}
-    blended = call(named | stacks, implementation=implementation, layer=1)
-    for stack, (before, _, after), layer in zip(blended, layers, (k, v), strict=True):
-        np.testing.assert_array_equal(np.asarray(stack), stack_of(before, layer, after))
+    return [k, v]
 
 
 @pytest.mark.parametrize("backend", [pytest.param("xla", marks=pytest.mark.once), *api.BACKENDS])
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     sizes=st.sampled_from(((1, 1), (300, 24), (160, 160))),  # few, since each is compiled
     filled=st.sampled_from((0.0, 0.8, 1.0)),
     heads=st.sampled_from(((1, 16), (3, 80))),
     dtype=st.sampled_from(sorted(TOLERANCE)),
+    in_stack=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_keys_are_rotated_once_and_rows_replaced(backend, sizes, filled, heads, dtype, seed):
+def test_keys_are_rotated_once_and_rows_replaced(backend, sizes, filled, heads, dtype, in_stack, seed):
     (num_keys, num_fresh), (kv_heads, head_dim) = sizes, heads
     count = round(filled * num_fresh)
     places = np.random.default_rng(seed).choice(num_keys, count, replace=False)
     padding = num_fresh - count
-    check(arguments(num_keys, places, head_dim, dtype, padding=padding, kv_heads=kv_heads, seed=seed), backend)
+    named = arguments(num_keys, places, head_dim, dtype, padding=padding, kv_heads=kv_heads, seed=seed)
+    check(named, backend, in_stack=in_stack)
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("places", [[0, 127, 128, 255, 256, 299], [128], range(128, 152), [299]])
 def test_rows_at_the_borders_of_blocks(backend, places):
-    check(arguments(300, places, 16, "float32", padding=24 - len(places)), backend)
+    named = arguments(300, places, 16, "float32", padding=24 - len(places))
+    alone, in_stack = (check(named, backend, in_stack=in_stack) for in_stack in (False, True))
+    for one, other in zip(in_stack, alone, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def quantised(named: dict, codes: str, *, with_offset: bool) -> dict:

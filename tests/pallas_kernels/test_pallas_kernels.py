@@ -202,7 +202,7 @@ def test_gradients_are_those_of_dense_attention_and_zero_where_nothing_is_seen()
         lse = jax.nn.logsumexp(scores, axis=-1)
         return (out * weights[:4]).sum() + lse.sum(), (out, lse.T)
 
-    both = (jax.grad(function, (0, 1, 2, 3), has_aux=True)(q, k, v, sinks) for function in (by_us, densely))
+    both = (jax.jit(jax.grad(each, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks) for each in (by_us, densely))
     (gradients, results), (wanted_gradients, wanted) = both
     np.testing.assert_allclose(results[0], np.concatenate([wanted[0], np.zeros((1, 4, 8))]), atol=1e-5)
     np.testing.assert_allclose(results[1][:4], wanted[1], atol=1e-5)
@@ -214,7 +214,7 @@ def test_parts_of_the_keys_are_merged_before_sinks_join():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((n, 2, 8)), jnp.float32) for n in (5, 40, 40))
     positions, sinks = jnp.arange(35, 40), jnp.asarray([0.0, 1.0])
-    attend = partial(selective_attention, return_lse=True)
+    attend = jax.jit(partial(selective_attention, return_lse=True))
     parts = [attend(q, k, v, jnp.minimum(positions, 29)), attend(q, k, v, positions, q_starts=jnp.full(5, 30))]
     lse = jnp.logaddexp(jnp.logaddexp(parts[0][1], parts[1][1]), sinks[None])
     merged = sum(out * jnp.exp(each - lse)[..., None] for out, each in parts)
