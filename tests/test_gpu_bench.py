@@ -59,7 +59,7 @@ def test_a_tiny_run_of_all_parts_checks_measures_and_writes_json(tmp_path, capsy
     if find_spec("torch"):
         assert [row["name"] for row in report["torch"]] == ["torch sdpa", "torch full"]
         assert report["torch"][1]["ms"] > 0
-    assert {row["name"] for row in report["link"]} == {"device", "load", "host", "how", "full"}
+    assert {row["name"] for row in report["link"]} == {"device", "load", "host", "staged load", "staged", "how", "full"}
     assert report["sweep"] == []
     assert "efficiency" in capsys.readouterr().out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from cacheblend_jax.engine.growing_text import GrowingText
 from cacheblend_jax.engine.results import GenerateStats, Generation, PrefillStats
 from cacheblend_jax.errors import CacheBlendError
 from cacheblend_jax.model.logprobs import TokenLogprobs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Answer:
     def when_readable(self, call: Callable[[], object]) -> None:
         """Calls `call` once there is a token that was not read, or the end: at once, or in the thread that brings it.
 
-        It must not take long, nor use the answer: the thread has tokens to decode.
+        It must not take long, nor use the answer: the thread has tokens to decode. What it raises there is logged.
         """
         with self._changed:
             if not self._is_readable():
@@ -192,7 +195,10 @@ class Answer:
         sleepers, self._sleepers = self._sleepers, []
         self._has_woken = bool(sleepers)
         for call in sleepers:
-            call()
+            try:
+                call()
+            except Exception:  # this thread has other answers to go on with
+                logger.exception("what an answer was to wake failed")
 
     def _is_readable(self) -> bool:
         return self._has_ended or self._num_read < len(self._token_ids)

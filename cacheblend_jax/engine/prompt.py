@@ -251,7 +251,7 @@ def _ids(part: TextOrIds, name: str, tokenizer: Any, vocab_size: int, encoder: E
         check_text(part, name)
         part = encoder(tokenizer, part, **options)
     if isinstance(part, np.ndarray) and part.dtype == np.int32 and part.ndim == 1:
-        return part.copy()  # its owner may change it
+        return np.array(part)  # its owner may change it; and of a masked array, all of its values
     return checked_ids(part, name, vocab_size)
 
 

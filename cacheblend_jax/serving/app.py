@@ -272,7 +272,7 @@ class EventStream(Response):
     """
 
     def __init__(self, running: RunningAnswer, events: AsyncGenerator[bytes, None], write_s: float) -> None:
-        self.status_code, self.raw_headers = 200, EVENT_HEADERS  # nothing is made while a first token waits
+        self.status_code, self.raw_headers = 200, list(EVENT_HEADERS)
         self._running, self._events, self._write_s = running, events, write_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -160,7 +160,7 @@ class KnownTemplates:
         Raises:
             PromptError: as `prompt_of`.
         """
-        template = tokenizer.chat_template
+        template = _template_of(tokenizer, arguments)
         form = template, conversation.place, len(conversation.documents), *(each.role for each in conversation.messages)
         is_steady = isinstance(template, str) and not UNSTEADY.search(template)
         if is_steady and (known := self._known.get(form)) is not None:
@@ -174,6 +174,14 @@ class KnownTemplates:
                 self._known = {}  # not `clear`: another thread may be adding to it
             self._known[form] = pieces
         return pieces
+
+
+def _template_of(tokenizer: Any, arguments: Mapping[str, Any]) -> Any:
+    """Returns the template that is run: the arguments may name one of several, or bring their own."""
+    own, given = tokenizer.chat_template, arguments.get("chat_template")
+    if given is None:
+        return own
+    return own.get(given, given) if isinstance(own, Mapping) else given
 
 
 def _rendered(conversation: Conversation, tokenizer: Any, arguments: Mapping[str, Any]) -> list[_Piece]:
@@ -200,7 +208,7 @@ def _rendered_with_documents(
     conversation: Conversation, tokenizer: Any, arguments: Mapping[str, Any]
 ) -> list[_Piece] | None:
     """As `_rendered`, with the documents where the template prints them; `None` where it does not, or after chunks."""
-    if not conversation.documents or "documents" not in str(tokenizer.chat_template):
+    if not conversation.documents or "documents" not in str(_template_of(tokenizer, arguments)):
         return None
     given = [{"title": "", "text": _mark("document", number)} for number in range(len(conversation.documents))]
     try:

@@ -80,7 +80,8 @@ class Service:
             return result
 
         future = self._threads.submit(run)
-        future.add_done_callback(lambda done: wake(loop, sleeper) if until is None or done.exception() else None)
+        has_failed = lambda done: done.cancelled() or done.exception() is not None  # noqa: E731
+        future.add_done_callback(lambda done: wake(loop, sleeper) if until is None or has_failed(done) else None)
         try:
             await sleeper
         except asyncio.CancelledError:

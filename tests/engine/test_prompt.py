@@ -404,6 +404,7 @@ def test_prompts_are_equal_where_their_texts_and_ids_are():
         (([1], [[2]], [-1]), "suffix has token id -1"),
         (([1], [np.array([2, 160], np.int32)], [3]), "chunk 0 has token id 160, which is not in the vocabulary"),
         ((np.array([-7], np.int32), [], [3]), "prefix has token id -7"),
+        ((np.ma.masked_array(np.array([1, 160], np.int32), mask=[0, 1]), [], [3]), "prefix has token id 160"),
         (([1], [np.array([2**32], np.int64)], [3]), "chunk 0 has token id 4294967296"),
         (([1], [np.array([[2]], np.int32)], [3]), "chunk 0 must be text or a flat"),
         (([0.5], [[2]], [3]), "prefix must be text or a flat sequence of token ids, got float64"),

@@ -752,6 +752,15 @@ def test_who_asks_to_be_called_is_called_once_something_can_be_read():
     assert calls == ["token", "another", "end"]
 
 
+def test_a_call_that_raises_is_logged_and_stops_nobody_else(caplog):
+    answer, calls = cb.Answer(None, lambda answer: None), []
+    answer.when_readable(lambda: 1 / 0)
+    answer.when_readable(lambda: calls.append("token"))
+    answer.add([5])
+    assert calls == ["token"]
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_closing_answers_what_was_submitted(engine):
     engine.gate.clear()
     scheduler = cb.Scheduler(engine, slots=1)

@@ -121,6 +121,19 @@ def test_a_template_is_run_once_for_conversations_of_a_form(tokenizer, monkeypat
     assert (len(runs) > before) == ("strftime" in template)
 
 
+@pytest.mark.parametrize("name", [None, "dated"])
+def test_a_template_among_the_arguments_is_the_one_that_is_known(tokenizer, monkeypatch, name):
+    """As a text of its own, or the name of one of several."""
+    known, dated = KnownTemplates(), TURNS + "{{ strftime_now('%S') }}"
+    turned = with_template(tokenizer, TURNS if name is None else {"default": TURNS, name: dated})
+    arguments, runs, render = {"chat_template": name or dated}, [], turned.apply_chat_template
+    monkeypatch.setattr(turned, "apply_chat_template", lambda *given, **how: runs.append(0) or render(*given, **how))
+    for _ in range(2):
+        before = len(runs)
+        prompt_of(Conversation((user("Why?"),)), turned, template_arguments=arguments, templates=known)
+    assert len(runs) > before
+
+
 def test_no_more_than_some_forms_of_conversations_are_known(tokenizer, monkeypatch):
     monkeypatch.setattr("cacheblend_jax.serving.conversation.MOST_FORMS", 2)
     known, turned = KnownTemplates(), with_template(tokenizer, TURNS)
