@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import conftest
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CHECKED_CALLS, checked_once_called, unchecked, until_checked_enough
+from conftest import checked_once_called, unchecked, until_checked_enough
 from jaxtyping import Float, TypeCheckError, jaxtyped
 
 from cacheblend_jax.blend.deviation import kv_deviation
 from pallas_kernels import apply_rope
+
+CHECKED_CALLS = 3
+
+
+@pytest.fixture(autouse=True)
+def some_calls_are_checked(monkeypatch):
+    monkeypatch.setattr(conftest, "CHECKED_CALLS", CHECKED_CALLS)
 
 
 @jaxtyped(typechecker=checked_once_called)

@@ -31,6 +31,7 @@ from cacheblend_jax.store.stored_chunk import HostChunk
 
 CONFIG = replace(FAMILIES["llama3"], num_kv_heads=1, head_dim=2, dtype="float32")  # 8 bytes a row
 NUM_KEYS = 64
+ONE_STAGE = replace(TWO_STAGES, num_stages=1)  # little to compile
 
 
 class Client:
@@ -94,8 +95,8 @@ def page_bytes(monkeypatch, rows: int) -> int:
 def test_i6_from_pages_is_resident(small_pages, kept_bytes):
     """Whatever modes follow each other: layers that one has left on the device are whole for the next."""
     store, link = cb.ChunkStore(), LockingLink()
-    engine = cb.Engine(family_model("qwen2"), store, TWO_STAGES, link=link, kept_bytes=kept_bytes)
-    resident = cb.Engine(family_model("qwen2"), store, TWO_STAGES, executor="resident")
+    engine = cb.Engine(family_model("qwen2"), store, ONE_STAGE, link=link, kept_bytes=kept_bytes)
+    resident = cb.Engine(family_model("qwen2"), store, ONE_STAGE, executor="resident")
     prompt = random_prompt(1)
     engine.precompute(prompt)
     for mode in ("blend", "blend", "reuse", "prefix", "blend"):
@@ -145,7 +146,7 @@ def test_a_trace_shows_pages_and_layers(small_pages):
 
 @pytest.mark.parametrize("how", ["quantised", "query", "unlocked", "slow"])
 def test_what_cannot_be_read_in_place_is_staged(small_pages, how, monkeypatch):
-    link, blend = LockingLink(), replace(TWO_STAGES, num_stages=1, selector="query" if how == "query" else "hkvd")
+    link, blend = LockingLink(), replace(ONE_STAGE, selector="query" if how == "query" else "hkvd")
     store = cb.ChunkStore(kv_dtype="int8" if how == "quantised" else None)
     if how == "unlocked":
         locked = link.page_lock
