@@ -176,7 +176,8 @@ class Delivery:
         Raises:
             CacheBlendError: a thread cannot be started; nothing is left running.
         """
-        in_pages = self.takes_pages(plan, self.kv_dtype(chunks)) and all(chunk.is_in_memory for chunk in chunks)
+        kv_dtype = self.kv_dtype(chunks)
+        in_pages = self.takes_pages(plan, kv_dtype) and all(chunk.is_in_memory for chunk in chunks)
         kept = self._layers_kept(plan, chunks, needed, copied=in_pages)
         if kept.room:  # layers stay whole: a prefill of another mode may read all of their tokens
             first = 0
@@ -194,7 +195,7 @@ class Delivery:
                 room=2 * PAGES_AHEAD * self.prefetch_layers,
                 kept=kept,
             )
-        config, on_device, kv_dtype = self._model.config, self.prefetch_layers, self.kv_dtype(chunks)
+        config, on_device = self._model.config, self.prefetch_layers
         host_layers = config.num_layers if plan.needs("question_mass") else self.host_layers  # no layer is read twice
         return LayerStream(
             chunks,

@@ -48,12 +48,18 @@ class TracedLane:
 
     def __init__(self, trace: Trace, lane: str) -> None:
         self._trace, self._lane = trace, lane
-        self._begun: queue.SimpleQueue[tuple[int, Any, float] | None] = queue.SimpleQueue()
+        self._begun: queue.SimpleQueue[tuple[int, Any, float, threading.Event] | None] = queue.SimpleQueue()
         self._thread = start_lane(self._watch, "be traced", "leave the trace out")
 
-    def add(self, layer: int, results: Any) -> None:
-        """Adds a piece of work that has just been dispatched, by what it computes or sends."""
-        self._begun.put((layer, results, time.perf_counter()))
+    def add(self, layer: int, results: Any, dispatched: float | None = None) -> threading.Event:
+        """Adds a piece of work, by what it computes or sends; returns what is set once it is traced.
+
+        Args:
+            dispatched: when, by `time.perf_counter`; `None`: just now.
+        """
+        traced = threading.Event()
+        self._begun.put((layer, results, time.perf_counter() if dispatched is None else dispatched, traced))
+        return traced
 
     def close(self) -> None:
         """Waits until all work is done and traced."""
@@ -63,8 +69,9 @@ class TracedLane:
     def _watch(self) -> None:
         free_at = 0.0
         while (begun := self._begun.get()) is not None:
-            layer, results, dispatched = begun
+            layer, results, dispatched, traced = begun
             with suppress(jax.errors.JaxRuntimeError):  # who reads it fails, too, and says so
                 jax.block_until_ready(results)
             began, free_at = max(dispatched, free_at), time.perf_counter()
             self._trace.add(self._lane, f"layer {layer}", layer, began, free_at)
+            traced.set()

@@ -8,13 +8,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import suppress
 from typing import Any
 
 import jax
 
 from cacheblend_jax.engine.device_layers import PlacedLayers
-from cacheblend_jax.engine.lanes import start_lane
+from cacheblend_jax.engine.lanes import TracedLane, start_lane
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import HostRows, LayerReads, abandon, batches, layer_of
 from cacheblend_jax.model.kv_cache import KVCache, LayerKV
@@ -22,8 +21,6 @@ from cacheblend_jax.model.quantised_kv import StoredLayer
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store import is_slow
 from pallas_kernels import QuantisedKV
-
-_Sent = tuple[int, StoredLayer, float, threading.Event]
 
 
 class LayerStream:
@@ -87,8 +84,8 @@ class LayerStream:
         self._reads: dict[int, list[Future]] = {}  # by turn; those of a batch have one list
         self._arrived: queue.SimpleQueue[StoredLayer | BaseException] = queue.SimpleQueue()
         self._in_use: queue.SimpleQueue[tuple[int, StoredLayer, jax.Array, float] | None] = queue.SimpleQueue()
-        self._on_the_way: queue.SimpleQueue[_Sent | None] = queue.SimpleQueue()
-        self._watched: dict[int, threading.Event] = {}
+        self._transfers: TracedLane | None = None
+        self._traced: dict[int, threading.Event] = {}  # by turn, once its transfer is
         self._closed = False
         self._current: StoredLayer | None = None
         self._turn = -1
@@ -96,7 +93,9 @@ class LayerStream:
         try:
             for last in range(self._slots):
                 self._read(last)
-            for lane in (self._transfer, self._release, *(() if trace is None else (self._watch,))):
+            if trace is not None:  # by a thread of its own: the link does not rest until their ends have been noticed
+                self._transfers = TracedLane(trace, "transfer")
+            for lane in (self._transfer, self._release):
                 self._lanes.append(start_lane(lane))
         except BaseException:
             self.close()
@@ -136,9 +135,10 @@ class LayerStream:
         self._closed = True
         self._in_use.put(None)
         self._room.release()
-        self._on_the_way.put(None)
         for lane in self._lanes:
             lane.join()
+        if self._transfers is not None:
+            self._transfers.close()
         abandon([future for reads in self._reads.values() for future in reads])
         unused = [] if self._current is None else [self._current]
         while not self._arrived.empty():
@@ -226,22 +226,9 @@ class LayerStream:
             future.result()
         began = time.perf_counter()
         on_device = layer_of(self._put(self._slot(turn)))
-        if self._trace is not None:
-            watched = self._watched[turn] = threading.Event()
-            self._on_the_way.put((layer, on_device, began, watched))
+        if self._transfers is not None:
+            self._traced[turn] = self._transfers.add(layer, on_device, began)
         return on_device
-
-    def _watch(self) -> None:
-        """Traces transfers, on a thread of its own: the link does not rest until their ends have been noticed."""
-        free_at = 0.0
-        while (sent := self._on_the_way.get()) is not None:
-            layer, kv, began, watched = sent
-            with suppress(jax.errors.JaxRuntimeError):  # the step that reads it fails, too, and says so
-                jax.block_until_ready(kv)
-            began, free_at = max(began, free_at), time.perf_counter()
-            if self._trace is not None:
-                self._trace.add("transfer", f"layer {layer}", layer, began, free_at)
-            watched.set()
 
     def _release(self) -> None:
         free_at = 0.0
@@ -249,10 +236,10 @@ class LayerStream:
             while (used := self._in_use.get()) is not None:
                 turn, kv, result, dispatched = used
                 jax.block_until_ready(result)
-                if (watched := self._watched.pop(turn, None)) is not None:
+                if (traced := self._traced.pop(turn, None)) is not None:
                     # A step ends after its layer's transfer in the trace, too; and waiting for an array while another
                     # thread deletes it ends the process.
-                    watched.wait()
+                    traced.wait()
                 began, free_at = max(dispatched, free_at), time.perf_counter()
                 if self._trace is not None:
                     layer = self._layers[turn]
