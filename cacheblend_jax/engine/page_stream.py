@@ -149,7 +149,7 @@ class PageStream:
             self._there.pop(earlier, None)
 
     def _send(self, layer: int) -> None:
-        pages, there = self._pages[layer], self._there.setdefault(layer, [])
+        began, pages, there = time.perf_counter(), self._pages[layer], self._there.setdefault(layer, [])
         for first in range(0, len(pages), PAGES_TOGETHER):
             some = pages[first : first + PAGES_TOGETHER]
             self._is_sending = True
@@ -157,4 +157,4 @@ class PageStream:
             there.append(self._put((tuple(page.rows(self._rows) for page in some), places_of(some, self._num_keys))))
             self._is_sending = False
         if "transfer" in self._lanes:
-            self._lanes["transfer"].add(layer, there)
+            self._lanes["transfer"].add(layer, there, began)
