@@ -22,9 +22,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Noting where in the source each operation stands takes a twentieth of tracing and compiling, and no test reads it.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
-# These flags save three quarters of compiling: among them, not to cut small programs up for several threads. From jax
-# 0.11 on there are no other emitters to choose, and cutting costs nothing.
+# These flags save four fifths of compiling: among them, not to cut small programs up for several threads. From jax 0.11
+# on there are no other emitters to choose, and cutting costs nothing. The passes left out verify what each pass made,
+# split long sums into several loops, and turn products of a matrix and a vector into products of matrices.
 QUICKLY, AS_USERS = {"xla_backend_optimization_level": 0}, {"xla_backend_optimization_level": 3}
+QUICKLY |= {"xla_disable_hlo_passes": "hlo-verifier,tree_reduction_rewriter,gemv-rewriter"}
+AS_USERS |= {"xla_disable_hlo_passes": ""}
 if importlib.metadata.version("jax") < "0.11":
     QUICKLY |= {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
     AS_USERS |= {"xla_cpu_use_fusion_emitters": True, "xla_cpu_parallel_codegen_split_count": 32}
@@ -383,11 +386,24 @@ LONG = (
     "test_fault_harness.py",
     "test_gpu_bench.py",
 )
+# Of those that share most of their programs: they follow, for a worker to run them all.
+SHARING = (
+    *("engine/test_background.py", "engine/test_batches.py", "engine/test_context.py", "engine/test_controller.py"),
+    *("engine/test_decode_by_layer.py", "engine/test_device_layers.py", "engine/test_engine.py"),
+    *("engine/test_extending.py", "engine/test_generation.py", "engine/test_lanes.py", "engine/test_pages.py"),
+    *("engine/test_pauses.py", "engine/test_quantised.py", "engine/test_streamed.py", "runtime/test_kept_programs.py"),
+    *("runtime/test_trace.py", "store/test_device_tier.py", "test_invariants.py"),
+)
+
+
+def _place(item) -> int:
+    name = item.nodeid.removeprefix("tests/")
+    return 0 if name.startswith(LONG) else 1 if name.startswith(SHARING) else 2
 
 
 def pytest_collection_modifyitems(items):
     """Marks `once` the tests of the other families, and all that are not `ON_EVERY_VERSION`; long ones come first."""
-    items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(LONG))
+    items.sort(key=_place)
     for item in items:
         if not item.nodeid.removeprefix("tests/").startswith(ON_EVERY_VERSION):
             item.add_marker(pytest.mark.once)

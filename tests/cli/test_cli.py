@@ -382,7 +382,7 @@ def test_evaluate_names_what_makes_no_sense_before_any_work(capsys, monkeypatch,
 
 
 @pytest.mark.once
-@pytest.mark.usefixtures("one_length")
+@pytest.mark.usefixtures("optimised", "one_length")
 def test_check_layers_are_measured_and_saved(tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(demo_directory(), model)

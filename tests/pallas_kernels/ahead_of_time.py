@@ -97,7 +97,8 @@ class Compiler:
     def __call__(self, function, *arguments, donate: tuple[int, ...] = (), options: dict | None = None):
         """The compiled program; `donate`: positions of arguments, `options`: the compiler's, by the names of flags."""
         arguments = jax.tree.map(lambda x: self.shape(x.shape, x.dtype), arguments)
-        as_users_compile = {"xla_backend_optimization_level": 3} | (options or {})  # other tests compile for speed
+        # Other tests compile for speed.
+        as_users_compile = {"xla_backend_optimization_level": 3, "xla_disable_hlo_passes": ""} | (options or {})
         with jax.sharding.use_abstract_mesh(self.abstract_mesh), no_compilation_cache():
             lowered = jax.jit(function, donate_argnums=donate).trace(*arguments).lower()
             return lowered.compile(compiler_options=as_users_compile)
