@@ -9,6 +9,7 @@ import json
 import queue
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,9 +72,10 @@ class ScriptedAnswer:
         return self._scheduler.tokens[number]
 
     def cancel(self) -> None:
-        if not self.cancelled.is_set():
-            self.cancelled.set()
-            self._scheduler.stats.running -= 1
+        with self._scheduler.counting:
+            if not self.cancelled.is_set():
+                self.cancelled.set()
+                self._scheduler.stats.running -= 1
 
 
 class ScriptedScheduler:
@@ -81,7 +83,7 @@ class ScriptedScheduler:
 
     def __init__(self, engine: cb.Engine, script: tuple[str, ...] = ("The ", "office ", "is in ", "Oslo", ".")) -> None:
         self.engine, self.script = engine, script
-        self.stats = Counts()
+        self.stats, self.counting = Counts(), threading.Lock()
         self.gate = threading.Event()
         self.gate.set()
         self.fails: Exception | None = None
@@ -118,7 +120,8 @@ class ScriptedScheduler:
         all_loaded = loaded or (False,) * len(tokenized.chunks)
         stats = PrefillStats(mode=mode, tokens=total, **counts, **times, **rest, loaded=all_loaded)
         answer = ScriptedAnswer(self, stats, max_new_tokens)
-        self.stats.running += 1
+        with self.counting:
+            self.stats.running += 1
         self.answers.put(answer)
         return answer
 
@@ -137,6 +140,13 @@ class Running:
     server: Any = None
     thread: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def holds_no_slot(self) -> bool:
+        """Whether no answer is running before long: of a client that has gone, the thread that submits it ends it."""
+        given_up_at = time.monotonic() + 30
+        while self.scheduler.stats.running and time.monotonic() < given_up_at:
+            time.sleep(1e-3)
+        return self.scheduler.stats.running == 0
 
     @property
     def address(self) -> tuple[str, int]:

@@ -40,7 +40,7 @@ def goes_on(server, caplog):
     yield
     status, answer = server.post(CHAT, json.dumps(body()).encode())
     assert (status, json.loads(answer)["choices"][0]["finish_reason"]) == (200, "stop")
-    assert server.scheduler.stats.running == 0
+    assert server.holds_no_slot()
     assert SECRET not in caplog.text
 
 
