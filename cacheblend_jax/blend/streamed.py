@@ -34,7 +34,7 @@ from cacheblend_jax.blend.steps import (
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache, LayerKV
 from cacheblend_jax.model.params import Params
-from cacheblend_jax.model.quantised_kv import StoredLayer
+from cacheblend_jax.model.quantised_kv import StoredLayer, stored_layer
 
 
 @runtime_checkable
@@ -72,22 +72,24 @@ class ShapeSource:
 def layers_wanted(plan: Plan, num_layers: int) -> list[int]:
     """Returns the layers whose cached KV a streamed prefill takes, in order.
 
-    The `query` selector's question pass takes all of them before the first layer. They then come to the device twice,
-    since keeping them there would mean holding all cached KV; in host memory they are kept.
+    The `query` selector's question pass takes all of them before the first layer. Those that come one by one then come
+    to the device twice, since keeping them there would mean holding all cached KV; in host memory they are kept. What
+    comes in pages is placed into the blended cache for the pass, and is there for the blend.
     """
     return list(range(num_layers)) * (2 if plan.needs("question_mass") else 1)
 
 
 def first_layer_read(plan: Plan, request: Request, num_exact: int) -> int:
-    """Returns the first layer that reads stored KV of other than exact tokens; the `query` selector's pass aside.
+    """Returns the first layer that reads stored KV of other than exact tokens.
 
-    That is the check layer if all but exact tokens are active: the layers before it compute all of their KV.
+    That is the check layer if all but exact tokens are active: the layers before it compute all of their KV. A pass of
+    the question reads the first one's, too.
 
     Args:
         request: on the host.
         num_exact: the exact tokens.
     """
-    if plan.selector is None:  # there is no check layer
+    if plan.selector is None or plan.needs("question_mass"):  # without one, there is no check layer
         return 0
     num_active = np.count_nonzero(np.asarray(request.positions) < plan.cache_length)
     return plan.stages[0].border if num_active + num_exact == int(request.length) else 0
@@ -134,7 +136,7 @@ def prefill_streamed(
         active, blended = step(begin_rows, params, request, sequence), stored
     mass = None
     if plan.needs("question_mass"):
-        mass = _question_mass(run, params, request, active, sequence, stream, indices, config)
+        mass, blended = _question_mass(run, params, request, active, blended, sequence, stream, indices, config)
     signals = run(token_signals, request, mass)
     later_positions = []
 
@@ -176,14 +178,19 @@ def _question_mass(
     params: Params,
     request: Request,
     active: ActiveRows,
+    blended: KVCache,
     sequence: PromptSequence,
     stream: LayerSource,
     indices: Sequence[HostOrDevice],
     config: ModelConfig,
-) -> Float[Array, " keys"] | jax.ShapeDtypeStruct:
+) -> tuple[Float[Array, " keys"] | jax.ShapeDtypeStruct, KVCache]:
+    """Returns the question's attention to every key, and the cache with what the stream has placed there."""
     rows, mass = run(begin_question_pass, request, active, sequence)
     for layer in range(config.num_layers):
         cached = stream.next()
+        if cached is None:
+            blended = stream.placed(blended)
+            cached = run(stored_layer, blended, indices[layer])
         rows, mass = run(
             question_layer,
             params.only_layer(layer),
@@ -196,4 +203,4 @@ def _question_mass(
             config=config,
         )
         stream.used_until(mass)
-    return mass
+    return mass, blended

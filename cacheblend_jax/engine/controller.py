@@ -101,12 +101,10 @@ def _best_ratio(
     at_floor, is_streamed = plan_at(floor), estimator.executor_of(chunks) == "streamed"
     bytes_of_layer = layer_bytes(config, at_floor.cache_length, kv_dtype)
     kept = num_kept(at_floor, chunks) if is_streamed else 0
-    staged = at_floor.needs("question_mass")
-    load_s = estimator.delivery_s(chunks, config.num_layers, bytes_of_layer, staged=staged)
-    load_s *= config.num_layers - kept
+    load_s = estimator.delivery_s(chunks, config.num_layers, bytes_of_layer) * (config.num_layers - kept)
     ratio, recompute_s = floor, sum(estimator.compute.layer_seconds(at_floor))
     bound = "floor"
-    hides = is_streamed and not staged
+    hides = is_streamed and not at_floor.needs("question_mass")
     if candidates and hides:
         for higher in higher_ratios:
             seconds = sum(estimator.compute.layer_seconds(plan_at(higher)))

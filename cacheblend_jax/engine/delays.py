@@ -208,7 +208,7 @@ class Estimator:
         executor: the engine's setting.
         host_streams: whether layers go from host memory to the device beside computation.
         reads_entries: whether the device reads entries where they lie in host memory, so that a streamed prefill whose
-            chunks are all there waits for the transfer alone; but not a pass of the question.
+            chunks are all there waits for the transfer alone.
     """
 
     name: str
@@ -221,13 +221,9 @@ class Estimator:
     host_streams: bool = False
     reads_entries: bool = False
 
-    def load_s(self, chunks: Sequence[Loadable], num_layers: int, *, staged: bool = False) -> float:
-        """T_load of one layer of stored chunks.
-
-        Args:
-            staged: whether layers are put together in host memory in any case.
-        """
-        if not staged and self.reads_entries and all(each.is_in_memory for each in chunks) and self._streams(chunks):
+    def load_s(self, chunks: Sequence[Loadable], num_layers: int) -> float:
+        """T_load of one layer of stored chunks."""
+        if self._reads_entries_of(chunks):
             return 0.0
         total = 0.0
         for name in dict.fromkeys(chunk.tier for chunk in chunks if chunk.tier != "device"):
@@ -246,16 +242,17 @@ class Estimator:
     def _streams(self, chunks: Sequence[Loadable]) -> bool:
         return self.executor_of(chunks) == "streamed"
 
-    def delivery_s(
-        self, chunks: Sequence[Loadable], num_layers: int, layer_bytes: float, *, staged: bool = False
-    ) -> float:
+    def _reads_entries_of(self, chunks: Sequence[Loadable]) -> bool:
+        return self.reads_entries and all(each.is_in_memory for each in chunks) and self._streams(chunks)
+
+    def delivery_s(self, chunks: Sequence[Loadable], num_layers: int, layer_bytes: float) -> float:
         """T_load of one layer that takes `layer_bytes` (K and V, padded) on the device: the way there is part of it.
 
         While layers are streamed, one is read as another is transferred; else one follows the other.
         """
         if not chunks or all(chunk.tier == "device" for chunk in chunks):
             return 0.0
-        load, transfer = self.load_s(chunks, num_layers, staged=staged), self.transfer.load_s(layer_bytes)
+        load, transfer = self.load_s(chunks, num_layers), self.transfer.load_s(layer_bytes)
         return max(load, transfer) if self._streams(chunks) else load + transfer
 
     def ttft_s(self, plan: Plan, chunks: Sequence[Loadable], layer_bytes: int, kept: int = 0) -> float:
@@ -264,15 +261,17 @@ class Estimator:
         request = self.compute.request_s
         if all(chunk.tier == "device" for chunk in chunks):
             return request + sum(question) + sum(compute)
-        load = self.load_s(chunks, len(compute), staged=bool(question))
+        load = self.load_s(chunks, len(compute))
         transfer = self.transfer.load_s(layer_bytes)
         if not self._streams(chunks):
             return request + (load + transfer) * len(compute) + sum(question) + sum(compute)
         if not question:
             return request + pipeline_s(load, transfer, compute, self.host_layers, self.device_layers, kept)
-        # All layers are read into host memory for the question, and transferred a second time for the blend.
+        # All layers are loaded for the question. Where they come in pages, they are in the cache then; else they are in
+        # host memory, and transferred a second time for the blend.
         asked = pipeline_s(load, transfer, question, len(question), self.device_layers, kept)
-        return request + asked + pipeline_s(0.0, transfer, compute, len(compute), self.device_layers, kept)
+        again = 0.0 if self._reads_entries_of(chunks) else transfer
+        return request + asked + pipeline_s(0.0, again, compute, len(compute), self.device_layers, kept)
 
 
 def cheapest_tier(

@@ -213,7 +213,7 @@ class Delivery:
 
     def takes_pages(self, plan: Plan, kv_dtype: str | None) -> bool:
         """Returns whether the device may read entries where they lie in host memory, for a plan with such stored KV."""
-        return self.reads_entries and kv_dtype is None and not (plan.nothing_cached or plan.needs("question_mass"))
+        return self.reads_entries and kv_dtype is None and not plan.nothing_cached
 
     @property
     def reads_entries(self) -> bool:

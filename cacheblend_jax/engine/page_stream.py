@@ -24,6 +24,8 @@ _Sent = tuple[tuple[PageKV, ...], jax.Array]  # pages, and `places_of` them
 class PageStream:
     """Brings pages to the device in the order in which layers need them; a `LayerSource` of layers in the cache.
 
+    Layers may be taken a second time, after all of them: they are in the cache then, or on the device.
+
     Before a step is dispatched, the pages are sent that the layer `ahead` of it needs, or, up to `first_layer`, those
     which that one needs. On a GPU a transfer waits for all programs that were dispatched before it, so that it has to
     be sent before the steps which it is to run beside. What is sent may still be on its way: programs that place it
@@ -73,8 +75,9 @@ class PageStream:
             self._pages[page.layer].append(page)
         self._sent = 0  # the layers below have their pages on the device, or on their way
         self._there: dict[int, list[_Sent]] = {}  # by layer; until its step is known to be done
-        self._results: dict[int, jax.Array] = {}
-        self._layer, self._is_sending = -1, False
+        self._results: dict[int, jax.Array] = {}  # by the number of the step
+        self._stayed = dict(kept.layers)
+        self._turn, self._is_sending = -1, False
         self._lanes: dict[str, TracedLane] = {}
         if trace is not None:
             try:
@@ -86,20 +89,24 @@ class PageStream:
 
     def next(self) -> StoredLayer | None:
         """Returns the next layer's stored KV if it stays on the device; else `None`: see `placed`."""
-        self._layer += 1
+        self._turn += 1
         began = time.perf_counter()
-        last = self._first if self._layer < self._first else min(self._layer + self._ahead, len(self._layers) - 1)
+        last = self._first if self._turn < self._first else min(self._turn + self._ahead, len(self._layers) - 1)
         while self._sent <= last:
             if self._sent in self._pages:
                 self._make_room(self._sent)
                 self._send(self._sent)
             self._sent += 1
-        if self._layer == 0:
+        if self._turn == 0:
             self.waited_s = time.perf_counter() - began
-        return self._kept.layers.get(self._layer)
+        if self._is_second:
+            self._make_room(self._turn)
+        return self._stayed.get(self._layer)
 
     def placed(self, blended: KVCache) -> KVCache:
         """Returns the cache with the pages placed that the layer needs."""
+        if self._is_second:
+            return blended
         layer = self._layer
         for pages, places in self._there.get(layer, ()):
             filled = *pages, *pages[:1] * (PAGES_TOGETHER - len(pages))
@@ -120,7 +127,7 @@ class PageStream:
         """Declares that the step which computes `result` reads the layer last taken."""
         if "compute" in self._lanes:
             self._lanes["compute"].add(self._layer, result)
-        self._results[self._layer] = result
+        self._results[self._turn] = result
 
     def close(self) -> None:
         """Waits until the device reads nothing of the entries any more."""
@@ -138,9 +145,19 @@ class PageStream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _make_room(self, layer: int) -> None:
-        """Waits until the step of the layer `room` before one is done, and lets the pages up to there go."""
-        done = layer - self._room
+    @property
+    def _layer(self) -> int:
+        """The layer last taken."""
+        return self._turn % len(self._layers)
+
+    @property
+    def _is_second(self) -> bool:
+        """Whether it was taken before."""
+        return self._turn >= len(self._layers)
+
+    def _make_room(self, turn: int) -> None:
+        """Waits until the step `room` before a layer's is done, and lets the pages up to there go."""
+        done = turn - self._room
         if done not in self._results:  # what the first step waits for finds room in any case
             return
         jax.block_until_ready(self._results[done])

@@ -22,7 +22,8 @@ from scripts.bench_parts.timing import Row, row
 def link(options: argparse.Namespace) -> Iterator[Row]:
     """TTFT from host memory, with all KV kept on the device, and of full recompute; and loading alone.
 
-    `staged`: with layers put together in host memory first, as where entries cannot be page-locked.
+    `staged`: with layers put together in host memory first, as where entries cannot be page-locked. `query`: with that
+    selector, whose pass of the question all layers are loaded for before the blend begins.
 
     The stored KV is random: what it takes does not depend on it. A device that keeps all layers has nothing to load, so
     that its TTFT is the recomputing. `of_bound`: of the longer of the two.
@@ -42,7 +43,10 @@ def link(options: argparse.Namespace) -> Iterator[Row]:
     host = cb.Engine(model, store, blend, kept_bytes=0, **how)
     device = cb.Engine(model, store, blend, kept_bytes=2**40, **how)
     staged = cb.Engine(model, store, blend, kept_bytes=0, **how)
-    staged._groups.first.delivery.locks_entries = False
+    asked = cb.BlendConfig(RATIO, "query")
+    asking, asking_staged = (cb.Engine(model, store, asked, kept_bytes=0, **how) for _ in range(2))
+    for engine in (staged, asking_staged):
+        engine._groups.first.delivery.locks_entries = False
     stored = fill(host, prompt)
     flops = host.prefill(prompt).stats.flops
     recompute_s, load_s = seconds_for_flops(flops, chip, "prefill blend"), seconds_for_link(stored, chip)
@@ -52,8 +56,10 @@ def link(options: argparse.Namespace) -> Iterator[Row]:
         "host": lambda: host.prefill(prompt).stats.ttft_s,
         "staged load": lambda: load_seconds(staged, prompt),
         "staged": lambda: staged.prefill(prompt).stats.ttft_s,
+        "query": lambda: asking.prefill(prompt).stats.ttft_s,
+        "query staged": lambda: asking_staged.prefill(prompt).stats.ttft_s,
     }
-    predicted = {"device": recompute_s, "load": load_s, "host": None, "staged load": None, "staged": None}
+    predicted = dict.fromkeys(runs) | {"device": recompute_s, "load": load_s}
     if recompute_s is not None and load_s is not None:
         predicted["host"] = OF_LINK["first layer"] * load_s + max(recompute_s, load_s)
     found = in_turn(runs, options.repeats)

@@ -242,24 +242,22 @@ def test_what_the_device_reads_in_place_waits_for_the_link_alone():
     assert read.load_s(one_copied, CONFIG.num_layers) == copied.load_s(one_copied, CONFIG.num_layers)
     coded = [dataclasses.replace(chunks[0], stored=dataclasses.replace(handles[0], kv_dtype="int8"))]
     assert read.load_s(coded, CONFIG.num_layers) > 0
-    assert read.load_s(chunks, CONFIG.num_layers, staged=True) > 0  # as for a pass of the question
     assert dataclasses.replace(read, executor="resident").load_s(chunks, CONFIG.num_layers) > 0
     layer = layer_bytes(CONFIG, LENGTH)
     assert read.delivery_s(chunks, CONFIG.num_layers, layer) == pytest.approx(layer / 1e15)
 
 
-def test_a_pass_of_the_question_is_not_predicted_to_read_in_place():
-    in_place = estimator(host=cb.engine.Tier("host", 1e9))
-    in_place = dataclasses.replace(in_place, host_streams=True, reads_entries=True)
-    entry = ChunkEntry(*(np.zeros((1, 1, 1, 1), np.float32) for _ in "kv"))
-    read, copied = ([dataclasses.replace(CHUNKS[0].stored, tier="host", host_entry=each)] * 2 for each in (entry, None))
-    query, usual = (Planner(CONFIG, cb.BlendConfig(0.15, selector)) for selector in ("query", "hkvd"))
-
-    def load_s(planner, handles):
-        chunks = [dataclasses.replace(chunk, stored=each) for chunk, each in zip(CHUNKS, handles, strict=True)]
-        return decide(in_place, planner, LENGTH, chunks).load_s
-
-    assert load_s(query, read) == load_s(query, copied) > load_s(usual, read)
+def test_what_a_pass_of_the_question_reads_in_place_is_sent_once():
+    entry, link = ChunkEntry(*(np.zeros((1, 1, 1, 1), np.float32) for _ in "kv")), cb.engine.Tier("transfer", 1e9)
+    copied = dataclasses.replace(estimator(host=cb.engine.Tier("host", 1e15)), transfer=link, host_streams=True)
+    read = dataclasses.replace(copied, reads_entries=True)
+    handles = [dataclasses.replace(chunk.stored, tier="host", host_entry=entry) for chunk in CHUNKS]
+    chunks = [dataclasses.replace(chunk, stored=handle) for chunk, handle in zip(CHUNKS, handles, strict=True)]
+    plan, layer = Planner(CONFIG, cb.BlendConfig(0.15, "query")).plan("blend", LENGTH, 0, 100), 10**9
+    sent_once, sent_twice = read.ttft_s(plan, chunks, layer), copied.ttft_s(plan, chunks, layer)
+    compute, question = sum(COMPUTE.layer_seconds(plan)), COMPUTE.question_seconds(plan)
+    assert sent_once == pytest.approx(CONFIG.num_layers + question[-1] + compute + COMPUTE.request_s, rel=0.01)
+    assert sent_twice - sent_once == pytest.approx(CONFIG.num_layers - compute, rel=0.2)
 
 
 def test_layers_that_the_device_has_need_no_loading():

@@ -91,12 +91,13 @@ def page_bytes(monkeypatch, rows: int) -> int:
 # --- what is computed -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("selector", ["hkvd", "query"])
 @pytest.mark.parametrize("kept_bytes", [0, 200_000])
-def test_i6_from_pages_is_resident(small_pages, kept_bytes):
+def test_i6_from_pages_is_resident(small_pages, kept_bytes, selector):
     """Whatever modes follow each other: layers that one has left on the device are whole for the next."""
-    store, link = cb.ChunkStore(), LockingLink()
-    engine = cb.Engine(family_model("qwen2"), store, ONE_STAGE, link=link, kept_bytes=kept_bytes)
-    resident = cb.Engine(family_model("qwen2"), store, ONE_STAGE, executor="resident")
+    store, link, blend = cb.ChunkStore(), LockingLink(), replace(ONE_STAGE, selector=selector)
+    engine = cb.Engine(family_model("qwen2"), store, blend, link=link, kept_bytes=kept_bytes)
+    resident = cb.Engine(family_model("qwen2"), store, blend, executor="resident")
     prompt = random_prompt(1)
     engine.precompute(prompt)
     for mode in ("blend", "blend", "reuse", "prefix", "blend"):
@@ -108,15 +109,16 @@ def test_i6_from_pages_is_resident(small_pages, kept_bytes):
     assert link.client.locked  # it took pages
 
 
-def test_warm_up_compiles_what_pages_need(small_pages):
-    engine = cb.Engine(family_model("qwen2"), blend=TWO_STAGES, link=LockingLink(), context_tokens=None)
-    prompt, other = random_prompt(4), random_prompt(5, (25, 38, 33))
-    for each in (prompt, other):
-        engine.precompute(each)
-    engine.prefill(prompt)
+@pytest.mark.parametrize("selector", ["hkvd", "query"])
+def test_warm_up_compiles_what_pages_need(small_pages, selector):
+    model = cb.model.random_model(FAMILIES["qwen2"], seed=7)  # whose runner has no other test's programs
+    engine = cb.Engine(model, blend=replace(ONE_STAGE, selector=selector), link=LockingLink(), context_tokens=None)
+    prompts = random_prompt(4), random_prompt(5, (25, 38, 33))
+    for prompt in prompts:
+        engine.precompute(prompt)
+    engine.warmup(112, modes=("blend",), prefix_tokens=9, suffix_tokens=7)
     count = engine.model.runner.count
-    assert engine.prefill(other).stats.compile_s == 0
-    assert engine.prefill(other).stats.executor == "streamed"
+    assert [engine.prefill(prompt).stats.executor for prompt in prompts] == ["streamed"] * 2
     assert engine.model.runner.count == count
 
 
@@ -144,16 +146,16 @@ def test_a_trace_shows_pages_and_layers(small_pages):
     assert 0 < out.stats.load_s < out.stats.ttft_s
 
 
-@pytest.mark.parametrize("how", ["quantised", "query", "unlocked", "slow"])
+@pytest.mark.parametrize("how", ["quantised", "unlocked", "slow"])
 def test_what_cannot_be_read_in_place_is_staged(small_pages, how, monkeypatch):
-    link, blend = LockingLink(), replace(ONE_STAGE, selector="query" if how == "query" else "hkvd")
+    link = LockingLink()
     store = cb.ChunkStore(kv_dtype="int8" if how == "quantised" else None)
     if how == "unlocked":
         locked = link.page_lock
         monkeypatch.setattr(link, "page_lock", lambda x: None if x.ndim == 4 else locked(x))
     if how == "slow":
         store = cb.store.ThrottledStore(store, 1e12)
-    engine = cb.Engine(family_model("llama3"), store, blend, link=link)
+    engine = cb.Engine(family_model("llama3"), store, ONE_STAGE, link=link)
     prompt, streams = random_prompt(1), []
     engine.precompute(prompt)
     delivery = engine._groups.first.delivery
@@ -249,6 +251,8 @@ def test_stored_kv_is_read_from_the_check_layer_on_if_all_but_exact_tokens_are_a
     assert plan.stages[0].border == 1
     assert (read(80, 20), read(80, 0), read(79, 20)) == (1, 0, 0)
     assert read(80, 20, planner.plan("prefix", 100, 20, 0)) == 0  # nothing is selected there
+    asking = cb.Engine(family_model("llama3"), blend=replace(TWO_STAGES, selector="query"))._planner
+    assert read(80, 20, asking.plan("blend", 100, 20, 50)) == 0  # a pass of the question reads all
 
 
 # --- their order ------------------------------------------------------------------------------------------------------
@@ -315,6 +319,26 @@ def test_no_more_is_sent_than_there_is_room_for(monkeypatch):
             assert [int(x) for x in waited] == list(range(min(layer, 3)))
             assert len(stream._there) <= 3
             stream.used_until(results[layer])
+
+
+def test_what_a_pass_of_the_question_has_had_placed_is_in_the_cache_for_the_blend(monkeypatch):
+    page_bytes(monkeypatch, 10)
+    kept, device, cache = PlacedLayers(room=3), Device(), empty_cache()
+    there = placed_chunks(10)[0].handle.host_entry
+    stayed = kept.layers[0] = LayerKV(jax.numpy.asarray(there.k[0]), jax.numpy.asarray(there.v[0]))
+    pages = cut_into_pages(placed_chunks(10), CONFIG, 0, kept.layers)
+    with stream_of(pages, device, 0, 2, 4, kept=kept) as stream:
+        for turn in range(2 * CONFIG.num_layers):
+            found = stream.next()
+            assert found is (stayed if turn in (0, CONFIG.num_layers) else None)
+            if found is None:
+                assert stream.placed(cache) is cache
+            stream.used_until(jax.numpy.zeros(()))
+            if turn == CONFIG.num_layers - 1:
+                once = list(device.events)
+        assert not stream._there  # the blend's steps have made room
+    assert device.events == once
+    assert [what for what, _ in once].count("place_pages") == CONFIG.num_layers - 1
 
 
 def test_layers_that_stay_have_no_pages_and_those_with_room_are_copied(monkeypatch):
