@@ -20,6 +20,8 @@ from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import layer_bytes
 
 PREFETCH_LAYERS = 4  # while streaming, how many layers of stored KV may be on the device at a time, by default
+PAGES_AHEAD = 2  # times as many: a page of a long chunk holds eight layers, which as many have to hide
+PAGES_ON_DEVICE = 2 * PAGES_AHEAD  # times as many: those ahead, and those whose steps are not done
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class Estimator:
 
     def load_s(self, chunks: Sequence[Loadable], num_layers: int) -> float:
         """T_load of one layer of stored chunks."""
-        if self._reads_entries_of(chunks):
+        if self.reads_entries_of(chunks):
             return 0.0
         total = 0.0
         for name in dict.fromkeys(chunk.tier for chunk in chunks if chunk.tier != "device"):
@@ -242,7 +244,8 @@ class Estimator:
     def _streams(self, chunks: Sequence[Loadable]) -> bool:
         return self.executor_of(chunks) == "streamed"
 
-    def _reads_entries_of(self, chunks: Sequence[Loadable]) -> bool:
+    def reads_entries_of(self, chunks: Sequence[Loadable]) -> bool:
+        """Returns whether a prefill with these chunks reads all of them where they lie in host memory."""
         return self.reads_entries and all(each.is_in_memory for each in chunks) and self._streams(chunks)
 
     def delivery_s(self, chunks: Sequence[Loadable], num_layers: int, layer_bytes: float) -> float:
@@ -270,7 +273,7 @@ class Estimator:
         # All layers are loaded for the question. Where they come in pages, they are in the cache then; else they are in
         # host memory, and transferred a second time for the blend.
         asked = pipeline_s(load, transfer, question, len(question), self.device_layers, kept)
-        again = 0.0 if self._reads_entries_of(chunks) else transfer
+        again = 0.0 if self.reads_entries_of(chunks) else transfer
         return request + asked + pipeline_s(0.0, again, compute, len(compute), self.device_layers, kept)
 
 

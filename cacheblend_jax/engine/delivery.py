@@ -18,7 +18,7 @@ import numpy as np
 from cacheblend_jax.blend.layer_step import blends_in_place
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.blend.streamed import layers_wanted
-from cacheblend_jax.engine.delays import Tier, layers_read_ahead
+from cacheblend_jax.engine.delays import PAGES_AHEAD, PAGES_ON_DEVICE, Tier, layers_read_ahead
 from cacheblend_jax.engine.device_entries import kv_of, placeable
 from cacheblend_jax.engine.device_layers import DeviceLayers, PlacedLayers, free_share, placement_name
 from cacheblend_jax.engine.entry_locks import ENTRY_LOCKS
@@ -46,8 +46,6 @@ from cacheblend_jax.runtime.placing import OwnPart, placed
 from cacheblend_jax.runtime.trace import Trace
 from cacheblend_jax.store.quantise import FLOAT8, LARGEST_CODES, QuantisedRows
 from pallas_kernels.target import target_of
-
-PAGES_AHEAD = 2  # times `prefetch_layers`: a page of a long chunk holds eight layers, which as many have to hide
 
 
 class Delivery:
@@ -192,7 +190,7 @@ class Delivery:
                 self._model.runner,
                 trace,
                 ahead=PAGES_AHEAD * self.prefetch_layers,
-                room=2 * PAGES_AHEAD * self.prefetch_layers,
+                room=PAGES_ON_DEVICE * self.prefetch_layers,
                 kept=kept,
             )
         config, on_device = self._model.config, self.prefetch_layers

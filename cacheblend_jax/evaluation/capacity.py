@@ -13,7 +13,14 @@ from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.blend.schedule import Plan
 from cacheblend_jax.choices import MODES
 from cacheblend_jax.engine.controller import decide
-from cacheblend_jax.engine.delays import PREFETCH_LAYERS, Estimator, Tier, cheapest_tier, layers_read_ahead
+from cacheblend_jax.engine.delays import (
+    PAGES_ON_DEVICE,
+    PREFETCH_LAYERS,
+    Estimator,
+    Tier,
+    cheapest_tier,
+    layers_read_ahead,
+)
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.errors import CacheBlendError, PromptTooLongError, is_whole_number
@@ -26,7 +33,7 @@ from cacheblend_jax.model.kv_cache import layer_bytes
 HOURS_A_MONTH = 730
 MOST = 10**18  # of anything
 # Assumed, where none is measured: what one process reads with its checksums, latency, and a round price in US dollars a
-# GB and month. Host memory is what an H100's host delivered (docs/results.md).
+# GB and month. Host memory is what an H100's host delivered where layers are put together there (docs/results.md).
 TIERS = {
     "device": Tier("device", 1e15, 0.0, 0.0),
     "host": Tier("host", 18e9, 0.0, 2.0),
@@ -143,10 +150,16 @@ class Deployment:
         planner = self.planner.at(self.blend.auto_ratios[0]) if self.blend.is_auto else self.planner
         found = round(workload.reuse * workload.num_chunks)
         candidates = min(found * workload.chunk_tokens, workload.context - 1)
-        seconds = self.estimator().compute.layer_seconds(planner.plan("blend", workload.context, 0, candidates))
-        layer = layer_bytes(self.config, candidates, self.kv_dtype)
-        tier, _ = cheapest_tier(roomy, layer, sum(seconds) / len(seconds), reads=max(found, 1))
-        return replace(self, tier=tier)
+        layer, estimator = layer_bytes(self.config, candidates, self.kv_dtype), self.estimator()
+        seconds = estimator.compute.layer_seconds(planner.plan("blend", workload.context, 0, candidates))
+        link = estimator.transfer.bytes_per_s
+        as_read = [replace(tier, bytes_per_s=link) if self.reads_in_place(tier) else tier for tier in roomy]
+        tier, _ = cheapest_tier(as_read, layer, sum(seconds) / len(seconds), reads=max(found, 1))
+        return replace(self, tier=next(each for each in roomy if each.name == tier.name))
+
+    def reads_in_place(self, tier: Tier) -> bool:
+        """Whether the device reads entries of a tier where they lie (`engine/entry_pages.py`): over its link alone."""
+        return tier.name == "host" and self.kv_dtype is None and self.estimator().reads_entries
 
     def check_room(self, workload: Workload) -> None:
         """Checks that the tier has room for the stored chunks.
@@ -171,13 +184,15 @@ class Deployment:
         own = {self.tier.name: self.tier}
         ahead = layers_read_ahead(self.config.num_layers, PREFETCH_LAYERS), PREFETCH_LAYERS
         if (profile := self.profile) is not None:
+            name, compute, link = "the profile given", profile.compute, profile.transfer
             # A CPU is the one device whose own memory is the host's: see `runtime.link`.
             streams, tiers = profile.device.lower() != "cpu", profile.tiers | own
-            name = "the profile given"
-            return Estimator(name, profile.compute, tiers, profile.transfer, *ahead, host_streams=streams)
-        compute = datasheet_compute(self.config, self.device, self.num_devices)
-        link = datasheet_link(self.config, self.device, self.num_devices)
-        return Estimator(MEASURED_ON, compute, {"host": TIERS["host"]} | own, link, *ahead, host_streams=True)
+        else:
+            compute = datasheet_compute(self.config, self.device, self.num_devices)
+            link = datasheet_link(self.config, self.device, self.num_devices)
+            name, streams, tiers = MEASURED_ON, True, {"host": TIERS["host"]} | own
+        in_place = streams and self.device.platform == "gpu" and self.num_devices == 1
+        return Estimator(name, compute, tiers, link, *ahead, host_streams=streams, reads_entries=in_place)
 
 
 @dataclass(frozen=True)
@@ -317,8 +332,10 @@ def stored_bytes(workload: Workload, deployment: Deployment) -> int:
 def stored_chunks(workload: Workload, deployment: Deployment, count: int, *, exact: bool = False) -> list[PlannedChunk]:
     """Returns the first `count` chunks of a prompt, as they are stored in the deployment's tier."""
     size = chunk_bytes(deployment.config, workload.chunk_tokens, deployment.kv_dtype)
-    tokens = workload.chunk_tokens
-    return [PlannedChunk(deployment.tier.name, size, tokens, number * tokens, exact) for number in range(count)]
+    tokens, in_place = workload.chunk_tokens, deployment.reads_in_place(deployment.tier)
+    return [
+        PlannedChunk(deployment.tier.name, size, tokens, number * tokens, exact, in_place) for number in range(count)
+    ]
 
 
 def _plan_mode(mode: str, workload: Workload, deployment: Deployment, estimator: Estimator) -> ModePlan:
@@ -335,24 +352,26 @@ def _plan_mode(mode: str, workload: Workload, deployment: Deployment, estimator:
     )
     loaded = sum(chunk.num_bytes for chunk in chunks[: timed.loaded])
     streams = estimator.executor_of(chunks[: timed.loaded]) == "streamed"
+    in_place = estimator.reads_entries_of(chunks[: timed.loaded])
     program = program_memory(
         config,
         timed.plan,
         deployment.num_devices,
         deployment.device.platform,
         deployment.kv_dtype,
-        streamed_layers=PREFETCH_LAYERS if streams else 0,
+        streamed_layers=PREFETCH_LAYERS * (PAGES_ON_DEVICE if in_place else 1) if streams else 0,
     )
     resident_s = timed.ttft_s + workload.answer_s
     usable = {"device_tier": deployment.device_tier_bytes, "usable": deployment.device.usable_bytes}
     room = device_memory(program, in_flight=1.0, **usable).most_in_flight
     most = {"compute": 1 / compute_s, "memory": room / resident_s if room >= 1 else 0.0}
     if loaded and deployment.tier.name != "device":  # else a request takes its devices' time alone
-        passes = 2 if streams and timed.plan.needs("question_mass") else 1
+        passes = 2 if streams and not in_place and timed.plan.needs("question_mass") else 1
         moved = passes * config.num_layers * layer_bytes(config, timed.plan.cache_length, deployment.kv_dtype)
         most |= {"prefills in turn": 1 / timed.ttft_s}  # an engine begins one after the other's first token
         most |= {"link": estimator.transfer.bytes_per_s / moved}
-        most |= {f"reading from {deployment.tier.name}": estimator.tier(deployment.tier.name).bytes_per_s / loaded}
+        if not in_place:
+            most |= {f"reading from {deployment.tier.name}": estimator.tier(deployment.tier.name).bytes_per_s / loaded}
     able = min(most.values())
     replicas = ceil(workload.requests_per_s / able) if able else 0
     in_flight = workload.requests_per_s / replicas * resident_s if replicas else 1.0

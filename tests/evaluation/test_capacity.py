@@ -76,8 +76,11 @@ def test_rates_of_the_data_sheet_come_to_what_an_h100_took():
 class Handle:
     """A stored chunk of a size and a tier, as an engine's layout has it, but no KV."""
 
+    device_entry, kv_dtype = None, None
+
     def __init__(self, num_bytes: int, tier: str):
         self.num_bytes, self.tier = num_bytes, tier
+        self.host_entry = ChunkEntry(*(np.zeros((1, 1, 1, 1), np.float32) for _ in "kv")) if tier == "host" else None
 
 
 @pytest.mark.parametrize("tier", ["host", "nvme", "network"])
@@ -132,6 +135,22 @@ def test_kv_comes_over_the_link_twice_where_the_question_is_asked_first():
     ]
     once, twice = (plan.most_requests_per_s["link"] for plan in plans)
     assert once == pytest.approx(2 * twice)
+
+
+def test_one_gpu_reads_host_memory_over_its_link_alone():
+    workload = Workload(8256, reuse=1.0, stored_chunks=FEW)
+
+    def planned(selector="hkvd", **more):
+        deployment = with_few("host", blend=BlendConfig(0.15, selector=selector), **more)
+        return plan_capacity(workload, deployment).modes["blend"]
+
+    assert planned().ttft_s == pytest.approx(0.0496, rel=0.2)  # docs/results.md, on a card that was slower that day
+    assert planned("query").most_requests_per_s["link"] == planned().most_requests_per_s["link"]
+    for others in ({"num_devices": 2}, {"kv_dtype": "int8"}, {"device": DEVICES["v6e"]}):
+        assert "reading from host" in planned(**others).most_requests_per_s
+    assert "reading from host" not in planned().most_requests_per_s
+    from_disk = plan_capacity(workload, with_few("nvme", blend=BlendConfig(0.15, selector="hkvd"))).modes["blend"]
+    assert planned().memory.program.staging == 4 * from_disk.memory.program.staging  # pages of 16 layers
 
 
 def test_devices_that_repeat_each_others_work_are_no_faster():
@@ -214,6 +233,10 @@ def test_the_cheapest_tier_that_hides_is_taken():
     assert roomy.with_cheapest(tiers, workload).tier.name == "host"  # the others are slower than recomputing
     many = dataclasses.replace(roomy, device=dataclasses.replace(DEVICES["H100"], flops_per_s=1e14))
     assert many.with_cheapest(tiers, workload).tier.name == "nvme"
+    faster = [TIERS["host"], Tier("flash", 20e9, 0.0, 3.0)]  # than host memory where devices do not read it
+    quicker = dataclasses.replace(roomy, device=dataclasses.replace(DEVICES["H100"], flops_per_s=3e15))
+    assert quicker.with_cheapest(faster, workload).tier == TIERS["host"]
+    assert dataclasses.replace(quicker, num_devices=2).with_cheapest(faster, workload).tier.name == "flash"
 
 
 @pytest.mark.parametrize(
