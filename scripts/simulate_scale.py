@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cacheblend_jax.evaluation.cache_policies import POLICIES, belady_hits
-from cacheblend_jax.evaluation.capacity import TIERS, Deployment, Workload, chunk_bytes
+from cacheblend_jax.evaluation.deployment import TIERS, Deployment, Workload, chunk_bytes
 from cacheblend_jax.evaluation.devices import DEVICES
 from cacheblend_jax.evaluation.scale_plot import scale_figure
 from cacheblend_jax.evaluation.shapes import SHAPES

@@ -98,8 +98,9 @@ def _add_storage_options(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Plans, and prints tables; returns what `--json` writes."""
     from cacheblend_jax.engine.profile import Profile
-    from cacheblend_jax.evaluation.capacity import Deployment, Workload, plan_capacity
+    from cacheblend_jax.evaluation.capacity import plan_capacity
     from cacheblend_jax.evaluation.capacity_table import capacity_table
+    from cacheblend_jax.evaluation.deployment import Deployment, Workload
     from cacheblend_jax.evaluation.devices import device_named
 
     workload = Workload(
@@ -137,7 +138,7 @@ def tier_of(text: str, price: float | None = None) -> Tier:
         CacheBlendError: it is neither.
     """
     from cacheblend_jax.engine.delays import Tier
-    from cacheblend_jax.evaluation import capacity
+    from cacheblend_jax.evaluation import deployment
 
     name, *fields = text.split(":")
     if not fields:
@@ -146,7 +147,7 @@ def tier_of(text: str, price: float | None = None) -> Tier:
             raise CacheBlendError(
                 f"unknown tier {text!r}; expected one of {known}, or NAME:BYTES_PER_S[:LATENCY_S[:USD]]"
             )
-        tier = capacity.TIERS[name]
+        tier = deployment.TIERS[name]
     else:
         try:
             speed = size_of_at_least_one(fields[0])

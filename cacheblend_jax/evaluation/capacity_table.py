@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cacheblend_jax.evaluation.capacity import CapacityPlan, Deployment, ModePlan, Workload
+from cacheblend_jax.evaluation.capacity import CapacityPlan, ModePlan
+from cacheblend_jax.evaluation.deployment import Deployment, Workload
 
 NOT_PLANNED = "decoding and waiting behind other requests are not planned; scripts/simulate_scale.py simulates queues"
 

@@ -21,14 +21,8 @@ from jaxtyping import Float, Int
 from cacheblend_jax.engine.background import MAX_PENDING
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.evaluation.cache_policies import SizedEntry
-from cacheblend_jax.evaluation.capacity import (
-    HOURS_A_MONTH,
-    Deployment,
-    PlannedChunk,
-    Workload,
-    chunk_bytes,
-    timed_prefill,
-)
+from cacheblend_jax.evaluation.capacity import HOURS_A_MONTH, PlannedChunk, timed_prefill
+from cacheblend_jax.evaluation.deployment import Deployment, Workload, chunk_bytes
 from cacheblend_jax.evaluation.traces import Trace
 from cacheblend_jax.store.memory import MemoryTier
 from cacheblend_jax.store.rendezvous import in_order

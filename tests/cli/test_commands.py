@@ -17,7 +17,7 @@ import cacheblend_jax as cb
 from cacheblend_jax import choices
 from cacheblend_jax.cli import main as main_module
 from cacheblend_jax.cli.main import COMMANDS, main, module_of, parser_of
-from cacheblend_jax.evaluation.capacity import TIERS
+from cacheblend_jax.evaluation.deployment import TIERS
 from cacheblend_jax.evaluation.devices import DEVICES
 from cacheblend_jax.runtime import user_cache
 from cacheblend_jax.runtime.user_cache import PROGRAMS, WEIGHTS, is_kept

@@ -24,16 +24,9 @@ from cacheblend_jax.engine.executors import Executors
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.planner import Planner, empty_request
 from cacheblend_jax.engine.profile import Profile
-from cacheblend_jax.evaluation.capacity import (
-    TIERS,
-    Deployment,
-    Workload,
-    chunk_bytes,
-    plan_capacity,
-    stored_chunks,
-    timed_prefill,
-)
+from cacheblend_jax.evaluation.capacity import plan_capacity, stored_chunks, timed_prefill
 from cacheblend_jax.evaluation.capacity_memory import program_memory
+from cacheblend_jax.evaluation.deployment import TIERS, Deployment, Workload, chunk_bytes
 from cacheblend_jax.evaluation.devices import DEVICES, device_named
 from cacheblend_jax.evaluation.shapes import SHAPES
 from cacheblend_jax.evaluation.whole_prefills import kernels

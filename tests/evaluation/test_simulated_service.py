@@ -15,7 +15,7 @@ from store_cases import key_of, make_entry
 import cacheblend_jax as cb
 from cacheblend_jax.engine.background import MAX_PENDING
 from cacheblend_jax.evaluation.cache_policies import belady_hits, lru_hits, most_hits, stored_hits
-from cacheblend_jax.evaluation.capacity import TIERS, Deployment, Workload
+from cacheblend_jax.evaluation.deployment import TIERS, Deployment, Workload
 from cacheblend_jax.evaluation.devices import DEVICES
 from cacheblend_jax.evaluation.scale_plot import scale_figure
 from cacheblend_jax.evaluation.shapes import SHAPES
