@@ -6,7 +6,7 @@ MODES = ("full", "prefix", "reuse", "blend")
 EXECUTORS = ("auto", "resident", "streamed")
 KERNELS = ("auto", "xla", "mosaic_gpu", "triton", "tpu", "pallas")
 DEVICES = ("H100", "H200", "A100", "L4", "T4", "v5e", "v6e")  # that capacity is planned for
-TIERS = ("device", "host", "nvme", "network", "object")
+TIERS = ("device", "host", "nvme", "network", "object")  # likewise
 BUILT_IN_SELECTORS = ("hkvd", "cross", "query", "epic", "random", "oracle")
 
 # What chunks are precomputed after: nothing, the packaged text, or what a file of this name holds, fitted to a model.

@@ -1,4 +1,4 @@
-"""Block sizes of the Pallas kernels: chosen by what compiles without spilling, until measured on a device.
+"""Block sizes of the Pallas kernels: chosen by what compiles without spilling.
 
 `python scripts/gpu_bench.py --only sweep` times the candidates on the device at hand.
 """
@@ -77,6 +77,6 @@ BLEND_KV = {"triton": BlendBlocks(keys=32), "tpu": BlendBlocks(keys=512)}
 def attention_blocks(backend: str, chip: str, dtype: jnp.dtype, head_dim: int) -> AttentionBlocks | None:
     """Returns a backend's block sizes on a chip; `None` where the table has none for that dtype and head_dim."""
     chips = (name for of, name in SELECTIVE_ATTENTION if of == backend and name.lower() in chip.lower())
-    rows = SELECTIVE_ATTENTION[backend, max(chips, key=len)]
+    rows = SELECTIVE_ATTENTION.get((backend, max(chips, key=len, default="")), [])
     fitting = (blocks for size, widest, blocks in rows if size == jnp.dtype(dtype).itemsize and head_dim <= widest)
     return next(fitting, None)

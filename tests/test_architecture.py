@@ -1,4 +1,4 @@
-"""The house stands as docs/architecture.md says: rooms use only what is below them, and no files need each other."""
+"""The house stands as docs/architecture.md says: packages use only what is below them, and no files need each other."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from conftest import ON_EVERY_VERSION
 
 ROOT = Path(__file__).parents[1]
-BESIDE = ("errors", "choices")  # the rooms: every room may use these modules
-# What else each room may use.
+BESIDE = ("errors", "choices")  # modules that every package may use
+# What else each package, or what stands beside them, may use.
 ROOMS = {
     "pallas_kernels": (),
     "runtime": ("pallas_kernels",),

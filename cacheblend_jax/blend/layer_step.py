@@ -50,8 +50,8 @@ def blend_layer(
 ) -> LayerKV | LayerInCache:
     """Writes the rows' fresh K, V (before RoPE) into those of layer `index`; in a cache, in place.
 
-    Returns the whole layer's, keys rotated. Where nothing is cached the rows are all keys. Quantised keys lack the
-    `key_bias`.
+    Returns the whole layer's, keys rotated. Where nothing is cached the rows are all keys. From quantised keys the
+    `key_bias` was subtracted; it is added again.
     """
     if cached is None or (isinstance(cached, LayerInCache) and cached.is_empty):
         turned = LayerKV(apply_rope(fresh.k, *rows.angles.of_layer(config, index)), fresh.v)

@@ -273,6 +273,11 @@ def _advance(
     nothing_cached: bool,
     selection: Selection | None = None,
 ) -> tuple[ActiveRows, KVCache, LayerStep]:
+    """Takes the rows through a layer; `cached` is its stored KV, `None` where that is in the cache, or there is none.
+
+    Where the platform blends in place, stored values become the cache's layer first, and codes are dequantised into it
+    as they are blended; elsewhere a layer is blended by itself, then written into the cache.
+    """
     if cached is not None and not blends_in_place(current_target().platform):
         step = layer_step(params, config, index, active.rows, cached, sequence, selection)
         after = ActiveRows(step.rows, at_each(active.index, step.kept))

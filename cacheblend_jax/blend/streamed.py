@@ -1,8 +1,8 @@
 """The streamed executor: runs the steps in a Python loop, while the cached KV of later layers arrives.
 
-Only the layers in flight have their cached KV on the device. The loop never reads a result; it only waits for layers to
-arrive. Run over shapes, it compiles its programs: one for each number of rows, which serves all such layers since their
-index is traced, and one for each border between stages.
+Of layers that come one by one, only those in flight are on the device. The loop never reads a result; it only waits
+for layers to arrive, or for room. Run over shapes, it compiles its programs: one for each number of rows, which serves
+all such layers since their index is traced, and one for each border between stages.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def prefill_streamed(
         keep: the request's `keep`, int32, each by itself.
         indices: the layers' numbers, int32, each by itself.
         placing: whether a layer's stored values are placed into the blended cache by a program of their own, where the
-            platform blends in place: then layers that come there in pages share the steps' programs. Else the step's
-            program places them, which is one less.
+            platform blends in place: then layers that come in pages are computed by the same programs. Else a step's
+            program places its layer's.
         stored: all stored KV, where it is on the device already: it becomes the blended cache, layer by layer, and
             `stream` has layers for a question pass alone, `None` in the others' places.
 

@@ -1,1 +1,1 @@
-"""The command line: `cacheblend-jax` and its commands, one file each."""
+"""The command line: `cacheblend-jax` and its commands, a file each, and what they share."""

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacheblend_jax.choices import MODES
-from cacheblend_jax.cli.bundled_model import loading_reader
-from cacheblend_jax.cli.collecting import rarely_collecting
-from cacheblend_jax.cli.conversation import (
+from cacheblend_jax.cli.answering import (
     add_answer_options,
     answer_report,
     chosen_blend,
@@ -28,6 +26,8 @@ from cacheblend_jax.cli.conversation import (
     store_missing,
     summary,
 )
+from cacheblend_jax.cli.bundled_model import loading_reader
+from cacheblend_jax.cli.collecting import rarely_collecting
 from cacheblend_jax.cli.documents_prompt import (
     add_choice_options,
     add_question,

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cacheblend_jax.choices import MODES
-from cacheblend_jax.cli.bundled_model import loading_reader, warn_of_unknown
-from cacheblend_jax.cli.compiling import compiled_meanwhile
-from cacheblend_jax.cli.conversation import (
+from cacheblend_jax.cli.answering import (
     add_answer_options,
     answer_report,
     chosen_blend,
@@ -32,6 +30,8 @@ from cacheblend_jax.cli.conversation import (
     store_missing,
     summary,
 )
+from cacheblend_jax.cli.bundled_model import loading_reader, warn_of_unknown
+from cacheblend_jax.cli.compiling import compiled_meanwhile
 from cacheblend_jax.cli.documents_prompt import (
     add_choice_options,
     add_source_options,

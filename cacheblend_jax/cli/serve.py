@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacheblend_jax.choices import EXECUTORS, MODES
-from cacheblend_jax.cli.conversation import chosen_blend, engine_options, ratio_or_auto
+from cacheblend_jax.cli.answering import chosen_blend, engine_options, ratio_or_auto
 from cacheblend_jax.cli.documents_prompt import DOCUMENTS, chosen_context
 from cacheblend_jax.cli.options import (
     BUNDLED,

@@ -20,8 +20,8 @@ from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import layer_bytes
 
 PREFETCH_LAYERS = 4  # while streaming, how many layers of stored KV may be on the device at a time, by default
-PAGES_AHEAD = 2  # times as many: a page of a long chunk holds eight layers, which as many have to hide
-PAGES_ON_DEVICE = 2 * PAGES_AHEAD  # times as many: those ahead, and those whose steps are not done
+PAGES_AHEAD = 2  # times as many layers ahead, where they come in pages: one of a long chunk holds rows of eight layers
+PAGES_ON_DEVICE = 2 * PAGES_AHEAD  # times as many layers: those ahead, and those whose steps are not done
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,23 @@
-"""Layers of stored KV that stay on the device after a prefill, as the blend reads them, for prompts placed alike."""
+"""Layers of stored KV on the device: those that stay there after a prefill, and those of one that has all KV there.
+
+What stays is as the blend reads it, for prompts placed alike.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
+from cacheblend_jax.blend.schedule import Plan
+from cacheblend_jax.blend.streamed import layers_wanted
 from cacheblend_jax.engine.layout import PlacedChunk
-from cacheblend_jax.model.quantised_kv import StoredLayer
+from cacheblend_jax.model.kv_cache import KVCache
+from cacheblend_jax.model.quantised_kv import StoredCache, StoredLayer, stored_layer
 from cacheblend_jax.store.memory import MemoryTier
 
 REMEMBERED = 256  # placements that were asked for
@@ -21,7 +29,6 @@ class PlacedLayers:
     """The layers of one placement of chunks that are on the device, by number: the first ones, at most `room`.
 
     The loading of later layers has the most to hide behind, so that these need the memory least.
-
     """
 
     room: int = 0
@@ -37,7 +44,7 @@ class PlacedLayers:
 
 
 class DeviceLayers:
-    """The placements whose layers stay on the device, bounded in bytes; those of one prompt go before those of two.
+    """The placements whose layers stay on the device, bounded in bytes; those that one prompt used are evicted first.
 
     A placement is its chunks and where each stands. Layers are read where they are: a hit copies nothing. Safe to use
     from several threads: what a prefill reads stays until it is done, whoever drops it.
@@ -105,6 +112,43 @@ class DeviceLayers:
             self._tier.capacity //= 2
             self._is_paused = True
             return had_any
+
+
+class LayersOnDevice:
+    """Layers of stored KV that is on the device, one after another; `None` for each where nothing is stored.
+
+    Args:
+        run: runs what cuts a layer out, or compiles it where `cached` is shapes.
+        indices: the layers' numbers, each an array by itself.
+        in_place: whether `cached` becomes the blended cache. Its layers are then cut out for a question pass alone, and
+            later `None` stands for each.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        plan: Plan,
+        cached: StoredCache | None,
+        indices: Sequence[jax.Array],
+        *,
+        in_place: bool,
+    ) -> None:
+        self._run, self._cached = run, cached
+        wanted = layers_wanted(plan, len(indices))
+        self._cut_out = iter([indices[layer] for layer in (wanted[len(indices) :] if in_place else wanted)])
+
+    def next(self) -> StoredLayer | None:
+        """Returns the next layer's KV."""
+        if self._cached is None or (index := next(self._cut_out, None)) is None:
+            return None
+        return self._run(stored_layer, self._cached, index)
+
+    def placed(self, blended: KVCache) -> KVCache:
+        """Returns the cache: its layers are in place."""
+        return blended
+
+    def used_until(self, result: Any) -> None:
+        """Does nothing: what was cut out goes with its last reader."""
 
 
 def placement_name(chunks: Sequence[PlacedChunk], num_keys: int, kv_dtype: str | None = None) -> str:

@@ -27,11 +27,12 @@ from cacheblend_jax.blend.streamed import (
 from cacheblend_jax.choices import EXECUTORS
 from cacheblend_jax.engine.delivery import Delivery
 from cacheblend_jax.engine.device_entries import on_device, rows_to_place
+from cacheblend_jax.engine.device_layers import LayersOnDevice
 from cacheblend_jax.engine.entry_pages import place_pages
 from cacheblend_jax.engine.generation import angles_of
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import place_chunk
-from cacheblend_jax.engine.pauses import LayersOnDevice, PausingLayers, Remembered, Span, Speed, stretches, total_s
+from cacheblend_jax.engine.pauses import PausingLayers, Remembered, Span, Speed, stretches, total_s
 from cacheblend_jax.engine.planner import choose_executor, empty_request
 from cacheblend_jax.engine.results import PrefillRun
 from cacheblend_jax.engine.standalone import Standalone
@@ -70,7 +71,7 @@ class Executors:
         setting: `"resident"` (all cached KV on the device, one program), `"streamed"` (each layer's KV arrives
             while others compute), or `"auto"`: see `choose_executor`.
         prefetch_layers, link, kept_bytes: see `Delivery`.
-        beside: others on the same devices, which computing stand-alone KV, and what is known of speed, is shared with.
+        beside: another lane's on the same devices, whose `alone` and what it knows of speed these share.
         tiers: those that the store may serve entries from.
         context_embeddings: of a fitted context, see `ChunkContext`.
         drop_device: has the store give the device memory back; returns whether it had any.
@@ -155,12 +156,12 @@ class Executors:
         return prepare
 
     def is_prepared(self, plan: Plan, chunks: Sequence[PlacedChunk], *, pausing: bool = False) -> bool:
-        """Returns whether a plan can run with these chunks without compiling, wherever they come from."""
+        """Returns whether a plan's own programs are compiled; chunks that are on the device already may need others."""
         name = self._name(plan, self._executor(plan, chunks, pausing), self.delivery.kv_dtype(chunks))
         return self._model.runner.is_prepared(name)
 
     def is_ready(self, plan: Plan, chunks: Sequence[PlacedChunk], *, pausing: bool = False) -> bool:
-        """Returns whether a plan can run with these chunks without compiling; see `prepare`."""
+        """As `is_prepared`, and whether those are that place chunks which are on the device already."""
         executor, kv_dtype = self._executor(plan, chunks, pausing), self.delivery.kv_dtype(chunks)
         placing = [(place_chunk, plan.cache_length, rows, kv_dtype) for rows in rows_to_place(chunks, kv_dtype)]
         names = [self._name(plan, executor, kv_dtype), *(placing if executor != "streamed" else [])]
@@ -270,7 +271,7 @@ class Executors:
     ) -> Prefilled:
         model, (request, keep, sequence) = self._model, inputs
         loop = run, model.step_params, request, keep, sequence, layers, self._layer_indices
-        placing = self.delivery.takes_pages(plan, None)
+        placing = self.delivery.takes_pages(plan, None)  # codes are placed by the step in any case
         return prefill_streamed(*loop, config=model.config, plan=plan, placing=placing, stored=stored)
 
     def _streamed_inputs(self, plan: Plan, request: Request) -> _Inputs:

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 
 from cacheblend_jax.engine.device_layers import PlacedLayers
-from cacheblend_jax.engine.lanes import TracedLane, start_lane
 from cacheblend_jax.engine.layout import PlacedChunk
 from cacheblend_jax.engine.loading import HostRows, LayerReads, abandon, batches, layer_of
+from cacheblend_jax.engine.prefill_threads import TracedLane, start_lane
 from cacheblend_jax.model.kv_cache import KVCache, LayerKV
 from cacheblend_jax.model.quantised_kv import StoredLayer
 from cacheblend_jax.runtime.trace import Trace

@@ -1,7 +1,8 @@
 """Loading: reads the KV of a prompt's chunks from their tiers to its place in host memory, or on the device.
 
 Fetching one layer's KV of given chunks is the first of the paper's three interfaces (CacheBlend, arXiv 2405.16444, §6);
-the second, waiting for it, is `engine.layer_stream`; the third, a layer's prefill, is `blend.steps`.
+the second, waiting for it, is `engine.layer_stream` or `engine.page_stream`; the third, a layer's prefill, is
+`blend.steps`.
 """
 
 from __future__ import annotations

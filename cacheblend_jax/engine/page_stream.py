@@ -13,7 +13,7 @@ import numpy as np
 
 from cacheblend_jax.engine.device_layers import PlacedLayers
 from cacheblend_jax.engine.entry_pages import PAGES_TOGETHER, Page, PageKV, place_pages, places_of
-from cacheblend_jax.engine.lanes import TracedLane
+from cacheblend_jax.engine.prefill_threads import TracedLane
 from cacheblend_jax.model.kv_cache import KVCache
 from cacheblend_jax.model.quantised_kv import StoredLayer, stored_layer
 from cacheblend_jax.runtime.trace import Trace
@@ -26,9 +26,9 @@ class PageStream:
 
     Layers may be taken a second time, after all of them: they are in the cache then, or on the device.
 
-    Before a step is dispatched, the pages are sent that the layer `ahead` of it needs, or, up to `first_layer`, those
-    which that one needs. On a GPU a transfer waits for all programs that were dispatched before it, so that it has to
-    be sent before the steps which it is to run beside. What is sent may still be on its way: programs that place it
+    Before a step is dispatched, the pages are sent that the layer `ahead` of it needs, or, before `first_layer`, those
+    that `first_layer` needs. On a GPU a transfer waits for all programs that were dispatched before it, so that it has
+    to be sent before the steps which it is to run beside. What is sent may still be on its way: programs that place it
     wait for it on the device. No thread does this: sending is Python's work, as dispatching is, and two threads would
     wait for each other's turns.
 
@@ -40,7 +40,8 @@ class PageStream:
         num_keys: of the cache.
         put: puts rows on the device; they may still be on their way when it returns.
         run: runs a function as a program (`runtime.programs.Runner`).
-        ahead, room: layers; pages are sent at most `room` ahead of the last layer whose step is done, `ahead` is less.
+        ahead: how many layers ahead of a step pages are sent.
+        room: how many layers' pages may be on the device beyond the last layer whose step is done; more than `ahead`.
         kept: the layers that stay on the device: they are placed into the cache from there, and have no pages. Others
             that there is room for are copied, to stay there; if there is any, all layers are read whole.
 

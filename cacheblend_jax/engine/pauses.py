@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 
 from cacheblend_jax.blend.flops import layer_flops
 from cacheblend_jax.blend.schedule import Plan
-from cacheblend_jax.blend.streamed import LayerSource, layers_wanted
+from cacheblend_jax.blend.streamed import LayerSource
 from cacheblend_jax.engine.delays import ComputeModel, layer_sizes
 from cacheblend_jax.model.config import ModelConfig
 from cacheblend_jax.model.kv_cache import KVCache
-from cacheblend_jax.model.quantised_kv import StoredCache, StoredLayer, stored_layer
+from cacheblend_jax.model.quantised_kv import StoredLayer
 from cacheblend_jax.runtime.trace import PAUSE, Trace
 
 LONGEST_S = 0.1  # that a prefill keeps others waiting at a time, unless a single layer takes longer
@@ -81,43 +80,6 @@ def stretches(began: float, ended: float, pauses: Iterable[Span]) -> Iterator[Sp
 def total_s(spans: Iterable[Span]) -> float:
     """Returns the seconds of all."""
     return sum(ended - began for began, ended in spans)
-
-
-class LayersOnDevice:
-    """Layers of stored KV that is on the device, one after another; `None` for each where nothing is stored.
-
-    Args:
-        run: runs what cuts a layer out, or compiles it where `cached` is shapes.
-        indices: the layers' numbers, each an array by itself.
-        in_place: whether `cached` becomes the blended cache. Its layers are then cut out for a question pass alone, and
-            later `None` stands for each.
-    """
-
-    def __init__(
-        self,
-        run: Callable[..., Any],
-        plan: Plan,
-        cached: StoredCache | None,
-        indices: Sequence[jax.Array],
-        *,
-        in_place: bool,
-    ) -> None:
-        self._run, self._cached = run, cached
-        wanted = layers_wanted(plan, len(indices))
-        self._cut_out = iter([indices[layer] for layer in (wanted[len(indices) :] if in_place else wanted)])
-
-    def next(self) -> StoredLayer | None:
-        """Returns the next layer's KV."""
-        if self._cached is None or (index := next(self._cut_out, None)) is None:
-            return None
-        return self._run(stored_layer, self._cached, index)
-
-    def placed(self, blended: KVCache) -> KVCache:
-        """Returns the cache: its layers are in place."""
-        return blended
-
-    def used_until(self, result: Any) -> None:
-        """Does nothing: what was cut out goes with its last reader."""
 
 
 @dataclass

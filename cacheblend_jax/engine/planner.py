@@ -1,4 +1,4 @@
-"""From a prompt's layout to a prefill: which executor and which programs run it, and with what inputs."""
+"""From a prompt's layout to a prefill: its plan, for which programs are compiled, and its inputs; its executor, too."""
 
 from __future__ import annotations
 

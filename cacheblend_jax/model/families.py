@@ -1,6 +1,7 @@
 """The supported model families: for each, what its name says that its configurations leave out.
 
-To add a family is to add an entry here. What one needs that no other has had becomes an option of `ModelConfig`.
+A new family begins with an entry here; docs/guide/contributing.md has the rest. What one needs that no other has had
+becomes an option of `ModelConfig`.
 """
 
 from __future__ import annotations

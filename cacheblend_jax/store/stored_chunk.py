@@ -27,7 +27,7 @@ class StoredChunk(Protocol):
         has_k_offset: whether something was subtracted from keys first: `ChunkEntry.k_offset`.
         num_tokens, num_layers: the entry's.
         num_bytes: of K and V as they are stored, all layers together.
-        tier: where it is read from: `"device"`, `"host"` or `"disk"`.
+        tier: where it is read from: `"device"`, `"host"`, `"disk"`, or another, which counts as slower than memory.
         device_entry: the entry itself where it is in the device's memory, so that nothing need be read.
         host_entry: the entry itself where it is in host memory, so that a device may read it there; else `None`.
     """

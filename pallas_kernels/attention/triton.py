@@ -1,4 +1,4 @@
-"""Selective attention for NVIDIA GPUs other than Hopper by Pallas' Triton backend, for as long as JAX keeps it."""
+"""Selective attention for NVIDIA GPUs, on Hopper the second choice, by Pallas' Triton backend while JAX keeps it."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import HF, unchecked
 
 import cacheblend_jax as cb
-from cacheblend_jax.cli.conversation import print_as_it_comes, print_dim
+from cacheblend_jax.cli.answering import print_as_it_comes, print_dim
 from cacheblend_jax.cli.main import main
 from cacheblend_jax.engine.growing_text import GrowingText
 

@@ -115,3 +115,7 @@ def test_the_kernels_carry_what_they_declare(backend):
     text = str(jax.make_jaxpr(blend)(k, k, fresh, fresh, indices, cos, cos))
     declared = cost(k[None], fresh, cos)
     assert f"bytes_accessed={declared.bytes_accessed}" in text
+
+
+def test_a_backend_without_block_sizes_has_none():
+    assert tuning.attention_blocks("new", "NVIDIA H200", jnp.dtype(jnp.float32), 64) is None
