@@ -16,8 +16,8 @@ import pytest
 from conftest import HF
 
 import cacheblend_jax as cb
+from cacheblend_jax.cli import answering, documents_prompt
 from cacheblend_jax.cli import ask as ask_module
-from cacheblend_jax.cli import conversation, documents_prompt
 from cacheblend_jax.cli.main import main
 from cacheblend_jax.cli.progress import Parts
 from cacheblend_jax.engine.engine import Engine
@@ -220,7 +220,7 @@ def test_what_stops_a_command_is_one_line(docs, capsys, monkeypatch, error, code
     def stop(_):
         raise error
 
-    monkeypatch.setattr(conversation, "read_documents", stop)
+    monkeypatch.setattr(answering, "read_documents", stop)
     assert ask(docs) == code
     assert capsys.readouterr().err.strip().endswith(message)
 

@@ -13,8 +13,8 @@ import pytest
 from store_cases import key_of, make_entry
 
 import cacheblend_jax as cb
+from cacheblend_jax.cli import answering
 from cacheblend_jax.cli import ask as ask_module
-from cacheblend_jax.cli import conversation
 from cacheblend_jax.cli.main import main
 from cacheblend_jax.cli.options import open_store, size_of_at_least_one, write_json
 from cacheblend_jax.errors import CacheBlendError
@@ -125,7 +125,7 @@ def test_a_full_disk_is_not_a_matter_of_rights(tmp_path, monkeypatch, capsys, nu
     with pytest.raises(CacheBlendError, match="free some space"):
         trace.save(str(tmp_path / "t.json"))
     assert main(["store", "ls", str(tmp_path / "kv"), "--json", str(tmp_path / "r.json")]) == 2
-    monkeypatch.setattr(conversation, "read_documents", fail)
+    monkeypatch.setattr(answering, "read_documents", fail)
     assert main(["ask", "--no-compile-cache", "--docs", str(tmp_path), "Why?"]) == 2
     for line in capsys.readouterr().err.strip().splitlines():
         assert line.endswith(("free some space", "free some space, or choose another file system"))
