@@ -277,7 +277,7 @@ def as_users_run_it(monkeypatch):
 
 @pytest.fixture
 def optimised(monkeypatch):
-    """Optimised programs and unchecked annotations, for tests that run far more than they compile.
+    """Optimised programs, but for the passes left out, and unchecked annotations: for tests that mostly run.
 
     With the emitters that users have, `demo` takes twice the time to compile, and wins less back.
     """

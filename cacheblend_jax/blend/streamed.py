@@ -82,14 +82,14 @@ def layers_wanted(plan: Plan, num_layers: int) -> list[int]:
 def first_layer_read(plan: Plan, request: Request, num_exact: int) -> int:
     """Returns the first layer that reads stored KV of other than exact tokens.
 
-    That is the check layer if all but exact tokens are active: the layers before it compute all of their KV. A pass of
-    the question reads the first one's, too.
+    That is the check layer if all but exact tokens are active: the layers before it compute all of their KV. Where
+    nothing is selected, or a pass of the question reads all layers, it is the first.
 
     Args:
         request: on the host.
         num_exact: the exact tokens.
     """
-    if plan.selector is None or plan.needs("question_mass"):  # without one, there is no check layer
+    if plan.selector is None or plan.needs("question_mass"):
         return 0
     num_active = np.count_nonzero(np.asarray(request.positions) < plan.cache_length)
     return plan.stages[0].border if num_active + num_exact == int(request.length) else 0

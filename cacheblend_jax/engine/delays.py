@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from cacheblend_jax.blend.flops import layer_flops
 from cacheblend_jax.blend.schedule import Plan
+from cacheblend_jax.engine.entry_pages import are_worth_sending
 from cacheblend_jax.engine.loading import READERS
 from cacheblend_jax.engine.planner import choose_executor
 from cacheblend_jax.errors import CacheBlendError
@@ -209,8 +210,8 @@ class Estimator:
         host_layers, device_layers: how many layers the streamed executor reads and transfers ahead.
         executor: the engine's setting.
         host_streams: whether layers go from host memory to the device beside computation.
-        reads_entries: whether the device reads entries where they lie in host memory, so that a streamed prefill whose
-            chunks are all there waits for the transfer alone.
+        page_rows: of a page (`entry_pages.page_rows`), where the device reads entries where they lie in host memory, so
+            that a streamed prefill whose chunks are all there waits for the transfer alone; else 0.
     """
 
     name: str
@@ -221,11 +222,11 @@ class Estimator:
     device_layers: int
     executor: str = "auto"
     host_streams: bool = False
-    reads_entries: bool = False
+    page_rows: int = 0
 
     def load_s(self, chunks: Sequence[Loadable], num_layers: int) -> float:
         """T_load of one layer of stored chunks."""
-        if self.reads_entries_of(chunks):
+        if self.reads_entries_of(chunks, num_layers):
             return 0.0
         total = 0.0
         for name in dict.fromkeys(chunk.tier for chunk in chunks if chunk.tier != "device"):
@@ -244,9 +245,12 @@ class Estimator:
     def _streams(self, chunks: Sequence[Loadable]) -> bool:
         return self.executor_of(chunks) == "streamed"
 
-    def reads_entries_of(self, chunks: Sequence[Loadable]) -> bool:
+    def reads_entries_of(self, chunks: Sequence[Loadable], num_layers: int) -> bool:
         """Returns whether a prefill with these chunks reads all of them where they lie in host memory."""
-        return self.reads_entries and all(each.is_in_memory for each in chunks) and self._streams(chunks)
+        if not (self.page_rows and all(each.is_in_memory for each in chunks) and self._streams(chunks)):
+            return False
+        rows = [num_layers * each.num_tokens for each in chunks]
+        return are_worth_sending(sum(-(-count // self.page_rows) for count in rows), self.page_rows, sum(rows))
 
     def delivery_s(self, chunks: Sequence[Loadable], num_layers: int, layer_bytes: float) -> float:
         """T_load of one layer that takes `layer_bytes` (K and V, padded) on the device: the way there is part of it.
@@ -273,7 +277,7 @@ class Estimator:
         # All layers are loaded for the question. Where they come in pages, they are in the cache then; else they are in
         # host memory, and transferred a second time for the blend.
         asked = pipeline_s(load, transfer, question, len(question), self.device_layers, kept)
-        again = 0.0 if self.reads_entries_of(chunks) else transfer
+        again = 0.0 if self.reads_entries_of(chunks, len(compute)) else transfer
         return request + asked + pipeline_s(0.0, again, compute, len(compute), self.device_layers, kept)
 
 

@@ -75,6 +75,11 @@ def page_rows(config: ModelConfig) -> int:
     return max(1, PAGE_BYTES // (config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize))
 
 
+def are_worth_sending(pages: int, rows: int, wanted_rows: int) -> bool:
+    """Returns whether so many pages, of so many rows each, hold few that are not wanted; one page more may."""
+    return pages * rows <= MOST_SENT * wanted_rows + rows
+
+
 def cut_into_pages(
     chunks: Sequence[PlacedChunk], config: ModelConfig, first_layer: int, kept: Collection[int] = ()
 ) -> list[Page] | None:
@@ -96,7 +101,7 @@ def cut_into_pages(
         layers = [layer for layer in range(0 if chunk.exact else first_layer, config.num_layers) if layer not in kept]
         pages += _cut(chunk, entry, rows, layers)
         wanted_rows += len(layers) * chunk.num_tokens
-    if len(pages) * rows > MOST_SENT * wanted_rows + rows:  # one page more may hold little
+    if not are_worth_sending(len(pages), rows, wanted_rows):
         return None
     return sorted(pages, key=lambda page: page.layer)
 

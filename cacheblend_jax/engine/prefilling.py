@@ -27,6 +27,7 @@ from cacheblend_jax.engine.aside import Aside
 from cacheblend_jax.engine.background import Background
 from cacheblend_jax.engine.controller import Decision, decide
 from cacheblend_jax.engine.delays import Estimator
+from cacheblend_jax.engine.entry_pages import page_rows
 from cacheblend_jax.engine.groups import Groups, Lane
 from cacheblend_jax.engine.layout import ChunkContext, Layout, PlacedChunk, lay_out, look_up, place_chunks
 from cacheblend_jax.engine.loading import LostChunkError
@@ -256,7 +257,7 @@ class Prefiller:
                     delivery.prefetch_layers,
                     executor=self._groups.first.setting,
                     host_streams=delivery.host_streams,
-                    reads_entries=delivery.reads_entries,
+                    page_rows=page_rows(self._model.config) if delivery.reads_entries else 0,
                 )
             return self._estimator
 

@@ -16,24 +16,19 @@ from cacheblend_jax.engine.delays import PAGES_ON_DEVICE, PREFETCH_LAYERS, Estim
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.errors import CacheBlendError, PromptTooLongError, is_whole_number
 from cacheblend_jax.evaluation.capacity_memory import DeviceMemory, device_memory, program_memory
-from cacheblend_jax.evaluation.deployment import Deployment, Workload, chunk_bytes, stored_bytes
+from cacheblend_jax.evaluation.deployment import (
+    Deployment,
+    PlannedChunk,
+    Workload,
+    chunk_bytes,
+    stored_bytes,
+    stored_chunks,
+)
 from cacheblend_jax.evaluation.split import product_ways, split_over
 from cacheblend_jax.model.kv_cache import layer_bytes
 
 HOURS_A_MONTH = 730
 OF_EACH_REPLICA = ("device", "host", "nvme")  # others keep one copy, which all share
-
-
-@dataclass(frozen=True)
-class PlannedChunk:
-    """A stored chunk of a planned prompt: what delays depend on (see `engine.delays.Loadable`)."""
-
-    tier: str
-    num_bytes: int
-    num_tokens: int
-    start: int
-    exact: bool = False
-    is_in_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,15 +143,6 @@ def plan_capacity(workload: Workload, deployment: Deployment) -> CapacityPlan:
     )
 
 
-def stored_chunks(workload: Workload, deployment: Deployment, count: int, *, exact: bool = False) -> list[PlannedChunk]:
-    """Returns the first `count` chunks of a prompt, as they are stored in the deployment's tier."""
-    size = chunk_bytes(deployment.config, workload.chunk_tokens, deployment.kv_dtype)
-    tokens, in_place = workload.chunk_tokens, deployment.reads_in_place(deployment.tier)
-    return [
-        PlannedChunk(deployment.tier.name, size, tokens, number * tokens, exact, in_place) for number in range(count)
-    ]
-
-
 def _plan_mode(mode: str, workload: Workload, deployment: Deployment, estimator: Estimator) -> ModePlan:
     config, planner = deployment.config, deployment.planner
     found = round(workload.reuse * workload.num_chunks)
@@ -171,14 +157,15 @@ def _plan_mode(mode: str, workload: Workload, deployment: Deployment, estimator:
     )
     loaded = sum(chunk.num_bytes for chunk in chunks[: timed.loaded])
     streams = estimator.executor_of(chunks[: timed.loaded]) == "streamed"
-    in_place = estimator.reads_entries_of(chunks[: timed.loaded])
+    in_place = estimator.reads_entries_of(chunks[: timed.loaded], config.num_layers)
+    ahead = PREFETCH_LAYERS * (PAGES_ON_DEVICE if in_place else 1) if streams else 0
     program = program_memory(
         config,
         timed.plan,
         deployment.num_devices,
         deployment.device.platform,
         deployment.kv_dtype,
-        streamed_layers=PREFETCH_LAYERS * (PAGES_ON_DEVICE if in_place else 1) if streams else 0,
+        streamed_layers=min(config.num_layers, ahead),
     )
     resident_s = timed.ttft_s + workload.answer_s
     usable = {"device_tier": deployment.device_tier_bytes, "usable": deployment.device.usable_bytes}

@@ -8,6 +8,7 @@ from math import inf
 
 from cacheblend_jax.blend import BlendConfig
 from cacheblend_jax.engine.delays import PREFETCH_LAYERS, Estimator, Tier, cheapest_tier, layers_read_ahead
+from cacheblend_jax.engine.entry_pages import page_rows
 from cacheblend_jax.engine.planner import Planner
 from cacheblend_jax.engine.profile import Profile
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
@@ -137,13 +138,18 @@ class Deployment:
         layer, estimator = layer_bytes(self.config, candidates, self.kv_dtype), self.estimator()
         seconds = estimator.compute.layer_seconds(planner.plan("blend", workload.context, 0, candidates))
         link = estimator.transfer.bytes_per_s
-        as_read = [replace(tier, bytes_per_s=link) if self.reads_in_place(tier) else tier for tier in roomy]
+        in_place = [replace(self, tier=tier).reads_in_place(workload) for tier in roomy]
+        as_read = [
+            replace(tier, bytes_per_s=link, latency_s=0.0) if is_in_place else tier
+            for tier, is_in_place in zip(roomy, in_place, strict=True)
+        ]
         tier, _ = cheapest_tier(as_read, layer, sum(seconds) / len(seconds), reads=max(found, 1))
-        return replace(self, tier=next(each for each in roomy if each.name == tier.name))
+        return replace(self, tier=roomy[as_read.index(tier)])
 
-    def reads_in_place(self, tier: Tier) -> bool:
-        """Whether the device reads entries of a tier where they lie (`engine/entry_pages.py`): over its link alone."""
-        return tier.name == "host" and self.kv_dtype is None and self.estimator().reads_entries
+    def reads_in_place(self, workload: Workload) -> bool:
+        """Returns whether the device reads a prompt's stored chunks where they lie: over its link alone."""
+        found = stored_chunks(workload, self, round(workload.reuse * workload.num_chunks))
+        return self.estimator().reads_entries_of(found, self.config.num_layers)
 
     def check_room(self, workload: Workload) -> None:
         """Checks that the tier has room for the stored chunks.
@@ -170,13 +176,15 @@ class Deployment:
         if (profile := self.profile) is not None:
             name, compute, link = "the profile given", profile.compute, profile.transfer
             # A CPU is the one device whose own memory is the host's: see `runtime.link`.
-            streams, tiers = profile.device.lower() != "cpu", profile.tiers | own
+            streams, tiers = not profile.device.lower().startswith("cpu"), profile.tiers | own
+            is_gpu = streams and not profile.device.lower().startswith("tpu")
         else:
             compute = datasheet_compute(self.config, self.device, self.num_devices)
             link = datasheet_link(self.config, self.device, self.num_devices)
             name, streams, tiers = MEASURED_ON, True, {"host": TIERS["host"]} | own
-        in_place = streams and self.device.platform == "gpu" and self.num_devices == 1
-        return Estimator(name, compute, tiers, link, *ahead, host_streams=streams, reads_entries=in_place)
+            is_gpu = self.device.platform == "gpu"
+        rows = page_rows(self.config) if is_gpu and self.num_devices == 1 else 0
+        return Estimator(name, compute, tiers, link, *ahead, host_streams=streams, page_rows=rows)
 
 
 def chunk_bytes(config: ModelConfig, num_tokens: int, kv_dtype: str | None) -> int:
@@ -187,3 +195,28 @@ def chunk_bytes(config: ModelConfig, num_tokens: int, kv_dtype: str | None) -> i
 def stored_bytes(workload: Workload, deployment: Deployment) -> int:
     """Returns the bytes of all stored chunks, once."""
     return workload.stored_chunks * chunk_bytes(deployment.config, workload.chunk_tokens, deployment.kv_dtype)
+
+
+@dataclass(frozen=True)
+class PlannedChunk:
+    """A stored chunk of a planned prompt: what delays depend on (see `engine.delays.Loadable`)."""
+
+    tier: str
+    num_bytes: int
+    num_tokens: int
+    start: int
+    exact: bool = False
+    is_in_memory: bool = False
+
+
+def stored_chunks(workload: Workload, deployment: Deployment, count: int, *, exact: bool = False) -> list[PlannedChunk]:
+    """Returns the first `count` chunks of a prompt, as they are stored in the deployment's tier."""
+    size = chunk_bytes(deployment.config, workload.chunk_tokens, deployment.kv_dtype)
+    tier, tokens = deployment.tier.name, workload.chunk_tokens
+    in_memory = is_in_memory(tier, deployment.kv_dtype)
+    return [PlannedChunk(tier, size, tokens, number * tokens, exact, in_memory) for number in range(count)]
+
+
+def is_in_memory(tier: str, kv_dtype: str | None) -> bool:
+    """Returns whether chunks of a tier lie in host memory as values, where a device may read them."""
+    return tier == "host" and kv_dtype is None

@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from cacheblend_jax.engine.background import MAX_PENDING
 from cacheblend_jax.errors import CacheBlendError, is_whole_number
 from cacheblend_jax.evaluation.cache_policies import SizedEntry
-from cacheblend_jax.evaluation.capacity import HOURS_A_MONTH, PlannedChunk, timed_prefill
-from cacheblend_jax.evaluation.deployment import Deployment, Workload, chunk_bytes
+from cacheblend_jax.evaluation.capacity import HOURS_A_MONTH, timed_prefill
+from cacheblend_jax.evaluation.deployment import Deployment, PlannedChunk, Workload, chunk_bytes, is_in_memory
 from cacheblend_jax.evaluation.traces import Trace
 from cacheblend_jax.store.memory import MemoryTier
 from cacheblend_jax.store.rendezvous import in_order
@@ -307,7 +307,10 @@ def estimated_costs(workload: Workload, deployment: Deployment) -> Callable[[tup
     def costs(found: tuple[int, ...]) -> Costs:
         tiers = [tier for tier, count in zip(PLACES[:-1], found, strict=False) for _ in range(count)]
         names = [deployment.tier.name if tier == "store" else tier for tier in tiers]
-        chunks = [PlannedChunk(name, size, tokens, place * tokens) for place, name in enumerate(names)]
+        chunks = [
+            PlannedChunk(name, size, tokens, place * tokens, is_in_memory=is_in_memory(name, deployment.kv_dtype))
+            for place, name in enumerate(names)
+        ]
         length = sum(found) * tokens + workload.question_tokens
         mode = "blend" if chunks else "full"
         timed = timed_prefill(estimator, planner, mode, length, chunks, deployment.kv_dtype)

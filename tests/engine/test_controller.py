@@ -235,7 +235,7 @@ def test_what_the_device_reads_in_place_waits_for_the_link_alone():
     chunks = [dataclasses.replace(chunk, stored=handle) for chunk, handle in zip(CHUNKS, handles, strict=True)]
     slow_copies = cb.engine.Tier("host", 1e3)
     copied = dataclasses.replace(estimator(host=slow_copies), host_streams=True)
-    read = dataclasses.replace(copied, reads_entries=True)
+    read = dataclasses.replace(copied, page_rows=1024)
     one_copied = [chunks[0], CHUNKS[1]]  # from disk: both are put together in host memory
     assert copied.load_s(chunks, CONFIG.num_layers) > 0
     assert read.load_s(chunks, CONFIG.num_layers) == 0
@@ -250,7 +250,7 @@ def test_what_the_device_reads_in_place_waits_for_the_link_alone():
 def test_what_a_pass_of_the_question_reads_in_place_is_sent_once():
     entry, link = ChunkEntry(*(np.zeros((1, 1, 1, 1), np.float32) for _ in "kv")), cb.engine.Tier("transfer", 1e9)
     copied = dataclasses.replace(estimator(host=cb.engine.Tier("host", 1e15)), transfer=link, host_streams=True)
-    read = dataclasses.replace(copied, reads_entries=True)
+    read = dataclasses.replace(copied, page_rows=1024)
     handles = [dataclasses.replace(chunk.stored, tier="host", host_entry=entry) for chunk in CHUNKS]
     chunks = [dataclasses.replace(chunk, stored=handle) for chunk, handle in zip(CHUNKS, handles, strict=True)]
     plan, layer = Planner(CONFIG, cb.BlendConfig(0.15, "query")).plan("blend", LENGTH, 0, 100), 10**9

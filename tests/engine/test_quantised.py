@@ -14,6 +14,7 @@ import cacheblend_jax as cb
 from cacheblend_jax.engine.device_layers import placement_name
 from cacheblend_jax.model.kv_cache import layer_bytes
 from cacheblend_jax.runtime.link import DeviceLink
+from cacheblend_jax.runtime.programs import compiler_options
 from pallas_kernels.target import Target
 
 PROMPT = random_prompt(3)
@@ -170,7 +171,8 @@ def test_no_program_makes_a_copy_of_all_layers_values():
         texts, plan = [], out.plan
 
         def lowered(function, *arrays, donate=(), **static):
-            texts.append(jax.jit(function, static_argnames=tuple(static)).lower(*arrays, **static).compile().as_text())
+            program = jax.jit(function, static_argnames=tuple(static)).lower(*arrays, **static)
+            texts.append(program.compile(compiler_options=compiler_options("cpu")).as_text())
             return jax.eval_shape(lambda *args: function(*args, **static), *arrays)
 
         executors._run_over_shapes(plan, "resident", INT8, lowered)

@@ -24,6 +24,7 @@ AUTO = (AxisType.Auto,)  # from jax 0.12 on meshes are explicit by default
 NO_SPILL = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 # For blends of whole models on a TPU: a quarter of the time. Programs then have the same kernels, and 6 % more memory.
 LITTLE_EFFORT = {"exec_time_optimization_effort": -1.0}
+ALL_PASSES = {"xla_disable_hlo_passes": ""}  # other tests compile without some (tests/conftest.py)
 
 
 class Gpu(NamedTuple):
@@ -97,8 +98,7 @@ class Compiler:
     def __call__(self, function, *arguments, donate: tuple[int, ...] = (), options: dict | None = None):
         """The compiled program; `donate`: positions of arguments, `options`: the compiler's, by the names of flags."""
         arguments = jax.tree.map(lambda x: self.shape(x.shape, x.dtype), arguments)
-        # Other tests compile for speed.
-        as_users_compile = {"xla_backend_optimization_level": 3, "xla_disable_hlo_passes": ""} | (options or {})
+        as_users_compile = {"xla_backend_optimization_level": 3} | ALL_PASSES | (options or {})
         with jax.sharding.use_abstract_mesh(self.abstract_mesh), no_compilation_cache():
             lowered = jax.jit(function, donate_argnums=donate).trace(*arguments).lower()
             return lowered.compile(compiler_options=as_users_compile)

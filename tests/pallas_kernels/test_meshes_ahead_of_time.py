@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ahead_of_time import AUTO, GPUS, LITTLE_EFFORT, compiler, no_compilation_cache
+from ahead_of_time import ALL_PASSES, AUTO, GPUS, LITTLE_EFFORT, compiler, no_compilation_cache
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
 from mesh_cases import collectives
@@ -40,7 +40,7 @@ def test_a_blend_on_eight_tpus_splits_weights_and_kv_and_runs_kernels_on_each_sh
     request, angles = jax.tree.map(placed, (request, angles))
     with jax.sharding.use_abstract_mesh(partition.mesh.abstract_mesh), splitting(partition), no_compilation_cache():
         lowered = jax.jit(blend, donate_argnums=2).lower(params, request, cached, angles)
-        compiled = lowered.compile(compiler_options=LITTLE_EFFORT)
+        compiled = lowered.compile(compiler_options=LITTLE_EFFORT | ALL_PASSES)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert "selective_attention_tpu" in text
     assert "blend_kv_tpu" in text
@@ -72,7 +72,7 @@ def test_attention_on_two_gpus_reads_each_ones_heads(implementation):
     queries, positions = shape(1229, 32, 128, names=(None, "heads")), shape(1229, of=jnp.int32)
     abstract = AbstractMesh((2,), ("model",), axis_types=AUTO, abstract_device=gpu)
     with jax.sharding.use_abstract_mesh(abstract), splitting(partition), no_compilation_cache():
-        compiled = jax.jit(attend).lower(queries, keys, keys, positions).compile()
+        compiled = jax.jit(attend).lower(queries, keys, keys, positions).compile(compiler_options=ALL_PASSES)
     assert implementation in compiled.as_text()
     assert collectives(compiled.as_text()) == []
     assert compiled.memory_analysis().argument_size_in_bytes == (1229 * 32 + 2 * 8192 * 8) // 2 * 128 * 2 + 1229 * 4

@@ -165,7 +165,7 @@ def test_an_answer_ends_before_a_stop_string(client, server, stop, shown):
     assert events[-1].choices[0].finish_reason == "stop"
     while not server.scheduler.answers.empty():
         assert server.scheduler.answers.get().cancelled.is_set()
-    assert server.scheduler.stats.running == 0
+    assert server.holds_no_slot()
 
 
 def test_sampling_and_blending_are_as_the_request_says(client, server):
