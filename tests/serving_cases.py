@@ -28,7 +28,8 @@ from cacheblend_jax.store import TenantStore
 CHUNKS = ["Reyes took the nickname Cobalt. Ridge is new.", "Oslo is now home to Cobalt. Lima is home to Ridge."]
 QUESTION = "In which city is the office of Reyes?"
 # Some answers wait for the compiler, longer than the five seconds that httpx waits.
-get, post = (functools.partial(ask, timeout=60) for ask in (httpx.get, httpx.post))
+# To read the certificates that plain HTTP has no use for takes longer than most tests.
+get, post = (functools.partial(ask, timeout=60, verify=False) for ask in (httpx.get, httpx.post))
 
 
 @dataclass

@@ -27,7 +27,7 @@ def server(tmp_path_factory):
 
 def client_of(server, key: str | None):
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    return httpx.Client(base_url=server.url, headers=headers, timeout=60)
+    return httpx.Client(base_url=server.url, headers=headers, timeout=60, verify=False)
 
 
 @pytest.fixture
