@@ -541,11 +541,11 @@ with cb.ChunkStore(directory) as store:
     for executor in ("streamed", "resident"):
         engine = cb.Engine(model, store, blend, executor=executor, hosts_timeout_s=60)
         engine.precompute(prompt)
+        if ending == "decoding":
+            break
         gen = engine.generate(prompt, max_new_tokens=3, tokens_at_once=2)
         staged = engine._groups.first.delivery._buffers["float32"]._k.size
         print(json.dumps([gen.token_ids, gen.stats.prefill.hits, *heads, staged]), flush=True)
-        if ending == "decoding":
-            break
     if ending == "decoding":  # fails by itself, as for want of memory, and goes on
         stream = engine.stream(prompt, max_new_tokens=9, stop_token_ids=[], tokens_at_once=1)
         print(next(stream), next(stream))
