@@ -145,7 +145,7 @@ def plan_capacity(workload: Workload, deployment: Deployment) -> CapacityPlan:
 
 def _plan_mode(mode: str, workload: Workload, deployment: Deployment, estimator: Estimator) -> ModePlan:
     config, planner = deployment.config, deployment.planner
-    found = round(workload.reuse * workload.num_chunks)
+    found = workload.num_found
     chunks = stored_chunks(workload, deployment, {"full": 0, "prefix": min(found, 1)}.get(mode, found))
     if mode == "prefix":
         chunks = [replace(chunk, exact=True) for chunk in chunks]

@@ -10,13 +10,13 @@ NOT_PLANNED = "decoding and waiting behind other requests are not planned; scrip
 
 def capacity_table(name: str, workload: Workload, deployment: Deployment, plan: CapacityPlan) -> str:
     """Returns a plan for a model of that name, a block for each question that it answers."""
-    tier, found, speed = deployment.tier, round(workload.reuse * workload.num_chunks), deployment.tier.bytes_per_s
+    tier, speed = deployment.tier, deployment.tier.bytes_per_s
     if deployment.reads_in_place(workload):
         speed = deployment.estimator().transfer.bytes_per_s
     lines = [
         f"{name} on {deployment.num_devices} x {deployment.device.name} a replica; {workload.requests_per_s:g} "
         f"requests/s of {workload.context:,} tokens: {workload.num_chunks} chunks of {workload.chunk_tokens}, "
-        f"{found} of them stored ({tier.name}: {speed / 1e9:.3g} GB/s)",
+        f"{workload.num_found} of them stored ({tier.name}: {speed / 1e9:.3g} GB/s)",
         f"estimated by {plan.estimated_by}",
         *_unsplit(deployment, plan),
         "",

@@ -74,6 +74,11 @@ class Workload:
         """Whole chunks of a prompt; tokens beyond them are computed."""
         return (self.context - self.question_tokens) // self.chunk_tokens
 
+    @property
+    def num_found(self) -> int:
+        """Those of them that are stored."""
+        return round(self.reuse * self.num_chunks)
+
 
 def _check_is_conceivable(name: str, value: float) -> None:
     """Refuses what no service has, whose products may be beyond floating point."""
@@ -133,22 +138,22 @@ class Deployment:
         if not roomy:
             replace(self, tier=max(tiers, key=self.room_of)).check_room(workload)
         planner = self.planner.at(self.blend.auto_ratios[0]) if self.blend.is_auto else self.planner
-        found = round(workload.reuse * workload.num_chunks)
-        candidates = min(found * workload.chunk_tokens, workload.context - 1)
+        candidates = min(workload.num_found * workload.chunk_tokens, workload.context - 1)
         layer, estimator = layer_bytes(self.config, candidates, self.kv_dtype), self.estimator()
         seconds = estimator.compute.layer_seconds(planner.plan("blend", workload.context, 0, candidates))
         link = estimator.transfer.bytes_per_s
-        in_place = [replace(self, tier=tier).reads_in_place(workload) for tier in roomy]
-        as_read = [
-            replace(tier, bytes_per_s=link, latency_s=0.0) if is_in_place else tier
-            for tier, is_in_place in zip(roomy, in_place, strict=True)
-        ]
-        tier, _ = cheapest_tier(as_read, layer, sum(seconds) / len(seconds), reads=max(found, 1))
+
+        def as_loaded(tier: Tier) -> Tier:
+            in_place = replace(self, tier=tier).reads_in_place(workload)
+            return replace(tier, bytes_per_s=link, latency_s=0.0) if in_place else tier
+
+        as_read = [as_loaded(tier) for tier in roomy]
+        tier, _ = cheapest_tier(as_read, layer, sum(seconds) / len(seconds), reads=max(workload.num_found, 1))
         return replace(self, tier=roomy[as_read.index(tier)])
 
     def reads_in_place(self, workload: Workload) -> bool:
         """Returns whether the device reads a prompt's stored chunks where they lie: over its link alone."""
-        found = stored_chunks(workload, self, round(workload.reuse * workload.num_chunks))
+        found = stored_chunks(workload, self, workload.num_found)
         return self.estimator().reads_entries_of(found, self.config.num_layers)
 
     def check_room(self, workload: Workload) -> None:
